@@ -1,0 +1,47 @@
+/* config.json of a Hugging Face checkpoint, for the model family that is supported (Llama), in both spellings
+ * (transformers 4 and 5). What is not known is refused by name, never ignored. */
+#ifndef QS_HF_HF_CONFIG_H
+#define QS_HF_HF_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/dtype.h"
+#include "base/status.h"
+
+typedef enum { QS_ROPE_DEFAULT, QS_ROPE_LLAMA3, QS_ROPE_LINEAR } qs_rope_type;
+
+typedef struct {
+    char model_type[32]; /* "llama" */
+    int n_layers, n_heads, n_kv_heads, head_dim;
+    int64_t hidden, ffn_hidden, vocab;
+    int64_t max_position;
+    float rms_norm_eps;
+    bool tied;           /* head = embedding table */
+    bool attention_bias; /* q, k, v and o have a bias */
+    bool mlp_bias;
+    double rope_theta;
+    qs_rope_type rope_type;
+    double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
+    int64_t rope_original_max_position;
+    qs_dtype dtype; /* of the checkpoint */
+    /* quantization_config of a bitsandbytes checkpoint */
+    bool bnb_4bit;
+} qs_hf_config;
+
+/** Parse the text of config.json. Pure: no I/O. */
+qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, const char *path);
+
+/** Inverse frequencies of RoPE [head_dim / 2], with scaling, in double. */
+void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq);
+
+/** The seven linears of a layer, in the order that units and the LoRA vector use. */
+typedef enum { QS_Q, QS_K, QS_V, QS_O, QS_GATE, QS_UP, QS_DOWN, QS_LINEAR_COUNT } qs_linear;
+
+/** "self_attn.q_proj" ... "mlp.down_proj". */
+const char *qs_linear_path(qs_linear linear);
+/** Shape of a linear [out, in]. */
+void qs_linear_shape(const qs_hf_config *cfg, qs_linear linear, int64_t *out, int64_t *in);
+
+#endif

@@ -1,0 +1,91 @@
+"""Files that are either complete under their final name or not there at all.
+
+Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A killed run leaves
+only `.NAME.tmp-PID`, which no program of ours takes for a result.
+"""
+import contextlib
+import hashlib
+import json
+import os
+
+from .errors import PrepError
+
+
+def refuse_existing(path, overwrite=False, inputs=()):
+    """Checks an output path before the work starts: it must not be an input, nor be there unless `overwrite`."""
+    for name in inputs:
+        if os.path.exists(path) and os.path.samefile(path, name):
+            raise PrepError(201, path, "is both input and output; name another output")
+    if os.path.isdir(path):
+        raise PrepError(401, path, "is a folder; name a file")
+    if os.path.lexists(path) and not overwrite:
+        raise PrepError(402, path, "is there already; remove it, name another output, or give --overwrite")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise PrepError(403, path, f"the folder {folder} does not exist; create it first")
+
+
+def sync_folder(folder):
+    """Makes renames inside `folder` last over a crash."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def finished(path):
+    """Gives a temporary name to write to; when the block ends well, the file gets the name `path`."""
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        fd = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except OSError as error:
+        raise PrepError(404, path, f"cannot write: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def write_bytes(path, data):
+    with finished(path) as temporary:
+        with open(temporary, "wb") as out:
+            out.write(data)
+
+
+def write_json(path, value, indent=2):
+    """Deterministic JSON: the same value gives the same bytes, so its hash can be recorded."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    write_bytes(path, (text + "\n").encode("utf-8"))
+
+
+def read_json(path, limit_bytes=64 << 20):
+    """A JSON object from a file; every way of being bad is an error that names the file."""
+    try:
+        if os.path.getsize(path) > limit_bytes:
+            raise PrepError(301, path, f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is")
+        with open(path, "rb") as file:
+            value = json.loads(file.read().decode("utf-8"))
+    except OSError as error:
+        raise PrepError(302, path, f"cannot read: {error.strerror}") from error
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise PrepError(303, path, f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PrepError(304, path, "must be a JSON object")
+    return value
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

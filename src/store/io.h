@@ -1,0 +1,42 @@
+/* Checked file I/O: the only functions in the program that write files or rename them.
+ *
+ * Calls of at most 1 GiB, EINTR and short writes handled, every errno turned into one line with the path. ENOSPC and EDQUOT are
+ * QS_ERR_IO_FULL, so that a full disk can be told from a broken one. Nothing is published before it has been synced,
+ * read back and renamed. */
+#ifndef QS_STORE_IO_H
+#define QS_STORE_IO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+/** Write all of `data` at `offset` of an open file; `path` is for messages. */
+qs_status qs_io_write_all(int fd, const void *data, size_t bytes, int64_t offset, const char *path);
+
+/** Read exactly `bytes` at `offset`; a short file is QS_ERR_INPUT_FORMAT. */
+qs_status qs_io_read_all(int fd, void *data, size_t bytes, int64_t offset, const char *path);
+
+/** Write a whole file so that it is there completely or not at all: temporary name in the same directory, allocate, write,
+ *  fsync, close, read back and compare, rename, fsync of the directory. An older file of the name is replaced. */
+qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
+
+/** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not published yet. */
+qs_status qs_io_write_new(const char *path, const void *data, size_t bytes);
+
+/** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */
+qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes);
+
+/** Append one line to a log file (metrics), O_APPEND, one write. */
+qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path);
+
+qs_status qs_io_fsync_dir(const char *path);
+qs_status qs_io_mkdir(const char *path); /* one level; existing is fine */
+qs_status qs_io_rename(const char *from, const char *to);
+/** Remove a directory and the plain files in it (no subdirectories); missing is fine. */
+qs_status qs_io_remove_dir(const char *path);
+
+/** Free bytes for this user in the file system of `path`. */
+qs_status qs_io_free_bytes(const char *path, uint64_t *bytes);
+
+#endif

@@ -1,0 +1,88 @@
+/* base.h5: the model as units of NF4 quanta (docs/file-formats.md), seen from a rank that owns a share of each. */
+#ifndef QS_WEIGHTS_BASE_FILE_H
+#define QS_WEIGHTS_BASE_FILE_H
+
+#include <stdint.h>
+
+#include "comm/comm.h"
+#include "hf/hf_config.h"
+#include "quant/layout.h"
+#include "store/hash.h"
+
+typedef enum { QS_TENSOR_NF4, QS_TENSOR_RAW, QS_TENSOR_SMALL } qs_tensor_kind;
+
+/** One tensor of a unit. */
+typedef struct {
+    char *name; /* as in the checkpoint */
+    qs_tensor_kind kind;
+    int rank;
+    int64_t shape[2];
+    qs_dtype dtype;   /* NF4: what W is rounded to; else the stored type */
+    int64_t quantum;  /* NF4, raw: first quantum */
+    int64_t byte;     /* small: offset in the unit's small bytes */
+    int map;          /* NF4: row of the maps */
+    float offset;     /* NF4: nested offset */
+} qs_base_tensor;
+
+typedef struct {
+    char *name; /* "layers.3", "embed.0", "head.0", "final" */
+    qs_unit_size size;
+    int64_t small_bytes;
+    uint64_t small_xxh3;
+    int n_tensors;
+    qs_base_tensor *tensors;
+    /* where the datasets lie in the file; -1 if empty */
+    int64_t packed_at, absmax8_at, absmax32_at, raw_at, small_at, hash_at;
+} qs_base_unit;
+
+/** The whole index; equal on all ranks. */
+typedef struct {
+    char *path;
+    char *config_text; /* config.json as given */
+    qs_hf_config config;
+    int64_t head_chunk_rows;
+    bool nested;
+    int n_maps;
+    float *maps; /* [n_maps, 256] */
+    int n_units; /* without "final" */
+    qs_base_unit *units;
+    qs_base_unit final;
+    char hashes_sha256[QS_SHA256_HEX];
+    char source_sha256[QS_SHA256_HEX];
+} qs_base_index;
+
+/** Open FILE and read its index: rank 0 opens and verifies, the others are told. Collective. Caller frees with
+ *  qs_base_index_free. */
+qs_status qs_base_index_read(qs_base_index **out, const char *path, qs_comm *comm);
+void qs_base_index_free(qs_base_index *index);
+
+/** Units: layers first, then embedding chunks, then head chunks (none when tied). */
+int qs_base_layer_unit(const qs_base_index *index, int layer);
+int qs_base_embed_chunks(const qs_base_index *index);
+int qs_base_embed_unit(const qs_base_index *index, int chunk);
+/** The units that the head passes: the head's own, or the embedding's when tied. */
+int qs_base_head_chunks(const qs_base_index *index);
+int qs_base_head_unit(const qs_base_index *index, int chunk);
+
+/** The tensor of a unit whose name ends in `suffix`, NULL if there is none. */
+const qs_base_tensor *qs_base_find(const qs_base_unit *unit, const char *suffix);
+
+/** The kernel's description of an NF4 or raw tensor. */
+qs_weight qs_base_weight(const qs_base_index *index, const qs_base_tensor *tensor);
+
+/** Read this rank's share of unit `u` as one message (qs_unit_layout_make(size, nranks)) and verify the hash of every quantum.
+ *  Not collective. \param [out] message [layout.message_bytes]. Adds the bytes read to *bytes_read. */
+qs_status qs_base_read_share(const qs_base_index *index, int fd, int u, int rank, int nranks,
+                             uint8_t *message, uint64_t *bytes_read);
+
+/** Read the small bytes of a unit and verify them. \param [out] small [small_bytes]. */
+qs_status qs_base_read_small(const qs_base_index *index, int fd, const qs_base_unit *unit,
+                             uint8_t *small);
+
+/** A small tensor as floats, from bytes read by qs_base_read_small. */
+void qs_base_small_f32(const qs_base_tensor *tensor, const uint8_t *small, float *out);
+
+/** Verify everything in the file (qshard check). Not collective. */
+qs_status qs_base_verify(const char *path);
+
+#endif
