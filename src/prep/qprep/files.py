@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 
+from . import errors
 from .errors import PrepError
 
 
@@ -15,14 +16,14 @@ def refuse_existing(path, overwrite=False, inputs=()):
     """Checks an output path before the work starts: it must not be an input, nor be there unless `overwrite`."""
     for name in inputs:
         if os.path.exists(path) and os.path.samefile(path, name):
-            raise PrepError(201, path, "is both input and output; name another output")
+            raise PrepError(errors.CONFIG_PAIR, path, "is both input and output; name another output")
     if os.path.isdir(path):
-        raise PrepError(401, path, "is a folder; name a file")
+        raise PrepError(errors.OUTPUT_TAKEN, path, "is a folder; name a file")
     if os.path.lexists(path) and not overwrite:
-        raise PrepError(402, path, "is there already; remove it, name another output, or give --overwrite")
+        raise PrepError(errors.OUTPUT_TAKEN, path, "is there already; remove it, name another output, or give --overwrite")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise PrepError(403, path, f"the folder {folder} does not exist; create it first")
+        raise PrepError(errors.IO_FAILED, path, f"the folder {folder} does not exist; create it first")
 
 
 def sync_folder(folder):
@@ -49,7 +50,7 @@ def finished(path):
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
-        raise PrepError(404, path, f"cannot write: {error.strerror or error}") from error
+        raise errors.write_failed(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -71,15 +72,15 @@ def read_json(path, limit_bytes=64 << 20):
     """A JSON object from a file; every way of being bad is an error that names the file."""
     try:
         if os.path.getsize(path) > limit_bytes:
-            raise PrepError(301, path, f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is")
+            raise PrepError(errors.INPUT_FORMAT, path, f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is")
         with open(path, "rb") as file:
             value = json.loads(file.read().decode("utf-8"))
     except OSError as error:
-        raise PrepError(302, path, f"cannot read: {error.strerror}") from error
+        raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error.strerror}") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise PrepError(303, path, f"is not valid JSON: {error}") from error
+        raise PrepError(errors.INPUT_FORMAT, path, f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise PrepError(304, path, "must be a JSON object")
+        raise PrepError(errors.INPUT_FORMAT, path, "must be a JSON object")
     return value
 
 

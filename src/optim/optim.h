@@ -1,0 +1,30 @@
+/* Sharded AdamW: this rank's share of the LoRA vector with its fp32 master and moments, the schedule, and the clip factor. */
+#ifndef QS_OPTIM_OPTIM_H
+#define QS_OPTIM_OPTIM_H
+
+#include <stdint.h>
+
+#include "config/config.h"
+#include "kernels/ops.h"
+
+/** Learning rate of step `step` (0-based) of `steps`: warm-up (step + 1) / warmup_steps, then the schedule down to
+ *  min_lr_ratio * lr (cosine: Loshchilov & Hutter 2017, arXiv:1608.03983). warmup < 1 is a fraction of steps. */
+double qs_lr_at(const qs_config *cfg, int64_t step, int64_t steps);
+
+/** min(1, clip / (norm + 1e-6)); 1 without clipping. */
+double qs_clip_scale(double clip, double norm);
+
+typedef struct {
+    int64_t count; /* elements of this rank's share, padding included */
+    float *master, *m, *v;
+    int64_t step; /* updates done */
+} qs_optim;
+
+qs_status qs_optim_create(qs_optim **out, int64_t count);
+void qs_optim_destroy(qs_optim *optim);
+
+/** One update with the reduced gradient `grad` [count]. */
+qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
+                        double lr, double grad_scale, const float *grad);
+
+#endif

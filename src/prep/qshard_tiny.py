@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""Makes a small Llama checkpoint and a small instruction data set from a seed: for tests, and to try a machine out.
+
+    qshard_tiny.py OUT --layers 4 --examples 512
+
+OUT is then a Hugging Face model directory (config.json, model.safetensors in bf16, tokenizer.json, a chat template) that
+also holds train.jsonl and eval.jsonl: additions and subtractions of small numbers as `messages`.
+
+The same options give the same bytes on every machine and with every version of numpy: random numbers are the raw
+64-bit words of Philox, whose stream numpy guarantees, and everything made of them is integer arithmetic and single IEEE
+operations. So a normal number here is the sum of four uniform 16-bit ones.
+"""
+import argparse
+import hashlib
+import json
+import os
+import struct
+
+import numpy as np
+
+from qprep.errors import PrepError, run
+from qprep.files import write_bytes, write_json
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Merges that the data set's sentences use, in order of rank; Ġ is the byte-level alphabet's space.
+MERGES = (
+    "a d|ad d|s u|su b|i s|t h|th e|u s|us er|e r|a n|an d|p l|pl us|m i|mi n|min us|a s|as s|i st|s t|"
+    "a n|ass ist|assist ant|f r|fr o|fro m|t r|tr act|a c|ac t|t act|s ub|sub tract|Ġ and|Ġ is|Ġ plus|Ġ minus|Ġ from|"
+    "1 0|1 1|1 2|1 3|1 4|1 5|Ġ 1|Ġ 2|Ġ 3|Ġ 4"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+def raw_words(seed, name, count):
+    """`count` 64-bit words that depend on `seed` and `name` alone."""
+    name_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    philox = np.random.Philox(key=np.array([seed, name_key], dtype=np.uint64))
+    return philox.random_raw(count)
+
+
+def normals(seed, name, count):
+    """About normal with deviation 1, at most 3.47 from 0: the sum of the four 16-bit quarters of a word."""
+    words = raw_words(seed, name, count)
+    quarters = sum((words >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48))
+    deviation = np.sqrt(4.0 * (2.0**32 - 1) / 12.0)
+    return (quarters.astype(np.float64) - 2.0 * 65535.0) / deviation
+
+
+def integers(seed, name, count, limit):
+    """Whole numbers in [0, limit): 32 bits scaled, so nearly uniform."""
+    return ((raw_words(seed, name, count) >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+def bf16_bits(values):
+    """Rounds finite numbers to bf16, nearest and ties to even; the result holds the bits."""
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def safetensors_bytes(tensors):
+    """A safetensors file: `tensors` is {name: array}, where uint16 stands for bf16 and float32 for itself.
+
+    Ordered as the reference implementation does: wider types first, then by name; the header is padded to 8 bytes.
+    """
+    kinds = {np.dtype(np.uint16): "BF16", np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        array = tensors[name]
+        header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(np.ascontiguousarray(tensors[n]).tobytes() for n in names)
+
+
+# --- the checkpoint ---------------------------------------------------------------------------------------------------
+def tensor_shapes(config):
+    """{name: shape} of a Llama checkpoint, biases and head included where the config has them."""
+    hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    linears = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[prefix + norm + ".weight"] = (hidden,)
+        for name, shape in linears.items():
+            shapes[prefix + name + ".weight"] = shape
+            if config["attention_bias" if name.startswith("self_attn") else "mlp_bias"]:
+                shapes[prefix + name + ".bias"] = shape[:1]
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    return shapes
+
+
+def make_tensor(seed, name, shape):
+    """bf16 bits of one tensor. Linears keep the size of what passes them, so that a deep stack stays tame; the rows of the
+    embedding have length about 1, so that a tied head gives logits of deviation about 1 and can still become sure."""
+    z = normals(seed, name, int(np.prod(shape))).reshape(shape)
+    if name.endswith("norm.weight"):
+        return bf16_bits(1.0 + 0.1 * z)
+    if name.endswith(".bias"):
+        return bf16_bits(0.05 * z)
+    return bf16_bits(z * (1.0 / np.sqrt(float(shape[-1]))))
+
+
+def make_config(options):
+    """The config.json of the checkpoint; every key that a reader may ask for is there."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": options.attention_bias,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": options.head_dim or options.hidden // options.heads,
+        "hidden_act": "silu",
+        "hidden_size": options.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": options.ffn,
+        "max_position_embeddings": options.max_position,
+        "mlp_bias": options.mlp_bias,
+        "model_type": "llama",
+        "num_attention_heads": options.heads,
+        "num_hidden_layers": options.layers,
+        "num_key_value_heads": options.kv_heads,
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": options.tied,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": options.vocab,
+    }
+    if options.rope_scaling == "llama3":
+        # Borders at 8 and 32 positions: wavelengths of even a short head lie below, between and above them.
+        config["rope_scaling"] = {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+            "rope_type": "llama3",
+        }
+    return config
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+def byte_alphabet():
+    """The byte-level alphabet: printable Latin-1 stands for itself, the other bytes for letters from U+0100 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+
+
+def make_vocabulary():
+    """Token texts in order of id (special tokens, bytes, merges), and the merges as pairs without repeats."""
+    tokens = SPECIAL_TOKENS + [byte_alphabet()[byte] for byte in range(256)]
+    known, merges = set(tokens), []
+    for pair in MERGES.split("|"):
+        left, right = pair.split(" ")
+        if left in known and right in known and left + right not in known:
+            merges.append((left, right))
+            known.add(left + right)
+            tokens.append(left + right)
+    return tokens, merges
+
+
+def token_bytes():
+    """What each id stands for, as bytes; special tokens as their text."""
+    to_byte = {letter: byte for byte, letter in byte_alphabet().items()}
+    tokens, _ = make_vocabulary()
+    return [text.encode() if text in SPECIAL_TOKENS else bytes(to_byte[c] for c in text) for text in tokens]
+
+
+def make_tokenizer():
+    """tokenizer.json: byte-level BPE, numbers digit by digit only where no merge says otherwise."""
+    tokens, merges = make_vocabulary()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": text, **flags} for i, text in enumerate(SPECIAL_TOKENS)],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {text: i for i, text in enumerate(tokens)},
+            "merges": [f"{left} {right}" for left, right in merges],
+        },
+    }
+
+
+def make_tokenizer_config():
+    return {
+        "add_bos_token": False,
+        "bos_token": "<|im_start|>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 1000000,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+def make_examples(seed, count):
+    """`count` different questions with their answers, as `messages`."""
+    problems = [(op, a, b) for op in ("add", "subtract") for a in range(60) for b in range(60) if op == "add" or a <= b]
+    order = np.argsort(raw_words(seed, "examples", len(problems)), kind="stable")
+    if count > len(problems):
+        raise PrepError(203, "--examples", f"{count} training and evaluation examples are asked for, but there are only "
+                                           f"{len(problems)} different ones; ask for {len(problems) * 8 // 9} at most")
+    examples = []
+    for i in order[:count]:
+        op, a, b = problems[i]
+        if op == "add":
+            question, answer = f"add {a} and {b}", f"{a} plus {b} is {a + b}"
+        else:
+            question, answer = f"subtract {a} from {b}", f"{b} minus {a} is {b - a}"
+        examples.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return examples
+
+
+def jsonl_bytes(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+def write_checkpoint(folder, config, seed):
+    """The model directory: config, weights, tokenizer."""
+    os.makedirs(folder, exist_ok=True)
+    tensors = {name: make_tensor(seed, name, shape) for name, shape in tensor_shapes(config).items()}
+    write_json(os.path.join(folder, "config.json"), config)
+    write_bytes(os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors))
+    write_json(os.path.join(folder, "tokenizer.json"), make_tokenizer())
+    write_json(os.path.join(folder, "tokenizer_config.json"), make_tokenizer_config())
+
+
+def write_examples(folder, count, seed):
+    """train.jsonl with `count` examples, and eval.jsonl with an eighth as many others."""
+    held_out = max(1, count // 8)
+    examples = make_examples(seed, count + held_out)
+    write_bytes(os.path.join(folder, "train.jsonl"), jsonl_bytes(examples[:count]))
+    write_bytes(os.path.join(folder, "eval.jsonl"), jsonl_bytes(examples[count:]))
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", maxsplit=1)[0],
+        epilog="The model's vocabulary may be larger than the tokenizer's: the ids above it are never used.",
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write; files of an earlier run are replaced")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the residual stream [%(default)s]")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers [%(default)s]")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads [%(default)s]")
+    parser.add_argument("--kv-heads", type=int, default=2, help="heads of keys and values [%(default)s]")
+    parser.add_argument("--head-dim", type=int, default=0, help="width of a head [hidden / heads]")
+    parser.add_argument("--ffn", type=int, default=352, help="width inside the MLP [%(default)s]")
+    parser.add_argument("--vocab", type=int, default=320, help="rows of the embedding [%(default)s]")
+    parser.add_argument("--max-position", type=int, default=2048, help="longest sequence [%(default)s]")
+    parser.add_argument("--rope-scaling", choices=["none", "llama3"], default="none", help="[%(default)s]")
+    parser.add_argument("--tied", action="store_true", default=True, help="the head is the embedding [default]")
+    parser.add_argument("--untied", action="store_false", dest="tied", help="the head has its own weights")
+    parser.add_argument("--attention-bias", action="store_true", help="q, k, v and o have biases")
+    parser.add_argument("--mlp-bias", action="store_true", help="gate, up and down have biases")
+    parser.add_argument("--seed", type=int, default=1, help="[%(default)s]")
+    parser.add_argument("--examples", type=int, default=512, help="lines of train.jsonl [%(default)s]")
+    return parser
+
+
+def check(options):
+    """Refuses sizes that are no Llama."""
+    for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "max_position", "examples"):
+        if getattr(options, name) < 1:
+            raise PrepError(202, "--" + name.replace("_", "-"), f"is {getattr(options, name)}; it must be at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise PrepError(202, "--seed", f"is {options.seed}; it must be at least 0 and less than 2^63")
+    if options.heads % options.kv_heads:
+        raise PrepError(202, "--kv-heads", f"is {options.kv_heads}; it must divide --heads {options.heads}")
+    if not options.head_dim and options.hidden % options.heads:
+        raise PrepError(202, "--heads", f"is {options.heads} and does not divide --hidden {options.hidden}; give --head-dim")
+    head_dim = options.head_dim or options.hidden // options.heads
+    if head_dim < 2 or head_dim % 2:
+        raise PrepError(202, "--head-dim", f"is {head_dim}; the rotary embedding needs an even number")
+    tokens = len(make_vocabulary()[0])
+    if options.vocab < tokens:
+        raise PrepError(202, "--vocab", f"is {options.vocab}; the tokenizer has {tokens} tokens, so give at least that")
+
+
+def main(argv):
+    options = make_parser().parse_args(argv)
+    check(options)
+    write_checkpoint(options.out, make_config(options), options.seed)
+    write_examples(options.out, options.examples, options.seed)
+    held_out = max(1, options.examples // 8)
+    print(f"{options.out}: {options.layers} layers, hidden {options.hidden}, vocabulary {options.vocab}; "
+          f"{options.examples} examples to train on, {held_out} to evaluate")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,43 @@
+/* The bulk-synchronous training run: steps, evaluation, metrics, checkpoints, stop signals. */
+#ifndef QS_TRAIN_TRAIN_H
+#define QS_TRAIN_TRAIN_H
+
+#include "comm/comm.h"
+#include "config/config.h"
+
+typedef enum { QS_RESUME_AUTO, QS_RESUME_MUST, QS_RESUME_NEVER } qs_resume;
+
+typedef struct {
+    qs_config config;
+    qs_resume resume;
+    bool dry_run;            /* check everything, print the memory table, stop */
+    const char *dump_grads;  /* safetensors: gradients of the first step before clipping, then stop; or NULL */
+    const char *dump_order;  /* text: sequence indices per step, one line a step, then stop; or NULL */
+} qs_train_options;
+
+/** Train. Collective. QS_REQUEUE after a stop signal, when everything is saved. */
+qs_status qs_train_run(const qs_train_options *options, qs_comm *comm);
+
+typedef struct {
+    qs_config config;
+    const char *adapter;     /* PEFT directory, checkpoint step-N or run directory; NULL: base only */
+    const char *dump_logits; /* safetensors with "logits" [tokens, vocab] of the first sequence, or NULL */
+} qs_eval_options;
+
+/** Loss and perplexity on data.eval; prints one line on stdout from rank 0. Collective. */
+qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm);
+
+typedef struct {
+    qs_config config;
+    const char *adapter, *prompts;
+    int64_t tokens; /* to add to each prompt */
+} qs_sample_options;
+
+/** Greedy continuations of every prompt, printed on stdout by rank 0. Collective. */
+qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm);
+
+/** Install handlers: USR1, TERM, INT set a flag (a second TERM or INT ends the process). */
+void qs_signals_install(void);
+int qs_signals_caught(void);
+
+#endif
