@@ -3,8 +3,8 @@
 
     qshard_tiny.py OUT --layers 4 --examples 512
 
-OUT is then a Hugging Face model directory (config.json, model.safetensors in bf16, tokenizer.json, a chat template) that
-also holds train.jsonl and eval.jsonl: additions and subtractions of small numbers as `messages`.
+OUT is then a Hugging Face model directory (config.json, model.safetensors in bf16, tokenizer.json, a chat template)
+that also holds train.jsonl and eval.jsonl: additions and subtractions of small numbers as `messages`.
 
 The same options give the same bytes on every machine and with every version of numpy: random numbers are the raw
 64-bit words of Philox, whose stream numpy guarantees, and everything made of them is integer arithmetic and single IEEE
@@ -24,12 +24,12 @@ from qprep.files import write_bytes, write_json
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Merges that the data set's sentences use, in order of rank; Ġ is the byte-level alphabet's space.
 MERGES = (
-    "a d|ad d|s u|su b|i s|t h|th e|u s|us er|e r|a n|an d|p l|pl us|m i|mi n|min us|a s|as s|i st|s t|"
-    "a n|ass ist|assist ant|f r|fr o|fro m|t r|tr act|a c|ac t|t act|s ub|sub tract|Ġ and|Ġ is|Ġ plus|Ġ minus|Ġ from|"
-    "1 0|1 1|1 2|1 3|1 4|1 5|Ġ 1|Ġ 2|Ġ 3|Ġ 4"
+    "a d|ad d|s u|su b|t r|tr a|tra c|trac t|sub tract|f r|fr o|fro m|a n|an d|p l|pl u|plu s|m i|mi n|min u|minu s|"
+    "i s|u s|e r|us er|a s|as s|is t|ass ist|an t|assist ant|Ġ and|Ġ is|Ġ plus|Ġ minus|Ġ from|1 0|1 1|1 2|1 3|1 4|1 5"
 )
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -50,11 +50,6 @@ def normals(seed, name, count):
     return (quarters.astype(np.float64) - 2.0 * 65535.0) / deviation
 
 
-def integers(seed, name, count, limit):
-    """Whole numbers in [0, limit): 32 bits scaled, so nearly uniform."""
-    return ((raw_words(seed, name, count) >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
-
-
 # --- safetensors ------------------------------------------------------------------------------------------------------
 def bf16_bits(values):
     """Rounds finite numbers to bf16, nearest and ties to even; the result holds the bits."""
@@ -72,8 +67,9 @@ def safetensors_bytes(tensors):
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         array = tensors[name]
-        header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
+        end = at + array.nbytes
+        header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + b"".join(np.ascontiguousarray(tensors[n]).tobytes() for n in names)
@@ -108,8 +104,8 @@ def tensor_shapes(config):
 
 
 def make_tensor(seed, name, shape):
-    """bf16 bits of one tensor. Linears keep the size of what passes them, so that a deep stack stays tame; the rows of the
-    embedding have length about 1, so that a tied head gives logits of deviation about 1 and can still become sure."""
+    """bf16 bits of one tensor. Linears keep the size of what passes them, so that a deep stack stays tame; the rows of
+    the embedding have length about 1, so that a tied head gives logits of deviation about 1 and can become sure."""
     z = normals(seed, name, int(np.prod(shape))).reshape(shape)
     if name.endswith("norm.weight"):
         return bf16_bits(1.0 + 0.1 * z)
@@ -168,16 +164,10 @@ def byte_alphabet():
 
 
 def make_vocabulary():
-    """Token texts in order of id (special tokens, bytes, merges), and the merges as pairs without repeats."""
-    tokens = SPECIAL_TOKENS + [byte_alphabet()[byte] for byte in range(256)]
-    known, merges = set(tokens), []
-    for pair in MERGES.split("|"):
-        left, right = pair.split(" ")
-        if left in known and right in known and left + right not in known:
-            merges.append((left, right))
-            known.add(left + right)
-            tokens.append(left + right)
-    return tokens, merges
+    """Token texts in order of id (special tokens, bytes, merges), and the merges as pairs."""
+    merges = [tuple(pair.split(" ")) for pair in MERGES.split("|")]
+    letters = [letter for _, letter in sorted(byte_alphabet().items())]
+    return SPECIAL_TOKENS + letters + [left + right for left, right in merges], merges
 
 
 def token_bytes():
@@ -235,8 +225,8 @@ def make_examples(seed, count):
     problems = [(op, a, b) for op in ("add", "subtract") for a in range(60) for b in range(60) if op == "add" or a <= b]
     order = np.argsort(raw_words(seed, "examples", len(problems)), kind="stable")
     if count > len(problems):
-        raise PrepError(203, "--examples", f"{count} training and evaluation examples are asked for, but there are only "
-                                           f"{len(problems)} different ones; ask for {len(problems) * 8 // 9} at most")
+        what = f"{count} examples to train on and to evaluate are more than the {len(problems)} different ones there are"
+        raise PrepError(203, "--examples", f"{what}; ask for {len(problems) * 8 // 9} at most")
     examples = []
     for i in order[:count]:
         op, a, b = problems[i]
@@ -255,7 +245,6 @@ def jsonl_bytes(records):
 # --- command line -----------------------------------------------------------------------------------------------------
 def write_checkpoint(folder, config, seed):
     """The model directory: config, weights, tokenizer."""
-    os.makedirs(folder, exist_ok=True)
     tensors = {name: make_tensor(seed, name, shape) for name, shape in tensor_shapes(config).items()}
     write_json(os.path.join(folder, "config.json"), config)
     write_bytes(os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors))
@@ -265,8 +254,7 @@ def write_checkpoint(folder, config, seed):
 
 def write_examples(folder, count, seed):
     """train.jsonl with `count` examples, and eval.jsonl with an eighth as many others."""
-    held_out = max(1, count // 8)
-    examples = make_examples(seed, count + held_out)
+    examples = make_examples(seed, count + max(1, count // 8))
     write_bytes(os.path.join(folder, "train.jsonl"), jsonl_bytes(examples[:count]))
     write_bytes(os.path.join(folder, "eval.jsonl"), jsonl_bytes(examples[count:]))
 
@@ -305,7 +293,8 @@ def check(options):
     if options.heads % options.kv_heads:
         raise PrepError(202, "--kv-heads", f"is {options.kv_heads}; it must divide --heads {options.heads}")
     if not options.head_dim and options.hidden % options.heads:
-        raise PrepError(202, "--heads", f"is {options.heads} and does not divide --hidden {options.hidden}; give --head-dim")
+        what = f"is {options.heads} and does not divide --hidden {options.hidden}; give --head-dim"
+        raise PrepError(202, "--heads", what)
     head_dim = options.head_dim or options.hidden // options.heads
     if head_dim < 2 or head_dim % 2:
         raise PrepError(202, "--head-dim", f"is {head_dim}; the rotary embedding needs an even number")
@@ -317,8 +306,9 @@ def check(options):
 def main(argv):
     options = make_parser().parse_args(argv)
     check(options)
-    write_checkpoint(options.out, make_config(options), options.seed)
+    os.makedirs(options.out, exist_ok=True)
     write_examples(options.out, options.examples, options.seed)
+    write_checkpoint(options.out, make_config(options), options.seed)
     held_out = max(1, options.examples // 8)
     print(f"{options.out}: {options.layers} layers, hidden {options.hidden}, vocabulary {options.vocab}; "
           f"{options.examples} examples to train on, {held_out} to evaluate")
