@@ -1,0 +1,377 @@
+/* Checked file I/O.
+ *
+ * Every call that can be interrupted is repeated; every other failure is recorded with the path,
+ * what was being done and what to do about it. fsync is never repeated after a failure other than
+ * EINTR: the kernel may have dropped the dirty pages, and a second call would then report success
+ * over lost data. */
+#include "store/io.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+enum { QS_IO_PATH = 4096, QS_IO_COMPARE_BYTES = 1 << 20 };
+static const size_t max_call_bytes = (size_t)1
+                                     << 30; /* Linux moves at most 2 GiB - 4 KiB per call */
+
+/** Record a failed operation on something that we write. */
+static qs_status output_failed(const char *path, const char *doing, int error)
+{
+    if (error == ENOSPC || error == EDQUOT) {
+        return QS_FAIL(QS_ERR_IO_FULL, "%s: %s failed: %s; free some space or raise the quota",
+                       path, doing, strerror(error));
+    }
+    const char *remedy = error == EACCES || error == EPERM || error == EROFS
+                             ? "; check the permissions of the directory"
+                             : (error == ENOENT ? "; create the directory first" : "");
+    return QS_FAIL(QS_ERR_IO, "%s: %s failed: %s%s", path, doing, strerror(error), remedy);
+}
+
+/** Record a failed operation on something that we read. */
+static qs_status input_failed(const char *path, const char *doing, int error)
+{
+    return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: %s failed: %s", path, doing, strerror(error));
+}
+
+static int open_retrying(const char *path, int flags, mode_t mode)
+{
+    int fd;
+    do {
+        fd = open(path, flags | O_CLOEXEC, mode);
+    } while (fd < 0 && errno == EINTR);
+    return fd;
+}
+
+/** 0 or an errno. Linux has released the descriptor when close says EINTR, so that is no failure:
+ * our callers have synced. */
+static int close_once(int fd)
+{
+    return close(fd) == 0 || errno == EINTR ? 0 : errno;
+}
+
+static int fsync_retrying(int fd)
+{
+    while (fsync(fd) != 0) {
+        if (errno != EINTR) {
+            return errno;
+        }
+    }
+    return 0;
+}
+
+qs_status qs_io_write_all(int fd, const void *data, size_t bytes, int64_t offset, const char *path)
+{
+    const char *from = data;
+    size_t done = 0;
+    while (done < bytes) {
+        size_t want = bytes - done < max_call_bytes ? bytes - done : max_call_bytes;
+        ssize_t n = pwrite(fd, from + done, want, (off_t)(offset + (int64_t)done));
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) { /* 0 has no errno and would be repeated for ever */
+            return output_failed(path, "writing", n < 0 ? errno : EIO);
+        }
+        done += (size_t)n;
+    }
+    return QS_OK;
+}
+
+qs_status qs_io_read_all(int fd, void *data, size_t bytes, int64_t offset, const char *path)
+{
+    char *to = data;
+    size_t done = 0;
+    while (done < bytes) {
+        size_t want = bytes - done < max_call_bytes ? bytes - done : max_call_bytes;
+        ssize_t n = pread(fd, to + done, want, (off_t)(offset + (int64_t)done));
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n < 0) {
+            return input_failed(path, "reading", errno);
+        }
+        if (n == 0) {
+            return QS_FAIL(
+                QS_ERR_INPUT_FORMAT,
+                "%s: the file ends at byte %lld, but %zu bytes from %lld are needed; it was "
+                "cut off, copy it again",
+                path, (long long)(offset + (int64_t)done), bytes, (long long)offset);
+        }
+        done += (size_t)n;
+    }
+    return QS_OK;
+}
+
+/** Compare the file with what it should hold, in pieces. */
+static qs_status compare_fd(int fd, const char *data, size_t bytes, char *piece, const char *path)
+{
+    for (size_t at = 0; at < bytes; at += QS_IO_COMPARE_BYTES) {
+        size_t n = bytes - at < QS_IO_COMPARE_BYTES ? bytes - at : QS_IO_COMPARE_BYTES;
+        qs_status st = qs_io_read_all(fd, piece, n, (int64_t)at, path);
+        if (st != QS_OK || memcmp(piece, data + at, n) != 0) {
+            qs_error_clear();
+            return QS_FAIL(
+                QS_ERR_IO_VERIFY,
+                "%s: reads back differently from what was written, in the %zu bytes from "
+                "%zu; check the disk",
+                path, n, at);
+        }
+    }
+    return QS_OK;
+}
+
+/** Read the file back and compare it: a disk that is full or broken may say so only now, or not at
+ * all. */
+static qs_status read_back(const char *path, const void *data, size_t bytes)
+{
+    qs_status st = QS_OK;
+    struct stat info;
+    char *piece = malloc(QS_IO_COMPARE_BYTES);
+    int fd = open_retrying(path, O_RDONLY, 0);
+    if (piece == NULL) {
+        st = QS_FAIL(QS_ERR_MEMORY, "%s: no memory for reading back", path);
+    } else if (fd < 0 || fstat(fd, &info) != 0) {
+        st = QS_FAIL(QS_ERR_IO_VERIFY, "%s: cannot be read back: %s", path, strerror(errno));
+    } else if (info.st_size != (off_t)bytes) {
+        st = QS_FAIL(QS_ERR_IO_VERIFY, "%s: has %lld bytes after writing %zu; check the disk", path,
+                     (long long)info.st_size, bytes);
+    } else {
+        (void)posix_fadvise(fd, 0, 0,
+                            POSIX_FADV_DONTNEED); /* from the disk, where that is possible */
+        st = compare_fd(fd, data, bytes, piece, path);
+    }
+    if (fd >= 0) {
+        close_once(fd); /* read only */
+    }
+    free(piece);
+    return st;
+}
+
+/** Reserve the space, so that a full disk shows before the first byte. File systems that cannot are
+ * none the worse. */
+static qs_status reserve(int fd, size_t bytes, const char *path)
+{
+    int error = 0;
+    if (bytes > 0) {
+        do {
+            error = posix_fallocate(fd, 0, (off_t)bytes);
+        } while (error == EINTR);
+    }
+    return error == 0 || error == EOPNOTSUPP || error == EINVAL || error == ENOSYS
+               ? QS_OK
+               : output_failed(path, "reserving space", error);
+}
+
+static qs_status write_and_sync(int fd, const void *data, size_t bytes, const char *path)
+{
+    QS_TRY(reserve(fd, bytes, path));
+    QS_TRY(qs_io_write_all(fd, data, bytes, 0, path));
+    int error = fsync_retrying(fd);
+    return error == 0 ? QS_OK : output_failed(path, "fsync", error);
+}
+
+qs_status qs_io_write_new(const char *path, const void *data, size_t bytes)
+{
+    int fd = open_retrying(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    if (fd < 0 && errno == EEXIST) {
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; it is left as it is", path);
+    }
+    if (fd < 0) {
+        return output_failed(path, "creating", errno);
+    }
+    qs_status st = write_and_sync(fd, data, bytes, path);
+    int error = close_once(fd);
+    if (st == QS_OK && error != 0) {
+        st = output_failed(path, "close", error);
+    }
+    if (st == QS_OK) {
+        st = read_back(path, data, bytes);
+    }
+    if (st != QS_OK) {
+        (void)unlink(path); /* half a file helps nobody; the first error is the one to report */
+    }
+    return st;
+}
+
+/** The directory part of `path`, "." if it has none. */
+static qs_status parent_of(const char *path, char *out, size_t capacity)
+{
+    const char *slash = strrchr(path, '/');
+    size_t length = slash == NULL ? 1 : (slash == path ? 1 : (size_t)(slash - path));
+    if (length >= capacity) {
+        return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %zu bytes", path, capacity - 1);
+    }
+    memcpy(out, slash == NULL ? "." : path, length);
+    out[length] = '\0';
+    return QS_OK;
+}
+
+qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
+{
+    char temp[QS_IO_PATH];
+    char parent[QS_IO_PATH];
+    QS_TRY(parent_of(path, parent, sizeof parent));
+    if (snprintf(temp, sizeof temp, "%s.tmp-%ld", path, (long)getpid()) >= (int)sizeof temp) {
+        return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %zu bytes", path, sizeof temp - 1);
+    }
+    (void)unlink(temp); /* of a killed process that had our number */
+    QS_TRY(qs_io_write_new(temp, data, bytes));
+    qs_status st = qs_io_rename(temp, path);
+    if (st != QS_OK) {
+        (void)unlink(temp);
+        return st;
+    }
+    return qs_io_fsync_dir(parent);
+}
+
+qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes)
+{
+    qs_status st = QS_OK;
+    struct stat info;
+    char *buffer = NULL;
+    int fd = open_retrying(path, O_RDONLY, 0);
+    if (fd < 0) {
+        return input_failed(path, "opening", errno);
+    }
+    if (fstat(fd, &info) != 0) {
+        QS_GOTO(input_failed(path, "reading its size", errno));
+    }
+    if (!S_ISREG(info.st_mode)) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a plain file", path));
+    }
+    if ((uint64_t)info.st_size > limit) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: has %lld bytes; at most %zu are read here", path,
+                        (long long)info.st_size, limit));
+    }
+    size_t size = (size_t)info.st_size;
+    buffer = malloc(size + 1);
+    if (buffer == NULL) {
+        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its %zu bytes", path, size));
+    }
+    QS_GOTO(qs_io_read_all(fd, buffer, size, 0, path));
+    buffer[size] = '\0';
+    *data = buffer;
+    *bytes = size;
+    buffer = NULL;
+done:
+    free(buffer);
+    close_once(fd);
+    return st;
+}
+
+qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path)
+{
+    size_t done = 0;
+    while (
+        done <
+        bytes) { /* the second round only after a short write, that is on a full disk or a signal */
+        ssize_t n = write(fd, line + done, bytes - done);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            return output_failed(path, "appending a line", n < 0 ? errno : EIO);
+        }
+        done += (size_t)n;
+    }
+    return QS_OK;
+}
+
+qs_status qs_io_fsync_dir(const char *path)
+{
+    int fd = open_retrying(path, O_RDONLY | O_DIRECTORY, 0);
+    if (fd < 0) {
+        return output_failed(path, "opening the directory", errno);
+    }
+    int error = fsync_retrying(fd);
+    close_once(fd);
+    /* Some file systems have no fsync of directories and say EINVAL. */
+    return error == 0 || error == EINVAL ? QS_OK
+                                         : output_failed(path, "fsync of the directory", error);
+}
+
+qs_status qs_io_mkdir(const char *path)
+{
+    struct stat info;
+    while (mkdir(path, 0777) != 0) {
+        if (errno == EINTR) {
+            continue;
+        }
+        if (errno != EEXIST) {
+            return output_failed(path, "creating the directory", errno);
+        }
+        if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
+            return QS_OK;
+        }
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists and is not a directory", path);
+    }
+    return QS_OK;
+}
+
+qs_status qs_io_rename(const char *from, const char *to)
+{
+    while (rename(from, to) != 0) {
+        if (errno != EINTR) {
+            char doing[QS_IO_PATH];
+            int error = errno;
+            (void)snprintf(doing, sizeof doing, "renaming to %s", to);
+            return output_failed(from, doing, error);
+        }
+    }
+    return QS_OK;
+}
+
+/** Unlink every plain file of an open directory. */
+static qs_status unlink_files(DIR *dir, const char *path)
+{
+    char name[QS_IO_PATH];
+    struct dirent *entry;
+    while (errno = 0, (entry = readdir(dir)) != NULL) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
+            continue;
+        }
+        if (unlinkat(dirfd(dir), entry->d_name, 0) != 0 && errno != ENOENT) {
+            int error = errno;
+            (void)snprintf(name, sizeof name, "%s/%s", path, entry->d_name);
+            return output_failed(name, "removing", error);
+        }
+    }
+    return errno == 0 ? QS_OK : output_failed(path, "listing the directory", errno);
+}
+
+qs_status qs_io_remove_dir(const char *path)
+{
+    DIR *dir = opendir(path);
+    if (dir == NULL) {
+        return errno == ENOENT ? QS_OK : output_failed(path, "opening the directory", errno);
+    }
+    /* What makes the directory count goes first: a removal cut short must not leave a manifest
+     * without its files. */
+    if (unlinkat(dirfd(dir), "manifest.json", 0) == 0) {
+        (void)fsync_retrying(dirfd(dir));
+    }
+    qs_status st = unlink_files(dir, path);
+    (void)closedir(dir);
+    QS_TRY(st);
+    return rmdir(path) == 0 || errno == ENOENT
+               ? QS_OK
+               : output_failed(path, "removing the directory", errno);
+}
+
+qs_status qs_io_free_bytes(const char *path, uint64_t *bytes)
+{
+    struct statvfs info;
+    while (statvfs(path, &info) != 0) {
+        if (errno != EINTR) {
+            return output_failed(path, "asking for free space", errno);
+        }
+    }
+    *bytes = (uint64_t)info.f_bavail * (uint64_t)info.f_frsize;
+    return QS_OK;
+}
