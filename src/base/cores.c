@@ -1,12 +1,14 @@
 /* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf()
- * tells apart. */
+ * tells apart. Asked is the calling thread, because the threads that it starts inherit its binding.
+ */
+*tells apart.* /
 #include "base/cores.h"
 
 #include <hwloc.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-typedef struct {
+    typedef struct {
     int cores; /* that this process may use */
     int bound; /* whether that is less than the job's */
 } core_view;
@@ -37,7 +39,7 @@ static core_view look(void)
     hwloc_cpuset_t mine = hwloc_bitmap_alloc();
     if (mine != NULL && hwloc_topology_load(topology) == 0) {
         hwloc_const_cpuset_t allowed = hwloc_topology_get_allowed_cpuset(topology);
-        if (hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_PROCESS) != 0) {
+        if (hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) != 0) {
             hwloc_bitmap_copy(mine, allowed);
         }
         hwloc_bitmap_and(mine, mine, allowed);
