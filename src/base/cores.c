@@ -1,7 +1,5 @@
-/* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf()
- * tells apart. Asked is the calling thread, because the threads that it starts inherit its binding.
- */
-*tells apart.* /
+/* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf() tells
+ * apart. Asked is the calling thread, because the threads that it starts inherit its binding. */
 #include "base/cores.h"
 
 #include <hwloc.h>
