@@ -1,12 +1,13 @@
-/* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf() tells
- * apart. Asked is the calling thread, because the threads that it starts inherit its binding. */
+/* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf()
+ * tells apart. Asked is the calling thread, because the threads that it starts inherit its binding.
+ */
 #include "base/cores.h"
 
 #include <hwloc.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-    typedef struct {
+typedef struct {
     int cores; /* that this process may use */
     int bound; /* whether that is less than the job's */
 } core_view;
