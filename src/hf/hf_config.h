@@ -10,6 +10,8 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
+enum { QS_HEAD_DIM_MAX = 1024 };
+
 typedef enum { QS_ROPE_DEFAULT, QS_ROPE_LLAMA3, QS_ROPE_LINEAR } qs_rope_type;
 
 typedef struct {

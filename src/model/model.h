@@ -1,7 +1,8 @@
 /* The model: forward, loss and backward of a pass, layer by layer over gathered units.
  *
- * A pass takes a group of up to G micro-batches through every unit in turn (layer-outer accumulation), so that a unit is gathered
- * once per direction for the whole group. Every launch sees one micro-batch. A rank without work joins every gather. */
+ * A pass takes a group of up to G micro-batches through every unit in turn (layer-outer
+ * accumulation), so that a unit is gathered once per direction for the whole group. Every launch
+ * sees one micro-batch. A rank without work joins every gather. */
 #ifndef QS_MODEL_MODEL_H
 #define QS_MODEL_MODEL_H
 
@@ -17,21 +18,22 @@ typedef struct qs_model qs_model;
 
 /** What a model is built for: buffers are allocated once, from these. */
 typedef struct {
-    int64_t max_tokens;   /* of one micro-batch */
-    int64_t max_targets;  /* of one micro-batch */
-    int64_t group;        /* micro-batches per pass */
-    int recompute;        /* qs_recompute */
-    bool backward;        /* false: evaluation only */
+    int64_t max_tokens;  /* of one micro-batch */
+    int64_t max_targets; /* of one micro-batch */
+    int64_t group;       /* micro-batches per pass */
+    int recompute;       /* qs_recompute */
+    bool backward;       /* false: evaluation only */
 } qs_model_shape;
 
 /** One micro-batch of a pass. */
 typedef struct {
-    const qs_batch *batch; /* n_tokens 0: nothing to do */
-    int64_t slot;          /* its number in the step */
-    double loss_sum;       /* out: sum over its targets, fp64 in row order */
+    const qs_batch *batch; /* NULL or n_tokens 0: nothing to compute, contributes zeros */
+    int64_t slot; /* its number in the step; -1: this rank has no slot in this place of the pass */
+    double loss_sum; /* out: sum over its targets, fp64 in row order */
 } qs_micro_batch;
 
-/** All pointers are borrowed for the life of the model. `lora` is the full LoRA vector, [n_layers * per_layer]; NULL: base only. */
+/** All pointers are borrowed for the life of the model. `lora` is the full LoRA vector, [n_layers *
+ * per_layer]; NULL: base only. */
 qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *fsdp,
                           const qs_ops *ops, qs_queue *queue, const qs_lora_layout *layout,
                           const float *lora, const qs_model_shape *shape);
@@ -42,7 +44,7 @@ typedef struct {
     size_t activation_bytes, work_bytes, small_bytes;
 } qs_model_bytes;
 qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *layout,
-                             int64_t head_chunk_rows, const qs_model_shape *shape);
+                             const qs_model_shape *shape);
 
 /** Dropout of a training step: probability and key. */
 typedef struct {
@@ -50,8 +52,9 @@ typedef struct {
     uint64_t seed, step;
 } qs_model_noise;
 
-/** Forward, loss and backward of `group[count]` (count <= shape.group; the same on every rank). The gradient of the loss sum times
- *  `loss_scale` goes into `grads`; after the last pass of a step (`reduce`) each layer's reduction starts as soon as its backward ends. */
+/** Forward, loss and backward of `group[count]` (count <= shape.group; the same on every rank). The
+ * gradient of the loss sum times `loss_scale` goes into `grads`; after the last pass of a step
+ * (`reduce`) each layer's reduction starts as soon as its backward ends. */
 qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, int64_t count,
                               float loss_scale, const qs_model_noise *noise, qs_grads *grads,
                               bool reduce);
@@ -59,10 +62,12 @@ qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, int64_t co
 /** Forward and loss only. */
 qs_status qs_model_eval_pass(qs_model *model, qs_micro_batch *group, int64_t count);
 
-/** Logits of the last token of each document of `batch` ([n_docs, vocab]) or, with `all`, of every token. Collective. */
+/** Logits of the last token of each document of `batch` ([n_docs, vocab]) or, with `all`, of every
+ * token. Collective. */
 qs_status qs_model_logits(qs_model *model, const qs_batch *batch, bool all, float *logits);
 
-/** Floating-point operations of this rank so far, by the formula of the issue: 2 per multiply-add of linears, LoRA, attention and head. */
+/** Floating-point operations of this rank so far, by the formula of the issue: 2 per multiply-add
+ * of linears, LoRA, attention and head. */
 double qs_model_flops(const qs_model *model);
 
 #endif

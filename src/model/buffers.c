@@ -1,0 +1,148 @@
+/* All buffers of a model, laid out once before the first step in two blocks: what lives between
+ * forward and backward, and scratch. The same walk computes the sizes for the plan and hands out
+ * the pointers, so that the two cannot differ. */
+#include "model/model_impl.h"
+
+#include "base/mem.h"
+
+enum { ALIGNMENT = 64 };
+
+/* A block that is being handed out; with base NULL it is only measured. */
+typedef struct {
+    char *base;
+    size_t used;
+} arena;
+
+static void *take(arena *block, int64_t count, size_t size)
+{
+    void *at = block->base != NULL ? block->base + block->used : NULL;
+    size_t bytes = (size_t)count * size;
+    block->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return at;
+}
+
+static float *take_floats(arena *block, int64_t count)
+{
+    return take(block, count, sizeof(float));
+}
+
+/* The members of `acts` that belong to the mode: everything but x and the A x of down_proj may be
+ * shared. */
+static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts)
+{
+    const int64_t t = m->shape.max_tokens;
+    acts->rstd1 = take_floats(block, t);
+    acts->q = take_floats(block, t * m->q_width);
+    acts->k = take_floats(block, t * m->kv_width);
+    acts->v = take_floats(block, t * m->kv_width);
+    acts->o = take_floats(block, t * m->q_width);
+    acts->lse = take_floats(block, t * m->config->n_heads);
+    acts->x2 = take_floats(block, t * m->config->hidden);
+    acts->rstd2 = take_floats(block, t);
+}
+
+static void carve_gate_and_up(const qs_model *m, arena *block, qs_layer_acts *acts)
+{
+    acts->gate = take_floats(block, m->shape.max_tokens * m->config->ffn_hidden);
+    acts->up = take_floats(block, m->shape.max_tokens * m->config->ffn_hidden);
+}
+
+static void carve_adapters(const qs_model *m, arena *block, qs_layer_acts *acts, qs_linear from,
+                           qs_linear to)
+{
+    for (int i = (int)from; i <= (int)to; i++) {
+        const bool used = m->layout != NULL && m->layout->targeted[i];
+        acts->xa[i] = used ? take_floats(block, m->shape.max_tokens * m->layout->lora_rank) : NULL;
+    }
+}
+
+/* Activations of one micro-batch: `shared` is what all layers use in turn. */
+static void carve_micro(qs_model *m, arena *block, qs_micro_acts *micro,
+                        const qs_layer_acts *shared)
+{
+    const int64_t t = m->shape.max_tokens, hidden = m->config->hidden;
+    const bool keep = m->shape.backward;
+    const bool keep_attention = keep && m->shape.recompute != QS_RECOMPUTE_FULL;
+    const bool keep_gate = keep && m->shape.recompute == QS_RECOMPUTE_NONE;
+    /* without a backward two boundaries are enough: in and out change places */
+    float *boundary[2] = {NULL, NULL};
+    if (!keep) {
+        boundary[0] = take_floats(block, t * hidden);
+        boundary[1] = take_floats(block, t * hidden);
+    }
+    for (int l = 0; l < m->config->n_layers; l++) {
+        qs_layer_acts acts = *shared;
+        acts.x = keep ? take_floats(block, t * hidden) : boundary[l % 2];
+        if (keep_attention) {
+            carve_attention(m, block, &acts);
+            carve_adapters(m, block, &acts, QS_Q, QS_O);
+        }
+        if (keep_gate) {
+            carve_gate_and_up(m, block, &acts);
+            carve_adapters(m, block, &acts, QS_GATE, QS_UP);
+        }
+        if (keep) {
+            carve_adapters(m, block, &acts, QS_DOWN, QS_DOWN);
+        }
+        if (micro != NULL) {
+            micro->layers[l] = acts;
+        }
+    }
+    qs_micro_acts out = {0};
+    out.layers = micro != NULL ? micro->layers : NULL;
+    out.x_last = keep ? take_floats(block, t * hidden) : boundary[m->config->n_layers % 2];
+    out.dx = keep ? take_floats(block, t * hidden) : NULL;
+    const int64_t r = m->shape.max_targets;
+    out.head_rows = take_floats(block, r * hidden);
+    out.row_rstd = take_floats(block, r);
+    out.head.max = take_floats(block, r);
+    out.head.sum = take_floats(block, r);
+    out.head.target_logit = take_floats(block, r);
+    out.head.o = keep ? take_floats(block, r * hidden) : NULL;
+    out.head.w_target = keep ? take_floats(block, r * hidden) : NULL;
+    out.target_row = take(block, r, sizeof(int32_t));
+    out.head_target = take(block, r, sizeof(int32_t));
+    if (micro != NULL) {
+        *micro = out;
+    }
+}
+
+static void carve_work(qs_model *m, arena *block)
+{
+    const int64_t t = m->shape.max_tokens, r = m->shape.max_targets;
+    const int64_t hidden = m->config->hidden, ffn = m->config->ffn_hidden;
+    const int lora_rank = m->layout != NULL ? m->layout->lora_rank : 0;
+    qs_model_work *w = &m->work;
+    w->norm = take_floats(block, t * hidden);
+    w->act = take_floats(block, t * ffn);
+    w->row_rng = take(block, t, sizeof(qs_rng));
+    w->rows = take_floats(block, r * hidden);
+    w->row_loss = take_floats(block, r);
+    if (m->shape.backward) {
+        w->d_act = take_floats(block, t * ffn);
+        w->d_norm = take_floats(block, t * hidden);
+        w->d_o = take_floats(block, t * m->q_width);
+        w->d_q = take_floats(block, t * m->q_width);
+        w->d_k = take_floats(block, t * m->kv_width);
+        w->d_v = take_floats(block, t * m->kv_width);
+        w->delta = take_floats(block, t * m->config->n_heads);
+        w->lora = take_floats(block, t * lora_rank);
+        w->d_rows = take_floats(block, r * hidden);
+    }
+}
+
+void qs_model_carve(qs_model *m, size_t *activation_bytes, size_t *work_bytes)
+{
+    arena work = {m->work_block, 0};
+    arena kept = {m->activation_block, 0};
+    qs_layer_acts shared = {0};
+    carve_work(m, &work);
+    carve_attention(m, &work, &shared);
+    carve_gate_and_up(m, &work, &shared);
+    carve_adapters(m, &work, &shared, QS_Q, QS_DOWN);
+    for (int64_t g = 0; g < m->shape.group; g++) {
+        carve_micro(m, &kept, m->micro != NULL ? &m->micro[g] : NULL, &shared);
+    }
+    *activation_bytes = kept.used;
+    *work_bytes = work.used;
+}

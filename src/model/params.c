@@ -1,0 +1,162 @@
+/* The parameters that are not gathered: norms and biases as floats, the places of the linears in
+ * their units, and the RoPE tables. */
+#include "model/model_impl.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/mem.h"
+
+/* Angles in fp32 as transformers computes them, then cosine and sine correctly rounded. */
+static qs_status make_rope_tables(qs_model *m)
+{
+    const int half = m->config->head_dim / 2;
+    const int64_t positions = m->shape.max_tokens;
+    double inv_freq[QS_HEAD_DIM_MAX / 2];
+    QS_TRY(QS_ALLOC(&m->rope_cos, positions * half, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&m->rope_sin, positions * half, QS_MEM_BASE_SMALL));
+    qs_hf_rope_frequencies(m->config, inv_freq);
+    for (int64_t p = 0; p < positions; p++) {
+        for (int i = 0; i < half; i++) {
+            const float angle = (float)p * (float)inv_freq[i];
+            m->rope_cos[p * half + i] = (float)cos((double)angle);
+            m->rope_sin[p * half + i] = (float)sin((double)angle);
+        }
+    }
+    return QS_OK;
+}
+
+/* Floats that the small tensors of a unit widen to. */
+static int64_t small_count(const qs_base_unit *unit)
+{
+    int64_t count = 0;
+    for (int i = 0; i < unit->n_tensors; i++) {
+        if (unit->tensors[i].kind == QS_TENSOR_SMALL) {
+            count += unit->tensors[i].shape[0];
+        }
+    }
+    return count;
+}
+
+static qs_status require(const qs_base_index *index, const qs_base_unit *unit, const char *suffix,
+                         int64_t rows, int64_t cols, const qs_base_tensor **out)
+{
+    const qs_base_tensor *t = qs_base_find(unit, suffix);
+    if (t == NULL) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                       "%s: unit %s has no tensor that ends in \"%s\": quantize the model again",
+                       index->path, unit->name, suffix);
+    }
+    const int64_t have_cols = t->rank > 1 ? t->shape[1] : 1;
+    if (t->shape[0] != rows || have_cols != cols) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                       "%s: tensor \"%s\" is [%lld, %lld], config.json asks for [%lld, %lld]",
+                       index->path, t->name, (long long)t->shape[0], (long long)have_cols,
+                       (long long)rows, (long long)cols);
+    }
+    *out = t;
+    return QS_OK;
+}
+
+/* Widens a small tensor to the next free floats. */
+static qs_status take_small(const qs_base_index *index, const qs_base_unit *unit,
+                            const char *suffix, int64_t count, const uint8_t *bytes,
+                            float **free_at, const float **out)
+{
+    const qs_base_tensor *t = NULL;
+    QS_TRY(require(index, unit, suffix, count, 1, &t));
+    if (t->kind != QS_TENSOR_SMALL) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\" should be unquantized", index->path,
+                       t->name);
+    }
+    qs_base_small_f32(t, bytes, *free_at);
+    *out = *free_at;
+    *free_at += count;
+    return QS_OK;
+}
+
+static qs_status load_layer(qs_model *m, int layer, const uint8_t *bytes, float **free_at)
+{
+    const qs_base_index *index = m->index;
+    const qs_base_unit *unit = &index->units[qs_base_layer_unit(index, layer)];
+    qs_layer_params *p = &m->layers[layer];
+    QS_TRY(take_small(index, unit, "input_layernorm.weight", m->config->hidden, bytes, free_at,
+                      &p->norm1));
+    QS_TRY(take_small(index, unit, "post_attention_layernorm.weight", m->config->hidden, bytes,
+                      free_at, &p->norm2));
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        char name[64];
+        int64_t out = 0, in = 0;
+        const qs_base_tensor *t = NULL;
+        qs_linear_shape(m->config, (qs_linear)i, &out, &in);
+        snprintf(name, sizeof name, "%s.weight", qs_linear_path((qs_linear)i));
+        QS_TRY(require(index, unit, name, out, in, &t));
+        p->linear[i] = qs_base_weight(index, t);
+        const bool biased = i <= QS_O ? m->config->attention_bias : m->config->mlp_bias;
+        if (biased) {
+            snprintf(name, sizeof name, "%s.bias", qs_linear_path((qs_linear)i));
+            QS_TRY(take_small(index, unit, name, out, bytes, free_at, &p->bias[i]));
+        }
+    }
+    return QS_OK;
+}
+
+/* Largest small section, so that one buffer reads them all. */
+static int64_t largest_small(const qs_base_index *index)
+{
+    int64_t most = index->final.small_bytes;
+    for (int u = 0; u < index->n_units; u++) {
+        most = index->units[u].small_bytes > most ? index->units[u].small_bytes : most;
+    }
+    return most;
+}
+
+static qs_status load_all(qs_model *m, int fd, uint8_t *bytes)
+{
+    const qs_base_index *index = m->index;
+    float *free_at = m->small;
+    for (int l = 0; l < m->config->n_layers; l++) {
+        const qs_base_unit *unit = &index->units[qs_base_layer_unit(index, l)];
+        QS_TRY(qs_base_read_small(index, fd, unit, bytes));
+        QS_TRY(load_layer(m, l, bytes, &free_at));
+    }
+    const float *final_norm = NULL;
+    QS_TRY(qs_base_read_small(index, fd, &index->final, bytes));
+    QS_TRY(take_small(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
+                      &final_norm));
+    m->final_norm = final_norm;
+    return QS_OK;
+}
+
+qs_status qs_model_load_params(qs_model *m)
+{
+    qs_status st = QS_OK;
+    const qs_base_index *index = m->index;
+    uint8_t *bytes = NULL;
+    int64_t count = small_count(&index->final);
+    int fd = -1;
+    for (int u = 0; u < index->n_units; u++) {
+        count += small_count(&index->units[u]);
+    }
+    QS_GOTO(QS_ALLOC(&m->small, count, QS_MEM_BASE_SMALL));
+    QS_GOTO(QS_ALLOC(&m->layers, m->config->n_layers, QS_MEM_BASE_SMALL));
+    QS_GOTO(QS_ALLOC(&bytes, largest_small(index), QS_MEM_WORK));
+    fd = open(index->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        st =
+            QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", index->path, strerror(errno));
+        goto done;
+    }
+    QS_GOTO(load_all(m, fd, bytes));
+    QS_GOTO(make_rope_tables(m));
+done:
+    if (fd >= 0) {
+        close(fd);
+    }
+    qs_mem_free(bytes);
+    return st;
+}
