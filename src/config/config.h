@@ -1,15 +1,22 @@
-/* The configuration of a run: one plain struct, filled from defaults, a YAML file and `--set a.b=c`, in this order.
+/* The configuration of a run: one plain struct, filled from defaults, a YAML file and `--set
+ * a.b=c`, in this order.
  *
- * One table (config_keys.c) makes the defaults, the parser, the ranges, the help text and the dump, so that they cannot disagree. */
+ * One table (config_keys.c) makes the defaults, the parser, the ranges, the help text and the dump,
+ * so that they cannot disagree. */
 #ifndef QS_CONFIG_CONFIG_H
 #define QS_CONFIG_CONFIG_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "base/status.h"
 
-enum { QS_PATH_MAX = 1024, QS_TARGETS_MAX = 256 };
+enum {
+    QS_PATH_MAX = 1024,
+    QS_MICRO_BATCH_MAX = 4096, /* sequences of a micro-batch */
+    QS_GROUP_MAX = 1024,       /* micro-batches of a gather group */
+};
 
 typedef enum { QS_RECOMPUTE_FULL, QS_RECOMPUTE_SELECTIVE, QS_RECOMPUTE_NONE } qs_recompute;
 typedef enum { QS_SCHEDULE_CONSTANT, QS_SCHEDULE_LINEAR, QS_SCHEDULE_COSINE } qs_schedule;
@@ -59,16 +66,32 @@ typedef struct {
 /** Defaults only. */
 void qs_config_defaults(qs_config *cfg);
 
-/** Defaults, then the file, then `sets[n_sets]` ("train.steps=10"). Ranges and pairs are checked. Messages name file, line,
- *  key, value, range, and for an unknown key the nearest one. */
+/** Defaults, then the file, then `sets[n_sets]` ("train.steps=10"). Ranges and pairs are checked.
+ * Messages name file, line, key, value, range, and for an unknown key the nearest one. */
 qs_status qs_config_load(qs_config *cfg, const char *path, const char *const *sets, int n_sets);
 
 /** The same from text. Pure: no I/O. */
 qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const char *path,
                           const char *const *sets, int n_sets);
 
-/** The resolved configuration as YAML with a comment per key; caller frees. Parsing it again gives the same struct. */
+/** The resolved configuration as YAML with a comment per key; caller frees. Parsing it again gives
+ * the same struct. */
 char *qs_config_dump(const qs_config *cfg);
+
+/** What a command cannot do without. */
+typedef enum { QS_NEED_TRAIN, QS_NEED_EVAL, QS_NEED_SAMPLE } qs_config_need;
+
+/** Check that the settings that a command needs are there (data.train and output for a run,
+ * data.eval for an evaluation) and that this build can do what they ask. `path` is for the message.
+ */
+qs_status qs_config_require(const qs_config *cfg, qs_config_need need, const char *path);
+
+/** Name of the first key in which two runs differ so that one cannot go on as the other; NULL if
+ * there is none. Keys that change no bit of the result (output, logging, checkpoints, threads,
+ * recompute, gather_group, paths of inputs, which are compared by content) may differ: the column
+ * "neutral" of the table. `values` gets both values as text. */
+const char *qs_config_first_difference(const qs_config *a, const qs_config *b, char *values,
+                                       size_t capacity);
 
 /** Print every key with default, range and meaning (`qshard train --help`, docs). */
 void qs_config_print_keys(void);

@@ -1,9 +1,11 @@
-/* The LoRA vector: every adapter weight of the model in one order, cut into chunks and shared out over the ranks.
+/* The LoRA vector: every adapter weight of the model in one order, cut into chunks and shared out
+ * over the ranks.
  *
  *   unit (layer) u:  | A_q | B_q | A_k | B_k | ... targets in qs_linear order | padding to 4096 |
  *
- * A unit's segment has C chunks of 4,096 elements; rank r owns chunks [r p, (r+1) p), p = ceil(C / N). All layers are alike, so
- * one layout serves them all. Sums over the vector (norm, slot tree) run in chunk order and are independent of N. */
+ * A unit's segment has C chunks of 4,096 elements; rank r owns chunks [r p, (r+1) p), p = ceil(C /
+ * N). All layers are alike, so one layout serves them all. Sums over the vector (norm, slot tree)
+ * run in chunk order and are independent of N. */
 #ifndef QS_LORA_LORA_H
 #define QS_LORA_LORA_H
 
@@ -21,10 +23,11 @@ typedef struct {
     float scale;
     bool targeted[QS_LINEAR_COUNT];
     int64_t out[QS_LINEAR_COUNT], in[QS_LINEAR_COUNT];
-    int64_t a_at[QS_LINEAR_COUNT], b_at[QS_LINEAR_COUNT]; /* element offsets in the layer's segment; -1 */
-    int64_t used;      /* elements of a layer that are weights */
-    int64_t chunks;    /* per layer */
-    int64_t per_layer; /* chunks * 4096 */
+    int64_t a_at[QS_LINEAR_COUNT],
+        b_at[QS_LINEAR_COUNT]; /* element offsets in the layer's segment; -1 */
+    int64_t used;              /* elements of a layer that are weights */
+    int64_t chunks;            /* per layer */
+    int64_t per_layer;         /* chunks * 4096 */
 } qs_lora_layout;
 
 /** Layout for a model and a configuration. */
@@ -39,25 +42,28 @@ qs_range qs_lora_shard(const qs_lora_layout *layout, int rank, int nranks);
 /** Elements of a layer per rank, padded: p * 4096, the same on every rank. */
 int64_t qs_lora_shard_width(const qs_lora_layout *layout, int nranks);
 
-/** Initial value of one element of layer `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) by counter from `seed`, B = 0, padding 0. */
+/** Initial value of one element of layer `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) by counter from
+ * `seed`, B = 0, padding 0. */
 void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_range elements,
                   float *out);
 
 /** PEFT name of a weight: base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight */
 void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, char which);
 
-/** Fill a whole layer's segment from a PEFT adapter directory opened by lora_peft.c; see qs_peft_open. */
+/** Fill a whole layer's segment from a PEFT adapter directory opened by lora_peft.c; see
+ * qs_peft_open. */
 typedef struct qs_peft qs_peft;
 
-/** Open DIR (adapter_config.json, adapter_model.safetensors) and check that it fits: rank, alpha, targets, shapes. */
+/** Open DIR (adapter_config.json, adapter_model.safetensors) and check that it fits: rank, alpha,
+ * targets, shapes. */
 qs_status qs_peft_open(qs_peft **out, const char *dir, const qs_lora_layout *layout);
 /** Settings that a PEFT directory carries, for commands that take them from there. */
 qs_status qs_peft_settings(const char *dir, qs_config *cfg);
 qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment);
 void qs_peft_close(qs_peft *peft);
 
-/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. A temporary directory, read back, renamed.
- *  QS_ERR_OUTPUT_TAKEN if DIR exists. */
+/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. A temporary directory,
+ * read back, renamed. QS_ERR_OUTPUT_TAKEN if DIR exists. */
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
                         const char *base_name, const float *vector);
 

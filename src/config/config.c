@@ -1,0 +1,273 @@
+/* The order of a configuration: defaults, the file, --set, then the checks that concern more than
+ * one key. */
+#include "config/config.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "config/config_keys.h"
+
+enum { FILE_MAX = 1 << 20, NAME_MAX_SHOWN = 80 };
+
+/* ---- --set ---- */
+
+/* Copy text[0..length) without surrounding spaces as the next item. */
+static qs_status add_item(qs_value *value, const char *text, size_t length, const char *where)
+{
+    while (length > 0 && *text == ' ') {
+        text++, length--;
+    }
+    while (length > 0 && text[length - 1] == ' ') {
+        length--;
+    }
+    if (length >= QS_PATH_MAX || value->count == QS_VALUE_ITEMS_MAX) {
+        return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: the value is longer than %d bytes or %d items",
+                       where, QS_PATH_MAX - 1, QS_VALUE_ITEMS_MAX);
+    }
+    memcpy(value->items[value->count].text, text, length);
+    value->items[value->count].text[length] = '\0';
+    value->items[value->count].plain = true;
+    value->count++;
+    return QS_OK;
+}
+
+static qs_status split_list(qs_value *value, const char *text, const char *where)
+{
+    size_t length = strlen(text);
+    if (text[length - 1] != ']') {
+        return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: the list has no closing ]", where);
+    }
+    value->list = true;
+    const char *p = text + 1, *end = text + length - 1;
+    if (p + strspn(p, " ") == end) {
+        return QS_OK;
+    }
+    for (;;) {
+        const char *comma = memchr(p, ',', (size_t)(end - p));
+        QS_TRY(add_item(value, p, (size_t)((comma ? comma : end) - p), where));
+        if (!comma) {
+            return QS_OK;
+        }
+        p = comma + 1;
+    }
+}
+
+/* A value from the command line. A path is taken letter by letter, and may be empty. */
+static qs_status value_of_text(const qs_key *key, const char *text, qs_value *value,
+                               const char *where)
+{
+    memset(value, 0, sizeof *value);
+    if (key->type != QS_KEY_PATH) {
+        return text[0] == '[' ? split_list(value, text, where)
+                              : add_item(value, text, strlen(text), where);
+    }
+    if (strlen(text) >= QS_PATH_MAX) {
+        return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s: a path of at most %d bytes is allowed", where,
+                       key->name, QS_PATH_MAX - 1);
+    }
+    memcpy(value->items[0].text, text, strlen(text) + 1);
+    value->count = 1;
+    return QS_OK;
+}
+
+static qs_status apply_set(qs_config *cfg, const char *set, bool *seen)
+{
+    const char *equals = strchr(set, '=');
+    char name[128];
+    if (!equals || equals == set || (size_t)(equals - set) >= sizeof name) {
+        return QS_FAIL(QS_ERR_USAGE, "--set \"%.80s\": expected key=value, as in train.steps=10",
+                       set);
+    }
+    snprintf(name, sizeof name, "%.*s", (int)(equals - set), set);
+    int index = qs_key_find(name);
+    if (index < 0) {
+        return QS_FAIL(QS_ERR_CONFIG_KEY, "--set %.*s: unknown key; did you mean \"%s\"?",
+                       NAME_MAX_SHOWN, name, qs_key_nearest(name));
+    }
+    qs_value value;
+    QS_TRY(value_of_text(&qs_keys[index], equals + 1, &value, "--set"));
+    seen[index] = true;
+    return qs_key_set(cfg, &qs_keys[index], &value, "--set");
+}
+
+/* ---- checks of pairs ---- */
+
+static qs_status check_length(const qs_config *cfg, const char *path)
+{
+    if (cfg->train.steps == 0 && cfg->train.epochs == 0) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.steps and train.epochs are both 0; give one of them", path);
+    }
+    if (cfg->train.steps > 0 && cfg->train.epochs > 0) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.steps=%lld and train.epochs=%lld contradict each other; set one "
+                       "of them to 0",
+                       path, (long long)cfg->train.steps, (long long)cfg->train.epochs);
+    }
+    if (cfg->train.micro_batch > cfg->train.global_batch) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.micro_batch=%lld is above train.global_batch=%lld; lower it",
+                       path, (long long)cfg->train.micro_batch, (long long)cfg->train.global_batch);
+    }
+    return QS_OK;
+}
+
+static qs_status check_schedule(const qs_config *cfg, const char *path)
+{
+    double warmup = cfg->optim.warmup;
+    if (warmup >= 1 && warmup != floor(warmup)) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: optim.warmup=%g is neither a fraction below 1 nor a whole number of "
+                       "steps",
+                       path, warmup);
+    }
+    if (warmup >= 1 && cfg->train.steps > 0 && warmup >= (double)cfg->train.steps) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: optim.warmup=%.0f steps leaves nothing of train.steps=%lld; lower it",
+                       path, warmup, (long long)cfg->train.steps);
+    }
+    return QS_OK;
+}
+
+static qs_status check_saving(const qs_config *cfg, const char *path)
+{
+    int64_t every = cfg->train.keep_every, save = cfg->train.save_every;
+    if (every > 0 && (save == 0 || every % save != 0)) {
+        return QS_FAIL(
+            QS_ERR_CONFIG_PAIR,
+            "%s: train.keep_every=%lld is no multiple of train.save_every=%lld, so there "
+            "would be nothing to keep",
+            path, (long long)every, (long long)save);
+    }
+    if (cfg->train.eval_every > 0 && !cfg->data_eval[0]) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.eval_every=%lld needs data.eval; give it or set eval_every to 0",
+                       path, (long long)cfg->train.eval_every);
+    }
+    return QS_OK;
+}
+
+static qs_status check_pairs(const qs_config *cfg, const char *path)
+{
+    if (!cfg->base[0]) {
+        return QS_FAIL(QS_ERR_CONFIG_VALUE,
+                       "%s: base is missing; name the file made by qshard quantize", path);
+    }
+    QS_TRY(check_length(cfg, path));
+    QS_TRY(check_schedule(cfg, path));
+    return check_saving(cfg, path);
+}
+
+static qs_status check_paths(const qs_config *cfg, const char *path)
+{
+    const char *inputs[] = {cfg->base, cfg->data_train, cfg->data_eval, cfg->lora.init};
+    const char *names[] = {"base", "data.train", "data.eval", "lora.init"};
+    for (int i = 0; i < 4; i++) {
+        if (cfg->output[0] && strcmp(cfg->output, inputs[i]) == 0) {
+            return QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: output and %s are both \"%s\"; change output",
+                           path, names[i], cfg->output);
+        }
+    }
+    return QS_OK;
+}
+
+static qs_status missing(const char *path, const char *key, const char *remedy)
+{
+    return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s is missing; %s", path, key, remedy);
+}
+
+qs_status qs_config_require(const qs_config *cfg, qs_config_need need, const char *path)
+{
+    if (cfg->device == QS_DEVICE_CUDA) {
+        return QS_FAIL(QS_ERR_CONFIG_VALUE,
+                       "%s: device: \"cuda\" is not in this build; allowed: auto | cpu", path);
+    }
+    if (need == QS_NEED_TRAIN && !cfg->data_train[0]) {
+        return missing(path, "data.train", "name the token file made by qshard-prep");
+    }
+    if (need == QS_NEED_EVAL && !cfg->data_eval[0]) {
+        return missing(path, "data.eval", "name the token file to evaluate on");
+    }
+    if (need == QS_NEED_TRAIN && !cfg->output[0]) {
+        return missing(path, "output", "name the run directory, for example runs/demo");
+    }
+    return QS_OK;
+}
+
+/* ---- entry points ---- */
+
+static qs_status set_preset(qs_config *cfg, const qs_key *key)
+{
+    qs_value value;
+    QS_TRY(value_of_text(key, key->preset, &value, "default"));
+    return qs_key_set(cfg, key, &value, "default");
+}
+
+void qs_config_defaults(qs_config *cfg)
+{
+    memset(cfg, 0, sizeof *cfg);
+    for (int i = 0; i < qs_keys_count; i++) {
+        if (set_preset(cfg, &qs_keys[i]) != QS_OK) {
+            abort(); /* a row of our own table; test_config parses every one */
+        }
+    }
+}
+
+qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const char *path,
+                          const char *const *sets, int n_sets)
+{
+    bool *seen = calloc((size_t)qs_keys_count, sizeof *seen);
+    if (!seen) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+    }
+    qs_status st = QS_OK;
+    qs_config_defaults(cfg);
+    if (bytes > FILE_MAX) {
+        QS_GOTO(QS_FAIL(QS_ERR_CONFIG_VALUE,
+                        "%s: %zu bytes are too many for a configuration; "
+                        "at most %d are read",
+                        path, bytes, FILE_MAX));
+    }
+    QS_GOTO(qs_config_read_yaml(cfg, text, bytes, path, seen));
+    for (int i = 0; i < n_sets; i++) {
+        QS_GOTO(apply_set(cfg, sets[i], seen));
+    }
+    /* Who gives epochs alone does not mean the default number of steps as well. */
+    if (cfg->train.epochs > 0 && !seen[qs_key_find("train.steps")]) {
+        cfg->train.steps = 0;
+    }
+    QS_GOTO(check_pairs(cfg, path));
+    QS_GOTO(check_paths(cfg, path));
+done:
+    free(seen);
+    return st;
+}
+
+qs_status qs_config_load(qs_config *cfg, const char *path, const char *const *sets, int n_sets)
+{
+    /* One byte more than allowed, so that qs_config_parse can tell. */
+    char *text = malloc(FILE_MAX + 1);
+    FILE *file = fopen(path, "re");
+    qs_status st = QS_OK;
+    if (!text) {
+        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path));
+    }
+    if (!file) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_MISSING, "%s: %s", path, strerror(errno)));
+    }
+    errno = 0;
+    size_t bytes = fread(text, 1, FILE_MAX + 1, file);
+    if (ferror(file)) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be read: %s", path, strerror(errno)));
+    }
+    QS_GOTO(qs_config_parse(cfg, text, bytes, path, sets, n_sets));
+done:
+    if (file) {
+        fclose(file);
+    }
+    free(text);
+    return st;
+}

@@ -1,0 +1,370 @@
+/* The one table of keys. Defaults, parser, ranges, help, dump and the list of what may change on
+ * resume are all made from it. */
+#include "config/config_keys.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "config/nearest.h"
+
+#define AT(field) offsetof(qs_config, field)
+#define G 1073741824.0
+
+/* Bounds that no sensible run reaches; they keep the arithmetic on these numbers far from overflow.
+ */
+#define STEPS_MAX 1e9
+#define SECONDS_MAX 1e9
+
+const qs_key qs_keys[] = {
+    {.name = "base",
+     .type = QS_KEY_PATH,
+     .offset = AT(base),
+     .preset = "",
+     .neutral = true,
+     .meaning = "quantized base, made by qshard quantize"},
+    {.name = "data.train",
+     .type = QS_KEY_PATH,
+     .offset = AT(data_train),
+     .preset = "",
+     .neutral = true,
+     .meaning = "token file to train on, made by qshard-prep"},
+    {.name = "data.eval",
+     .type = QS_KEY_PATH,
+     .offset = AT(data_eval),
+     .preset = "",
+     .neutral = true,
+     .meaning = "token file to evaluate on"},
+    {.name = "output",
+     .type = QS_KEY_PATH,
+     .offset = AT(output),
+     .preset = "",
+     .neutral = true,
+     .meaning = "run directory: checkpoints, metrics, resolved configuration"},
+    {.name = "seed",
+     .type = QS_KEY_I64,
+     .offset = AT(seed),
+     .preset = "42",
+     .low = 0,
+     .high = 9007199254740991.0, /* 2^53 - 1: exact in every reader of the dump */
+     .meaning = "seed of LoRA's start, the order of samples and dropout"},
+    {.name = "device",
+     .type = QS_KEY_ENUM,
+     .offset = AT(device),
+     .preset = "auto",
+     .names = {"auto", "cpu", "cuda"},
+     .meaning = "where to compute"},
+
+    {.name = "train.steps",
+     .type = QS_KEY_I64,
+     .offset = AT(train.steps),
+     .preset = "100",
+     .high = STEPS_MAX,
+     .unit = "steps",
+     .meaning = "length of the run; 0: train.epochs says it"},
+    {.name = "train.epochs",
+     .type = QS_KEY_I64,
+     .offset = AT(train.epochs),
+     .preset = "0",
+     .high = 1e6,
+     .unit = "epochs",
+     .meaning = "length of the run in passes over the data; 0: train.steps says it"},
+    {.name = "train.global_batch",
+     .type = QS_KEY_I64,
+     .offset = AT(train.global_batch),
+     .preset = "16",
+     .low = 1,
+     .high = 1048576,
+     .unit = "sequences",
+     .meaning = "sequences of a step, over all ranks"},
+    {.name = "train.micro_batch",
+     .type = QS_KEY_I64,
+     .offset = AT(train.micro_batch),
+     .preset = "2",
+     .low = 1,
+     .high = 65536,
+     .unit = "sequences",
+     .meaning = "sequences that pass the model together on one rank"},
+    {.name = "train.seq_len",
+     .type = QS_KEY_I64,
+     .offset = AT(train.seq_len),
+     .preset = "512",
+     .low = 2,
+     .high = 1048576,
+     .unit = "tokens",
+     .meaning = "longest sequence that is accepted"},
+    {.name = "train.recompute",
+     .type = QS_KEY_ENUM,
+     .offset = AT(train.recompute),
+     .preset = "full",
+     .neutral = true,
+     .names = {"full", "selective", "none"},
+     .meaning = "what the backward computes again: a layer, its gate and up only, nothing"},
+    {.name = "train.gather_group",
+     .type = QS_KEY_I64,
+     .offset = AT(train.gather_group),
+     .preset = "auto",
+     .high = 65536,
+     .neutral = true,
+     .zero = "auto",
+     .unit = "micro-batches",
+     .meaning = "micro-batches that pass one gathered unit"},
+    {.name = "train.eval_every",
+     .type = QS_KEY_I64,
+     .offset = AT(train.eval_every),
+     .preset = "0",
+     .high = STEPS_MAX,
+     .neutral = true,
+     .unit = "steps",
+     .meaning = "evaluate on data.eval every so often; 0: never"},
+    {.name = "train.log_every",
+     .type = QS_KEY_I64,
+     .offset = AT(train.log_every),
+     .preset = "1",
+     .low = 1,
+     .high = STEPS_MAX,
+     .neutral = true,
+     .unit = "steps",
+     .meaning = "a line of metrics every so often"},
+    {.name = "train.save_every",
+     .type = QS_KEY_I64,
+     .offset = AT(train.save_every),
+     .preset = "0",
+     .high = STEPS_MAX,
+     .neutral = true,
+     .unit = "steps",
+     .meaning = "a checkpoint every so often; 0: at the end only"},
+    {.name = "train.keep_last",
+     .type = QS_KEY_I64,
+     .offset = AT(train.keep_last),
+     .preset = "2",
+     .low = 1,
+     .high = 1000,
+     .neutral = true,
+     .unit = "checkpoints",
+     .meaning = "newest checkpoints to keep"},
+    {.name = "train.keep_every",
+     .type = QS_KEY_I64,
+     .offset = AT(train.keep_every),
+     .preset = "0",
+     .high = STEPS_MAX,
+     .neutral = true,
+     .unit = "steps",
+     .meaning = "keep checkpoints of these steps for ever; 0: none"},
+    {.name = "train.max_time",
+     .type = QS_KEY_F64,
+     .offset = AT(train.max_time),
+     .preset = "0.0",
+     .high = SECONDS_MAX,
+     .neutral = true,
+     .unit = "s",
+     .meaning = "save and leave with code 75 after this time; 0: no limit"},
+
+    {.name = "lora.rank",
+     .type = QS_KEY_I64,
+     .offset = AT(lora.rank),
+     .preset = "16",
+     .low = 1,
+     .high = 1024,
+     .meaning = "inner width of the adapters"},
+    {.name = "lora.alpha",
+     .type = QS_KEY_F64,
+     .offset = AT(lora.alpha),
+     .preset = "32.0",
+     .high = 1e6,
+     .above_low = true,
+     .meaning = "scale: alpha / rank, or alpha / sqrt(rank) with lora.rslora"},
+    {.name = "lora.dropout",
+     .type = QS_KEY_F64,
+     .offset = AT(lora.dropout),
+     .preset = "0.0",
+     .high = 0.95,
+     .meaning = "probability that an input feature of an adapter is dropped"},
+    {.name = "lora.targets",
+     .type = QS_KEY_TARGETS,
+     .offset = AT(lora.targets),
+     .preset = "all-linear",
+     .meaning = "linears that get an adapter"},
+    {.name = "lora.rslora",
+     .type = QS_KEY_BOOL,
+     .offset = AT(lora.rslora),
+     .preset = "false",
+     .meaning = "rank-stabilized scale (arXiv:2312.03732)"},
+    {.name = "lora.init",
+     .type = QS_KEY_PATH,
+     .offset = AT(lora.init),
+     .preset = "",
+     .meaning = "PEFT directory to continue from; \"\": start anew"},
+
+    {.name = "optim.name",
+     .type = QS_KEY_ONLY,
+     .preset = "adamw",
+     .names = {"adamw"},
+     .meaning = "optimizer (AdamW: arXiv:1711.05101)"},
+    {.name = "optim.lr",
+     .type = QS_KEY_F64,
+     .offset = AT(optim.lr),
+     .preset = "2.0e-4",
+     .high = 1,
+     .above_low = true,
+     .meaning = "peak learning rate"},
+    {.name = "optim.betas",
+     .type = QS_KEY_PAIR,
+     .offset = AT(optim.beta1),
+     .preset = "[0.9, 0.999]",
+     .high = 0.9999999,
+     .meaning = "decay of the two moments"},
+    {.name = "optim.eps",
+     .type = QS_KEY_F64,
+     .offset = AT(optim.eps),
+     .preset = "1.0e-8",
+     .high = 1,
+     .above_low = true,
+     .meaning = "added to the root of the second moment"},
+    {.name = "optim.weight_decay",
+     .type = QS_KEY_F64,
+     .offset = AT(optim.weight_decay),
+     .preset = "0.0",
+     .high = 10,
+     .meaning = "decoupled weight decay"},
+    {.name = "optim.clip",
+     .type = QS_KEY_F64,
+     .offset = AT(optim.clip),
+     .preset = "1.0",
+     .high = 1e9,
+     .meaning = "largest norm of the gradient; 0: no clipping"},
+    {.name = "optim.schedule",
+     .type = QS_KEY_ENUM,
+     .offset = AT(optim.schedule),
+     .preset = "cosine",
+     .names = {"constant", "linear", "cosine"},
+     .meaning = "learning rate after the warm-up"},
+    {.name = "optim.warmup",
+     .type = QS_KEY_F64,
+     .offset = AT(optim.warmup),
+     .preset = "0.03",
+     .high = STEPS_MAX,
+     .meaning = "below 1: fraction of the steps; else steps"},
+    {.name = "optim.min_lr_ratio",
+     .type = QS_KEY_F64,
+     .offset = AT(optim.min_lr_ratio),
+     .preset = "0.1",
+     .high = 1,
+     .meaning = "last learning rate / optim.lr (linear and cosine)"},
+
+    {.name = "shard.group",
+     .type = QS_KEY_ONLY,
+     .preset = "auto",
+     .neutral = true,
+     .names = {"auto", "world"},
+     .meaning = "ranks that share one copy of the base: all of them"},
+    {.name = "shard.keep_resident",
+     .type = QS_KEY_I64,
+     .offset = AT(shard.keep_resident),
+     .preset = "0",
+     .neutral = true,
+     .unit = "units",
+     .meaning = "units that stay gathered; this build gathers every unit"},
+    {.name = "shard.prefetch",
+     .type = QS_KEY_I64,
+     .offset = AT(shard.prefetch),
+     .preset = "1",
+     .low = 1,
+     .high = 1,
+     .neutral = true,
+     .unit = "units",
+     .meaning = "units gathered ahead; this build has two buffers"},
+
+    {.name = "memory.offload",
+     .type = QS_KEY_EMPTY,
+     .preset = "[]",
+     .neutral = true,
+     .meaning = "what moves to host memory: nothing, on the CPU it is all there"},
+    {.name = "memory.device_limit",
+     .type = QS_KEY_BYTES,
+     .offset = AT(memory.device_limit),
+     .preset = "0",
+     .high = 1024.0 * 1024.0 * G,
+     .neutral = true,
+     .unit = "bytes",
+     .meaning = "most that the plan of a rank may need (8G = 8 * 2^30); 0: no limit"},
+
+    {.name = "cpu.gemm",
+     .type = QS_KEY_ENUM,
+     .offset = AT(cpu.gemm),
+     .preset = "auto",
+     .names = {"auto", "strict"},
+     .meaning = "matrix products: by the CPU's features, or the reference"},
+    {.name = "cpu.threads",
+     .type = QS_KEY_I64,
+     .offset = AT(cpu.threads),
+     .preset = "0",
+     .high = 4096,
+     .neutral = true,
+     .unit = "threads",
+     .meaning = "threads of a rank; 0: the cores that the launcher gave"},
+};
+const int qs_keys_count = (int)(sizeof qs_keys / sizeof *qs_keys);
+
+int qs_key_find(const char *name)
+{
+    for (int i = 0; i < qs_keys_count; i++) {
+        if (strcmp(qs_keys[i].name, name) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+bool qs_key_is_section(const char *name)
+{
+    size_t length = strlen(name);
+    for (int i = 0; i < qs_keys_count; i++) {
+        if (strncmp(qs_keys[i].name, name, length) == 0 && qs_keys[i].name[length] == '.') {
+            return true;
+        }
+    }
+    return false;
+}
+
+static const char *last_part(const char *name)
+{
+    const char *dot = strrchr(name, '.');
+    return dot ? dot + 1 : name;
+}
+
+/* A key written at the wrong level ("steps" for "train.steps") should be found too: comparing the
+ * last parts alone costs 1. */
+const char *qs_key_nearest(const char *name)
+{
+    const char *best = qs_keys[0].name;
+    int least = INT_MAX;
+    for (int i = 0; i < qs_keys_count; i++) {
+        int whole = qs_edit_distance(name, qs_keys[i].name);
+        int part = qs_edit_distance(last_part(name), last_part(qs_keys[i].name)) + 1;
+        int distance = whole < part ? whole : part;
+        if (distance < least) {
+            least = distance;
+            best = qs_keys[i].name;
+        }
+    }
+    return best;
+}
+
+const char *qs_config_first_difference(const qs_config *a, const qs_config *b, char *values,
+                                       size_t capacity)
+{
+    char left[QS_KEY_TEXT_MAX], right[QS_KEY_TEXT_MAX];
+    for (int i = 0; i < qs_keys_count; i++) {
+        if (qs_keys[i].neutral) {
+            continue;
+        }
+        qs_key_format(a, &qs_keys[i], left, sizeof left);
+        qs_key_format(b, &qs_keys[i], right, sizeof right);
+        if (strcmp(left, right) != 0) {
+            snprintf(values, capacity, "%.200s and %.200s", left, right);
+            return qs_keys[i].name;
+        }
+    }
+    return NULL;
+}

@@ -1,0 +1,87 @@
+/* Where each adapter weight lies in the LoRA vector, and what it starts as. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/rng.h"
+#include "lora/lora.h"
+
+qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg)
+{
+    memset(out, 0, sizeof *out);
+    double rank = (double)cfg->lora.rank;
+    out->n_layers = model->n_layers;
+    out->lora_rank = (int)cfg->lora.rank;
+    out->scale = (float)(cfg->lora.alpha / (cfg->lora.rslora ? sqrt(rank) : rank));
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        qs_linear_shape(model, (qs_linear)i, &out->out[i], &out->in[i]);
+        out->a_at[i] = out->b_at[i] = -1;
+        out->targeted[i] = cfg->lora.targets >> i & 1;
+        if (!out->targeted[i]) {
+            continue;
+        }
+        /* Ranges of config.json and of lora.rank keep these products below 2^50. */
+        out->a_at[i] = out->used;
+        out->b_at[i] = out->a_at[i] + cfg->lora.rank * out->in[i];
+        out->used = out->b_at[i] + out->out[i] * cfg->lora.rank;
+    }
+    if (out->used == 0) {
+        return QS_FAIL(QS_ERR_CONFIG_VALUE, "lora.targets: no linear is named; nothing to train");
+    }
+    out->chunks = (out->used + QS_LORA_CHUNK - 1) / QS_LORA_CHUNK;
+    out->per_layer = out->chunks * QS_LORA_CHUNK;
+    return QS_OK;
+}
+
+int64_t qs_lora_count(const qs_lora_layout *layout)
+{
+    return layout->n_layers * layout->used;
+}
+
+qs_range qs_lora_shard(const qs_lora_layout *layout, int rank, int nranks)
+{
+    qs_range chunks = qs_shard_of(layout->chunks, rank, nranks);
+    return (qs_range){chunks.begin * QS_LORA_CHUNK, chunks.end * QS_LORA_CHUNK};
+}
+
+int64_t qs_lora_shard_width(const qs_lora_layout *layout, int nranks)
+{
+    return qs_shard_width(layout->chunks, nranks) * QS_LORA_CHUNK;
+}
+
+static int64_t max_of(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static int64_t min_of(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Kaiming uniform with a = sqrt(5) in PEFT's words: U(-1/sqrt(in), 1/sqrt(in)). The counter is the
+ * place in the segment, so a value does not depend on who computes it. */
+void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_range elements,
+                  float *out)
+{
+    qs_rng rng = qs_rng_make(seed, 0, 0, QS_RNG_LORA_INIT, (uint32_t)layer);
+    memset(out, 0, (size_t)max_of(elements.end - elements.begin, 0) * sizeof *out);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if (!layout->targeted[i]) {
+            continue;
+        }
+        float bound = (float)(1.0 / sqrt((double)layout->in[i]));
+        int64_t begin = max_of(layout->a_at[i], elements.begin);
+        int64_t end = min_of(layout->b_at[i], elements.end);
+        for (int64_t e = begin; e < end; e++) {
+            float unit = 2.0f * qs_rng_uniform(&rng, (uint64_t)e) - 1.0f; /* exact */
+            out[e - elements.begin] = unit * bound;
+        }
+    }
+}
+
+void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, char which)
+{
+    snprintf(out, capacity, "base_model.model.model.layers.%d.%s.lora_%c.weight", layer,
+             qs_linear_path(linear), which);
+}

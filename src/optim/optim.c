@@ -1,0 +1,86 @@
+#include "optim/optim.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "base/mem.h"
+
+/* A fraction is rounded up, as transformers does; 0.07 * 100 is 7 all the same. */
+static double warmup_steps(const qs_config *cfg, int64_t steps)
+{
+    double warmup = cfg->optim.warmup;
+    return warmup < 1 ? ceil(warmup * (double)steps - 1e-9) : warmup;
+}
+
+double qs_lr_at(const qs_config *cfg, int64_t step, int64_t steps)
+{
+    const double pi = 3.14159265358979323846;
+    double warm = warmup_steps(cfg, steps), low = cfg->optim.min_lr_ratio;
+    if ((double)step < warm) {
+        return cfg->optim.lr * (double)(step + 1) / warm;
+    }
+    /* 0 at the first step after the warm-up, 1 at the end of the run, which no step reaches. */
+    double length = (double)steps - warm;
+    double done = length > 0 ? fmin(((double)step - warm) / length, 1.0) : 1.0;
+    switch (cfg->optim.schedule) {
+    case QS_SCHEDULE_LINEAR:
+        return cfg->optim.lr * (low + (1 - low) * (1 - done));
+    case QS_SCHEDULE_COSINE:
+        return cfg->optim.lr * (low + (1 - low) * 0.5 * (1 + cos(pi * done)));
+    default:
+        return cfg->optim.lr;
+    }
+}
+
+double qs_clip_scale(double clip, double norm)
+{
+    return clip > 0 ? fmin(1.0, clip / (norm + 1e-6)) : 1.0;
+}
+
+qs_status qs_optim_create(qs_optim **out, int64_t count)
+{
+    *out = NULL;
+    qs_optim *optim = calloc(1, sizeof *optim);
+    if (!optim) {
+        return QS_FAIL(QS_ERR_MEMORY, "no memory for the optimizer");
+    }
+    qs_status st = QS_OK;
+    optim->count = count;
+    QS_GOTO(QS_ALLOC(&optim->master, count, QS_MEM_OPTIM));
+    QS_GOTO(QS_ALLOC(&optim->m, count, QS_MEM_OPTIM));
+    QS_GOTO(QS_ALLOC(&optim->v, count, QS_MEM_OPTIM));
+    *out = optim;
+    optim = NULL;
+done:
+    qs_optim_destroy(optim);
+    return st;
+}
+
+void qs_optim_destroy(qs_optim *optim)
+{
+    if (optim) {
+        qs_mem_free(optim->master);
+        qs_mem_free(optim->m);
+        qs_mem_free(optim->v);
+        free(optim);
+    }
+}
+
+qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
+                        double lr, double grad_scale, const float *grad)
+{
+    double t = (double)(optim->step + 1);
+    qs_adamw_args args = {
+        .lr = (float)lr,
+        .beta1 = (float)cfg->optim.beta1,
+        .beta2 = (float)cfg->optim.beta2,
+        .eps = (float)cfg->optim.eps,
+        .weight_decay = (float)cfg->optim.weight_decay,
+        .grad_scale = (float)grad_scale,
+        .bias_correction1 = (float)(1 - pow(cfg->optim.beta1, t)),
+        .bias_correction2 = (float)(1 - pow(cfg->optim.beta2, t)),
+    };
+    QS_TRY(ops->adamw(queue, &args, optim->count, grad, optim->master, optim->m, optim->v));
+    optim->step++;
+    return QS_OK;
+}
