@@ -1,0 +1,142 @@
+"""What the oracle is asked: small models, one real one, their data, adapters and training settings. Plain data, no torch."""
+from dataclasses import dataclass, field
+
+LINEARS = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`model` are options of qshard_tiny.py, or None where the checkpoint is given.
+
+    `sequences` are packed rows: each is a list of documents (length, ignored): `ignored` of a document's first labels are
+    -100. The global batch is the whole set, so that every step sees all of it and the order of samples does not matter.
+    """
+
+    name: str
+    model: list | None
+    sequences: list
+    eval_sequences: list
+    lora_rank: int
+    lora_alpha: int
+    b_deviation: float  # B is not zero, so that A has a gradient
+    lr: float
+    seed: int
+    micro_batch: int = 2
+    steps: int = 50
+    training: dict = field(
+        default_factory=lambda: {"warmup": 0.03, "min_lr_ratio": 0.1, "clip": 1.0, "betas": [0.9, 0.999], "eps": 1e-8}
+    )
+
+    @property
+    def seq_len(self):
+        return max(sum(length for length, _ in row) for row in self.sequences + self.eval_sequences)
+
+
+CASES = {
+    case.name: case
+    for case in [
+        # Two layers of the usual kind: grouped queries, tied head, 7 rows of ragged length.
+        Case(
+            name="tiny2",
+            model="--hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 --vocab 320 --seed 11".split(),
+            sequences=[
+                [(17, 5)],
+                [(9, 0), (12, 4), (3, 0)],  # packed
+                [(1, 0), (20, 20)],  # nothing to learn: a document of one token, and one that is all prompt
+                [(31, 10)],
+                [(2, 0)],
+                [(8, 3), (1, 0), (14, 7)],  # a document of one token inside
+                [(23, 1)],
+            ],
+            eval_sequences=[[(19, 6)], [(7, 0), (11, 5)], [(26, 9)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            lr=1e-3,
+            seed=101,
+        ),
+        # Nothing fits: widths 72, 80 and 248 are no multiples of 64, so NF4 blocks cross rows; a head is 20 wide though
+        # 72 / 4 is 18; 397 is prime; two quanta in the MLP; own head; rotary scaling with wavelengths on all sides of its
+        # borders (8 and 32 positions).
+        Case(
+            name="odd",
+            model=(
+                "--hidden 72 --layers 2 --heads 4 --kv-heads 2 --head-dim 20 --ffn 248 --vocab 397 --untied "
+                "--rope-scaling llama3 --seed 12"
+            ).split(),
+            sequences=[
+                [(40, 11)],
+                [(5, 5), (5, 0), (33, 2)],
+                [(6, 6)],  # nothing to learn
+                [(48, 1)],
+                [(13, 0), (13, 13), (13, 3)],
+                [(21, 8)],
+                [(3, 1)],
+                [(29, 0), (10, 4)],
+                [(44, 20)],
+            ],
+            eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            lr=1e-3,
+            seed=102,
+            micro_batch=3,
+        ),
+        # Every linear has a bias; as many heads of keys as of queries.
+        Case(
+            name="biases",
+            model=(
+                "--hidden 64 --layers 2 --heads 4 --kv-heads 4 --ffn 160 --vocab 320 --attention-bias --mlp-bias --seed 13"
+            ).split(),
+            sequences=[[(24, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            lr=1e-3,
+            seed=103,
+            micro_batch=1,
+        ),
+        # A real model, SmolLM2-135M-Instruct: English text (TEXTS) cut into documents of these lengths.
+        Case(
+            name="smollm2",
+            model=None,
+            sequences=[
+                [(44, 12)],
+                [(17, 0), (26, 8), (9, 3)],
+                [(8, 8)],  # nothing to learn
+                [(56, 20)],
+                [(33, 5)],
+                [(1, 0), (38, 0)],
+            ],
+            eval_sequences=[[(48, 0)], [(20, 6), (24, 0)]],
+            lora_rank=16,
+            lora_alpha=32,
+            b_deviation=0.01,
+            lr=2e-4,
+            seed=104,
+        ),
+    ]
+}
+
+# English for the real model; each document begins where the one before it ended, and the text starts over at its end.
+TEXT = (
+    "The river rises in the hills above the old town and runs south for about forty miles before it meets the sea. "
+    "In spring the water is high and cold, and the ferry does not cross until the middle of the morning. "
+    "A computer with two processors can do two things at the same time, but only if neither of them has to wait for the "
+    "other. To make bread you need flour, water, salt and a little yeast; mix them, let the dough rest for an hour, and bake "
+    "it until the crust is brown. The moon goes around the earth once in about twenty seven days. "
+    "What does the command ls do? It lists the files in a directory, one name after the other. "
+    "She closed the book, put it back on the shelf and looked out of the window, where the first snow of the year had begun "
+    "to fall. If you add seventeen and twenty five, you get forty two. "
+    "A matrix can be multiplied by another matrix when it has as many columns as the other one has rows. "
+)

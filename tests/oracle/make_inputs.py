@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Writes the inputs of one oracle case, always with the same bytes, from numpy and h5py alone.
+
+    make_inputs.py CASE OUT [--model HF_DIR]
+
+OUT then holds
+    model/         the checkpoint (not for smollm2, whose directory is given with --model)
+    adapter/       a PEFT adapter whose B is not zero
+    train.h5, eval.h5
+    run.yaml       the settings that the golden values belong to; the base is expected as OUT/base.h5
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+
+import h5py
+import numpy as np
+import xxhash
+
+from cases import CASES, LINEARS, TEXT
+from tensors import qshard_tiny, write_safetensors
+
+IGNORED = -100
+
+
+def integers(seed, name, count, limit):
+    """Whole numbers in [0, limit): the upper 32 bits of random words, scaled."""
+    words = qshard_tiny.raw_words(seed, name, count) >> np.uint64(32)
+    return (words * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
+
+
+# --- token files ------------------------------------------------------------------------------------------------------
+def random_documents(seed, name, lengths, vocab):
+    """Documents in which a token follows from the one before it two times out of three: something can be learned."""
+    documents = []
+    for i, length in enumerate(lengths):
+        ids = integers(seed, f"{name}/{i}/ids", length, vocab)
+        follows = integers(seed, f"{name}/{i}/follows", length, 3) > 0
+        for t in range(1, length):
+            if follows[t]:
+                ids[t] = (ids[t - 1] * 7 + 13) % vocab
+        documents.append(ids)
+    return documents
+
+
+def vocabulary_of(model_dir):
+    """Bytes of each id of a byte-level tokenizer.json; added tokens as their text."""
+    with open(os.path.join(model_dir, "tokenizer.json"), encoding="utf-8") as file:
+        tokenizer = json.load(file)
+    to_byte = {letter: byte for byte, letter in qshard_tiny.byte_alphabet().items()}
+    added = {token["id"]: token["content"].encode() for token in tokenizer["added_tokens"]}
+    table = {i: bytes(to_byte[c] for c in text) for text, i in tokenizer["model"]["vocab"].items() if i not in added}
+    table.update(added)
+    return [table.get(i, b"") for i in range(max(table) + 1)]
+
+
+def text_documents(lengths, table):
+    """TEXT in tokens, the longest that fits each time, cut into documents. (Not what a tokenizer gives; it need not be.)"""
+    id_of = {text: i for i, text in reversed(list(enumerate(table))) if text}
+    longest = max(len(text) for text in id_of)
+    ids, at, text = [], 0, TEXT.encode()
+    while len(ids) < sum(lengths):
+        rest = text[at : at + longest]
+        token = next(rest[:n] for n in range(len(rest), 0, -1) if rest[:n] in id_of)
+        ids.append(id_of[token])
+        at = (at + len(token)) % len(text)
+    ends = np.cumsum(lengths)
+    return [np.array(ids[end - length : end]) for end, length in zip(ends, lengths)]
+
+
+def token_arrays(rows, documents):
+    """The datasets of a token file, from rows of (length, ignored) and the documents in order."""
+    tokens = np.concatenate(documents).astype(np.uint32)
+    labels = tokens.astype(np.int32)
+    doc_offsets, seq_offsets, seq_targets, at = [0], [0], [], 0
+    for row in rows:
+        targets = 0
+        for length, ignored in row:
+            labels[at : at + ignored] = IGNORED
+            targets += int(np.count_nonzero(labels[at + 1 : at + length] != IGNORED))
+            at += length
+            doc_offsets.append(at)
+        seq_offsets.append(at)
+        seq_targets.append(targets)
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "seq_offsets": np.array(seq_offsets, dtype=np.int64),
+        "doc_offsets": np.array(doc_offsets, dtype=np.int64),
+        "seq_targets": np.array(seq_targets, dtype=np.uint32),
+    }
+
+
+def decode_arrays(table):
+    """The decode table: offsets and bytes."""
+    ends = np.cumsum([0] + [len(text) for text in table], dtype=np.int64)
+    return {"decode_offsets": ends, "decode_bytes": np.frombuffer(b"".join(table), dtype=np.uint8)}
+
+
+def write_dataset(file, name, array):
+    """Contiguous and allocated at once, as docs/file-formats.md asks."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_obj_track_times(False)
+    array = np.ascontiguousarray(array)
+    little = array.dtype.newbyteorder("<")
+    space = h5py.h5s.create_simple(array.shape)
+    dataset = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(little), space, dcpl=properties)
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, array.astype(little))
+
+
+def write_token_file(path, arrays, attributes):
+    """One token file; strings become fixed-length, the rest int64."""
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        for name, value in attributes.items():
+            file.attrs.create(name, np.bytes_(value) if isinstance(value, str) else np.int64(value))
+        for name, array in arrays.items():
+            write_dataset(file, name, array)
+
+
+def make_token_file(case, split, path, table, vocab, tokenizer_sha256):
+    rows = case.sequences if split == "train" else case.eval_sequences
+    lengths = [length for row in rows for length, _ in row]
+    if case.model is None:
+        documents = text_documents(lengths if split == "train" else [97, *lengths], table)[-len(lengths) :]
+    else:
+        documents = random_documents(case.seed, split, lengths, vocab)
+    arrays = token_arrays(rows, documents)
+    attributes = {
+        "format": "qshard-data",
+        "format_version": 1,
+        "vocab_size": len(table),
+        "seq_len": case.seq_len,
+        "packed": 1,
+        "n_sequences": len(rows),
+        "n_tokens": arrays["tokens"].size,
+        "n_targets": int(arrays["seq_targets"].sum()),
+        "tokenizer_sha256": tokenizer_sha256,
+        "template_sha256": hashlib.sha256(qshard_tiny.CHAT_TEMPLATE.encode()).hexdigest(),
+        "source": f"oracle case {case.name}, {split}",
+        "tokens_xxh3": xxhash.xxh3_128_hexdigest(arrays["tokens"].astype("<u4").tobytes()),
+        "labels_xxh3": xxhash.xxh3_128_hexdigest(arrays["labels"].astype("<i4").tobytes()),
+    }
+    write_token_file(path, {**arrays, **decode_arrays(table)}, attributes)
+
+
+# --- adapter ----------------------------------------------------------------------------------------------------------
+def make_adapter(case, config):
+    """{PEFT name: array}: A as LoRA starts it, uniform in +-1/sqrt(in); B normal instead of zero."""
+    shapes, tensors = qshard_tiny.tensor_shapes(config), {}
+    for layer in range(config["num_hidden_layers"]):
+        for linear in LINEARS:
+            module = f"model.layers.{layer}.{linear}"
+            out_features, in_features = shapes[module + ".weight"]
+            name = f"base_model.model.{module}"
+            words = qshard_tiny.raw_words(case.seed, name + ".A", case.lora_rank * in_features)
+            uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0
+            a = (uniform / np.sqrt(float(in_features))).astype(np.float32)
+            b = qshard_tiny.normals(case.seed, name + ".B", out_features * case.lora_rank) * case.b_deviation
+            tensors[name + ".lora_A.weight"] = a.reshape(case.lora_rank, in_features)
+            tensors[name + ".lora_B.weight"] = b.astype(np.float32).reshape(out_features, case.lora_rank)
+    return tensors
+
+
+def adapter_config(case):
+    return {
+        "alpha_pattern": {},
+        "base_model_name_or_path": case.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": case.lora_alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": case.lora_rank,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": [linear.split(".")[1] for linear in LINEARS],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+# --- the settings -----------------------------------------------------------------------------------------------------
+def run_yaml(case, out):
+    """The run that the golden values belong to: every step takes the whole training set."""
+    t = case.training
+    return f"""# Oracle case {case.name}: 50 steps over the whole training set, to be compared by tests/oracle/compare.py.
+base: {out}/base.h5
+data: {{train: {out}/train.h5, eval: {out}/eval.h5}}
+output: {out}/run
+seed: 1
+device: cpu
+train: {{steps: {case.steps}, global_batch: {len(case.sequences)}, micro_batch: {case.micro_batch}, seq_len: {case.seq_len}}}
+lora: {{rank: {case.lora_rank}, alpha: {case.lora_alpha}, dropout: 0.0, targets: all-linear, init: {out}/adapter}}
+optim: {{lr: {case.lr}, betas: {t["betas"]}, eps: {t["eps"]}, weight_decay: 0.0, clip: {t["clip"]},
+        schedule: cosine, warmup: {t["warmup"]}, min_lr_ratio: {t["min_lr_ratio"]}}}
+cpu: {{gemm: strict}}
+"""
+
+
+def make_inputs(name, out, model_dir=None):
+    """Writes all inputs of a case; returns the model directory."""
+    case = CASES[name]
+    os.makedirs(os.path.join(out, "adapter"), exist_ok=True)
+    if case.model is not None:
+        model_dir = os.path.join(out, "model")
+        options = qshard_tiny.make_parser().parse_args([model_dir, *case.model])
+        qshard_tiny.check(options)
+        os.makedirs(model_dir, exist_ok=True)
+        qshard_tiny.write_checkpoint(model_dir, qshard_tiny.make_config(options), options.seed)
+    elif model_dir is None:
+        raise SystemExit(f"case {name} needs --model HF_DIR")
+    with open(os.path.join(model_dir, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    with open(os.path.join(model_dir, "tokenizer.json"), "rb") as file:
+        tokenizer_sha256 = hashlib.sha256(file.read()).hexdigest()
+    config = {"attention_bias": False, "mlp_bias": False, **config}
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    vocab, table = config["vocab_size"], vocabulary_of(model_dir)
+    table += [b""] * (vocab - len(table))  # ids up to the model's last one are used, beyond the tokenizer's
+    for split in ("train", "eval"):
+        make_token_file(case, split, os.path.join(out, split + ".h5"), table, vocab, tokenizer_sha256)
+    write_safetensors(os.path.join(out, "adapter", "adapter_model.safetensors"), make_adapter(case, config))
+    with open(os.path.join(out, "adapter", "adapter_config.json"), "w", encoding="utf-8") as file:
+        json.dump(adapter_config(case), file, indent=2)
+        file.write("\n")
+    with open(os.path.join(out, "run.yaml"), "w", encoding="utf-8") as file:
+        file.write(run_yaml(case, out))
+    return model_dir
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--model", help="checkpoint directory, for smollm2")
+    options = parser.parse_args()
+    make_inputs(options.case, options.out, options.model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
