@@ -24,9 +24,8 @@ from qprep import errors
 from qprep.errors import OneLineParser, PrepError, run
 from qprep.files import finished, refuse_existing
 
-PAGE = re.compile(
-    r"(?:^|/)man([1-8])/([^/]+)\.([1-8][a-z0-9]*)(?:\.gz|\.xz)?$"
-)  # English pages only: man/man1/..
+# English pages only: translations lie in man/de/man1/...
+PAGE = re.compile(r"(?:^|/man/)man([1-8])/([^/]+)\.([1-8][a-z0-9]*)(?:\.gz|\.xz)?$")
 SECTIONS = {
     "1": "a command",
     "2": "a system call",
@@ -83,13 +82,14 @@ def pages_of_package(path):
 
 
 def pages_of_folder(path):
-    """Yields (name, bytes) of the manual pages below a folder, following no links to folders."""
+    """Yields (relative name, bytes) of the manual pages below a folder, following no links to folders."""
     for folder, _, names in os.walk(path):
         for name in names:
             file = os.path.join(folder, name)
-            if PAGE.search(file) and os.path.isfile(file):
+            relative = os.path.relpath(file, path)
+            if PAGE.search(relative) and os.path.isfile(file):
                 with open(file, "rb") as page:
-                    yield file, page.read()
+                    yield relative, page.read()
 
 
 def page_text(data):

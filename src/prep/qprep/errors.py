@@ -40,11 +40,15 @@ class BadRecord(ValueError):
 
 
 def write_failed(path, error):
-    """The PrepError for an OSError that came up while writing `path`."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """The PrepError for what came up while writing `path`: an OSError, or HDF5's complaint about not being able to close
+    a file, which has the OSError as its context."""
+    while error is not None and getattr(error, "errno", None) is None:
+        error = error.__context__
+    number = error.errno if error is not None else errno.EIO
+    full = number in (errno.ENOSPC, errno.EDQUOT)
     hint = "; make room or name another folder" if full else ""
     return PrepError(
-        IO_FULL if full else IO_FAILED, path, f"cannot write: {error.strerror or error}{hint}"
+        IO_FULL if full else IO_FAILED, path, f"cannot write: {os.strerror(number)}{hint}"
     )
 
 

@@ -58,7 +58,7 @@ def finished(path):
             os.close(fd)
         os.replace(temporary, path)
         sync_folder(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # h5py raises the latter when closing fails
         raise errors.write_failed(path, error) from error
     finally:
         with contextlib.suppress(OSError):

@@ -4,6 +4,8 @@ Each dataset is one contiguous, early-allocated range of bytes, so that ranks ca
 are int64 scalars and fixed-length strings.
 """
 
+import errno
+
 import h5py
 import numpy as np
 import xxhash
@@ -64,6 +66,15 @@ def write_token_file(path, arrays, decode_table, attributes):
         for name, values in datasets.items():
             write_dataset(file, name, values)
         file.flush()
+    verify(path, datasets)
+
+
+def verify(path, datasets):
+    """Reads the file back: what a full disk did to it must not be found out in training."""
+    with h5py.File(path, "r") as file:
+        for name, values in datasets.items():
+            if not np.array_equal(file[name][()], values):
+                raise OSError(errno.EIO, f"the dataset {name} reads back differently")
 
 
 def write_attribute(file, name, value):

@@ -1,0 +1,274 @@
+"""qshard-prep from the command line: what is in the token file, and what is refused."""
+import hashlib
+import os
+import subprocess
+import unittest
+
+import h5py
+import numpy as np
+import xxhash
+from support import SPECIALS, FolderTest, byte_alphabet, make_model, tool
+
+from qprep.tokenfile import IGNORED
+
+BYTE = 3  # id of byte 0 in the toy model
+END = 2  # <|im_end|>
+HE = 259
+
+
+def ids(text):
+    """Ids of plain text in the toy model, which has one merge."""
+    out = []
+    for byte in text.encode("utf-8"):
+        if out and out[-1] == BYTE + ord("h") and byte == ord("e"):
+            out[-1] = HE
+        else:
+            out.append(BYTE + byte)
+    return out
+
+
+def talk(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+class Prep(FolderTest):
+    def setUp(self):
+        super().setUp()
+        self.model = make_model(self.folder)
+
+    def prep(self, records, *options, expect=0):
+        data = records if isinstance(records, str) else self.write_records("data.jsonl", records)
+        result = tool("qshard_prep.py", "--model", self.model, data, "-o", self.path("out.h5"), *options)
+        if expect is not None:
+            self.assertEqual(result.returncode, expect, result.stderr)
+        return result
+
+    def load(self, name="out.h5"):
+        with h5py.File(self.path(name), "r") as file:
+            return ({key: file[key][()] for key in file},
+                    {key: v.decode() if isinstance(v, bytes) else v for key, v in file.attrs.items()})
+
+    def learned(self, data):
+        """Texts of the runs of learned labels."""
+        labels, offsets, raw = data["labels"], data["decode_offsets"], data["decode_bytes"]
+        runs = np.split(np.arange(len(labels)), np.flatnonzero(np.diff((labels != IGNORED).astype(int))) + 1)
+        return [b"".join(raw[offsets[t]:offsets[t + 1]].tobytes() for t in labels[run]).decode("utf-8", "replace")
+                for run in runs if labels[run[0]] != IGNORED]
+
+    # --- contents
+
+    def test_messages_learn_the_assistants_turn_and_its_end(self):
+        self.prep([talk("Hi there", "Hey, the end"), talk("2", "é日")])
+        data, attributes = self.load()
+        self.assertEqual(self.learned(data), ["Hey, the end<|im_end|>", "é日<|im_end|>"])
+        want = [1] + ids("user\nHi there") + [END] + ids("\n") + [1] + ids("assistant\nHey, the end") + [END] + ids("\n")
+        self.assertEqual(data["tokens"][:len(want)].tolist(), want)
+        self.assertEqual(attributes["n_targets"], data["seq_targets"].sum())
+        self.assertEqual(data["seq_targets"].tolist(), [len(ids("Hey, the end")) + 1, len("é日".encode()) + 1])
+
+    def test_alpaca_learns_the_output_and_the_end_of_text(self):
+        self.prep([{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say", "output": "the"}])
+        data, attributes = self.load()
+        self.assertEqual(self.learned(data), ["3<|im_end|>", "the<|im_end|>"])
+        text = self.decode(data, 0)
+        self.assertIn("paired with an input", text)
+        self.assertTrue(text.endswith("### Input:\n1 2\n\n### Response:3<|im_end|>"), text)
+        self.assertNotIn("### Input", self.decode(data, 1))
+        self.assertEqual(attributes["template_sha256"], "")
+
+    def test_text_learns_all_but_the_first_token(self):
+        self.prep([{"text": "the"}, {"text": "cat"}])
+        data, _ = self.load()
+        self.assertEqual(data["tokens"].tolist(), ids("the") + [END] + ids("cat") + [END])
+        self.assertEqual(data["labels"].tolist(), [IGNORED, HE, END, IGNORED, *ids("at"), END])
+        self.assertEqual(data["seq_targets"].tolist(), [2, 3])
+
+    def decode(self, data, s):
+        offsets, raw = data["decode_offsets"], data["decode_bytes"]
+        tokens = data["tokens"][data["seq_offsets"][s]:data["seq_offsets"][s + 1]]
+        return b"".join(raw[offsets[t]:offsets[t + 1]].tobytes() for t in tokens).decode("utf-8")
+
+    def test_the_decode_table_gives_back_every_text(self):
+        texts = ["plain", "Größe 東京 👍🏽 \t\n  x", "<|endoftext|>", "\x01\x7f\x80\xad\u00a0"]
+        self.prep([{"text": text} for text in texts])
+        data, attributes = self.load()
+        self.assertEqual([self.decode(data, s) for s in range(4)], [text + "<|im_end|>" for text in texts])
+        self.assertEqual(attributes["vocab_size"], len(SPECIALS) + 256 + 1)
+        self.assertEqual(len(data["decode_offsets"]), attributes["vocab_size"] + 1)
+
+    def test_the_file_is_what_the_format_says(self):
+        self.prep([talk("a", "b")] * 3, "--seq-len", "64")
+        data, attributes = self.load()
+        types = {name: (values.dtype.str, values.ndim) for name, values in data.items()}
+        self.assertEqual(types, {"tokens": ("<u4", 1), "labels": ("<i4", 1), "seq_offsets": ("<i8", 1),
+                                 "doc_offsets": ("<i8", 1), "seq_targets": ("<u4", 1), "decode_offsets": ("<i8", 1),
+                                 "decode_bytes": ("|u1", 1)})
+        with open(self.path("tokenizer.json"), "rb") as file:
+            tokenizer = hashlib.sha256(file.read()).hexdigest()
+        self.assertEqual(attributes, {
+            "format": "qshard-data", "format_version": 1, "vocab_size": 260, "seq_len": 64, "packed": 0,
+            "n_sequences": 3, "n_tokens": len(data["tokens"]), "n_targets": 6, "tokenizer_sha256": tokenizer,
+            "template_sha256": attributes["template_sha256"], "source": "data.jsonl",
+            "tokens_xxh3": xxhash.xxh3_128_hexdigest(data["tokens"].tobytes()),
+            "labels_xxh3": xxhash.xxh3_128_hexdigest(data["labels"].tobytes())})
+        with h5py.File(self.path("out.h5"), "r") as file:
+            for name in data:
+                self.assertIsNone(file[name].chunks)
+                self.assertIsNotNone(file[name].id.get_offset(), f"{name} is not contiguous")
+                self.assertEqual(file[name].id.get_create_plist().get_alloc_time(), h5py.h5d.ALLOC_TIME_EARLY)
+            kind = file.attrs.get_id("format").get_type()
+            self.assertFalse(kind.is_variable_str())
+            self.assertEqual(file.attrs.get_id("n_tokens").get_type(), h5py.h5t.STD_I64LE)
+
+    def test_the_same_input_gives_the_same_bytes(self):
+        self.prep([talk("a", "b")] * 20, "--pack")
+        with open(self.path("out.h5"), "rb") as file:
+            first = file.read()
+        self.prep([talk("a", "b")] * 20, "--pack", "--overwrite")
+        with open(self.path("out.h5"), "rb") as file:
+            self.assertEqual(first, file.read())
+
+    # --- lengths
+
+    def test_packing_is_greedy_in_order_and_keeps_document_borders(self):
+        lengths = [3, 4, 5, 9, 2, 2, 10]  # of "a" * n and the end token: 4, 5, 6, 10, 3, 3, 11
+        self.prep([{"text": "a" * n} for n in lengths], "--pack", "--seq-len", "11")
+        data, attributes = self.load()
+        self.assertEqual(np.diff(data["doc_offsets"]).tolist(), [n + 1 for n in lengths])
+        self.assertEqual(np.diff(data["seq_offsets"]).tolist(), [9, 6, 10, 6, 11])
+        self.assertTrue(set(data["seq_offsets"]) <= set(data["doc_offsets"]))
+        self.assertEqual(data["seq_targets"].tolist(), [7, 5, 9, 4, 10])
+        self.assertEqual(attributes["packed"], 1)
+
+    def test_long_documents_are_cut_dropped_or_split_as_asked(self):
+        records = [{"text": "abcdefgh"}, {"text": "x"}]
+        for choice, want in (("truncate", [5, 2]), ("drop", [2]), ("split", [5, 4, 2])):
+            result = self.prep(records, "--seq-len", "5", "--long", choice, "--overwrite")
+            data, _ = self.load()
+            self.assertEqual(np.diff(data["seq_offsets"]).tolist(), want)
+            self.assertRegex(result.stdout, {"truncate": "1 truncated", "drop": "1 dropped, too long",
+                                             "split": "1 split"}[choice])
+
+    def test_what_has_lost_its_answer_is_dropped_and_counted(self):
+        result = self.prep([talk("q" * 100, "late"), talk("q", "a")], "--seq-len", "60")
+        self.assertIn("1 dropped, nothing to learn", result.stdout)
+        self.assertEqual(self.load()[1]["n_sequences"], 1)
+
+    def test_longer_sequences_than_the_model_knows_are_refused(self):
+        self.assert_one_error(self.prep([talk("a", "b")], "--seq-len", "5000", expect=None), 2, "4096 positions")
+
+    # --- held-out part
+
+    def test_the_held_out_part_is_disjoint_complete_and_decided_by_the_seed(self):
+        records = [{"text": f"{i:03d}"} for i in range(100)]
+        data = self.write_records("d.jsonl", records)
+        held = {}
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            result = tool("qshard_prep.py", "--model", self.model, data, "-o", self.path(f"{name}.h5"), "--eval-out",
+                          self.path(f"{name}e.h5"), "--eval-fraction", "0.1", "--seed", seed)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            train, test = self.load(f"{name}.h5")[0], self.load(f"{name}e.h5")[0]
+            texts = [self.decode(test, s) for s in range(10)]
+            both = texts + [self.decode(train, s) for s in range(90)]
+            self.assertEqual(sorted(both), [f"{i:03d}<|im_end|>" for i in range(100)])
+            self.assertEqual(texts, sorted(texts))
+            held[name] = texts
+        self.assertEqual(held["a"], held["b"])
+        self.assertNotEqual(held["a"], held["c"])
+
+    # --- prompts and preview
+
+    def test_prompts_are_open_for_an_answer_and_learn_nothing(self):
+        self.prep([talk("Hi", "not this"), {"messages": [{"role": "user", "content": "q"}]}], "--prompts")
+        data, attributes = self.load()
+        self.assertEqual(attributes["n_targets"], 0)
+        self.assertTrue((data["labels"] == IGNORED).all())
+        self.assertEqual(self.decode(data, 0), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+        self.assertEqual(self.decode(data, 1), "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
+
+    def test_preview_sets_what_is_not_learned_apart(self):
+        data = self.write_records("d.jsonl", [talk("Hi\x1b[2J", "Hey")])
+        result = tool("qshard_prep.py", "--model", self.model, data, "--preview", "1")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("⟦<|im_start|>user\nHi\\x1b[2J<|im_end|>\n<|im_start|>assistant\n⟧Hey<|im_end|>⟦\n⟧", result.stdout)
+        self.assertEqual(sorted(os.listdir(self.folder)),
+                         ["config.json", "d.jsonl", "tokenizer.json", "tokenizer_config.json"])
+
+    # --- refusals
+
+    def assert_nothing_written(self):
+        self.assertEqual([name for name in os.listdir(self.folder) if "out" in name or "tmp" in name], [])
+
+    def test_data_that_would_train_nothing_is_refused_with_the_reason(self):
+        only_user = {"messages": [{"role": "user", "content": "q"}]}
+        self.assert_one_error(self.prep([only_user], expect=None), 3, "no record has an assistant message")
+        self.assert_one_error(self.prep([talk("q" * 99, "a")], "--seq-len", "50", expect=None), 3, "--seq-len=50")
+        self.assert_one_error(self.prep(self.write("e.jsonl", "\n\n"), expect=None), 3, "no usable record in 2 lines")
+        self.assert_one_error(self.prep(self.write("z.jsonl", ""), expect=None), 3, "no usable record in 0 lines")
+        self.assert_nothing_written()
+
+    def test_a_bad_record_stops_with_its_line_or_is_skipped_and_counted(self):
+        path = self.write("b.jsonl", '{"text": "ok"}\n{"text": 1}\n{"text": "ok"}\n')
+        self.assert_one_error(self.prep(path, expect=None), 3, "b.jsonl:2:", "--on-bad-record=skip")
+        self.assert_nothing_written()
+        result = self.prep(path, "--on-bad-record=skip")
+        self.assertIn("2 records of 3 lines (0 empty, 1 bad skipped)", result.stdout)
+
+    def test_an_existing_output_is_kept(self):
+        self.write("out.h5", "mine")
+        self.assert_one_error(self.prep([talk("a", "b")], expect=None), 2, "out.h5", "--overwrite")
+        with open(self.path("out.h5"), "rb") as file:
+            self.assertEqual(file.read(), b"mine")
+
+    def test_input_as_output_is_refused_even_with_overwrite(self):
+        path = self.write_records("out.h5", [talk("a", "b")])
+        self.assert_one_error(self.prep(path, "--overwrite", expect=None), 2, "both input and output")
+
+    def test_wrong_usage_is_one_line_and_code_2(self):
+        for options in (["--frmat", "text"], ["--seq-len", "many"], ["--seq-len", "1"], ["--eval-fraction", "0.5"],
+                        ["--eval-out", "e.h5"], ["--prompts", "--pack"], ["--format", "sharegpt"]):
+            self.assert_one_error(self.prep([talk("a", "b")], *options, expect=None), 2)
+        self.assert_nothing_written()
+
+    def test_a_full_disk_is_code_4_and_leaves_nothing(self):
+        disk = self.path("disk")
+        os.mkdir(disk)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False)
+        if mounted.returncode:
+            self.skipTest("a tmpfs cannot be mounted here: " + mounted.stderr.decode().strip())
+        self.addCleanup(subprocess.run, ["umount", disk], check=False)
+        data = self.write_records("d.jsonl", [{"text": "x" * 200}] * 500)
+        result = tool("qshard_prep.py", "--model", self.model, data, "-o", os.path.join(disk, "out.h5"))
+        self.assert_one_error(result, 4, "out.h5")
+        self.assertEqual(os.listdir(disk), [])
+
+    def test_a_missing_output_folder_is_code_4(self):
+        data = self.write_records("d.jsonl", [talk("a", "b")])
+        result = tool("qshard_prep.py", "--model", self.model, data, "-o", self.path("no/out.h5"))
+        self.assert_one_error(result, 4, "does not exist")
+
+    def test_a_tokenizer_of_a_larger_model_is_refused(self):
+        make_model(self.folder, vocab_size=259)
+        self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "largest token id is 259")
+
+    def test_messages_need_a_template(self):
+        make_model(self.folder, template=None)
+        self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "--chat-template")
+        template = self.write("own.jinja", "{% for m in messages %}{{ m.content }}|{% endfor %}")
+        self.prep([talk("a", "b")], "--chat-template", template)
+        self.assertEqual(self.decode(self.load()[0], 0), "a|b|")
+
+    def test_a_missing_or_broken_tokenizer_is_named(self):
+        self.write("tokenizer.json", "{}")
+        self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "tokenizer.json", "not a usable tokenizer")
+        os.unlink(self.path("tokenizer.json"))
+        self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "tokenizer.json", "no such file")
+
+
+class Alphabet(unittest.TestCase):
+    def test_the_toy_alphabet_has_256_characters(self):
+        self.assertEqual(len(set(byte_alphabet())), 256)
+
+
+if __name__ == "__main__":
+    unittest.main()
