@@ -1,0 +1,140 @@
+"""transformers + peft in fp32 on given weights: loss, LoRA gradients and training curves. Needs torch (setup.sh).
+
+Documents pass one by one, so that attention and positions are per document by construction and nothing depends on a mask.
+"""
+import json
+import math
+import os
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+IGNORED = -100
+
+
+class Tokens:
+    """A token file: per sequence the list of (ids, labels) of its documents."""
+
+    def __init__(self, path):
+        with h5py.File(path, "r") as file:
+            tokens, labels = file["tokens"][()].astype(np.int64), file["labels"][()].astype(np.int64)
+            seq_offsets, doc_offsets = file["seq_offsets"][()], file["doc_offsets"][()]
+            self.seq_targets = file["seq_targets"][()]
+        self.sequences = []
+        for begin, end in zip(seq_offsets[:-1], seq_offsets[1:]):
+            borders = doc_offsets[(doc_offsets >= begin) & (doc_offsets <= end)]
+            self.sequences.append([(tokens[a:b], labels[a:b]) for a, b in zip(borders[:-1], borders[1:])])
+
+    def __len__(self):
+        return len(self.sequences)
+
+
+def targets_of(labels):
+    """How many positions of a document carry loss: those whose next label is not ignored."""
+    return int(np.count_nonzero(labels[1:] != IGNORED))
+
+
+def read_order(path):
+    """The file of `qshard train --dump-order`: sequence numbers of each step."""
+    with open(path, encoding="utf-8") as file:
+        return [[int(word) for word in line.split()] for line in file if line.strip()]
+
+
+def base_model(config, weights):
+    """A transformers model in fp32 that holds `weights` ({HF name: float32 array})."""
+    config = AutoConfig.for_model(**{k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    state = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
+    if missing or unexpected:
+        raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model.eval()  # dropout off; nothing else depends on it
+
+
+def with_adapter(model, adapter_dir):
+    """`model` with a PEFT adapter whose weights are trainable."""
+    return PeftModel.from_pretrained(model, adapter_dir, is_trainable=True).eval()
+
+
+def logits_of(model, ids):
+    return model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
+
+
+def step_loss(model, sequences, backward):
+    """Mean loss over all positions that carry one, in the sequences of one step; gradients are left in the parameters."""
+    documents = [document for sequence in sequences for document in sequence]
+    total = sum(targets_of(labels) for _, labels in documents)
+    loss_sum = 0.0
+    for ids, labels in documents:
+        if targets_of(labels) == 0:
+            continue
+        with torch.set_grad_enabled(backward):
+            logits = logits_of(model, ids)
+            loss = F.cross_entropy(
+                logits[:-1].float(), torch.from_numpy(labels[1:]), ignore_index=IGNORED, reduction="sum"
+            )
+        if backward:
+            (loss / total).backward()
+        loss_sum += loss.item()
+    return loss_sum / total
+
+
+def adapter_parameters(model):
+    """{PEFT file name: parameter}; peft keeps the adapter's name inside its own."""
+    return {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, sequences):
+    """(mean loss, {PEFT name: gradient})."""
+    model.zero_grad(set_to_none=True)
+    loss = step_loss(model, sequences, backward=True)
+    return loss, {n: p.grad.numpy().copy() for n, p in adapter_parameters(model).items()}
+
+
+def learning_rate(case, step):
+    """Warm-up by (step + 1) / warmup_steps, then a half cosine down to min_lr_ratio. A fraction of a step is a step."""
+    t = case.training
+    warmup_steps = math.ceil(t["warmup"] * case.steps) if t["warmup"] < 1 else int(t["warmup"])
+    if step < warmup_steps:
+        return case.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, case.steps - warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return case.lr * (t["min_lr_ratio"] + (1.0 - t["min_lr_ratio"]) * cosine)
+
+
+def train(model, case, tokens, order):
+    """AdamW on the adapter; per step the loss before the update, the rate and the norm of the gradient before clipping."""
+    parameters = list(adapter_parameters(model).values())
+    t = case.training
+    optimizer = torch.optim.AdamW(parameters, lr=case.lr, betas=t["betas"], eps=t["eps"], weight_decay=0.0)
+    curve = []
+    for step, sequences in enumerate(order):
+        optimizer.zero_grad(set_to_none=False)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(case, step)
+        loss = step_loss(model, [tokens.sequences[i] for i in sequences], backward=True)
+        norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in parameters))
+        scale = min(1.0, t["clip"] / (norm + 1e-6))
+        for p in parameters:
+            p.grad.mul_(scale)
+        optimizer.step()
+        curve.append({"step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm})
+    return curve
+
+
+def versions():
+    import peft
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+
+def read_config(model_dir):
+    with open(os.path.join(model_dir, "config.json"), encoding="utf-8") as file:
+        return json.load(file)
