@@ -38,7 +38,8 @@ typedef struct {
     int n_docs;
 } qs_attention_shape;
 
-/** Running state of the one-pass head over the rows that carry loss (R rows of the micro-batch). */
+/** Running state of the one-pass head over the rows that carry loss (R rows of the micro-batch). Chunks come in ascending
+ *  order; the one with token 0 starts the state, so the buffers need no initial values. */
 typedef struct {
     int64_t rows, hidden;
     const float *x;          /* [rows, hidden] final-norm output */
@@ -50,9 +51,9 @@ typedef struct {
 } qs_head_state;
 
 typedef struct {
-    float lr, beta1, beta2, eps, weight_decay;
-    float grad_scale;        /* clip factor */
-    float bias_correction1, bias_correction2; /* 1 - beta^t */
+    double lr, beta1, beta2, eps, weight_decay;
+    double grad_scale;                         /* clip factor */
+    double bias_correction1, bias_correction2; /* 1 - beta^t */
 } qs_adamw_args;
 
 typedef struct {

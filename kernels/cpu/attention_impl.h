@@ -1,0 +1,61 @@
+/* What attention's forward and backward share: the cut into blocks, and a block of probabilities.
+ *
+ * Within a document queries and keys are cut into blocks of QS_ATTENTION_BLOCK. A task owns one
+ * block of one head: a block of queries (output, dQ) or of keys (dK, dV), and goes over the blocks
+ * of the other kind in ascending order. So nothing is added from two threads, and nothing depends
+ * on how many there are (Dao 2023, arXiv:2307.08691, without the atomics). */
+#ifndef QS_KERNELS_CPU_ATTENTION_IMPL_H
+#define QS_KERNELS_CPU_ATTENTION_IMPL_H
+
+#include "kernels/cpu/ops_impl.h"
+
+enum { QS_ATTENTION_BLOCK = 64 };
+
+/** The blocks of all documents, numbered through. */
+typedef struct {
+    const qs_attention_shape *shape;
+    int64_t *first;   /* [n_docs + 1] number of a document's first block */
+    int64_t count;    /* blocks in all */
+    float *workspace; /* [threads][per_thread] */
+    int64_t per_thread;
+} qs_attention_blocks;
+
+/** One block: rows of the micro-batch, and the document they belong to. */
+typedef struct {
+    int64_t doc_begin, doc_end; /* rows */
+    int64_t begin, rows;
+} qs_attention_block;
+
+/** Number the blocks and provide each thread with `squares` block x block matrices, `vectors` rows
+ * of a block, and space to pack operands. Memory is the calling thread's, until its next attention.
+ */
+qs_status qs_attention_blocks_make(qs_queue *q, const qs_attention_shape *shape, int squares,
+                                   int vectors, qs_attention_blocks *out);
+
+qs_attention_block qs_attention_block_at(const qs_attention_blocks *blocks, int64_t number);
+
+/** Operations of a whole pass over the scores, for qs_parallel_for. */
+int64_t qs_attention_work(const qs_attention_shape *shape);
+
+/** The columns of a head in a matrix, from row `row` on. */
+static inline qs_operand qs_head_operand(const qs_mat *mat, int64_t row, int head, int head_dim,
+                                         bool transposed)
+{
+    return (qs_operand){.data = mat->data + row * mat->stride + (int64_t)head * head_dim,
+                        .stride = mat->stride,
+                        .transposed = transposed};
+}
+
+static inline qs_operand qs_square_operand(const float *square, bool transposed)
+{
+    return (qs_operand){.data = square, .stride = QS_ATTENTION_BLOCK, .transposed = transposed};
+}
+
+/** How many of `cols` keys from row `key` on the query at row `query` sees. */
+static inline int64_t qs_visible(int64_t query, int64_t key, int64_t cols)
+{
+    int64_t n = query - key + 1;
+    return n < 0 ? 0 : (n < cols ? n : cols);
+}
+
+#endif

@@ -1,0 +1,160 @@
+/* What touches every element once: RoPE, SwiGLU, additions. Memory-bound. */
+#include "kernels/cpu/ops_impl.h"
+#include "kernels/cpu/parallel.h"
+
+/* ---- rotary embedding (Su et al. 2021, arXiv:2104.09864), rotate-half: element i turns with i +
+ * head_dim / 2 ------ */
+
+typedef struct {
+    qs_mat *x;
+    int n_heads, half;
+    const float *cos, *sin;
+    const int32_t *position;
+    float sign;
+    int64_t rows_per_task;
+} rope_args;
+
+static void rope_task(void *ctx, int64_t index, int thread)
+{
+    (void)thread;
+    const rope_args *r = ctx;
+    int64_t first = index * r->rows_per_task;
+    int64_t last = qs_min_i64(first + r->rows_per_task, r->x->rows);
+    for (int64_t t = first; t < last; t++) {
+        const float *cos = r->cos + (int64_t)r->position[t] * r->half;
+        const float *sin = r->sin + (int64_t)r->position[t] * r->half;
+        for (int h = 0; h < r->n_heads; h++) {
+            float *low = r->x->data + t * r->x->stride + (int64_t)h * 2 * r->half;
+            float *high = low + r->half;
+            for (int i = 0; i < r->half; i++) {
+                float a = low[i], b = high[i], s = r->sign * sin[i];
+                low[i] = a * cos[i] - b * s;
+                high[i] = b * cos[i] + a * s;
+            }
+        }
+    }
+}
+
+qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const float *cos,
+                      const float *sin, const int32_t *position, bool inverse)
+{
+    rope_args args = {x, n_heads, head_dim / 2, cos, sin, position, inverse ? -1.0F : 1.0F, 0};
+    args.rows_per_task = qs_rows_per_task(x->cols);
+    qs_parallel_for(q, qs_ceil_div(x->rows, args.rows_per_task), x->rows * x->cols, rope_task,
+                    &args);
+    return QS_OK;
+}
+
+/* ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) and addition: rows of up to five matrices
+ * ---------------------------- */
+
+typedef struct {
+    const qs_isa *isa;
+    const qs_mat *a, *b, *c;
+    qs_mat *y, *z;
+    int64_t rows_per_task;
+    void (*row)(const qs_isa *isa, const float *a, const float *b, const float *c, int64_t width,
+                float *y, float *z);
+} rows_args;
+
+static const float *row_of(const qs_mat *mat, int64_t t)
+{
+    return mat == NULL ? NULL : mat->data + t * mat->stride;
+}
+
+static void rows_task(void *ctx, int64_t index, int thread)
+{
+    (void)thread;
+    const rows_args *r = ctx;
+    int64_t first = index * r->rows_per_task;
+    int64_t last = qs_min_i64(first + r->rows_per_task, r->a->rows);
+    for (int64_t t = first; t < last; t++) {
+        float *z = r->z == NULL ? NULL : r->z->data + t * r->z->stride;
+        r->row(r->isa, row_of(r->a, t), row_of(r->b, t), row_of(r->c, t), r->a->cols,
+               r->y->data + t * r->y->stride, z);
+    }
+}
+
+static qs_status for_rows(qs_queue *q, rows_args *args, int64_t cost)
+{
+    args->isa = qs_isa_get();
+    args->rows_per_task = qs_rows_per_task(args->a->cols);
+    qs_parallel_for(q, qs_ceil_div(args->a->rows, args->rows_per_task),
+                    args->a->rows * args->a->cols * cost, rows_task, args);
+    return QS_OK;
+}
+
+static void swiglu_row(const qs_isa *isa, const float *gate, const float *up, const float *unused,
+                       int64_t width, float *act, float *unused_too)
+{
+    (void)unused;
+    (void)unused_too;
+    isa->swiglu(gate, up, width, act);
+}
+
+static void swiglu_backward_row(const qs_isa *isa, const float *gate, const float *up,
+                                const float *dact, int64_t width, float *dgate, float *dup)
+{
+    isa->swiglu_backward(gate, up, dact, width, dgate, dup);
+}
+
+static void add_row(const qs_isa *isa, const float *x, const float *unused, const float *unused_too,
+                    int64_t width, float *y, float *z)
+{
+    (void)isa;
+    (void)unused;
+    (void)unused_too;
+    (void)z;
+    for (int64_t i = 0; i < width; i++) {
+        y[i] += x[i];
+    }
+}
+
+qs_status qs_cpu_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *up, qs_mat *act)
+{
+    rows_args args = {.a = gate, .b = up, .y = act, .row = swiglu_row};
+    return for_rows(q, &args, 2);
+}
+
+qs_status qs_cpu_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
+                                 const qs_mat *dact, qs_mat *dgate, qs_mat *dup)
+{
+    rows_args args = {
+        .a = gate, .b = up, .c = dact, .y = dgate, .z = dup, .row = swiglu_backward_row};
+    return for_rows(q, &args, 4);
+}
+
+qs_status qs_cpu_add(qs_queue *q, const qs_mat *x, qs_mat *y)
+{
+    rows_args args = {.a = x, .y = y, .row = add_row};
+    return for_rows(q, &args, 1);
+}
+
+/* ---- flat arrays
+ * --------------------------------------------------------------------------------------------------
+ */
+
+enum { FLAT_PER_TASK = 16384 };
+
+typedef struct {
+    float *x;
+    const float *y;
+    int64_t count;
+} accumulate_args;
+
+static void accumulate_task(void *ctx, int64_t index, int thread)
+{
+    (void)thread;
+    const accumulate_args *args = ctx;
+    int64_t last = qs_min_i64((index + 1) * FLAT_PER_TASK, args->count);
+    for (int64_t i = index * FLAT_PER_TASK; i < last; i++) {
+        args->x[i] += args->y[i];
+    }
+}
+
+qs_status qs_cpu_accumulate(qs_queue *q, float *x, const float *y, int64_t count)
+{
+    accumulate_args args = {x, y, count};
+    qs_parallel_for(q, qs_ceil_div(count, FLAT_PER_TASK), count, accumulate_task, &args);
+    return QS_OK;
+}

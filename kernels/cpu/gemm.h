@@ -1,0 +1,50 @@
+/* The one matrix product: C (+)= A B in strict fp32, with operands that may be decoded while they
+ * are packed.
+ *
+ * Definition of an element, the same for any number of threads, tile sizes and vector width:
+ *     k is cut into blocks of QS_GEMM_KC; a block's sum is a chain of fused multiply-adds in
+ * ascending k, from 0; the blocks' sums are added to C in ascending order (the first one replaces C
+ * unless `accumulate`).
+ *
+ * Loops (Goto & van de Geijn 2008, doi:10.1145/1356052.1356053): columns of C, then k; for each
+ * pair the threads together pack (and decode) A's and B's block once, meet, and then share out
+ * tiles of C:
+ *
+ *     A block, panels of mr rows      B block, slivers of nr columns
+ *     | k0: mr floats | k1: ... |     | k0: nr floats | k1: ... | */
+#ifndef QS_KERNELS_CPU_GEMM_H
+#define QS_KERNELS_CPU_GEMM_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "device/device.h"
+#include "kernels/cpu/isa.h"
+
+/** A matrix as it is stored: rows of contiguous elements, in memory or produced on demand. */
+typedef struct qs_operand {
+    const float *data; /* row r starts at data + r * stride; unused with `load` */
+    int64_t stride;
+    /* Elements [first, first + count) of row `row` to `out`. May be called from several threads. */
+    void (*load)(const struct qs_operand *operand, int64_t row, int64_t first, int64_t count,
+                 float *out);
+    const void *ctx;
+    bool
+        transposed; /* what is stored is the transpose: its rows run along k for B, along m for A */
+    float scale;    /* A only: elements are multiplied by it; 0 means 1 */
+} qs_operand;
+
+/** C[m, n] (+)= A[m, k] B[k, n]. With k = 0 C is left (accumulate) or zero. */
+qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
+                  const qs_operand *b, float *c, int64_t c_stride, bool accumulate);
+
+/** Floats of packing space that qs_gemm_small needs for products up to m, n and any k. */
+int64_t qs_gemm_small_scratch(int64_t m, int64_t n);
+
+/** The same product, the same bits, in the calling thread alone. */
+void qs_gemm_small(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const qs_operand *a,
+                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate,
+                   float *scratch);
+
+#endif

@@ -1,0 +1,101 @@
+/* Choice of the instruction set, and the scalar functions that need none. */
+#include "kernels/cpu/isa.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+
+static const qs_isa *_Atomic chosen;
+
+static bool cpu_runs(const char *name)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c");
+    if (strcmp(name, "avx512") == 0) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
+    }
+    if (strcmp(name, "avx2") == 0) {
+        return avx2;
+    }
+#endif
+    return strcmp(name, "portable") == 0;
+}
+
+static const qs_isa *usable(const qs_isa *isa)
+{
+    return isa != NULL && cpu_runs(isa->name) ? isa : NULL;
+}
+
+static const qs_isa *find(const char *name)
+{
+    const qs_isa *all[] = {qs_isa_avx512(), qs_isa_avx2(), qs_isa_portable()};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (usable(all[i]) != NULL && (name == NULL || strcmp(all[i]->name, name) == 0)) {
+            return all[i];
+        }
+    }
+    return NULL;
+}
+
+const qs_isa *qs_isa_get(void)
+{
+    const qs_isa *isa = chosen;
+    if (isa != NULL) {
+        return isa;
+    }
+    const char *forced = getenv("QSHARD_CPU_ISA");
+    if (forced != NULL && *forced != '\0') {
+        isa = find(forced);
+        if (isa == NULL) {
+            qs_log_warn("QSHARD_CPU_ISA=%s: not one of avx512, avx2, portable, or this CPU cannot "
+                        "run it; taking the best it can (the results are the same)",
+                        forced);
+        }
+    }
+    if (isa == NULL) {
+        isa = find(NULL);
+    }
+    chosen = isa; /* two threads that race choose the same */
+    return isa;
+}
+
+bool qs_isa_force(const char *name)
+{
+    const qs_isa *isa = find(name);
+    if (isa != NULL) {
+        chosen = isa;
+    }
+    return isa != NULL;
+}
+
+/* log(2^e m) = e log 2 + 2 atanh((m - 1) / (m + 1)) with m in [sqrt(1/2), sqrt(2)): the series in
+ * s^2 <= 0.0295 to s^23 leaves 1e-18. */
+double qs_log_fixed(double x)
+{
+    const double ln2 = 0.693147180559945309417232121458;
+    int exponent;
+    double mantissa = frexp(x, &exponent);
+    if (mantissa < 0.70710678118654752440) {
+        mantissa *= 2.0;
+        exponent -= 1;
+    }
+    double s = (mantissa - 1.0) / (mantissa + 1.0);
+    double square = s * s;
+    double sum = 0.0;
+    for (int i = 23; i >= 1; i -= 2) {
+        sum = sum * square + 1.0 / i;
+    }
+    return exponent * ln2 + 2.0 * s * sum;
+}
+
+float qs_exp_fixed(float x)
+{
+    qs_isa_portable()->exp_sum(&x, 1, 1.0F, 0.0F);
+    return x;
+}

@@ -1,0 +1,137 @@
+/* The inner loops for AVX2 with FMA and F16C: register tile 6 x 16, 12 sums of 8 lanes. */
+#include "kernels/cpu/isa.h"
+
+#include <stddef.h>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+
+#include "quant/nf4.h"
+
+#define ISA_NAME "avx2"
+#define ISA_TABLE qs_isa_avx2
+#define ISA_MR 6
+#define ISA_NV 2
+#define VEC_LANES 8
+
+typedef __m256 vec;
+
+#define vec_load(p) _mm256_loadu_ps(p)
+#define vec_store(p, v) _mm256_storeu_ps(p, v)
+#define vec_zero() _mm256_setzero_ps()
+#define vec_splat(x) _mm256_set1_ps(x)
+#define vec_add(a, b) _mm256_add_ps(a, b)
+#define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+
+/* 8 x 8 in registers. */
+static inline void transpose8(__m256 r[8])
+{
+    __m256 pair[8], quad[8];
+    for (int i = 0; i < 4; i++) {
+        pair[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        pair[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        quad[4 * i] = _mm256_shuffle_ps(pair[4 * i], pair[4 * i + 2], 0x44);
+        quad[4 * i + 1] = _mm256_shuffle_ps(pair[4 * i], pair[4 * i + 2], 0xEE);
+        quad[4 * i + 2] = _mm256_shuffle_ps(pair[4 * i + 1], pair[4 * i + 3], 0x44);
+        quad[4 * i + 3] = _mm256_shuffle_ps(pair[4 * i + 1], pair[4 * i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+    }
+}
+
+/* Eight of the lanes. */
+static void transpose_half(const float *src, int64_t src_stride, int rows, int64_t count,
+                           float *dst, int64_t dst_stride, int lanes)
+{
+    const __m256i mask =
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8) {
+        __m256 r[8];
+        for (int i = 0; i < 8; i++) {
+            r[i] = i < rows ? _mm256_loadu_ps(src + i * src_stride + k) : _mm256_setzero_ps();
+        }
+        transpose8(r);
+        for (int i = 0; i < 8; i++) {
+            _mm256_maskstore_ps(dst + (k + i) * dst_stride, mask, r[i]);
+        }
+    }
+    for (; k < count; k++) {
+        for (int i = 0; i < lanes; i++) {
+            dst[k * dst_stride + i] = i < rows ? src[i * src_stride + k] : 0.0F;
+        }
+    }
+}
+
+static void isa_transpose(const float *src, int64_t src_stride, int rows, int64_t count, float *dst,
+                          int64_t dst_stride, int lanes)
+{
+    transpose_half(src, src_stride, rows < 8 ? rows : 8, count, dst, dst_stride,
+                   lanes < 8 ? lanes : 8);
+    if (lanes > 8) {
+        transpose_half(rows > 8 ? src + 8 * src_stride : src, src_stride, rows > 8 ? rows - 8 : 0,
+                       count, dst + 8, dst_stride, lanes - 8);
+    }
+}
+
+/* Eight codes from four bytes; bit 3 of a code picks the upper half of the table. */
+static inline void isa_nf4_block(const uint8_t *packed, const float table[16], float *out)
+{
+    const __m256 lower = _mm256_loadu_ps(table), upper = _mm256_loadu_ps(table + 8);
+    const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    for (int i = 0; i < QS_NF4_BLOCK / 8; i++) {
+        int bytes;
+        __builtin_memcpy(&bytes, packed + 4 * i, sizeof bytes);
+        __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
+        __m256 low = _mm256_permutevar8x32_ps(lower, code);
+        __m256 high = _mm256_permutevar8x32_ps(upper, code);
+        __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+        _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(low, high, pick));
+    }
+}
+
+static inline bool finite16(const float table[16]);
+static inline void round16_bf16(float table[16]);
+static inline void round16_scalar(float table[16], qs_dtype dtype);
+
+static inline void isa_round16(float table[16], qs_dtype dtype)
+{
+    if (dtype == QS_F32) {
+        return;
+    }
+    if (!finite16(table)) {
+        round16_scalar(table, dtype);
+    } else if (dtype == QS_BF16) {
+        round16_bf16(table);
+    } else {
+        for (int i = 0; i < 16; i += 8) {
+            __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(table + i), _MM_FROUND_TO_NEAREST_INT);
+            _mm256_storeu_ps(table + i, _mm256_cvtph_ps(half));
+        }
+    }
+}
+
+static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
+{
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(src + 2 * i));
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+    }
+    qs_f32_load(out + i, src + 2 * i, QS_F16, count - i);
+}
+
+#include "kernels/cpu/isa_template.h"
+
+#else
+
+const qs_isa *qs_isa_avx2(void)
+{
+    return NULL;
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* The inner loops in plain C: any CPU. fmaf is the library's, in software where the CPU has no
+ * fused multiply-add: slow and the same bits. */
+#include "quant/nf4.h"
+
+#include <math.h>
+
+#include "kernels/cpu/isa.h"
+
+#define ISA_NAME "portable"
+#define ISA_TABLE qs_isa_portable
+#define ISA_MR 4
+#define ISA_NV 4
+#define VEC_LANES 1
+
+typedef float vec;
+
+static inline vec vec_load(const float *p)
+{
+    return *p;
+}
+static inline void vec_store(float *p, vec v)
+{
+    *p = v;
+}
+static inline vec vec_zero(void)
+{
+    return 0.0F;
+}
+static inline vec vec_splat(float x)
+{
+    return x;
+}
+static inline vec vec_add(vec a, vec b)
+{
+    return a + b;
+}
+static inline vec vec_fma(vec a, vec b, vec c)
+{
+    return fmaf(a, b, c);
+}
+
+static void isa_transpose(const float *src, int64_t src_stride, int rows, int64_t count, float *dst,
+                          int64_t dst_stride, int lanes)
+{
+    for (int64_t k = 0; k < count; k++) {
+        for (int r = 0; r < lanes; r++) {
+            dst[k * dst_stride + r] = r < rows ? src[r * src_stride + k] : 0.0F;
+        }
+    }
+}
+
+static inline void isa_nf4_block(const uint8_t *packed, const float table[16], float *out)
+{
+    for (int i = 0; i < QS_NF4_BLOCK / 2; i++) {
+        out[2 * i] = table[packed[i] >> 4];
+        out[2 * i + 1] = table[packed[i] & 15];
+    }
+}
+
+static inline bool finite16(const float table[16]);
+static inline void round16_bf16(float table[16]);
+static inline void round16_scalar(float table[16], qs_dtype dtype);
+
+static inline void isa_round16(float table[16], qs_dtype dtype)
+{
+    if (dtype == QS_BF16 && finite16(table)) {
+        round16_bf16(table);
+    } else if (dtype != QS_F32) {
+        round16_scalar(table, dtype);
+    }
+}
+
+static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
+{
+    qs_f32_load(out, src, QS_F16, count);
+}
+
+#include "kernels/cpu/isa_template.h"

@@ -1,0 +1,409 @@
+/* The inner loops, written once. The including file defines
+ *
+ *   ISA_NAME, ISA_TABLE            "avx512", qs_isa_avx512
+ *   ISA_MR, ISA_NV                 rows and vectors of a register tile
+ *   vec, VEC_LANES                 the vector of the register tile, and vec_load, vec_store,
+ * vec_zero, vec_splat, vec_add, vec_fma, each one instruction isa_transpose, isa_nf4_block,
+ * isa_round16, isa_widen_f16
+ *
+ * Everything below the tile works on 16 lanes as GCC vectors: one register, two, or four, the same
+ * operations on the same lanes in each. Multiplication and addition are not contracted
+ * (-ffp-contract=off). */
+#include <math.h>
+#include <string.h>
+
+#include "kernels/cpu/isa.h"
+
+/* ---- register tile
+ * --------------------------------------------------------------------------------------------- */
+
+/* `rows` and `vectors` are constants at every call below, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void tile_fixed(int rows, int vectors, int64_t depth,
+                                                             const float *a, const float *b,
+                                                             float *c, int64_t c_stride,
+                                                             bool accumulate)
+{
+    vec sum[ISA_MR][ISA_NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            sum[i][v] = vec_zero();
+        }
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vec right[ISA_NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            right[v] = vec_load(b + v * VEC_LANES);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            vec left = vec_splat(a[i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                sum[i][v] = vec_fma(left, right[v], sum[i][v]);
+            }
+        }
+        a += ISA_MR;
+        b += ISA_NV * VEC_LANES;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            float *to = c + i * c_stride + v * VEC_LANES;
+            vec_store(to, accumulate ? vec_add(vec_load(to), sum[i][v]) : sum[i][v]);
+        }
+    }
+}
+
+#define TILE_CASE(r)                                                                               \
+    case r:                                                                                        \
+        tile_fixed(r <= ISA_MR ? r : ISA_MR, vectors, depth, a, b, c, c_stride, accumulate);       \
+        break;
+
+static inline __attribute__((always_inline)) void tile_rows(int rows, int vectors, int64_t depth,
+                                                            const float *a, const float *b,
+                                                            float *c, int64_t c_stride,
+                                                            bool accumulate)
+{
+    switch (rows) {
+        TILE_CASE(1)
+        TILE_CASE(2)
+        TILE_CASE(3)
+        TILE_CASE(4)
+#if ISA_MR > 4
+        TILE_CASE(5)
+        TILE_CASE(6)
+#endif
+#if ISA_MR > 6
+        TILE_CASE(7)
+        TILE_CASE(8)
+        TILE_CASE(9)
+        TILE_CASE(10)
+        TILE_CASE(11)
+        TILE_CASE(12)
+        TILE_CASE(13)
+        TILE_CASE(14)
+#endif
+    }
+}
+
+/* All vectors, or the first only: adapters of rank 16 and less need no more. */
+static void tile_wide(int rows, int64_t depth, const float *a, const float *b, float *c,
+                      int64_t c_stride, bool accumulate)
+{
+    tile_rows(rows, ISA_NV, depth, a, b, c, c_stride, accumulate);
+}
+
+static void tile_narrow(int rows, int64_t depth, const float *a, const float *b, float *c,
+                        int64_t c_stride, bool accumulate)
+{
+    tile_rows(rows, 1, depth, a, b, c, c_stride, accumulate);
+}
+
+static void isa_tile(int rows, int cols, int64_t depth, const float *a, const float *b, float *c,
+                     int64_t c_stride, bool accumulate)
+{
+    enum { NR = ISA_NV * VEC_LANES };
+    if (cols == NR) {
+        tile_wide(rows, depth, a, b, c, c_stride, accumulate);
+        return;
+    }
+    if (cols == VEC_LANES) {
+        tile_narrow(rows, depth, a, b, c, c_stride, accumulate);
+        return;
+    }
+    /* A ragged right edge: the whole tile beside C, then the columns that exist. */
+    float whole[ISA_MR * NR];
+    if (cols < VEC_LANES) {
+        tile_narrow(rows, depth, a, b, whole, NR, false);
+    } else {
+        tile_wide(rows, depth, a, b, whole, NR, false);
+    }
+    for (int i = 0; i < rows; i++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = whole[i * NR + j];
+            c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + sum : sum;
+        }
+    }
+}
+
+/* ---- NF4
+ * -------------------------------------------------------------------------------------------------------
+ */
+
+/* A block has 16 possible values: they are scaled and rounded once, and the 64 codes look them up.
+ */
+static void isa_nf4_decode(const uint8_t *packed, const float *absmax, int64_t blocks,
+                           qs_dtype dtype, float *out)
+{
+    for (int64_t i = 0; i < blocks; i++) {
+        float table[16] __attribute__((aligned(64)));
+        for (int c = 0; c < 16; c++) {
+            table[c] = qs_nf4_code[c] * absmax[i];
+        }
+        isa_round16(table, dtype);
+        isa_nf4_block(packed + i * (QS_NF4_BLOCK / 2), table, out + i * QS_NF4_BLOCK);
+    }
+}
+
+/* Nearest even in integers, as qs_bf16_from_f32 does for everything but NaN. */
+static inline __attribute__((unused)) void round16_bf16(float table[16])
+{
+    for (int c = 0; c < 16; c++) {
+        uint32_t bits;
+        memcpy(&bits, &table[c], sizeof bits);
+        bits += 0x7FFFU + ((bits >> 16) & 1U);
+        bits &= 0xFFFF0000U;
+        memcpy(&table[c], &bits, sizeof bits);
+    }
+}
+
+static inline __attribute__((unused)) void round16_scalar(float table[16], qs_dtype dtype)
+{
+    for (int c = 0; c < 16; c++) {
+        table[c] = qs_f32_round(table[c], dtype);
+    }
+}
+
+static inline bool finite16(const float table[16])
+{
+    /* The outer codes are -1 and 1: if they are finite, all are. */
+    return fabsf(table[0]) < INFINITY && fabsf(table[15]) < INFINITY;
+}
+
+static void isa_widen(const uint8_t *src, qs_dtype dtype, int64_t count, float *out)
+{
+    if (dtype == QS_BF16) {
+        for (int64_t i = 0; i < count; i++) {
+            uint16_t half;
+            memcpy(&half, src + 2 * i, sizeof half);
+            uint32_t bits = (uint32_t)half << 16;
+            memcpy(&out[i], &bits, sizeof bits);
+        }
+    } else if (dtype == QS_F16) {
+        isa_widen_f16(src, count, out);
+    } else {
+        memcpy(out, src, (size_t)count * sizeof *out);
+    }
+}
+
+/* ---- 16 lanes
+ * --------------------------------------------------------------------------------------------------
+ */
+
+typedef float f16x __attribute__((vector_size(64)));
+typedef int32_t i16x __attribute__((vector_size(64)));
+
+static inline f16x lanes_load(const float *p)
+{
+    f16x v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void lanes_store(float *p, f16x v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+/* The last, shorter vector: missing lanes are `fill`. */
+static inline f16x lanes_load_part(const float *p, int64_t count, float fill)
+{
+    float part[16];
+    for (int i = 0; i < 16; i++) {
+        part[i] = i < count ? p[i] : fill;
+    }
+    return lanes_load(part);
+}
+
+static inline void lanes_store_part(float *p, int64_t count, f16x v)
+{
+    float part[16];
+    lanes_store(part, v);
+    memcpy(p, part, (size_t)count * sizeof *p);
+}
+
+static inline f16x lanes_splat(float x)
+{
+    return (f16x){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+}
+
+static inline f16x lanes_select(i16x mask, f16x yes, f16x no)
+{
+    return (f16x)((mask & (i16x)yes) | (~mask & (i16x)no));
+}
+
+/* The tree of every 16-lane sum: halves are added until one lane is left. */
+static inline float lanes_sum(f16x v)
+{
+    float lane[16];
+    lanes_store(lane, v);
+    for (int half = 8; half >= 1; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            lane[i] += lane[i + half];
+        }
+    }
+    return lane[0];
+}
+
+/* exp: n = round(x / ln 2), r = x - n ln 2 in two pieces, the series to r^7 (|r| <= 0.347: the next
+ * term is 5e-9), times 2^n in two factors, because n = 128 does not fit one. Below -87 the result
+ * is 0: denormals are not worth their time. */
+static inline f16x lanes_exp(f16x x)
+{
+    const f16x lo = lanes_splat(-87.0F), hi = lanes_splat(89.0F);
+    const f16x round = lanes_splat(12582912.0F); /* 1.5 * 2^23: adding it rounds to an integer */
+    f16x bounded = lanes_select(x > lo, x, lo);
+    bounded = lanes_select(bounded < hi, bounded, hi);
+    f16x shifted = bounded * lanes_splat(1.44269504F) + round;
+    f16x n = shifted - round;
+    f16x r = bounded - n * lanes_splat(0.693359375F);
+    r = r - n * lanes_splat(-2.12194440e-4F);
+    f16x series = lanes_splat(1.0F / 5040.0F);
+    series = series * r + lanes_splat(1.0F / 720.0F);
+    series = series * r + lanes_splat(1.0F / 120.0F);
+    series = series * r + lanes_splat(1.0F / 24.0F);
+    series = series * r + lanes_splat(1.0F / 6.0F);
+    series = series * r + lanes_splat(0.5F);
+    f16x value = (series * r) * r + r + lanes_splat(1.0F);
+    i16x exponent = (i16x)shifted - (i16x)round;
+    i16x first = exponent >> 1;
+    value = value * (f16x)((first + 127) << 23) * (f16x)((exponent - first + 127) << 23);
+    value = lanes_select(x > lo, value, lanes_splat(0.0F));
+    return lanes_select(x == x, value, x); /* NaN stays */
+}
+
+static float isa_dot(const float *x, const float *y, int64_t count)
+{
+    f16x sum = lanes_splat(0.0F);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        sum += lanes_load(x + i) * lanes_load(y + i);
+    }
+    if (i < count) {
+        sum += lanes_load_part(x + i, count - i, 0.0F) * lanes_load_part(y + i, count - i, 0.0F);
+    }
+    return lanes_sum(sum);
+}
+
+static float isa_dot3(const float *x, const float *y, const float *z, int64_t count)
+{
+    f16x sum = lanes_splat(0.0F);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        sum += lanes_load(x + i) * lanes_load(y + i) * lanes_load(z + i);
+    }
+    if (i < count) {
+        int64_t left = count - i;
+        sum += lanes_load_part(x + i, left, 0.0F) * lanes_load_part(y + i, left, 0.0F) *
+               lanes_load_part(z + i, left, 0.0F);
+    }
+    return lanes_sum(sum);
+}
+
+static float isa_max(const float *x, int64_t count)
+{
+    f16x most = lanes_splat(-INFINITY);
+    for (int64_t i = 0; i < count; i += 16) {
+        f16x v = i + 16 <= count ? lanes_load(x + i) : lanes_load_part(x + i, count - i, -INFINITY);
+        most = lanes_select(v > most, v, most);
+    }
+    float lane[16];
+    lanes_store(lane, most);
+    for (int i = 1; i < 16; i++) {
+        lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+    }
+    return lane[0];
+}
+
+static float isa_exp_sum(float *x, int64_t count, float scale, float shift)
+{
+    f16x sum = lanes_splat(0.0F);
+    const f16x by = lanes_splat(scale), minus = lanes_splat(shift);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        f16x e = lanes_exp(lanes_load(x + i) * by - minus);
+        lanes_store(x + i, e);
+        sum += e;
+    }
+    if (i < count) {
+        f16x e = lanes_exp(lanes_load_part(x + i, count - i, 0.0F) * by - minus);
+        lanes_store_part(x + i, count - i, e);
+        sum += lanes_load_part(x + i, count - i, 0.0F);
+    }
+    return lanes_sum(sum);
+}
+
+static void isa_softmax_backward(const float *p, int64_t count, float delta, float scale, float *ds)
+{
+    for (int64_t i = 0; i < count; i++) {
+        ds[i] = p[i] * (ds[i] - delta) * scale;
+    }
+}
+
+static inline f16x lanes_sigmoid(f16x x)
+{
+    return lanes_splat(1.0F) / (lanes_splat(1.0F) + lanes_exp(-x));
+}
+
+static void isa_swiglu(const float *gate, const float *up, int64_t count, float *act)
+{
+    for (int64_t i = 0; i < count; i += 16) {
+        if (i + 16 <= count) {
+            f16x g = lanes_load(gate + i);
+            lanes_store(act + i, g * lanes_sigmoid(g) * lanes_load(up + i));
+        } else {
+            f16x g = lanes_load_part(gate + i, count - i, 0.0F);
+            f16x u = lanes_load_part(up + i, count - i, 0.0F);
+            lanes_store_part(act + i, count - i, g * lanes_sigmoid(g) * u);
+        }
+    }
+}
+
+/* d silu(g) / dg = s + g s (1 - s), s = sigmoid(g). */
+static void isa_swiglu_backward(const float *gate, const float *up, const float *dact,
+                                int64_t count, float *dgate, float *dup)
+{
+    const f16x one = lanes_splat(1.0F);
+    for (int64_t i = 0; i < count; i += 16) {
+        bool whole = i + 16 <= count;
+        int64_t left = count - i;
+        f16x g = whole ? lanes_load(gate + i) : lanes_load_part(gate + i, left, 0.0F);
+        f16x u = whole ? lanes_load(up + i) : lanes_load_part(up + i, left, 0.0F);
+        f16x d = whole ? lanes_load(dact + i) : lanes_load_part(dact + i, left, 0.0F);
+        f16x s = lanes_sigmoid(g);
+        f16x dg = d * u * (s + g * s * (one - s));
+        f16x du = d * (g * s);
+        if (whole) {
+            lanes_store(dgate + i, dg);
+            lanes_store(dup + i, du);
+        } else {
+            lanes_store_part(dgate + i, left, dg);
+            lanes_store_part(dup + i, left, du);
+        }
+    }
+}
+
+const qs_isa *ISA_TABLE(void)
+{
+    static const qs_isa table = {
+        .name = ISA_NAME,
+        .mr = ISA_MR,
+        .nr = ISA_NV * VEC_LANES,
+        .tile = isa_tile,
+        .transpose = isa_transpose,
+        .nf4_decode = isa_nf4_decode,
+        .widen = isa_widen,
+        .dot = isa_dot,
+        .dot3 = isa_dot3,
+        .max = isa_max,
+        .exp_sum = isa_exp_sum,
+        .softmax_backward = isa_softmax_backward,
+        .swiglu = isa_swiglu,
+        .swiglu_backward = isa_swiglu_backward,
+    };
+    return &table;
+}

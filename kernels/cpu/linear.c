@@ -1,0 +1,126 @@
+/* The frozen linears: Y = X W^T and dX = dY W, with W decoded from the gathered unit while it is
+ * packed, so that there is never more of a matrix in floats than one packed block (QS_GEMM_KC rows
+ * or columns of it). */
+#include <string.h>
+
+#include "kernels/cpu/ops_impl.h"
+#include "kernels/cpu/parallel.h"
+
+/* Blocks [block, block + blocks) of one quantum, whole blocks only. */
+static void decode_blocks(const qs_isa *isa, const qs_nf4_quantum *quantum, const qs_weight *w,
+                          int64_t block, int64_t blocks, float *out)
+{
+    float absmax[QS_NF4_QUANTUM_BLOCKS];
+    const float *scales = absmax;
+    if (quantum->absmax8 == NULL) {
+        scales = quantum->absmax32 + block;
+    } else {
+        for (int64_t i = 0; i < blocks; i++) {
+            absmax[i] =
+                qs_nf4_absmax(w->map, quantum->absmax8[block + i], quantum->absmax32[0], w->offset);
+        }
+    }
+    isa->nf4_decode(quantum->packed + block * (QS_NF4_BLOCK / 2), scales, blocks, w->dtype, out);
+}
+
+/* Elements [at, at + count) of one quantum: whole blocks in one go, the ends by way of a copy of
+ * their block. */
+static void decode_run(const qs_isa *isa, const qs_nf4_quantum *quantum, const qs_weight *w,
+                       int64_t at, int64_t count, float *out)
+{
+    while (count > 0) {
+        int64_t block = at / QS_NF4_BLOCK, skip = at % QS_NF4_BLOCK;
+        int64_t here;
+        if (skip == 0 && count >= QS_NF4_BLOCK) {
+            here = count / QS_NF4_BLOCK * QS_NF4_BLOCK;
+            decode_blocks(isa, quantum, w, block, here / QS_NF4_BLOCK, out);
+        } else {
+            float whole[QS_NF4_BLOCK];
+            here = qs_min_i64(QS_NF4_BLOCK - skip, count);
+            decode_blocks(isa, quantum, w, block, 1, whole);
+            memcpy(out, whole + skip, (size_t)here * sizeof *out);
+        }
+        at += here;
+        count -= here;
+        out += here;
+    }
+}
+
+void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
+                           int64_t first, int64_t count, float *out)
+{
+    bool nf4 = w->kind == QS_WEIGHT_NF4;
+    int64_t elems = nf4 ? QS_NF4_QUANTUM : view->layout.size.raw_quantum_elems;
+    while (count > 0) {
+        int64_t at = first % elems;
+        int64_t run = qs_min_i64(elems - at, count);
+        int64_t number = w->quantum + first / elems;
+        if (nf4) {
+            qs_nf4_quantum quantum = qs_unit_nf4_quantum(view, number);
+            decode_run(isa, &quantum, w, at, run, out);
+        } else {
+            const uint8_t *raw = qs_unit_raw_quantum(view, number);
+            isa->widen(raw + (size_t)at * qs_dtype_bytes(w->dtype), w->dtype, run, out);
+        }
+        first += run;
+        count -= run;
+        out += run;
+    }
+}
+
+static void weight_load(const qs_operand *operand, int64_t row, int64_t first, int64_t count,
+                        float *out)
+{
+    const qs_weight_source *source = operand->ctx;
+    qs_weight_decode_fast(source->isa, source->view, source->weight,
+                          (source->row0 + row) * source->weight->in + first, count, out);
+}
+
+qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed)
+{
+    return (qs_operand){.load = weight_load, .ctx = source, .transposed = transposed};
+}
+
+typedef struct {
+    qs_mat *y;
+    const float *bias;
+    int64_t rows_per_task;
+} bias_args;
+
+static void bias_task(void *ctx, int64_t index, int thread)
+{
+    (void)thread;
+    const bias_args *args = ctx;
+    int64_t first = index * args->rows_per_task;
+    int64_t last = qs_min_i64(first + args->rows_per_task, args->y->rows);
+    for (int64_t t = first; t < last; t++) {
+        float *row = args->y->data + t * args->y->stride;
+        for (int64_t j = 0; j < args->y->cols; j++) {
+            row[j] += args->bias[j];
+        }
+    }
+}
+
+qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                const float *bias, const qs_mat *x, qs_mat *y)
+{
+    qs_weight_source source = {unit, w, qs_isa_get(), 0};
+    qs_operand left = {.data = x->data, .stride = x->stride};
+    qs_operand right = qs_weight_operand(&source, true);
+    QS_TRY(qs_gemm(q, x->rows, w->out, w->in, &left, &right, y->data, y->stride, false));
+    if (bias != NULL) {
+        bias_args args = {y, bias, qs_rows_per_task(w->out)};
+        qs_parallel_for(q, qs_ceil_div(x->rows, args.rows_per_task), x->rows * w->out, bias_task,
+                        &args);
+    }
+    return QS_OK;
+}
+
+qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                 const qs_mat *dy, qs_mat *dx, bool accumulate)
+{
+    qs_weight_source source = {unit, w, qs_isa_get(), 0};
+    qs_operand left = {.data = dy->data, .stride = dy->stride};
+    qs_operand right = qs_weight_operand(&source, false);
+    return qs_gemm(q, dy->rows, w->in, w->out, &left, &right, dx->data, dx->stride, accumulate);
+}

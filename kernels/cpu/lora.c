@@ -1,0 +1,156 @@
+/* LoRA (Hu et al. 2021, arXiv:2106.09685) beside a frozen linear, all by qs_gemm. Dropout is
+ * applied to x while it is packed, and to the gradient block by block: no masked copy of x and no
+ * mask in memory. */
+#include "kernels/cpu/ops_impl.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/scratch.h"
+
+typedef struct {
+    const qs_lora *lora;
+    const qs_mat *x;
+} dropped;
+
+static bool has_dropout(const qs_lora *lora)
+{
+    return lora->dropout > 0.0F;
+}
+
+/* Factors of elements 4 block .. 4 block + 3: 0 or 1 / (1 - p). */
+static void mask_block(const qs_lora *lora, const qs_rng *rng, uint64_t block, float mask[4])
+{
+    /* At p = 1 nothing is kept, and the factor of what is kept does not matter. */
+    float keep = lora->dropout < 1.0F ? 1.0F / (1.0F - lora->dropout) : 0.0F;
+    uint32_t word[4];
+    qs_rng_block(rng, block, word);
+    for (int i = 0; i < 4; i++) {
+        float uniform = (float)(word[i] >> 8) * 0x1p-24F; /* as qs_rng_uniform */
+        mask[i] = uniform >= lora->dropout ? keep : 0.0F;
+    }
+}
+
+void qs_dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t first, int64_t count,
+                    const float *x, float *out)
+{
+    uint64_t element = (uint64_t)(lora->row_at[row] * width + first);
+    int64_t i = 0;
+    while (i < count) {
+        float mask[4];
+        mask_block(lora, &lora->row_rng[row], element / 4, mask);
+        for (uint64_t at = element % 4; at < 4 && i < count; at++, i++, element++) {
+            /* Not x * 0: a dropped element is 0 whatever it was. */
+            out[i] = mask[at] == 0.0F ? 0.0F : x[i] * mask[at];
+        }
+    }
+}
+
+static void dropped_load(const qs_operand *operand, int64_t row, int64_t first, int64_t count,
+                         float *out)
+{
+    const dropped *d = operand->ctx;
+    qs_dropout_row(d->lora, row, d->x->cols, first, count, d->x->data + row * d->x->stride + first,
+                   out);
+}
+
+static qs_operand dropped_operand(const dropped *d)
+{
+    if (has_dropout(d->lora)) {
+        return (qs_operand){.load = dropped_load, .ctx = d};
+    }
+    return (qs_operand){.data = d->x->data, .stride = d->x->stride};
+}
+
+qs_status qs_cpu_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
+                              qs_mat *y)
+{
+    if (lora->a == NULL) {
+        return QS_OK;
+    }
+    const dropped d = {lora, x};
+    qs_operand input = dropped_operand(&d);
+    qs_operand a = {.data = lora->a, .stride = x->cols, .transposed = true};
+    QS_TRY(qs_gemm(q, x->rows, lora->rank, x->cols, &input, &a, xa->data, xa->stride, false));
+    qs_operand scaled = {.data = xa->data, .stride = xa->stride, .scale = lora->scale};
+    qs_operand b = {.data = lora->b, .stride = lora->rank, .transposed = true};
+    return qs_gemm(q, x->rows, y->cols, lora->rank, &scaled, &b, y->data, y->stride, true);
+}
+
+typedef struct {
+    const qs_lora *lora;
+    const float *product; /* [rows, width] */
+    qs_mat *dx;
+    int64_t row0, rows_per_task, rows;
+} masked_add;
+
+static void masked_add_task(void *ctx, int64_t index, int thread)
+{
+    (void)thread;
+    const masked_add *args = ctx;
+    int64_t width = args->dx->cols;
+    int64_t first = index * args->rows_per_task;
+    int64_t last = qs_min_i64(first + args->rows_per_task, args->rows);
+    for (int64_t t = first; t < last; t++) {
+        const float *product = args->product + t * width;
+        float *dx = args->dx->data + (args->row0 + t) * args->dx->stride;
+        for (int64_t j = 0; j < width; j += QS_GEMM_KC) {
+            float kept[QS_GEMM_KC];
+            int64_t count = qs_min_i64(QS_GEMM_KC, width - j);
+            qs_dropout_row(args->lora, args->row0 + t, width, j, count, product + j, kept);
+            for (int64_t i = 0; i < count; i++) {
+                dx[j + i] += kept[i];
+            }
+        }
+    }
+}
+
+/* dx += s (work A) * mask / (1 - p), a block of rows at a time. */
+static qs_status add_masked_product(qs_queue *q, const qs_lora *lora, const qs_mat *work,
+                                    qs_mat *dx)
+{
+    enum { BLOCK_ROWS = 256 };
+    int64_t width = dx->cols;
+    masked_add args = {.lora = lora, .dx = dx, .rows_per_task = qs_rows_per_task(width)};
+    float *product;
+    QS_TRY(qs_scratch(QS_SCRATCH_LORA, qs_min_i64(BLOCK_ROWS, dx->rows) * width, &product));
+    args.product = product;
+    for (; args.row0 < dx->rows; args.row0 += BLOCK_ROWS) {
+        args.rows = qs_min_i64(BLOCK_ROWS, dx->rows - args.row0);
+        qs_operand left = {.data = work->data + args.row0 * work->stride,
+                           .stride = work->stride,
+                           .scale = lora->scale};
+        qs_operand a = {.data = lora->a, .stride = width};
+        QS_TRY(qs_gemm(q, args.rows, width, lora->rank, &left, &a, product, width, false));
+        qs_parallel_for(q, qs_ceil_div(args.rows, args.rows_per_task), args.rows * width * 16,
+                        masked_add_task, &args);
+    }
+    return QS_OK;
+}
+
+qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                               const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx)
+{
+    if (lora->a == NULL) {
+        return QS_OK;
+    }
+    int64_t rows = dy->rows, in = x->cols, out = dy->cols, rank = lora->rank;
+    qs_operand left = {.data = dy->data, .stride = dy->stride};
+    qs_operand b = {.data = lora->b, .stride = rank};
+    QS_TRY(qs_gemm(q, rows, rank, out, &left, &b, work->data, work->stride, false));
+
+    const dropped d = {lora, x};
+    qs_operand input = dropped_operand(&d);
+    qs_operand work_t = {
+        .data = work->data, .stride = work->stride, .transposed = true, .scale = lora->scale};
+    QS_TRY(qs_gemm(q, rank, in, rows, &work_t, &input, da, in, false));
+
+    qs_operand dy_t = {
+        .data = dy->data, .stride = dy->stride, .transposed = true, .scale = lora->scale};
+    qs_operand kept = {.data = xa->data, .stride = xa->stride};
+    QS_TRY(qs_gemm(q, out, rank, rows, &dy_t, &kept, db, rank, false));
+
+    if (has_dropout(lora)) {
+        return add_masked_product(q, lora, work, dx);
+    }
+    qs_operand scaled = {.data = work->data, .stride = work->stride, .scale = lora->scale};
+    qs_operand a = {.data = lora->a, .stride = in};
+    return qs_gemm(q, rows, in, rank, &scaled, &a, dx->data, dx->stride, true);
+}

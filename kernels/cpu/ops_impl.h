@@ -1,0 +1,60 @@
+/* The functions behind qs_ops_cpu(), one file per group, and what those files share. */
+#ifndef QS_KERNELS_CPU_OPS_IMPL_H
+#define QS_KERNELS_CPU_OPS_IMPL_H
+
+#include "kernels/cpu/gemm.h"
+#include "kernels/ops.h"
+
+/** A weight, from row `row0` on, as an operand of qs_gemm: decoded while it is packed. Borrowed by
+ * the operand. */
+typedef struct {
+    const qs_unit_view *view;
+    const qs_weight *weight;
+    const qs_isa *isa;
+    int64_t row0;
+} qs_weight_source;
+
+qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed);
+
+/** qs_weight_decode at full speed: the same bits. */
+void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
+                           int64_t first, int64_t count, float *out);
+
+/** drop(x): row-major x with the mask of `lora`, kept elements times 1 / (1 - p). */
+void qs_dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t first, int64_t count,
+                    const float *x, float *out);
+
+qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                const float *bias, const qs_mat *x, qs_mat *y);
+qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                 const qs_mat *dy, qs_mat *dx, bool accumulate);
+qs_status qs_cpu_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
+                              qs_mat *y);
+qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                               const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx);
+qs_status qs_cpu_rmsnorm_forward(qs_queue *q, const qs_mat *x, const float *w, float eps,
+                                 float *rstd, qs_mat *y);
+qs_status qs_cpu_rmsnorm_backward(qs_queue *q, const qs_mat *dy, const qs_mat *x, const float *w,
+                                  const float *rstd, qs_mat *dx);
+qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const float *cos,
+                      const float *sin, const int32_t *position, bool inverse);
+qs_status qs_cpu_attention_forward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
+                                   const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse);
+qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
+                                    const qs_mat *km, const qs_mat *vm, const qs_mat *o,
+                                    const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
+                                    qs_mat *dk, qs_mat *dv);
+qs_status qs_cpu_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *up, qs_mat *act);
+qs_status qs_cpu_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
+                                 const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
+qs_status qs_cpu_add(qs_queue *q, const qs_mat *x, qs_mat *y);
+qs_status qs_cpu_head_chunk(qs_queue *q, const qs_unit_view *unit, const qs_weight *w, int64_t row0,
+                            qs_head_state *state);
+qs_status qs_cpu_head_finish(qs_queue *q, qs_head_state *state, float scale, float *loss,
+                             float *dx);
+qs_status qs_cpu_square_sums(qs_queue *q, const float *x, int64_t chunks, double *out);
+qs_status qs_cpu_accumulate(qs_queue *q, float *x, const float *y, int64_t count);
+qs_status qs_cpu_adamw(qs_queue *q, const qs_adamw_args *args, int64_t count, const float *grad,
+                       float *master, float *m, float *v);
+
+#endif
