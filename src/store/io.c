@@ -153,9 +153,9 @@ static qs_status read_back(const char *path, const void *data, size_t bytes)
     return st;
 }
 
-/** Reserve the space, so that a full disk shows before the first byte. File systems that cannot are
- * none the worse. */
-static qs_status reserve(int fd, size_t bytes, const char *path)
+/* File systems that cannot reserve are none the worse: the disk may then be full later, which is
+ * checked as well. */
+qs_status qs_io_reserve(int fd, size_t bytes, const char *path)
 {
     int error = 0;
     if (bytes > 0) {
@@ -168,12 +168,23 @@ static qs_status reserve(int fd, size_t bytes, const char *path)
                : output_failed(path, "reserving space", error);
 }
 
-static qs_status write_and_sync(int fd, const void *data, size_t bytes, const char *path)
+qs_status qs_io_fsync(int fd, const char *path)
 {
-    QS_TRY(reserve(fd, bytes, path));
-    QS_TRY(qs_io_write_all(fd, data, bytes, 0, path));
     int error = fsync_retrying(fd);
     return error == 0 ? QS_OK : output_failed(path, "fsync", error);
+}
+
+qs_status qs_io_close(int fd, const char *path)
+{
+    int error = close_once(fd);
+    return error == 0 ? QS_OK : output_failed(path, "close", error);
+}
+
+static qs_status write_and_sync(int fd, const void *data, size_t bytes, const char *path)
+{
+    QS_TRY(qs_io_reserve(fd, bytes, path));
+    QS_TRY(qs_io_write_all(fd, data, bytes, 0, path));
+    return qs_io_fsync(fd, path);
 }
 
 qs_status qs_io_write_new(const char *path, const void *data, size_t bytes)
@@ -186,10 +197,8 @@ qs_status qs_io_write_new(const char *path, const void *data, size_t bytes)
         return output_failed(path, "creating", errno);
     }
     qs_status st = write_and_sync(fd, data, bytes, path);
-    int error = close_once(fd);
-    if (st == QS_OK && error != 0) {
-        st = output_failed(path, "close", error);
-    }
+    qs_status closed = qs_io_close(fd, path);
+    st = st != QS_OK ? st : closed;
     if (st == QS_OK) {
         st = read_back(path, data, bytes);
     }
