@@ -2,17 +2,19 @@
 #ifndef QS_TRAIN_TRAIN_H
 #define QS_TRAIN_TRAIN_H
 
+#include "ckpt/run_dir.h"
 #include "comm/comm.h"
 #include "config/config.h"
-
-typedef enum { QS_RESUME_AUTO, QS_RESUME_MUST, QS_RESUME_NEVER } qs_resume;
 
 typedef struct {
     qs_config config;
     qs_resume resume;
-    bool dry_run;            /* check everything, print the memory table, stop */
-    const char *dump_grads;  /* safetensors: gradients of the first step before clipping, then stop; or NULL */
-    const char *dump_order;  /* text: sequence indices per step, one line a step, then stop; or NULL */
+    bool takeover;          /* take the run directory over from a writer that is gone */
+    bool dry_run;           /* check everything, print the memory table, stop */
+    const char *dump_grads; /* safetensors: gradients of the first step before clipping, then stop;
+                               or NULL */
+    const char
+        *dump_order; /* text: sequence indices per step, one line a step, then stop; or NULL */
 } qs_train_options;
 
 /** Train. Collective. QS_REQUEUE after a stop signal, when everything is saved. */
@@ -20,8 +22,9 @@ qs_status qs_train_run(const qs_train_options *options, qs_comm *comm);
 
 typedef struct {
     qs_config config;
-    const char *adapter;     /* PEFT directory, checkpoint step-N or run directory; NULL: base only */
-    const char *dump_logits; /* safetensors with "logits" [tokens, vocab] of the first sequence, or NULL */
+    const char *adapter; /* PEFT directory, checkpoint step-N or run directory; NULL: base only */
+    const char
+        *dump_logits; /* safetensors with "logits" [tokens, vocab] of the first sequence, or NULL */
 } qs_eval_options;
 
 /** Loss and perplexity on data.eval; prints one line on stdout from rank 0. Collective. */

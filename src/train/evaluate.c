@@ -1,0 +1,181 @@
+#include "train/evaluate.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "base/log.h"
+#include "base/mem.h"
+#include "hf/safetensors.h"
+#include "train/train.h"
+
+qs_status qs_batches_create(qs_batch ***out, int64_t group, int64_t tokens)
+{
+    *out = NULL;
+    QS_TRY(QS_ALLOC(out, group, QS_MEM_DATA));
+    for (int64_t g = 0; g < group; g++) {
+        QS_TRY(qs_batch_create(&(*out)[g], tokens, tokens));
+    }
+    return QS_OK;
+}
+
+void qs_batches_destroy(qs_batch **batches, int64_t group)
+{
+    for (int64_t g = 0; batches != NULL && g < group; g++) {
+        qs_batch_destroy(batches[g]);
+    }
+    qs_mem_free(batches);
+}
+
+qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum)
+{
+    qs_status st = QS_OK;
+    const int nranks = qs_comm_nranks(comm);
+    const qs_range range = qs_slots_of(slots, qs_comm_rank(comm), nranks);
+    const int64_t width = (slots + nranks - 1) / nranks;
+    double *send = NULL, *recv = NULL;
+    *sum = 0;
+    QS_GOTO(QS_ALLOC(&send, width, QS_MEM_WORK));
+    QS_GOTO(QS_ALLOC(&recv, width * nranks, QS_MEM_WORK));
+    for (int64_t i = 0; i < range.end - range.begin; i++) {
+        send[i] = mine[i];
+    }
+    QS_GOTO(qs_comm_all_gather_now(comm, send, recv, (size_t)width * sizeof *send));
+    for (int r = 0; r < nranks; r++) {
+        const qs_range of = qs_slots_of(slots, r, nranks);
+        for (int64_t i = 0; i < of.end - of.begin; i++) {
+            *sum += recv[r * width + i];
+        }
+    }
+done:
+    qs_mem_free(send);
+    qs_mem_free(recv);
+    return st;
+}
+
+/* Sequences [slot * micro_batch, ...) of the file, in file order. */
+static qs_status read_slot(qs_data *data, int64_t micro_batch, int64_t slot, qs_batch *batch)
+{
+    int64_t sequence[QS_MICRO_BATCH_MAX];
+    int64_t count = 0;
+    for (int64_t i = slot * micro_batch; count < micro_batch && i < data->n_sequences; i++) {
+        sequence[count++] = i;
+    }
+    return qs_data_read(data, sequence, sequence, count, batch);
+}
+
+static qs_status eval_passes(qs_session *s, qs_data *data, int64_t micro_batch, int64_t group,
+                             qs_batch **batches, int64_t slots, double *sums)
+{
+    const int nranks = qs_comm_nranks(s->comm);
+    const qs_range range = qs_slots_of(slots, qs_comm_rank(s->comm), nranks);
+    const int64_t per_rank = (slots + nranks - 1) / nranks;
+    qs_micro_batch micro[QS_GROUP_MAX];
+    for (int64_t first = 0; first < per_rank; first += group) {
+        qs_status st = QS_OK;
+        for (int64_t g = 0; g < group; g++) {
+            const int64_t slot = range.begin + first + g;
+            micro[g] = (qs_micro_batch){.slot = -1};
+            if (slot < range.end && st == QS_OK) {
+                st = read_slot(data, micro_batch, slot, batches[g]);
+                micro[g].slot = slot;
+                micro[g].batch = batches[g]->n_targets > 0 ? batches[g] : NULL;
+            }
+        }
+        QS_TRY(qs_comm_agree(s->comm, st));
+        QS_TRY(qs_model_eval_pass(s->model, micro, group));
+        for (int64_t g = 0; g < group; g++) {
+            if (micro[g].slot >= 0) {
+                sums[micro[g].slot - range.begin] = micro[g].loss_sum;
+            }
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, int64_t group,
+                      qs_batch **batches, qs_eval_result *out)
+{
+    qs_status st = QS_OK;
+    const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
+    double *sums = NULL, total = 0;
+    QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
+    QS_GOTO(eval_passes(s, data, micro_batch, group, batches, slots, sums));
+    QS_GOTO(qs_sum_slots(s->comm, slots, sums, &total));
+    *out = (qs_eval_result){.loss = data->n_targets > 0 ? total / (double)data->n_targets : 0,
+                            .targets = data->n_targets,
+                            .sequences = data->n_sequences};
+done:
+    qs_mem_free(sums);
+    return st;
+}
+
+/* Logits of every token of the first sequence, by rank 0 into a safetensors file; the others join
+ * the gathers. */
+static qs_status dump_logits(qs_session *s, qs_data *data, qs_batch *batch, const char *path)
+{
+    qs_status st = QS_OK;
+    const int64_t first = 0, vocab = s->index->config.vocab;
+    const bool mine = qs_comm_rank(s->comm) == 0;
+    float *logits = NULL;
+    QS_GOTO(qs_comm_agree(s->comm, qs_data_read(data, &first, &first, mine ? 1 : 0, batch)));
+    QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&logits, batch->n_tokens * vocab, QS_MEM_WORK)));
+    QS_GOTO(qs_model_logits(s->model, batch, true, logits));
+    if (mine) {
+        const qs_st_item item = {.name = "logits",
+                                 .dtype = QS_F32,
+                                 .rank = 2,
+                                 .shape = {batch->n_tokens, vocab},
+                                 .data = logits};
+        st = qs_st_write(path, &item, 1);
+    }
+    st = qs_comm_agree(s->comm, st);
+done:
+    qs_mem_free(logits);
+    return st;
+}
+
+static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_data *data)
+{
+    qs_status st = QS_OK;
+    const int64_t micro_batch = options->config.train.micro_batch;
+    const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
+    const int64_t group = qs_session_group(&options->config, slots, qs_comm_nranks(s->comm));
+    const int64_t tokens = qs_session_max_tokens(data, micro_batch);
+    const qs_model_shape shape = {.max_tokens = tokens,
+                                  .max_targets = options->dump_logits != NULL
+                                                     ? tokens
+                                                     : qs_session_max_targets(data, micro_batch),
+                                  .group = group};
+    qs_batch **batches = NULL;
+    qs_eval_result result;
+    QS_GOTO(qs_session_build(s, &shape));
+    QS_GOTO(qs_comm_agree(s->comm, qs_batches_create(&batches, group, tokens)));
+    if (options->dump_logits != NULL) {
+        QS_GOTO(dump_logits(s, data, batches[0], options->dump_logits));
+    }
+    QS_GOTO(qs_evaluate(s, data, micro_batch, group, batches, &result));
+    if (qs_comm_rank(s->comm) == 0) {
+        printf("eval_loss %.17g perplexity %.6g targets %lld sequences %lld\n", result.loss,
+               exp(result.loss), (long long)result.targets, (long long)result.sequences);
+        fflush(stdout);
+    }
+done:
+    qs_batches_destroy(batches, group);
+    return st;
+}
+
+qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
+{
+    qs_status st = QS_OK;
+    qs_session s;
+    qs_data *data = NULL;
+    QS_GOTO(qs_session_open(&s, &options->config, comm));
+    QS_GOTO(qs_session_load_adapter(&s, options->adapter));
+    QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));
+    QS_GOTO(eval_with(&s, options, data));
+done:
+    qs_data_close(data);
+    qs_session_close(&s);
+    return st;
+}

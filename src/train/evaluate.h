@@ -1,0 +1,25 @@
+/* Loss over a token file: micro-batches are slots shared by the ranks, their sums are added in slot
+ * order. */
+#ifndef QS_TRAIN_EVALUATE_H
+#define QS_TRAIN_EVALUATE_H
+
+#include "train/session.h"
+
+typedef struct {
+    double loss; /* mean over targets */
+    int64_t targets, sequences;
+} qs_eval_result;
+
+/** Evaluate `data` with the session's model, whose shape must have room for micro_batch sequences
+ * of it. Collective. */
+qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, int64_t group,
+                      qs_batch **batches, qs_eval_result *out);
+
+/** Add per-slot sums over all ranks in slot order: `mine` are this rank's slots. Collective. */
+qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum);
+
+/** `group` batches of the given room. */
+qs_status qs_batches_create(qs_batch ***out, int64_t group, int64_t tokens);
+void qs_batches_destroy(qs_batch **batches, int64_t group);
+
+#endif

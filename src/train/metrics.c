@@ -1,0 +1,183 @@
+#include "train/metrics.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "config/config.h"
+#include "store/io.h"
+
+enum { LINE_MAX_BYTES = 1024, METRICS_MAX_BYTES = 1 << 30 };
+
+struct qs_metrics {
+    char dir[QS_PATH_MAX];
+    char path[QS_PATH_MAX + 32], ranks_path[QS_PATH_MAX + 32];
+    int fd, ranks_fd;
+};
+
+/* The step a line belongs to; -1 if the line is not whole (cut off by a kill). */
+static int64_t line_step(const char *line, size_t bytes)
+{
+    static const char key[] = "{\"step\":";
+    if (bytes < sizeof key || memcmp(line, key, sizeof key - 1) != 0 || line[bytes - 1] != '}') {
+        return -1;
+    }
+    return strtoll(line + sizeof key - 1, NULL, 10);
+}
+
+/* Keep the whole lines of steps up to `step`; the file is rewritten only if something goes. */
+static qs_status trim(const char *path, int64_t step)
+{
+    void *data = NULL;
+    size_t bytes = 0, kept = 0;
+    if (access(path, F_OK) != 0) {
+        return QS_OK;
+    }
+    QS_TRY(qs_io_read_file(path, METRICS_MAX_BYTES, &data, &bytes));
+    char *text = data;
+    for (size_t at = 0; at < bytes;) {
+        char *end = memchr(text + at, '\n', bytes - at);
+        const size_t length = (end != NULL ? (size_t)(end - text) : bytes) - at;
+        const int64_t of = line_step(text + at, length);
+        if (end != NULL && of >= 0 && of <= step) {
+            memmove(text + kept, text + at, length + 1);
+            kept += length + 1;
+        }
+        at += length + 1;
+    }
+    qs_status st = kept < bytes ? qs_io_write_file(path, text, kept) : QS_OK;
+    free(data);
+    return st;
+}
+
+static qs_status open_log(const char *path, int64_t step, int *fd)
+{
+    QS_TRY(trim(path, step));
+    *fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (*fd < 0) {
+        return QS_FAIL(QS_ERR_IO, "%s: cannot be opened for appending: %s", path, strerror(errno));
+    }
+    return QS_OK;
+}
+
+qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank)
+{
+    qs_status st = QS_OK;
+    *out = NULL;
+    if (rank != 0) {
+        return QS_OK;
+    }
+    qs_metrics *m = calloc(1, sizeof *m);
+    if (m == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "no memory for the metrics files");
+    }
+    m->fd = m->ranks_fd = -1;
+    snprintf(m->dir, sizeof m->dir, "%s", run_dir);
+    snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
+    snprintf(m->ranks_path, sizeof m->ranks_path, "%s/ranks.jsonl", run_dir);
+    QS_GOTO(open_log(m->path, step, &m->fd));
+    QS_GOTO(open_log(m->ranks_path, step, &m->ranks_fd));
+    *out = m;
+done:
+    if (st != QS_OK) {
+        qs_metrics_close(m);
+    }
+    return st;
+}
+
+void qs_metrics_close(qs_metrics *m)
+{
+    if (m == NULL) {
+        return;
+    }
+    if (m->fd >= 0) {
+        close(m->fd);
+    }
+    if (m->ranks_fd >= 0) {
+        close(m->ranks_fd);
+    }
+    free(m);
+}
+
+qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
+{
+    char line[LINE_MAX_BYTES];
+    if (metrics == NULL) {
+        return QS_OK;
+    }
+    const double rate = m->step_time_s > 0 ? (double)m->all_tokens / m->step_time_s : 0;
+    const int n =
+        snprintf(line, sizeof line,
+                 "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"all_tokens\": %" PRId64
+                 ", \"loss\": %.17g, \"lr\": %.17g, \"grad_norm\": %.17g, \"step_time_s\": %.6f, "
+                 "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %.6f, "
+                 "\"compute_s\": %.6f, \"reduce_s\": %.6f}\n",
+                 m->step, m->tokens, m->all_tokens, m->loss, m->lr, m->grad_norm, m->step_time_s,
+                 rate, m->peak_bytes, m->gather_s, m->compute_s, m->reduce_s);
+    return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
+}
+
+qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_t targets)
+{
+    char line[LINE_MAX_BYTES];
+    if (metrics == NULL) {
+        return QS_OK;
+    }
+    const int n =
+        snprintf(line, sizeof line,
+                 "{\"step\": %" PRId64 ", \"eval_loss\": %.17g, \"eval_tokens\": %" PRId64 "}\n",
+                 step, loss, targets);
+    return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
+}
+
+static qs_status write_rank(qs_metrics *metrics, int64_t step, int rank, const qs_rank_metrics *m)
+{
+    char line[LINE_MAX_BYTES];
+    const int n = snprintf(
+        line, sizeof line,
+        "{\"step\": %" PRId64 ", \"rank\": %d, \"tokens\": %" PRId64 ", \"targets\": %" PRId64
+        ", \"flops\": %.17g, \"read_bytes\": %" PRIu64 ", \"data_bytes\": %" PRIu64
+        ", \"gathered_bytes\": %" PRIu64 ", \"received_bytes\": %" PRIu64
+        ", \"base_bytes\": %" PRIu64 ", \"peak_bytes\": %" PRIu64 ", \"rss_bytes\": %" PRIu64 "}\n",
+        step, rank, m->tokens, m->targets, m->flops, m->read_bytes, m->data_bytes,
+        m->gathered_bytes, m->received_bytes, m->base_bytes, m->peak_bytes, m->rss_bytes);
+    return qs_io_append(metrics->ranks_fd, line, (size_t)n, metrics->ranks_path);
+}
+
+qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metrics *mine,
+                           qs_comm *comm)
+{
+    qs_status st = QS_OK;
+    const int nranks = qs_comm_nranks(comm);
+    qs_rank_metrics *all = calloc((size_t)nranks, sizeof *all);
+    if (all == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "no memory for the metrics of %d ranks", nranks);
+    }
+    QS_GOTO(qs_comm_all_gather_now(comm, mine, all, sizeof *mine));
+    for (int r = 0; metrics != NULL && r < nranks && st == QS_OK; r++) {
+        st = write_rank(metrics, step, r, &all[r]);
+    }
+done:
+    free(all);
+    return st;
+}
+
+qs_status qs_metrics_summary(qs_metrics *metrics, const qs_step_metrics *last, int64_t steps,
+                             double seconds, int nranks, double eval_loss)
+{
+    char text[LINE_MAX_BYTES];
+    char path[QS_PATH_MAX + 32];
+    if (metrics == NULL) {
+        return QS_OK;
+    }
+    snprintf(path, sizeof path, "%s/summary.csv", metrics->dir);
+    const int n = snprintf(text, sizeof text,
+                           "ranks,steps,final_loss,eval_loss,seconds,peak_bytes\n"
+                           "%d,%" PRId64 ",%.17g,%.17g,%.3f,%" PRIu64 "\n",
+                           nranks, steps, last->loss, eval_loss, seconds, last->peak_bytes);
+    return qs_io_write_file(path, text, (size_t)n);
+}

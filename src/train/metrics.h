@@ -1,0 +1,51 @@
+/* What a run leaves to read: metrics.jsonl (a line a step), ranks.jsonl (who did how much),
+ * summary.csv (a line a run). Rank 0 writes; numbers that are compared between runs are printed
+ * with 17 digits. */
+#ifndef QS_TRAIN_METRICS_H
+#define QS_TRAIN_METRICS_H
+
+#include <stdint.h>
+
+#include "comm/comm.h"
+
+typedef struct {
+    int64_t step;   /* 1-based: updates done */
+    int64_t tokens; /* positions that carry loss */
+    int64_t all_tokens;
+    double loss, lr, grad_norm;
+    double step_time_s, gather_s, compute_s, reduce_s;
+    uint64_t peak_bytes;
+} qs_step_metrics;
+
+/** What one rank did so far. */
+typedef struct {
+    int64_t tokens, targets;
+    double flops;
+    uint64_t read_bytes;     /* of base.h5 */
+    uint64_t data_bytes;     /* of the token file */
+    uint64_t gathered_bytes; /* received by gathers */
+    uint64_t received_bytes; /* received in all */
+    uint64_t base_bytes;     /* largest share + gather buffers of the base held at once */
+    uint64_t peak_bytes;
+    uint64_t rss_bytes;
+} qs_rank_metrics;
+
+typedef struct qs_metrics qs_metrics;
+
+/** Open the run's files for appending; lines of steps after `step` (left by a run that was killed)
+ * are dropped. On ranks other than 0 nothing is opened and the other calls do nothing. */
+qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank);
+void qs_metrics_close(qs_metrics *metrics);
+
+qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m);
+qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_t targets);
+
+/** One line per rank in ranks.jsonl. Collective. */
+qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metrics *mine,
+                           qs_comm *comm);
+
+/** summary.csv of the finished run. */
+qs_status qs_metrics_summary(qs_metrics *metrics, const qs_step_metrics *last, int64_t steps,
+                             double seconds, int nranks, double eval_loss);
+
+#endif

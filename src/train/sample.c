@@ -1,0 +1,258 @@
+/* Greedy continuations. The prompts are dealt out to the ranks; every rank makes the same number of
+ * passes, because every pass gathers every unit. A pass sees the whole text again: short samples
+ * that show what an adapter has learned, not a server. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "hf/json.h"
+#include "train/evaluate.h"
+#include "train/train.h"
+
+enum { EOS_MAX = 8 };
+
+typedef struct {
+    int64_t prompt_tokens; /* of the prompt alone */
+    int64_t length, capacity;
+    int32_t *tokens;
+    bool ended; /* the model said end of text */
+} text;
+
+typedef struct {
+    qs_session *session;
+    qs_data *data;
+    int64_t new_tokens;
+    int64_t count; /* texts of this rank */
+    int64_t most;  /* texts of the rank that has most */
+    text *texts;
+    int32_t eos[EOS_MAX];
+    int eos_count;
+    qs_batch *batch;
+    float *logits; /* [count, vocab] */
+} sampler;
+
+/* eos_token_id of config.json: one id, a list, or none. */
+static qs_status read_eos(sampler *s)
+{
+    const char *config = s->session->index->config_text;
+    json_t *root = NULL;
+    QS_TRY(qs_json_parse(&root, config, strlen(config), s->session->index->path));
+    const json_t *eos = json_object_get(root, "eos_token_id");
+    if (json_is_integer(eos)) {
+        s->eos[s->eos_count++] = (int32_t)json_integer_value(eos);
+    }
+    for (size_t i = 0; i < json_array_size(eos) && s->eos_count < EOS_MAX; i++) {
+        s->eos[s->eos_count++] = (int32_t)json_integer_value(json_array_get(eos, i));
+    }
+    json_decref(root);
+    return QS_OK;
+}
+
+static bool is_eos(const sampler *s, int32_t id)
+{
+    for (int i = 0; i < s->eos_count; i++) {
+        if (s->eos[i] == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Prompt number of this rank's i-th text. */
+static int64_t prompt_of(const sampler *s, int rank, int64_t i)
+{
+    return rank + i * qs_comm_nranks(s->session->comm);
+}
+
+static qs_status read_prompts(sampler *s)
+{
+    const int rank = qs_comm_rank(s->session->comm);
+    const qs_data *data = s->data;
+    QS_TRY(QS_ALLOC(&s->texts, s->count, QS_MEM_DATA));
+    for (int64_t i = 0; i < s->count; i++) {
+        const int64_t p = prompt_of(s, rank, i);
+        text *t = &s->texts[i];
+        t->length = t->prompt_tokens = data->seq_offsets[p + 1] - data->seq_offsets[p];
+        t->capacity = t->length + s->new_tokens;
+        QS_TRY(QS_ALLOC(&t->tokens, t->capacity, QS_MEM_DATA));
+        QS_TRY(qs_data_read(s->data, &p, &p, 1, s->batch));
+        memcpy(t->tokens, s->batch->tokens, (size_t)t->length * sizeof *t->tokens);
+    }
+    return QS_OK;
+}
+
+/* All texts of this rank as the documents of one batch. */
+static void fill_batch(sampler *s)
+{
+    qs_batch *b = s->batch;
+    int64_t at = 0;
+    b->n_sequences = s->count;
+    b->n_docs = (int)s->count;
+    b->cu_seqlens[0] = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        const text *t = &s->texts[i];
+        for (int64_t j = 0; j < t->length; j++, at++) {
+            b->tokens[at] = t->tokens[j];
+            b->position[at] = (int32_t)j;
+            b->target[at] = -1;
+            b->sample[at] = i;
+            b->row_at[at] = j;
+        }
+        b->cu_seqlens[i + 1] = (int32_t)at;
+    }
+    b->n_tokens = at;
+    b->n_targets = 0;
+}
+
+/* The likeliest token; the lowest id of equals. */
+static int32_t argmax(const float *logits, int64_t vocab)
+{
+    int64_t best = 0;
+    for (int64_t v = 1; v < vocab; v++) {
+        best = logits[v] > logits[best] ? v : best;
+    }
+    return (int32_t)best;
+}
+
+static qs_status extend_all(sampler *s)
+{
+    const int64_t vocab = s->session->index->config.vocab;
+    fill_batch(s);
+    QS_TRY(qs_model_logits(s->session->model, s->batch, false, s->logits));
+    for (int64_t i = 0; i < s->count; i++) {
+        text *t = &s->texts[i];
+        if (t->ended) {
+            continue;
+        }
+        const int32_t id = argmax(s->logits + i * vocab, vocab);
+        t->ended = is_eos(s, id);
+        if (!t->ended) {
+            t->tokens[t->length++] = id;
+        }
+    }
+    return QS_OK;
+}
+
+static void print_tokens(const qs_decode_table *table, const int32_t *tokens, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        if (tokens[i] < table->vocab) {
+            const int64_t from = table->offsets[tokens[i]], to = table->offsets[tokens[i] + 1];
+            fwrite(table->bytes + from, 1, (size_t)(to - from), stdout);
+        }
+    }
+}
+
+/* `new_ids` [new_tokens + 1] per text: count, then the ids. */
+static qs_status print_prompt(const sampler *s, const qs_decode_table *table, int64_t p,
+                              const int32_t *new_ids)
+{
+    QS_TRY(qs_data_read(s->data, &p, &p, 1, s->batch));
+    printf("--- prompt %lld\n", (long long)p + 1);
+    print_tokens(table, s->batch->tokens, s->batch->n_tokens);
+    printf("\n--- continuation\n");
+    print_tokens(table, new_ids + 1, new_ids[0]);
+    printf("\n");
+    return QS_OK;
+}
+
+/* Rank 0 prints all texts in the order of the prompts. */
+static qs_status print_all(sampler *s, const int32_t *all)
+{
+    qs_decode_table table = {0};
+    const int nranks = qs_comm_nranks(s->session->comm);
+    const int64_t width = s->new_tokens + 1;
+    qs_status st = qs_decode_table_read(&table, s->data->path);
+    for (int64_t p = 0; p < s->data->n_sequences && st == QS_OK; p++) {
+        const int64_t rank = p % nranks, i = p / nranks;
+        st = print_prompt(s, &table, p, all + (rank * s->most + i) * width);
+    }
+    fflush(stdout);
+    qs_decode_table_free(&table);
+    return st;
+}
+
+static qs_status collect_and_print(sampler *s)
+{
+    qs_status st = QS_OK;
+    const int64_t width = s->new_tokens + 1;
+    const int nranks = qs_comm_nranks(s->session->comm);
+    int32_t *mine = NULL, *all = NULL;
+    QS_GOTO(QS_ALLOC(&mine, s->most * width, QS_MEM_WORK));
+    QS_GOTO(QS_ALLOC(&all, s->most * width * nranks, QS_MEM_WORK));
+    for (int64_t i = 0; i < s->count; i++) {
+        const text *t = &s->texts[i];
+        const int64_t added = t->length - t->prompt_tokens;
+        mine[i * width] = (int32_t)added;
+        memcpy(mine + i * width + 1, t->tokens + t->prompt_tokens, (size_t)added * sizeof *mine);
+    }
+    QS_GOTO(qs_comm_all_gather_now(s->session->comm, mine, all,
+                                   (size_t)(s->most * width) * sizeof *mine));
+    if (qs_comm_rank(s->session->comm) == 0) {
+        st = print_all(s, all);
+    }
+    st = qs_comm_agree(s->session->comm, st);
+done:
+    qs_mem_free(mine);
+    qs_mem_free(all);
+    return st;
+}
+
+static qs_status prepare(sampler *s)
+{
+    qs_session *session = s->session;
+    const int rank = qs_comm_rank(session->comm), nranks = qs_comm_nranks(session->comm);
+    s->most = (s->data->n_sequences + nranks - 1) / nranks;
+    int64_t tokens = 1;
+    for (int64_t p = rank; p < s->data->n_sequences; p += nranks) {
+        tokens += s->data->seq_offsets[p + 1] - s->data->seq_offsets[p] + s->new_tokens;
+        s->count++;
+    }
+    const int64_t longest = qs_session_max_tokens(s->data, 1); /* rank 0 prints any prompt */
+    tokens = tokens > longest ? tokens : longest;
+    const qs_model_shape shape = {
+        .max_tokens = tokens, .max_targets = s->most, .group = 1, .recompute = QS_RECOMPUTE_FULL};
+    QS_TRY(qs_session_build(session, &shape));
+    QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
+    QS_TRY(QS_ALLOC(&s->logits, s->count * session->index->config.vocab, QS_MEM_WORK));
+    QS_TRY(read_eos(s));
+    return read_prompts(s);
+}
+
+static qs_status sample_with(sampler *s)
+{
+    QS_TRY(qs_comm_agree(s->session->comm, prepare(s)));
+    for (int64_t i = 0; i < s->new_tokens; i++) {
+        QS_TRY(extend_all(s));
+    }
+    return collect_and_print(s);
+}
+
+static void destroy(sampler *s)
+{
+    for (int64_t i = 0; s->texts != NULL && i < s->count; i++) {
+        qs_mem_free(s->texts[i].tokens);
+    }
+    qs_mem_free(s->texts);
+    qs_mem_free(s->logits);
+    qs_batch_destroy(s->batch);
+}
+
+qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm)
+{
+    qs_status st = QS_OK;
+    qs_session session = {0};
+    qs_data *data = NULL;
+    sampler s = {.session = &session, .new_tokens = options->tokens};
+    QS_GOTO(qs_session_open(&session, &options->config, comm));
+    QS_GOTO(qs_session_load_adapter(&session, options->adapter));
+    QS_GOTO(qs_data_open(&data, options->prompts, session.index->config.vocab, 0, comm));
+    s.data = data;
+    QS_GOTO(sample_with(&s));
+done:
+    destroy(&s);
+    qs_data_close(data);
+    qs_session_close(&session);
+    return st;
+}

@@ -1,0 +1,32 @@
+/* Stop signals: a flag that the training loop reads once a step, reduced over the ranks, so that
+ * all save at the same step. USR1 comes from schedulers ahead of the time limit; TERM and INT mean
+ * the same, and a second one of them ends the process. */
+#include <signal.h>
+#include <unistd.h>
+
+#include "train/train.h"
+
+static volatile sig_atomic_t caught;
+
+static void on_signal(int number)
+{
+    if (caught != 0 && number != SIGUSR1) {
+        _exit(128 + number);
+    }
+    caught = 1;
+}
+
+void qs_signals_install(void)
+{
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGUSR1, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+int qs_signals_caught(void)
+{
+    return caught != 0;
+}

@@ -1,0 +1,530 @@
+/* The training run. A step is
+ *
+ *   for each pass:  up to G micro-batches forward, head, backward through the gathered units
+ *   finish the slot trees, norm, clip, AdamW on this rank's share, gather of the new LoRA weights
+ *   metrics, evaluation, checkpoint, stop signals: decided alike on all ranks
+ *
+ * Nothing but LoRA, the moments and the step number is state: everything else follows from the
+ * seed. */
+#include "train/train.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "base/mem.h"
+#include "base/timer.h"
+#include "ckpt/ckpt.h"
+#include "ckpt/run_dir.h"
+#include "store/io.h"
+#include "train/evaluate.h"
+#include "train/metrics.h"
+#include "train/plan.h"
+#include "train/sampler.h"
+#include "train/session.h"
+
+enum { NOT_FINITE_MAX = 3 }; /* skipped updates in a row before the run stops */
+
+/* Everything that a run holds. */
+typedef struct {
+    const qs_train_options *options;
+    const qs_config *cfg;
+    qs_comm *comm;
+    int rank, nranks;
+    qs_session session;
+    qs_data *train_data, *eval_data;
+    qs_sampler sampler;
+    qs_model_shape shape;
+    qs_plan plan;
+    qs_run_dir run_dir;
+    qs_batch **batches; /* [shape.group] */
+    qs_optim *optim;
+    qs_grads *grads;
+    qs_metrics *metrics;
+    double *slot_sums; /* [slots of this rank] */
+    int64_t step;      /* updates done */
+    int64_t not_finite;
+    int64_t tokens, targets; /* of this rank so far */
+    double started_s;
+    double eval_loss;
+    qs_step_metrics last;
+} run;
+
+/* ---- setting up ---- */
+
+static qs_status open_inputs(run *r)
+{
+    const qs_config *cfg = r->cfg;
+    QS_TRY(qs_session_open(&r->session, cfg, r->comm));
+    const int64_t vocab = r->session.index->config.vocab;
+    QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
+    if (cfg->data_eval[0] != '\0') {
+        QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
+    }
+    return qs_comm_agree(r->comm,
+                         qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* The largest micro-batch of either file decides the room. */
+static void shape_run(run *r)
+{
+    const int64_t micro = r->cfg->train.micro_batch;
+    r->sampler = qs_sampler_make(r->cfg, r->train_data);
+    r->shape = (qs_model_shape){
+        .max_tokens = qs_session_max_tokens(r->train_data, micro),
+        .max_targets = qs_session_max_targets(r->train_data, micro),
+        .group = qs_session_group(r->cfg, r->sampler.slots, r->nranks),
+        .recompute = r->cfg->train.recompute,
+        .backward = true,
+    };
+    if (r->eval_data != NULL) {
+        r->shape.max_tokens =
+            larger(r->shape.max_tokens, qs_session_max_tokens(r->eval_data, micro));
+        r->shape.max_targets =
+            larger(r->shape.max_targets, qs_session_max_targets(r->eval_data, micro));
+    }
+    r->plan = qs_plan_make(&r->session, r->train_data, &r->shape, r->sampler.slots);
+}
+
+static int64_t shard_count(const run *r)
+{
+    return r->session.layout.n_layers * qs_lora_shard_width(&r->session.layout, r->nranks);
+}
+
+static qs_status allocate(run *r)
+{
+    const qs_lora_layout *layout = &r->session.layout;
+    const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
+    QS_TRY(QS_ALLOC(&r->session.lora, layout->n_layers * layout->per_layer, QS_MEM_LORA));
+    QS_TRY(QS_ALLOC(&r->slot_sums, slots.end - slots.begin, QS_MEM_WORK));
+    QS_TRY(qs_optim_create(&r->optim, shard_count(r)));
+    QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, r->comm, r->session.queue,
+                           r->sampler.slots, r->shape.group));
+    return qs_batches_create(&r->batches, r->shape.group, r->shape.max_tokens);
+}
+
+/* This rank's share of fresh LoRA weights: by counter, or from a PEFT directory. */
+static qs_status init_lora(run *r)
+{
+    qs_status st = QS_OK;
+    const qs_lora_layout *layout = &r->session.layout;
+    const int64_t width = qs_lora_shard_width(layout, r->nranks);
+    const qs_range mine = qs_lora_shard(layout, r->rank, r->nranks);
+    qs_peft *peft = NULL;
+    float *segment = NULL;
+    if (r->cfg->lora.init[0] == '\0') {
+        for (int l = 0; l < layout->n_layers; l++) {
+            qs_lora_init(layout, (uint64_t)r->cfg->seed, l, mine, r->optim->master + l * width);
+        }
+        return QS_OK;
+    }
+    QS_GOTO(QS_ALLOC(&segment, layout->per_layer, QS_MEM_WORK));
+    QS_GOTO(qs_peft_open(&peft, r->cfg->lora.init, layout));
+    for (int l = 0; l < layout->n_layers; l++) {
+        QS_GOTO(qs_peft_read_layer(peft, l, segment));
+        memcpy(r->optim->master + l * width, segment + mine.begin,
+               (size_t)(mine.end - mine.begin) * sizeof(float));
+    }
+done:
+    qs_peft_close(peft);
+    qs_mem_free(segment);
+    return st;
+}
+
+static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
+{
+    qs_ckpt_meta meta = {.step = r->step, .config_yaml = config_yaml};
+    snprintf(meta.run_id, sizeof meta.run_id, "%s", r->run_dir.run_id);
+    snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
+    snprintf(meta.data_content, sizeof meta.data_content, "%s", r->train_data->content);
+    return meta;
+}
+
+/* Continue from the newest checkpoint that verifies, if there is one and the user wants it. */
+static qs_status resume_or_init(run *r)
+{
+    qs_status st = QS_OK;
+    int64_t step = -1;
+    char *yaml = NULL;
+    if (r->options->resume != QS_RESUME_NEVER && r->options->dump_grads == NULL) {
+        QS_TRY(qs_ckpt_latest(r->cfg->output, &step, r->comm));
+    }
+    if (step < 0 && r->options->resume == QS_RESUME_MUST) {
+        return QS_FAIL(QS_ERR_CHECKPOINT,
+                       "%s: no checkpoint that verifies, and --resume must was given; use "
+                       "--resume auto to start anew",
+                       r->cfg->output);
+    }
+    if (step < 0) {
+        return qs_comm_agree(r->comm, init_lora(r));
+    }
+    yaml = qs_config_dump(r->cfg);
+    const qs_ckpt_meta expect = meta_of(r, yaml);
+    qs_ckpt_meta loaded;
+    QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->optim, &loaded,
+                         r->comm));
+    r->step = loaded.step;
+    qs_log_info("%s: resuming after step %" PRId64, r->cfg->output, r->step);
+done:
+    free(yaml);
+    return st;
+}
+
+static qs_status gather_lora(run *r)
+{
+    return qs_lora_gather(&r->session.layout, r->comm, r->session.queue, r->optim->master,
+                          r->session.lora);
+}
+
+/* ---- one step ---- */
+
+/* The micro-batch of `slot`, read into batch g; *micro says what the model has to do. */
+static qs_status load_slot(run *r, int64_t slot, int64_t g, qs_micro_batch *micro)
+{
+    int64_t sequence[QS_MICRO_BATCH_MAX], number[QS_MICRO_BATCH_MAX];
+    qs_batch *batch = r->batches[g];
+    const int64_t count = qs_sampler_slot(&r->sampler, r->step, slot, sequence, number);
+    QS_TRY(qs_data_read(r->train_data, sequence, number, count, batch));
+    micro->slot = slot;
+    micro->batch = batch->n_targets > 0 ? batch : NULL;
+    r->tokens += batch->n_tokens;
+    r->targets += batch->n_targets;
+    return QS_OK;
+}
+
+/* All passes of a step. The number of passes is the same on every rank. */
+static qs_status run_passes(run *r, float loss_scale)
+{
+    const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
+    const int64_t group = r->shape.group;
+    const int64_t per_rank = qs_shard_width(r->sampler.slots, r->nranks);
+    const qs_model_noise noise = {.dropout = (float)r->cfg->lora.dropout,
+                                  .seed = (uint64_t)r->cfg->seed,
+                                  .step = (uint64_t)r->step};
+    qs_micro_batch micro[QS_GROUP_MAX];
+    for (int64_t first = 0; first < per_rank; first += group) {
+        qs_status st = QS_OK;
+        for (int64_t g = 0; g < group; g++) {
+            const int64_t slot = slots.begin + first + g;
+            micro[g] = (qs_micro_batch){.slot = -1};
+            if (slot < slots.end && st == QS_OK) {
+                st = load_slot(r, slot, g, &micro[g]);
+            }
+        }
+        QS_TRY(qs_comm_agree(r->comm, st));
+        QS_TRY(qs_model_train_pass(r->session.model, micro, group, loss_scale, &noise, r->grads,
+                                   first + group >= per_rank));
+        for (int64_t g = 0; g < group; g++) {
+            if (micro[g].slot >= 0) {
+                r->slot_sums[micro[g].slot - slots.begin] = micro[g].loss_sum;
+            }
+        }
+    }
+    return QS_OK;
+}
+
+/* Write the reduced gradient under PEFT names (--dump-grads). */
+static qs_status dump_grads(run *r, const float *shard)
+{
+    qs_status st = QS_OK;
+    const qs_lora_layout *layout = &r->session.layout;
+    float *full = NULL;
+    QS_GOTO(
+        qs_comm_agree(r->comm, QS_ALLOC(&full, layout->n_layers * layout->per_layer, QS_MEM_WORK)));
+    QS_GOTO(qs_lora_gather(layout, r->comm, r->session.queue, shard, full));
+    if (r->rank == 0) {
+        st = qs_peft_write_tensors(r->options->dump_grads, layout, full);
+    }
+    st = qs_comm_agree(r->comm, st);
+done:
+    qs_mem_free(full);
+    return st;
+}
+
+/* The update, unless the gradient is not finite: then the step is skipped on all ranks alike. */
+static qs_status update(run *r, const float *shard, const qs_step_metrics *m)
+{
+    if (!isfinite(m->grad_norm) || !isfinite(m->loss)) {
+        r->not_finite++;
+        qs_log_warn("step %" PRId64 ": loss %g, gradient norm %g: not finite, update skipped",
+                    m->step, m->loss, m->grad_norm);
+        if (r->not_finite >= NOT_FINITE_MAX) {
+            return QS_FAIL(QS_ERR_NUMERIC,
+                           "step %" PRId64 ": %d steps in a row were not finite; lower optim.lr "
+                           "or look at the data of these steps (--dump-order)",
+                           m->step, NOT_FINITE_MAX);
+        }
+        return QS_OK;
+    }
+    r->not_finite = 0;
+    r->optim->step = r->step;
+    QS_TRY(qs_optim_step(r->optim, r->session.ops, r->session.queue, r->cfg, m->lr,
+                         qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard));
+    return gather_lora(r);
+}
+
+static int64_t step_tokens(const run *r)
+{
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < qs_sampler_step_size(&r->sampler, r->step); i++) {
+        int64_t number = 0;
+        const int64_t s = qs_sampler_sequence(&r->sampler, r->step, i, &number);
+        tokens += r->train_data->seq_offsets[s + 1] - r->train_data->seq_offsets[s];
+    }
+    return tokens;
+}
+
+static qs_status train_step(run *r, qs_step_metrics *m)
+{
+    const double start = qs_time_s();
+    const double waited = qs_fsdp_get_stats(r->session.fsdp).wait_s;
+    double loss_sum = 0;
+    float *shard = NULL;
+    *m = (qs_step_metrics){.step = r->step + 1,
+                           .tokens = qs_sampler_targets(&r->sampler, r->step),
+                           .all_tokens = step_tokens(r),
+                           .lr = qs_lr_at(r->cfg, r->step, r->sampler.steps)};
+    const float loss_scale = m->tokens > 0 ? (float)(1.0 / (double)m->tokens) : 0;
+
+    qs_grads_begin(r->grads);
+    QS_TRY(run_passes(r, loss_scale));
+    const double reduce_start = qs_time_s();
+    QS_TRY(qs_grads_finish(r->grads, &shard));
+    QS_TRY(qs_grads_norm(r->grads, shard, &m->grad_norm));
+    QS_TRY(qs_sum_slots(r->comm, r->sampler.slots, r->slot_sums, &loss_sum));
+    m->loss = m->tokens > 0 ? loss_sum / (double)m->tokens : 0;
+    m->reduce_s = qs_time_s() - reduce_start;
+    if (r->options->dump_grads != NULL) {
+        return dump_grads(r, shard);
+    }
+    QS_TRY(update(r, shard, m));
+    m->step_time_s = qs_time_s() - start;
+    m->gather_s = qs_fsdp_get_stats(r->session.fsdp).wait_s - waited;
+    m->compute_s = m->step_time_s - m->gather_s - m->reduce_s;
+    m->peak_bytes = qs_mem_peak_total_bytes();
+    return QS_OK;
+}
+
+/* ---- between steps ---- */
+
+static qs_status evaluate(run *r)
+{
+    qs_eval_result result;
+    QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, r->shape.group,
+                       r->batches, &result));
+    r->eval_loss = result.loss;
+    qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
+                result.loss, exp(result.loss), result.targets);
+    return qs_comm_agree(r->comm,
+                         qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
+}
+
+static qs_status report_ranks(run *r)
+{
+    const qs_fsdp_stats stats = qs_fsdp_get_stats(r->session.fsdp);
+    const qs_rank_metrics mine = {
+        .tokens = r->tokens,
+        .targets = r->targets,
+        .flops = qs_model_flops(r->session.model),
+        .read_bytes = stats.read_bytes,
+        .data_bytes = r->train_data->bytes_read,
+        .gathered_bytes = stats.gathered_bytes,
+        .received_bytes = qs_comm_received_bytes(r->comm),
+        .base_bytes = qs_mem_peak_bytes(QS_MEM_BASE_SHARD) + qs_mem_peak_bytes(QS_MEM_BASE_GATHER),
+        .peak_bytes = qs_mem_peak_total_bytes(),
+        .rss_bytes = qs_mem_peak_rss_bytes(),
+    };
+    return qs_metrics_ranks(r->metrics, r->step, &mine, r->comm);
+}
+
+/* Save and rotate. A full disk keeps the older checkpoints and the run goes on; it counts at the
+ * end. */
+static qs_status save(run *r, qs_status *last_save)
+{
+    char *yaml = qs_config_dump(r->cfg);
+    qs_ckpt_meta meta = meta_of(r, yaml);
+    r->optim->step = r->step;
+    *last_save = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->optim, r->comm);
+    free(yaml);
+    if (*last_save == QS_ERR_IO_FULL) {
+        qs_log_warn("step %" PRId64 ": not saved: %s", r->step, qs_error_text());
+        qs_error_clear();
+        return QS_OK;
+    }
+    QS_TRY(*last_save);
+    qs_log_info("%s: saved step %" PRId64, r->cfg->output, r->step);
+    qs_status st = QS_OK;
+    if (r->rank == 0) {
+        st = qs_ckpt_rotate(r->cfg->output, r->cfg->train.keep_last, r->cfg->train.keep_every);
+    }
+    return qs_comm_agree(r->comm, st);
+}
+
+static bool due(int64_t step, int64_t every)
+{
+    return every > 0 && step % every == 0;
+}
+
+/* One flag for all: a signal anywhere, or rank 0's clock past max_time. */
+static qs_status stop_wanted(run *r, bool *stop)
+{
+    const bool late = r->rank == 0 && r->cfg->train.max_time > 0 &&
+                      qs_time_s() - r->started_s >= r->cfg->train.max_time;
+    int64_t flag = qs_signals_caught() || late;
+    QS_TRY(qs_comm_max_i64(r->comm, &flag, 1));
+    *stop = flag != 0;
+    return QS_OK;
+}
+
+static void show(const run *r, const qs_step_metrics *m)
+{
+    char text[160];
+    snprintf(text, sizeof text, "loss %.4f  lr %.3g  norm %.3f  %.0f tokens/s", m->loss, m->lr,
+             m->grad_norm, m->step_time_s > 0 ? (double)m->all_tokens / m->step_time_s : 0);
+    if (due(m->step, r->cfg->train.log_every) || m->step == r->sampler.steps) {
+        qs_progress("train", m->step, r->sampler.steps, text);
+    }
+}
+
+static qs_status step_loop(run *r)
+{
+    qs_status last_save = QS_OK;
+    bool stop = false;
+    int64_t saved = r->step;
+    while (r->step < r->sampler.steps && !stop) {
+        QS_TRY(train_step(r, &r->last));
+        if (r->options->dump_grads != NULL) {
+            printf("loss %.17g grad_norm %.17g\n", r->last.loss, r->last.grad_norm);
+            return QS_OK;
+        }
+        r->step++;
+        QS_TRY(qs_comm_agree(r->comm, qs_metrics_step(r->metrics, &r->last)));
+        show(r, &r->last);
+        if (r->eval_data != NULL &&
+            (due(r->step, r->cfg->train.eval_every) || r->step == r->sampler.steps)) {
+            QS_TRY(evaluate(r));
+        }
+        QS_TRY(stop_wanted(r, &stop));
+        if (stop || due(r->step, r->cfg->train.save_every) || r->step == r->sampler.steps) {
+            QS_TRY(report_ranks(r));
+            QS_TRY(save(r, &last_save));
+            saved = last_save == QS_OK ? r->step : saved;
+        }
+    }
+    qs_progress_end();
+    if (last_save != QS_OK) {
+        return QS_FAIL(last_save,
+                       "%s: the last checkpoint could not be saved: disk full; the "
+                       "newest good one is step %" PRId64,
+                       r->cfg->output, saved);
+    }
+    return stop && r->step < r->sampler.steps ? QS_REQUEUE : QS_OK;
+}
+
+/* ---- the whole ---- */
+
+/* One line a step: the sequences that it trains on, for comparing with other programs. */
+static qs_status dump_order(const run *r)
+{
+    FILE *out = fopen(r->options->dump_order, "w");
+    if (out == NULL) {
+        return QS_FAIL(QS_ERR_IO, "%s: cannot be written", r->options->dump_order);
+    }
+    for (int64_t step = 0; step < r->sampler.steps; step++) {
+        for (int64_t i = 0; i < qs_sampler_step_size(&r->sampler, step); i++) {
+            int64_t number = 0;
+            fprintf(out, "%s%" PRId64, i > 0 ? " " : "",
+                    qs_sampler_sequence(&r->sampler, step, i, &number));
+        }
+        fputc('\n', out);
+    }
+    return fclose(out) == 0
+               ? QS_OK
+               : QS_FAIL(QS_ERR_IO, "%s: could not be written", r->options->dump_order);
+}
+
+static qs_status finish(run *r)
+{
+    const double seconds = qs_time_s() - r->started_s;
+    qs_status st =
+        qs_metrics_summary(r->metrics, &r->last, r->step, seconds, r->nranks, r->eval_loss);
+    QS_TRY(qs_comm_agree(r->comm, st));
+    QS_TRY(qs_run_dir_finish(&r->run_dir, r->comm));
+    if (r->rank == 0) {
+        qs_plan_print(&r->plan, true);
+    }
+    qs_log_info("%s: done: %" PRId64 " steps in %.1f s", r->cfg->output, r->step, seconds);
+    return QS_OK;
+}
+
+/* Load, resume, train, finish: what needs the run directory. */
+static qs_status run_training(run *r)
+{
+    QS_TRY(qs_comm_agree(r->comm, allocate(r)));
+    QS_TRY(qs_session_build(&r->session, &r->shape));
+    QS_TRY(resume_or_init(r));
+    QS_TRY(gather_lora(r));
+    if (r->options->dump_grads == NULL) {
+        QS_TRY(
+            qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, r->step, r->rank)));
+    }
+    qs_signals_install();
+    QS_TRY(step_loop(r));
+    return r->options->dump_grads == NULL ? finish(r) : QS_OK;
+}
+
+static qs_status run_all(run *r)
+{
+    QS_TRY(open_inputs(r));
+    shape_run(r);
+    if (r->options->dump_order != NULL) {
+        return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);
+    }
+    if (r->options->dry_run && r->rank == 0) {
+        qs_plan_print(&r->plan, false);
+    }
+    QS_TRY(qs_plan_check(&r->plan, r->cfg->memory.device_limit));
+    if (r->options->dry_run) {
+        return QS_OK;
+    }
+    if (r->options->dump_grads == NULL) {
+        QS_TRY(qs_run_dir_open(&r->run_dir, r->cfg, r->options->resume, r->options->takeover,
+                               r->comm));
+        if (r->run_dir.finished) {
+            qs_log_info("%s: this run is finished; nothing to do", r->cfg->output);
+            return QS_OK;
+        }
+    }
+    return run_training(r);
+}
+
+qs_status qs_train_run(const qs_train_options *options, qs_comm *comm)
+{
+    run r = {.options = options,
+             .cfg = &options->config,
+             .comm = comm,
+             .rank = qs_comm_rank(comm),
+             .nranks = qs_comm_nranks(comm),
+             .started_s = qs_time_s(),
+             .eval_loss = NAN};
+    const qs_status st = run_all(&r);
+    qs_progress_end();
+    qs_metrics_close(r.metrics);
+    qs_batches_destroy(r.batches, r.shape.group);
+    qs_grads_destroy(r.grads);
+    qs_optim_destroy(r.optim);
+    qs_mem_free(r.slot_sums);
+    qs_run_dir_close(&r.run_dir);
+    qs_data_close(r.train_data);
+    qs_data_close(r.eval_data);
+    qs_session_close(&r.session);
+    return st;
+}
