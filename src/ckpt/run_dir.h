@@ -1,11 +1,11 @@
-/* The directory of a run: ours alone, one writer at a time.
+/* The run directory: whose it is, who writes to it, and whether the run is finished.
  *
- *   config.yaml     the resolved configuration
- *   run.json        run id, version and build, hosts, ranks, created; "finished": true at the end
- *   LOCK            host, pid and run id of the writer; taken over if that process is gone on this
- * host, or with --takeover metrics.jsonl, ranks.jsonl, summary.csv, step-N/
+ *   config.yaml   resolved configuration      run.json   run id, build, hosts, finished or not
+ *   run.lock      the writer: host, process   step-N/    checkpoints
  *
- * Rank 0 touches the file system, the others are told. */
+ * A directory is ours if its run.json says so. One run writes at a time: run.lock is created
+ * exclusively and names host, process and batch job; it is taken over only when that process is
+ * gone from this host, when this is a later start of the same batch job, or when asked for. */
 #ifndef QS_CKPT_RUN_DIR_H
 #define QS_CKPT_RUN_DIR_H
 
@@ -14,25 +14,30 @@
 #include "comm/comm.h"
 #include "config/config.h"
 
+/** What to do with checkpoints in the run directory: go on from them if there are some, insist on
+ *  them, or start in a fresh directory only. */
 typedef enum { QS_RESUME_AUTO, QS_RESUME_MUST, QS_RESUME_NEVER } qs_resume;
 
 typedef struct {
-    char path[QS_PATH_MAX];
-    char run_id[40];
-    bool finished; /* the run had ended before this call: there is nothing to do */
-    bool locked;   /* this process holds the lock (rank 0 only) */
+    char dir[QS_PATH_MAX];
+    char run_id[40]; /* of the first start; the same after every resume */
+    bool finished;   /* nothing was opened: the run had finished before */
+    bool locked;     /* this process holds run.lock (rank 0 only) */
 } qs_run_dir;
 
-/** Open or create cfg->output. A directory that is not empty and not ours is QS_ERR_OUTPUT_TAKEN,
- * and so is one of ours that already has checkpoints or metrics when `resume` is QS_RESUME_NEVER,
- * or that another live process writes. Collective. */
+/** Open cfg->output for writing: create it (with one parent) or recognise it as ours, take the
+ *  lock, write config.yaml and run.json. Collective; only rank 0 touches files.
+ *  \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when another process
+ *          writes to it, or with QS_RESUME_NEVER when it holds a run; QS_ERR_CHECKPOINT with
+ *          QS_RESUME_MUST when it holds none; QS_ERR_RESUME when its run has checkpoints of, or has
+ *          finished with, another configuration. */
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);
 
-/** Mark the run as finished. Collective. */
-qs_status qs_run_dir_finish(qs_run_dir *dir, qs_comm *comm);
+/** Write into run.json that the run is finished. Collective. */
+qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm);
 
-/** Give the lock back; does nothing if there is none. Not collective. */
-void qs_run_dir_close(qs_run_dir *dir);
+/** Release the lock. A zeroed struct is fine. Not collective. */
+void qs_run_dir_close(qs_run_dir *run);
 
 #endif

@@ -157,7 +157,7 @@ static qs_status read_section(reader *r, const char *section)
             return duplicate_key(r, section);
         }
     }
-    snprintf(r->sections[r->n_sections++], sizeof r->sections[0], "%s", section);
+    snprintf(r->sections[r->n_sections++], sizeof r->sections[0], "%.31s", section);
     QS_TRY(next(r));
     if (r->event.type != YAML_MAPPING_START_EVENT) {
         return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s is a section; write %s: {key: value, ...}",

@@ -1,0 +1,350 @@
+#define _GNU_SOURCE
+#include "ckpt/run_dir.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "ckpt/run_lock.h"
+#include "hf/json.h"
+#include "qshard_version.h"
+#include "store/io.h"
+#include "store/manifest.h"
+
+enum { HOST_MAX = 64, RUN_JSON_MAX = 1 << 20, PATH_ROOM = QS_PATH_MAX + 64 };
+
+/* What rank 0 finds. */
+typedef enum { FOUND_NOTHING, FOUND_EMPTY, FOUND_RUN } found;
+
+/* ---- looking ---- */
+
+static bool starts_with(const char *text, const char *start)
+{
+    return strncmp(text, start, strlen(start)) == 0;
+}
+
+/* Locks and half-written files of ours do not make a directory anybody's. */
+static bool is_leftover(const char *name)
+{
+    return strcmp(name, ".") == 0 || strcmp(name, "..") == 0 ||
+           starts_with(name, QS_RUN_LOCK_NAME) || starts_with(name, "run.json.tmp-") ||
+           starts_with(name, "config.yaml");
+}
+
+static qs_status look(const char *dir, found *out)
+{
+    *out = FOUND_NOTHING;
+    DIR *entries = opendir(dir);
+    if (!entries) {
+        return errno == ENOENT ? QS_OK
+                               : QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: %s; choose another output", dir,
+                                         strerror(errno));
+    }
+    *out = FOUND_EMPTY;
+    char stranger[256] = "";
+    for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
+        if (strcmp(e->d_name, "run.json") == 0) {
+            *out = FOUND_RUN;
+        } else if (!is_leftover(e->d_name)) {
+            snprintf(stranger, sizeof stranger, "%s", e->d_name);
+        }
+    }
+    closedir(entries);
+    if (*out == FOUND_EMPTY && stranger[0]) {
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                       "%s: holds \"%s\" but no run.json, so it is not a run of ours; choose "
+                       "another output",
+                       dir, stranger);
+    }
+    return QS_OK;
+}
+
+/* Remove what a killed process left half written. The lock is ours by now. */
+static void sweep(const char *dir)
+{
+    DIR *entries = opendir(dir);
+    if (!entries) {
+        return; /* whoever reads the directory next will say so */
+    }
+    for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
+        if (strstr(e->d_name, ".tmp-") || starts_with(e->d_name, QS_RUN_LOCK_NAME ".")) {
+            (void)unlinkat(dirfd(entries), e->d_name, 0); /* refuses directories, as it should */
+        }
+    }
+    closedir(entries);
+}
+
+/* ---- run.json ---- */
+
+static qs_status read_run(const char *dir, json_t **out)
+{
+    char path[PATH_ROOM];
+    void *text = NULL;
+    size_t bytes = 0;
+    const char *format = NULL, *run_id = NULL;
+    int64_t version = 0;
+    qs_status st = QS_OK;
+    *out = NULL;
+    snprintf(path, sizeof path, "%s/run.json", dir);
+    QS_GOTO(qs_io_read_file(path, RUN_JSON_MAX, &text, &bytes));
+    QS_GOTO(qs_json_parse(out, text, bytes, path));
+    QS_GOTO(qs_json_text(*out, "format", &format, path));
+    if (strcmp(format, "qshard-run") != 0) {
+        QS_GOTO(QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                        "%s: format: \"%.40s\" is not \"qshard-run\"; choose another output", path,
+                        format));
+    }
+    QS_GOTO(qs_json_i64(*out, "format_version", 1, 1, &version, path));
+    QS_GOTO(qs_json_text(*out, "run_id", &run_id, path));
+    if (strlen(run_id) >= sizeof((qs_run_dir *)0)->run_id) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: run_id is longer than 39 letters", path));
+    }
+    if (!json_is_boolean(json_object_get(*out, "finished"))) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: finished is neither true nor false", path));
+    }
+done:
+    free(text);
+    if (st != QS_OK) {
+        json_decref(*out);
+        *out = NULL;
+    }
+    return st;
+}
+
+static qs_status write_run(const char *dir, const json_t *run)
+{
+    char path[PATH_ROOM];
+    snprintf(path, sizeof path, "%s/run.json", dir);
+    char *text = json_dumps(run, JSON_INDENT(2) | JSON_SORT_KEYS);
+    if (!text) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+    }
+    qs_status st = qs_io_write_file(path, text, strlen(text));
+    free(text);
+    return st;
+}
+
+/* Time for humans, random digits so that two runs never share an id. */
+static void make_run_id(char *out, size_t capacity, const char *created)
+{
+    uint32_t random = 0;
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random) {
+        random = (uint32_t)getpid();
+    }
+    snprintf(out, capacity, "%s-%08x", created, random);
+}
+
+static void now_text(char out[24])
+{
+    time_t now = time(NULL);
+    struct tm utc;
+    gmtime_r(&now, &utc);
+    strftime(out, 24, "%Y%m%dT%H%M%SZ", &utc);
+}
+
+/* A fresh object, or what a resumed run's file becomes. */
+static qs_status fill_run(json_t **run, const qs_config *cfg, const char *hosts, int nranks)
+{
+    char created[24], run_id[40];
+    now_text(created);
+    make_run_id(run_id, sizeof run_id, created);
+    if (!*run) {
+        *run = json_pack("{s:s, s:i, s:s, s:s, s:i}", "format", "qshard-run", "format_version", 1,
+                         "run_id", run_id, "created", created, "starts", 0);
+    }
+    json_t *list = json_array();
+    for (int r = 0; r < nranks; r++) { /* each host once, in the order of its first rank */
+        const char *host = hosts + (size_t)r * HOST_MAX;
+        if (r == 0 || strcmp(host, host - HOST_MAX) != 0) {
+            json_array_append_new(list, json_string(host));
+        }
+    }
+    json_int_t starts = json_integer_value(json_object_get(*run, "starts")) + 1;
+    int failed = !*run || !list;
+    failed |= json_object_set_new(*run, "hosts", list) != 0;
+    failed |= json_object_set_new(*run, "nranks", json_integer(nranks)) != 0;
+    failed |= json_object_set_new(*run, "starts", json_integer(starts)) != 0;
+    failed |= json_object_set_new(*run, "version", json_string(QSHARD_VERSION)) != 0;
+    failed |= json_object_set_new(*run, "build", json_string(QSHARD_COMMIT)) != 0;
+    failed |= json_object_set_new(*run, "finished", json_false()) != 0;
+    return failed ? QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", cfg->output) : QS_OK;
+}
+
+/* ---- opening ---- */
+
+static qs_status make_directory(const char *dir)
+{
+    char parent[QS_PATH_MAX];
+    snprintf(parent, sizeof parent, "%s", dir);
+    size_t length = strlen(parent);
+    while (length > 1 && parent[length - 1] == '/') {
+        parent[--length] = '\0';
+    }
+    char *slash = strrchr(parent, '/');
+    struct stat info;
+    if (slash && slash != parent) {
+        *slash = '\0';
+        if (stat(parent, &info) != 0 && errno == ENOENT) {
+            QS_TRY(qs_io_mkdir(parent));
+        }
+    }
+    return qs_io_mkdir(dir);
+}
+
+/* A run that has something to lose goes on with its own configuration only. */
+static qs_status compare_config(const qs_config *cfg, bool finished)
+{
+    int64_t step = -1;
+    int count = 0;
+    QS_TRY(qs_manifest_list(cfg->output, &step, 1, &count));
+    char path[PATH_ROOM], values[512];
+    snprintf(path, sizeof path, "%s/config.yaml", cfg->output);
+    struct stat info;
+    if ((count == 0 && !finished) || stat(path, &info) != 0) {
+        return QS_OK;
+    }
+    qs_config *old = malloc(sizeof *old);
+    if (!old) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+    }
+    qs_status st = qs_config_load(old, path, NULL, 0);
+    const char *key =
+        st == QS_OK ? qs_config_first_difference(old, cfg, values, sizeof values) : NULL;
+    if (key) {
+        st = QS_FAIL(QS_ERR_RESUME,
+                     "%s: this run %s with another %s (then and now: %s); give the old value, or "
+                     "another output",
+                     cfg->output, finished ? "has finished" : "was started", key, values);
+    }
+    free(old);
+    return st;
+}
+
+static qs_status write_config(const qs_config *cfg)
+{
+    char path[PATH_ROOM];
+    snprintf(path, sizeof path, "%s/config.yaml", cfg->output);
+    char *text = qs_config_dump(cfg);
+    if (!text) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+    }
+    qs_status st = qs_io_write_file(path, text, strlen(text));
+    free(text);
+    return st;
+}
+
+static qs_status check_wish(const char *dir, found what, qs_resume resume)
+{
+    if (what == FOUND_RUN && resume == QS_RESUME_NEVER) {
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                       "%s: holds a run, and --resume never was given; choose another output or "
+                       "use --resume auto",
+                       dir);
+    }
+    if (what != FOUND_RUN && resume == QS_RESUME_MUST) {
+        return QS_FAIL(QS_ERR_CHECKPOINT,
+                       "%s: holds no run, and --resume must was given; use --resume auto", dir);
+    }
+    return QS_OK;
+}
+
+static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resume, bool takeover,
+                           const char *hosts, int nranks)
+{
+    found what;
+    json_t *json = NULL;
+    qs_status st = QS_OK;
+    QS_TRY(look(cfg->output, &what));
+    QS_TRY(check_wish(cfg->output, what, resume));
+    if (what == FOUND_NOTHING) {
+        QS_TRY(make_directory(cfg->output));
+    }
+    if (what == FOUND_RUN) {
+        QS_GOTO(read_run(cfg->output, &json));
+        run->finished = json_is_true(json_object_get(json, "finished"));
+        QS_GOTO(compare_config(cfg, run->finished));
+    }
+    if (!run->finished) {
+        QS_GOTO(qs_run_lock_take(cfg->output, takeover));
+        run->locked = true;
+        sweep(cfg->output);
+        QS_GOTO(fill_run(&json, cfg, hosts, nranks));
+        QS_GOTO(write_config(cfg)); /* before run.json: a directory with that is complete */
+        QS_GOTO(write_run(cfg->output, json));
+    }
+    snprintf(run->run_id, sizeof run->run_id, "%s",
+             json_string_value(json_object_get(json, "run_id")));
+done:
+    json_decref(json);
+    if (st != QS_OK) {
+        qs_run_dir_close(run);
+    }
+    return st;
+}
+
+qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
+                          qs_comm *comm)
+{
+    memset(out, 0, sizeof *out);
+    snprintf(out->dir, sizeof out->dir, "%s", cfg->output);
+    int nranks = qs_comm_nranks(comm);
+    char mine[HOST_MAX] = "";
+    gethostname(mine, sizeof mine - 1);
+    char *hosts = calloc((size_t)nranks, HOST_MAX);
+    QS_TRY(qs_comm_agree(comm, hosts ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "no memory for host names")));
+    qs_status st = qs_comm_all_gather_now(comm, mine, hosts, HOST_MAX);
+    if (st == QS_OK) {
+        bool first = qs_comm_rank(comm) == 0;
+        st = qs_comm_agree(comm,
+                           first ? open_here(out, cfg, resume, takeover, hosts, nranks) : QS_OK);
+    }
+    free(hosts);
+    struct {
+        char run_id[sizeof out->run_id];
+        bool finished;
+    } told;
+    memset(&told, 0, sizeof told);
+    memcpy(told.run_id, out->run_id, sizeof told.run_id);
+    told.finished = out->finished;
+    QS_TRY(st);
+    QS_TRY(qs_comm_bcast(comm, &told, sizeof told, 0));
+    memcpy(out->run_id, told.run_id, sizeof told.run_id);
+    out->finished = told.finished;
+    return QS_OK;
+}
+
+static qs_status finish_here(const qs_run_dir *run)
+{
+    json_t *json = NULL;
+    char now[24];
+    now_text(now);
+    QS_TRY(read_run(run->dir, &json));
+    qs_status st = QS_OK;
+    if (json_object_set_new(json, "finished", json_true()) != 0 ||
+        json_object_set_new(json, "ended", json_string(now)) != 0) {
+        st = QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", run->dir);
+    }
+    st = st == QS_OK ? write_run(run->dir, json) : st;
+    json_decref(json);
+    return st;
+}
+
+qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm)
+{
+    return qs_comm_agree(comm, qs_comm_rank(comm) == 0 ? finish_here(run) : QS_OK);
+}
+
+void qs_run_dir_close(qs_run_dir *run)
+{
+    if (run->locked) {
+        qs_run_lock_release(run->dir);
+        run->locked = false;
+    }
+}

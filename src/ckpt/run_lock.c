@@ -1,0 +1,208 @@
+/* run.lock is written under a name of its own and then linked to its place: link() fails if the
+ * place is taken, on network file systems too, and nobody ever sees half a lock. */
+#define _GNU_SOURCE
+#include "ckpt/run_lock.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "config/config.h"
+#include "hf/json.h"
+#include "store/io.h"
+
+enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64 };
+
+typedef struct {
+    char host[256], job[64];
+    int64_t pid;
+    int64_t born;    /* start time of the process: a reused pid is another process */
+    int64_t restart; /* how often the batch system has started the job again */
+} owner;
+
+/* Field 22 of /proc/PID/stat, in clock ticks since boot; 0 where there is none. */
+static int64_t process_born(int64_t pid)
+{
+    char path[64], text[1024];
+    snprintf(path, sizeof path, "/proc/%" PRId64 "/stat", pid);
+    FILE *file = fopen(path, "re");
+    if (!file) {
+        return 0;
+    }
+    size_t bytes = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[bytes] = '\0';
+    const char *p = strrchr(text, ')'); /* the name may hold anything */
+    for (int field = 2; p && field < 22; field++) {
+        p = strchr(p + 1, ' ');
+    }
+    return p ? strtoll(p, NULL, 10) : 0;
+}
+
+static int64_t environment_number(const char *name)
+{
+    const char *text = getenv(name);
+    return text ? strtoll(text, NULL, 10) : 0;
+}
+
+static owner this_process(void)
+{
+    owner me = {.pid = getpid(), .restart = environment_number("SLURM_RESTART_COUNT")};
+    me.born = process_born(me.pid);
+    gethostname(me.host, sizeof me.host - 1);
+    const char *job = getenv("SLURM_JOB_ID");
+    snprintf(me.job, sizeof me.job, "%s", job ? job : "");
+    return me;
+}
+
+static bool same_process(const owner *a, const owner *b)
+{
+    return a->pid == b->pid && a->born == b->born && strcmp(a->host, b->host) == 0;
+}
+
+/* Only what is certain: a process of another host may live. */
+static bool is_gone(const owner *other, const owner *me)
+{
+    if (strcmp(other->host, me->host) == 0) {
+        bool absent = kill((pid_t)other->pid, 0) != 0 && errno == ESRCH;
+        return absent || process_born(other->pid) != other->born;
+    }
+    return me->job[0] && strcmp(other->job, me->job) == 0 && other->restart < me->restart;
+}
+
+static void lock_path(char *out, const char *dir)
+{
+    snprintf(out, PATH_ROOM, "%s/%s", dir, QS_RUN_LOCK_NAME);
+}
+
+static qs_status write_owner(const owner *me, const char *path)
+{
+    json_t *json = json_pack("{s:s, s:s, s:I, s:I, s:I}", "host", me->host, "job", me->job, "pid",
+                             (json_int_t)me->pid, "born", (json_int_t)me->born, "restart",
+                             (json_int_t)me->restart);
+    char *text = json ? json_dumps(json, JSON_SORT_KEYS) : NULL;
+    json_decref(json);
+    if (!text) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the lock", path);
+    }
+    qs_status st = qs_io_write_new(path, text, strlen(text));
+    free(text);
+    return st;
+}
+
+static qs_status parse_owner(const char *text, size_t bytes, const char *path, owner *out)
+{
+    json_t *json = NULL;
+    const char *host = NULL, *job = NULL;
+    qs_status st = QS_OK;
+    QS_GOTO(qs_json_parse(&json, text, bytes, path));
+    QS_GOTO(qs_json_text(json, "host", &host, path));
+    QS_GOTO(qs_json_text(json, "job", &job, path));
+    QS_GOTO(qs_json_i64(json, "pid", 1, INT32_MAX, &out->pid, path));
+    QS_GOTO(qs_json_i64(json, "born", 0, INT64_MAX, &out->born, path));
+    QS_GOTO(qs_json_i64(json, "restart", 0, INT32_MAX, &out->restart, path));
+    snprintf(out->host, sizeof out->host, "%s", host);
+    snprintf(out->job, sizeof out->job, "%s", job);
+done:
+    json_decref(json);
+    return st;
+}
+
+/* False if there is no lock or none that can be read; then `out` is somebody unknown. */
+static bool read_owner(const char *path, owner *out)
+{
+    void *text = NULL;
+    size_t bytes = 0;
+    memset(out, 0, sizeof *out);
+    bool good = qs_io_read_file(path, LOCK_BYTES_MAX, &text, &bytes) == QS_OK &&
+                parse_owner(text, bytes, path, out) == QS_OK;
+    if (!good) {
+        qs_error_clear();
+    }
+    free(text);
+    return good;
+}
+
+/* Move the old lock aside and look again: if another process has taken it over in between, it is
+ * put back. */
+static qs_status remove_stale(const char *path, const owner *stale)
+{
+    char aside[PATH_ROOM + 32];
+    owner moved;
+    snprintf(aside, sizeof aside, "%s.%ld", path, (long)getpid());
+    if (rename(path, aside) != 0 && errno != ENOENT) {
+        return QS_FAIL(QS_ERR_IO, "%s: cannot be taken over: %s", path, strerror(errno));
+    }
+    if (read_owner(aside, &moved) && !same_process(&moved, stale)) {
+        (void)link(aside, path);
+    }
+    (void)unlink(aside);
+    return QS_OK;
+}
+
+static qs_status taken(const char *dir, const char *path, const owner *other, bool readable)
+{
+    if (!readable) {
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                       "%s: %s cannot be read, so another run may write here; if none does, use "
+                       "--takeover",
+                       dir, path);
+    }
+    return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                   "%s: process %" PRId64 " on host %s%s%s writes here; wait for it, or use "
+                   "--takeover if it is gone",
+                   dir, other->pid, other->host, other->job[0] ? ", job " : "", other->job);
+}
+
+/* Link `temp` to its place, after removing a lock that does not count. */
+static qs_status put_in_place(const char *dir, const char *temp, const char *path, const owner *me,
+                              bool takeover)
+{
+    for (int attempt = 0; attempt < 2; attempt++) {
+        if (link(temp, path) == 0) {
+            return QS_OK;
+        }
+        if (errno != EEXIST) { /* a file system without hard links */
+            return write_owner(me, path);
+        }
+        owner other;
+        bool readable = read_owner(path, &other);
+        if (!takeover && !(readable && is_gone(&other, me))) {
+            return taken(dir, path, &other, readable);
+        }
+        qs_log_info("%s: taken over from process %" PRId64 " on host %s", path, other.pid,
+                    readable ? other.host : "(unknown)");
+        QS_TRY(remove_stale(path, &other));
+    }
+    return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: another run starts here at the same time; try again",
+                   dir);
+}
+
+qs_status qs_run_lock_take(const char *dir, bool takeover)
+{
+    char path[PATH_ROOM], temp[PATH_ROOM + 32];
+    owner me = this_process();
+    lock_path(path, dir);
+    snprintf(temp, sizeof temp, "%s.new-%ld", path, (long)getpid());
+    (void)unlink(temp); /* of a process of the same number that was killed here */
+    QS_TRY(write_owner(&me, temp));
+    qs_status st = put_in_place(dir, temp, path, &me, takeover);
+    (void)unlink(temp);
+    return st;
+}
+
+void qs_run_lock_release(const char *dir)
+{
+    char path[PATH_ROOM];
+    owner holder, me = this_process();
+    lock_path(path, dir);
+    if (read_owner(path, &holder) && same_process(&holder, &me)) {
+        (void)unlink(path);
+    }
+}

@@ -1,0 +1,19 @@
+/* The file that says which process writes to a run directory. */
+#ifndef QS_CKPT_RUN_LOCK_H
+#define QS_CKPT_RUN_LOCK_H
+
+#include <stdbool.h>
+
+#include "base/status.h"
+
+/** Create DIR/run.lock in the name of this process. A lock whose owner is gone is taken over, any
+ *  other one only with `takeover`. \return QS_ERR_OUTPUT_TAKEN naming the owner. */
+qs_status qs_run_lock_take(const char *dir, bool takeover);
+
+/** Remove DIR/run.lock if it is still this process's own. */
+void qs_run_lock_release(const char *dir);
+
+/** Name of the lock file and of what taking it leaves behind when killed: "run.lock". */
+#define QS_RUN_LOCK_NAME "run.lock"
+
+#endif
