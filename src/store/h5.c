@@ -216,7 +216,8 @@ static hid_t access_plist(qs_h5_image *im)
 static qs_status open_bytes(qs_h5 *file)
 {
     struct stat info;
-    file->fd = open(file->path, O_RDONLY | O_CLOEXEC);
+    file->fd =
+        open(file->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe must not make us wait */
     if (file->fd < 0 || fstat(file->fd, &info) != 0) {
         return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", file->path,
                        strerror(errno));

@@ -244,7 +244,7 @@ qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *b
     qs_status st = QS_OK;
     struct stat info;
     char *buffer = NULL;
-    int fd = open_retrying(path, O_RDONLY, 0);
+    int fd = open_retrying(path, O_RDONLY | O_NONBLOCK, 0); /* a pipe must not make us wait */
     if (fd < 0) {
         return input_failed(path, "opening", errno);
     }

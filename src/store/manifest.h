@@ -1,7 +1,8 @@
 /* Manifests: a directory is a checkpoint if and only if its manifest verifies.
  *
- * The manifest lists every file with size, SHA-256 and XXH3-128 per 1 MiB block, carries a free JSON object of its owner, and ends
- * in the SHA-256 of itself. It is written last, so that a run killed at any moment leaves either a whole checkpoint or none. */
+ * The manifest lists every file with size, SHA-256 and XXH3-128 per 1 MiB block, carries a free
+ * JSON object of its owner, and ends in the SHA-256 of itself. It is written last, so that a run
+ * killed at any moment leaves either a whole checkpoint or none. */
 #ifndef QS_STORE_MANIFEST_H
 #define QS_STORE_MANIFEST_H
 
@@ -22,26 +23,38 @@ typedef struct {
     int64_t step;
     int nranks;
     char run_id[40];
-    char *meta_json; /* owner's object, a JSON text */
+    char *meta_json; /* owner's object, a JSON text; its keys stand beside the manifest's own. NULL:
+                        none */
     int n_files;
     qs_manifest_file *files;
+    char (*blocks)[QS_XXH128_HEX]; /* of all files, ceil(bytes / 1 MiB) each; only in a manifest
+                                      that was read */
 } qs_manifest;
+
+enum { QS_MANIFEST_BLOCK_BYTES = 1 << 20 };
 
 void qs_manifest_free(qs_manifest *m);
 
 /** Hash one file as it lies on disk. */
 qs_status qs_manifest_hash_file(const char *dir, const char *name, qs_manifest_file *out);
 
-/** Write DIR/manifest.json (qs_io_write_new; the directory is still a temporary one). */
+/** Write DIR/manifest.json (qs_io_write_new; the directory is still a temporary one). Every file is
+ * read for its block hashes, and must have the size and hash that `m` says: QS_ERR_IO_VERIFY
+ * otherwise, so that nothing unread is published. */
 qs_status qs_manifest_write(const char *dir, const qs_manifest *m);
 
-/** Parse and check DIR/manifest.json itself: format, own hash, field ranges, bare file names. */
+/** Parse and check the text of a manifest, without touching any file. `path` is for messages. */
+qs_status qs_manifest_parse(const char *text, size_t bytes, const char *path, qs_manifest *out);
+
+/** Parse and check DIR/manifest.json itself: format, own hash, field ranges, bare file names, and
+ * that its step is the one in the name of a directory called step-N. */
 qs_status qs_manifest_read(const char *dir, qs_manifest *out);
 
 /** Read and check that every file has its size and hash. */
 qs_status qs_manifest_verify(const char *dir, qs_manifest *out);
 
-/** Steps of the directories `step-*` in `dir` whose manifest reads well, descending, at most `capacity`. Missing dir: none. */
+/** Steps of the directories `step-*` in `dir` whose manifest reads well, descending, at most
+ * `capacity`. Missing dir: none. */
 qs_status qs_manifest_list(const char *dir, int64_t *steps, int capacity, int *count);
 
 /** dir/step-00000042 */
