@@ -1,0 +1,119 @@
+"""What the end-to-end tests share: the seed-made model, and running the program as a user does, under mpirun or alone."""
+import atexit
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+QSHARD = os.path.join(os.environ.get("QSHARD_BINARY_DIR", os.path.join(ROOT, "build", "ci")), "qshard")
+PREP = os.path.join(ROOT, "src", "prep")
+ORACLE = os.path.join(ROOT, "tests", "oracle")
+TIMEOUT_S = 240
+
+OMPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+
+
+def scratch(prefix="qshard-e2e-"):
+    """A folder that goes away with the test process."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def environment(threads=1, **more):
+    return {**os.environ, **OMPI, "OMP_NUM_THREADS": str(threads), **more}
+
+
+def command(arguments, ranks=None):
+    """The command line: alone without ranks, else under mpirun."""
+    launcher = [] if ranks is None else ["mpirun", "-np", str(ranks)]
+    return [*launcher, QSHARD, *map(str, arguments)]
+
+
+def qshard(*arguments, ranks=None, threads=1, expect=0, cwd=None, **more):
+    """Runs the program to its end; asserts the exit code and returns the finished process (text)."""
+    done = subprocess.run(["timeout", "-k", "5", str(TIMEOUT_S), *command(arguments, ranks)], cwd=cwd,
+                          env=environment(threads, **more), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if expect is not None and done.returncode != expect:
+        raise AssertionError(f"{' '.join(map(str, arguments))} on {ranks} ranks: exit {done.returncode}, not {expect}\n"
+                             f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def start(*arguments, ranks=None, threads=1, **more):
+    """Starts the program in a session of its own, so that all its processes can be killed together."""
+    return subprocess.Popen(command(arguments, ranks), env=environment(threads, **more), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
+
+
+def python(script, *arguments):
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    if done.returncode != 0:
+        raise AssertionError(f"{script} {arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+_tiny = None
+
+
+def tiny():
+    """The files of inputs/tiny.yaml, made once per test process: model/, base.h5, train.h5, eval.h5."""
+    global _tiny
+    if _tiny is None:
+        folder = scratch()
+        model = os.path.join(folder, "model")
+        python(os.path.join(PREP, "qshard_tiny.py"), model, "--examples", "160")
+        for name in ("train", "eval"):
+            python(os.path.join(PREP, "qshard_prep.py"), "--model", model, os.path.join(model, name + ".jsonl"), "-o",
+                   os.path.join(folder, name + ".h5"), "--seq-len", "64")
+        qshard("quantize", model, "-o", os.path.join(folder, "base.h5"), "--head-chunk-rows", "128")
+        _tiny = folder
+    return _tiny
+
+
+def settings(folder, output, **more):
+    """--set options for a run of the tiny model; keys with dots replaced by __."""
+    values = {"base": f"{folder}/base.h5", "data.train": f"{folder}/train.h5", "data.eval": f"{folder}/eval.h5",
+              "output": output}
+    values.update({key.replace("__", "."): value for key, value in more.items()})
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+TINY_YAML = os.path.join(ROOT, "inputs", "tiny.yaml")
+
+
+def train(output, ranks=None, threads=1, expect=0, options=(), **more):
+    """Trains inputs/tiny.yaml with changes into `output`."""
+    return qshard("train", TINY_YAML, *settings(tiny(), output, **more), *options, ranks=ranks, threads=threads,
+                  expect=expect)
+
+
+def metrics(output, name="metrics.jsonl"):
+    with open(os.path.join(output, name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+NUMBERS = re.compile(r'"(step|loss|eval_loss|lr|grad_norm)": ([^,}]+)')
+
+
+def curve(output):
+    """Everything in metrics.jsonl that must not depend on ranks and threads, as printed (17 digits: the bits)."""
+    with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
+        return [tuple(NUMBERS.findall(line)) for line in file]
+
+
+def adapter_digest(output, ranks=None):
+    """SHA-256 of the exported adapter's weights."""
+    target = scratch() + "/adapter"
+    qshard("export", output, "-o", target)
+    with open(os.path.join(target, "adapter_model.safetensors"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -1,0 +1,85 @@
+"""The same bits on any number of ranks and threads, and nobody does another's work."""
+import os
+import unittest
+
+import support
+
+
+class SameBits(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+        cls.reference = os.path.join(cls.folder, "reference")
+        support.train(cls.reference, ranks=1)
+        cls.curve = support.curve(cls.reference)
+        cls.adapter = support.adapter_digest(cls.reference)
+
+    def same_as_reference(self, name, **how):
+        output = os.path.join(self.folder, name)
+        support.train(output, **how)
+        self.assertEqual(support.curve(output), self.curve)
+        self.assertEqual(support.adapter_digest(output), self.adapter)
+        return output
+
+    def test_reference_learns(self):
+        losses = [line["loss"] for line in support.metrics(self.reference) if "loss" in line]
+        self.assertEqual(len(losses), 40)
+        self.assertLess(sum(losses[-5:]) / 5, 0.75 * losses[0])
+
+    def test_ranks(self):
+        total = support.metrics(self.reference, "ranks.jsonl")[-1]
+        for ranks in (2, 3, 4, 5, 8):
+            with self.subTest(ranks=ranks):
+                output = self.same_as_reference(f"ranks-{ranks}", ranks=ranks)
+                self.work_adds_up(output, ranks, total)
+
+    def work_adds_up(self, output, ranks, total):
+        """Tokens, FLOPs and bytes read of the ranks sum to one rank's; no rank holds more of the base than promised."""
+        lines = support.metrics(output, "ranks.jsonl")[-ranks:]
+        for what in ("tokens", "targets", "flops", "read_bytes", "data_bytes"):
+            self.assertEqual(sum(line[what] for line in lines), total[what], what)
+        for line in lines:
+            self.assertLessEqual(line["base_bytes"], base_bound(total["read_bytes"], ranks))
+
+    def test_threads_without_mpirun(self):
+        for threads in (1, 2):
+            with self.subTest(threads=threads):
+                self.same_as_reference(f"threads-{threads}", threads=threads)
+
+    def test_recompute_and_gather_group_do_not_change_bits(self):
+        for recompute, group in (("selective", 1), ("none", 2), ("full", 5)):
+            with self.subTest(recompute=recompute, group=group):
+                self.same_as_reference(f"{recompute}-{group}", ranks=2, train__recompute=recompute,
+                                       train__gather_group=group)
+
+    def test_every_instruction_set(self):
+        for isa in ("avx2", "portable"):
+            with self.subTest(isa=isa):
+                os.environ["QSHARD_CPU_ISA"] = isa
+                try:
+                    output = os.path.join(self.folder, isa)
+                    support.train(output, train__steps=4)
+                    self.assertEqual([dict(line)["loss"] for line in support.curve(output) if "loss" in dict(line)][0],
+                                     dict(self.curve[0])["loss"])
+                finally:
+                    del os.environ["QSHARD_CPU_ISA"]
+
+
+def base_bound(total_bytes, ranks):
+    """total / N + 2 max(layer, head chunk) + padding. The tiny model's largest unit is measured in the file."""
+    import h5py
+    largest = quanta = 0
+    with h5py.File(os.path.join(support.tiny(), "base.h5"), "r") as file:
+        for unit in file["units"].values():
+            sizes = [unit[name].size * unit[name].dtype.itemsize
+                     for name in ("packed", "absmax8", "absmax32", "raw") if name in unit]
+            largest = max(largest, sum(sizes))
+            quanta += 1
+    # every unit is cut at whole quanta (at most one NF4 and one raw quantum more) with four sections padded to 128 bytes
+    padding = quanta * (8192 + 256 + 4 + 2 * 64 * 4 + 4 * 128)
+    gathered = 2 * (largest + ranks * (8452 + 512 + 4 * 128)) if ranks > 1 else 0
+    return total_bytes / ranks + gathered + padding
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,59 @@
+"""Two network namespaces as two hosts: the same bits over a network as in one machine's memory."""
+import os
+import shutil
+import subprocess
+import unittest
+
+import support
+
+SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "two_hosts.sh")
+
+
+def reason_to_skip():
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "iproute2 is not installed"
+    probe = subprocess.run(["ip", "netns", "add", "qshard-probe"], capture_output=True, text=True)
+    if probe.returncode != 0:
+        return "no network namespaces here: " + probe.stderr.strip()
+    subprocess.run(["ip", "netns", "del", "qshard-probe"], check=False)
+    return None
+
+
+SKIP = reason_to_skip()
+
+
+@unittest.skipIf(SKIP is not None, SKIP)
+class TwoHosts(unittest.TestCase):
+    def hosts(self, *arguments, **more):
+        env = support.environment(1, QSHARD_HOSTS_TAG=f"qs{os.getpid()}", **more)
+        return subprocess.run(["timeout", "-k", "5", "200", SCRIPT, *map(str, arguments)], env=env, text=True,
+                              stdin=subprocess.DEVNULL, capture_output=True)
+
+    def setUp(self):
+        self.hosts("down")
+        done = self.hosts("up")
+        self.addCleanup(self.hosts, "down")
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_the_ranks_are_on_two_hosts(self):
+        done = self.hosts("run", 3, "hostname")
+        self.assertEqual(sorted(done.stdout.split()), ["h1", "h1", "h2"], done.stderr)
+
+    def test_same_bits_across_hosts(self):
+        folder = support.scratch()
+        alone, across = os.path.join(folder, "alone"), os.path.join(folder, "across")
+        support.train(alone, train__steps=6, train__eval_every=3)
+        for ranks in (2, 4):
+            with self.subTest(ranks=ranks):
+                done = self.hosts("run", ranks, support.QSHARD, "train", support.TINY_YAML,
+                                  *support.settings(support.tiny(), across, train__steps=6, train__eval_every=3))
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+                self.assertEqual(support.curve(across), support.curve(alone))
+                self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
+                shutil.rmtree(across)
+
+
+if __name__ == "__main__":
+    unittest.main()

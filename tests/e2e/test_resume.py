@@ -1,0 +1,161 @@
+"""Killed, stopped or out of disk, a run ends with the bits of the undisturbed one. QSHARD_KILLS sets the number of kills."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+import unittest
+
+import support
+
+KILLS = int(os.environ.get("QSHARD_KILLS", "12"))
+SEED = int(os.environ.get("QSHARD_KILL_SEED", "1"))
+STEPS = {"train__save_every": 3, "train__eval_every": 10}
+
+
+def kill_group(process, number=signal.SIGKILL):
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def ranks_of(process):
+    """Pids of the ranks that a started mpirun has made."""
+    found = subprocess.run(["pgrep", "-g", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+class Resume(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+        cls.reference = os.path.join(cls.folder, "reference")
+        begin = time.monotonic()
+        support.train(cls.reference, ranks=2, **STEPS)
+        cls.run_s = time.monotonic() - begin
+        cls.curve = support.curve(cls.reference)
+        cls.adapter = support.adapter_digest(cls.reference)
+
+    def options(self, output):
+        return ["train", support.TINY_YAML, *support.settings(support.tiny(), output, **STEPS)]
+
+    def same_as_reference(self, output):
+        self.assertEqual(support.curve(output), self.curve)
+        self.assertEqual(support.adapter_digest(output), self.adapter)
+        support.qshard("check", output)
+
+    def test_kills_at_random_times(self):
+        """The whole job or one rank, at any time, resumed on another number of ranks."""
+        draw = random.Random(SEED)
+        done = 0
+        while done < KILLS:
+            output = os.path.join(self.folder, f"kill-{done}")
+            for _ in range(draw.randint(1, 3)):
+                process = support.start(*self.options(output), ranks=draw.randint(1, 4))
+                time.sleep(draw.uniform(0.1, self.run_s))
+                pids = ranks_of(process)
+                if draw.random() < 0.5 and pids:
+                    try:
+                        os.kill(draw.choice(pids), signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                    try:
+                        process.wait(timeout=60)
+                    except subprocess.TimeoutExpired:
+                        self.fail("the other ranks did not end")
+                kill_group(process)
+                process.communicate()
+                done += 1
+            support.qshard(*self.options(output), "--takeover", ranks=draw.randint(1, 4))
+            with self.subTest(output=output, seed=SEED):
+                self.same_as_reference(output)
+            leftovers = [name for name in os.listdir(output) if ".tmp" in name]
+            self.assertEqual(leftovers, [])
+            shutil.rmtree(output)
+
+    def test_usr1_saves_and_asks_for_requeue(self):
+        output = os.path.join(self.folder, "usr1")
+        process = support.start(*self.options(output), ranks=2)
+        while not os.path.exists(os.path.join(output, "metrics.jsonl")) or len(support.metrics(output)) < 4:
+            self.assertIsNone(process.poll(), "the run ended before it could be stopped")
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGUSR1)  # mpirun forwards it to every rank
+        text, _ = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 75, text)
+        steps = max(line["step"] for line in support.metrics(output))
+        self.assertLess(steps, 40)
+        self.assertTrue(os.path.isdir(os.path.join(output, f"step-{steps:08d}")))
+        support.qshard(*self.options(output), ranks=3)
+        self.same_as_reference(output)
+
+    def test_finished_run_says_so(self):
+        done = support.qshard(*self.options(self.reference), ranks=2)
+        self.assertIn("finished", done.stderr)
+
+    def test_other_settings_are_refused(self):
+        output = os.path.join(self.folder, "other")
+        support.train(output, train__steps=3, train__save_every=3)
+        done = support.qshard(*self.options(output), "--set", "optim.lr=0.123", "--set", "train.steps=6", ranks=2,
+                              expect=None)
+        self.assertEqual(done.returncode, 8, done.stderr)
+        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+
+    def test_damaged_checkpoint_is_not_used(self):
+        output = os.path.join(self.folder, "damaged")
+        process = support.start(*self.options(output), ranks=2)
+        while len([n for n in (os.listdir(output) if os.path.isdir(output) else []) if n.startswith("step-") and
+                   ".tmp" not in n]) < 2:
+            self.assertIsNone(process.poll(), "the run ended before it could be stopped")
+            time.sleep(0.01)
+        kill_group(process)
+        process.communicate()
+        newest = max(n for n in os.listdir(output) if n.startswith("step-") and ".tmp" not in n)
+        victim = os.path.join(output, newest, "rank-00001.h5")
+        with open(victim, "r+b") as file:
+            file.seek(os.path.getsize(victim) // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+        support.qshard(*self.options(output), "--takeover", ranks=2)
+        self.assertTrue(any(name.startswith(newest) and name.endswith(".bad") for name in os.listdir(output)))
+        self.assertEqual(support.curve(output), self.curve)
+
+
+@unittest.skipUnless(os.geteuid() == 0, "mounting a small tmpfs needs root")
+class DiskFull(unittest.TestCase):
+    def setUp(self):
+        self.folder = support.scratch()
+        self.mount = os.path.join(self.folder, "small")
+        os.mkdir(self.mount)
+
+    def mounted(self, size):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", self.mount], capture_output=True)
+        if done.returncode != 0:
+            self.skipTest("a tmpfs cannot be mounted here: " + done.stderr.decode())
+        self.addCleanup(subprocess.run, ["umount", "-l", self.mount])
+
+    def test_training_survives_and_tells(self):
+        self.mounted("1100k")
+        output = os.path.join(self.mount, "run")
+        done = support.train(output, ranks=2, expect=None, train__save_every=1, train__steps=6)
+        checkpoints = [n for n in os.listdir(output) if n.startswith("step-")]
+        if done.returncode == 0:
+            self.fail("1.1 MB cannot hold this run's checkpoints: the test has to be made smaller")
+        self.assertEqual(done.returncode, 4, done.stderr)
+        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+        self.assertEqual([n for n in checkpoints if ".tmp" in n], [])
+        for name in checkpoints:
+            support.qshard("check", os.path.join(output, name))
+
+    def test_quantize_leaves_nothing(self):
+        self.mounted("200k")
+        target = os.path.join(self.mount, "base.h5")
+        done = support.qshard("quantize", os.path.join(support.tiny(), "model"), "-o", target, ranks=2, expect=4)
+        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+        self.assertEqual(os.listdir(self.mount), [])
+
+
+if __name__ == "__main__":
+    unittest.main()

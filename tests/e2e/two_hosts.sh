@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Two network namespaces as two hosts, h1 and h2, joined by a virtual cable:
+#
+#   two_hosts.sh up            make them, with their own names and addresses 10.199.7.1 and .2
+#   two_hosts.sh run NP CMD..  mpirun -np NP over both, launched from h1
+#   two_hosts.sh down
+#   two_hosts.sh agent ...     what mpirun starts instead of ssh: runs the rest in the namespace of the host it is given
+#
+# Needs root and iproute2. QSHARD_HOSTS_TAG tells several pairs apart.
+set -euo pipefail
+tag=${QSHARD_HOSTS_TAG:-qsh}
+export QSHARD_HOSTS_TAG=$tag OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+here=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+
+inside() { # inside HOST CMD...: in its network, under its name
+    local host=$1
+    shift
+    # shellcheck disable=SC2016 # the inner shell expands
+    nsenter --net="/run/netns/$tag-$host" unshare --uts sh -c 'hostname "$1"; shift; exec "$@"' sh "$host" "$@"
+}
+
+case ${1:-} in
+up)
+    for i in 1 2; do
+        ip netns add "$tag-h$i"
+        ip -n "$tag-h$i" link set lo up
+    done
+    ip -n "$tag-h1" link add eth0 type veth peer name eth0 netns "$tag-h2"
+    for i in 1 2; do
+        ip -n "$tag-h$i" addr add "10.199.7.$i/24" dev eth0
+        ip -n "$tag-h$i" link set eth0 up
+    done
+    ;;
+down)
+    for i in 1 2; do
+        ip netns pids "$tag-h$i" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
+        ip netns del "$tag-h$i" 2>/dev/null || true
+    done
+    ;;
+run)
+    np=$2
+    shift 2
+    export OMPI_MCA_btl_tcp_if_include=eth0 OMPI_MCA_oob_tcp_if_include=eth0 OMPI_MCA_btl=tcp,self,vader
+    inside h1 mpirun -np "$np" --host "10.199.7.1:$(((np + 1) / 2)),10.199.7.2:$((np / 2))" --map-by node \
+        --mca plm rsh --mca plm_rsh_agent "$here agent" --mca orte_keep_fqdn_hostnames 1 --bind-to none \
+        -x QSHARD_HOSTS_TAG -x OMP_NUM_THREADS "$@"
+    ;;
+agent)
+    shift
+    while [[ ${1:-} == -* ]]; do shift; done
+    case $1 in
+    10.199.7.2 | h2) host=h2 ;;
+    *) host=h1 ;;
+    esac
+    shift
+    inside "$host" sh -c "$*"
+    ;;
+*)
+    echo "usage: two_hosts.sh up|run NP CMD...|down" >&2
+    exit 2
+    ;;
+esac
