@@ -1,5 +1,5 @@
 """What the oracle is asked: small models, one real one, their data, adapters and training settings. Plain data, no torch."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 LINEARS = [
     "self_attn.q_proj",
@@ -10,6 +10,21 @@ LINEARS = [
     "mlp.up_proj",
     "mlp.down_proj",
 ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the adapter is trained: AdamW after a warm-up (a fraction of the steps if below 1)."""
+
+    lr: float
+    steps: int = 50
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    min_lr_ratio: float = 0.1
+    clip: float = 1.0
+    betas: tuple = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,13 +42,9 @@ class Case:
     lora_rank: int
     lora_alpha: int
     b_deviation: float  # B is not zero, so that A has a gradient
-    lr: float
+    settings: Settings
     seed: int
     micro_batch: int = 2
-    steps: int = 50
-    training: dict = field(
-        default_factory=lambda: {"warmup": 0.03, "min_lr_ratio": 0.1, "clip": 1.0, "betas": [0.9, 0.999], "eps": 1e-8}
-    )
 
     @property
     def seq_len(self):
@@ -60,7 +71,7 @@ CASES = {
             lora_rank=4,
             lora_alpha=8,
             b_deviation=0.05,
-            lr=1e-3,
+            settings=Settings(lr=1e-3),
             seed=101,
         ),
         # Nothing fits: widths 72, 80 and 248 are no multiples of 64, so NF4 blocks cross rows; a head is 20 wide though
@@ -87,7 +98,7 @@ CASES = {
             lora_rank=4,
             lora_alpha=8,
             b_deviation=0.05,
-            lr=1e-3,
+            settings=Settings(lr=1e-3),
             seed=102,
             micro_batch=3,
         ),
@@ -102,7 +113,7 @@ CASES = {
             lora_rank=4,
             lora_alpha=8,
             b_deviation=0.05,
-            lr=1e-3,
+            settings=Settings(lr=1e-3),
             seed=103,
             micro_batch=1,
         ),
@@ -122,7 +133,7 @@ CASES = {
             lora_rank=16,
             lora_alpha=32,
             b_deviation=0.01,
-            lr=2e-4,
+            settings=Settings(lr=2e-4),
             seed=104,
         ),
     ]

@@ -38,15 +38,16 @@ def sample_positions(count):
 
 
 def pack_gradients(grads, whole):
-    """Arrays for the .npz: whole gradients, or norm and some entries of each."""
-    arrays = {}
-    for name, grad in grads.items():
-        if whole:
-            arrays[name] = grad.astype(np.float32)
-        else:
-            arrays["norm/" + name] = np.float64(np.linalg.norm(grad.astype(np.float64)))
-            arrays["some/" + name] = grad.reshape(-1)[sample_positions(grad.size)].astype(np.float32)
-    return arrays
+    """Arrays for the .npz: whole gradients by name, or `names`, `norms` [n] and `some` [n, SAMPLES] of their entries."""
+    if whole:
+        return {name: grad.astype(np.float32) for name, grad in grads.items()}
+    names = sorted(grads)
+    flat = [grads[name].reshape(-1) for name in names]
+    return {
+        "names": np.array([name.encode() for name in names]),
+        "norms": np.array([np.linalg.norm(grad.astype(np.float64)) for grad in flat]),
+        "some": np.array([grad[sample_positions(grad.size)] for grad in flat], dtype=np.float32),
+    }
 
 
 def sha256_of(path):
@@ -61,7 +62,7 @@ def make_golden(case, model_dir, base, inputs, out):
     tokens, held_out = Tokens(os.path.join(inputs, "train.h5")), Tokens(os.path.join(inputs, "eval.h5"))
     eval_before = step_loss(model, held_out.sequences, backward=False)
     first_loss, grads = gradients(model, tokens.sequences)
-    curve = train(model, case, tokens, [range(len(tokens))] * case.steps)
+    curve = train(model, case.settings, tokens, [range(len(tokens))] * case.settings.steps)
     golden = {
         "case": case.name,
         "made_with": versions(),

@@ -190,17 +190,18 @@ def adapter_config(case):
 # --- the settings -----------------------------------------------------------------------------------------------------
 def run_yaml(case, out):
     """The run that the golden values belong to: every step takes the whole training set."""
-    t = case.training
-    return f"""# Oracle case {case.name}: 50 steps over the whole training set, to be compared by tests/oracle/compare.py.
+    s = case.settings
+    batch, micro, length = len(case.sequences), case.micro_batch, case.seq_len
+    return f"""# Oracle case {case.name}: {s.steps} steps over the whole training set, to be compared by tests/oracle/compare.py.
 base: {out}/base.h5
 data: {{train: {out}/train.h5, eval: {out}/eval.h5}}
 output: {out}/run
 seed: 1
 device: cpu
-train: {{steps: {case.steps}, global_batch: {len(case.sequences)}, micro_batch: {case.micro_batch}, seq_len: {case.seq_len}}}
+train: {{steps: {s.steps}, global_batch: {batch}, micro_batch: {micro}, seq_len: {length}}}
 lora: {{rank: {case.lora_rank}, alpha: {case.lora_alpha}, dropout: 0.0, targets: all-linear, init: {out}/adapter}}
-optim: {{lr: {case.lr}, betas: {t["betas"]}, eps: {t["eps"]}, weight_decay: 0.0, clip: {t["clip"]},
-        schedule: cosine, warmup: {t["warmup"]}, min_lr_ratio: {t["min_lr_ratio"]}}}
+optim: {{lr: {s.lr}, betas: {list(s.betas)}, eps: {s.eps}, weight_decay: {s.weight_decay}, clip: {s.clip},
+        schedule: {s.schedule}, warmup: {s.warmup}, min_lr_ratio: {s.min_lr_ratio}}}
 cpu: {{gemm: strict}}
 """
 

@@ -97,30 +97,30 @@ def gradients(model, sequences):
     return loss, {n: p.grad.numpy().copy() for n, p in adapter_parameters(model).items()}
 
 
-def learning_rate(case, step):
-    """Warm-up by (step + 1) / warmup_steps, then a half cosine down to min_lr_ratio. A fraction of a step is a step."""
-    t = case.training
-    warmup_steps = math.ceil(t["warmup"] * case.steps) if t["warmup"] < 1 else int(t["warmup"])
+def learning_rate(settings, step):
+    """Warm-up by (step + 1) / warmup_steps, then down to min_lr_ratio. A fraction of a step is a whole one."""
+    s = settings
+    warmup_steps = math.ceil(s.warmup * s.steps - 1e-9) if s.warmup < 1 else int(s.warmup)
     if step < warmup_steps:
-        return case.lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, case.steps - warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return case.lr * (t["min_lr_ratio"] + (1.0 - t["min_lr_ratio"]) * cosine)
+        return s.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, s.steps - warmup_steps)
+    height = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    low = 1.0 if s.schedule == "constant" else s.min_lr_ratio
+    return s.lr * (low + (1.0 - low) * height[s.schedule])
 
 
-def train(model, case, tokens, order):
+def train(model, settings, tokens, order):
     """AdamW on the adapter; per step the loss before the update, the rate and the norm of the gradient before clipping."""
-    parameters = list(adapter_parameters(model).values())
-    t = case.training
-    optimizer = torch.optim.AdamW(parameters, lr=case.lr, betas=t["betas"], eps=t["eps"], weight_decay=0.0)
+    s, parameters = settings, list(adapter_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay)
     curve = []
     for step, sequences in enumerate(order):
         optimizer.zero_grad(set_to_none=False)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(case, step)
+            group["lr"] = learning_rate(s, step)
         loss = step_loss(model, [tokens.sequences[i] for i in sequences], backward=True)
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in parameters))
-        scale = min(1.0, t["clip"] / (norm + 1e-6))
+        scale = min(1.0, s.clip / (norm + 1e-6)) if s.clip > 0 else 1.0
         for p in parameters:
             p.grad.mul_(scale)
         optimizer.step()
