@@ -4,6 +4,7 @@
 #include "base/cores.h"
 
 #include <hwloc.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -76,19 +77,77 @@ static int threads_from_environment(void)
     return usable ? (int)value : 0;
 }
 
+static int share_of(int cores, int sharers, int index)
+{
+    int share = cores / sharers + (index < cores % sharers ? 1 : 0);
+    return share >= 1 ? share : 1;
+}
+
+int qs_threads_for_share(int sharers, int index, int wanted)
+{
+    int asked_for = wanted > 0 ? wanted : threads_from_environment();
+    return asked_for > 0 ? asked_for : share_of(look().cores, sharers, index);
+}
+
 int qs_threads_for_rank(int local_nranks, int local_rank, int wanted)
 {
-    if (wanted > 0) {
-        return wanted;
+    if (local_nranks <= 1 || qs_cores_bound()) {
+        return qs_threads_for_share(1, 0, wanted);
     }
-    int from_environment = threads_from_environment();
-    if (from_environment > 0) {
-        return from_environment;
+    return qs_threads_for_share(local_nranks, local_rank, wanted);
+}
+
+/* FNV-1a of the kernel's boot id. Where /proc is not there every process counts as on one host:
+ * shares are small then, never too large. */
+static uint64_t kernel_id(void)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "r");
+    if (file != NULL) {
+        for (int c = fgetc(file); c != EOF; c = fgetc(file)) {
+            hash = (hash ^ (uint64_t)c) * UINT64_C(0x100000001b3);
+        }
+        fclose(file);
     }
-    core_view view = look();
-    if (view.bound || local_nranks <= 1) {
-        return view.cores;
+    return hash;
+}
+
+void qs_cores_get_binding(qs_cores_binding *out)
+{
+    *out = (qs_cores_binding){.host = kernel_id()};
+    hwloc_topology_t topology;
+    hwloc_cpuset_t mine = hwloc_bitmap_alloc();
+    if (mine != NULL && hwloc_topology_init(&topology) == 0) {
+        if (hwloc_topology_load(topology) == 0 &&
+            hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) == 0 &&
+            hwloc_bitmap_last(mine) >= 0) { /* -1: not bounded */
+            int cpu;
+            hwloc_bitmap_foreach_begin(cpu, mine)
+                out->mask[(unsigned)cpu / 64 % QS_CORES_MASK_WORDS] |= UINT64_C(1) << (cpu % 64);
+            hwloc_bitmap_foreach_end();
+        }
+        hwloc_topology_destroy(topology);
     }
-    int share = view.cores / local_nranks + (local_rank < view.cores % local_nranks ? 1 : 0);
-    return share >= 1 ? share : 1;
+    hwloc_bitmap_free(mine);
+}
+
+static int is_empty(const qs_cores_binding *binding)
+{
+    uint64_t any = 0;
+    for (int i = 0; i < QS_CORES_MASK_WORDS; i++) {
+        any |= binding->mask[i];
+    }
+    return any == 0;
+}
+
+int qs_cores_overlap(const qs_cores_binding *a, const qs_cores_binding *b)
+{
+    if (a->host != b->host) {
+        return 0;
+    }
+    uint64_t common = 0;
+    for (int i = 0; i < QS_CORES_MASK_WORDS; i++) {
+        common |= a->mask[i] & b->mask[i];
+    }
+    return common != 0 || is_empty(a) || is_empty(b); /* empty: not known, so anywhere */
 }

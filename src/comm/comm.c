@@ -1,0 +1,264 @@
+/* The public calls: dispatch, byte counts, and what is the same on every transport. */
+#include "comm/comm.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/cores.h"
+#include "comm/comm_impl.h"
+
+qs_status qs_comm_init(qs_comm *comm, const qs_comm_ops *ops, int rank, int nranks)
+{
+    *comm = (qs_comm){
+        .ops = ops, .rank = rank, .nranks = nranks, .local_rank = rank, .local_nranks = nranks};
+    comm->scratch = calloc((size_t)nranks * QS_COMM_SCRATCH_VALUES, sizeof *comm->scratch);
+    if (comm->scratch == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "memory: a communicator of %d ranks cannot be allocated",
+                       nranks);
+    }
+    return QS_OK;
+}
+
+void qs_comm_fini(qs_comm *comm)
+{
+    free(comm->scratch);
+    comm->scratch = NULL;
+}
+
+static int env_int(const char *name)
+{
+    const char *text = getenv(name);
+    return text != NULL ? atoi(text) : 0;
+}
+
+int qs_comm_launched(void)
+{
+    /* srun without a PMI: a batch script itself also has SLURM_PROCID and SLURM_NTASKS, but is not
+     * a step. */
+    int slurm_step = getenv("SLURM_STEP_ID") != NULL && getenv("SLURM_PROCID") != NULL &&
+                     env_int("SLURM_STEP_NUM_TASKS") > 1;
+    return getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMIX_RANK") != NULL ||
+           getenv("PMI_RANK") != NULL || slurm_step;
+}
+
+void qs_comm_destroy(qs_comm *comm)
+{
+    if (comm != NULL) {
+        comm->ops->destroy(comm);
+    }
+}
+
+int qs_comm_rank(const qs_comm *comm)
+{
+    return comm->rank;
+}
+
+int qs_comm_nranks(const qs_comm *comm)
+{
+    return comm->nranks;
+}
+
+int qs_comm_local_rank(const qs_comm *comm)
+{
+    return comm->local_rank;
+}
+
+int qs_comm_local_nranks(const qs_comm *comm)
+{
+    return comm->local_nranks;
+}
+
+const char *qs_comm_name(const qs_comm *comm)
+{
+    return comm->ops->name;
+}
+
+uint64_t qs_comm_received_bytes(const qs_comm *comm)
+{
+    return comm->received_bytes;
+}
+
+static void count_gathered(qs_comm *comm, size_t bytes_per_rank)
+{
+    comm->received_bytes += (uint64_t)(comm->nranks - 1) * bytes_per_rank;
+}
+
+qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank,
+                             qs_queue *queue)
+{
+    count_gathered(comm, bytes_per_rank);
+    return comm->ops->all_gather(comm, send, recv, bytes_per_rank, queue);
+}
+
+qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *send_bytes,
+                               const size_t *send_at, void *recv, const size_t *recv_bytes,
+                               const size_t *recv_at, qs_queue *queue)
+{
+    int me = comm->rank;
+    if (send_bytes[me] != recv_bytes[me]) {
+        return QS_FAIL(QS_ERR_BUG, "rank %d sends itself %zu bytes and expects %zu", me,
+                       send_bytes[me], recv_bytes[me]);
+    }
+    for (int r = 0; r < comm->nranks; r++) {
+        comm->received_bytes += r != me ? recv_bytes[r] : 0;
+    }
+    return comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at,
+                                   queue);
+}
+
+qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank)
+{
+    count_gathered(comm, bytes_per_rank);
+    return comm->ops->all_gather_now(comm, send, recv, bytes_per_rank);
+}
+
+qs_status qs_comm_bcast(qs_comm *comm, void *data, size_t bytes, int root)
+{
+    comm->received_bytes += comm->rank != root ? bytes : 0;
+    return comm->ops->bcast(comm, data, bytes, root);
+}
+
+qs_status qs_comm_barrier(qs_comm *comm)
+{
+    return comm->ops->barrier(comm);
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+static int64_t sum(int64_t a, int64_t b)
+{
+    return a + b;
+}
+
+/* Integers: the order of the additions does not matter, so that gathering everything and reducing
+ * locally is right, and for the few values of a step cheap. */
+static qs_status reduce_i64(qs_comm *comm, int64_t *values, int count,
+                            int64_t (*combine)(int64_t, int64_t))
+{
+    for (int first = 0; first < count; first += QS_COMM_SCRATCH_VALUES) {
+        int left = count - first;
+        int now = left < QS_COMM_SCRATCH_VALUES ? left : QS_COMM_SCRATCH_VALUES;
+        QS_TRY(qs_comm_all_gather_now(comm, values + first, comm->scratch,
+                                      (size_t)now * sizeof *values));
+        for (int i = 0; i < now; i++) {
+            int64_t value = comm->scratch[i];
+            for (int r = 1; r < comm->nranks; r++) {
+                value = combine(value, comm->scratch[(int64_t)r * now + i]);
+            }
+            values[first + i] = value;
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_comm_max_i64(qs_comm *comm, int64_t *values, int count)
+{
+    return reduce_i64(comm, values, count, larger);
+}
+
+qs_status qs_comm_sum_i64(qs_comm *comm, int64_t *values, int count)
+{
+    return reduce_i64(comm, values, count, sum);
+}
+
+/* The rank whose status counts: the lowest with an error, else the lowest that asks for a requeue,
+ * else none (-1). */
+static int speaker_among(const int64_t *statuses, int nranks)
+{
+    int requeue = -1;
+    for (int r = 0; r < nranks; r++) {
+        if (statuses[r] != QS_OK && statuses[r] != QS_REQUEUE) {
+            return r;
+        }
+        if (statuses[r] == QS_REQUEUE && requeue < 0) {
+            requeue = r;
+        }
+    }
+    return requeue;
+}
+
+qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
+{
+    int64_t status = mine;
+    QS_TRY(qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status));
+    int speaker = speaker_among(comm->scratch, comm->nranks);
+    if (speaker < 0) {
+        return QS_OK;
+    }
+    qs_status agreed = (qs_status)comm->scratch[speaker];
+    char text[2048] = "";
+    if (speaker == comm->rank) {
+        snprintf(text, sizeof text, "%s", qs_error_text());
+    }
+    QS_TRY(qs_comm_bcast(comm, text, sizeof text, speaker));
+    if (speaker != comm->rank) {
+        text[sizeof text - 1] = '\0';
+        qs_error_adopt(agreed, text, true);
+    }
+    return agreed;
+}
+
+qs_status qs_comm_bcast_text(qs_comm *comm, char **text, int root)
+{
+    int64_t bytes = -1; /* NULL stays NULL */
+    if (comm->rank == root && *text != NULL) {
+        bytes = (int64_t)strlen(*text) + 1;
+    }
+    QS_TRY(qs_comm_bcast(comm, &bytes, sizeof bytes, root));
+    if (comm->rank != root) {
+        *text = NULL;
+    }
+    if (bytes < 0) {
+        return QS_OK;
+    }
+    qs_status st = QS_OK;
+    if (comm->rank != root) {
+        *text = malloc((size_t)bytes);
+        if (*text == NULL) {
+            st = QS_FAIL(QS_ERR_MEMORY, "memory: %lld bytes of text cannot be allocated",
+                         (long long)bytes);
+        }
+    }
+    QS_TRY(qs_comm_agree(comm, st));
+    return qs_comm_bcast(comm, *text, (size_t)bytes, root);
+}
+
+qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads)
+{
+    qs_status st = QS_OK;
+    qs_cores_binding mine;
+    qs_cores_get_binding(&mine);
+    qs_cores_binding *all = calloc((size_t)comm->nranks, sizeof *all);
+    if (all == NULL) {
+        st =
+            QS_FAIL(QS_ERR_MEMORY, "memory: the bindings of %d ranks cannot be kept", comm->nranks);
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
+    QS_GOTO(qs_comm_all_gather_now(comm, &mine, all, sizeof mine));
+    int sharers = 0, index = 0;
+    for (int r = 0; r < comm->nranks; r++) {
+        int competes = qs_cores_overlap(&mine, &all[r]);
+        sharers += competes;
+        index += r < comm->rank ? competes : 0;
+    }
+    *threads = qs_threads_for_share(sharers, index, wanted);
+done:
+    free(all);
+    return st;
+}
+
+void qs_comm_abort(qs_comm *comm, qs_status status)
+{
+    qs_error_print(status);
+    fflush(stdout);
+    if (comm != NULL) {
+        comm->ops->abort(comm, status);
+    } else {
+        _exit(qs_exit_code(status));
+    }
+}
