@@ -324,7 +324,7 @@ static const bad_file BAD[] = {
     {B "seed: -1\n", QS_ERR_CONFIG_VALUE, "out of range; allowed: 0 .. "},
     {B "seed: 9223372036854775808\n", QS_ERR_CONFIG_VALUE, "not an integer"},
     {B "train: {steps: 1000000001}\n", QS_ERR_CONFIG_VALUE, "out of range"},
-    {B "train: {micro_batch: 0}\n", QS_ERR_CONFIG_VALUE, "allowed: 1 .. 65536"},
+    {B "train: {micro_batch: 0}\n", QS_ERR_CONFIG_VALUE, "allowed: 1 .. "},
     {B "train: {gather_group: 0}\n", QS_ERR_CONFIG_VALUE, "auto | 1 .. "},
     {B "train: {seq_len: 1}\n", QS_ERR_CONFIG_VALUE, "allowed: 2 .. "},
     {B "train: {recompute: half}\n", QS_ERR_CONFIG_VALUE, "full | selective | none"},
@@ -389,13 +389,20 @@ static const bad_file BAD[] = {
     {B "<<: {seed: 1}\n", QS_ERR_CONFIG_KEY, "unknown key"},
 };
 
+/* The parameter is the number of the row: each test is a process of its own, with other addresses.
+ */
 ParameterizedTestParameters(config, bad_file_is_refused_by_name_and_line)
 {
-    return cr_make_param_array(const bad_file, (bad_file *)BAD, sizeof BAD / sizeof *BAD);
+    static int rows[sizeof BAD / sizeof *BAD];
+    for (size_t i = 0; i < sizeof BAD / sizeof *BAD; i++) {
+        rows[i] = (int)i;
+    }
+    return cr_make_param_array(int, rows, sizeof BAD / sizeof *BAD);
 }
 
-ParameterizedTest(const bad_file *bad, config, bad_file_is_refused_by_name_and_line)
+ParameterizedTest(int *row, config, bad_file_is_refused_by_name_and_line)
 {
+    const bad_file *bad = &BAD[*row];
     qs_config c;
     cr_assert_eq(parse(&c, bad->text), bad->status, "%s -> %s", bad->text, qs_error_text());
     cr_assert_not_null(strstr(qs_error_text(), bad->says), "%s -> %s", bad->text, qs_error_text());
