@@ -191,6 +191,7 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
         return QS_OK;
     }
     qs_status agreed = (qs_status)comm->scratch[speaker];
+    comm->agreed = true;
     char text[2048] = "";
     if (speaker == comm->rank) {
         snprintf(text, sizeof text, "%s", qs_error_text());
@@ -201,6 +202,11 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
         qs_error_adopt(agreed, text, true);
     }
     return agreed;
+}
+
+bool qs_comm_agreed(const qs_comm *comm)
+{
+    return comm->agreed;
 }
 
 qs_status qs_comm_bcast_text(qs_comm *comm, char **text, int root)

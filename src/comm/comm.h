@@ -9,6 +9,7 @@
 #ifndef QS_COMM_COMM_H
 #define QS_COMM_COMM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -71,6 +72,10 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine);
  * among all ranks whose bindings overlap its own (base/cores.h). Collective, since only the others
  * know whether they run on the same cores. */
 qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads);
+
+/** True once qs_comm_agree has returned an error: every rank knows, and all may leave in peace. An error without it is this rank's
+ *  alone, the others may be waiting for it in another call, and only qs_comm_abort ends the job. */
+bool qs_comm_agreed(const qs_comm *comm);
 
 /** Broadcast a string from rank `root` (NULL elsewhere); every rank gets its own copy in *text, to
  * be freed. */

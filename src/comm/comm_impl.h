@@ -32,6 +32,7 @@ struct qs_comm {
     int local_rank, local_nranks;
     uint64_t received_bytes;
     int64_t *scratch; /* [nranks * QS_COMM_SCRATCH_VALUES] */
+    bool agreed;      /* an error was agreed on: all ranks are leaving */
 };
 
 /** Fill in the common part; the local ranks are those of one host with all ranks. */

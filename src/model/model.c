@@ -199,6 +199,9 @@ static qs_status backward(qs_model *m, const qs_micro_batch *group, int64_t coun
                 continue;
             }
             float *grad = qs_grads_slot(grads, l, group[g].slot);
+            if (grad == NULL) {
+                return QS_ERR_BUG; /* recorded there */
+            }
             if (!is_idle(&group[g])) {
                 qs_layer_call call = call_of(m, l, g, &view, group[g].batch, noise);
                 QS_TRY(qs_layer_recompute(&call));

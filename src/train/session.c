@@ -5,7 +5,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "base/cores.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
@@ -28,9 +27,9 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     s->config = *config;
     s->comm = comm;
     s->ops = qs_ops_cpu();
-    QS_TRY(check_device(config));
-    const int threads = qs_threads_for_rank(qs_comm_local_nranks(comm), qs_comm_local_rank(comm),
-                                            (int)config->cpu.threads);
+    QS_TRY(qs_comm_agree(comm, check_device(config)));
+    int threads = 1;
+    QS_TRY(qs_comm_threads(comm, (int)config->cpu.threads, &threads));
     QS_TRY(qs_comm_agree(comm, qs_queue_create(&s->queue, threads)));
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), %d threads each, "

@@ -158,10 +158,11 @@ static qs_status resume_or_init(run *r)
         QS_TRY(qs_ckpt_latest(r->cfg->output, &step, r->comm));
     }
     if (step < 0 && r->options->resume == QS_RESUME_MUST) {
-        return QS_FAIL(QS_ERR_CHECKPOINT,
-                       "%s: no checkpoint that verifies, and --resume must was given; use "
-                       "--resume auto to start anew",
-                       r->cfg->output);
+        return qs_comm_agree(r->comm,
+                             QS_FAIL(QS_ERR_CHECKPOINT,
+                                     "%s: no checkpoint that verifies, and --resume must was "
+                                     "given; use --resume auto to start anew",
+                                     r->cfg->output));
     }
     if (step < 0) {
         return qs_comm_agree(r->comm, init_lora(r));
@@ -250,7 +251,7 @@ done:
 }
 
 /* The update, unless the gradient is not finite: then the step is skipped on all ranks alike. */
-static qs_status update(run *r, const float *shard, const qs_step_metrics *m)
+static qs_status apply_update(run *r, const float *shard, const qs_step_metrics *m)
 {
     if (!isfinite(m->grad_norm) || !isfinite(m->loss)) {
         r->not_finite++;
@@ -266,9 +267,8 @@ static qs_status update(run *r, const float *shard, const qs_step_metrics *m)
     }
     r->not_finite = 0;
     r->optim->step = r->step;
-    QS_TRY(qs_optim_step(r->optim, r->session.ops, r->session.queue, r->cfg, m->lr,
-                         qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard));
-    return gather_lora(r);
+    return qs_optim_step(r->optim, r->session.ops, r->session.queue, r->cfg, m->lr,
+                         qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard);
 }
 
 static int64_t step_tokens(const run *r)
@@ -305,7 +305,8 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     if (r->options->dump_grads != NULL) {
         return dump_grads(r, shard);
     }
-    QS_TRY(update(r, shard, m));
+    QS_TRY(qs_comm_agree(r->comm, apply_update(r, shard, m)));
+    QS_TRY(gather_lora(r));
     m->step_time_s = qs_time_s() - start;
     m->gather_s = qs_fsdp_get_stats(r->session.fsdp).wait_s - waited;
     m->compute_s = m->step_time_s - m->gather_s - m->reduce_s;
@@ -421,12 +422,12 @@ static qs_status step_loop(run *r)
     }
     qs_progress_end();
     if (last_save != QS_OK) {
-        return QS_FAIL(last_save,
-                       "%s: the last checkpoint could not be saved: disk full; the "
-                       "newest good one is step %" PRId64,
-                       r->cfg->output, saved);
+        return qs_comm_agree(r->comm, QS_FAIL(last_save,
+                                              "%s: the last checkpoint could not be saved: disk "
+                                              "full; the newest good one is step %" PRId64,
+                                              r->cfg->output, saved));
     }
-    return stop && r->step < r->sampler.steps ? QS_REQUEUE : QS_OK;
+    return qs_comm_agree(r->comm, stop && r->step < r->sampler.steps ? QS_REQUEUE : QS_OK);
 }
 
 /* ---- the whole ---- */
@@ -470,6 +471,7 @@ static qs_status run_training(run *r)
 {
     QS_TRY(qs_comm_agree(r->comm, allocate(r)));
     QS_TRY(qs_session_build(&r->session, &r->shape));
+    qs_grads_attach(r->grads, r->session.fsdp);
     QS_TRY(resume_or_init(r));
     QS_TRY(gather_lora(r));
     if (r->options->dump_grads == NULL) {
@@ -491,7 +493,7 @@ static qs_status run_all(run *r)
     if (r->options->dry_run && r->rank == 0) {
         qs_plan_print(&r->plan, false);
     }
-    QS_TRY(qs_plan_check(&r->plan, r->cfg->memory.device_limit));
+    QS_TRY(qs_comm_agree(r->comm, qs_plan_check(&r->plan, r->cfg->memory.device_limit)));
     if (r->options->dry_run) {
         return QS_OK;
     }
