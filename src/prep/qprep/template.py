@@ -113,7 +113,8 @@ class ChatTemplate:
 
     def turn_span(self, text, messages, i, tools):
         before = self.render(messages[:i], tools, generation_prompt=True)
-        after = self.render(messages[: i + 1], tools)
+        last = i + 1 == len(messages)
+        after = text if last else self.render(messages[: i + 1], tools)
         if not after.startswith(before) or not text.startswith(after):
             raise BadRecord(
                 f"the chat template renders messages[{i}] differently once more follows, so its part cannot be told; "
