@@ -4,15 +4,20 @@
 #include <string.h>
 
 #include "base/rng.h"
-#include "lora/lora.h"
+#include "lora/lora_impl.h"
+
+float qs_lora_scale(double alpha, int64_t lora_rank, bool rslora)
+{
+    double rank = (double)lora_rank;
+    return (float)(alpha / (rslora ? sqrt(rank) : rank));
+}
 
 qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg)
 {
     memset(out, 0, sizeof *out);
-    double rank = (double)cfg->lora.rank;
     out->n_layers = model->n_layers;
     out->lora_rank = (int)cfg->lora.rank;
-    out->scale = (float)(cfg->lora.alpha / (cfg->lora.rslora ? sqrt(rank) : rank));
+    out->scale = qs_lora_scale(cfg->lora.alpha, cfg->lora.rank, cfg->lora.rslora);
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(model, (qs_linear)i, &out->out[i], &out->in[i]);
         out->a_at[i] = out->b_at[i] = -1;

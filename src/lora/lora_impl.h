@@ -1,0 +1,29 @@
+/* What the files of this folder share. */
+#ifndef QS_LORA_LORA_IMPL_H
+#define QS_LORA_LORA_IMPL_H
+
+#include "lora/lora.h"
+
+/** What adapter_config.json says, as far as it matters here. */
+typedef struct {
+    int64_t lora_rank;
+    double alpha, dropout;
+    bool rslora;
+    uint32_t targets; /* bit per qs_linear */
+} qs_peft_config;
+
+/** Parse adapter_config.json. What would change the function of the adapter and is not supported
+ *  (DoRA, biases, patterns, trained whole modules, ...) is refused by name. Pure: no I/O. */
+qs_status qs_peft_config_parse(qs_peft_config *out, const char *text, size_t bytes,
+                               const char *path);
+
+/** The text of adapter_config.json; caller frees. NULL without memory. */
+char *qs_peft_config_text(const qs_config *cfg, const char *base_name);
+
+/** Read and parse DIR/adapter_config.json. */
+qs_status qs_peft_config_read(qs_peft_config *out, const char *dir);
+
+/** alpha / rank, or alpha / sqrt(rank). */
+float qs_lora_scale(double alpha, int64_t lora_rank, bool rslora);
+
+#endif

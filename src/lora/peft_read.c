@@ -1,0 +1,162 @@
+/* A PEFT adapter directory as a source of LoRA weights. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "hf/safetensors.h"
+#include "lora/lora_impl.h"
+
+struct qs_peft {
+    qs_st_dir *tensors;
+    qs_lora_layout layout;
+};
+
+enum { NAME_ROOM = 160 };
+
+static const char *yes_no(bool value)
+{
+    return value ? "true" : "false";
+}
+
+/* The adapter must compute what the layout says: rank, scale, and the same linears. */
+static qs_status check_settings(const qs_lora_layout *layout, const char *dir)
+{
+    qs_peft_config found;
+    QS_TRY(qs_peft_config_read(&found, dir));
+    if (found.lora_rank != layout->lora_rank) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: r=%lld, but lora.rank is %d; set lora.rank to the adapter's", dir,
+                       (long long)found.lora_rank, layout->lora_rank);
+    }
+    float scale = qs_lora_scale(found.alpha, found.lora_rank, found.rslora);
+    if (scale != layout->scale) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: lora_alpha=%g with use_rslora=%s is a scale of %g, but the "
+                       "configuration's is %g; set lora.alpha and lora.rslora to the adapter's",
+                       dir, found.alpha, yes_no(found.rslora), (double)scale,
+                       (double)layout->scale);
+    }
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if ((found.targets >> i & 1) != (uint32_t)layout->targeted[i]) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: target_modules and lora.targets differ in %s; set lora.targets to "
+                           "the adapter's",
+                           dir, qs_linear_path((qs_linear)i));
+        }
+    }
+    return QS_OK;
+}
+
+static void shape_of(const qs_lora_layout *layout, int linear, char which, int64_t shape[2])
+{
+    shape[0] = which == 'A' ? layout->lora_rank : layout->out[linear];
+    shape[1] = which == 'A' ? layout->in[linear] : layout->lora_rank;
+}
+
+static qs_status find_tensor(const qs_peft *peft, int layer, int linear, char which,
+                             const qs_st_tensor **out)
+{
+    char name[NAME_ROOM];
+    int64_t shape[2];
+    qs_dtype dtype;
+    const char *path = qs_st_path(peft->tensors);
+    qs_lora_peft_name(name, sizeof name, layer, (qs_linear)linear, which);
+    shape_of(&peft->layout, linear, which, shape);
+    const qs_st_tensor *t = qs_st_find(peft->tensors, name);
+    if (!t) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\" is missing", path, name);
+    }
+    if (t->rank != 2 || t->shape[0] != shape[0] || t->shape[1] != shape[1]) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                       "%s: tensor \"%s\" has %d dimensions [%lld, %lld], expected [%lld, %lld]",
+                       path, name, t->rank, (long long)(t->rank > 0 ? t->shape[0] : 0),
+                       (long long)(t->rank > 1 ? t->shape[1] : 0), (long long)shape[0],
+                       (long long)shape[1]);
+    }
+    if (qs_st_to_dtype(t->dtype, &dtype) != 0 ||
+        (dtype != QS_F32 && dtype != QS_F16 && dtype != QS_BF16)) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\" is neither F32, F16 nor BF16", path,
+                       name);
+    }
+    *out = t;
+    return QS_OK;
+}
+
+/* Everything that is wanted is there; then equal counts say that nothing else is. */
+static qs_status check_tensors(const qs_peft *peft)
+{
+    int64_t wanted = 0;
+    const qs_st_tensor *t;
+    for (int layer = 0; layer < peft->layout.n_layers; layer++) {
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            if (peft->layout.targeted[i]) {
+                QS_TRY(find_tensor(peft, layer, i, 'A', &t));
+                QS_TRY(find_tensor(peft, layer, i, 'B', &t));
+                wanted += 2;
+            }
+        }
+    }
+    if (qs_st_count(peft->tensors) != wanted) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                       "%s: holds %lld tensors, but the model has room for %lld; it belongs to "
+                       "another model",
+                       qs_st_path(peft->tensors), (long long)qs_st_count(peft->tensors),
+                       (long long)wanted);
+    }
+    return QS_OK;
+}
+
+qs_status qs_peft_open(qs_peft **out, const char *dir, const qs_lora_layout *layout)
+{
+    *out = NULL;
+    QS_TRY(check_settings(layout, dir));
+    qs_peft *peft = calloc(1, sizeof *peft);
+    if (!peft) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", dir);
+    }
+    peft->layout = *layout;
+    qs_status st = qs_st_open(&peft->tensors, dir, "adapter_model");
+    st = st == QS_OK ? check_tensors(peft) : st;
+    if (st != QS_OK) {
+        qs_peft_close(peft);
+        return st;
+    }
+    *out = peft;
+    return QS_OK;
+}
+
+static qs_status read_tensor(qs_peft *peft, int layer, int linear, char which, float *out)
+{
+    const qs_st_tensor *t = NULL;
+    QS_TRY(find_tensor(peft, layer, linear, which, &t));
+    QS_TRY(qs_st_read_f32(peft->tensors, t, 0, t->count, out));
+    for (int64_t i = 0; i < t->count; i++) {
+        if (!isfinite(out[i])) {
+            return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\": element %lld is not finite",
+                           qs_st_path(peft->tensors), t->name, (long long)i);
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment)
+{
+    const qs_lora_layout *layout = &peft->layout;
+    memset(segment, 0, (size_t)layout->per_layer * sizeof *segment);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if (layout->targeted[i]) {
+            QS_TRY(read_tensor(peft, layer, i, 'A', segment + layout->a_at[i]));
+            QS_TRY(read_tensor(peft, layer, i, 'B', segment + layout->b_at[i]));
+        }
+    }
+    return QS_OK;
+}
+
+void qs_peft_close(qs_peft *peft)
+{
+    if (peft) {
+        qs_st_close(peft->tensors);
+        free(peft);
+    }
+}

@@ -1,0 +1,186 @@
+/* Writing PEFT adapter directories: complete in a temporary directory, read back with our own
+ * reader, then renamed. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/mem.h"
+#include "hf/safetensors.h"
+#include "lora/lora_impl.h"
+#include "store/io.h"
+
+enum { NAME_ROOM = 96, PATH_ROOM = QS_PATH_MAX + 64 };
+
+/* ---- the tensors ---- */
+
+static void add_item(qs_st_item *items, char (*names)[NAME_ROOM], int64_t at,
+                     const qs_lora_layout *layout, int layer, int linear, char which,
+                     const float *segment)
+{
+    bool a = which == 'A';
+    qs_lora_peft_name(names[at], NAME_ROOM, layer, (qs_linear)linear, which);
+    items[at] = (qs_st_item){
+        .name = names[at],
+        .dtype = QS_F32,
+        .rank = 2,
+        .shape = {a ? layout->lora_rank : layout->out[linear],
+                  a ? layout->in[linear] : layout->lora_rank},
+        .data = segment + (a ? layout->a_at[linear] : layout->b_at[linear]),
+    };
+}
+
+qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, const float *vector)
+{
+    size_t most = (size_t)layout->n_layers * 2 * QS_LINEAR_COUNT;
+    qs_st_item *items = calloc(most, sizeof *items);
+    char(*names)[NAME_ROOM] = calloc(most, sizeof *names);
+    int64_t count = 0;
+    qs_status st = QS_OK;
+    if (!items || !names) {
+        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for %zu names", path, most));
+    }
+    for (int layer = 0; layer < layout->n_layers; layer++) {
+        const float *segment = vector + layer * layout->per_layer;
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            if (layout->targeted[i]) {
+                add_item(items, names, count++, layout, layer, i, 'A', segment);
+                add_item(items, names, count++, layout, layer, i, 'B', segment);
+            }
+        }
+    }
+    QS_GOTO(qs_st_write(path, items, count));
+done:
+    free(items);
+    free(names);
+    return st;
+}
+
+/* ---- the texts ---- */
+
+static qs_status write_text(const char *dir, const char *name, const char *text)
+{
+    char path[PATH_ROOM + 32];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return text ? qs_io_write_new(path, text, strlen(text))
+                : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+}
+
+/* A quoted YAML scalar. */
+static void quote(FILE *out, const char *text)
+{
+    fputc('"', out);
+    for (const char *p = text; *p; p++) {
+        if (*p == '"' || *p == '\\') {
+            fputc('\\', out);
+        }
+        fputc((unsigned char)*p < 0x20 ? ' ' : *p, out);
+    }
+    fputc('"', out);
+}
+
+static char *model_card(const qs_config *cfg, const char *base_name)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    FILE *out = open_memstream(&text, &bytes);
+    if (!out) {
+        return NULL;
+    }
+    fputs("---\nbase_model: ", out);
+    quote(out, base_name);
+    fputs("\nlibrary_name: peft\ntags:\n- lora\n- qlora\n---\n\n", out);
+    fprintf(out,
+            "# LoRA adapter\n\nRank %lld, alpha %g%s, trained with qshard on an NF4 base.\n\n"
+            "```python\nfrom peft import PeftModel\n"
+            "model = PeftModel.from_pretrained(base_model, \"path/of/this/directory\")\n```\n",
+            (long long)cfg->lora.rank, cfg->lora.alpha,
+            cfg->lora.rslora ? " (rank-stabilized)" : "");
+    if (fclose(out) != 0) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}
+
+/* ---- the directory ---- */
+
+static qs_status write_files(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
+                             const char *base_name, const float *vector)
+{
+    char path[PATH_ROOM + 32];
+    snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
+    QS_TRY(qs_peft_write_tensors(path, layout, vector));
+    char *text = qs_peft_config_text(cfg, base_name);
+    qs_status st = write_text(dir, "adapter_config.json", text);
+    free(text);
+    QS_TRY(st);
+    text = model_card(cfg, base_name);
+    st = write_text(dir, "README.md", text);
+    free(text);
+    return st;
+}
+
+/* What our own parser makes of it must be what was to be written, bit by bit. */
+static qs_status read_back(const char *dir, const qs_lora_layout *layout, const float *vector)
+{
+    qs_status st = QS_OK;
+    qs_peft *peft = NULL;
+    float *segment = NULL;
+    QS_GOTO(QS_ALLOC(&segment, layout->per_layer, QS_MEM_WORK));
+    QS_GOTO(qs_peft_open(&peft, dir, layout));
+    for (int layer = 0; layer < layout->n_layers; layer++) {
+        QS_GOTO(qs_peft_read_layer(peft, layer, segment));
+        const float *wanted = vector + layer * layout->per_layer;
+        if (memcmp(segment, wanted, (size_t)layout->used * sizeof *segment) != 0) {
+            QS_GOTO(QS_FAIL(QS_ERR_IO_VERIFY, "%s: layer %d reads back differently", dir, layer));
+        }
+    }
+done:
+    qs_peft_close(peft);
+    qs_mem_free(segment);
+    return st;
+}
+
+static void parent_of(char *out, size_t capacity, const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    if (!slash) {
+        snprintf(out, capacity, ".");
+    } else {
+        snprintf(out, capacity, "%.*s", slash == path ? 1 : (int)(slash - path), path);
+    }
+}
+
+qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
+                        const char *base_name, const float *vector)
+{
+    char place[QS_PATH_MAX], temp[PATH_ROOM], parent[QS_PATH_MAX];
+    size_t length = strlen(dir);
+    while (length > 1 && dir[length - 1] == '/') {
+        length--;
+    }
+    if (length == 0 || length >= sizeof place) {
+        return QS_FAIL(QS_ERR_USAGE, "\"%.80s\" is no directory name", dir);
+    }
+    snprintf(place, sizeof place, "%.*s", (int)length, dir);
+    snprintf(temp, sizeof temp, "%s.tmp-%ld", place, (long)getpid());
+    parent_of(parent, sizeof parent, place);
+    struct stat info;
+    if (lstat(place, &info) == 0) {
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name", place);
+    }
+    QS_TRY(qs_io_remove_dir(temp)); /* of a killed process that had our number */
+    QS_TRY(qs_io_mkdir(temp));
+    qs_status st = write_files(temp, layout, cfg, base_name, vector);
+    st = st == QS_OK ? read_back(temp, layout, vector) : st;
+    st = st == QS_OK ? qs_io_fsync_dir(temp) : st;
+    st = st == QS_OK ? qs_io_rename(temp, place) : st;
+    st = st == QS_OK ? qs_io_fsync_dir(parent) : st;
+    if (st != QS_OK) {
+        (void)qs_io_remove_dir(temp); /* the first error is the one to report */
+    }
+    return st;
+}
