@@ -1,5 +1,6 @@
 """qshard-prep from the command line: what is in the token file, and what is refused."""
 import hashlib
+import json
 import os
 import subprocess
 import unittest
@@ -87,6 +88,44 @@ class Prep(FolderTest):
         offsets, raw = data["decode_offsets"], data["decode_bytes"]
         tokens = data["tokens"][data["seq_offsets"][s]:data["seq_offsets"][s + 1]]
         return b"".join(raw[offsets[t]:offsets[t + 1]].tobytes() for t in tokens).decode("utf-8")
+
+    def change_tokenizer(self, **changes):
+        with open(self.path("tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = {**json.load(file), **changes}
+        self.write("tokenizer.json", json.dumps(tokenizer))
+
+    def test_the_tokenizers_own_first_token_stands_before_text_but_not_before_a_template(self):
+        bos = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        self.change_tokenizer(post_processor={"type": "TemplateProcessing", "single": single, "pair": single + [
+            {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<|endoftext|>": bos}})
+        self.prep([{"text": "the"}])
+        self.assertEqual(self.load()[0]["tokens"].tolist(), [0] + ids("the") + [END])
+        self.assertEqual(self.load()[0]["seq_targets"].tolist(), [3])
+        self.prep([{"instruction": "a", "output": "b"}], "--overwrite")
+        self.assertEqual(self.load()[0]["tokens"][0], 0)
+        self.assertEqual(self.learned(self.load()[0]), ["b<|im_end|>"])
+        self.prep([talk("a", "b")], "--overwrite")
+        self.assertEqual(self.load()[0]["tokens"][:2].tolist(), [1, BYTE + ord("u")])
+
+    def test_a_sentencepiece_like_tokenizer_decodes_to_the_same_bytes(self):
+        tokens = SPECIALS + ["<unk>"] + [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", "a", "b", "\u2581a"]
+        self.change_tokenizer(
+            pre_tokenizer=None, normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            decoder={"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}]},
+            model={"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+                   "vocab": {token: i for i, token in enumerate(tokens)}, "merges": ["\u2581 a"]})
+        self.prep([{"text": "b a é"}, {"text": "a"}])
+        data, _ = self.load()
+        self.assertEqual([self.decode(data, s) for s in range(2)], ["b a é<|im_end|>", "a<|im_end|>"])
+        self.assertIn(len(tokens) - 1, data["tokens"].tolist())
+
+    def test_an_unknown_decoder_is_refused(self):
+        self.change_tokenizer(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+        self.assert_one_error(self.prep([{"text": "the"}], expect=None), 3, "WordPiece")
 
     def test_the_decode_table_gives_back_every_text(self):
         texts = ["plain", "Größe 東京 👍🏽 \t\n  x", "<|endoftext|>", "\x01\x7f\x80\xad\u00a0"]
