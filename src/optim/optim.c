@@ -71,14 +71,14 @@ qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, con
 {
     double t = (double)(optim->step + 1);
     qs_adamw_args args = {
-        .lr = (float)lr,
-        .beta1 = (float)cfg->optim.beta1,
-        .beta2 = (float)cfg->optim.beta2,
-        .eps = (float)cfg->optim.eps,
-        .weight_decay = (float)cfg->optim.weight_decay,
-        .grad_scale = (float)grad_scale,
-        .bias_correction1 = (float)(1 - pow(cfg->optim.beta1, t)),
-        .bias_correction2 = (float)(1 - pow(cfg->optim.beta2, t)),
+        .lr = lr,
+        .beta1 = cfg->optim.beta1,
+        .beta2 = cfg->optim.beta2,
+        .eps = cfg->optim.eps,
+        .weight_decay = cfg->optim.weight_decay,
+        .grad_scale = grad_scale,
+        .bias_correction1 = 1 - pow(cfg->optim.beta1, t),
+        .bias_correction2 = 1 - pow(cfg->optim.beta2, t),
     };
     QS_TRY(ops->adamw(queue, &args, optim->count, grad, optim->master, optim->m, optim->v));
     optim->step++;

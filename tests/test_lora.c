@@ -1,0 +1,469 @@
+/* The LoRA vector: layout, start, and the PEFT directories that it comes from and goes to. */
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/mem.h"
+#include "base/rng.h"
+#include "hf/safetensors.h"
+#include "lora/lora_impl.h"
+#include "store/io.h"
+
+/* A small model with grouped queries, so that the seven shapes differ. */
+static qs_hf_config model(void)
+{
+    qs_hf_config m = {.n_layers = 3, .n_heads = 6, .n_kv_heads = 2, .head_dim = 16};
+    m.hidden = 96;
+    m.ffn_hidden = 200;
+    m.vocab = 100;
+    return m;
+}
+
+static qs_config config(uint32_t targets)
+{
+    qs_config c;
+    qs_config_defaults(&c);
+    c.lora.rank = 8;
+    c.lora.alpha = 12;
+    c.lora.targets = targets;
+    return c;
+}
+
+static qs_lora_layout layout_of(const qs_config *c)
+{
+    qs_hf_config m = model();
+    qs_lora_layout layout;
+    cr_assert_eq(qs_lora_layout_make(&layout, &m, c), QS_OK, "%s", qs_error_text());
+    return layout;
+}
+
+/* ---- layout ---- */
+
+Test(layout, segments_lie_back_to_back_in_the_order_of_the_linears)
+{
+    for (uint32_t targets = 1; targets < 128; targets++) {
+        qs_config c = config(targets);
+        qs_lora_layout l = layout_of(&c);
+        int64_t at = 0;
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            cr_assert_eq(l.targeted[i], (targets >> i & 1) != 0);
+            if (!l.targeted[i]) {
+                cr_assert_eq(l.a_at[i], -1);
+                cr_assert_eq(l.b_at[i], -1);
+                continue;
+            }
+            cr_assert_eq(l.a_at[i], at);
+            cr_assert_eq(l.b_at[i], at + 8 * l.in[i]);
+            at += 8 * (l.in[i] + l.out[i]);
+        }
+        cr_assert_eq(l.used, at);
+        cr_assert_eq(l.per_layer % QS_LORA_CHUNK, 0);
+        cr_assert_geq(l.per_layer, l.used);
+        cr_assert_lt(l.per_layer - l.used, QS_LORA_CHUNK);
+        cr_assert_eq(qs_lora_count(&l), 3 * at);
+    }
+}
+
+Test(layout, shares_of_all_ranks_cover_the_segment_once)
+{
+    qs_config c = config(0x7f);
+    qs_lora_layout l = layout_of(&c);
+    for (int n = 1; n <= 12; n++) {
+        int64_t at = 0, width = qs_lora_shard_width(&l, n);
+        for (int r = 0; r < n; r++) {
+            qs_range share = qs_lora_shard(&l, r, n);
+            cr_assert_eq(share.begin < share.end ? share.begin : at, at);
+            cr_assert_eq(share.begin % QS_LORA_CHUNK, 0);
+            cr_assert_leq(share.end - share.begin, width);
+            at = share.begin < share.end ? share.end : at;
+        }
+        cr_assert_eq(at, l.per_layer, "n=%d", n);
+    }
+}
+
+Test(layout, scale_follows_alpha_rank_and_rslora)
+{
+    qs_config c = config(1);
+    cr_assert_eq(layout_of(&c).scale, 1.5f);
+    c.lora.rslora = true;
+    cr_assert_eq(layout_of(&c).scale, (float)(12 / sqrt(8.0)));
+}
+
+Test(layout, nothing_to_train_is_refused)
+{
+    qs_config c = config(0);
+    qs_hf_config m = model();
+    qs_lora_layout l;
+    cr_assert_eq(qs_lora_layout_make(&l, &m, &c), QS_ERR_CONFIG_VALUE);
+}
+
+/* ---- start ---- */
+
+Test(init, does_not_depend_on_how_the_segment_is_cut)
+{
+    qs_config c = config(0x55);
+    qs_lora_layout l = layout_of(&c);
+    float *whole = malloc((size_t)l.per_layer * sizeof *whole);
+    float *parts = malloc((size_t)l.per_layer * sizeof *parts);
+    qs_lora_init(&l, 42, 2, (qs_range){0, l.per_layer}, whole);
+    for (int n = 2; n <= 5; n++) {
+        memset(parts, 0xff, (size_t)l.per_layer * sizeof *parts);
+        for (int r = 0; r < n; r++) {
+            qs_range share = qs_lora_shard(&l, r, n);
+            if (share.begin < share.end) {
+                qs_lora_init(&l, 42, 2, share, parts + share.begin);
+            }
+        }
+        cr_assert(memcmp(whole, parts, (size_t)l.per_layer * sizeof *parts) == 0, "n=%d", n);
+    }
+    qs_lora_init(&l, 42, 1, (qs_range){0, l.per_layer}, parts);
+    cr_assert(memcmp(whole, parts, (size_t)l.per_layer * sizeof *parts) != 0, "layers differ");
+    qs_lora_init(&l, 43, 2, (qs_range){0, l.per_layer}, parts);
+    cr_assert(memcmp(whole, parts, (size_t)l.per_layer * sizeof *parts) != 0, "seeds differ");
+    free(whole);
+    free(parts);
+}
+
+Test(init, a_is_uniform_b_and_padding_are_zero)
+{
+    qs_config c = config(0x7f);
+    qs_lora_layout l = layout_of(&c);
+    float *x = malloc((size_t)l.per_layer * sizeof *x);
+    qs_lora_init(&l, 7, 0, (qs_range){0, l.per_layer}, x);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        double sum = 0, squares = 0, bound = 1 / sqrt((double)l.in[i]);
+        int64_t n = l.b_at[i] - l.a_at[i];
+        for (int64_t e = l.a_at[i]; e < l.b_at[i]; e++) {
+            cr_assert_leq(fabs(x[e]), bound * (1 + 1e-6));
+            sum += x[e] / bound;
+            squares += x[e] / bound * x[e] / bound;
+        }
+        /* mean 0 and variance 1/3 of U(-1, 1), within 5 standard errors */
+        cr_assert_lt(fabs(sum / (double)n), 5 * sqrt(1 / 3.0 / (double)n));
+        cr_assert_lt(fabs(squares / (double)n - 1 / 3.0), 5 * sqrt(4 / 45.0 / (double)n));
+        for (int64_t e = l.b_at[i]; e < l.b_at[i] + l.out[i] * 8; e++) {
+            cr_assert_eq(x[e], 0.0f);
+        }
+    }
+    for (int64_t e = l.used; e < l.per_layer; e++) {
+        cr_assert_eq(x[e], 0.0f);
+    }
+    free(x);
+}
+
+/* ---- PEFT directories ---- */
+
+static char folder[64];
+
+static void make_folder(void)
+{
+    snprintf(folder, sizeof folder, "/tmp/qs_lora_XXXXXX");
+    cr_assert_not_null(mkdtemp(folder));
+}
+
+static void remove_folder(void)
+{
+    char command[128];
+    snprintf(command, sizeof command, "rm -rf %s", folder);
+    cr_assert_eq(system(command), 0);
+}
+
+TestSuite(peft, .init = make_folder, .fini = remove_folder);
+
+static float *random_vector(const qs_lora_layout *l)
+{
+    float *x = calloc((size_t)(l->n_layers * l->per_layer), sizeof *x);
+    qs_rng rng = qs_rng_make(1, 0, 0, 77, 0);
+    for (int layer = 0; layer < l->n_layers; layer++) {
+        for (int64_t e = 0; e < l->used; e++) {
+            x[layer * l->per_layer + e] =
+                qs_rng_uniform(&rng, (uint64_t)(layer * l->per_layer + e)) - 0.5f;
+        }
+    }
+    return x;
+}
+
+static void path_in(char out[192], const char *name)
+{
+    snprintf(out, 192, "%s/%s", folder, name);
+}
+
+Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
+{
+    static const uint32_t choices[] = {0x7f, 1, 0x40, 0x55, 0x0f};
+    for (size_t k = 0; k < sizeof choices / sizeof *choices; k++) {
+        qs_config c = config(choices[k]), found;
+        c.lora.rslora = k == 1;
+        c.lora.dropout = 0.1;
+        qs_lora_layout l = layout_of(&c);
+        float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
+        char dir[192], name[16];
+        snprintf(name, sizeof name, "adapter%zu/", k);
+        path_in(dir, name);
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "org/\"model\"", x), QS_OK, "%s", qs_error_text());
+        qs_config_defaults(&found);
+        cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(found.lora.rank, 8);
+        cr_assert_eq(found.lora.alpha, 12);
+        cr_assert_eq(found.lora.dropout, 0.1);
+        cr_assert_eq(found.lora.rslora, c.lora.rslora);
+        cr_assert_eq(found.lora.targets, choices[k]);
+        qs_peft *peft = NULL;
+        cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
+        for (int layer = 0; layer < l.n_layers; layer++) {
+            cr_assert_eq(qs_peft_read_layer(peft, layer, segment), QS_OK);
+            cr_assert(memcmp(segment, x + layer * l.per_layer,
+                             (size_t)l.per_layer * sizeof *segment) == 0);
+        }
+        qs_peft_close(peft);
+        free(segment);
+        free(x);
+    }
+}
+
+Test(peft, config_text_is_the_one_of_peft)
+{
+    qs_config c = config(1u << QS_Q | 1u << QS_DOWN);
+    c.lora.dropout = 0.05;
+    char *text = qs_peft_config_text(&c, "org/model");
+    cr_assert_str_eq(text, "{\n"
+                           "  \"alpha_pattern\": {},\n"
+                           "  \"base_model_name_or_path\": \"org/model\",\n"
+                           "  \"bias\": \"none\",\n"
+                           "  \"fan_in_fan_out\": false,\n"
+                           "  \"inference_mode\": true,\n"
+                           "  \"init_lora_weights\": true,\n"
+                           "  \"lora_alpha\": 12,\n"
+                           "  \"lora_dropout\": 0.05,\n"
+                           "  \"modules_to_save\": null,\n"
+                           "  \"peft_type\": \"LORA\",\n"
+                           "  \"r\": 8,\n"
+                           "  \"rank_pattern\": {},\n"
+                           "  \"revision\": null,\n"
+                           "  \"target_modules\": [\n"
+                           "    \"q_proj\",\n"
+                           "    \"down_proj\"\n"
+                           "  ],\n"
+                           "  \"task_type\": \"CAUSAL_LM\",\n"
+                           "  \"use_dora\": false,\n"
+                           "  \"use_rslora\": false\n"
+                           "}");
+    free(text);
+}
+
+Test(peft, existing_directory_is_never_overwritten)
+{
+    qs_config c = config(1);
+    qs_lora_layout l = layout_of(&c);
+    float *x = random_vector(&l);
+    char dir[192];
+    path_in(dir, "taken");
+    cr_assert_eq(mkdir(dir, 0777), 0);
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_eq(rmdir(dir), 0, "nothing was put into it");
+    qs_error_clear();
+    path_in(dir, "missing/adapter");
+    cr_assert_eq(qs_exit_code(qs_peft_write(dir, &l, &c, "m", x)), 4);
+    free(x);
+}
+
+/* An adapter of 16-bit weights is widened exactly. */
+static void write_16_bit(const char *dir, const qs_lora_layout *l, const qs_config *c,
+                         const float *x, qs_dtype dtype, int64_t skip)
+{
+    qs_st_item items[6];
+    char names[6][96], path[256];
+    uint16_t *data = malloc((size_t)(l->n_layers * l->per_layer) * sizeof *data);
+    qs_f32_store(data, dtype, x, l->n_layers * l->per_layer);
+    int n = 0;
+    for (int layer = 0; layer < l->n_layers; layer++) {
+        for (int b = 0; b < 2; b++, n++) {
+            qs_lora_peft_name(names[n], sizeof names[n], layer, QS_Q, b ? 'B' : 'A');
+            items[n] = (qs_st_item){.name = names[n],
+                                    .dtype = dtype,
+                                    .rank = 2,
+                                    .shape = {b ? l->out[QS_Q] : 8, b ? 8 : l->in[QS_Q]},
+                                    .data = data + layer * l->per_layer +
+                                            (b ? l->b_at[QS_Q] : l->a_at[QS_Q])};
+        }
+    }
+    cr_assert_eq(qs_io_mkdir(dir), QS_OK);
+    snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
+    cr_assert_eq(qs_st_write(path, items, n - skip), QS_OK, "%s", qs_error_text());
+    char *text = qs_peft_config_text(c, "m");
+    snprintf(path, sizeof path, "%s/adapter_config.json", dir);
+    cr_assert_eq(qs_io_write_new(path, text, strlen(text)), QS_OK);
+    free(text);
+    free(data);
+}
+
+Test(peft, half_precision_adapters_are_widened)
+{
+    static const qs_dtype dtypes[] = {QS_BF16, QS_F16};
+    qs_config c = config(1u << QS_Q);
+    qs_lora_layout l = layout_of(&c);
+    float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
+    for (int k = 0; k < 2; k++) {
+        char dir[192];
+        path_in(dir, k ? "f16" : "bf16");
+        write_16_bit(dir, &l, &c, x, dtypes[k], 0);
+        qs_peft *peft = NULL;
+        cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
+        for (int layer = 0; layer < l.n_layers; layer++) {
+            cr_assert_eq(qs_peft_read_layer(peft, layer, segment), QS_OK);
+            for (int64_t e = 0; e < l.used; e++) {
+                cr_assert_eq(segment[e], qs_f32_round(x[layer * l.per_layer + e], dtypes[k]));
+            }
+        }
+        qs_peft_close(peft);
+    }
+    free(segment);
+    free(x);
+}
+
+static void expect_open(const char *dir, const qs_lora_layout *l, qs_status status,
+                        const char *says)
+{
+    qs_peft *peft = NULL;
+    qs_error_clear();
+    cr_assert_eq(qs_peft_open(&peft, dir, l), status, "%s", qs_error_text());
+    cr_assert_null(peft);
+    cr_assert_not_null(strstr(qs_error_text(), says), "%s", qs_error_text());
+}
+
+Test(peft, adapter_that_does_not_fit_is_refused_by_name)
+{
+    qs_config c = config(1u << QS_Q);
+    qs_lora_layout l = layout_of(&c), other;
+    float *x = random_vector(&l);
+    char dir[192];
+    path_in(dir, "whole");
+    write_16_bit(dir, &l, &c, x, QS_F16, 0);
+    other = l;
+    other.lora_rank = 4;
+    expect_open(dir, &other, QS_ERR_INPUT_VALUE, "r=8, but lora.rank is 4");
+    other = l;
+    other.scale = 1.0f;
+    expect_open(dir, &other, QS_ERR_INPUT_VALUE, "lora_alpha=12");
+    other = l;
+    other.targeted[QS_K] = true;
+    expect_open(dir, &other, QS_ERR_INPUT_VALUE, "self_attn.k_proj");
+    other = l;
+    other.in[QS_Q]++;
+    expect_open(dir, &other, QS_ERR_INPUT_TENSOR, "expected [8, 97]");
+    other = l;
+    other.n_layers = 2;
+    expect_open(dir, &other, QS_ERR_INPUT_TENSOR, "holds 6 tensors");
+    path_in(dir, "short");
+    write_16_bit(dir, &l, &c, x, QS_F16, 1);
+    expect_open(dir, &l, QS_ERR_INPUT_TENSOR,
+                "\"base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight\" is missing");
+    path_in(dir, "nowhere");
+    expect_open(dir, &l, QS_ERR_INPUT_MISSING, "adapter_config.json");
+    path_in(dir, "nan");
+    x[l.per_layer + l.b_at[QS_Q] + 5] = NAN;
+    write_16_bit(dir, &l, &c, x, QS_F16, 0);
+    qs_peft *peft = NULL;
+    qs_error_clear();
+    cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK);
+    float *segment = malloc((size_t)l.per_layer * sizeof *segment);
+    cr_assert_eq(qs_peft_read_layer(peft, 1, segment), QS_ERR_INPUT_TENSOR);
+    cr_assert_not_null(strstr(qs_error_text(), "element 5 is not finite"), "%s", qs_error_text());
+    qs_peft_close(peft);
+    free(segment);
+    free(x);
+}
+
+/* ---- adapter_config.json of strangers ---- */
+
+typedef struct {
+    const char *extra; /* put into a good object */
+    qs_status status;
+    const char *says;
+} peft_case;
+
+static const peft_case PEFT_CASES[] = {
+    {"\"use_dora\": false, \"unknown_key\": [1, {}]", QS_OK, ""},
+    {"\"use_dora\": true", QS_ERR_INPUT_UNKNOWN, "use_dora"},
+    {"\"bias\": \"all\"", QS_ERR_INPUT_UNKNOWN, "bias"},
+    {"\"bias\": \"none\"", QS_OK, ""},
+    {"\"modules_to_save\": [\"lm_head\"]", QS_ERR_INPUT_UNKNOWN, "modules_to_save"},
+    {"\"modules_to_save\": null", QS_OK, ""},
+    {"\"rank_pattern\": {\"q_proj\": 4}", QS_ERR_INPUT_UNKNOWN, "rank_pattern"},
+    {"\"alpha_pattern\": {\"q_proj\": 4}", QS_ERR_INPUT_UNKNOWN, "alpha_pattern"},
+    {"\"fan_in_fan_out\": true", QS_ERR_INPUT_UNKNOWN, "fan_in_fan_out"},
+    {"\"layers_to_transform\": [1]", QS_ERR_INPUT_UNKNOWN, "layers_to_transform"},
+    {"\"lora_bias\": true", QS_ERR_INPUT_UNKNOWN, "lora_bias"},
+    {"\"init_lora_weights\": \"pissa\"", QS_ERR_INPUT_UNKNOWN, "pissa"},
+    {"\"init_lora_weights\": \"gaussian\"", QS_OK, ""},
+    {"\"use_rslora\": 1", QS_ERR_INPUT_VALUE, "use_rslora"},
+    {"\"lora_dropout\": 2", QS_ERR_INPUT_VALUE, "lora_dropout"},
+    {"\"r\": 8", QS_ERR_INPUT_FORMAT, ""},
+};
+
+Test(peft_config, features_are_known_or_refused_by_name)
+{
+    for (size_t i = 0; i < sizeof PEFT_CASES / sizeof *PEFT_CASES; i++) {
+        const peft_case *k = &PEFT_CASES[i];
+        char text[512];
+        snprintf(text, sizeof text,
+                 "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"target_modules\": "
+                 "[\"q_proj\", \"mlp.down_proj\"], %s}",
+                 k->extra);
+        qs_peft_config c;
+        qs_error_clear();
+        cr_assert_eq(qs_peft_config_parse(&c, text, strlen(text), "a.json"), k->status, "%s: %s",
+                     k->extra, qs_error_text());
+        cr_assert_not_null(strstr(qs_error_text(), k->says), "%s: %s", k->extra, qs_error_text());
+        if (k->status == QS_OK) {
+            cr_assert_eq(c.targets, 1u << QS_Q | 1u << QS_DOWN);
+        }
+    }
+}
+
+Test(peft_config, missing_or_mistyped_fields_are_named)
+{
+    static const struct {
+        const char *text, *says;
+    } cases[] = {
+        {"[]", "object"},
+        {"{}", "peft_type"},
+        {"{\"peft_type\": \"IA3\"}", "IA3"},
+        {"{\"peft_type\": \"LORA\"}", "\"r\""},
+        {"{\"peft_type\": \"LORA\", \"r\": 0}", "r"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4}", "lora_alpha"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 0}", "lora_alpha"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1}", "target_modules"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": \".*q_proj\"}",
+         "patterns"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": []}",
+         "target_modules"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": [\"fc1\"]}",
+         "fc1"},
+        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": [7]}",
+         "target_modules"},
+        {"not json", ""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        qs_peft_config c;
+        qs_error_clear();
+        qs_status st = qs_peft_config_parse(&c, cases[i].text, strlen(cases[i].text), "a.json");
+        cr_assert_eq(qs_exit_code(st), 3, "%s", cases[i].text);
+        cr_assert_not_null(strstr(qs_error_text(), cases[i].says), "%s -> %s", cases[i].text,
+                           qs_error_text());
+    }
+    const char *all =
+        "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8.5, \"target_modules\": "
+        "\"all-linear\", \"use_rslora\": true}";
+    qs_peft_config c;
+    qs_error_clear();
+    cr_assert_eq(qs_peft_config_parse(&c, all, strlen(all), "a.json"), QS_OK);
+    cr_assert_eq(c.targets, 0x7f);
+    cr_assert_eq(c.alpha, 8.5);
+    cr_assert(c.rslora);
+}
