@@ -1,0 +1,253 @@
+/* Causal attention within documents, against plain fp64 loops and differences. */
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <math.h>
+#include <string.h>
+
+#include "kernels/ops.h"
+#include "ops_fixture.h"
+
+enum { MAX_DOCS = 6 };
+
+typedef struct {
+    int n_heads, n_kv_heads, head_dim, n_docs;
+    int32_t cu[MAX_DOCS + 1];
+} attention_case;
+
+typedef struct {
+    const attention_case *c;
+    int64_t rows;
+    double scale;
+    double *q, *k, *v, *d_o;
+} reference;
+
+static int64_t rows_of(const attention_case *c)
+{
+    return c->cu[c->n_docs];
+}
+
+/* Output of one query row and head, and its log-sum-exp. */
+static double reference_row(const reference *r, int64_t begin, int64_t t, int head, double *out)
+{
+    const attention_case *c = r->c;
+    int dim = c->head_dim, kv_head = head / (c->n_heads / c->n_kv_heads);
+    int64_t q_width = (int64_t)c->n_heads * dim, kv_width = (int64_t)c->n_kv_heads * dim;
+    double most = -INFINITY, sum = 0.0;
+    double *score = calloc((size_t)(t - begin + 1), sizeof *score);
+    for (int64_t s = begin; s <= t; s++) {
+        for (int i = 0; i < dim; i++) {
+            score[s - begin] += r->scale * r->q[t * q_width + head * dim + i] *
+                                r->k[s * kv_width + kv_head * dim + i];
+        }
+        most = fmax(most, score[s - begin]);
+    }
+    memset(out, 0, (size_t)dim * sizeof *out);
+    for (int64_t s = begin; s <= t; s++) {
+        double p = exp(score[s - begin] - most);
+        sum += p;
+        for (int i = 0; i < dim; i++) {
+            out[i] += p * r->v[s * kv_width + kv_head * dim + i];
+        }
+    }
+    for (int i = 0; i < dim; i++) {
+        out[i] /= sum;
+    }
+    free(score);
+    return most + log(sum);
+}
+
+static double reference_loss(const void *ctx)
+{
+    const reference *r = ctx;
+    const attention_case *c = r->c;
+    double loss = 0.0, out[256];
+    for (int d = 0; d < c->n_docs; d++) {
+        for (int64_t t = c->cu[d]; t < c->cu[d + 1]; t++) {
+            for (int h = 0; h < c->n_heads; h++) {
+                reference_row(r, c->cu[d], t, h, out);
+                for (int i = 0; i < c->head_dim; i++) {
+                    loss += out[i] * r->d_o[(t * c->n_heads + h) * c->head_dim + i];
+                }
+            }
+        }
+    }
+    return loss;
+}
+
+typedef struct {
+    qs_attention_shape shape;
+    qs_mat q, k, v, o, d_o, dq, dk, dv;
+    float *lse, *delta;
+    reference r;
+} fixture;
+
+static fixture fixture_create(const attention_case *c)
+{
+    int64_t rows = rows_of(c), wide = (int64_t)c->n_heads * c->head_dim;
+    int64_t narrow = (int64_t)c->n_kv_heads * c->head_dim;
+    fixture f = {.q = fx_mat(rows, wide, 0, 1),
+                 .k = fx_mat(rows, narrow, 0, 2),
+                 .v = fx_mat(rows, narrow, 0, 3),
+                 .o = fx_mat(rows, wide, 3, 4),
+                 .d_o = fx_mat(rows, wide, 0, 5),
+                 .dq = fx_mat(rows, wide, 2, 6),
+                 .dk = fx_mat(rows, narrow, 1, 7),
+                 .dv = fx_mat(rows, narrow, 5, 8)};
+    f.shape = (qs_attention_shape){.n_heads = c->n_heads,
+                                   .n_kv_heads = c->n_kv_heads,
+                                   .head_dim = c->head_dim,
+                                   .scale = 1.0F / sqrtf((float)c->head_dim),
+                                   .cu_seqlens = c->cu,
+                                   .n_docs = c->n_docs};
+    for (int64_t i = 0; i < rows * wide; i++) {
+        f.q.data[i] *= 3.0F; /* scores far from uniform */
+    }
+    f.lse = fx_random(rows * c->n_heads, 9);
+    f.delta = fx_random(rows * c->n_heads, 10);
+    f.r = (reference){.c = c,
+                      .rows = rows,
+                      .scale = (double)f.shape.scale,
+                      .q = fx_double(f.q.data, rows * wide),
+                      .k = fx_double(f.k.data, rows * narrow),
+                      .v = fx_double(f.v.data, rows * narrow),
+                      .d_o = fx_double(f.d_o.data, rows * wide)};
+    return f;
+}
+
+static void fixture_destroy(fixture *f)
+{
+    qs_mat *mats[] = {&f->q, &f->k, &f->v, &f->o, &f->d_o, &f->dq, &f->dk, &f->dv};
+    for (size_t i = 0; i < sizeof mats / sizeof *mats; i++) {
+        fx_mat_free(mats[i]);
+    }
+    void *rest[] = {f->lse, f->delta, f->r.q, f->r.k, f->r.v, f->r.d_o};
+    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) {
+        free(rest[i]);
+    }
+}
+
+ParameterizedTestParameters(attention, forward_matches_fp64)
+{
+    static attention_case c[] = {
+        {1, 1, 4, 0, {0}},
+        {2, 1, 8, 1, {0, 0}},
+        {1, 1, 1, 1, {0, 1}},
+        {3, 1, 6, 4, {0, 1, 2, 2, 9}},
+        {4, 2, 16, 3, {0, 63, 127, 192}},
+        {2, 2, 64, 2, {0, 65, 300}},
+        {9, 3, 20, 3, {0, 130, 131, 200}},
+        {2, 1, 130, 2, {0, 3, 70}},
+    };
+    return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
+}
+ParameterizedTest(attention_case *c, attention, forward_matches_fp64)
+{
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_create(c);
+    cr_assert_eq(qs_ops_cpu()->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
+                 QS_OK);
+    double out[256];
+    for (int d = 0; d < c->n_docs; d++) {
+        for (int64_t t = c->cu[d]; t < c->cu[d + 1]; t++) {
+            for (int h = 0; h < c->n_heads; h++) {
+                double lse = reference_row(&f.r, c->cu[d], t, h, out);
+                /* Scores of size up to 3 sqrt(dim) with dim roundings; probabilities inherit their
+                 * absolute error. */
+                cr_assert_float_eq((double)f.lse[h * f.r.rows + t], lse, 1e-5);
+                for (int i = 0; i < c->head_dim; i++) {
+                    cr_assert_float_eq(fx_at(&f.o, t, h * c->head_dim + i), out[i], 1e-5,
+                                       "row %ld head %d element %d", (long)t, h, i);
+                }
+            }
+        }
+    }
+    cr_assert(fx_mat_gap_intact(&f.o));
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
+}
+
+static void check_gradient(const reference *r, double *x, int64_t count, const qs_mat *got,
+                           const char *name)
+{
+    int64_t step =
+        1 + count / 60; /* differences are slow: a sample of the elements, ends included */
+    for (int64_t i = 0; i < count; i = i + step < count || i == count - 1 ? i + step : count - 1) {
+        double want = fx_difference(reference_loss, r, x, i, 1e-5);
+        cr_assert_float_eq(fx_at(got, i / got->cols, i % got->cols), want, 3e-5,
+                           "%s element %ld: %g instead of %g", name, (long)i,
+                           fx_at(got, i / got->cols, i % got->cols), want);
+    }
+}
+
+ParameterizedTestParameters(attention, backward_is_the_derivative)
+{
+    static attention_case c[] = {
+        {1, 1, 4, 0, {0}},
+        {2, 1, 8, 1, {0, 0}},
+        {1, 1, 1, 1, {0, 1}},
+        {3, 1, 6, 4, {0, 1, 2, 2, 9}},
+        {4, 2, 5, 3, {0, 7, 71, 90}},
+        {2, 1, 3, 2, {0, 65, 140}},
+    };
+    return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
+}
+ParameterizedTest(attention_case *c, attention, backward_is_the_derivative)
+{
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_create(c);
+    const qs_ops *ops = qs_ops_cpu();
+    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse), QS_OK);
+    cr_assert_eq(ops->attention_backward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse, &f.d_o,
+                                         f.delta, &f.dq, &f.dk, &f.dv),
+                 QS_OK);
+    check_gradient(&f.r, f.r.q, f.r.rows * f.dq.cols, &f.dq, "dq");
+    check_gradient(&f.r, f.r.k, f.r.rows * f.dk.cols, &f.dk, "dk");
+    check_gradient(&f.r, f.r.v, f.r.rows * f.dv.cols, &f.dv, "dv");
+    cr_assert(fx_mat_gap_intact(&f.dq) && fx_mat_gap_intact(&f.dk) && fx_mat_gap_intact(&f.dv));
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
+}
+
+Test(attention, a_document_does_not_see_its_neighbours)
+{
+    static const attention_case c = {2, 1, 8, 3, {0, 70, 75, 150}};
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_create(&c);
+    const qs_ops *ops = qs_ops_cpu();
+    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse), QS_OK);
+    qs_mat before = f.o, again = fx_mat(f.o.rows, f.o.cols, 3, 4);
+    for (int64_t t = 0; t < 150; t++) {
+        if (t < 70 || t >= 75) {
+            memset(f.k.data + t * f.k.stride, 0x7F, (size_t)f.k.cols * sizeof(float)); /* huge */
+        }
+    }
+    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &again, f.lse), QS_OK);
+    for (int64_t t = 70; t < 75; t++) {
+        for (int64_t i = 0; i < f.o.cols; i++) {
+            cr_assert_eq(fx_at(&before, t, i), fx_at(&again, t, i));
+        }
+    }
+    fx_mat_free(&again);
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
+}
+
+Test(attention, large_scores_do_not_overflow)
+{
+    static const attention_case c = {1, 1, 4, 1, {0, 100}};
+    qs_queue *queue = fx_queue(1);
+    fixture f = fixture_create(&c);
+    for (int64_t i = 0; i < 400; i++) {
+        f.q.data[i] *= 1e4F;
+        f.r.q[i] = (double)f.q.data[i];
+    }
+    cr_assert_eq(qs_ops_cpu()->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
+                 QS_OK);
+    for (int64_t t = 0; t < 100; t++) {
+        double out[4], lse = reference_row(&f.r, 0, t, 0, out);
+        cr_assert_float_eq((double)f.lse[t], lse, 1e-6 * fabs(lse) + 0.02);
+        cr_assert(isfinite(fx_at(&f.o, t, 0)));
+    }
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
+}
