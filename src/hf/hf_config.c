@@ -1,0 +1,518 @@
+/* config.json: what each key means, what it may be, and what is refused.
+ *
+ * transformers ignores a key that it does not know. Here such a key is refused by name, because it
+ * may stand for maths that this program does not do; keys that change nothing are listed as
+ * harmless. A missing key means the default of the architecture's class, as in transformers. */
+#include "hf/hf_config.h"
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <string.h>
+
+#include "hf/json.h"
+
+static const char *const used_keys[] = {
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "rope_interleaved",
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+    "attention_dropout",
+    "layer_types",
+    "is_encoder_decoder",
+    "add_cross_attention",
+};
+
+/* Generation settings, bookkeeping and labels: nothing that the forward or the backward pass sees.
+ */
+static const char *const harmless_keys[] = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_flash_attn_2_enabled",
+    "_name_or_path",
+    "attn_implementation",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "max_window_layers",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "pretraining_tp",
+    "problem_type",
+    "pruned_heads",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "typical_p",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+};
+
+static const char *const rope_keys[] = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+};
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static bool listed(const char *const *list, size_t count, const char *key)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (strcmp(list[i], key) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The member, NULL where it is absent or null: both mean the default. */
+static const json_t *given(const json_t *object, const char *key)
+{
+    const json_t *value = json_object_get(object, key);
+    return json_is_null(value) ? NULL : value;
+}
+
+static qs_status refuse(const char *path, const char *key, const char *value, const char *known)
+{
+    return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: \"%s\" = %.100s is not supported; %s is", path, key,
+                   value, known);
+}
+
+static qs_status get_i64(const json_t *root, const char *key, int64_t low, int64_t high,
+                         int64_t fallback, int64_t *out, const char *path)
+{
+    *out = fallback;
+    return given(root, key) == NULL ? QS_OK : qs_json_i64(root, key, low, high, out, path);
+}
+
+static qs_status get_f64(const json_t *root, const char *key, double low, double high,
+                         double fallback, double *out, const char *path)
+{
+    *out = fallback;
+    return given(root, key) == NULL ? QS_OK : qs_json_f64(root, key, low, high, out, path);
+}
+
+static qs_status get_bool(const json_t *root, const char *key, bool fallback, bool *out,
+                          const char *path)
+{
+    const json_t *value = given(root, key);
+    *out = value == NULL ? fallback : json_is_true(value);
+    if (value != NULL && !json_is_boolean(value)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" is neither true nor false", path, key);
+    }
+    return QS_OK;
+}
+
+/* A switch that must be off. */
+static qs_status expect_false(const json_t *root, const char *key, const char *path)
+{
+    bool on;
+    QS_TRY(get_bool(root, key, false, &on, path));
+    return on ? refuse(path, key, "true", "false") : QS_OK;
+}
+
+static qs_status check_keys(const json_t *root, const char *path)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)(uintptr_t)root, key, value)
+    {
+        if (!json_is_null(value) && !listed(used_keys, COUNT(used_keys), key) &&
+            !listed(harmless_keys, COUNT(harmless_keys), key)) {
+            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
+                           "%s: key \"%.100s\" is not known for model_type \"llama\"; if it does "
+                           "not change the maths, remove it from a copy of the file",
+                           path, key);
+        }
+    }
+    return QS_OK;
+}
+
+static qs_status check_architecture(qs_hf_config *out, const json_t *root, const char *path)
+{
+    const char *type = NULL;
+    const json_t *list = given(root, "architectures");
+    QS_TRY(qs_json_text(root, "model_type", &type, path));
+    if (strcmp(type, "llama") != 0) {
+        return refuse(path, "model_type", type, "\"llama\"");
+    }
+    strcpy(out->model_type, "llama");
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const char *name = json_string_value(json_array_get(list, i));
+        if (name == NULL || strcmp(name, "LlamaForCausalLM") != 0) {
+            return refuse(path, "architectures", name != NULL ? name : "?", "LlamaForCausalLM");
+        }
+    }
+    return QS_OK;
+}
+
+static qs_status parse_sizes(qs_hf_config *out, const json_t *root, const char *path)
+{
+    int64_t layers, heads, kv_heads, head_dim;
+    double eps;
+    QS_TRY(get_i64(root, "num_hidden_layers", 1, 1000, 32, &layers, path));
+    QS_TRY(get_i64(root, "num_attention_heads", 1, 4096, 32, &heads, path));
+    QS_TRY(get_i64(root, "num_key_value_heads", 1, heads, heads, &kv_heads, path));
+    QS_TRY(get_i64(root, "hidden_size", 1, 1 << 20, 4096, &out->hidden, path));
+    QS_TRY(get_i64(root, "intermediate_size", 1, 1 << 22, 11008, &out->ffn_hidden, path));
+    QS_TRY(get_i64(root, "vocab_size", 1, 1 << 22, 32000, &out->vocab, path));
+    QS_TRY(get_i64(root, "max_position_embeddings", 1, 1 << 30, 2048, &out->max_position, path));
+    QS_TRY(get_f64(root, "rms_norm_eps", DBL_MIN, 1e-2, 1e-6, &eps, path));
+    if (out->hidden % heads != 0) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"hidden_size\" = %lld is not a multiple of \"num_attention_heads\" = "
+                       "%lld",
+                       path, (long long)out->hidden, (long long)heads);
+    }
+    if (heads % kv_heads != 0) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"num_attention_heads\" = %lld is not a multiple of "
+                       "\"num_key_value_heads\" = %lld",
+                       path, (long long)heads, (long long)kv_heads);
+    }
+    QS_TRY(get_i64(root, "head_dim", 2, 1024, out->hidden / heads, &head_dim, path));
+    if (head_dim % 2 != 0 || head_dim > 1024) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"head_dim\" = %lld; rotary embeddings need an even number up to 1024",
+                       path, (long long)head_dim);
+    }
+    out->n_layers = (int)layers;
+    out->n_heads = (int)heads;
+    out->n_kv_heads = (int)kv_heads;
+    out->head_dim = (int)head_dim;
+    out->rms_norm_eps = (float)eps;
+    return QS_OK;
+}
+
+static qs_status parse_switches(qs_hf_config *out, const json_t *root, const char *path)
+{
+    double dropout;
+    const json_t *layers = given(root, "layer_types");
+    const json_t *act = given(root, "hidden_act");
+    QS_TRY(get_bool(root, "tie_word_embeddings", false, &out->tied, path));
+    QS_TRY(get_bool(root, "attention_bias", false, &out->attention_bias, path));
+    QS_TRY(get_bool(root, "mlp_bias", false, &out->mlp_bias, path));
+    QS_TRY(expect_false(root, "rope_interleaved", path));
+    QS_TRY(expect_false(root, "is_encoder_decoder", path));
+    QS_TRY(expect_false(root, "add_cross_attention", path));
+    QS_TRY(get_f64(root, "attention_dropout", 0.0, 1.0, 0.0, &dropout, path));
+    if (dropout != 0.0) {
+        return refuse(path, "attention_dropout", "a number above 0", "0");
+    }
+    if (act != NULL && (!json_is_string(act) || (strcmp(json_string_value(act), "silu") != 0 &&
+                                                 strcmp(json_string_value(act), "swish") != 0))) {
+        return refuse(path, "hidden_act", json_is_string(act) ? json_string_value(act) : "?",
+                      "\"silu\"");
+    }
+    for (size_t i = 0; i < json_array_size(layers); i++) {
+        const char *type = json_string_value(json_array_get(layers, i));
+        if (type == NULL || strcmp(type, "full_attention") != 0) {
+            return refuse(path, "layer_types", type != NULL ? type : "?", "\"full_attention\"");
+        }
+    }
+    return QS_OK;
+}
+
+/* "torch_dtype" (transformers 4) and "dtype" (5); absent means float32. */
+static qs_status parse_dtype(qs_hf_config *out, const json_t *root, const char *path)
+{
+    const json_t *old = given(root, "torch_dtype");
+    const json_t *now = given(root, "dtype");
+    out->dtype = QS_F32;
+    if (old != NULL && now != NULL && !json_equal(old, now)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"torch_dtype\" and \"dtype\" differ", path);
+    }
+    const char *key = now != NULL ? "dtype" : "torch_dtype";
+    if (now == NULL && old == NULL) {
+        return QS_OK;
+    }
+    const char *name = NULL;
+    QS_TRY(qs_json_text(root, key, &name, path));
+    int dtype = qs_dtype_parse(name);
+    if (dtype != (int)QS_BF16 && dtype != (int)QS_F16 && dtype != (int)QS_F32) {
+        return refuse(path, key, name, "bfloat16, float16 or float32");
+    }
+    out->dtype = (qs_dtype)dtype;
+    return QS_OK;
+}
+
+static qs_status parse_rope_type(qs_hf_config *out, const json_t *rope, const char *path)
+{
+    static const char *const names[] = {
+        [QS_ROPE_DEFAULT] = "default", [QS_ROPE_LLAMA3] = "llama3", [QS_ROPE_LINEAR] = "linear"};
+    const char *key = given(rope, "rope_type") != NULL ? "rope_type" : "type";
+    const char *name = "default";
+    if (given(rope, key) != NULL) {
+        QS_TRY(qs_json_text(rope, key, &name, path));
+    }
+    for (size_t i = 0; i < COUNT(names); i++) {
+        if (strcmp(names[i], name) == 0) {
+            out->rope_type = (qs_rope_type)i;
+            return QS_OK;
+        }
+    }
+    return refuse(path, "rope_type", name, "\"default\", \"linear\" or \"llama3\"");
+}
+
+static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, const char *path)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)(uintptr_t)rope, key, value)
+    {
+        if (!json_is_null(value) && !listed(rope_keys, COUNT(rope_keys), key)) {
+            return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: RoPE key \"%.100s\" is not known", path, key);
+        }
+    }
+    bool low_high =
+        given(rope, "low_freq_factor") != NULL || given(rope, "high_freq_factor") != NULL;
+    if (low_high && out->rope_type != QS_ROPE_LLAMA3) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"low_freq_factor\" and \"high_freq_factor\" belong to rope_type "
+                       "\"llama3\"",
+                       path);
+    }
+    if (out->rope_type == QS_ROPE_DEFAULT && out->rope_factor != 1.0) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: RoPE \"factor\" = %g, but rope_type \"default\" does not scale", path,
+                       out->rope_factor);
+    }
+    return QS_OK;
+}
+
+static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const char *path)
+{
+    if (!json_is_object(rope)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" is not an object", path);
+    }
+    QS_TRY(parse_rope_type(out, rope, path));
+    if (out->rope_type != QS_ROPE_DEFAULT && given(rope, "factor") == NULL) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: RoPE \"factor\" is missing", path);
+    }
+    QS_TRY(get_f64(rope, "factor", 1.0, 1e6, 1.0, &out->rope_factor, path));
+    QS_TRY(check_rope_keys(out, rope, path));
+    if (out->rope_type != QS_ROPE_LLAMA3) {
+        return QS_OK;
+    }
+    QS_TRY(qs_json_f64(rope, "low_freq_factor", 1e-6, 1e6, &out->rope_low_freq_factor, path));
+    QS_TRY(qs_json_f64(rope, "high_freq_factor", 1e-6, 1e6, &out->rope_high_freq_factor, path));
+    QS_TRY(qs_json_i64(rope, "original_max_position_embeddings", 1, 1 << 30,
+                       &out->rope_original_max_position, path));
+    if (out->rope_high_freq_factor <= out->rope_low_freq_factor) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"high_freq_factor\" = %g is not above \"low_freq_factor\" = %g", path,
+                       out->rope_high_freq_factor, out->rope_low_freq_factor);
+    }
+    return QS_OK;
+}
+
+/* transformers 4: rope_theta and rope_scaling at top level; 5: both inside rope_parameters. */
+static qs_status parse_rope(qs_hf_config *out, const json_t *root, const char *path)
+{
+    const json_t *scaling = given(root, "rope_scaling");
+    const json_t *parameters = given(root, "rope_parameters");
+    const json_t *holder = root;
+    double partial;
+    if (scaling != NULL && parameters != NULL && !json_equal(scaling, parameters)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" and \"rope_parameters\" differ",
+                       path);
+    }
+    const json_t *rope = parameters != NULL ? parameters : scaling;
+    out->rope_factor = 1.0;
+    if (rope != NULL) {
+        QS_TRY(parse_rope_scaling(out, rope, path));
+    }
+    const json_t *inner = given(rope, "rope_theta");
+    const json_t *outer = given(root, "rope_theta");
+    if (inner != NULL && outer != NULL && json_number_value(inner) != json_number_value(outer)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"rope_theta\" at top level and in \"rope_parameters\" differ", path);
+    }
+    holder = inner != NULL ? rope : root;
+    QS_TRY(get_f64(holder, "rope_theta", 1e-3, 1e12, 10000.0, &out->rope_theta, path));
+    holder = given(rope, "partial_rotary_factor") != NULL ? rope : root;
+    QS_TRY(get_f64(holder, "partial_rotary_factor", 0.0, 1.0, 1.0, &partial, path));
+    return partial == 1.0 ? QS_OK : refuse(path, "partial_rotary_factor", "a number below 1", "1");
+}
+
+static qs_status parse_quantization(qs_hf_config *out, const json_t *root, const char *path)
+{
+    const json_t *q = given(root, "quantization_config");
+    const char *method = NULL;
+    const char *type = NULL;
+    bool four = false;
+    bool eight = false;
+    if (q == NULL) {
+        return QS_OK;
+    }
+    if (!json_is_object(q)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"quantization_config\" is not an object", path);
+    }
+    QS_TRY(qs_json_text(q, "quant_method", &method, path));
+    if (strcmp(method, "bitsandbytes") != 0) {
+        return refuse(path, "quant_method", method, "\"bitsandbytes\" (4 bits, NF4)");
+    }
+    QS_TRY(get_bool(q, "load_in_4bit", false, &four, path));
+    QS_TRY(get_bool(q, "load_in_8bit", false, &eight, path));
+    if (eight || !four) {
+        return refuse(path, "load_in_4bit", "false", "a bitsandbytes checkpoint with true");
+    }
+    if (given(q, "bnb_4bit_quant_type") == NULL) {
+        type = "fp4"; /* the default of the library */
+    } else {
+        QS_TRY(qs_json_text(q, "bnb_4bit_quant_type", &type, path));
+    }
+    if (strcmp(type, "nf4") != 0) {
+        return refuse(path, "bnb_4bit_quant_type", type, "\"nf4\"");
+    }
+    out->bnb_4bit = true;
+    return QS_OK;
+}
+
+static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *path)
+{
+    if (!json_is_object(root)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
+    }
+    QS_TRY(check_architecture(out, root, path));
+    QS_TRY(check_keys(root, path));
+    QS_TRY(parse_sizes(out, root, path));
+    QS_TRY(parse_switches(out, root, path));
+    QS_TRY(parse_dtype(out, root, path));
+    QS_TRY(parse_rope(out, root, path));
+    return parse_quantization(out, root, path);
+}
+
+qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, const char *path)
+{
+    json_t *root = NULL;
+    memset(out, 0, sizeof *out);
+    QS_TRY(qs_json_parse(&root, text, bytes, path));
+    qs_status st = parse_root(out, root, path);
+    json_decref(root);
+    return st;
+}
+
+/* Frequencies whose wavelength is below L0/high stay, those above L0/low are divided by the factor,
+ * between them the two are blended (Llama 3.1's rule). */
+static double llama3_scaled(const qs_hf_config *cfg, double frequency)
+{
+    double wavelength = 2.0 * 3.14159265358979323846 / frequency;
+    double turns = (double)cfg->rope_original_max_position / wavelength;
+    if (turns > cfg->rope_high_freq_factor) {
+        return frequency;
+    }
+    if (turns < cfg->rope_low_freq_factor) {
+        return frequency / cfg->rope_factor;
+    }
+    double smooth = (turns - cfg->rope_low_freq_factor) /
+                    (cfg->rope_high_freq_factor - cfg->rope_low_freq_factor);
+    return (1.0 - smooth) * frequency / cfg->rope_factor + smooth * frequency;
+}
+
+void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
+{
+    for (int i = 0; i < cfg->head_dim / 2; i++) {
+        double f = pow(cfg->rope_theta, -2.0 * i / cfg->head_dim);
+        switch (cfg->rope_type) {
+        case QS_ROPE_DEFAULT:
+            inv_freq[i] = f;
+            break;
+        case QS_ROPE_LINEAR:
+            inv_freq[i] = f / cfg->rope_factor;
+            break;
+        case QS_ROPE_LLAMA3:
+            inv_freq[i] = llama3_scaled(cfg, f);
+            break;
+        }
+    }
+}
+
+const char *qs_linear_path(qs_linear linear)
+{
+    static const char *const paths[QS_LINEAR_COUNT] = {
+        [QS_Q] = "self_attn.q_proj", [QS_K] = "self_attn.k_proj", [QS_V] = "self_attn.v_proj",
+        [QS_O] = "self_attn.o_proj", [QS_GATE] = "mlp.gate_proj", [QS_UP] = "mlp.up_proj",
+        [QS_DOWN] = "mlp.down_proj"};
+    return paths[linear];
+}
+
+void qs_linear_shape(const qs_hf_config *cfg, qs_linear linear, int64_t *out, int64_t *in)
+{
+    int64_t q = (int64_t)cfg->n_heads * cfg->head_dim;
+    int64_t kv = (int64_t)cfg->n_kv_heads * cfg->head_dim;
+    *out = linear == QS_Q                         ? q
+           : linear == QS_K || linear == QS_V     ? kv
+           : linear == QS_GATE || linear == QS_UP ? cfg->ffn_hidden
+                                                  : cfg->hidden;
+    *in = linear == QS_O ? q : linear == QS_DOWN ? cfg->ffn_hidden : cfg->hidden;
+}
