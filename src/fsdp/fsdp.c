@@ -1,0 +1,311 @@
+/* Shares, gathers and the two buffers.
+ *
+ *   acquire(u, next):   [ buffer 0: u, held ]  [ buffer 1: gather of next under way ]
+ *   release(u)          [ buffer 0: u, free ]  ...
+ *   acquire(next, ...)  [ buffer 0: gather ]   [ buffer 1: next, held ]
+ *
+ * A released buffer keeps its unit until the room is needed, so the last layer of the forward pass
+ * is there when the backward starts with it. Which buffer is taken depends on the order of the
+ * calls alone, never on what has arrived, so that all ranks gather the same units in the same
+ * order. */
+#include "fsdp/fsdp_impl.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/mem.h"
+#include "base/timer.h"
+
+/* ---- sizes ---- */
+
+static size_t largest_unit_bytes(const qs_base_index *index, int nranks)
+{
+    size_t most = 0;
+    for (int u = 0; u < index->n_units; u++) {
+        qs_unit_layout layout = qs_unit_layout_make(&index->units[u].size, nranks);
+        size_t bytes = layout.message_bytes * (size_t)nranks;
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+size_t qs_fsdp_shard_bytes(const qs_base_index *index, int rank, int nranks)
+{
+    (void)rank; /* shares are padded to the same size */
+    size_t bytes = 0;
+    for (int u = 0; u < index->n_units; u++) {
+        bytes += qs_unit_layout_make(&index->units[u].size, nranks).message_bytes;
+    }
+    return bytes;
+}
+
+size_t qs_fsdp_gather_bytes(const qs_base_index *index, int nranks)
+{
+    return nranks == 1 ? 0 : QS_GATHER_BUFFERS * largest_unit_bytes(index, nranks);
+}
+
+/* ---- create, destroy ---- */
+
+/* Between tiles of the compute queue. An error stays with the operation and comes back from the
+ * wait. */
+static void poll_queue(void *ctx)
+{
+    qs_fsdp *f = ctx;
+    (void)qs_queue_poll(f->queue);
+}
+
+static qs_status allocate(qs_fsdp *f)
+{
+    int n_units = f->index->n_units;
+    QS_TRY(QS_ALLOC(&f->layouts, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->share_at, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->held, n_units, QS_MEM_BASE_SMALL));
+    size_t at = 0;
+    for (int u = 0; u < n_units; u++) {
+        f->layouts[u] = qs_unit_layout_make(&f->index->units[u].size, f->nranks);
+        f->share_at[u] = at;
+        at += f->layouts[u].message_bytes;
+    }
+    QS_TRY(QS_ALLOC(&f->shares, at, QS_MEM_BASE_SHARD));
+    if (f->nranks > 1) {
+        size_t bytes = largest_unit_bytes(f->index, f->nranks);
+        for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+            QS_TRY(QS_ALLOC(&f->buffers[b].bytes, bytes, QS_MEM_BASE_GATHER));
+        }
+    }
+    QS_TRY(qs_queue_create(&f->queue, 1));
+    return qs_embed_init(f);
+}
+
+static qs_status fill_shares(qs_fsdp *f, qs_share_fill fill, void *ctx)
+{
+    for (int u = 0; u < f->index->n_units; u++) {
+        QS_TRY(fill(ctx, u, f->rank, f->nranks, f->shares + f->share_at[u], &f->stats.read_bytes));
+    }
+    return QS_OK;
+}
+
+qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
+                              qs_queue *compute, qs_share_fill fill, void *ctx)
+{
+    *out = NULL;
+    qs_fsdp *f = NULL;
+    qs_status st = QS_ALLOC(&f, 1, QS_MEM_BASE_SMALL);
+    if (st == QS_OK) {
+        f->index = index;
+        f->comm = comm;
+        f->compute = compute;
+        f->rank = qs_comm_rank(comm);
+        f->nranks = qs_comm_nranks(comm);
+        for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+            f->buffers[b].unit = -1;
+        }
+        st = allocate(f);
+    }
+    if (st == QS_OK) {
+        st = fill_shares(f, fill, ctx);
+    }
+    st = qs_comm_agree(comm, st);
+    if (st != QS_OK) {
+        qs_fsdp_destroy(f);
+        return st;
+    }
+    if (f->nranks > 1) {
+        qs_queue_set_idle(compute, poll_queue, f);
+    }
+    *out = f;
+    return QS_OK;
+}
+
+typedef struct {
+    const qs_base_index *index;
+    int fd;
+    int error; /* errno of a failed open */
+} base_file;
+
+static qs_status fill_from_file(void *ctx, int u, int rank, int nranks, uint8_t *message,
+                                uint64_t *bytes_read)
+{
+    base_file *file = ctx;
+    if (file->fd < 0) {
+        return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", file->index->path,
+                       strerror(file->error));
+    }
+    return qs_base_read_share(file->index, file->fd, u, rank, nranks, message, bytes_read);
+}
+
+qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
+                         qs_queue *compute)
+{
+    base_file file = {.index = index, .fd = open(index->path, O_RDONLY | O_CLOEXEC)};
+    file.error = errno;
+    qs_status st = qs_fsdp_create_from(out, index, comm, compute, fill_from_file, &file);
+    if (file.fd >= 0) {
+        close(file.fd);
+    }
+    return st;
+}
+
+void qs_fsdp_destroy(qs_fsdp *f)
+{
+    if (f == NULL) {
+        return;
+    }
+    if (f->nranks > 1) {
+        qs_queue_set_idle(f->compute, NULL, NULL);
+    }
+    if (f->queue != NULL) {
+        (void)qs_queue_wait(f->queue); /* a prefetch may still write into a buffer */
+        qs_queue_destroy(f->queue);
+    }
+    for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+        qs_mem_free(f->buffers[b].bytes);
+    }
+    qs_embed_free(&f->embed);
+    qs_mem_free(f->shares);
+    qs_mem_free(f->held);
+    qs_mem_free(f->share_at);
+    qs_mem_free(f->layouts);
+    qs_mem_free(f);
+}
+
+/* ---- the two buffers ---- */
+
+static qs_gather_buffer *buffer_of(qs_fsdp *f, int u)
+{
+    for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+        if (f->buffers[b].unit == u) {
+            return &f->buffers[b];
+        }
+    }
+    return NULL;
+}
+
+/* Wait until the buffer's gather has landed. */
+static qs_status settle(qs_gather_buffer *buffer)
+{
+    if (!buffer->in_flight) {
+        return QS_OK;
+    }
+    buffer->in_flight = false;
+    qs_status st = qs_event_wait(buffer->landed);
+    if (st != QS_OK) {
+        buffer->unit = -1;
+    }
+    return st;
+}
+
+/* The buffer to overwrite: not held; one that does not hold `spare`, which is wanted soon; then the
+ * least recently used. */
+static qs_gather_buffer *choose_buffer(qs_fsdp *f, int spare)
+{
+    qs_gather_buffer *best = NULL;
+    for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+        qs_gather_buffer *c = &f->buffers[b];
+        if (c->held > 0) {
+            continue;
+        }
+        bool c_spare = spare >= 0 && c->unit == spare;
+        bool best_spare = best != NULL && spare >= 0 && best->unit == spare;
+        if (best == NULL || (best_spare && !c_spare) ||
+            (best_spare == c_spare && c->used < best->used)) {
+            best = c;
+        }
+    }
+    return best;
+}
+
+static qs_status start_gather(qs_fsdp *f, qs_gather_buffer *buffer, int u)
+{
+    QS_TRY(settle(buffer)); /* a prefetch that nobody came for */
+    size_t bytes = f->layouts[u].message_bytes;
+    buffer->unit = -1;
+    QS_TRY(qs_comm_all_gather(f->comm, f->shares + f->share_at[u], buffer->bytes, bytes, f->queue));
+    buffer->unit = u;
+    buffer->in_flight = true;
+    buffer->landed = qs_event_record(f->queue);
+    f->stats.gathers++;
+    f->stats.gathered_bytes += bytes * (uint64_t)(f->nranks - 1);
+    return QS_OK;
+}
+
+/* ---- acquire, release ---- */
+
+static int units_held(const qs_fsdp *f)
+{
+    int count = 0;
+    for (int u = 0; u < f->index->n_units; u++) {
+        count += f->held[u] > 0;
+    }
+    return count;
+}
+
+static qs_status check_acquire(const qs_fsdp *f, int u, int next)
+{
+    int n_units = f->index->n_units;
+    if (u < 0 || u >= n_units || next < -1 || next >= n_units) {
+        return QS_FAIL(QS_ERR_BUG, "acquire of unit %d and %d: there are %d", u, next, n_units);
+    }
+    if (f->held[u] == 0 && units_held(f) == QS_GATHER_BUFFERS) {
+        return QS_FAIL(QS_ERR_BUG, "acquire of unit %d while %d others are held", u,
+                       QS_GATHER_BUFFERS);
+    }
+    return QS_OK;
+}
+
+static qs_status acquire_gathered(qs_fsdp *f, int u, int next, const uint8_t **base)
+{
+    qs_gather_buffer *mine = buffer_of(f, u);
+    if (mine == NULL) {
+        mine = choose_buffer(f, next);
+        QS_TRY(start_gather(f, mine, u));
+    }
+    if (mine->in_flight) {
+        double since = qs_time_s();
+        qs_status st = settle(mine);
+        f->stats.wait_s += qs_time_s() - since;
+        QS_TRY(st);
+    }
+    mine->held++;
+    mine->used = ++f->clock;
+    *base = mine->bytes;
+    if (next >= 0 && buffer_of(f, next) == NULL) {
+        qs_gather_buffer *other = choose_buffer(f, -1);
+        if (other != NULL) { /* else both are held, and `next` is gathered when its turn comes */
+            QS_TRY(start_gather(f, other, next));
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_fsdp_acquire(qs_fsdp *f, int u, int next, qs_unit_view *view)
+{
+    QS_TRY(check_acquire(f, u, next));
+    view->layout = f->layouts[u];
+    if (f->nranks == 1) {
+        view->base = f->shares + f->share_at[u];
+    } else {
+        QS_TRY(acquire_gathered(f, u, next, &view->base));
+    }
+    f->held[u]++;
+    return QS_OK;
+}
+
+qs_status qs_fsdp_release(qs_fsdp *f, int u)
+{
+    if (u < 0 || u >= f->index->n_units || f->held[u] == 0) {
+        return QS_FAIL(QS_ERR_BUG, "release of unit %d, which is not held", u);
+    }
+    f->held[u]--;
+    if (f->nranks > 1) {
+        buffer_of(f, u)->held--;
+    }
+    return QS_OK;
+}
+
+qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *f)
+{
+    return f->stats;
+}

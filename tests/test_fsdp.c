@@ -1,0 +1,469 @@
+/* Sharded units: what a rank sees between acquire and release, the two buffers, and embedding rows
+ * by all-to-all. */
+#include <unistd.h>
+
+#include "base/mem.h"
+#include "fsdp_fixture.h"
+#include "team.h"
+
+static int rank_counts[] = {1, 2, 3, 4, 5, 8};
+enum { N_RANK_COUNTS = sizeof rank_counts / sizeof *rank_counts };
+
+static qs_status open_base(qs_fsdp **out, team_member *me, fx_base *base)
+{
+    return qs_fsdp_create_from(out, &base->index, me->comm, me->queue, fx_fill, base);
+}
+
+static qs_status acquire_checked(qs_fsdp *f, int u, int next)
+{
+    qs_unit_view view;
+    QS_TRY(qs_fsdp_acquire(f, u, next, &view));
+    return fx_check_view(&view, u);
+}
+
+static qs_status visit(qs_fsdp *f, int u, int next)
+{
+    QS_TRY(acquire_checked(f, u, next));
+    return qs_fsdp_release(f, u);
+}
+
+/* ---- gathers ---- */
+
+/* Layers up, head chunks, layers down, as a training pass does. */
+static qs_status one_pass(qs_fsdp *f)
+{
+    for (int u = 0; u < FX_UNITS; u++) {
+        QS_TRY(visit(f, u, u + 1 < FX_UNITS ? u + 1 : FX_LAYERS - 1));
+    }
+    for (int u = FX_LAYERS - 1; u >= 0; u--) {
+        QS_TRY(visit(f, u, u - 1));
+    }
+    return QS_OK;
+}
+
+static qs_status pass_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    QS_TRY(open_base(&f, me, me->ctx));
+    for (int i = 0; i < 3; i++) {
+        QS_GOTO(one_pass(f));
+    }
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, a_gathered_unit_holds_every_quantum)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, a_gathered_unit_holds_every_quantum)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(*n, pass_body, &base);
+}
+
+static qs_status turn_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    QS_TRY(open_base(&f, me, me->ctx));
+    uint64_t received = qs_comm_received_bytes(me->comm);
+    for (int u = 0; u < FX_LAYERS; u++) {
+        QS_GOTO(visit(f, u, u + 1 < FX_LAYERS ? u + 1 : -1));
+    }
+    for (int u = FX_LAYERS - 1; u >= 0; u--) {
+        QS_GOTO(visit(f, u, u > 0 ? u - 1 : -1));
+    }
+    received = qs_comm_received_bytes(me->comm) - received;
+    qs_fsdp_stats stats = qs_fsdp_get_stats(f);
+    /* up: 0 1 2 3; at the turn 3 and 2 still lie in the buffers; down: 1 0 */
+    uint64_t expected = me->nranks == 1 ? 0 : FX_LAYERS + 2;
+    uint64_t bytes = 0;
+    for (int i = 0; me->nranks > 1 && i < FX_LAYERS + 2; i++) {
+        int u = i < FX_LAYERS ? i : i - FX_LAYERS;
+        bytes += (uint64_t)(me->nranks - 1) * f->layouts[u].message_bytes;
+    }
+    if (stats.gathers != expected || stats.gathered_bytes != bytes || received != bytes) {
+        st = QS_FAIL(QS_ERR_BUG, "%d gathers of %d bytes (%d received), expected %d of %d",
+                     (int)stats.gathers, (int)stats.gathered_bytes, (int)received, (int)expected,
+                     (int)bytes);
+    }
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, units_still_in_a_buffer_are_not_gathered_again)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, units_still_in_a_buffer_are_not_gathered_again)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(*n, turn_body, &base);
+}
+
+static qs_status detour_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    QS_TRY(open_base(&f, me, me->ctx));
+    QS_GOTO(
+        visit(f, 0, 3)); /* 3 is gathered for nothing, twice, and into the buffer that 1 needs */
+    QS_GOTO(visit(f, 1, 3));
+    QS_GOTO(visit(f, 2, 2));
+    QS_GOTO(visit(f, 5, -1));
+    QS_GOTO(visit(f, 5, 1));
+    QS_GOTO(acquire_checked(f, 0, 4)); /* the prefetch of 4 is left in flight at destroy */
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, a_wrong_prefetch_changes_no_byte)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, a_wrong_prefetch_changes_no_byte)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(*n, detour_body, &base);
+}
+
+static qs_status two_held_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    qs_unit_view first, second, again;
+    QS_TRY(open_base(&f, me, me->ctx));
+    QS_GOTO(qs_fsdp_acquire(f, 0, 1, &first));
+    QS_GOTO(qs_fsdp_acquire(f, 1, 2, &second)); /* no room for 2 yet */
+    QS_GOTO(qs_fsdp_acquire(f, 0, 2, &again));
+    QS_GOTO(fx_check_view(&first, 0));
+    QS_GOTO(fx_check_view(&second, 1));
+    if (again.base != first.base) {
+        st = QS_FAIL(QS_ERR_BUG, "a held unit has moved");
+        goto done;
+    }
+    QS_GOTO(qs_fsdp_release(f, 0));
+    QS_GOTO(qs_fsdp_release(f, 1));
+    QS_GOTO(visit(f, 2, -1));
+    QS_GOTO(fx_check_view(&first, 0)); /* held twice, released once */
+    QS_GOTO(qs_fsdp_release(f, 0));
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, two_units_can_be_held_together)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, two_units_can_be_held_together)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(*n, two_held_body, &base);
+}
+
+static qs_status one_rank_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    qs_unit_view view;
+    QS_TRY(open_base(&f, me, me->ctx));
+    QS_GOTO(qs_fsdp_acquire(f, 1, 2, &view));
+    if (view.base != f->shares + f->share_at[1] || f->stats.gathers != 0 ||
+        qs_mem_now_bytes(QS_MEM_BASE_GATHER) != 0) {
+        st = QS_FAIL(QS_ERR_BUG, "one rank copies its unit");
+    }
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+Test(fsdp, one_rank_sees_its_share_without_a_copy)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(1, one_rank_body, &base);
+}
+
+/* Poll by the compute queue's idle callback alone until the prefetched unit lies in its buffer. */
+static qs_status idle_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    qs_unit_view view;
+    QS_TRY(open_base(&f, me, me->ctx));
+    QS_GOTO(qs_fsdp_acquire(f, 0, 1, &view));
+    QS_GOTO(qs_comm_barrier(me->comm)); /* all have started the gather of 1 */
+    qs_gather_buffer *other = &f->buffers[f->buffers[0].unit == 0 ? 1 : 0];
+    qs_unit_view ahead = {.layout = f->layouts[1], .base = other->bytes};
+    for (int i = 0; i < 100 && (st = fx_check_view(&ahead, 1)) != QS_OK; i++) {
+        qs_error_clear();
+        usleep(300); /* past the 200 us that lie between two calls */
+        qs_queue_idle(me->queue);
+    }
+    if (st == QS_OK && !other->in_flight) {
+        st = QS_FAIL(QS_ERR_BUG, "the gather of the next unit was waited for");
+    }
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+Test(fsdp, the_compute_queue_moves_the_gather_along)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(3, idle_body, &base);
+}
+
+/* ---- mistakes and failures ---- */
+
+static qs_status expect_bug(qs_status got, const char *what)
+{
+    if (got != QS_ERR_BUG) {
+        return QS_FAIL(QS_ERR_BUG, "%s: status %d", what, (int)got);
+    }
+    qs_error_clear();
+    return QS_OK;
+}
+
+static qs_status misuse_body(team_member *me)
+{
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    qs_unit_view view;
+    QS_TRY(open_base(&f, me, me->ctx));
+    QS_GOTO(expect_bug(qs_fsdp_release(f, 0), "release before acquire"));
+    QS_GOTO(expect_bug(qs_fsdp_acquire(f, FX_UNITS, -1, &view), "unit past the end"));
+    QS_GOTO(expect_bug(qs_fsdp_acquire(f, -1, -1, &view), "unit -1"));
+    QS_GOTO(expect_bug(qs_fsdp_acquire(f, 0, FX_UNITS, &view), "next past the end"));
+    QS_GOTO(qs_fsdp_acquire(f, 0, 1, &view));
+    QS_GOTO(qs_fsdp_acquire(f, 1, -1, &view));
+    QS_GOTO(expect_bug(qs_fsdp_acquire(f, 2, -1, &view), "third unit"));
+    QS_GOTO(qs_fsdp_release(f, 0));
+    QS_GOTO(expect_bug(qs_fsdp_release(f, 0), "second release"));
+    QS_GOTO(visit(f, 2, -1)); /* and it still works */
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, misuse_is_reported_and_harmless)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, misuse_is_reported_and_harmless)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(*n, misuse_body, &base);
+}
+
+static qs_status fail_on_last_rank(void *ctx, int u, int rank, int nranks, uint8_t *message,
+                                   uint64_t *bytes_read)
+{
+    if (rank == nranks - 1 && u == 2) {
+        return QS_FAIL(QS_ERR_INPUT_HASH, "unit %d, quantum 0: hash differs", u);
+    }
+    return fx_fill(ctx, u, rank, nranks, message, bytes_read);
+}
+
+static qs_status damaged_body(team_member *me)
+{
+    fx_base *base = me->ctx;
+    qs_fsdp *f = NULL;
+    qs_status st =
+        qs_fsdp_create_from(&f, &base->index, me->comm, me->queue, fail_on_last_rank, base);
+    TEAM_CHECK(f == NULL, "a failed create leaves an object");
+    return st;
+}
+
+static qs_status missing_body(team_member *me)
+{
+    fx_base *base = me->ctx;
+    qs_fsdp *f = NULL;
+    return qs_fsdp_create(&f, &base->index, me->comm, me->queue);
+}
+
+ParameterizedTestParameters(fsdp, one_ranks_bad_share_is_everyones_error)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, one_ranks_bad_share_is_everyones_error)
+{
+    fx_base base;
+    team_member members[TEAM_MAX];
+    fx_base_make(&base, QS_BF16);
+    team_run(members, *n, damaged_body, &base);
+    for (int r = 0; r < *n; r++) {
+        cr_expect_eq(members[r].st, QS_ERR_INPUT_HASH, "rank %d: %s", r, members[r].text);
+    }
+    team_run(members, *n, missing_body, &base);
+    for (int r = 0; r < *n; r++) {
+        cr_expect_eq(members[r].st, QS_ERR_INPUT_MISSING, "rank %d: %s", r, members[r].text);
+    }
+}
+
+/* ---- sizes ---- */
+
+static qs_status sizes_body(team_member *me)
+{
+    fx_base *base = me->ctx;
+    qs_fsdp *f = NULL;
+    QS_TRY(open_base(&f, me, base));
+    qs_status st = qs_comm_barrier(me->comm); /* all ranks of the process hold theirs */
+    size_t shards = 0;
+    for (int r = 0; r < me->nranks; r++) {
+        shards += qs_fsdp_shard_bytes(&base->index, r, me->nranks);
+    }
+    size_t gathers = (size_t)me->nranks * qs_fsdp_gather_bytes(&base->index, me->nranks);
+    if (st == QS_OK && (qs_mem_now_bytes(QS_MEM_BASE_SHARD) != shards ||
+                        qs_mem_now_bytes(QS_MEM_BASE_GATHER) != gathers)) {
+        st = QS_FAIL(QS_ERR_BUG, "held %zu and %zu bytes, planned %zu and %zu",
+                     qs_mem_now_bytes(QS_MEM_BASE_SHARD), qs_mem_now_bytes(QS_MEM_BASE_GATHER),
+                     shards, gathers);
+    }
+    int64_t read = (int64_t)f->stats.read_bytes, whole = 0;
+    if (st == QS_OK) {
+        st = qs_comm_sum_i64(me->comm, &read, 1);
+    }
+    for (int u = 0; u < FX_UNITS; u++) {
+        const qs_unit_size *size = &base->units[u].size;
+        whole += size->nf4_quanta * (8192 + 256 + 4) +
+                 size->raw_quanta * (int64_t)qs_raw_quantum_bytes(size);
+    }
+    if (st == QS_OK && read != whole) {
+        st = QS_FAIL(QS_ERR_BUG, "all ranks read %d bytes of %d", (int)read, (int)whole);
+    }
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, held_bytes_are_the_plan_and_nobody_reads_anothers_share)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, held_bytes_are_the_plan_and_nobody_reads_anothers_share)
+{
+    fx_base base;
+    fx_base_make(&base, QS_BF16);
+    team_expect_ok(*n, sizes_body, &base);
+    for (int class = 0; class < QS_MEM_CLASS_COUNT; class ++) {
+        cr_expect_eq(qs_mem_now_bytes((qs_mem_class) class), 0, "%s is not freed",
+                     qs_mem_class_name((qs_mem_class) class));
+    }
+}
+
+/* ---- embedding ---- */
+
+typedef struct {
+    fx_base base;
+    int64_t count; /* of the first call; it grows from call to call */
+    int bad_rank;  /* asks for an id outside the vocabulary; -1: none */
+} embed_case;
+
+static qs_status embed_calls(qs_fsdp *f, team_member *me)
+{
+    enum { MOST = 600 };
+    embed_case *t = me->ctx;
+    int32_t tokens[MOST];
+    float rows[MOST * FX_HIDDEN];
+    for (int call = 0; call < 4; call++) {
+        qs_rng rng = qs_rng_make(5, (uint64_t)call, (uint64_t)me->rank, 1, 0);
+        int64_t count = (me->rank + call) % 3 == 2 ? 0 : t->count * (call + 1);
+        for (int64_t i = 0; i < count; i++) {
+            tokens[i] = (int32_t)(qs_rng_u32(&rng, (uint64_t)i) % FX_VOCAB);
+        }
+        if (me->rank == t->bad_rank && call == 1) {
+            tokens[count / 2] = FX_VOCAB;
+        }
+        memset(rows, 0xff, sizeof rows);
+        QS_TRY(qs_fsdp_embed(f, tokens, count, rows));
+        QS_TRY(fx_check_rows(tokens, count, rows));
+        QS_TRY(visit(f, call, call + 1)); /* exchanges and gathers share a queue */
+    }
+    return QS_OK;
+}
+
+static qs_status embed_body(team_member *me)
+{
+    embed_case *t = me->ctx;
+    qs_fsdp *f = NULL;
+    QS_TRY(open_base(&f, me, &t->base));
+    qs_status st = embed_calls(f, me);
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, every_token_gets_its_row)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, every_token_gets_its_row)
+{
+    static const qs_dtype dtypes[] = {QS_BF16, QS_F16, QS_F32};
+    static const int64_t counts[] = {1, 3, 150}; /* 150: every id several times */
+    for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
+        for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
+            embed_case t = {.count = counts[c], .bad_rank = -1};
+            fx_base_make(&t.base, dtypes[d]);
+            team_expect_ok(*n, embed_body, &t);
+        }
+    }
+}
+
+ParameterizedTestParameters(fsdp, a_token_outside_the_vocabulary_is_everyones_error)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, a_token_outside_the_vocabulary_is_everyones_error)
+{
+    embed_case t = {.count = 7, .bad_rank = *n > 2 ? 2 : 0};
+    team_member members[TEAM_MAX];
+    fx_base_make(&t.base, QS_BF16);
+    team_run(members, *n, embed_body, &t);
+    for (int r = 0; r < *n; r++) {
+        cr_expect_eq(members[r].st, QS_ERR_BUG, "rank %d: %d %s", r, (int)members[r].st,
+                     members[r].text);
+        cr_expect_not_null(strstr(members[r].text, "outside the vocabulary"), "%s",
+                           members[r].text);
+    }
+}
+
+/* ---- the same over MPI ---- */
+
+static void run_step(int nranks, char *out, size_t capacity)
+{
+    char command[1024];
+    snprintf(command, sizeof command,
+             "timeout -k 2 60 mpirun -np %d %s/tests/case_fsdp_step 2>&1; echo exit $?", nranks,
+             getenv("QSHARD_BINARY_DIR"));
+    FILE *pipe = popen(command, "r");
+    cr_assert_not_null(pipe);
+    size_t got = fread(out, 1, capacity - 1, pipe);
+    out[got] = '\0';
+    pclose(pipe);
+}
+
+Test(fsdp, mpi_ranks_end_a_step_with_the_bits_of_one, .timeout = 300)
+{
+    static const int nranks[] = {2, 3, 5};
+    char one[4096], many[4096];
+    cr_assert_not_null(getenv("QSHARD_BINARY_DIR"), "run through ctest");
+    run_step(1, one, sizeof one);
+    cr_assert_not_null(strstr(one, "gradient "), "%s", one);
+    cr_assert_not_null(strstr(one, "exit 0"), "%s", one);
+    for (size_t i = 0; i < sizeof nranks / sizeof *nranks; i++) {
+        run_step(nranks[i], many, sizeof many);
+        cr_expect_str_eq(many, one, "np %d:\n%s\nnot:\n%s", nranks[i], many, one);
+    }
+}
