@@ -1,9 +1,10 @@
 /* The communicator of MPI ranks, in host memory. The only file that includes mpi.h.
  *
- * Asynchronous collectives are receives and sends in pieces of at most 1 GiB (MPI counts are int), all posted at once and
- * tested together when the queue is polled. MPI_Iallgather is as fast (docs/decisions.md, "Communication"), but takes no
- * size past 2^31, does not tell when a peer sends too little, and leaves its schedule to the library; all-to-all goes
- * the same way. Peers are taken in ring order, so that not all ranks send to rank 0 first.
+ * Asynchronous collectives are receives and sends in pieces of at most 1 GiB (MPI counts are int),
+ * all posted at once and tested together when the queue is polled. MPI_Iallgather is as fast
+ * (docs/decisions.md, "Communication"), but takes no size past 2^31, does not tell when a peer
+ * sends too little, and leaves its schedule to the library; all-to-all goes the same way. Peers are
+ * taken in ring order, so that not all ranks send to rank 0 first.
  *
  * Messages between two ranks match in the order in which they are posted, and every rank posts its
  * collectives in the same order: one tag is enough. */
