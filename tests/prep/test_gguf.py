@@ -10,6 +10,8 @@ import numpy as np
 import tokenizers
 from support import SPECIALS, FolderTest, byte_alphabet, tool
 
+from qshard_gguf import to_bf16
+
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 64, 4, 2, 96, 2
 TOKENS = SPECIALS + byte_alphabet() + ["he"]
 
@@ -92,6 +94,14 @@ def read_safetensors(path):
         at = end
     assert 8 + size + at == len(data)
     return out
+
+
+class Rounding(unittest.TestCase):
+    def test_fp32_to_bf16_rounds_to_nearest_and_ties_to_even(self):
+        cases = {0x3F800000: 0x3F80, 0x3F808000: 0x3F80, 0x3F818000: 0x3F82, 0x3F808001: 0x3F81, 0x3F807FFF: 0x3F80,
+                 0xBF818000: 0xBF82, 0x3FFFFFFF: 0x4000, 0x80000000: 0x8000}
+        values = np.array(list(cases), dtype=np.uint32).view(np.float32)
+        self.assertEqual(to_bf16(values).tolist(), list(cases.values()))
 
 
 class Gguf(FolderTest):

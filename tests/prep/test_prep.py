@@ -89,6 +89,19 @@ class Prep(FolderTest):
         tokens = data["tokens"][data["seq_offsets"][s]:data["seq_offsets"][s + 1]]
         return b"".join(raw[offsets[t]:offsets[t + 1]].tobytes() for t in tokens).decode("utf-8")
 
+    def test_white_space_of_an_answer_is_learned(self):
+        self.prep([{"instruction": "a", "output": " \n b \n"}])
+        self.assertEqual(self.learned(self.load()[0]), [" \n b \n<|im_end|>"])
+
+    def test_a_token_over_the_border_of_an_answer_is_not_learned_and_counted(self):
+        template = self.write("t.jinja", "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+                              "{{ m.content }}{% endgeneration %}e{% else %}{{ m.content }}{% endif %}{% endfor %}")
+        result = self.prep([talk("oh", "exh")], "--chat-template", template)  # o he x he
+        data, _ = self.load()
+        self.assertEqual(data["tokens"].tolist(), ids("ohexhe"))
+        self.assertEqual(self.learned(data), ["x"])
+        self.assertIn("2 straddling", result.stdout)
+
     def change_tokenizer(self, **changes):
         with open(self.path("tokenizer.json"), encoding="utf-8") as file:
             tokenizer = {**json.load(file), **changes}
@@ -170,13 +183,13 @@ class Prep(FolderTest):
     # --- lengths
 
     def test_packing_is_greedy_in_order_and_keeps_document_borders(self):
-        lengths = [3, 4, 5, 9, 2, 2, 10]  # of "a" * n and the end token: 4, 5, 6, 10, 3, 3, 11
+        lengths = [3, 6, 5, 9, 2, 2, 10]  # of "a" * n and the end token: 4 + 7 fill a sequence, 6, 10, 3 + 3, 11
         self.prep([{"text": "a" * n} for n in lengths], "--pack", "--seq-len", "11")
         data, attributes = self.load()
         self.assertEqual(np.diff(data["doc_offsets"]).tolist(), [n + 1 for n in lengths])
-        self.assertEqual(np.diff(data["seq_offsets"]).tolist(), [9, 6, 10, 6, 11])
+        self.assertEqual(np.diff(data["seq_offsets"]).tolist(), [11, 6, 10, 6, 11])
         self.assertTrue(set(data["seq_offsets"]) <= set(data["doc_offsets"]))
-        self.assertEqual(data["seq_targets"].tolist(), [7, 5, 9, 4, 10])
+        self.assertEqual(data["seq_targets"].tolist(), [9, 5, 9, 4, 10])
         self.assertEqual(attributes["packed"], 1)
 
     def test_long_documents_are_cut_dropped_or_split_as_asked(self):
