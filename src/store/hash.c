@@ -51,6 +51,30 @@ void qs_xxh3_128_hex(const void *data, size_t bytes, char out[QS_XXH128_HEX])
     to_hex(canonical.digest, XXH128_BYTES, out);
 }
 
+qs_xxh3_128 *qs_xxh3_128_begin(void)
+{
+    XXH3_state_t *state = XXH3_createState(); /* aligned as the library wants it */
+    if (state != NULL) {
+        XXH3_128bits_reset(state);
+    }
+    return (qs_xxh3_128 *)state;
+}
+
+void qs_xxh3_128_add(qs_xxh3_128 *s, const void *data, size_t bytes)
+{
+    if (bytes > 0) {
+        XXH3_128bits_update((XXH3_state_t *)s, data, bytes);
+    }
+}
+
+void qs_xxh3_128_end(qs_xxh3_128 *s, char out[QS_XXH128_HEX])
+{
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest((XXH3_state_t *)s));
+    to_hex(canonical.digest, XXH128_BYTES, out);
+    XXH3_freeState((XXH3_state_t *)s);
+}
+
 void qs_sha256_hex(const void *data, size_t bytes, char out[QS_SHA256_HEX])
 {
     unsigned char digest[SHA256_BYTES];

@@ -19,6 +19,11 @@ uint64_t qs_xxh3_64_pieces(const qs_piece *pieces, int count);
 /** XXH3-128, canonical, as 32 hex digits and NUL. */
 void qs_xxh3_128_hex(const void *data, size_t bytes, char out[QS_XXH128_HEX]);
 
+typedef struct qs_xxh3_128 qs_xxh3_128; /* streaming */
+qs_xxh3_128 *qs_xxh3_128_begin(void);   /* NULL without memory */
+void qs_xxh3_128_add(qs_xxh3_128 *s, const void *data, size_t bytes);
+void qs_xxh3_128_end(qs_xxh3_128 *s, char out[QS_XXH128_HEX]); /* frees s */
+
 /** SHA-256 as 64 hex digits and NUL. */
 void qs_sha256_hex(const void *data, size_t bytes, char out[QS_SHA256_HEX]);
 

@@ -1,0 +1,243 @@
+/* Token files: opening on all ranks, and the order of samples.
+ *
+ * Rank 0 reads and checks the index and sends it to the others; each rank opens the file for its
+ * own tokens. The first rank of every other host also looks at the hashes, so that two hosts cannot
+ * train on two files of one name. */
+#include "data/data.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/mem.h"
+#include "base/rng.h"
+#include "data/data_impl.h"
+
+/** The scalars of the index, as they travel. */
+typedef struct {
+    int64_t vocab, seq_len, n_sequences, n_tokens, n_targets, n_docs, tokens_at, labels_at;
+    char content[33];
+} header;
+
+void qs_data_close(qs_data *data)
+{
+    if (data == NULL) {
+        return;
+    }
+    if (data->fd >= 0) {
+        (void)close(data->fd); /* read only */
+    }
+    qs_mem_free(data->seq_offsets);
+    qs_mem_free(data->doc_offsets);
+    qs_mem_free(data->seq_first_doc);
+    qs_mem_free(data->seq_targets);
+    free(data->path);
+    free(data);
+}
+
+static qs_status create(qs_data **out, const char *path)
+{
+    qs_data *d = calloc(1, sizeof *d);
+    if (d == NULL || (d->path = strdup(path)) == NULL) {
+        free(d);
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory to open it", path);
+    }
+    d->fd = -1;
+    *out = d;
+    return QS_OK;
+}
+
+qs_status qs_data_open_bytes(qs_data *d)
+{
+    d->fd = open(d->path, O_RDONLY | O_CLOEXEC);
+    if (d->fd < 0) {
+        char host[256] = "this host";
+        int error = errno;
+        (void)gethostname(host, sizeof host - 1);
+        return QS_FAIL(
+            QS_ERR_INPUT_MISSING,
+            "%s: cannot be opened on host %s: %s; every host needs the file at this path", d->path,
+            host, strerror(error));
+    }
+    return QS_OK;
+}
+
+/** Open, read and check the index on this process. */
+static qs_status load_index(qs_data *d)
+{
+    qs_h5 *file = NULL;
+    QS_TRY(qs_h5_open(&file, d->path));
+    qs_status st = qs_data_read_index(d, file);
+    qs_status closed = qs_h5_close(file);
+    return st != QS_OK ? st : closed;
+}
+
+qs_status qs_data_open_alone(qs_data **out, const char *path)
+{
+    qs_data *d = NULL;
+    *out = NULL;
+    QS_TRY(create(&d, path));
+    qs_status st = load_index(d);
+    if (st == QS_OK) {
+        st = qs_data_open_bytes(d);
+    }
+    if (st != QS_OK) {
+        qs_data_close(d);
+        return st;
+    }
+    *out = d;
+    return QS_OK;
+}
+
+static qs_status share_header(qs_data *d, qs_comm *comm)
+{
+    header h = {.vocab = d->vocab,
+                .seq_len = d->seq_len,
+                .n_sequences = d->n_sequences,
+                .n_tokens = d->n_tokens,
+                .n_targets = d->n_targets,
+                .n_docs = d->n_docs,
+                .tokens_at = d->tokens_at,
+                .labels_at = d->labels_at};
+    memcpy(h.content, d->content, sizeof h.content);
+    QS_TRY(qs_comm_bcast(comm, &h, sizeof h, 0));
+    d->vocab = h.vocab;
+    d->seq_len = h.seq_len;
+    d->n_sequences = h.n_sequences;
+    d->n_tokens = h.n_tokens;
+    d->n_targets = h.n_targets;
+    d->n_docs = h.n_docs;
+    d->tokens_at = h.tokens_at;
+    d->labels_at = h.labels_at;
+    memcpy(d->content, h.content, sizeof h.content);
+    return QS_OK;
+}
+
+static qs_status allocate_index(qs_data *d)
+{
+    QS_TRY(QS_ALLOC(&d->seq_offsets, d->n_sequences + 1, QS_MEM_DATA));
+    QS_TRY(QS_ALLOC(&d->seq_first_doc, d->n_sequences + 1, QS_MEM_DATA));
+    QS_TRY(QS_ALLOC(&d->seq_targets, d->n_sequences, QS_MEM_DATA));
+    return QS_ALLOC(&d->doc_offsets, d->n_docs + 1, QS_MEM_DATA);
+}
+
+static qs_status share_index(qs_data *d, qs_comm *comm)
+{
+    QS_TRY(share_header(d, comm));
+    QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == 0 ? QS_OK : allocate_index(d)));
+    const size_t sequences = (size_t)d->n_sequences;
+    const size_t documents = (size_t)d->n_docs;
+    QS_TRY(qs_comm_bcast(comm, d->seq_offsets, (sequences + 1) * sizeof *d->seq_offsets, 0));
+    QS_TRY(qs_comm_bcast(comm, d->seq_first_doc, (sequences + 1) * sizeof *d->seq_first_doc, 0));
+    QS_TRY(qs_comm_bcast(comm, d->seq_targets, sequences * sizeof *d->seq_targets, 0));
+    return qs_comm_bcast(comm, d->doc_offsets, (documents + 1) * sizeof *d->doc_offsets, 0);
+}
+
+/** This host's file must be the one that rank 0 read. */
+static qs_status check_same_file(const qs_data *d)
+{
+    qs_h5 *file = NULL;
+    char content[33] = "";
+    char host[256] = "this host";
+    QS_TRY(qs_h5_open(&file, d->path));
+    qs_status st = qs_h5_attr_get_text(file, "tokens_xxh3", content, sizeof content);
+    qs_status closed = qs_h5_close(file);
+    QS_TRY(st);
+    QS_TRY(closed);
+    if (strcmp(content, d->content) != 0) {
+        (void)gethostname(host, sizeof host - 1);
+        return QS_FAIL(
+            QS_ERR_DISAGREE,
+            "%s: tokens_xxh3=%s on host %s, but rank 0 has %s; copy rank 0's file to every host",
+            d->path, content, host, d->content);
+    }
+    return QS_OK;
+}
+
+static qs_status open_everywhere(qs_data *d, qs_comm *comm)
+{
+    QS_TRY(qs_data_open_bytes(d));
+    bool first_of_host = qs_comm_rank(comm) != 0 && qs_comm_local_rank(comm) == 0;
+    return first_of_host ? check_same_file(d) : QS_OK;
+}
+
+qs_status qs_data_open(qs_data **out, const char *path, int64_t model_vocab, int64_t max_seq_len,
+                       qs_comm *comm)
+{
+    qs_data *d = NULL;
+    *out = NULL;
+    qs_status st = create(&d, path);
+    if (st == QS_OK && qs_comm_rank(comm) == 0) {
+        st = load_index(d);
+        st = st != QS_OK ? st : qs_data_check_fit(d, model_vocab, max_seq_len);
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
+    QS_GOTO(share_index(d, comm));
+    QS_GOTO(qs_comm_agree(comm, open_everywhere(d, comm)));
+    *out = d;
+    d = NULL;
+done:
+    qs_data_close(d);
+    return st;
+}
+
+/* ---- order ---- */
+
+int64_t qs_data_order(const qs_data *data, uint64_t seed, int64_t epoch, int64_t position)
+{
+    return qs_rng_permute(seed, (uint64_t)epoch, data->n_sequences, position);
+}
+
+static int descending(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a;
+    int64_t y = *(const int64_t *)b;
+    return (x < y) - (x > y);
+}
+
+/** Largest sum of the values of `count` consecutive samples: each sequence as often as that many
+ * can hold it. */
+static int64_t largest_sum(int64_t *values, int64_t n, int64_t count)
+{
+    /* The end of one epoch, whole ones, the begin of another. */
+    int64_t times = count < 2 ? 1 : (count - 2) / n + 2;
+    int64_t sum = 0;
+    qsort(values, (size_t)n, sizeof *values, descending);
+    for (int64_t i = 0; i < n && count > 0; i++) {
+        int64_t take = count < times ? count : times;
+        sum += take * values[i];
+        count -= take;
+    }
+    return sum;
+}
+
+int64_t qs_data_longest(const qs_data *d, int64_t count)
+{
+    int64_t *lengths = malloc((size_t)d->n_sequences * sizeof *lengths);
+    if (lengths == NULL) {
+        return count * d->seq_len; /* a bound all the same */
+    }
+    for (int64_t s = 0; s < d->n_sequences; s++) {
+        lengths[s] = d->seq_offsets[s + 1] - d->seq_offsets[s];
+    }
+    int64_t sum = largest_sum(lengths, d->n_sequences, count);
+    free(lengths);
+    return sum;
+}
+
+int64_t qs_data_most_targets(const qs_data *d, int64_t count)
+{
+    int64_t *targets = malloc((size_t)d->n_sequences * sizeof *targets);
+    if (targets == NULL) {
+        return count * d->seq_len;
+    }
+    for (int64_t s = 0; s < d->n_sequences; s++) {
+        targets[s] = d->seq_targets[s];
+    }
+    int64_t sum = largest_sum(targets, d->n_sequences, count);
+    free(targets);
+    return sum;
+}
