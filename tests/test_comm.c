@@ -340,8 +340,13 @@ Test(comm_mpi, threads_of_ranks_that_share_a_binding_sum_to_its_cores, .timeout 
 
 static void forget_launcher(void)
 {
-    static const char *names[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK",    "PMI_RANK",
-                                  "SLURM_STEP_ID",        "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
+    static const char *names[] = {"OMPI_COMM_WORLD_SIZE",
+                                  "PMIX_RANK",
+                                  "PMI_RANK",
+                                  "PMI_SIZE",
+                                  "SLURM_STEP_ID",
+                                  "SLURM_PROCID",
+                                  "SLURM_STEP_NUM_TASKS",
                                   "SLURM_NTASKS"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         unsetenv(names[i]);
@@ -355,16 +360,23 @@ Test(comm, launchers_are_recognized_and_a_batch_script_is_none)
     setenv("SLURM_PROCID", "0", 1); /* in the batch script of a job of 4 tasks */
     setenv("SLURM_NTASKS", "4", 1);
     cr_assert(!qs_comm_launched());
-    setenv("SLURM_STEP_ID", "0", 1); /* srun -n 1 */
+    setenv("SLURM_STEP_ID", "0", 1); /* the shell of srun --pty */
     setenv("SLURM_STEP_NUM_TASKS", "1", 1);
-    cr_assert(!qs_comm_launched());
-    setenv("SLURM_STEP_NUM_TASKS", "4", 1);
-    cr_assert(qs_comm_launched());
-    forget_launcher();
     setenv("PMIX_RANK", "0", 1);
+    cr_assert(!qs_comm_launched());
+    setenv("OMPI_COMM_WORLD_SIZE", "2", 1); /* mpirun in that shell */
+    cr_assert(qs_comm_launched());
+    unsetenv("OMPI_COMM_WORLD_SIZE");
+    setenv("SLURM_STEP_NUM_TASKS", "4", 1); /* srun -n 4 */
+    cr_assert(qs_comm_launched());
+    unsetenv(
+        "PMIX_RANK"); /* srun --mpi=none: MPI will refuse, rather than 4 runs of one rank start */
     cr_assert(qs_comm_launched());
     forget_launcher();
-    setenv("OMPI_COMM_WORLD_SIZE", "1", 1);
+    setenv("PMIX_RANK", "0", 1); /* another PMIx launcher */
+    cr_assert(qs_comm_launched());
+    forget_launcher();
+    setenv("PMI_SIZE", "2", 1); /* Hydra */
     cr_assert(qs_comm_launched());
 }
 

@@ -33,14 +33,18 @@ static int env_int(const char *name)
     return text != NULL ? atoi(text) : 0;
 }
 
+/* Slurm says how many tasks a step has. Two traps: a batch script has SLURM_PROCID and
+ * SLURM_NTASKS, but is no step; and a shell of `srun --pty` is a step of one task whose PMIx
+ * variables every command in it inherits, while only the first of them could start MPI. */
 int qs_comm_launched(void)
 {
-    /* srun without a PMI: a batch script itself also has SLURM_PROCID and SLURM_NTASKS, but is not
-     * a step. */
-    int slurm_step = getenv("SLURM_STEP_ID") != NULL && getenv("SLURM_PROCID") != NULL &&
-                     env_int("SLURM_STEP_NUM_TASKS") > 1;
-    return getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMIX_RANK") != NULL ||
-           getenv("PMI_RANK") != NULL || slurm_step;
+    if (getenv("OMPI_COMM_WORLD_SIZE") != NULL || env_int("PMI_SIZE") > 1) {
+        return 1;
+    }
+    if (getenv("SLURM_STEP_ID") != NULL && getenv("SLURM_STEP_NUM_TASKS") != NULL) {
+        return env_int("SLURM_STEP_NUM_TASKS") > 1;
+    }
+    return getenv("PMIX_RANK") != NULL || getenv("PMI_RANK") != NULL;
 }
 
 void qs_comm_destroy(qs_comm *comm)
