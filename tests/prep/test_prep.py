@@ -90,8 +90,8 @@ class Prep(FolderTest):
         return b"".join(raw[offsets[t]:offsets[t + 1]].tobytes() for t in tokens).decode("utf-8")
 
     def test_white_space_of_an_answer_is_learned(self):
-        self.prep([{"instruction": "a", "output": " \n b \n"}])
-        self.assertEqual(self.learned(self.load()[0]), [" \n b \n<|im_end|>"])
+        self.prep([{"instruction": "a", "output": " \n b \n  "}])
+        self.assertEqual(self.learned(self.load()[0]), [" \n b \n  <|im_end|>"])
 
     def test_a_token_over_the_border_of_an_answer_is_not_learned_and_counted(self):
         template = self.write("t.jinja", "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
