@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Compares what the C program wrote with the golden values of a case. numpy only; exits 1 where something is too far off.
+"""Compares what the C program wrote with golden values. numpy and h5py only; exits 1 where something is too far off.
 
     compare.py grads CASE GRADS.safetensors    `qshard train --dump-grads`: every LoRA gradient, relative L2
     compare.py loss CASE METRICS.jsonl         the loss of the first step
     compare.py curve CASE METRICS.jsonl        loss, learning rate and gradient norm of every step
     compare.py eval CASE VALUE|METRICS.jsonl   the evaluation loss before the first step (--after: after the last)
     compare.py bytes A B                       two safetensors files hold the same names and the same bytes
+    compare.py base BASE.h5 HF_DIR             every byte of a quantized base against nf4_reference.py
+    compare.py weights BASE.h5 W.safetensors   the weights of a base against given ones, bit for bit
 """
 import argparse
 import json
@@ -15,7 +17,7 @@ import sys
 
 import numpy as np
 
-from tensors import read_safetensors, relative_l2
+from tensors import is_linear, read_hf, read_safetensors, relative_l2
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden")
 DEFAULT_TOLERANCE = {"grads": 1e-3, "loss": 1e-5, "curve": 1e-3, "eval": 1e-5}
@@ -134,19 +136,57 @@ def compare_bytes(options):
     return not wrong
 
 
+def bits(array):
+    """The array as comparable bytes; -0 and +0 differ, as do NaNs."""
+    return np.ascontiguousarray(array).tobytes()
+
+
+def compare_base(options):
+    """Packed codes, both levels of absmax and the offset of every linear; everything else as the checkpoint has it."""
+    from base_reader import Base
+    from nf4_reference import quantize
+
+    base, (_, weights), wrong, quantized = Base(options.case), read_hf(options.file), [], 0
+    if sorted(base.tensors) != sorted(weights):
+        raise SystemExit(f"FAIL names differ, for example {sorted(set(base.tensors) ^ set(weights))[:3]}")
+    nested = base.index["nested"]
+    fields = ["packed", *(["offset", "absmax8", "absmax32", "map"] if nested else ["absmax"])]
+    for name, weight in weights.items():
+        if not is_linear(name):
+            wrong += [] if bits(base.read(name)) == bits(weight) else [name]
+            continue
+        ours, expected = base.nf4(name), quantize(weight, nested)
+        wrong += [f"{name} {f}" for f in fields if bits(getattr(ours, f)) != bits(getattr(expected, f))]
+        quantized += 1
+    print(f"{'FAIL' if wrong else 'ok  '} {quantized} linears of {len(weights)} tensors, differences: {wrong[:5]}")
+    return not wrong
+
+
+def compare_weights(options):
+    """The tensors named in the second file, dequantized, widened, bit for bit."""
+    from base_reader import Base
+
+    base, expected = Base(options.case), read_safetensors(options.file)
+    wrong = [name for name, weight in expected.items() if bits(base.read(name)) != bits(weight)]
+    print(f"{'FAIL' if wrong else 'ok  '} {len(wrong)} of {len(expected)} weights differ {wrong[:3]}")
+    return not wrong
+
+
 COMMANDS = {
     "grads": compare_grads,
     "loss": compare_loss,
     "curve": compare_curve,
     "eval": compare_eval,
     "bytes": compare_bytes,
+    "base": compare_base,
+    "weights": compare_weights,
 }
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("case", help="name of the case")
+    parser.add_argument("case", help="name of the case, or the first file")
     parser.add_argument("file", help="what to compare")
     parser.add_argument("--tol", type=float, help=f"largest relative distance {DEFAULT_TOLERANCE}")
     parser.add_argument("--golden", default=GOLDEN, help="folder of the golden files [tests/golden]")

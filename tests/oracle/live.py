@@ -6,8 +6,9 @@
     live.py curve RUN_DIR --order FILE           the losses of RUN_DIR/metrics.jsonl, by RUN_DIR/config.yaml
     live.py nf4parity BASE.h5 HF_DIR             codes and absmax of every linear against bitsandbytes
     live.py peft-load ADAPTER HF_DIR --data EVAL.h5 --logits LOGITS.safetensors
-                                                 peft loads ADAPTER over the model as bitsandbytes quantizes it; its
-                                                 logits for the first sequence against `qshard eval --dump-logits`
+                                                 peft loads ADAPTER over the model as bitsandbytes quantizes it (or has
+                                                 it stored); its logits for the first sequence against those of
+                                                 `qshard eval --dump-logits`
     live.py make-bnb HF_DIR OUT [--plain] [--skip MODULE] [--weights FILE]
                                                  a bitsandbytes NF4 checkpoint, with or without double quantization
 The run's lora.init must name an adapter, as nobody else can draw the initial A. Paths in it are relative to the working
@@ -25,7 +26,7 @@ import yaml
 from base_reader import Base, read_base
 from cases import Settings
 from compare import curve_is_near, read_metrics, report_distances, steps_of, verdict
-from nf4_reference import BLOCK, bnb_quantize, quantize, ulps_to_threshold, unpack
+from nf4_reference import BLOCK, bnb_quantize, quantize, quantize_absmax, quantize_blocks, ulps_to_threshold, unpack
 from reference_model import Tokens, base_model, gradients, logits_of, read_order, train, with_adapter
 from tensors import bf16_bits, is_linear, read_hf, read_safetensors, relative_l2, write_safetensors
 
@@ -135,8 +136,9 @@ def nf4parity_command(options):
 
 
 # --- bitsandbytes checkpoints and adapters over them ------------------------------------------------------------------
-def bnb_model(model_dir, nested=True, skip=None):
-    """The checkpoint with its linears in bitsandbytes' NF4 (quant_state.dtype bf16), still in bf16 otherwise."""
+def bnb_model(model_dir, nested=True, skip=None, quantized=False):
+    """The checkpoint with its linears in bitsandbytes' NF4 (quant_state.dtype bf16), still in bf16 otherwise; `quantized`:
+    it is stored so."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
@@ -146,9 +148,10 @@ def bnb_model(model_dir, nested=True, skip=None):
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=["lm_head", *(skip or [])],
     )
-    return AutoModelForCausalLM.from_pretrained(
-        model_dir, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu", attn_implementation="eager"
-    ).eval()
+    how = {"dtype": torch.bfloat16, "device_map": "cpu", "attn_implementation": "eager"}
+    if not quantized:
+        how["quantization_config"] = settings
+    return AutoModelForCausalLM.from_pretrained(model_dir, **how).eval()
 
 
 def widen_all_but_nf4(model):
@@ -165,14 +168,11 @@ def widen_all_but_nf4(model):
 def decoded_linears(model):
     """{HF name: float32 W} of a bitsandbytes model, by its plain PyTorch decoder (the AVX-512 one is wrong for widths
     divisible by 16 but not by 64)."""
-    import bitsandbytes as bnb
     import bitsandbytes.functional as functional
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
     weights = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, bnb.nn.Linear4bit):
-            continue
+    for name, module in nf4_modules(model):
         state = module.weight.quant_state
         absmax = state.absmax
         if state.nested:
@@ -183,18 +183,34 @@ def decoded_linears(model):
     return weights
 
 
+def nf4_modules(model):
+    """(name, module) of every bitsandbytes linear."""
+    import bitsandbytes as bnb
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def nearest_second_level(model, model_dir):
+    """Gives the absmax the codes that bitsandbytes' CUDA code finds, the nearest ones; its CPU code misses some."""
+    _, weights = read_hf(model_dir)
+    for name, module in nf4_modules(model):
+        state = module.weight.quant_state
+        _, absmax, _ = quantize_blocks(weights[name + ".weight"])
+        codes, _ = quantize_absmax(absmax, np.float32(state.offset.item()), state.state2.code.numpy())
+        state.absmax.copy_(torch.from_numpy(codes))
+
+
 def plain_linears(model):
-    """Replace each bitsandbytes linear by an ordinary fp32 one with the decoded weight: no kernel of its own in between."""
+    """Replaces each bitsandbytes linear by an ordinary fp32 one that holds what it decodes to. bitsandbytes' own products
+    are less exact than what is compared here: its fused operation leaves out the rounding of W to bf16 (since 0.50), and
+    on a CPU with AVX512-BF16 it also rounds the input to bf16."""
     weights = decoded_linears(model)
-    for name, weight in weights.items():
-        parent, _, child = name.removesuffix(".weight").rpartition(".")
-        old = getattr(model.get_submodule(parent), child)
-        new = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
-        new.weight.data = torch.from_numpy(weight)
-        if old.bias is not None:
-            new.bias.data = old.bias.data.float()
-        setattr(model.get_submodule(parent), child, new)
-    return model
+    for name, module in nf4_modules(model):
+        new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        new.weight.data = torch.from_numpy(weights[name + ".weight"])
+        if module.bias is not None:
+            new.bias.data = module.bias.data.float()
+        model.set_submodule(name, new)
 
 
 def first_logits(model, data):
@@ -204,22 +220,28 @@ def first_logits(model, data):
 
 
 def peft_load_command(options):
-    """The adapter over the bitsandbytes model as it computes, and over its decoded weights in fp32."""
+    """HF_DIR may be a bitsandbytes checkpoint; else it is quantized here, and the second level put right."""
     ours = read_safetensors(options.logits)["logits"]
-    good = True
-    for what, prepare, counts in (
-        ("over bitsandbytes' weights in fp32", plain_linears, True),
-        ("over bitsandbytes' own CPU kernels", lambda model: model, not options.decoded_only),
-    ):
-        model = prepare(widen_all_but_nf4(bnb_model(options.model)))
+    with open(os.path.join(options.model, "config.json"), encoding="utf-8") as file:
+        stored = "quantization_config" in json.load(file)
+
+    def distance(fp32_products, nearest):
+        model = widen_all_but_nf4(bnb_model(options.model, quantized=stored))
+        if nearest:
+            nearest_second_level(model, options.model)
+        if fp32_products:
+            plain_linears(model)
         theirs = first_logits(with_adapter(model, options.adapter), options.data)
         if ours.shape != theirs.shape:
             raise SystemExit(f"FAIL logits have shape {ours.shape}, not {theirs.shape}")
-        distance = relative_l2(ours, theirs)
         print(f"     largest difference {np.abs(ours - theirs).max():.3e} of {np.abs(theirs).max():.3f}")
-        near = verdict(f"logits of the adapter {what}, relative L2", distance, options.tol or 1e-3)
-        good &= near or not counts
-    return good
+        return relative_l2(ours, theirs)
+
+    if options.all:
+        if not stored:
+            print(f"     with its CPU code's second level, relative L2: {distance(True, False):.3e}")
+        print(f"     and its CPU products, relative L2: {distance(False, False):.3e}")
+    return verdict("logits of the adapter over bitsandbytes, relative L2", distance(True, not stored), options.tol or 1e-3)
 
 
 def make_bnb_command(options):
@@ -253,7 +275,7 @@ def main():
     load = add("peft-load", peft_load_command, "adapter", "model")
     load.add_argument("--data", required=True)
     load.add_argument("--logits", required=True)
-    load.add_argument("--decoded-only", action="store_true", help="only report what the CPU kernels give")
+    load.add_argument("--all", action="store_true", help="also report what its CPU code gives as it is")
     bnb = add("make-bnb", make_bnb_command, "model", "out")
     bnb.add_argument("--plain", action="store_true", help="without double quantization")
     bnb.add_argument("--skip", action="append", help="leave this module at 16 bits (may be repeated)")
