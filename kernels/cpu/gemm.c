@@ -6,24 +6,27 @@
 #include "kernels/cpu/scratch.h"
 
 enum {
-    PANELS_PER_TASK = 12, /* rows of a tile of C: its part of A (168 KiB) stays in the L2 cache */
-    SLIVERS_PER_TASK = 8, /* columns of a tile of C */
-    COLUMNS = 1024,       /* columns of C per packed block of B and thread, ... */
-    COLUMNS_MAX = 8192,   /* ... and in all */
+    PANELS_PER_BLOCK = 12, /* rows of A that are multiplied in one go: 168 KiB of the L2 cache */
+    SLIVERS_PER_TASK = 8,  /* most columns of a task: 256 KiB of the L2 cache */
+    TASKS_PER_THREAD = 4,  /* wanted, so that a late thread does not hold up the others */
+    PACKED_MAX =
+        16 << 20, /* floats of A that are packed at once; larger products go by blocks of rows */
 };
 
-/* One pass: the block of k, and the block of columns. */
+/* One block of rows of C. A task owns some of its columns, and of its rows where columns are few.
+ */
 typedef struct {
+    qs_queue *queue;
     const qs_isa *isa;
     const qs_operand *a, *b;
-    int64_t m, k0, depth;
-    int64_t j0, cols;
-    float *pack_a, *pack_b;
-    float *c;
+    int64_t i0, m, n, k;
+    int64_t task_rows, task_cols, row_tasks;
+    float *packed_a; /* [blocks of k][panels][depth][mr] */
+    float *packed_b; /* [threads][task_cols * QS_GEMM_KC] */
+    float *c;        /* row i0 */
     int64_t c_stride;
     bool accumulate;
-    int64_t a_tasks, row_tasks, col_tasks;
-} pass;
+} product;
 
 /* Rows [row, row + rows) of a stored matrix, elements [first, first + count), to dst[e * dst_stride
  * + r]. */
@@ -60,7 +63,9 @@ static void pack_along(const qs_operand *op, int64_t row, int64_t first, int64_t
         src = op->data + row * op->stride + first;
     }
     for (; count > 0; count -= width, src += width, dst += group_stride) {
-        if (count >= width) {
+        if (count >= width && width == QS_GEMM_NR_MAX) {
+            memcpy(dst, src, QS_GEMM_NR_MAX * sizeof *dst); /* a constant size: no call */
+        } else if (count >= width) {
             memcpy(dst, src, (size_t)width * sizeof *dst);
         } else {
             memset(dst, 0, (size_t)width * sizeof *dst);
@@ -69,7 +74,7 @@ static void pack_along(const qs_operand *op, int64_t row, int64_t first, int64_t
     }
 }
 
-/* Rows [i0, i0 + rows) of A, at most PANELS_PER_TASK panels. */
+/* Rows [i0, i0 + rows) of A, at most PANELS_PER_BLOCK panels. */
 static void pack_a(const qs_isa *isa, const qs_operand *a, int64_t i0, int64_t rows, int64_t k0,
                    int64_t depth, float *dst)
 {
@@ -131,33 +136,44 @@ static void multiply(const qs_isa *isa, int64_t rows, int64_t cols, int64_t dept
     }
 }
 
+/* Where a block of k starts in packed A. */
+static float *packed_block(const product *p, int64_t k0)
+{
+    return p->packed_a + qs_ceil_div(p->m, p->isa->mr) * p->isa->mr * k0;
+}
+
 static void pack_task(void *ctx, int64_t index, int thread)
 {
     (void)thread;
-    const pass *p = ctx;
-    if (index < p->a_tasks) {
-        int64_t step = (int64_t)PANELS_PER_TASK * p->isa->mr;
-        int64_t i = index * step;
-        pack_a(p->isa, p->a, i, qs_min_i64(step, p->m - i), p->k0, p->depth,
-               p->pack_a + i * p->depth);
-    } else {
-        int64_t step = (int64_t)SLIVERS_PER_TASK * p->isa->nr;
-        int64_t j = (index - p->a_tasks) * step;
-        pack_b(p->isa, p->b, p->j0 + j, qs_min_i64(step, p->cols - j), p->k0, p->depth,
-               p->pack_b + j * p->depth);
-    }
+    const product *p = ctx;
+    int64_t step = (int64_t)PANELS_PER_BLOCK * p->isa->mr;
+    int64_t blocks = qs_ceil_div(p->m, step);
+    int64_t i = index % blocks * step, k0 = index / blocks * QS_GEMM_KC;
+    int64_t depth = qs_min_i64(QS_GEMM_KC, p->k - k0);
+    pack_a(p->isa, p->a, p->i0 + i, qs_min_i64(step, p->m - i), k0, depth,
+           packed_block(p, k0) + i * depth);
 }
 
 static void multiply_task(void *ctx, int64_t index, int thread)
 {
-    (void)thread;
-    const pass *p = ctx;
-    int64_t row_step = (int64_t)PANELS_PER_TASK * p->isa->mr;
-    int64_t col_step = (int64_t)SLIVERS_PER_TASK * p->isa->nr;
-    int64_t i = index % p->row_tasks * row_step, j = index / p->row_tasks * col_step;
-    multiply(p->isa, qs_min_i64(row_step, p->m - i), qs_min_i64(col_step, p->cols - j), p->depth,
-             p->pack_a + i * p->depth, p->pack_b + j * p->depth, p->c + i * p->c_stride + p->j0 + j,
-             p->c_stride, p->accumulate);
+    const product *p = ctx;
+    int64_t step = (int64_t)PANELS_PER_BLOCK * p->isa->mr;
+    int64_t first = index % p->row_tasks * p->task_rows, j0 = index / p->row_tasks * p->task_cols;
+    int64_t last = qs_min_i64(first + p->task_rows, p->m);
+    int64_t cols = qs_min_i64(p->task_cols, p->n - j0);
+    float *packed_b = p->packed_b + thread * p->task_cols * QS_GEMM_KC;
+    for (int64_t k0 = 0; k0 < p->k; k0 += QS_GEMM_KC) {
+        int64_t depth = qs_min_i64(QS_GEMM_KC, p->k - k0);
+        pack_b(p->isa, p->b, j0, cols, k0, depth, packed_b);
+        for (int64_t i = first; i < last; i += step) {
+            multiply(p->isa, qs_min_i64(step, last - i), cols, depth,
+                     packed_block(p, k0) + i * depth, packed_b, p->c + i * p->c_stride + j0,
+                     p->c_stride, p->accumulate || k0 > 0);
+            if (thread == 0) {
+                qs_queue_idle(p->queue); /* a task may take long */
+            }
+        }
+    }
 }
 
 static int64_t round_up(int64_t value, int64_t step)
@@ -172,10 +188,40 @@ static void zero(int64_t m, int64_t n, float *c, int64_t c_stride)
     }
 }
 
+/* Columns and rows of a task. Columns first: B is then packed once. Only where there are too few of
+ * them are rows cut too, and B packed once for each part. */
+static void share_out(product *p, int threads)
+{
+    int64_t wanted = threads == 1 ? 1 : (int64_t)threads * TASKS_PER_THREAD;
+    int64_t slivers = qs_ceil_div(p->n, p->isa->nr);
+    int64_t per_task = qs_min_i64(SLIVERS_PER_TASK, slivers / wanted);
+    per_task = per_task < 1 ? 1 : per_task;
+    p->task_cols = per_task * p->isa->nr;
+    int64_t col_tasks = qs_ceil_div(slivers, per_task);
+    int64_t step = (int64_t)PANELS_PER_BLOCK * p->isa->mr;
+    int64_t parts = qs_min_i64(qs_ceil_div(wanted, col_tasks), qs_ceil_div(p->m, step));
+    p->task_rows = round_up(qs_ceil_div(p->m, parts), p->isa->mr);
+    p->row_tasks = qs_ceil_div(p->m, p->task_rows);
+}
+
+static qs_status multiply_rows(product *p)
+{
+    int threads = qs_queue_threads(p->queue);
+    share_out(p, threads);
+    int64_t rows = round_up(p->m, p->isa->mr);
+    QS_TRY(qs_scratch(QS_SCRATCH_PACK_A, rows * p->k, &p->packed_a));
+    QS_TRY(qs_scratch(QS_SCRATCH_PACK_B, threads * p->task_cols * QS_GEMM_KC, &p->packed_b));
+    int64_t packs =
+        qs_ceil_div(p->m, (int64_t)PANELS_PER_BLOCK * p->isa->mr) * qs_ceil_div(p->k, QS_GEMM_KC);
+    qs_parallel_for(p->queue, packs, p->m * p->k, pack_task, p);
+    qs_parallel_for(p->queue, p->row_tasks * qs_ceil_div(p->n, p->task_cols),
+                    p->m * p->n * p->k / 32 + p->n * p->k, multiply_task, p);
+    return QS_OK;
+}
+
 qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate)
 {
-    const qs_isa *isa = qs_isa_get();
     if (m == 0 || n == 0) {
         return QS_OK;
     }
@@ -185,26 +231,21 @@ qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_ope
         }
         return QS_OK;
     }
-    int64_t row_step = (int64_t)PANELS_PER_TASK * isa->mr;
-    int64_t col_step = (int64_t)SLIVERS_PER_TASK * isa->nr;
-    int64_t block = qs_min_i64((int64_t)COLUMNS * qs_queue_threads(queue), COLUMNS_MAX);
-    block = qs_min_i64(round_up(n, col_step), round_up(block, col_step));
-    int64_t deepest = qs_min_i64(k, QS_GEMM_KC);
-    pass p = {.isa = isa, .a = a, .b = b, .m = m, .c = c, .c_stride = c_stride};
-    p.row_tasks = qs_ceil_div(m, row_step);
-    p.a_tasks = p.row_tasks;
-    QS_TRY(qs_scratch(QS_SCRATCH_PACK_A, round_up(m, isa->mr) * deepest, &p.pack_a));
-    QS_TRY(qs_scratch(QS_SCRATCH_PACK_B, block * deepest, &p.pack_b));
-    for (p.j0 = 0; p.j0 < n; p.j0 += block) {
-        p.cols = qs_min_i64(block, n - p.j0);
-        p.col_tasks = qs_ceil_div(p.cols, col_step);
-        for (p.k0 = 0; p.k0 < k; p.k0 += QS_GEMM_KC) {
-            p.depth = qs_min_i64(QS_GEMM_KC, k - p.k0);
-            p.accumulate = accumulate || p.k0 > 0;
-            qs_parallel_for(queue, p.a_tasks + p.col_tasks, (m + p.cols) * p.depth, pack_task, &p);
-            qs_parallel_for(queue, p.row_tasks * p.col_tasks, m * p.cols * p.depth / 32,
-                            multiply_task, &p);
-        }
+    product p = {.queue = queue,
+                 .isa = qs_isa_get(),
+                 .a = a,
+                 .b = b,
+                 .n = n,
+                 .k = k,
+                 .c_stride = c_stride,
+                 .accumulate = accumulate};
+    int64_t step = (int64_t)PANELS_PER_BLOCK * p.isa->mr;
+    int64_t block = PACKED_MAX / k / step * step;
+    block = block < step ? step : block;
+    for (p.i0 = 0; p.i0 < m; p.i0 += block) {
+        p.m = qs_min_i64(block, m - p.i0);
+        p.c = c + p.i0 * c_stride;
+        QS_TRY(multiply_rows(&p));
     }
     return QS_OK;
 }
@@ -218,7 +259,7 @@ void qs_gemm_small(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const qs_
                    const qs_operand *b, float *c, int64_t c_stride, bool accumulate, float *scratch)
 {
     float *packed_a = scratch, *packed_b = scratch + (m + QS_GEMM_MR_MAX) * QS_GEMM_KC;
-    int64_t row_step = (int64_t)PANELS_PER_TASK * isa->mr;
+    int64_t row_step = (int64_t)PANELS_PER_BLOCK * isa->mr;
     int64_t col_step = (int64_t)SLIVERS_PER_TASK * isa->nr;
     if (k == 0 && !accumulate) {
         zero(m, n, c, c_stride);

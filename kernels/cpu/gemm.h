@@ -6,9 +6,10 @@
  * ascending k, from 0; the blocks' sums are added to C in ascending order (the first one replaces C
  * unless `accumulate`).
  *
- * Loops (Goto & van de Geijn 2008, doi:10.1145/1356052.1356053): columns of C, then k; for each
- * pair the threads together pack (and decode) A's and B's block once, meet, and then share out
- * tiles of C:
+ * Loops after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053), arranged for micro-batches (m
+ * is 50 to 4,000 rows) and for threads that are not equally fast: A is packed once; then a task
+ * owns some columns of C for all k, packs and decodes its part of B itself, block by block, and
+ * meets nobody:
  *
  *     A block, panels of mr rows      B block, slivers of nr columns
  *     | k0: mr floats | k1: ... |     | k0: nr floats | k1: ... | */

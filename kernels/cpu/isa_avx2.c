@@ -5,6 +5,8 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
+#include <math.h>
+#include <string.h>
 
 #include "quant/nf4.h"
 
@@ -78,40 +80,42 @@ static void isa_transpose(const float *src, int64_t src_stride, int rows, int64_
     }
 }
 
-/* Eight codes from four bytes; bit 3 of a code picks the upper half of the table. */
-static inline void isa_nf4_block(const uint8_t *packed, const float table[16], float *out)
+/* Half of a block's 16 values. Rounding to bf16 is done in integers as in qs_bf16_from_f32; NaN,
+ * which would need more, is the caller's. */
+static inline __m256 nf4_values(const float *code, float absmax, qs_dtype dtype)
 {
-    const __m256 lower = _mm256_loadu_ps(table), upper = _mm256_loadu_ps(table + 8);
+    __m256 value = _mm256_mul_ps(_mm256_loadu_ps(code), _mm256_set1_ps(absmax));
+    if (dtype == QS_BF16) {
+        __m256i bits = _mm256_castps_si256(value);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+        return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xFFFF0000U)));
+    }
+    if (dtype == QS_F16) {
+        return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return value;
+}
+
+/* A block has 16 possible values: they are scaled and rounded once, and the 64 codes look them up,
+ * eight codes from four bytes at a time; bit 3 of a code picks the upper half of the table. */
+static inline void isa_nf4_block(const uint8_t *packed, float absmax, qs_dtype dtype, float *out)
+{
+    if (!isfinite(absmax)) {
+        qs_isa_portable()->nf4_decode(packed, &absmax, 1, dtype, out);
+        return;
+    }
+    const __m256 lower = nf4_values(qs_nf4_code, absmax, dtype);
+    const __m256 upper = nf4_values(qs_nf4_code + 8, absmax, dtype);
     const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
     for (int i = 0; i < QS_NF4_BLOCK / 8; i++) {
         int bytes;
-        __builtin_memcpy(&bytes, packed + 4 * i, sizeof bytes);
+        memcpy(&bytes, packed + 4 * i, sizeof bytes);
         __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
         __m256 low = _mm256_permutevar8x32_ps(lower, code);
         __m256 high = _mm256_permutevar8x32_ps(upper, code);
         __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
         _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(low, high, pick));
-    }
-}
-
-static inline bool finite16(const float table[16]);
-static inline void round16_bf16(float table[16]);
-static inline void round16_scalar(float table[16], qs_dtype dtype);
-
-static inline void isa_round16(float table[16], qs_dtype dtype)
-{
-    if (dtype == QS_F32) {
-        return;
-    }
-    if (!finite16(table)) {
-        round16_scalar(table, dtype);
-    } else if (dtype == QS_BF16) {
-        round16_bf16(table);
-    } else {
-        for (int i = 0; i < 16; i += 8) {
-            __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(table + i), _MM_FROUND_TO_NEAREST_INT);
-            _mm256_storeu_ps(table + i, _mm256_cvtph_ps(half));
-        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
+#include <math.h>
 
 #include "quant/nf4.h"
 
@@ -76,35 +77,38 @@ static void isa_transpose(const float *src, int64_t src_stride, int rows, int64_
     }
 }
 
-/* Sixteen codes from eight bytes: a byte in each 64-bit lane, its high nibble to the lower half,
- * the byte itself to the upper; the permutation looks at the low four bits only. */
-static inline void isa_nf4_block(const uint8_t *packed, const float table[16], float *out)
+/* The 16 values of a block. Rounding to bf16 is done in integers as in qs_bf16_from_f32; NaN, which
+ * would need more, is the caller's. */
+static inline __m512 nf4_values(float absmax, qs_dtype dtype)
 {
-    const __m512 values = _mm512_load_ps(table);
+    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(qs_nf4_code), _mm512_set1_ps(absmax));
+    if (dtype == QS_BF16) {
+        __m512i bits = _mm512_castps_si512(value);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xFFFF0000U)));
+    }
+    if (dtype == QS_F16) {
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return value;
+}
+
+/* They are scaled and rounded once, and the 64 codes look them up, sixteen codes from eight bytes
+ * at a time: a byte in each 64-bit lane, its high nibble to the lower half, the byte itself to the
+ * upper; the permutation looks at the low four bits only. */
+static inline void isa_nf4_block(const uint8_t *packed, float absmax, qs_dtype dtype, float *out)
+{
+    if (!isfinite(absmax)) {
+        qs_isa_portable()->nf4_decode(packed, &absmax, 1, dtype, out);
+        return;
+    }
+    const __m512 values = nf4_values(absmax, dtype);
     for (int i = 0; i < QS_NF4_BLOCK / 16; i++) {
         __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(packed + 8 * i));
         __m512i wide = _mm512_cvtepu8_epi64(bytes);
         __m512i code = _mm512_or_epi64(_mm512_slli_epi64(wide, 32), _mm512_srli_epi64(wide, 4));
         _mm512_storeu_ps(out + 16 * i, _mm512_permutexvar_ps(code, values));
-    }
-}
-
-static inline bool finite16(const float table[16]);
-static inline void round16_bf16(float table[16]);
-static inline void round16_scalar(float table[16], qs_dtype dtype);
-
-static inline void isa_round16(float table[16], qs_dtype dtype)
-{
-    if (dtype == QS_F32) {
-        return;
-    }
-    if (!finite16(table)) {
-        round16_scalar(table, dtype);
-    } else if (dtype == QS_BF16) {
-        round16_bf16(table);
-    } else {
-        __m256i half = _mm512_cvtps_ph(_mm512_load_ps(table), _MM_FROUND_TO_NEAREST_INT);
-        _mm512_store_ps(table, _mm512_cvtph_ps(half));
     }
 }
 

@@ -49,24 +49,17 @@ static void isa_transpose(const float *src, int64_t src_stride, int rows, int64_
     }
 }
 
-static inline void isa_nf4_block(const uint8_t *packed, const float table[16], float *out)
+/* A block has 16 possible values: they are scaled and rounded once, and the 64 codes look them up.
+ */
+static inline void isa_nf4_block(const uint8_t *packed, float absmax, qs_dtype dtype, float *out)
 {
+    float table[16];
+    for (int c = 0; c < 16; c++) {
+        table[c] = qs_f32_round(qs_nf4_code[c] * absmax, dtype);
+    }
     for (int i = 0; i < QS_NF4_BLOCK / 2; i++) {
         out[2 * i] = table[packed[i] >> 4];
         out[2 * i + 1] = table[packed[i] & 15];
-    }
-}
-
-static inline bool finite16(const float table[16]);
-static inline void round16_bf16(float table[16]);
-static inline void round16_scalar(float table[16], qs_dtype dtype);
-
-static inline void isa_round16(float table[16], qs_dtype dtype)
-{
-    if (dtype == QS_BF16 && finite16(table)) {
-        round16_bf16(table);
-    } else if (dtype != QS_F32) {
-        round16_scalar(table, dtype);
     }
 }
 

@@ -134,44 +134,14 @@ static void isa_tile(int rows, int cols, int64_t depth, const float *a, const fl
  * -------------------------------------------------------------------------------------------------------
  */
 
-/* A block has 16 possible values: they are scaled and rounded once, and the 64 codes look them up.
- */
 static void isa_nf4_decode(const uint8_t *packed, const float *absmax, int64_t blocks,
                            qs_dtype dtype, float *out)
 {
     for (int64_t i = 0; i < blocks; i++) {
-        float table[16] __attribute__((aligned(64)));
-        for (int c = 0; c < 16; c++) {
-            table[c] = qs_nf4_code[c] * absmax[i];
-        }
-        isa_round16(table, dtype);
-        isa_nf4_block(packed + i * (QS_NF4_BLOCK / 2), table, out + i * QS_NF4_BLOCK);
+        isa_nf4_block(packed, absmax[i], dtype, out);
+        packed += QS_NF4_BLOCK / 2;
+        out += QS_NF4_BLOCK;
     }
-}
-
-/* Nearest even in integers, as qs_bf16_from_f32 does for everything but NaN. */
-static inline __attribute__((unused)) void round16_bf16(float table[16])
-{
-    for (int c = 0; c < 16; c++) {
-        uint32_t bits;
-        memcpy(&bits, &table[c], sizeof bits);
-        bits += 0x7FFFU + ((bits >> 16) & 1U);
-        bits &= 0xFFFF0000U;
-        memcpy(&table[c], &bits, sizeof bits);
-    }
-}
-
-static inline __attribute__((unused)) void round16_scalar(float table[16], qs_dtype dtype)
-{
-    for (int c = 0; c < 16; c++) {
-        table[c] = qs_f32_round(table[c], dtype);
-    }
-}
-
-static inline bool finite16(const float table[16])
-{
-    /* The outer codes are -1 and 1: if they are finite, all are. */
-    return fabsf(table[0]) < INFINITY && fabsf(table[15]) < INFINITY;
 }
 
 static void isa_widen(const uint8_t *src, qs_dtype dtype, int64_t count, float *out)
