@@ -225,7 +225,7 @@ def make_examples(seed, count):
     problems = [(op, a, b) for op in ("add", "subtract") for a in range(60) for b in range(60) if op == "add" or a <= b]
     order = np.argsort(raw_words(seed, "examples", len(problems)), kind="stable")
     if count > len(problems):
-        what = f"{count} examples to train on and to evaluate are more than the {len(problems)} different ones there are"
+        what = f"{count} with those for evaluation are more than the {len(problems)} different ones there are"
         raise PrepError(203, "--examples", f"{what}; ask for {len(problems) * 8 // 9} at most")
     examples = []
     for i in order[:count]:

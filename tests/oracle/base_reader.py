@@ -23,7 +23,7 @@ def widen(stored, dtype):
 
 
 class Base:
-    """An open base.h5. `tensors` maps each name to its pieces, (unit, entry), in file order: embeddings come in chunks."""
+    """An open base.h5. `tensors` maps each name to its pieces (unit, entry) in file order: embeddings have several."""
 
     def __init__(self, path):
         self.file = h5py.File(path, "r")

@@ -1,4 +1,4 @@
-"""What the oracle is asked: small models, one real one, their data, adapters and training settings. Plain data, no torch."""
+"""What the oracle is asked: small models, a real one, their data, adapters and settings. Plain data, no torch."""
 from dataclasses import dataclass
 
 LINEARS = [
@@ -31,8 +31,8 @@ class Settings:
 class Case:
     """`model` are options of qshard_tiny.py, or None where the checkpoint is given.
 
-    `sequences` are packed rows: each is a list of documents (length, ignored): `ignored` of a document's first labels are
-    -100. The global batch is the whole set, so that every step sees all of it and the order of samples does not matter.
+    `sequences` are packed rows: each is a list of documents (length, ignored), whose first `ignored` labels are -100.
+    The global batch is the whole set, so that every step sees all of it and the order of samples does not matter.
     """
 
     name: str
@@ -75,8 +75,8 @@ CASES = {
             seed=101,
         ),
         # Nothing fits: widths 72, 80 and 248 are no multiples of 64, so NF4 blocks cross rows; a head is 20 wide though
-        # 72 / 4 is 18; 397 is prime; two quanta in the MLP; own head; rotary scaling with wavelengths on all sides of its
-        # borders (8 and 32 positions).
+        # 72 / 4 is 18; 397 is prime; two quanta in the MLP; own head; rotary scaling with wavelengths on all sides of
+        # its borders (8 and 32 positions).
         Case(
             name="odd",
             model=(
@@ -106,7 +106,8 @@ CASES = {
         Case(
             name="biases",
             model=(
-                "--hidden 64 --layers 2 --heads 4 --kv-heads 4 --ffn 160 --vocab 320 --attention-bias --mlp-bias --seed 13"
+                "--hidden 64 --layers 2 --heads 4 --kv-heads 4 --ffn 160 --vocab 320 --attention-bias --mlp-bias "
+                "--seed 13"
             ).split(),
             sequences=[[(24, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
@@ -143,11 +144,11 @@ CASES = {
 TEXT = (
     "The river rises in the hills above the old town and runs south for about forty miles before it meets the sea. "
     "In spring the water is high and cold, and the ferry does not cross until the middle of the morning. "
-    "A computer with two processors can do two things at the same time, but only if neither of them has to wait for the "
-    "other. To make bread you need flour, water, salt and a little yeast; mix them, let the dough rest for an hour, and bake "
-    "it until the crust is brown. The moon goes around the earth once in about twenty seven days. "
+    "A computer with two processors can do two things at the same time, but only if neither of them has to wait for "
+    "the other. To make bread you need flour, water, salt and a little yeast; mix them, let the dough rest for an "
+    "hour, and bake it until the crust is brown. The moon goes around the earth once in about twenty seven days. "
     "What does the command ls do? It lists the files in a directory, one name after the other. "
-    "She closed the book, put it back on the shelf and looked out of the window, where the first snow of the year had begun "
-    "to fall. If you add seventeen and twenty five, you get forty two. "
+    "She closed the book, put it back on the shelf and looked out of the window, where the first snow of the year had "
+    "begun to fall. If you add seventeen and twenty five, you get forty two. "
     "A matrix can be multiplied by another matrix when it has as many columns as the other one has rows. "
 )

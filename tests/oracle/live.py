@@ -86,8 +86,8 @@ def linear_parity(state, x, dtype):
     }
     if state.absmax8 is None:
         return {**counts, "absmax_differ": int((state.absmax != plain.absmax).sum())}
-    # With double quantization the file has no first-level absmax. Given bitsandbytes' first level, the second is defined
-    # by the reference; bitsandbytes' own CPU code for it misses the nearest entry now and then.
+    # With double quantization the file has no first-level absmax. Given bitsandbytes' first level, the second is
+    # defined by the reference; bitsandbytes' own CPU code for it misses the nearest entry now and then.
     nested, _ = bnb_quantize(x, True, dtype)
     expected, followed = quantize(x), quantize(x, offset=nested.offset)
     wide = np.float64(expected.offset)
@@ -137,8 +137,8 @@ def nf4parity_command(options):
 
 # --- bitsandbytes checkpoints and adapters over them ------------------------------------------------------------------
 def bnb_model(model_dir, nested=True, skip=None, quantized=False):
-    """The checkpoint with its linears in bitsandbytes' NF4 (quant_state.dtype bf16), still in bf16 otherwise; `quantized`:
-    it is stored so."""
+    """The checkpoint with its linears in bitsandbytes' NF4 (quant_state.dtype bf16), still in bf16 otherwise;
+    `quantized`: it is stored so."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
@@ -166,8 +166,8 @@ def widen_all_but_nf4(model):
 
 
 def decoded_linears(model):
-    """{HF name: float32 W} of a bitsandbytes model, by its plain PyTorch decoder (the AVX-512 one is wrong for widths
-    divisible by 16 but not by 64)."""
+    """{HF name: float32 W} of a bitsandbytes model, by its plain PyTorch decoder (the AVX-512 one is wrong for
+    widths divisible by 16 but not by 64)."""
     import bitsandbytes.functional as functional
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
@@ -177,8 +177,8 @@ def decoded_linears(model):
         absmax = state.absmax
         if state.nested:
             absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        packed = module.weight.data.reshape(-1)
-        decoded = _dequantize_4bit_compute(packed, absmax.float(), state.code, state.blocksize, state.shape, state.dtype)
+        packed, absmax = module.weight.data.reshape(-1), absmax.float()
+        decoded = _dequantize_4bit_compute(packed, absmax, state.code, state.blocksize, state.shape, state.dtype)
         weights[name + ".weight"] = decoded.reshape(state.shape).float().numpy()
     return weights
 
@@ -201,9 +201,9 @@ def nearest_second_level(model, model_dir):
 
 
 def plain_linears(model):
-    """Replaces each bitsandbytes linear by an ordinary fp32 one that holds what it decodes to. bitsandbytes' own products
-    are less exact than what is compared here: its fused operation leaves out the rounding of W to bf16 (since 0.50), and
-    on a CPU with AVX512-BF16 it also rounds the input to bf16."""
+    """Replaces each bitsandbytes linear by an ordinary fp32 one that holds what it decodes to. bitsandbytes' own
+    products use another W: its fused operation decodes to the compute type, so with fp32 nothing is rounded to bf16;
+    and on a CPU with AVX512-BF16 it rounds the input to bf16 instead."""
     weights = decoded_linears(model)
     for name, module in nf4_modules(model):
         new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
@@ -241,7 +241,8 @@ def peft_load_command(options):
         if not stored:
             print(f"     with its CPU code's second level, relative L2: {distance(True, False):.3e}")
         print(f"     and its CPU products, relative L2: {distance(False, False):.3e}")
-    return verdict("logits of the adapter over bitsandbytes, relative L2", distance(True, not stored), options.tol or 1e-3)
+    reached = distance(True, not stored)
+    return verdict("logits of the adapter over bitsandbytes, relative L2", reached, options.tol or 1e-3)
 
 
 def make_bnb_command(options):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Computes the golden values of the oracle's cases with transformers and peft and writes tests/golden/CASE.json and .npz.
+"""Computes the golden values of the oracle's cases with transformers and peft: tests/golden/CASE.json and CASE.npz.
 
     make_golden.py CASE... [--model HF_DIR] [--base BASE.h5] [--out DIR] [--work DIR]
 
-W is what the C program computes with: NF4 rounded to bf16, then fp32; from nf4_reference.py, or from a base.h5. A case's
-step takes its whole training set, so the values hold for any order of samples.
+W is what the C program computes with, NF4 rounded to bf16, then fp32: from nf4_reference.py, or from a base.h5. A
+case's step takes its whole training set, so the values hold for any order of samples.
 """
 import argparse
 import hashlib
@@ -38,7 +38,7 @@ def sample_positions(count):
 
 
 def pack_gradients(grads, whole):
-    """Arrays for the .npz: whole gradients by name, or `names`, `norms` [n] and `some` [n, SAMPLES] of their entries."""
+    """Arrays for the .npz: whole gradients by name, or `names`, `norms` [n] and `some` [n, SAMPLES] of the entries."""
     if whole:
         return {name: grad.astype(np.float32) for name, grad in grads.items()}
     names = sorted(grads)

@@ -51,13 +51,14 @@ def vocabulary_of(model_dir):
         tokenizer = json.load(file)
     to_byte = {letter: byte for byte, letter in qshard_tiny.byte_alphabet().items()}
     added = {token["id"]: token["content"].encode() for token in tokenizer["added_tokens"]}
-    table = {i: bytes(to_byte[c] for c in text) for text, i in tokenizer["model"]["vocab"].items() if i not in added}
+    vocab = tokenizer["model"]["vocab"]
+    table = {i: bytes(to_byte[c] for c in text) for text, i in vocab.items() if i not in added}
     table.update(added)
     return [table.get(i, b"") for i in range(max(table) + 1)]
 
 
 def text_documents(lengths, table):
-    """TEXT in tokens, the longest that fits each time, cut into documents. (Not what a tokenizer gives; it need not be.)"""
+    """TEXT in tokens, the longest that fits each time, cut into documents. (A tokenizer may give others.)"""
     id_of = {text: i for i, text in reversed(list(enumerate(table))) if text}
     longest = max(len(text) for text in id_of)
     ids, at, text = [], 0, TEXT.encode()
@@ -192,7 +193,7 @@ def run_yaml(case, out):
     """The run that the golden values belong to: every step takes the whole training set."""
     s = case.settings
     batch, micro, length = len(case.sequences), case.micro_batch, case.seq_len
-    return f"""# Oracle case {case.name}: {s.steps} steps over the whole training set, to be compared by tests/oracle/compare.py.
+    return f"""# Oracle case {case.name}: {s.steps} steps over the whole training set, for tests/oracle/compare.py.
 base: {out}/base.h5
 data: {{train: {out}/train.h5, eval: {out}/eval.h5}}
 output: {out}/run

@@ -249,7 +249,8 @@ def main():
             f"{name:20s} codes {c['codes_differ']} (no tie: {c['codes_differ_not_tie']}) of {c['elements']}, "
             f"zero blocks {c['zero_blocks']}, absmax {c['absmax_differ']} of {c['blocks']}, "
             f"offset {c['offset_ulps']:.0f} ulp, absmax8 {c['absmax8_differ']} (most {c['absmax8_most']}), "
-            f"absmax32 {c['absmax32_differ']}, map {c['map_ulps']:.0f} ulp, W plain {c['w_plain_differ']}, W nested {c['w_nested_differ']}"
+            f"absmax32 {c['absmax32_differ']}, "
+            f"map {c['map_ulps']:.0f} ulp, W plain {c['w_plain_differ']}, W nested {c['w_nested_differ']}"
         )
         wrong += c["codes_differ_not_tie"] + c["absmax_differ"] + c["absmax32_differ"]
     return 1 if wrong else 0

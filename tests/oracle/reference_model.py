@@ -1,6 +1,6 @@
 """transformers + peft in fp32 on given weights: loss, LoRA gradients and training curves. Needs torch (setup.sh).
 
-Documents pass one by one, so that attention and positions are per document by construction and nothing depends on a mask.
+Documents pass one by one, so that attention and positions are per document by construction, whatever masks do.
 """
 import json
 import math
@@ -67,7 +67,7 @@ def logits_of(model, ids):
 
 
 def step_loss(model, sequences, backward):
-    """Mean loss over all positions that carry one, in the sequences of one step; gradients are left in the parameters."""
+    """Mean loss over all positions that carry one, in the sequences of one step; gradients stay in the parameters."""
     documents = [document for sequence in sequences for document in sequence]
     total = sum(targets_of(labels) for _, labels in documents)
     loss_sum = 0.0
@@ -110,7 +110,7 @@ def learning_rate(settings, step):
 
 
 def train(model, settings, tokens, order):
-    """AdamW on the adapter; per step the loss before the update, the rate and the norm of the gradient before clipping."""
+    """AdamW on the adapter; per step the loss before the update, the rate, and the gradient's norm before clipping."""
     s, parameters = settings, list(adapter_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay)
     curve = []

@@ -70,9 +70,9 @@ def is_linear(name):
 
 
 def relative_l2(ours, theirs):
-    """|ours - theirs| / |theirs| in double; 0 when both are 0."""
+    """|ours - theirs| / |theirs| in double; 0 when both are 0, infinite when anything is not a number."""
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     distance, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
-    if size == 0.0:
+    if not np.isfinite(distance) or size == 0.0:
         return 0.0 if distance == 0.0 else float("inf")
     return float(distance / size)
