@@ -33,6 +33,11 @@ typedef struct {
 /** Layout for a model and a configuration. */
 qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg);
 
+/** The same from the shapes of the seven linears, [QS_LINEAR_COUNT] each: what a checkpoint
+ * records. */
+qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int64_t *out_features,
+                                   const int64_t *in_features, const qs_config *cfg);
+
 /** Weights in all: n_layers * used. */
 int64_t qs_lora_count(const qs_lora_layout *layout);
 

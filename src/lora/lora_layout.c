@@ -12,14 +12,16 @@ float qs_lora_scale(double alpha, int64_t lora_rank, bool rslora)
     return (float)(alpha / (rslora ? sqrt(rank) : rank));
 }
 
-qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg)
+qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int64_t *out_features,
+                                   const int64_t *in_features, const qs_config *cfg)
 {
     memset(out, 0, sizeof *out);
-    out->n_layers = model->n_layers;
+    out->n_layers = n_layers;
     out->lora_rank = (int)cfg->lora.rank;
     out->scale = qs_lora_scale(cfg->lora.alpha, cfg->lora.rank, cfg->lora.rslora);
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        qs_linear_shape(model, (qs_linear)i, &out->out[i], &out->in[i]);
+        out->out[i] = out_features[i];
+        out->in[i] = in_features[i];
         out->a_at[i] = out->b_at[i] = -1;
         out->targeted[i] = cfg->lora.targets >> i & 1;
         if (!out->targeted[i]) {
@@ -36,6 +38,15 @@ qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, co
     out->chunks = (out->used + QS_LORA_CHUNK - 1) / QS_LORA_CHUNK;
     out->per_layer = out->chunks * QS_LORA_CHUNK;
     return QS_OK;
+}
+
+qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg)
+{
+    int64_t out_features[QS_LINEAR_COUNT], in_features[QS_LINEAR_COUNT];
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        qs_linear_shape(model, (qs_linear)i, &out_features[i], &in_features[i]);
+    }
+    return qs_lora_layout_of_shapes(out, model->n_layers, out_features, in_features, cfg);
 }
 
 int64_t qs_lora_count(const qs_lora_layout *layout)

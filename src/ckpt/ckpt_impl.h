@@ -1,0 +1,39 @@
+/* What the files of this folder share. */
+#ifndef QS_CKPT_CKPT_IMPL_H
+#define QS_CKPT_CKPT_IMPL_H
+
+#include "ckpt/ckpt.h"
+#include "store/manifest.h"
+
+enum { QS_CKPT_PATH = QS_PATH_MAX + 128, QS_CKPT_STEPS_MAX = 4096 };
+
+/** What the manifest carries beside the files: the owner's part of manifest.json. */
+typedef struct {
+    char *config_yaml;
+    char base_sha256[65];
+    char data_content[33];
+    int64_t tokens_seen;
+    int n_layers;
+    int64_t out[QS_LINEAR_COUNT], in[QS_LINEAR_COUNT];
+} qs_ckpt_record;
+
+/** The record as JSON text; caller frees. NULL without memory. */
+char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout);
+
+/** Parse and check what qs_ckpt_record_text wrote. Free with qs_ckpt_record_free. */
+qs_status qs_ckpt_record_parse(qs_ckpt_record *out, const char *json, const char *path);
+void qs_ckpt_record_free(qs_ckpt_record *record);
+
+/** Names in `run_dir` that look like step-N, descending, whatever they hold. */
+qs_status qs_ckpt_scan(const char *run_dir, int64_t *steps, int capacity, int *count);
+
+/** Remove directories that a killed save or rotation left half done: step-*.tmp-*. */
+qs_status qs_ckpt_sweep(const char *run_dir);
+
+/** Move a directory that is no good checkpoint out of the way: step-N.bad, .bad2, ... */
+qs_status qs_ckpt_set_aside(const char *run_dir, int64_t step);
+
+/** Name of rank r's file: rank-00003.h5 */
+void qs_ckpt_file_name(char *out, size_t capacity, int rank);
+
+#endif

@@ -1,0 +1,118 @@
+/* The owner's part of a checkpoint's manifest: whose state this is, so that it cannot become part
+ * of another run, and enough about LoRA to read it without the base. */
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ckpt/ckpt_impl.h"
+#include "hf/json.h"
+
+enum { LAYERS_MAX = 1000, FEATURES_MAX = 1 << 24 };
+
+static const char *short_name(int linear)
+{
+    return strrchr(qs_linear_path((qs_linear)linear), '.') + 1;
+}
+
+static json_t *lora_object(const qs_lora_layout *layout)
+{
+    json_t *shapes = json_object();
+    json_t *targets = json_array();
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        json_object_set_new(
+            shapes, short_name(i),
+            json_pack("[I, I]", (json_int_t)layout->out[i], (json_int_t)layout->in[i]));
+        if (layout->targeted[i]) {
+            json_array_append_new(targets, json_string(short_name(i)));
+        }
+    }
+    return json_pack("{s:i, s:i, s:f, s:o, s:o}", "rank", layout->lora_rank, "layers",
+                     layout->n_layers, "scale", (double)layout->scale, "targets", targets, "shapes",
+                     shapes);
+}
+
+char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout)
+{
+    json_t *root =
+        json_pack("{s:s, s:s, s:s, s:I, s:o}", "config", meta->config_yaml, "base_sha256",
+                  meta->base_sha256, "data_xxh3", meta->data_content, "tokens_seen",
+                  (json_int_t)meta->tokens_seen, "lora", lora_object(layout));
+    char *text = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
+    json_decref(root);
+    return text;
+}
+
+static qs_status copy_text(const json_t *root, const char *key, char *out, size_t capacity,
+                           const char *path)
+{
+    const char *text = NULL;
+    QS_TRY(qs_json_text(root, key, &text, path));
+    if (strlen(text) >= capacity) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: %s is longer than %zu letters", path, key,
+                       capacity - 1);
+    }
+    snprintf(out, capacity, "%s", text);
+    return QS_OK;
+}
+
+static qs_status parse_shapes(const json_t *shapes, qs_ckpt_record *out, const char *path)
+{
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        const json_t *shape = json_object_get(shapes, short_name(i));
+        json_int_t rows = json_integer_value(json_array_get(shape, 0));
+        json_int_t columns = json_integer_value(json_array_get(shape, 1));
+        if (json_array_size(shape) != 2 || rows < 1 || rows > FEATURES_MAX || columns < 1 ||
+            columns > FEATURES_MAX) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: lora.shapes.%s is not [1 .. %d, 1 .. %d]", path,
+                           short_name(i), FEATURES_MAX, FEATURES_MAX);
+        }
+        out->out[i] = rows;
+        out->in[i] = columns;
+    }
+    return QS_OK;
+}
+
+static qs_status parse_root(const json_t *root, qs_ckpt_record *out, const char *path)
+{
+    const json_t *lora = NULL, *shapes = NULL;
+    const char *config = NULL;
+    int64_t layers = 0;
+    QS_TRY(copy_text(root, "base_sha256", out->base_sha256, sizeof out->base_sha256, path));
+    QS_TRY(copy_text(root, "data_xxh3", out->data_content, sizeof out->data_content, path));
+    QS_TRY(qs_json_i64(root, "tokens_seen", 0, INT64_MAX, &out->tokens_seen, path));
+    QS_TRY(qs_json_object(root, "lora", &lora, path));
+    QS_TRY(qs_json_i64(lora, "layers", 1, LAYERS_MAX, &layers, path));
+    QS_TRY(qs_json_object(lora, "shapes", &shapes, path));
+    QS_TRY(parse_shapes(shapes, out, path));
+    QS_TRY(qs_json_text(root, "config", &config, path));
+    out->n_layers = (int)layers;
+    out->config_yaml = strdup(config);
+    return out->config_yaml ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+}
+
+qs_status qs_ckpt_record_parse(qs_ckpt_record *out, const char *json, const char *path)
+{
+    json_t *root = NULL;
+    memset(out, 0, sizeof *out);
+    QS_TRY(qs_json_parse(&root, json, strlen(json), path));
+    qs_status st = json_is_object(root)
+                       ? parse_root(root, out, path)
+                       : QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
+    json_decref(root);
+    if (st != QS_OK) {
+        qs_ckpt_record_free(out);
+    }
+    return st;
+}
+
+void qs_ckpt_record_free(qs_ckpt_record *record)
+{
+    free(record->config_yaml);
+    record->config_yaml = NULL;
+}
+
+void qs_ckpt_file_name(char *out, size_t capacity, int rank)
+{
+    snprintf(out, capacity, "rank-%05d.h5", rank);
+}
