@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -293,7 +294,12 @@ qs_status qs_h5_create(qs_h5 **out, const char *path)
 {
     qs_h5 *file = NULL;
     *out = NULL;
-    QS_TRY(allocate(&file, path != NULL ? path : "(image in memory)", true));
+    /* HDF5 tells files apart by name, images in memory too. */
+    static atomic_uint images;
+    char image_name[48];
+    (void)snprintf(image_name, sizeof image_name, "(image in memory %u)",
+                   atomic_fetch_add(&images, 1));
+    QS_TRY(allocate(&file, path != NULL ? path : image_name, true));
     if (path != NULL) {
         file->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         if (file->fd < 0) {
