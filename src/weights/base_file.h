@@ -3,6 +3,7 @@
 #define QS_WEIGHTS_BASE_FILE_H
 
 #include <stdint.h>
+#include <stdio.h>
 
 #include "comm/comm.h"
 #include "hf/hf_config.h"
@@ -49,6 +50,9 @@ typedef struct {
     qs_base_unit final;
     char hashes_sha256[QS_SHA256_HEX];
     char source_sha256[QS_SHA256_HEX];
+    char *source_path;   /* where the checkpoint was, as given to qshard quantize */
+    char *quantizer;     /* program and version that wrote the file */
+    int64_t zero_blocks; /* all-zero NF4 blocks found while quantizing */
 } qs_base_index;
 
 /** Open FILE and read its index: rank 0 opens and verifies, the others are told. Collective. Caller frees with
@@ -84,5 +88,9 @@ void qs_base_small_f32(const qs_base_tensor *tensor, const uint8_t *small, float
 
 /** Verify everything in the file (qshard check). Not collective. */
 qs_status qs_base_verify(const char *path);
+
+/** Print what the file holds as a table for humans (qshard inspect): model, units, bytes by class, provenance. The
+ *  index is verified, the data is not read. Not collective. */
+qs_status qs_base_describe(const char *path, FILE *out);
 
 #endif

@@ -1,0 +1,477 @@
+/* qshard quantize: the collective protocol around the units.
+ *
+ *   all    plan                      every rank reads the headers and makes the same plan
+ *   0      create FILE.tmp-PID       datasets allocated, space reserved, norms and biases written
+ *   all    write                     each unit by one rank: a dataset is never shared, whatever the
+ * page size of the file system all    tell                      hashes, offsets and counts of every
+ * unit, from its owner 0      finish                    hashes, maps, index, then `complete`;
+ * close, sync, read back, open as a reader would 0      rename FILE.tmp-PID FILE  and sync of the
+ * directory
+ *
+ * A failure anywhere is agreed on before the next step, and rank 0 removes the temporary file. */
+#include "weights/quantize.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/cores.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "base/timer.h"
+#include "store/hash.h"
+#include "store/io.h"
+#include "weights/quantize_impl.h"
+
+enum { DEFAULT_CHUNK_ROWS = 4096, STALE_AFTER_S = 600, METADATA_BYTES = 4 << 20 };
+
+typedef struct {
+    const qs_quantize_options *options;
+    qs_comm *comm;
+    qs_plan plan;
+    int64_t *load;          /* [nranks] cost of what a rank has been given */
+    int *owner;             /* [n_units + 1] the rank that writes the unit */
+    qs_unit_result *result; /* [n_units + 1] */
+    char *parent, *temp;
+    qs_h5 *file; /* rank 0 */
+    int fd;
+    int64_t zero_blocks;
+} job;
+
+static bool is_root(const job *j)
+{
+    return qs_comm_rank(j->comm) == 0;
+}
+
+static int n_units(const job *j)
+{
+    return j->plan.index->n_units;
+}
+
+/* ---- names and space ---- */
+
+static qs_status make_names(job *j)
+{
+    size_t bytes = strlen(j->options->output) + 32;
+    char *copy = strdup(j->options->output);
+    j->temp = malloc(bytes);
+    j->parent = copy == NULL ? NULL : strdup(dirname(copy));
+    free(copy);
+    if (j->temp == NULL || j->parent == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its name", j->options->output);
+    }
+    (void)snprintf(j->temp, bytes, "%s.tmp-%ld", j->options->output, (long)getpid());
+    return QS_OK;
+}
+
+/* The process number at the end of NAME.tmp-PID, 0 if `entry` is something else. */
+static long pid_of_temp(const char *entry, const char *name)
+{
+    char *end = NULL;
+    size_t length = strlen(name);
+    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, ".tmp-", 5) != 0) {
+        return 0;
+    }
+    long pid = strtol(entry + length + 5, &end, 10);
+    return *end == '\0' && pid > 0 ? pid : 0;
+}
+
+/* Remove what killed runs of the same output left: their process is gone on this host, and nobody,
+ * on whatever host, has written for ten minutes. */
+static void remove_stale(const job *j)
+{
+    char *copy = strdup(j->options->output);
+    DIR *dir = opendir(j->parent);
+    const struct dirent *entry;
+    while (copy != NULL && dir != NULL && (entry = readdir(dir)) != NULL) {
+        struct stat info;
+        long pid = pid_of_temp(entry->d_name, basename(copy));
+        if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
+            fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISREG(info.st_mode) && time(NULL) - info.st_mtime > STALE_AFTER_S &&
+            unlinkat(dirfd(dir), entry->d_name, 0) == 0) {
+            qs_log_info("%s/%s: removed, left by a killed run", j->parent, entry->d_name);
+        }
+    }
+    if (dir != NULL) {
+        closedir(dir);
+    }
+    free(copy);
+}
+
+static qs_status expect_free_name(const job *j)
+{
+    if (access(j->options->output, F_OK) == 0) {
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists; choose another name or remove it",
+                       j->options->output);
+    }
+    return QS_OK;
+}
+
+static int64_t dataset_bytes(const qs_h5_info *info)
+{
+    int64_t count = info->dims[0] * (info->rank == 2 ? info->dims[1] : 1);
+    return count * (int64_t)qs_dtype_bytes(info->dtype);
+}
+
+static int64_t unit_bytes(qs_base_unit *unit)
+{
+    qs_base_dataset all[QS_BASE_DATASETS];
+    int64_t bytes = 0;
+    qs_base_unit_datasets(unit, all);
+    for (int i = 0; i < QS_BASE_DATASETS; i++) {
+        bytes += dataset_bytes(&all[i].info) + 4096; /* alignment */
+    }
+    return bytes;
+}
+
+static qs_status expect_space(const job *j)
+{
+    uint64_t available = 0;
+    int64_t needed = METADATA_BYTES;
+    for (int u = 0; u <= n_units(j); u++) {
+        needed += unit_bytes(qs_plan_unit(&j->plan, u));
+    }
+    QS_TRY(qs_io_free_bytes(j->parent, &available));
+    if (available < (uint64_t)needed) {
+        return QS_FAIL(QS_ERR_IO_FULL, "%s: %lld bytes are needed, %llu are free", j->parent,
+                       (long long)needed, (unsigned long long)available);
+    }
+    return QS_OK;
+}
+
+/* ---- create ---- */
+
+static void unit_dataset_name(char out[QS_BASE_NAME], const job *j, int u, const char *suffix)
+{
+    (void)snprintf(out, QS_BASE_NAME, "%s%s/%s", u < n_units(j) ? "units/" : "",
+                   qs_plan_unit(&j->plan, u)->name, suffix);
+}
+
+/* Norms and biases are read, hashed and written at once. */
+static qs_status put_small(job *j, int u, const char *name, qs_base_dataset *d)
+{
+    qs_base_unit *unit = qs_plan_unit(&j->plan, u);
+    uint8_t *small = NULL;
+    QS_TRY(QS_ALLOC(&small, unit->small_bytes, QS_MEM_WORK));
+    qs_status st = qs_quantize_small(&j->plan, u, small);
+    if (st == QS_OK) {
+        unit->small_xxh3 = qs_xxh3_64(small, (size_t)unit->small_bytes);
+        st = qs_h5_dataset_put(j->file, name, &d->info, small);
+    }
+    qs_mem_free(small);
+    return st;
+}
+
+/* All datasets of a unit but `hash`, which is put when it is known. */
+static qs_status create_unit(job *j, int u, int64_t *end)
+{
+    qs_base_dataset all[QS_BASE_DATASETS];
+    qs_base_unit *unit = qs_plan_unit(&j->plan, u);
+    qs_base_unit_datasets(unit, all);
+    unit->small_xxh3 = qs_xxh3_64("", 0);
+    for (int i = 0; i < QS_BASE_DATASETS - 1; i++) {
+        char name[QS_BASE_NAME];
+        if (all[i].info.dims[0] == 0) {
+            continue;
+        }
+        unit_dataset_name(name, j, u, all[i].suffix);
+        if (strcmp(all[i].suffix, "small") == 0) {
+            QS_TRY(put_small(j, u, name, &all[i]));
+        } else {
+            QS_TRY(qs_h5_dataset_create(j->file, name, &all[i].info));
+        }
+        *all[i].place = all[i].info.file_offset;
+        int64_t last = all[i].info.file_offset + dataset_bytes(&all[i].info);
+        *end = last > *end ? last : *end;
+    }
+    return QS_OK;
+}
+
+static qs_status open_temp(job *j)
+{
+    j->fd = open(j->temp, O_RDWR | O_CLOEXEC);
+    return j->fd >= 0 ? QS_OK
+                      : QS_FAIL(QS_ERR_IO, "%s: opening failed: %s; do all hosts see it?", j->temp,
+                                strerror(errno));
+}
+
+/* Rank 0: the file with everything allocated and room for it on the disk. */
+static qs_status create_file(job *j)
+{
+    int64_t end = 0;
+    QS_TRY(expect_free_name(j));
+    remove_stale(j);
+    QS_TRY(expect_space(j));
+    QS_TRY(qs_h5_create(&j->file, j->temp));
+    QS_TRY(qs_h5_attr_put_text(j->file, "format", "qshard-base"));
+    QS_TRY(qs_h5_attr_put_i64(j->file, "format_version", 1));
+    for (int u = 0; u <= n_units(j); u++) {
+        QS_TRY(create_unit(j, u, &end));
+    }
+    QS_TRY(open_temp(j));
+    return qs_io_reserve(j->fd, (size_t)end, j->temp);
+}
+
+/* The name and the places, from rank 0. */
+static qs_status share_places(job *j)
+{
+    enum { SHARED = 4 };
+    qs_status st = QS_OK;
+    char *name = is_root(j) ? j->temp : NULL;
+    size_t bytes = (size_t)(n_units(j) + 1) * SHARED * sizeof(int64_t);
+    int64_t *places = malloc(bytes);
+    st = places != NULL ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", j->options->output);
+    QS_GOTO(qs_comm_agree(j->comm, st));
+    QS_GOTO(qs_comm_bcast_text(j->comm, &name, 0));
+    if (name != j->temp) {
+        free(j->temp);
+        j->temp = name;
+    }
+    for (int u = 0; u <= n_units(j); u++) {
+        const qs_base_unit *unit = qs_plan_unit(&j->plan, u);
+        int64_t at[SHARED] = {unit->packed_at, unit->absmax8_at, unit->absmax32_at, unit->raw_at};
+        memcpy(places + u * SHARED, at, sizeof at);
+    }
+    QS_GOTO(qs_comm_bcast(j->comm, places, bytes, 0));
+    for (int u = 0; u <= n_units(j); u++) {
+        qs_base_unit *unit = qs_plan_unit(&j->plan, u);
+        unit->packed_at = places[u * SHARED];
+        unit->absmax8_at = places[u * SHARED + 1];
+        unit->absmax32_at = places[u * SHARED + 2];
+        unit->raw_at = places[u * SHARED + 3];
+    }
+    QS_GOTO(qs_comm_agree(j->comm, j->fd >= 0 ? QS_OK : open_temp(j)));
+done:
+    free(places);
+    return st;
+}
+
+/* ---- write ---- */
+
+/* Each unit to the rank with the least work so far. A raw byte costs a copy, a weight to be
+ * quantized several. */
+static void assign_owners(job *j)
+{
+    int nranks = qs_comm_nranks(j->comm);
+    for (int u = 0; u <= n_units(j); u++) {
+        const qs_unit_size *size = &qs_plan_unit(&j->plan, u)->size;
+        int least = 0;
+        for (int r = 1; r < nranks; r++) {
+            least = j->load[r] < j->load[least] ? r : least;
+        }
+        j->owner[u] = least;
+        j->load[least] += size->nf4_quanta * QS_NF4_QUANTUM * 4 +
+                          size->raw_quanta * (int64_t)qs_raw_quantum_bytes(size) + 1;
+    }
+}
+
+static qs_status write_units(job *j)
+{
+    int threads = qs_threads_for_rank(qs_comm_local_nranks(j->comm), qs_comm_local_rank(j->comm),
+                                      j->options->threads);
+    int64_t mine = 0;
+    int64_t done = 0;
+    for (int u = 0; u <= n_units(j); u++) {
+        mine += j->owner[u] == qs_comm_rank(j->comm);
+    }
+    for (int u = 0; u <= n_units(j); u++) {
+        if (j->owner[u] != qs_comm_rank(j->comm)) {
+            continue;
+        }
+        QS_TRY(qs_quantize_unit(&j->plan, u, j->fd, j->temp, threads, &j->result[u]));
+        qs_progress("quantize", ++done, mine, qs_plan_unit(&j->plan, u)->name);
+    }
+    return QS_OK;
+}
+
+/* What the owner of each unit found, to all ranks. */
+static qs_status share_results(job *j)
+{
+    for (int u = 0; u <= n_units(j); u++) {
+        const qs_base_unit *unit = qs_plan_unit(&j->plan, u);
+        qs_unit_result *r = &j->result[u];
+        size_t quanta = (size_t)(unit->size.nf4_quanta + unit->size.raw_quanta);
+        size_t tensors = (size_t)unit->n_tensors;
+        QS_TRY(qs_comm_bcast(j->comm, r->hash, quanta * sizeof *r->hash, j->owner[u]));
+        QS_TRY(
+            qs_comm_bcast(j->comm, r->source_hash, tensors * sizeof *r->source_hash, j->owner[u]));
+        QS_TRY(qs_comm_bcast(j->comm, r->offset, tensors * sizeof *r->offset, j->owner[u]));
+        QS_TRY(qs_comm_bcast(j->comm, &r->zero_blocks, sizeof r->zero_blocks, j->owner[u]));
+        j->zero_blocks += r->zero_blocks;
+    }
+    return QS_OK;
+}
+
+/* ---- finish ---- */
+
+static qs_status put_hashes(job *j)
+{
+    qs_status st = QS_OK;
+    qs_base_dataset all[QS_BASE_DATASETS];
+    qs_sha256 *sha = qs_sha256_begin();
+    if (sha == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing", j->temp);
+    }
+    for (int u = 0; u < n_units(j) && st == QS_OK; u++) {
+        char name[QS_BASE_NAME];
+        qs_base_unit_datasets(qs_plan_unit(&j->plan, u), all);
+        qs_h5_info *info = &all[QS_BASE_DATASETS - 1].info;
+        unit_dataset_name(name, j, u, "hash");
+        st = qs_h5_dataset_put(j->file, name, info, j->result[u].hash);
+        qs_sha256_add(sha, j->result[u].hash, (size_t)dataset_bytes(info));
+    }
+    qs_sha256_end(sha, j->plan.index->hashes_sha256);
+    return st;
+}
+
+static qs_status hash_sources(job *j)
+{
+    qs_sha256 *sha = qs_sha256_begin();
+    if (sha == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing", j->temp);
+    }
+    for (int u = 0; u <= n_units(j); u++) {
+        size_t tensors = (size_t)qs_plan_unit(&j->plan, u)->n_tensors;
+        qs_sha256_add(sha, j->result[u].source_hash, tensors * sizeof *j->result[u].source_hash);
+    }
+    qs_sha256_end(sha, j->plan.index->source_sha256);
+    return QS_OK;
+}
+
+static qs_status put_index(job *j)
+{
+    qs_base_index *index = j->plan.index;
+    char *text = NULL;
+    qs_h5_info maps = {.dtype = QS_F32, .rank = 2, .dims = {index->n_maps, 256}};
+    for (int u = 0; u <= n_units(j); u++) {
+        qs_base_unit *unit = qs_plan_unit(&j->plan, u);
+        for (int i = 0; i < unit->n_tensors; i++) {
+            unit->tensors[i].offset = j->result[u].offset[i];
+        }
+    }
+    index->zero_blocks = j->zero_blocks;
+    QS_TRY(qs_h5_dataset_put(j->file, "maps", &maps, index->maps));
+    QS_TRY(qs_base_index_text(index, &text));
+    qs_h5_info info = {.dtype = QS_U8, .rank = 1, .dims = {(int64_t)strlen(text), 0}};
+    qs_status st = qs_h5_dataset_put(j->file, "index", &info, text);
+    free(text);
+    return st;
+}
+
+/* Rank 0: complete the file, look at it as a reader will, and give it its name. */
+static qs_status finish_file(job *j)
+{
+    qs_base_index *check = NULL;
+    QS_TRY(put_hashes(j));
+    QS_TRY(hash_sources(j));
+    QS_TRY(put_index(j));
+    QS_TRY(qs_h5_attr_put_i64(j->file, "complete", 1));
+    qs_h5 *file = j->file;
+    j->file = NULL;
+    QS_TRY(qs_h5_close(file));
+    QS_TRY(qs_base_open_local(&check, j->temp));
+    qs_base_index_free(check);
+    QS_TRY(expect_free_name(j));
+    QS_TRY(qs_io_rename(j->temp, j->options->output));
+    return qs_io_fsync_dir(j->parent);
+}
+
+/* ---- all of it ---- */
+
+static qs_status alloc_results(job *j)
+{
+    size_t units = (size_t)n_units(j) + 1;
+    j->load = calloc((size_t)qs_comm_nranks(j->comm), sizeof *j->load);
+    j->owner = calloc(units, sizeof *j->owner);
+    j->result = calloc(units, sizeof *j->result);
+    if (j->load == NULL || j->owner == NULL || j->result == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the plan", j->options->output);
+    }
+    for (int u = 0; u <= n_units(j); u++) {
+        QS_TRY(qs_unit_result_alloc(&j->result[u], qs_plan_unit(&j->plan, u)));
+    }
+    return QS_OK;
+}
+
+static qs_status prepare(job *j)
+{
+    const qs_quantize_options *o = j->options;
+    int64_t rows = o->head_chunk_rows == 0 ? DEFAULT_CHUNK_ROWS : o->head_chunk_rows;
+    if (rows < 1 || rows > 1 << 22) {
+        return QS_FAIL(QS_ERR_USAGE, "head_chunk_rows = %lld is outside 1 ... %d", (long long)rows,
+                       1 << 22);
+    }
+    QS_TRY(make_names(j));
+    QS_TRY(qs_plan_make(&j->plan, o->hf_dir, rows, o->double_quant));
+    return alloc_results(j);
+}
+
+static qs_status run(job *j)
+{
+    QS_TRY(qs_comm_agree(j->comm, prepare(j)));
+    QS_TRY(qs_comm_agree(j->comm, is_root(j) ? create_file(j) : QS_OK));
+    QS_TRY(share_places(j));
+    assign_owners(j);
+    qs_status st = write_units(j);
+    qs_progress_end();
+    QS_TRY(qs_comm_agree(j->comm, st));
+    QS_TRY(share_results(j));
+    return qs_comm_agree(j->comm, is_root(j) ? finish_file(j) : QS_OK);
+}
+
+static void cleanup(job *j, qs_status st)
+{
+    if (st != QS_OK && is_root(j) && j->temp != NULL && (j->file != NULL || j->fd >= 0)) {
+        (void)unlink(j->temp); /* first, so that nothing is synced in vain */
+    }
+    (void)qs_h5_close(j->file); /* only after a failure, which has been recorded */
+    if (j->fd >= 0) {
+        (void)close(j->fd); /* synced unit by unit */
+    }
+    for (int u = 0; j->result != NULL && u <= n_units(j); u++) {
+        qs_unit_result_free(&j->result[u]);
+    }
+    free(j->result);
+    free(j->owner);
+    free(j->load);
+    free(j->temp);
+    free(j->parent);
+    if (j->plan.index != NULL) {
+        qs_plan_free(&j->plan);
+    }
+}
+
+static qs_status fill_report(const job *j, double start, qs_quantize_report *report)
+{
+    struct stat info = {0};
+    int64_t peak = (int64_t)qs_mem_peak_rss_bytes();
+    QS_TRY(qs_comm_max_i64(j->comm, &peak, 1));
+    (void)stat(j->options->output, &info);
+    *report = (qs_quantize_report){.linears = j->plan.linears,
+                                   .zero_blocks = j->zero_blocks,
+                                   .source_bytes = j->plan.source_bytes,
+                                   .output_bytes = info.st_size,
+                                   .seconds = qs_time_s() - start,
+                                   .peak_bytes = (size_t)peak};
+    return QS_OK;
+}
+
+qs_status qs_quantize(const qs_quantize_options *options, qs_comm *comm, qs_quantize_report *report)
+{
+    job j = {.options = options, .comm = comm, .fd = -1};
+    double start = qs_time_s();
+    qs_status st = run(&j);
+    if (st == QS_OK) {
+        st = fill_report(&j, start, report);
+    }
+    cleanup(&j, st);
+    return st;
+}

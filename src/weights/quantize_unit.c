@@ -1,0 +1,446 @@
+/* The work on one unit: read pieces of the source, quantize or copy them, write them, and read all
+ * of it back.
+ *
+ * A tensor is never in memory as a whole. The first level goes piece by piece; the second level
+ * needs the mean of all first-level absmax, which are kept (1/16 byte per weight, for one tensor).
+ * What has been written is synced and read back from the file; the hash of a quantum is taken from
+ * the bytes read back, after they have matched what was written. */
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "store/hash.h"
+#include "store/io.h"
+#include "weights/quantize_impl.h"
+
+enum { PIECE_QUANTA = 64, PIECE_BYTES = PIECE_QUANTA * QS_NF4_QUANTUM * 4 };
+
+typedef struct {
+    const qs_plan *plan;
+    const qs_base_unit *unit;
+    const qs_source *sources; /* [n_tensors] */
+    qs_unit_result *result;
+    int fd, threads;
+    const char *path;
+    uint8_t *piece;        /* source bytes, or bytes read back */
+    uint8_t *packed;       /* [PIECE_QUANTA, 8192] */
+    uint8_t *absmax8;      /* of the whole unit, as in the file */
+    float *absmax32;       /* likewise */
+    uint64_t *packed_hash; /* [nf4_quanta] of the packed bytes alone */
+} worker;
+
+qs_status qs_unit_result_alloc(qs_unit_result *out, const qs_base_unit *unit)
+{
+    size_t quanta = (size_t)(unit->size.nf4_quanta + unit->size.raw_quanta);
+    size_t tensors = (size_t)unit->n_tensors;
+    out->hash = calloc(quanta + 1, sizeof *out->hash);
+    out->source_hash = calloc(tensors + 1, sizeof *out->source_hash);
+    out->offset = calloc(tensors + 1, sizeof *out->offset);
+    return out->hash != NULL && out->source_hash != NULL && out->offset != NULL
+               ? QS_OK
+               : QS_FAIL(QS_ERR_MEMORY, "unit %s: no memory for its hashes", unit->name);
+}
+
+void qs_unit_result_free(qs_unit_result *result)
+{
+    free(result->hash);
+    free(result->source_hash);
+    free(result->offset);
+    *result = (qs_unit_result){0};
+}
+
+/* Chain the hash of one more piece onto the tensor's source hash. Pieces are a function of the
+ * shape alone. */
+static void note_source(worker *w, int i, const void *data, size_t bytes)
+{
+    uint64_t piece = qs_xxh3_64(data, bytes);
+    qs_piece chain[2] = {{&w->result->source_hash[i], sizeof piece}, {&piece, sizeof piece}};
+    w->result->source_hash[i] = qs_xxh3_64_pieces(chain, 2);
+}
+
+static qs_status read_source(worker *w, int i, const qs_st_tensor *tensor, int64_t first,
+                             int64_t bytes, void *out)
+{
+    QS_TRY(qs_st_read(w->plan->dir, tensor, first, bytes, out));
+    note_source(w, i, out, (size_t)bytes);
+    return QS_OK;
+}
+
+/* ---- NF4 from floats ---- */
+
+/* All exponent bits set: infinity or NaN. Integers, so that the loop vectorizes. */
+static bool all_finite(const float *x, int64_t count)
+{
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        bad |= (bits & 0x7F800000U) == 0x7F800000U;
+    }
+    return bad == 0;
+}
+
+/* Quantum `q` of the piece: `count` elements. \return zero blocks, -1 if a value is not finite. */
+static int64_t quantize_quantum(const worker *w, qs_dtype dtype, int64_t q, int64_t count,
+                                float *absmax)
+{
+    float x[QS_NF4_QUANTUM];
+    qs_f32_load(x, w->piece + (size_t)(q * QS_NF4_QUANTUM) * qs_dtype_bytes(dtype), dtype, count);
+    if (!all_finite(x, count)) {
+        return -1;
+    }
+    return qs_nf4_quantize_blocks(x, count, w->packed + q * QS_NF4_QUANTUM_PACKED_BYTES,
+                                  absmax + q * QS_NF4_QUANTUM_BLOCKS);
+}
+
+/* The packed bytes of `n` quanta in w->packed, to the file; `first` counts within the unit. */
+static qs_status write_packed(worker *w, int64_t first, int64_t n)
+{
+    const int64_t each = QS_NF4_QUANTUM_PACKED_BYTES;
+    for (int64_t q = 0; q < n; q++) {
+        w->packed_hash[first + q] = qs_xxh3_64(w->packed + q * each, (size_t)each);
+    }
+    return qs_io_write_all(w->fd, w->packed, (size_t)(n * each), w->unit->packed_at + first * each,
+                           w->path);
+}
+
+/* First level of elements [first, first + count), at most one piece. */
+static qs_status quantize_piece(worker *w, int i, int64_t first, int64_t count, float *absmax)
+{
+    const qs_base_tensor *t = &w->unit->tensors[i];
+    int64_t size = (int64_t)qs_dtype_bytes(t->dtype);
+    int64_t quanta = qs_nf4_quanta(count);
+    int64_t zero_blocks = 0;
+    int not_finite = 0;
+    QS_TRY(read_source(w, i, w->sources[i].data, first * size, count * size, w->piece));
+    memset(w->packed, QS_NF4_ZERO_BYTE, (size_t)(quanta * QS_NF4_QUANTUM_PACKED_BYTES));
+#pragma omp parallel for num_threads(w->threads) schedule(static)                                  \
+    reduction(+ : zero_blocks) reduction(| : not_finite)
+    for (int64_t q = 0; q < quanta; q++) {
+        int64_t left = count - q * QS_NF4_QUANTUM;
+        int64_t zero =
+            quantize_quantum(w, t->dtype, q, left < QS_NF4_QUANTUM ? left : QS_NF4_QUANTUM,
+                             absmax + first / QS_NF4_BLOCK);
+        not_finite |= zero < 0;
+        zero_blocks += zero;
+    }
+    if (not_finite != 0) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: tensor %s: a weight among elements %lld ... %lld is not finite",
+                       qs_st_path(w->plan->dir), t->name, (long long)first,
+                       (long long)(first + count - 1));
+    }
+    w->result->zero_blocks += zero_blocks;
+    return write_packed(w, t->quantum + first / QS_NF4_QUANTUM, quanta);
+}
+
+static float mean_of(const float *absmax, int64_t n)
+{
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        sum += (double)absmax[i];
+    }
+    return (float)(sum / (double)n);
+}
+
+/* Second level of a whole tensor, or the copy of the first where there is none. */
+static void finish_absmax(worker *w, int i, const float *absmax, int64_t blocks)
+{
+    const qs_base_tensor *t = &w->unit->tensors[i];
+    if (!w->plan->index->nested) {
+        memcpy(w->absmax32 + t->quantum * QS_NF4_QUANTUM_BLOCKS, absmax,
+               (size_t)blocks * sizeof *absmax);
+        return;
+    }
+    float offset = mean_of(absmax, blocks);
+    w->result->offset[i] = offset;
+#pragma omp parallel for num_threads(w->threads) schedule(static)
+    for (int64_t first = 0; first < blocks; first += QS_NF4_QUANTUM_BLOCKS) {
+        int64_t n = blocks - first < QS_NF4_QUANTUM_BLOCKS ? blocks - first : QS_NF4_QUANTUM_BLOCKS;
+        int64_t q = t->quantum + first / QS_NF4_QUANTUM_BLOCKS;
+        qs_nf4_quantize_absmax(absmax + first, n, offset, w->absmax8 + q * QS_NF4_QUANTUM_BLOCKS,
+                               w->absmax32 + q);
+    }
+}
+
+static qs_status quantize_tensor(worker *w, int i)
+{
+    qs_status st = QS_OK;
+    float *absmax = NULL;
+    int64_t count = qs_base_tensor_count(&w->unit->tensors[i]);
+    const int64_t piece = (int64_t)PIECE_QUANTA * QS_NF4_QUANTUM;
+    QS_TRY(QS_ALLOC(&absmax, qs_nf4_quanta(count) * QS_NF4_QUANTUM_BLOCKS, QS_MEM_WORK));
+    for (int64_t first = 0; first < count; first += piece) {
+        int64_t n = count - first < piece ? count - first : piece;
+        QS_GOTO(quantize_piece(w, i, first, n, absmax));
+    }
+    finish_absmax(w, i, absmax, (count + QS_NF4_BLOCK - 1) / QS_NF4_BLOCK);
+done:
+    qs_mem_free(absmax);
+    return st;
+}
+
+/* ---- NF4 from bitsandbytes ---- */
+
+static qs_status import_absmax(worker *w, int i)
+{
+    const qs_base_tensor *t = &w->unit->tensors[i];
+    const qs_source *s = &w->sources[i];
+    int64_t q = t->quantum;
+    int64_t floats;
+    float *absmax32;
+    if (s->nested_absmax != NULL) {
+        QS_TRY(read_source(w, i, s->absmax, 0, s->absmax->bytes,
+                           w->absmax8 + q * QS_NF4_QUANTUM_BLOCKS));
+        absmax32 = w->absmax32 + q;
+        floats = s->nested_absmax->count;
+        QS_TRY(read_source(w, i, s->nested_absmax, 0, s->nested_absmax->bytes, absmax32));
+    } else {
+        absmax32 = w->absmax32 + q * QS_NF4_QUANTUM_BLOCKS;
+        floats = s->absmax->count;
+        QS_TRY(read_source(w, i, s->absmax, 0, s->absmax->bytes, absmax32));
+    }
+    if (!all_finite(absmax32, floats)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: tensor %s: an absmax is not finite",
+                       qs_st_path(w->plan->dir), t->name);
+    }
+    w->result->offset[i] = t->offset;
+    return QS_OK;
+}
+
+static qs_status import_tensor(worker *w, int i)
+{
+    const qs_base_tensor *t = &w->unit->tensors[i];
+    int64_t count = qs_base_tensor_count(t);
+    int64_t bytes = (count + 1) / 2;
+    const int64_t piece = (int64_t)PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES;
+    for (int64_t first = 0; first < bytes; first += piece) {
+        int64_t n = bytes - first < piece ? bytes - first : piece;
+        int64_t quanta = (n + QS_NF4_QUANTUM_PACKED_BYTES - 1) / QS_NF4_QUANTUM_PACKED_BYTES;
+        memset(w->packed, QS_NF4_ZERO_BYTE, (size_t)(quanta * QS_NF4_QUANTUM_PACKED_BYTES));
+        QS_TRY(read_source(w, i, w->sources[i].data, first, n, w->packed));
+        if (first + n == bytes && count % 2 != 0) { /* the half byte past the end is padding */
+            uint8_t *last = &w->packed[n - 1];
+            *last = (uint8_t)((*last & 0xF0) | (QS_NF4_ZERO_BYTE & 0x0F));
+        }
+        QS_TRY(write_packed(w, t->quantum + first / QS_NF4_QUANTUM_PACKED_BYTES, quanta));
+    }
+    return import_absmax(w, i);
+}
+
+/* ---- raw ---- */
+
+/* Quanta that go through the piece buffer at once; a wide row of a table may fill it alone. */
+static int64_t raw_quanta_per_piece(const qs_base_unit *unit)
+{
+    int64_t each = (int64_t)qs_raw_quantum_bytes(&unit->size);
+    return each < PIECE_BYTES ? PIECE_BYTES / each : 1;
+}
+
+static qs_status copy_tensor(worker *w, int i)
+{
+    const qs_base_tensor *t = &w->unit->tensors[i];
+    int64_t each = (int64_t)qs_raw_quantum_bytes(&w->unit->size);
+    int64_t size = (int64_t)qs_dtype_bytes(t->dtype);
+    int64_t bytes = qs_base_tensor_count(t) * size;
+    int64_t step = raw_quanta_per_piece(w->unit) * each;
+    uint64_t *hash = w->result->hash + w->unit->size.nf4_quanta + t->quantum;
+    for (int64_t first = 0; first < bytes; first += step) {
+        int64_t n = bytes - first < step ? bytes - first : step;
+        int64_t padded = (n + each - 1) / each * each;
+        QS_TRY(
+            read_source(w, i, w->sources[i].data, w->sources[i].first * size + first, n, w->piece));
+        memset(w->piece + n, 0, (size_t)(padded - n));
+        for (int64_t q = 0; q < padded / each; q++) {
+            hash[first / each + q] = qs_xxh3_64(w->piece + q * each, (size_t)each);
+        }
+        QS_TRY(qs_io_write_all(w->fd, w->piece, (size_t)padded,
+                               w->unit->raw_at + t->quantum * each + first, w->path));
+    }
+    return QS_OK;
+}
+
+/* ---- read back ---- */
+
+static qs_status differs(const worker *w, const char *dataset, int64_t quantum)
+{
+    qs_error_clear();
+    return QS_FAIL(QS_ERR_IO_VERIFY,
+                   "%s: unit %s: %s reads back differently from what was written, at quantum %lld; "
+                   "check the disk",
+                   w->path, w->unit->name, dataset, (long long)quantum);
+}
+
+static qs_status reread(const worker *w, const char *dataset, void *out, size_t bytes, int64_t at)
+{
+    return qs_io_read_all(w->fd, out, bytes, at, w->path) == QS_OK ? QS_OK : differs(w, dataset, 0);
+}
+
+/* An array that is still in memory, in pieces. */
+static qs_status compare(const worker *w, const char *dataset, const void *data, size_t bytes,
+                         int64_t at)
+{
+    const uint8_t *want = data;
+    for (size_t done = 0; done < bytes; done += PIECE_BYTES) {
+        size_t n = bytes - done < PIECE_BYTES ? bytes - done : PIECE_BYTES;
+        QS_TRY(reread(w, dataset, w->piece, n, at + (int64_t)done));
+        if (memcmp(w->piece, want + done, n) != 0) {
+            return differs(w, dataset, 0);
+        }
+    }
+    return QS_OK;
+}
+
+/* Packed bytes against the hash of what was written; with the absmax in memory they give the
+ * quantum's hash. */
+static qs_status check_packed(const worker *w)
+{
+    const qs_unit_size *size = &w->unit->size;
+    const int64_t each = QS_NF4_QUANTUM_PACKED_BYTES;
+    for (int64_t first = 0; first < size->nf4_quanta; first += PIECE_QUANTA) {
+        int64_t left = size->nf4_quanta - first;
+        int64_t n = left < PIECE_QUANTA ? left : PIECE_QUANTA;
+        QS_TRY(
+            reread(w, "packed", w->packed, (size_t)(n * each), w->unit->packed_at + first * each));
+        const uint8_t *absmax8 = w->absmax8 + first * size->absmax8_per_quantum;
+        const float *absmax32 = w->absmax32 + first * size->absmax32_per_quantum;
+        for (int64_t q = 0; q < n; q++) {
+            if (qs_xxh3_64(w->packed + q * each, (size_t)each) != w->packed_hash[first + q]) {
+                return differs(w, "packed", first + q);
+            }
+            w->result->hash[first + q] =
+                qs_base_nf4_hash(size, w->packed, absmax8, (const uint8_t *)absmax32, q);
+        }
+    }
+    return QS_OK;
+}
+
+static qs_status check_raw(const worker *w)
+{
+    const qs_unit_size *size = &w->unit->size;
+    int64_t each = (int64_t)qs_raw_quantum_bytes(size);
+    int64_t step = raw_quanta_per_piece(w->unit);
+    const uint64_t *hash = w->result->hash + size->nf4_quanta;
+    for (int64_t first = 0; first < size->raw_quanta; first += step) {
+        int64_t n = size->raw_quanta - first < step ? size->raw_quanta - first : step;
+        QS_TRY(reread(w, "raw", w->piece, (size_t)(n * each), w->unit->raw_at + first * each));
+        for (int64_t q = 0; q < n; q++) {
+            if (qs_xxh3_64(w->piece + q * each, (size_t)each) != hash[first + q]) {
+                return differs(w, "raw", first + q);
+            }
+        }
+    }
+    return QS_OK;
+}
+
+static void drop_cache(const worker *w, int64_t at, int64_t bytes)
+{
+    if (bytes > 0) { /* advice: where it is not taken, the comparison sees the page cache */
+        (void)posix_fadvise(w->fd, (off_t)at, (off_t)bytes, POSIX_FADV_DONTNEED);
+    }
+}
+
+static qs_status sync_and_check(const worker *w)
+{
+    const qs_unit_size *size = &w->unit->size;
+    size_t absmax8 = (size_t)(size->nf4_quanta * size->absmax8_per_quantum);
+    size_t absmax32 = (size_t)(size->nf4_quanta * size->absmax32_per_quantum) * sizeof(float);
+    QS_TRY(qs_io_fsync(w->fd, w->path));
+    drop_cache(w, w->unit->packed_at, size->nf4_quanta * QS_NF4_QUANTUM_PACKED_BYTES);
+    drop_cache(w, w->unit->absmax8_at, (int64_t)absmax8);
+    drop_cache(w, w->unit->absmax32_at, (int64_t)absmax32);
+    drop_cache(w, w->unit->raw_at, size->raw_quanta * (int64_t)qs_raw_quantum_bytes(size));
+    QS_TRY(compare(w, "absmax8", w->absmax8, absmax8, w->unit->absmax8_at));
+    QS_TRY(compare(w, "absmax32", w->absmax32, absmax32, w->unit->absmax32_at));
+    QS_TRY(check_packed(w));
+    return check_raw(w);
+}
+
+/* ---- a unit ---- */
+
+static qs_status alloc_worker(worker *w)
+{
+    const qs_unit_size *size = &w->unit->size;
+    size_t raw = qs_raw_quantum_bytes(size);
+    QS_TRY(QS_ALLOC(&w->piece, raw > PIECE_BYTES ? raw : PIECE_BYTES, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&w->packed, PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&w->absmax8, size->nf4_quanta * size->absmax8_per_quantum, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&w->absmax32, size->nf4_quanta * size->absmax32_per_quantum, QS_MEM_WORK));
+    return QS_ALLOC(&w->packed_hash, size->nf4_quanta, QS_MEM_WORK);
+}
+
+static void free_worker(worker *w)
+{
+    qs_mem_free(w->piece);
+    qs_mem_free(w->packed);
+    qs_mem_free(w->absmax8);
+    qs_mem_free(w->absmax32);
+    qs_mem_free(w->packed_hash);
+}
+
+/* Norms and biases are written by rank 0; the owner only notes what they were. */
+static qs_status note_small(worker *w, int i)
+{
+    const qs_st_tensor *data = w->sources[i].data;
+    uint8_t *bytes = NULL;
+    QS_TRY(QS_ALLOC(&bytes, data->bytes, QS_MEM_WORK));
+    qs_status st = read_source(w, i, data, 0, data->bytes, bytes);
+    qs_mem_free(bytes);
+    return st;
+}
+
+static qs_status do_tensor(worker *w, int i)
+{
+    switch (w->unit->tensors[i].kind) {
+    case QS_TENSOR_NF4:
+        return w->sources[i].absmax != NULL ? import_tensor(w, i) : quantize_tensor(w, i);
+    case QS_TENSOR_RAW:
+        return copy_tensor(w, i);
+    case QS_TENSOR_SMALL:
+        return note_small(w, i);
+    }
+    return QS_OK;
+}
+
+qs_status qs_quantize_unit(const qs_plan *plan, int u, int fd, const char *path, int threads,
+                           qs_unit_result *result)
+{
+    qs_status st = QS_OK;
+    worker w = {.plan = plan,
+                .unit = qs_plan_unit(plan, u),
+                .sources = plan->sources[u],
+                .result = result,
+                .fd = fd,
+                .threads = threads,
+                .path = path};
+    const qs_unit_size *size = &w.unit->size;
+    QS_GOTO(alloc_worker(&w));
+    for (int i = 0; i < w.unit->n_tensors; i++) {
+        QS_GOTO(do_tensor(&w, i));
+    }
+    QS_GOTO(qs_io_write_all(fd, w.absmax8, (size_t)(size->nf4_quanta * size->absmax8_per_quantum),
+                            w.unit->absmax8_at, path));
+    QS_GOTO(qs_io_write_all(fd, w.absmax32,
+                            (size_t)(size->nf4_quanta * size->absmax32_per_quantum) *
+                                sizeof *w.absmax32,
+                            w.unit->absmax32_at, path));
+    if (size->nf4_quanta + size->raw_quanta > 0) {
+        QS_GOTO(sync_and_check(&w));
+    }
+done:
+    free_worker(&w);
+    return st;
+}
+
+qs_status qs_quantize_small(const qs_plan *plan, int u, uint8_t *small)
+{
+    const qs_base_unit *unit = qs_plan_unit(plan, u);
+    for (int i = 0; i < unit->n_tensors; i++) {
+        if (unit->tensors[i].kind == QS_TENSOR_SMALL) {
+            const qs_st_tensor *data = plan->sources[u][i].data;
+            QS_TRY(qs_st_read(plan->dir, data, 0, data->bytes, small + unit->tensors[i].byte));
+        }
+    }
+    return QS_OK;
+}
