@@ -403,7 +403,9 @@ static qs_status step_loop(run *r)
     while (r->step < r->sampler.steps && !stop) {
         QS_TRY(train_step(r, &r->last));
         if (r->options->dump_grads != NULL) {
-            printf("loss %.17g grad_norm %.17g\n", r->last.loss, r->last.grad_norm);
+            if (r->rank == 0) {
+                printf("loss %.17g grad_norm %.17g\n", r->last.loss, r->last.grad_norm);
+            }
             return QS_OK;
         }
         r->step++;
