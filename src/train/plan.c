@@ -13,14 +13,14 @@ static size_t data_bytes(const qs_data *data, const qs_model_shape *shape)
     return index + (size_t)(shape->group * shape->max_tokens) * per_token;
 }
 
-qs_plan qs_plan_make(const qs_session *s, const qs_data *data, const qs_model_shape *shape,
-                     int64_t slots)
+qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *data,
+                                   const qs_model_shape *shape, int64_t slots)
 {
     const int nranks = qs_comm_nranks(s->comm);
     const qs_lora_layout *layout = &s->layout;
     const qs_model_bytes model = qs_model_plan(&s->index->config, layout, shape);
     const size_t shard = (size_t)(layout->n_layers * qs_lora_shard_width(layout, nranks));
-    qs_plan plan = {0};
+    qs_memory_plan plan = {0};
     plan.bytes[QS_MEM_BASE_SHARD] = qs_fsdp_shard_bytes(s->index, 0, nranks);
     plan.bytes[QS_MEM_BASE_GATHER] = qs_fsdp_gather_bytes(s->index, nranks);
     plan.bytes[QS_MEM_BASE_SMALL] = model.small_bytes;
@@ -36,7 +36,7 @@ qs_plan qs_plan_make(const qs_session *s, const qs_data *data, const qs_model_sh
     return plan;
 }
 
-void qs_plan_print(const qs_plan *plan, bool measured)
+void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
 {
     printf("%-28s %12s%s\n", "memory of rank 0", "plan MiB", measured ? "     peak MiB" : "");
     for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
@@ -54,7 +54,7 @@ void qs_plan_print(const qs_plan *plan, bool measured)
     fflush(stdout);
 }
 
-qs_status qs_plan_check(const qs_plan *plan, int64_t limit_bytes)
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, int64_t limit_bytes)
 {
     if (limit_bytes == 0 || plan->total_bytes <= (size_t)limit_bytes) {
         return QS_OK;

@@ -9,17 +9,17 @@
 typedef struct {
     size_t bytes[QS_MEM_CLASS_COUNT];
     size_t total_bytes;
-} qs_plan;
+} qs_memory_plan;
 
 /** Bytes that rank 0, which has the largest share, will hold for training with `shape` and `slots`
  * micro-batches a step. */
-qs_plan qs_plan_make(const qs_session *s, const qs_data *data, const qs_model_shape *shape,
+qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *data, const qs_model_shape *shape,
                      int64_t slots);
 
 /** Print the table: class, planned MiB and, if `measured`, the peak that this process reached. */
-void qs_plan_print(const qs_plan *plan, bool measured);
+void qs_memory_plan_print(const qs_memory_plan *plan, bool measured);
 
 /** QS_ERR_MEMORY if the plan is above `limit_bytes` (0: no limit), naming what to change. */
-qs_status qs_plan_check(const qs_plan *plan, int64_t limit_bytes);
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, int64_t limit_bytes);
 
 #endif

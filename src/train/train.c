@@ -38,7 +38,7 @@ typedef struct {
     qs_data *train_data, *eval_data;
     qs_sampler sampler;
     qs_model_shape shape;
-    qs_plan plan;
+    qs_memory_plan plan;
     qs_run_dir run_dir;
     qs_batch **batches; /* [shape.group] */
     qs_optim *optim;
@@ -91,7 +91,7 @@ static void shape_run(run *r)
         r->shape.max_targets =
             larger(r->shape.max_targets, qs_session_max_targets(r->eval_data, micro));
     }
-    r->plan = qs_plan_make(&r->session, r->train_data, &r->shape, r->sampler.slots);
+    r->plan = qs_memory_plan_make(&r->session, r->train_data, &r->shape, r->sampler.slots);
 }
 
 static int64_t shard_count(const run *r)
@@ -462,7 +462,7 @@ static qs_status finish(run *r)
     QS_TRY(qs_comm_agree(r->comm, st));
     QS_TRY(qs_run_dir_finish(&r->run_dir, r->comm));
     if (r->rank == 0) {
-        qs_plan_print(&r->plan, true);
+        qs_memory_plan_print(&r->plan, true);
     }
     qs_log_info("%s: done: %" PRId64 " steps in %.1f s", r->cfg->output, r->step, seconds);
     return QS_OK;
@@ -493,9 +493,9 @@ static qs_status run_all(run *r)
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);
     }
     if (r->options->dry_run && r->rank == 0) {
-        qs_plan_print(&r->plan, false);
+        qs_memory_plan_print(&r->plan, false);
     }
-    QS_TRY(qs_comm_agree(r->comm, qs_plan_check(&r->plan, r->cfg->memory.device_limit)));
+    QS_TRY(qs_comm_agree(r->comm, qs_memory_plan_check(&r->plan, r->cfg->memory.device_limit)));
     if (r->options->dry_run) {
         return QS_OK;
     }
