@@ -15,9 +15,9 @@ static void decode_blocks(const qs_isa *isa, const qs_nf4_quantum *quantum, cons
     if (quantum->absmax8 == NULL) {
         scales = quantum->absmax32 + block;
     } else {
-        for (int64_t i = 0; i < blocks; i++) {
-            absmax[i] =
-                qs_nf4_absmax(w->map, quantum->absmax8[block + i], quantum->absmax32[0], w->offset);
+        for (int64_t i = 0; i < blocks; i++) { /* qs_nf4_absmax, in line */
+            float scaled = w->map[quantum->absmax8[block + i]] * quantum->absmax32[0];
+            absmax[i] = scaled + w->offset;
         }
     }
     isa->nf4_decode(quantum->packed + block * (QS_NF4_BLOCK / 2), scales, blocks, w->dtype, out);
@@ -46,21 +46,36 @@ static void decode_run(const qs_isa *isa, const qs_nf4_quantum *quantum, const q
     }
 }
 
-void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
-                           int64_t first, int64_t count, float *out)
+/* Ask for what will be read `ahead` bytes further on. It may lie outside of the unit: a prefetch of
+ * nothing is harmless. */
+static void prefetch(const uint8_t *from, int64_t bytes, int64_t ahead)
+{
+    enum { LINE = 64 };
+    uintptr_t at = (uintptr_t)from + (uintptr_t)ahead;
+    for (int64_t i = 0; i < bytes; i += LINE) {
+        __builtin_prefetch((const void *)(at + (uintptr_t)i));
+    }
+}
+
+/* `ahead` elements further on the next call will read; 0: unknown. */
+static void decode(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w, int64_t first,
+                   int64_t count, int64_t ahead, float *out)
 {
     bool nf4 = w->kind == QS_WEIGHT_NF4;
     int64_t elems = nf4 ? QS_NF4_QUANTUM : view->layout.size.raw_quantum_elems;
+    int64_t size = nf4 ? 0 : (int64_t)qs_dtype_bytes(w->dtype);
     while (count > 0) {
         int64_t at = first % elems;
         int64_t run = qs_min_i64(elems - at, count);
         int64_t number = w->quantum + first / elems;
         if (nf4) {
             qs_nf4_quantum quantum = qs_unit_nf4_quantum(view, number);
+            prefetch(quantum.packed + at / 2, run / 2, ahead / 2);
             decode_run(isa, &quantum, w, at, run, out);
         } else {
-            const uint8_t *raw = qs_unit_raw_quantum(view, number);
-            isa->widen(raw + (size_t)at * qs_dtype_bytes(w->dtype), w->dtype, run, out);
+            const uint8_t *raw = qs_unit_raw_quantum(view, number) + at * size;
+            prefetch(raw, run * size, ahead * size);
+            isa->widen(raw, w->dtype, run, out);
         }
         first += run;
         count -= run;
@@ -68,12 +83,23 @@ void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs
     }
 }
 
+void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
+                           int64_t first, int64_t count, float *out)
+{
+    decode(isa, view, w, first, count, 0, out);
+}
+
+/* Packing jumps from row to row, where no hardware prefetcher follows. W^T: the same row is next
+ * read one block of k further on. W: this is done with it, and the rows below come next. */
 static void weight_load(const qs_operand *operand, int64_t row, int64_t first, int64_t count,
                         float *out)
 {
+    enum { ROWS_AHEAD = 12 };
     const qs_weight_source *source = operand->ctx;
-    qs_weight_decode_fast(source->isa, source->view, source->weight,
-                          (source->row0 + row) * source->weight->in + first, count, out);
+    int64_t in = source->weight->in;
+    int64_t ahead = operand->transposed ? QS_GEMM_KC : ROWS_AHEAD * in;
+    decode(source->isa, source->view, source->weight, (source->row0 + row) * in + first, count,
+           ahead, out);
 }
 
 qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed)
