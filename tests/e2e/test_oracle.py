@@ -1,5 +1,6 @@
 """Loss, LoRA gradients and training curve against transformers + peft, from the committed golden values; and the gradient
 against finite differences of the program's own loss."""
+import json
 import os
 import shutil
 import sys
@@ -47,20 +48,38 @@ class Golden(unittest.TestCase):
 
 
 class Derivative(unittest.TestCase):
-    def loss_at(self, folder, adapter):
-        text = support.qshard("eval", os.path.join(folder, "run.yaml"), "--adapter", adapter, "--set",
-                              f"data.eval={folder}/train.h5").stdout
-        return float(text.split()[1])
+    """Central differences of the printed loss, over all adapters at once: no other program is involved."""
 
-    def test_gradient_is_the_derivative_of_the_loss(self):
-        """Central differences along the gradient and along seeded random directions, over all adapters at once."""
-        folder = make_case("odd")
-        grads_path = os.path.join(folder, "grads.safetensors")
-        support.qshard("train", os.path.join(folder, "run.yaml"), "--dump-grads", grads_path)
-        grads = read_safetensors(grads_path)
-        start = read_safetensors(os.path.join(folder, "adapter", "adapter_model.safetensors"))
+    def loss_and_gradient(self, folder, adapter, options):
+        path = os.path.join(folder, "grads.safetensors")
+        done = support.qshard("train", os.path.join(folder, "run.yaml"), "--dump-grads", path, "--set",
+                              f"lora.init={adapter}", *options)
+        return float(done.stdout.split()[1]), read_safetensors(path)
+
+    def keep_targets(self, adapter, targets):
+        """Makes the adapter one of `targets` alone."""
+        config_path = os.path.join(adapter, "adapter_config.json")
+        with open(config_path, encoding="utf-8") as file:
+            config = json.load(file)
+        config["target_modules"] = targets
+        with open(config_path, "w", encoding="utf-8") as file:
+            json.dump(config, file)
+        weights = os.path.join(adapter, "adapter_model.safetensors")
+        tensors = {k: v for k, v in read_safetensors(weights).items() if any(f".{t}." in k for t in targets)}
+        write_safetensors(weights, tensors)
+
+    def check(self, case, targets=None, dropout=0.0):
+        folder = make_case(case)
         moved = os.path.join(folder, "moved")
         shutil.copytree(os.path.join(folder, "adapter"), moved)
+        options = ["--set", f"lora.dropout={dropout}"]
+        if targets is not None:
+            self.keep_targets(moved, targets)
+            options += ["--set", f"lora.targets=[{', '.join(targets)}]"]
+        weights = os.path.join(moved, "adapter_model.safetensors")
+        start = read_safetensors(weights)
+        _, grads = self.loss_and_gradient(folder, moved, options)
+        self.assertEqual(sorted(grads), sorted(start))
         draw = np.random.default_rng(5)
         directions = [grads] + [{k: g * draw.choice([-1.0, 0.5, 2.0], size=g.shape) for k, g in grads.items()}
                                 for _ in range(2)]
@@ -68,13 +87,22 @@ class Derivative(unittest.TestCase):
             size = np.sqrt(sum(np.sum(d.astype(np.float64) ** 2) for d in direction.values()))
             losses = []
             for step in (0.02, -0.02):
-                write_safetensors(os.path.join(moved, "adapter_model.safetensors"),
-                                  {k: (start[k] + step * direction[k] / size).astype(np.float32) for k in start})
-                losses.append(self.loss_at(folder, moved))
+                write_safetensors(weights, {k: (start[k] + step * direction[k] / size).astype(np.float32)
+                                            for k in start})
+                losses.append(self.loss_and_gradient(folder, moved, options)[0])
             slope = (losses[0] - losses[1]) / 0.04
             expected = sum(np.sum(grads[k].astype(np.float64) * direction[k]) for k in grads) / size
-            with self.subTest(direction=i, slope=slope, expected=expected):
+            with self.subTest(case=case, direction=i, slope=slope, expected=expected):
                 self.assertLess(abs(slope - expected), 3e-3 * abs(expected))
+
+    def test_all_linears(self):
+        self.check("odd")
+
+    def test_some_linears_with_dropout(self):
+        self.check("odd", targets=["k_proj", "down_proj"], dropout=0.3)
+
+    def test_biases_with_dropout(self):
+        self.check("biases", dropout=0.5)
 
 
 if __name__ == "__main__":
