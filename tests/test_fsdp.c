@@ -194,15 +194,22 @@ Test(fsdp, one_rank_sees_its_share_without_a_copy)
     team_expect_ok(1, one_rank_body, &base);
 }
 
+typedef struct {
+    fx_base base;
+    /* Not the communicator's: any call of it moves everything along. */
+    pthread_barrier_t all_started;
+} idle_case;
+
 /* Poll by the compute queue's idle callback alone until the prefetched unit lies in its buffer. */
 static qs_status idle_body(team_member *me)
 {
+    idle_case *t = me->ctx;
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
     qs_unit_view view;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, &t->base));
     QS_GOTO(qs_fsdp_acquire(f, 0, 1, &view));
-    QS_GOTO(qs_comm_barrier(me->comm)); /* all have started the gather of 1 */
+    pthread_barrier_wait(&t->all_started);
     qs_gather_buffer *other = &f->buffers[f->buffers[0].unit == 0 ? 1 : 0];
     qs_unit_view ahead = {.layout = f->layouts[1], .base = other->bytes};
     for (int i = 0; i < 100 && (st = fx_check_view(&ahead, 1)) != QS_OK; i++) {
@@ -220,9 +227,11 @@ done:
 
 Test(fsdp, the_compute_queue_moves_the_gather_along)
 {
-    fx_base base;
-    fx_base_make(&base, QS_BF16);
-    team_expect_ok(3, idle_body, &base);
+    idle_case t;
+    fx_base_make(&t.base, QS_BF16);
+    cr_assert_eq(pthread_barrier_init(&t.all_started, NULL, 3), 0);
+    team_expect_ok(3, idle_body, &t);
+    pthread_barrier_destroy(&t.all_started);
 }
 
 /* ---- mistakes and failures ---- */

@@ -1,9 +1,11 @@
-/* Fully sharded base: every rank keeps its share of each unit, and sees a whole unit only between acquire and release.
+/* Fully sharded base: every rank keeps its share of each unit, and sees a whole unit only between
+ * acquire and release.
  *
- * acquire(u, next) waits for the gather of u, starts the gather of `next` into the other buffer, and hands out a view of u.
- * The gathers run on a queue of their own; the compute queue polls it between tiles (qs_queue_set_idle).
- * With one rank nothing is copied: the share is the unit.
- * Zhao et al. 2023, arXiv:2304.11277 (FSDP); the unit protocol with two buffers is theirs, the bytes are NF4. */
+ * acquire(u, next) waits for the gather of u, starts the gather of `next` into the other buffer,
+ * and hands out a view of u. The gathers run on a queue of their own; the compute queue polls it
+ * between tiles (qs_queue_set_idle). With one rank nothing is copied: the share is the unit. Zhao
+ * et al. 2023, arXiv:2304.11277 (FSDP); the unit protocol with two buffers is theirs, the bytes are
+ * NF4. */
 #ifndef QS_FSDP_FSDP_H
 #define QS_FSDP_FSDP_H
 
@@ -21,21 +23,24 @@ typedef struct {
     uint64_t gathered_bytes; /* received from others by gathers */
     uint64_t read_bytes;     /* of base.h5, by this rank */
     uint64_t gathers;
-    double wait_s;           /* time that compute stood still for gathers */
+    double wait_s; /* time that compute stood still for gathers */
 } qs_fsdp_stats;
 
-/** Read this rank's share of every unit and allocate the two gather buffers. Collective. `index` is borrowed. */
-qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm, qs_queue *compute);
+/** Read this rank's share of every unit and allocate the two gather buffers. Collective. `index` is
+ * borrowed. */
+qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
+                         qs_queue *compute);
 void qs_fsdp_destroy(qs_fsdp *fsdp);
 
-/** The unit `u`, whole, until qs_fsdp_release. `next` (-1: none) is gathered meanwhile. Collective: all ranks, same order.
- *  At most two units are held at a time. A unit that still lies in a buffer, released or not, is not gathered again.
- *  QS_ERR_BUG for a third unit, or for the release of one that is not held. */
+/** The unit `u`, whole, until qs_fsdp_release. `next` (-1: none) is gathered meanwhile. Collective:
+ * all ranks, same order. At most two units are held at a time. A unit that still lies in a buffer,
+ * released or not, is not gathered again. QS_ERR_BUG for a third unit, or for the release of one
+ * that is not held. */
 qs_status qs_fsdp_acquire(qs_fsdp *fsdp, int u, int next, qs_unit_view *view);
 qs_status qs_fsdp_release(qs_fsdp *fsdp, int u);
 
-/** Rows of the embedding table for `tokens` [count], as floats, into out [count, hidden]: owners are asked by all-to-all, no rank
- *  gathers the table. Collective, count may be 0. */
+/** Rows of the embedding table for `tokens` [count], as floats, into out [count, hidden]: owners
+ * are asked by all-to-all, no rank gathers the table. Collective, count may be 0. */
 qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, float *out);
 
 qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *fsdp);
@@ -48,15 +53,17 @@ size_t qs_fsdp_gather_bytes(const qs_base_index *index, int nranks);
 
 typedef struct qs_grads qs_grads;
 
-/** Partial sums of this rank's slots for all layers, and the buffers of the reduction. Not collective.
- *  `slots`: micro-batches of a step over all ranks; `group`: micro-batches per pass. A pass takes the next `group` slots of
- *  this rank's own range (qs_slots_of), layer by layer; the buffers are counted for that order. */
+/** Partial sums of this rank's slots for all layers, and the buffers of the reduction. Not
+ * collective. `slots`: micro-batches of a step over all ranks; `group`: micro-batches per pass. A
+ * pass takes the next `group` slots of this rank's own range (qs_slots_of), layer by layer; the
+ * buffers are counted for that order. */
 qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs_ops *ops,
                           qs_comm *comm, qs_queue *compute, int64_t slots, int64_t group);
 void qs_grads_destroy(qs_grads *grads);
 
-/** Send the reductions through the queue of the gathers from now on, so that compute polls both. Without it they are right,
- *  but move only while somebody waits for them. `fsdp` must outlive `grads`; call before the first reduction. */
+/** Send the reductions through the queue of the gathers from now on, so that compute polls both.
+ * Without it they are right, but move only while somebody waits for them. `fsdp` must outlive
+ * `grads`; call before the first reduction. */
 void qs_grads_attach(qs_grads *grads, qs_fsdp *fsdp);
 
 /** Most bytes that a rank's qs_grads holds: for the plan. */
@@ -65,27 +72,29 @@ size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int64_t slots, i
 /** Start a step. */
 void qs_grads_begin(qs_grads *grads);
 
-/** Where the backward writes the gradient of layer `layer` for the micro-batch in slot `slot`: [per_layer], zeroed.
- *  Within a layer, slots come in ascending order. One slot is open at a time, until qs_grads_add; asked again for the open
- *  one, it gives the same buffer, not zeroed. NULL after a mistake (recorded as QS_ERR_BUG, which qs_grads_add returns). */
+/** Where the backward writes the gradient of layer `layer` for the micro-batch in slot `slot`:
+ * [per_layer], zeroed. Within a layer, slots come in ascending order. One slot is open at a time,
+ * until qs_grads_add; asked again for the open one, it gives the same buffer, not zeroed. NULL
+ * after a mistake (recorded as QS_ERR_BUG, which qs_grads_add returns). */
 float *qs_grads_slot(qs_grads *grads, int layer, int64_t slot);
 
 /** The slot's gradient is complete: fold it into the tree. */
 qs_status qs_grads_add(qs_grads *grads, int layer, int64_t slot);
 
-/** All slots of this rank have passed `layer`: start sending its nodes to the owners of the shards. Collective. Two layers
- *  are under way at a time: a third waits for the first. */
+/** All slots of this rank have passed `layer`: start sending its nodes to the owners of the shards.
+ * Collective. Two layers are under way at a time: a third waits for the first. */
 qs_status qs_grads_reduce(qs_grads *grads, int layer);
 
-/** Wait for all reductions and finish the trees: this rank's shard of the gradient, [n_layers * shard_width].
- *  Collective. Borrowed until the next qs_grads_begin. */
+/** Wait for all reductions and finish the trees: this rank's shard of the gradient, [n_layers *
+ * shard_width]. Collective. Borrowed until the next qs_grads_begin. */
 qs_status qs_grads_finish(qs_grads *grads, float **shard);
 
-/** Norm of the whole gradient: fp64 sums over 4,096-element chunks, all-gathered, added in layer and chunk order. Collective. */
+/** Norm of the whole gradient: fp64 sums over 4,096-element chunks, all-gathered, added in layer
+ * and chunk order. Collective. */
 qs_status qs_grads_norm(qs_grads *grads, const float *shard, double *norm);
 
-/** Gather a sharded LoRA-shaped vector [n_layers * shard_width] to full segments [n_layers * per_layer]. Collective;
- *  waits until `queue` is empty. */
+/** Gather a sharded LoRA-shaped vector [n_layers * shard_width] to full segments [n_layers *
+ * per_layer]. Collective; waits until `queue` is empty. */
 qs_status qs_lora_gather(const qs_lora_layout *layout, qs_comm *comm, qs_queue *queue,
                          const float *shard, float *full);
 
