@@ -31,7 +31,7 @@ static void remove_dir(void)
 /** A directory like a checkpoint: two files, the second of three blocks, and a manifest. */
 static void make_step(int64_t step, char path[128])
 {
-    char name[192];
+    char name[320];
     static char large[(2 << 20) + 100];
     qs_manifest_file files[2];
     qs_manifest m = {.step = step, .nranks = 2, .meta_json = NULL, .n_files = 2, .files = files};
@@ -91,7 +91,7 @@ Test(manifest, round_trip)
 Test(manifest, the_text_is_the_same_each_time_and_ends_in_its_own_hash)
 {
     char path[2][128];
-    char name[192];
+    char name[320];
     char *text[2];
     size_t bytes[2];
     char hash[QS_SHA256_HEX];
@@ -115,7 +115,7 @@ Test(manifest, the_text_is_the_same_each_time_and_ends_in_its_own_hash)
 Test(manifest, every_flipped_bit_of_the_manifest_is_found)
 {
     char path[128];
-    char name[192];
+    char name[320];
     void *text = NULL;
     size_t bytes = 0;
     qs_manifest m;
@@ -150,7 +150,7 @@ static void expect_damage(const char *path, qs_status status, const char *words)
 Test(manifest, damage_names_file_and_block)
 {
     char path[128];
-    char name[192];
+    char name[320];
     qs_manifest m;
     make_step(1, path);
     flip(path, "rank-00001.h5", (1 << 20) + 17, 0x40);
@@ -173,7 +173,7 @@ Test(manifest, damage_names_file_and_block)
 Test(manifest, a_file_that_differs_from_what_was_hashed_is_not_published)
 {
     char path[128];
-    char name[192];
+    char name[320];
     qs_manifest_file file;
     qs_manifest m = {.step = 3, .nranks = 1, .n_files = 1, .files = &file};
     strcpy(m.run_id, "r");
@@ -274,7 +274,7 @@ Test(manifest, forged_fields_are_refused_by_name)
 Test(manifest, listing_takes_checkpoints_only_newest_first)
 {
     char path[128];
-    char name[192];
+    char name[320];
     int64_t steps[8];
     int count = -1;
     static const int64_t made[] = {7, 100, 12, 123456789};

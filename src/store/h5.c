@@ -34,6 +34,15 @@ enum {
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
+/** Start the library before main, so that it never cleans up by itself: neither at exit nor, where
+ * it knows MPI, in MPI_Finalize. After an H5Fclose that failed (a full disk), 1.10.8 crashes there,
+ * and the exit code would be lost. */
+__attribute__((constructor)) static void start_library(void)
+{
+    (void)H5dont_atexit();
+    (void)H5open(); /* a failure shows in the first real call */
+}
+
 void qs_h5_lock(void)
 {
     pthread_mutex_lock(&mutex);

@@ -230,10 +230,10 @@ qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
         return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %zu bytes", path, sizeof temp - 1);
     }
     (void)unlink(temp); /* of a killed process that had our number */
-    QS_TRY(qs_io_write_new(temp, data, bytes));
-    qs_status st = qs_io_rename(temp, path);
+    qs_status st = qs_io_write_new(temp, data, bytes);
+    st = st != QS_OK ? st : qs_io_rename(temp, path);
     if (st != QS_OK) {
-        (void)unlink(temp);
+        (void)unlink(temp); /* also when it was created, but reported otherwise */
         return st;
     }
     return qs_io_fsync_dir(parent);
