@@ -87,6 +87,10 @@ qs_status qs_h5_check(const qs_h5 *file, int64_t result, const char *doing, cons
         error = atoi(number + strlen("errno = "));
     }
     bool full = error == ENOSPC || error == EDQUOT;
+    if (error > 0) {
+        (void)snprintf(reason, sizeof reason, "%s",
+                       strerror(error)); /* without addresses and counts */
+    }
     return QS_FAIL(full ? QS_ERR_IO_FULL : QS_ERR_IO, "%s: %s %s failed: %s%s", file->path, doing,
                    name, reason, full ? "; free some space or raise the quota" : "");
 }
