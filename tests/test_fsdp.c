@@ -4,6 +4,7 @@
 
 #include "base/mem.h"
 #include "fsdp_fixture.h"
+#include "mpirun.h"
 #include "team.h"
 
 static int rank_counts[] = {1, 2, 3, 4, 5, 8};
@@ -450,29 +451,17 @@ ParameterizedTest(int *n, fsdp, a_token_outside_the_vocabulary_is_everyones_erro
 
 /* ---- the same over MPI ---- */
 
-static void run_step(int nranks, char *out, size_t capacity)
-{
-    char command[1024];
-    snprintf(command, sizeof command,
-             "timeout -k 2 60 mpirun -np %d %s/tests/case_fsdp_step 2>&1; echo exit $?", nranks,
-             getenv("QSHARD_BINARY_DIR"));
-    FILE *pipe = popen(command, "r");
-    cr_assert_not_null(pipe);
-    size_t got = fread(out, 1, capacity - 1, pipe);
-    out[got] = '\0';
-    pclose(pipe);
-}
-
 Test(fsdp, mpi_ranks_end_a_step_with_the_bits_of_one, .timeout = 300)
 {
     static const int nranks[] = {2, 3, 5};
-    char one[4096], many[4096];
-    cr_assert_not_null(getenv("QSHARD_BINARY_DIR"), "run through ctest");
-    run_step(1, one, sizeof one);
-    cr_assert_not_null(strstr(one, "gradient "), "%s", one);
-    cr_assert_not_null(strstr(one, "exit 0"), "%s", one);
+    static mpirun_result one, many;
+    shell(&one, 60, "mpirun -np 1 %s", case_path("fsdp_step"));
+    cr_assert_eq(one.code, 0, "%d: %s", one.code, one.output);
+    cr_assert_eq(count_in(&one, "gradient "), 2, "%s", one.output);
     for (size_t i = 0; i < sizeof nranks / sizeof *nranks; i++) {
-        run_step(nranks[i], many, sizeof many);
-        cr_expect_str_eq(many, one, "np %d:\n%s\nnot:\n%s", nranks[i], many, one);
+        shell(&many, 60, "mpirun -np %d %s", nranks[i], case_path("fsdp_step"));
+        cr_expect_eq(many.code, 0, "np %d: %d: %s", nranks[i], many.code, many.output);
+        cr_expect_str_eq(many.output, one.output, "np %d:\n%s\nnot:\n%s", nranks[i], many.output,
+                         one.output);
     }
 }
