@@ -137,6 +137,7 @@ ParameterizedTestParameters(attention, forward_matches_fp64)
         {2, 2, 64, 2, {0, 65, 300}},
         {9, 3, 20, 3, {0, 130, 131, 200}},
         {2, 1, 130, 2, {0, 3, 70}},
+        {10, 2, 4, 2, {0, 70, 75}},
     };
     return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
 }
@@ -188,6 +189,7 @@ ParameterizedTestParameters(attention, backward_is_the_derivative)
         {3, 1, 6, 4, {0, 1, 2, 2, 9}},
         {4, 2, 5, 3, {0, 7, 71, 90}},
         {2, 1, 3, 2, {0, 65, 140}},
+        {5, 1, 3, 2, {0, 66, 70}},
     };
     return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
 }

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/cpu/isa.h"
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
@@ -258,4 +259,32 @@ Test(lora, mask_keeps_the_right_share_and_differs_between_rows_and_samples)
     cr_assert_eq(memcmp(mask, other, sizeof other), 0);
     free(mask);
     qs_queue_destroy(queue);
+}
+
+Test(lora, vector_dropout_draws_the_numbers_of_the_generator)
+{
+    enum { COUNT = 333 };
+    const char *const isas[] = {"avx512", "avx2", "portable"};
+    /* Offsets within a block, and where the block number passes 32 bits. */
+    const uint64_t first[] = {0, 1, 2, 3, 7, 1000001, 4ULL * 0xFFFFFFF0U + 1, 4ULL << 40};
+    float x[COUNT], out[COUNT + 1];
+    for (int i = 0; i < COUNT; i++) {
+        x[i] = (float)(i + 1);
+    }
+    for (int v = 0; v < 3; v++) {
+        if (!qs_isa_force(isas[v])) {
+            continue;
+        }
+        for (size_t f = 0; f < sizeof first / sizeof *first; f++) {
+            qs_rng rng = qs_rng_make(f, 1, 2, QS_RNG_DROPOUT + 3, 0xDEADBEEF);
+            out[COUNT] = -1.0F;
+            qs_isa_get()->dropout(&rng, first[f], COUNT, 0.4F, 2.0F, x, out);
+            for (int i = 0; i < COUNT; i++) {
+                bool kept = qs_rng_uniform(&rng, first[f] + (uint64_t)i) >= 0.4F;
+                cr_assert_eq(out[i], kept ? 2.0F * x[i] : 0.0F, "%s: element %d from %lu", isas[v],
+                             i, (unsigned long)first[f]);
+            }
+            cr_assert_eq(out[COUNT], -1.0F);
+        }
+    }
 }

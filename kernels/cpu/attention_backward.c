@@ -2,16 +2,15 @@
  *     dV = P^T dO,   dS = P * (dO V^T - delta) * scale,   dQ = dS K,   dK = dS^T Q.
  * P and dS are recomputed for each output block, once for dQ and once for dK and dV: 7 products
  * instead of 5, and no two threads add to the same place. */
-#include "kernels/cpu/attention_impl.h"
-
 #include <string.h>
 
+#include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/parallel.h"
 
-enum { BLOCK = QS_ATTENTION_BLOCK };
+enum { BLOCK = QS_ATTENTION_BLOCK, DELTA_ROWS = 32 };
 
 typedef struct {
-    qs_attention_blocks blocks;
+    qs_attention_plan plan;
     const qs_isa *isa;
     const qs_mat *qm, *km, *vm, *o, *d_o;
     const float *lse;
@@ -19,100 +18,144 @@ typedef struct {
     qs_mat *dq, *dk, *dv;
 } backward_args;
 
-/* What a thread works with: P and dS of one pair of blocks. */
+/* P and dS of one pair of blocks, and the packed operands of the products that make them. */
 typedef struct {
     float *p, *ds; /* [BLOCK][BLOCK] */
-    float *pack;
-} backward_work;
+    const float *queries, *d_out, *keys, *values;
+} pair_work;
 
-static backward_work work_of(const backward_args *g, int thread)
+/* A thread's workspace: two squares, then packed operands. */
+static float *workspace(const backward_args *g, int thread, pair_work *w)
 {
-    float *memory = g->blocks.workspace + thread * g->blocks.per_thread;
-    return (backward_work){memory, memory + BLOCK * BLOCK, memory + 2 * BLOCK * BLOCK};
+    w->p = g->plan.workspace + thread * g->plan.per_thread;
+    w->ds = w->p + BLOCK * BLOCK;
+    return w->ds + BLOCK * BLOCK;
 }
 
 static void delta_task(void *ctx, int64_t index, int thread)
 {
     (void)thread;
     const backward_args *g = ctx;
-    int64_t row = index;
-    int dim = g->blocks.shape->head_dim;
-    for (int h = 0; h < g->blocks.shape->n_heads; h++) {
-        const float *o = g->o->data + row * g->o->stride + (int64_t)h * dim;
-        const float *d_o = g->d_o->data + row * g->d_o->stride + (int64_t)h * dim;
-        g->delta[h * g->o->rows + row] = g->isa->dot(o, d_o, dim);
+    int dim = g->plan.shape->head_dim;
+    int64_t last = qs_min_i64((index + 1) * DELTA_ROWS, g->o->rows);
+    for (int64_t t = index * DELTA_ROWS; t < last; t++) {
+        for (int h = 0; h < g->plan.shape->n_heads; h++) {
+            const float *o = g->o->data + t * g->o->stride + (int64_t)h * dim;
+            const float *d_o = g->d_o->data + t * g->d_o->stride + (int64_t)h * dim;
+            g->delta[h * g->o->rows + t] = g->isa->dot(o, d_o, dim);
+        }
     }
 }
 
 /* P and dS of queries [query, query + rows) and keys [key, key + cols) of one head. */
-static void pair(const backward_args *g, const backward_work *w, int head, int64_t query,
-                 int64_t rows, int64_t key, int64_t cols)
+static void pair(const backward_args *g, const pair_work *w, int head, int64_t query, int64_t rows,
+                 int64_t key, int64_t cols)
 {
-    const qs_attention_shape *shape = g->blocks.shape;
-    int dim = shape->head_dim;
-    int kv_head = head / (shape->n_heads / shape->n_kv_heads);
-    qs_operand queries = qs_head_operand(g->qm, query, head, dim, false);
-    qs_operand keys = qs_head_operand(g->km, key, kv_head, dim, true);
-    qs_operand d_out = qs_head_operand(g->d_o, query, head, dim, false);
-    qs_operand values = qs_head_operand(g->vm, key, kv_head, dim, true);
-    qs_gemm_small(g->isa, rows, cols, dim, &queries, &keys, w->p, BLOCK, false, w->pack);
-    qs_gemm_small(g->isa, rows, cols, dim, &d_out, &values, w->ds, BLOCK, false, w->pack);
+    float scale = g->plan.shape->scale;
+    int dim = g->plan.shape->head_dim;
+    qs_multiply_packed(g->isa, rows, cols, dim, w->queries, w->keys, w->p, BLOCK, false);
+    qs_multiply_packed(g->isa, rows, cols, dim, w->d_out, w->values, w->ds, BLOCK, false);
     for (int64_t i = 0; i < rows; i++) {
         float *p = w->p + i * BLOCK, *ds = w->ds + i * BLOCK;
         int64_t at = head * g->qm->rows + query + i;
         int64_t visible = qs_visible(query + i, key, cols);
-        g->isa->exp_sum(p, visible, shape->scale, g->lse[at]);
-        g->isa->softmax_backward(p, visible, g->delta[at], shape->scale, ds);
+        g->isa->exp_sum(p, visible, scale, g->lse[at]);
+        g->isa->softmax_backward(p, visible, g->delta[at], scale, ds);
         memset(p + visible, 0, (size_t)(cols - visible) * sizeof *p);
         memset(ds + visible, 0, (size_t)(cols - visible) * sizeof *ds);
+    }
+}
+
+static void pack_left(const backward_args *g, const qs_mat *mat, int64_t row, int64_t rows,
+                      int head, float *packed)
+{
+    int dim = g->plan.shape->head_dim;
+    qs_operand operand = qs_head_operand(mat, row, head, dim, false);
+    qs_pack_left(g->isa, &operand, rows, dim, packed);
+}
+
+/* As the right side of a product over dim (`transposed`), or over rows. */
+static void pack_right(const backward_args *g, const qs_mat *mat, int64_t row, int64_t rows,
+                       int head, bool transposed, float *packed)
+{
+    int dim = g->plan.shape->head_dim;
+    qs_operand operand = qs_head_operand(mat, row, head, dim, transposed);
+    if (transposed) {
+        qs_pack_right(g->isa, &operand, rows, dim, packed);
+    } else {
+        qs_pack_right(g->isa, &operand, dim, rows, packed);
     }
 }
 
 static void dq_task(void *ctx, int64_t index, int thread)
 {
     const backward_args *g = ctx;
-    const qs_attention_shape *shape = g->blocks.shape;
-    backward_work w = work_of(g, thread);
-    int head = (int)(index % shape->n_heads);
-    int kv_head = head / (shape->n_heads / shape->n_kv_heads);
-    int dim = shape->head_dim;
-    qs_attention_block b =
-        qs_attention_block_at(&g->blocks, g->blocks.count - 1 - index / shape->n_heads);
-    float *dq = g->dq->data + b.begin * g->dq->stride + (int64_t)head * dim;
-    qs_operand ds = qs_square_operand(w.ds, false);
-    for (int64_t key = b.doc_begin; key < b.begin + b.rows; key += BLOCK) {
-        int64_t cols = qs_min_i64(BLOCK, b.doc_end - key);
-        pair(g, &w, head, b.begin, b.rows, key, cols);
-        qs_operand keys = qs_head_operand(g->km, key, kv_head, dim, false);
-        qs_gemm_small(g->isa, b.rows, dim, cols, &ds, &keys, dq, g->dq->stride, key > b.doc_begin,
-                      w.pack);
+    int dim = g->plan.shape->head_dim;
+    int64_t size = g->plan.pack_count;
+    qs_attention_task task = qs_attention_task_at(&g->plan, index, true);
+    pair_work w;
+    float *keys_t = workspace(g, thread, &w), *values_t = keys_t + size;
+    float *keys = values_t + size, *ds = keys + size, *of_heads = ds + size;
+    w.keys = keys_t;
+    w.values = values_t;
+    for (int h = 0; h < task.heads; h++) {
+        float *queries = of_heads + 2 * h * size;
+        pack_left(g, g->qm, task.begin, task.rows, task.head + h, queries);
+        pack_left(g, g->d_o, task.begin, task.rows, task.head + h, queries + size);
+    }
+    qs_operand left = qs_square_operand(w.ds, false);
+    for (int64_t key = task.doc_begin; key < task.begin + task.rows; key += BLOCK) {
+        int64_t cols = qs_min_i64(BLOCK, task.doc_end - key);
+        pack_right(g, g->km, key, cols, task.kv_head, true, keys_t);
+        pack_right(g, g->vm, key, cols, task.kv_head, true, values_t);
+        pack_right(g, g->km, key, cols, task.kv_head, false, keys);
+        for (int h = 0; h < task.heads; h++) {
+            int head = task.head + h;
+            float *dq = g->dq->data + task.begin * g->dq->stride + (int64_t)head * dim;
+            w.queries = of_heads + 2 * h * size;
+            w.d_out = w.queries + size;
+            pair(g, &w, head, task.begin, task.rows, key, cols);
+            qs_pack_left(g->isa, &left, task.rows, cols, ds);
+            qs_multiply_packed(g->isa, task.rows, dim, cols, ds, keys, dq, g->dq->stride,
+                               key > task.doc_begin);
+        }
     }
 }
 
+/* One block of keys against all later queries of all heads that share them. */
 static void dkv_task(void *ctx, int64_t index, int thread)
 {
     const backward_args *g = ctx;
-    const qs_attention_shape *shape = g->blocks.shape;
-    backward_work w = work_of(g, thread);
-    int kv_head = (int)(index % shape->n_kv_heads);
-    int group = shape->n_heads / shape->n_kv_heads;
-    int dim = shape->head_dim;
-    qs_attention_block b = qs_attention_block_at(&g->blocks, index / shape->n_kv_heads);
-    float *dk = g->dk->data + b.begin * g->dk->stride + (int64_t)kv_head * dim;
-    float *dv = g->dv->data + b.begin * g->dv->stride + (int64_t)kv_head * dim;
+    int dim = g->plan.shape->head_dim;
+    int64_t size = g->plan.pack_count;
+    /* The first group of its kv_head stands for all of them. */
+    qs_attention_task task = qs_attention_task_at(&g->plan, index * g->plan.groups_per_kv, false);
+    pair_work w;
+    float *keys = workspace(g, thread, &w), *values = keys + size, *left = values + size;
+    float *queries = left + size, *d_out = queries + size, *right = d_out + size;
+    w.keys = keys;
+    w.values = values;
+    w.queries = queries;
+    w.d_out = d_out;
+    pack_right(g, g->km, task.begin, task.rows, task.kv_head, true, keys);
+    pack_right(g, g->vm, task.begin, task.rows, task.kv_head, true, values);
+    float *dk = g->dk->data + task.begin * g->dk->stride + (int64_t)task.kv_head * dim;
+    float *dv = g->dv->data + task.begin * g->dv->stride + (int64_t)task.kv_head * dim;
     qs_operand p = qs_square_operand(w.p, true), ds = qs_square_operand(w.ds, true);
-    bool accumulate = false;
-    for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        for (int64_t query = b.begin; query < b.doc_end; query += BLOCK) {
-            int64_t rows = qs_min_i64(BLOCK, b.doc_end - query);
-            pair(g, &w, head, query, rows, b.begin, b.rows);
-            qs_operand queries = qs_head_operand(g->qm, query, head, dim, false);
-            qs_operand d_out = qs_head_operand(g->d_o, query, head, dim, false);
-            qs_gemm_small(g->isa, b.rows, dim, rows, &p, &d_out, dv, g->dv->stride, accumulate,
-                          w.pack);
-            qs_gemm_small(g->isa, b.rows, dim, rows, &ds, &queries, dk, g->dk->stride, accumulate,
-                          w.pack);
-            accumulate = true;
+    bool more = false;
+    for (int head = task.head; head < task.head + g->plan.heads_per_kv; head++) {
+        for (int64_t query = task.begin; query < task.doc_end; query += BLOCK) {
+            int64_t rows = qs_min_i64(BLOCK, task.doc_end - query);
+            pack_left(g, g->qm, query, rows, head, queries);
+            pack_left(g, g->d_o, query, rows, head, d_out);
+            pair(g, &w, head, query, rows, task.begin, task.rows);
+            qs_pack_left(g->isa, &p, task.rows, rows, left);
+            pack_right(g, g->d_o, query, rows, head, false, right);
+            qs_multiply_packed(g->isa, task.rows, dim, rows, left, right, dv, g->dv->stride, more);
+            qs_pack_left(g->isa, &ds, task.rows, rows, left);
+            pack_right(g, g->qm, query, rows, head, false, right);
+            qs_multiply_packed(g->isa, task.rows, dim, rows, left, right, dk, g->dk->stride, more);
+            more = true;
         }
     }
 }
@@ -134,9 +177,9 @@ qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape
                           .dk = dk,
                           .dv = dv};
     int64_t work = qs_attention_work(shape);
-    QS_TRY(qs_attention_blocks_make(q, shape, 2, 0, &args.blocks));
-    qs_parallel_for(q, o->rows, o->rows * o->cols, delta_task, &args);
-    qs_parallel_for(q, args.blocks.count * shape->n_heads, work, dq_task, &args);
-    qs_parallel_for(q, args.blocks.count * shape->n_kv_heads, work, dkv_task, &args);
+    QS_TRY(qs_attention_plan_make(q, shape, 2, 0, 4 + 2 * QS_ATTENTION_HEADS, &args.plan));
+    qs_parallel_for(q, qs_ceil_div(o->rows, DELTA_ROWS), o->rows * o->cols, delta_task, &args);
+    qs_parallel_for(q, qs_attention_tasks(&args.plan), work, dq_task, &args);
+    qs_parallel_for(q, args.plan.count * shape->n_kv_heads, work, dkv_task, &args);
     return QS_OK;
 }

@@ -1,38 +1,53 @@
-/* What attention's forward and backward share: the cut into blocks, and a block of probabilities.
+/* What attention's forward and backward share: the cut into tasks, and each thread's workspace.
  *
  * Within a document queries and keys are cut into blocks of QS_ATTENTION_BLOCK. A task owns one
- * block of one head: a block of queries (output, dQ) or of keys (dK, dV), and goes over the blocks
- * of the other kind in ascending order. So nothing is added from two threads, and nothing depends
- * on how many there are (Dao 2023, arXiv:2307.08691, without the atomics). */
+ * block (of queries for the output and dQ, of keys for dK and dV) of some heads that share their
+ * keys, and goes over the blocks of the other kind in ascending order. So nothing is added from two
+ * threads, and nothing depends on how many there are (Dao 2023, arXiv:2307.08691, without the
+ * atomics). Operands are packed once for all products of a task that use them. */
 #ifndef QS_KERNELS_CPU_ATTENTION_IMPL_H
 #define QS_KERNELS_CPU_ATTENTION_IMPL_H
 
 #include "kernels/cpu/ops_impl.h"
 
-enum { QS_ATTENTION_BLOCK = 64 };
+enum {
+    QS_ATTENTION_BLOCK = 64,
+    QS_ATTENTION_HEADS = 4, /* most query heads of a task */
+};
 
-/** The blocks of all documents, numbered through. */
+/** The tasks of a launch: blocks of all documents, numbered through, times groups of heads. */
 typedef struct {
     const qs_attention_shape *shape;
-    int64_t *first;   /* [n_docs + 1] number of a document's first block */
-    int64_t count;    /* blocks in all */
-    float *workspace; /* [threads][per_thread] */
+    int64_t *first;     /* [n_docs + 1] number of a document's first block */
+    int64_t count;      /* blocks in all */
+    int heads_per_kv;   /* query heads that share keys and values */
+    int groups_per_kv;  /* tasks that they are dealt to */
+    int64_t pack_count; /* floats of one packed operand */
+    float *workspace;   /* [threads][per_thread] */
     int64_t per_thread;
-} qs_attention_blocks;
+} qs_attention_plan;
 
-/** One block: rows of the micro-batch, and the document they belong to. */
+/** One task: a block of rows, the document they belong to, and heads [head, head + heads) of one
+ * kv_head. */
 typedef struct {
     int64_t doc_begin, doc_end; /* rows */
     int64_t begin, rows;
-} qs_attention_block;
+    int kv_head, head, heads;
+} qs_attention_task;
 
 /** Number the blocks and provide each thread with `squares` block x block matrices, `vectors` rows
- * of a block, and space to pack operands. Memory is the calling thread's, until its next attention.
- */
-qs_status qs_attention_blocks_make(qs_queue *q, const qs_attention_shape *shape, int squares,
-                                   int vectors, qs_attention_blocks *out);
+ * of a block, and space for `packs` operands. Memory is the calling thread's, until its next
+ * attention. */
+qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape, int squares,
+                                 int vectors, int packs, qs_attention_plan *out);
 
-qs_attention_block qs_attention_block_at(const qs_attention_blocks *blocks, int64_t number);
+/** Tasks in all: blocks times groups of heads. */
+int64_t qs_attention_tasks(const qs_attention_plan *plan);
+
+/** Task `number`; with `late_first` the blocks are taken from the end, because late queries see the
+ * most keys. */
+qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t number,
+                                       bool late_first);
 
 /** Operations of a whole pass over the scores, for qs_parallel_for. */
 int64_t qs_attention_work(const qs_attention_shape *shape);

@@ -250,28 +250,36 @@ qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_ope
     return QS_OK;
 }
 
-int64_t qs_gemm_small_scratch(int64_t m, int64_t n)
+void qs_pack_left(const qs_isa *isa, const qs_operand *a, int64_t m, int64_t k, float *packed)
 {
-    return (m + QS_GEMM_MR_MAX + n + QS_GEMM_NR_MAX) * QS_GEMM_KC;
-}
-
-void qs_gemm_small(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const qs_operand *a,
-                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate, float *scratch)
-{
-    float *packed_a = scratch, *packed_b = scratch + (m + QS_GEMM_MR_MAX) * QS_GEMM_KC;
-    int64_t row_step = (int64_t)PANELS_PER_BLOCK * isa->mr;
-    int64_t col_step = (int64_t)SLIVERS_PER_TASK * isa->nr;
-    if (k == 0 && !accumulate) {
-        zero(m, n, c, c_stride);
-    }
+    int64_t step = (int64_t)PANELS_PER_BLOCK * isa->mr;
+    int64_t rows = round_up(m, isa->mr);
     for (int64_t k0 = 0; k0 < k; k0 += QS_GEMM_KC) {
         int64_t depth = qs_min_i64(QS_GEMM_KC, k - k0);
-        for (int64_t i = 0; i < m; i += row_step) {
-            pack_a(isa, a, i, qs_min_i64(row_step, m - i), k0, depth, packed_a + i * depth);
+        for (int64_t i = 0; i < m; i += step) {
+            pack_a(isa, a, i, qs_min_i64(step, m - i), k0, depth, packed + rows * k0 + i * depth);
         }
-        for (int64_t j = 0; j < n; j += col_step) {
-            pack_b(isa, b, j, qs_min_i64(col_step, n - j), k0, depth, packed_b + j * depth);
+    }
+}
+
+void qs_pack_right(const qs_isa *isa, const qs_operand *b, int64_t n, int64_t k, float *packed)
+{
+    int64_t step = (int64_t)SLIVERS_PER_TASK * isa->nr;
+    int64_t cols = round_up(n, isa->nr);
+    for (int64_t k0 = 0; k0 < k; k0 += QS_GEMM_KC) {
+        int64_t depth = qs_min_i64(QS_GEMM_KC, k - k0);
+        for (int64_t j = 0; j < n; j += step) {
+            pack_b(isa, b, j, qs_min_i64(step, n - j), k0, depth, packed + cols * k0 + j * depth);
         }
-        multiply(isa, m, n, depth, packed_a, packed_b, c, c_stride, accumulate || k0 > 0);
+    }
+}
+
+void qs_multiply_packed(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const float *left,
+                        const float *right, float *c, int64_t c_stride, bool accumulate)
+{
+    int64_t rows = round_up(m, isa->mr), cols = round_up(n, isa->nr);
+    for (int64_t k0 = 0; k0 < k; k0 += QS_GEMM_KC) {
+        multiply(isa, m, n, qs_min_i64(QS_GEMM_KC, k - k0), left + rows * k0, right + cols * k0, c,
+                 c_stride, accumulate || k0 > 0);
     }
 }

@@ -40,12 +40,22 @@ typedef struct qs_operand {
 qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate);
 
-/** Floats of packing space that qs_gemm_small needs for products up to m, n and any k. */
-int64_t qs_gemm_small_scratch(int64_t m, int64_t n);
+/* ---- the same product, the same bits, in the calling thread alone
+ * ------------------------------------------------- */
 
-/** The same product, the same bits, in the calling thread alone. */
-void qs_gemm_small(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const qs_operand *a,
-                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate,
-                   float *scratch);
+/** Floats that a packed left operand [m, k] or right operand [k, n] takes at most, with any
+ * instruction set. */
+static inline int64_t qs_packed_count(int64_t m_or_n, int64_t k)
+{
+    return (m_or_n + QS_GEMM_NR_MAX) * k;
+}
+
+/** Pack A[m, k], or B[k, n], for qs_multiply_packed. */
+void qs_pack_left(const qs_isa *isa, const qs_operand *a, int64_t m, int64_t k, float *packed);
+void qs_pack_right(const qs_isa *isa, const qs_operand *b, int64_t n, int64_t k, float *packed);
+
+/** C (+)= A B of packed operands. */
+void qs_multiply_packed(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const float *left,
+                        const float *right, float *c, int64_t c_stride, bool accumulate);
 
 #endif

@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "base/dtype.h"
+#include "base/rng.h"
 
 enum {
     QS_GEMM_KC =
@@ -62,6 +63,11 @@ typedef struct {
     /** dgate and dup of the above; either may alias dact. */
     void (*swiglu_backward)(const float *gate, const float *up, const float *dact, int64_t count,
                             float *dgate, float *dup);
+
+    /** out[i] = x[i] * keep where the uniform number of element `element` + i is at least p, else
+     * 0. */
+    void (*dropout)(const qs_rng *rng, uint64_t element, int64_t count, float p, float keep,
+                    const float *x, float *out);
 } qs_isa;
 
 /** The table in use: the widest that the CPU has, unless forced. */

@@ -129,6 +129,20 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out + i, src + 2 * i, QS_F16, count - i);
 }
 
+typedef uint64_t mul_u8x __attribute__((vector_size(64)));
+
+/* Products of the lower halves of eight 64-bit lanes. */
+static inline mul_u8x isa_mul_even(mul_u8x a, mul_u8x b)
+{
+    __m256i left[2], right[2];
+    memcpy(left, &a, sizeof left);
+    memcpy(right, &b, sizeof right);
+    left[0] = _mm256_mul_epu32(left[0], right[0]);
+    left[1] = _mm256_mul_epu32(left[1], right[1]);
+    memcpy(&a, left, sizeof left);
+    return a;
+}
+
 #include "kernels/cpu/isa_template.h"
 
 #else

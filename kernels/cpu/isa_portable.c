@@ -68,4 +68,7 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out, src, QS_F16, count);
 }
 
+/* Products of the lower halves of eight 64-bit lanes. */
+#define isa_mul_even(a, b) (((a)&0xFFFFFFFFU) * ((b)&0xFFFFFFFFU))
+
 #include "kernels/cpu/isa_template.h"

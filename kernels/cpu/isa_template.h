@@ -206,17 +206,14 @@ static inline f16x lanes_select(i16x mask, f16x yes, f16x no)
     return (f16x)((mask & (i16x)yes) | (~mask & (i16x)no));
 }
 
-/* The tree of every 16-lane sum: halves are added until one lane is left. */
+/* The tree of every 16-lane sum: the upper half is added to the lower until one lane is left. */
 static inline float lanes_sum(f16x v)
 {
-    float lane[16];
-    lanes_store(lane, v);
-    for (int half = 8; half >= 1; half /= 2) {
-        for (int i = 0; i < half; i++) {
-            lane[i] += lane[i + half];
-        }
-    }
-    return lane[0];
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+    v += __builtin_shufflevector(v, v, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0);
+    return v[0];
 }
 
 /* exp: n = round(x / ln 2), r = x - n ln 2 in two pieces, the series to r^7 (|r| <= 0.347: the next
@@ -232,13 +229,12 @@ static inline f16x lanes_exp(f16x x)
     f16x n = shifted - round;
     f16x r = bounded - n * lanes_splat(0.693359375F);
     r = r - n * lanes_splat(-2.12194440e-4F);
-    f16x series = lanes_splat(1.0F / 5040.0F);
-    series = series * r + lanes_splat(1.0F / 720.0F);
-    series = series * r + lanes_splat(1.0F / 120.0F);
-    series = series * r + lanes_splat(1.0F / 24.0F);
-    series = series * r + lanes_splat(1.0F / 6.0F);
-    series = series * r + lanes_splat(0.5F);
-    f16x value = (series * r) * r + r + lanes_splat(1.0F);
+    /* (1/2 + r/6) + r^2 ((1/24 + r/120) + r^2 (1/720 + r/5040)): shorter chains than Horner's. */
+    f16x square = r * r;
+    f16x low = r * lanes_splat(1.0F / 6.0F) + lanes_splat(0.5F);
+    f16x middle = r * lanes_splat(1.0F / 120.0F) + lanes_splat(1.0F / 24.0F);
+    f16x high = r * lanes_splat(1.0F / 5040.0F) + lanes_splat(1.0F / 720.0F);
+    f16x value = ((high * square + middle) * square + low) * square + r + lanes_splat(1.0F);
     i16x exponent = (i16x)shifted - (i16x)round;
     i16x first = exponent >> 1;
     value = value * (f16x)((first + 127) << 23) * (f16x)((exponent - first + 127) << 23);
@@ -357,6 +353,96 @@ static void isa_swiglu_backward(const float *gate, const float *up, const float 
     }
 }
 
+/* ---- dropout
+ * ----------------------------------------------------------------------------------------------------
+ */
+
+typedef uint32_t u16x __attribute__((vector_size(64)));
+typedef uint64_t u8x __attribute__((vector_size(64)));
+
+static inline u16x lanes_splat_u32(uint32_t x)
+{
+    return (u16x){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+}
+
+/* High and low words of 16 products of 32 bits: those of the even lanes, then of the odd ones. */
+static inline u16x mul_words(u16x x, uint32_t by, u16x *high)
+{
+    const u8x upper = (u8x)lanes_splat_u32(0) + 0xFFFFFFFF00000000U;
+    u16x factor = lanes_splat_u32(by);
+    u8x even = isa_mul_even((u8x)x, (u8x)factor);
+    u8x odd = isa_mul_even((u8x)x >> 32, (u8x)factor);
+    *high = (u16x)((even >> 32) | (odd & upper));
+    return (u16x)((even & ~upper) | (odd << 32));
+}
+
+/* Words of blocks block .. block + 15 in element order: Philox4x32-10 as behind qs_rng_block, a
+ * block in each lane. */
+static void philox16(const qs_rng *rng, uint64_t block, uint32_t out[64])
+{
+    uint32_t low[16], high[16];
+    for (uint64_t lane = 0; lane < 16; lane++) {
+        low[lane] = (uint32_t)(block + lane);
+        high[lane] = (uint32_t)((block + lane) >> 32);
+    }
+    u16x c0, c1, c2 = lanes_splat_u32(rng->site), c3 = lanes_splat_u32(rng->layer);
+    memcpy(&c0, low, sizeof c0);
+    memcpy(&c1, high, sizeof c1);
+    uint32_t key0 = (uint32_t)rng->key, key1 = (uint32_t)(rng->key >> 32);
+    for (int round = 0; round < 10; round++) {
+        u16x high0, high1;
+        u16x low0 = mul_words(c0, 0xD2511F53U, &high0);
+        u16x low1 = mul_words(c2, 0xCD9E8D57U, &high1);
+        c0 = high1 ^ c1 ^ lanes_splat_u32(key0);
+        c2 = high0 ^ c3 ^ lanes_splat_u32(key1);
+        c1 = low1;
+        c3 = low0;
+        key0 += 0x9E3779B9U;
+        key1 += 0xBB67AE85U;
+    }
+    for (int half = 0; half < 2; half++) {
+        u16x first, second; /* words 0 and 1, and 2 and 3, of eight blocks */
+        if (half == 0) {
+            first = __builtin_shufflevector(c0, c1, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
+                                            7, 23);
+            second = __builtin_shufflevector(c2, c3, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
+                                             22, 7, 23);
+        } else {
+            first = __builtin_shufflevector(c0, c1, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                            14, 30, 15, 31);
+            second = __builtin_shufflevector(c2, c3, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                             14, 30, 15, 31);
+        }
+        u16x four = __builtin_shufflevector(first, second, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21,
+                                            6, 7, 22, 23);
+        u16x more = __builtin_shufflevector(first, second, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28,
+                                            29, 14, 15, 30, 31);
+        memcpy(out + half * 32, &four, sizeof four);
+        memcpy(out + half * 32 + 16, &more, sizeof more);
+    }
+}
+
+static void isa_dropout(const qs_rng *rng, uint64_t element, int64_t count, float p, float keep,
+                        const float *x, float *out)
+{
+    while (count > 0) {
+        uint32_t words[64];
+        int64_t skip = (int64_t)(element % 4);
+        int64_t here = 64 - skip < count ? 64 - skip : count;
+        philox16(rng, element / 4, words);
+        for (int64_t i = 0; i < here; i++) {
+            /* As qs_rng_uniform. Not x * 0: a dropped element is 0 whatever it was. */
+            float uniform = (float)(int32_t)(words[skip + i] >> 8) * 0x1p-24F;
+            float kept = x[i] * keep;
+            out[i] = uniform >= p ? kept : 0.0F;
+        }
+        element += (uint64_t)here;
+        x += here;
+        out += here;
+        count -= here;
+    }
+}
+
 const qs_isa *ISA_TABLE(void)
 {
     static const qs_isa table = {
@@ -374,6 +460,7 @@ const qs_isa *ISA_TABLE(void)
         .softmax_backward = isa_softmax_backward,
         .swiglu = isa_swiglu,
         .swiglu_backward = isa_swiglu_backward,
+        .dropout = isa_dropout,
     };
     return &table;
 }

@@ -15,40 +15,22 @@ static bool has_dropout(const qs_lora *lora)
     return lora->dropout > 0.0F;
 }
 
-/* Factors of elements 4 block .. 4 block + 3: 0 or 1 / (1 - p). */
-static void mask_block(const qs_lora *lora, const qs_rng *rng, uint64_t block, float mask[4])
+/* drop(x) of elements [first, first + count) of a row `width` wide. */
+static void dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t first,
+                        int64_t count, const float *x, float *out)
 {
     /* At p = 1 nothing is kept, and the factor of what is kept does not matter. */
     float keep = lora->dropout < 1.0F ? 1.0F / (1.0F - lora->dropout) : 0.0F;
-    uint32_t word[4];
-    qs_rng_block(rng, block, word);
-    for (int i = 0; i < 4; i++) {
-        float uniform = (float)(word[i] >> 8) * 0x1p-24F; /* as qs_rng_uniform */
-        mask[i] = uniform >= lora->dropout ? keep : 0.0F;
-    }
-}
-
-void qs_dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t first, int64_t count,
-                    const float *x, float *out)
-{
     uint64_t element = (uint64_t)(lora->row_at[row] * width + first);
-    int64_t i = 0;
-    while (i < count) {
-        float mask[4];
-        mask_block(lora, &lora->row_rng[row], element / 4, mask);
-        for (uint64_t at = element % 4; at < 4 && i < count; at++, i++, element++) {
-            /* Not x * 0: a dropped element is 0 whatever it was. */
-            out[i] = mask[at] == 0.0F ? 0.0F : x[i] * mask[at];
-        }
-    }
+    qs_isa_get()->dropout(&lora->row_rng[row], element, count, lora->dropout, keep, x, out);
 }
 
 static void dropped_load(const qs_operand *operand, int64_t row, int64_t first, int64_t count,
                          float *out)
 {
     const dropped *d = operand->ctx;
-    qs_dropout_row(d->lora, row, d->x->cols, first, count, d->x->data + row * d->x->stride + first,
-                   out);
+    dropout_row(d->lora, row, d->x->cols, first, count, d->x->data + row * d->x->stride + first,
+                out);
 }
 
 static qs_operand dropped_operand(const dropped *d)
@@ -94,7 +76,7 @@ static void masked_add_task(void *ctx, int64_t index, int thread)
         for (int64_t j = 0; j < width; j += QS_GEMM_KC) {
             float kept[QS_GEMM_KC];
             int64_t count = qs_min_i64(QS_GEMM_KC, width - j);
-            qs_dropout_row(args->lora, args->row0 + t, width, j, count, product + j, kept);
+            dropout_row(args->lora, args->row0 + t, width, j, count, product + j, kept);
             for (int64_t i = 0; i < count; i++) {
                 dx[j + i] += kept[i];
             }

@@ -20,10 +20,6 @@ qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed);
 void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
                            int64_t first, int64_t count, float *out);
 
-/** drop(x): row-major x with the mask of `lora`, kept elements times 1 / (1 - p). */
-void qs_dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t first, int64_t count,
-                    const float *x, float *out);
-
 qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                 const float *bias, const qs_mat *x, qs_mat *y);
 qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,

@@ -1,0 +1,91 @@
+#include "kernels/cpu/attention_impl.h"
+
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/scratch.h"
+
+enum { BLOCK = QS_ATTENTION_BLOCK };
+
+static int64_t max_i64(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape, int squares,
+                                 int vectors, int packs, qs_attention_plan *out)
+{
+    int64_t dim = shape->head_dim;
+    int64_t index = 2 * ((int64_t)shape->n_docs + 1); /* int64_t, in floats */
+    index = qs_ceil_div(index, 16) * 16;
+    out->shape = shape;
+    out->heads_per_kv = shape->n_heads / shape->n_kv_heads;
+    out->groups_per_kv = (int)qs_ceil_div(out->heads_per_kv, QS_ATTENTION_HEADS);
+    out->pack_count =
+        max_i64(qs_packed_count(BLOCK, max_i64(dim, BLOCK)), qs_packed_count(dim, BLOCK));
+    out->per_thread = squares * BLOCK * BLOCK + vectors * BLOCK + packs * out->pack_count;
+    float *memory;
+    QS_TRY(
+        qs_scratch(QS_SCRATCH_ATTENTION, index + qs_queue_threads(q) * out->per_thread, &memory));
+    out->first = (int64_t *)(void *)memory;
+    out->workspace = memory + index;
+    out->count = 0;
+    for (int d = 0; d < shape->n_docs; d++) {
+        out->first[d] = out->count;
+        out->count += qs_ceil_div(shape->cu_seqlens[d + 1] - shape->cu_seqlens[d], BLOCK);
+    }
+    out->first[shape->n_docs] = out->count;
+    return QS_OK;
+}
+
+static int64_t groups(const qs_attention_plan *plan)
+{
+    return (int64_t)plan->shape->n_kv_heads * plan->groups_per_kv;
+}
+
+int64_t qs_attention_tasks(const qs_attention_plan *plan)
+{
+    return plan->count * groups(plan);
+}
+
+static int doc_of_block(const qs_attention_plan *plan, int64_t block)
+{
+    int low = 0, high = plan->shape->n_docs; /* first[low] <= block < first[high] */
+    while (high - low > 1) {
+        int middle = low + (high - low) / 2;
+        if (plan->first[middle] <= block) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t number,
+                                       bool late_first)
+{
+    int64_t block = number / groups(plan);
+    int group = (int)(number % groups(plan));
+    if (late_first) {
+        block = plan->count - 1 - block;
+    }
+    int doc = doc_of_block(plan, block);
+    qs_attention_task task = {.doc_begin = plan->shape->cu_seqlens[doc],
+                              .doc_end = plan->shape->cu_seqlens[doc + 1],
+                              .kv_head = group / plan->groups_per_kv};
+    task.begin = task.doc_begin + (block - plan->first[doc]) * BLOCK;
+    task.rows = qs_min_i64(BLOCK, task.doc_end - task.begin);
+    int within = group % plan->groups_per_kv * QS_ATTENTION_HEADS;
+    task.head = task.kv_head * plan->heads_per_kv + within;
+    task.heads = (int)qs_min_i64(QS_ATTENTION_HEADS, plan->heads_per_kv - within);
+    return task;
+}
+
+int64_t qs_attention_work(const qs_attention_shape *shape)
+{
+    int64_t scores = 0;
+    for (int d = 0; d < shape->n_docs; d++) {
+        int64_t len = shape->cu_seqlens[d + 1] - shape->cu_seqlens[d];
+        scores += len * len;
+    }
+    return scores * shape->n_heads * (2 + shape->head_dim / 16);
+}
