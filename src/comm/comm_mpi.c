@@ -364,6 +364,15 @@ static qs_status mpi_barrier(qs_comm *comm)
 
 /* ---- life ---- */
 
+void qs_comm_mpi_version(char *out, size_t capacity)
+{
+    char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+    int length = 0;
+    MPI_Get_library_version(text, &length);
+    /* Open MPI puts the whole build after a comma, MPICH on further lines. */
+    (void)snprintf(out, capacity, "%.*s", (int)strcspn(text, ",\n"), text);
+}
+
 static void mpi_abort(qs_comm *comm, qs_status status)
 {
     (void)comm;

@@ -5,12 +5,12 @@
 
 #include "config/config_keys.h"
 
-/* "  # meaning; allowed (unit)" */
-static void comment(const qs_key *key, FILE *out)
+/* "meaning; allowed (unit)" */
+static void explain(const qs_key *key, FILE *out)
 {
     char allowed[256];
     qs_key_allowed(key, allowed, sizeof allowed);
-    fprintf(out, "  # %s", key->meaning);
+    fprintf(out, "%s", key->meaning);
     if (key->type != QS_KEY_PATH && key->type != QS_KEY_EMPTY) {
         fprintf(out, "; %s", allowed);
     }
@@ -38,8 +38,8 @@ static void write_keys(const qs_config *cfg, FILE *out)
         }
         char value[QS_KEY_TEXT_MAX];
         qs_key_format(cfg, key, value, sizeof value);
-        fprintf(out, "%s%s: %s", dot ? "  " : "", dot ? dot + 1 : key->name, value);
-        comment(key, out);
+        fprintf(out, "%s%s: %s  # ", dot ? "  " : "", dot ? dot + 1 : key->name, value);
+        explain(key, out);
     }
 }
 
@@ -64,7 +64,7 @@ void qs_config_print_keys(void)
     printf("%-22s %-14s %s\n", "key", "default", "meaning; allowed (unit)");
     for (int i = 0; i < qs_keys_count; i++) {
         const qs_key *key = &qs_keys[i];
-        printf("%-22s %-14s", key->name, key->preset[0] ? key->preset : "\"\"");
-        comment(key, stdout);
+        printf("%-22s %-14s ", key->name, key->preset[0] ? key->preset : "\"\"");
+        explain(key, stdout);
     }
 }

@@ -64,4 +64,7 @@ qs_status qs_h5_dataset_get(qs_h5 *file, const char *name, const qs_h5_info *inf
 
 const char *qs_h5_path(const qs_h5 *file);
 
+/** Version of the HDF5 library in use, "1.10.8". */
+void qs_h5_version(char *out, size_t capacity);
+
 #endif

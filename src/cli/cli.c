@@ -1,0 +1,174 @@
+/* From argv to an exit code: choose the communicator, find the command, run it, let one rank say
+ * what went wrong, and leave with the same code everywhere. */
+#include "cli/cli.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "cli/cli_impl.h"
+#include "config/nearest.h"
+#include "kernels/cpu/isa.h"
+#include "qshard_version.h"
+#include "store/h5.h"
+
+static const qs_cli_command COMMANDS[] = {
+    {"quantize", "HF_DIR -o BASE.h5",
+     "Quantize a Hugging Face checkpoint to an NF4 base, or take over a bitsandbytes one.",
+     qs_cli_quantize_options, 1, false, qs_cli_quantize, true},
+    {"train", "RUN.yaml", "Fine-tune with LoRA on the ranks of this job.", qs_cli_train_options, 1,
+     true, qs_cli_train, true},
+    {"eval", "RUN.yaml", "Loss and perplexity on data.eval.", qs_cli_eval_options, 1, false,
+     qs_cli_eval, true},
+    {"sample", "RUN.yaml --prompts FILE --tokens N", "Greedy continuations of prompts.",
+     qs_cli_sample_options, 1, false, qs_cli_sample, true},
+    {"export", "CKPT_OR_RUN -o DIR", "Write a checkpoint as a PEFT adapter directory.",
+     qs_cli_export_options, 1, false, qs_cli_export, false},
+    {"inspect", "PATH", "Show what a file or directory holds.", qs_cli_plain_options, 1, false,
+     qs_cli_inspect, false},
+    {"check", "PATH", "Verify a file or directory against its hashes and rules.",
+     qs_cli_plain_options, 1, false, qs_cli_check, false},
+    {"doctor", "", "Look at the environment and say what would go wrong.", qs_cli_plain_options, 0,
+     false, qs_cli_doctor, false},
+};
+enum { COMMAND_COUNT = sizeof COMMANDS / sizeof *COMMANDS };
+
+static void print_help(void)
+{
+    printf("Usage: qshard COMMAND [OPTION...]\n\n"
+           "QLoRA fine-tuning, sharded over MPI ranks. Commands:\n\n");
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        printf("  %-9s %s\n", COMMANDS[i].name, COMMANDS[i].summary);
+    }
+    printf(
+        "\n  qshard COMMAND --help   options of a command\n"
+        "  qshard --version        version and build\n\n"
+        "Exit codes: 0 done, 2 usage or configuration, 3 bad input file, 4 output or checkpoint,\n"
+        "5 numeric, 6 peer lost, 7 memory, 8 ranks disagree or environment, 9 device, 70 bug,\n"
+        "75 saved: please start again.\n");
+}
+
+static void print_version(void)
+{
+    char mpi[128], hdf5[64];
+    qs_comm_mpi_version(mpi, sizeof mpi);
+    qs_h5_version(hdf5, sizeof hdf5);
+    printf("qshard %s (%s)\n", QSHARD_VERSION, QSHARD_COMMIT);
+    printf("  compiler  %s, %s, %s\n", QSHARD_COMPILER,
+           QSHARD_BUILD_TYPE[0] ? QSHARD_BUILD_TYPE : "no build type",
+           QSHARD_BUILD_FLAGS[0] ? QSHARD_BUILD_FLAGS : "no flags");
+    printf("  MPI       %s\n", mpi);
+    printf("  HDF5      %s\n", hdf5);
+    printf("  CPU       %s kernels\n", qs_isa_get()->name);
+    printf("  GPU       not built\n");
+}
+
+static qs_status unknown_command(const char *name)
+{
+    const char *names[COMMAND_COUNT];
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        names[i] = COMMANDS[i].name;
+    }
+    return QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; did you mean \"%s\"?", name,
+                   qs_nearest(name, names, COMMAND_COUNT));
+}
+
+/* What the first word asks for. */
+typedef struct {
+    const qs_cli_command *command; /* NULL: `print` */
+    void (*print)(void);
+    qs_cli_args args;
+} request;
+
+static qs_status understand(request *r, int argc, char **argv)
+{
+    const char *first = argc > 1 ? argv[1] : "";
+    memset(r, 0, sizeof *r);
+    if (!*first) {
+        return QS_FAIL(QS_ERR_USAGE, "no command is given; see qshard --help");
+    }
+    if (strcmp(first, "--help") == 0 || strcmp(first, "help") == 0) {
+        r->print = print_help;
+        return QS_OK;
+    }
+    if (strcmp(first, "--version") == 0) {
+        r->print = print_version;
+        return QS_OK;
+    }
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        if (strcmp(first, COMMANDS[i].name) == 0) {
+            r->command = &COMMANDS[i];
+            return qs_cli_parse(r->command, argc - 1, argv + 1, &r->args);
+        }
+    }
+    return first[0] == '-'
+               ? QS_FAIL(QS_ERR_USAGE, "unknown option %.64s; did you mean --help or --version?",
+                         first)
+               : unknown_command(first);
+}
+
+static void start_log(const request *r, const qs_comm *comm)
+{
+    qs_log_level level = r->args.verbose ? QS_LOG_DEBUG : r->args.quiet ? QS_LOG_WARN : QS_LOG_INFO;
+    qs_log_init(qs_comm_rank(comm), qs_comm_nranks(comm), level, r->args.verbose);
+}
+
+static qs_status perform(const request *r, qs_comm *comm)
+{
+    bool first = qs_comm_rank(comm) == 0;
+    if (!r->command || r->args.help) {
+        if (first && r->command) {
+            qs_cli_command_help(r->command);
+        } else if (first) {
+            r->print();
+        }
+        return QS_OK;
+    }
+    if (r->command->collective) {
+        return r->command->run(&r->args, comm);
+    }
+    return qs_comm_agree(comm, first ? r->command->run(&r->args, comm) : QS_OK);
+}
+
+/* Results go to stdout; a full disk or a closed pipe must not look like success. */
+static qs_status flush_output(void)
+{
+    return fflush(stdout) == 0 && !ferror(stdout)
+               ? QS_OK
+               : QS_FAIL(QS_ERR_IO, "standard output: could not be written completely");
+}
+
+/* An error that was not agreed on may be this rank's alone, with the others waiting elsewhere: the
+ * job must be ended. It may also have come up on all of them, so the lower ranks get the time to
+ * speak first. */
+static void end_job(qs_comm *comm, qs_status st)
+{
+    int rank = qs_comm_rank(comm);
+    usleep((useconds_t)(rank < 10 ? rank : 10) * 100000);
+    qs_comm_abort(comm, st);
+}
+
+int qs_cli_main(int argc, char **argv)
+{
+    qs_comm *comm = NULL;
+    request r;
+    qs_status st =
+        qs_comm_launched() ? qs_comm_mpi_create(&comm, &argc, &argv) : qs_comm_self_create(&comm);
+    if (st != QS_OK) {
+        qs_error_print(st);
+        return qs_exit_code(st);
+    }
+    st = qs_comm_agree(comm, understand(&r, argc, argv));
+    if (st == QS_OK) {
+        start_log(&r, comm);
+        st = perform(&r, comm);
+        st = st == QS_OK ? qs_comm_agree(comm, flush_output()) : st;
+    }
+    if (st != QS_OK && st != QS_REQUEUE && !qs_comm_agreed(comm)) {
+        end_job(comm, st);
+    }
+    qs_error_print(st);
+    qs_comm_destroy(comm);
+    return qs_exit_code(st);
+}

@@ -1,0 +1,74 @@
+/* What the files of the command line share: the parsed words, the table of commands. */
+#ifndef QS_CLI_CLI_IMPL_H
+#define QS_CLI_CLI_IMPL_H
+
+#include <argp.h>
+#include <stdbool.h>
+
+#include "ckpt/run_dir.h"
+#include "comm/comm.h"
+#include "config/config.h"
+
+enum { QS_CLI_WORDS_MAX = 2, QS_CLI_SETS_MAX = 128 };
+
+/** The options of all commands; a command's own list says which of them it takes. */
+typedef struct {
+    const char *words[QS_CLI_WORDS_MAX]; /* arguments that are no options */
+    int n_words;
+    const char *sets[QS_CLI_SETS_MAX];
+    int n_sets;
+    const char *output, *adapter, *prompts, *base_name;
+    const char *dump_grads, *dump_order, *dump_logits;
+    int64_t tokens, head_chunk_rows, threads;
+    qs_resume resume;
+    bool takeover, dry_run, single_quant, fold_scaling, help, quiet, verbose;
+} qs_cli_args;
+
+typedef struct {
+    const char *name;
+    const char *usage;   /* what follows the name: "RUN.yaml" */
+    const char *summary; /* one line */
+    const struct argp_option *options;
+    int n_words; /* exactly so many arguments */
+    bool keys;   /* the help ends in the table of configuration keys */
+    qs_status (*run)(const qs_cli_args *args, qs_comm *comm);
+    bool collective; /* else rank 0 works alone */
+} qs_cli_command;
+
+/** Parse what follows the command's name. Pure but for the error record. */
+qs_status qs_cli_parse(const qs_cli_command *command, int argc, char **argv, qs_cli_args *out);
+
+/** Print the command's help on stdout. */
+void qs_cli_command_help(const qs_cli_command *command);
+
+/** Option lists; each ends in an empty row. */
+extern const struct argp_option qs_cli_train_options[], qs_cli_eval_options[],
+    qs_cli_sample_options[], qs_cli_quantize_options[], qs_cli_export_options[],
+    qs_cli_plain_options[];
+
+qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_check(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_inspect(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm);
+
+/** What a path given to check, inspect or export is. */
+typedef enum {
+    QS_PATH_UNKNOWN,
+    QS_PATH_CHECKPOINT, /* directory with manifest.json */
+    QS_PATH_RUN,        /* directory with run.json */
+    QS_PATH_ADAPTER,    /* directory with adapter_config.json */
+    QS_PATH_MODEL,      /* directory with config.json */
+    QS_PATH_BASE,       /* HDF5 files, by their format attribute */
+    QS_PATH_DATA,
+    QS_PATH_SHARD,
+    QS_PATH_CONFIG, /* .yaml */
+} qs_path_kind;
+
+/** Find out what `path` is; QS_PATH_UNKNOWN is an error naming what there could be. */
+qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind);
+
+#endif

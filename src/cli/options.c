@@ -1,0 +1,342 @@
+/* Options by glibc's argp, with the project's own error lines: an unknown option names the nearest
+ * one, and nothing but that one line is printed. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli/cli_impl.h"
+#include "config/nearest.h"
+
+enum {
+    KEY_HELP = 256,
+    KEY_SET,
+    KEY_ADAPTER,
+    KEY_PROMPTS,
+    KEY_TOKENS,
+    KEY_BASE_NAME,
+    KEY_DUMP_GRADS,
+    KEY_DUMP_ORDER,
+    KEY_DUMP_LOGITS,
+    KEY_HEAD_ROWS,
+    KEY_SINGLE_QUANT,
+    KEY_THREADS,
+    KEY_RESUME,
+    KEY_TAKEOVER,
+    KEY_DRY_RUN,
+    KEY_FOLD,
+    KEY_QUIET,
+    KEY_VERBOSE,
+};
+
+#define COMMON                                                                                     \
+    {"quiet", KEY_QUIET, NULL, 0, "Warnings and errors only", 90},                                 \
+        {"verbose", KEY_VERBOSE, NULL, 0, "Say more, on all ranks", 90},                           \
+        {"help", KEY_HELP, NULL, 0, "Show this help", 91},                                         \
+    {                                                                                              \
+        NULL, 0, NULL, 0, NULL, 0                                                                  \
+    }
+
+#define SET                                                                                        \
+    {                                                                                              \
+        "set", KEY_SET, "KEY=VALUE", 0, "Override a key of the configuration", 1                   \
+    }
+
+const struct argp_option qs_cli_train_options[] = {
+    SET,
+    {"resume", KEY_RESUME, "auto|must|never", 0,
+     "Go on from the newest checkpoint if there is one (default), insist on one, or start in a "
+     "fresh directory only",
+     2},
+    {"takeover", KEY_TAKEOVER, NULL, 0,
+     "Write to a run directory whose writer is gone without a trace", 2},
+    {"dry-run", KEY_DRY_RUN, NULL, 0, "Check everything, print the memory table, stop", 3},
+    {"dump-grads", KEY_DUMP_GRADS, "FILE", 0,
+     "Write the gradients of the first step as safetensors, stop", 4},
+    {"dump-order", KEY_DUMP_ORDER, "FILE", 0, "Write the sequences of each step as text, stop", 4},
+    COMMON};
+
+const struct argp_option qs_cli_eval_options[] = {
+    SET,
+    {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 2},
+    {"dump-logits", KEY_DUMP_LOGITS, "FILE", 0,
+     "Write the logits of the first sequence as safetensors", 3},
+    COMMON};
+
+const struct argp_option qs_cli_sample_options[] = {
+    SET,
+    {"prompts", KEY_PROMPTS, "FILE", 0, "Token file of prompts, made by qshard-prep --prompts", 2},
+    {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt", 2},
+    {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 3},
+    COMMON};
+
+const struct argp_option qs_cli_quantize_options[] = {
+    {"output", 'o', "FILE", 0, "The base to write; must not exist", 1},
+    {"head-chunk-rows", KEY_HEAD_ROWS, "N", 0,
+     "Vocabulary rows that are gathered together (default 4096)", 2},
+    {"no-double-quant", KEY_SINGLE_QUANT, NULL, 0, "Keep the first-level absmax as floats", 2},
+    {"threads", KEY_THREADS, "N", 0, "Threads of a rank; default: the cores it was given", 3},
+    COMMON};
+
+const struct argp_option qs_cli_export_options[] = {
+    {"output", 'o', "DIR", 0, "The PEFT directory to write; must not exist", 1},
+    {"base-name", KEY_BASE_NAME, "NAME", 0,
+     "Hub id or path of the base model, for tools that load it from there", 2},
+    {"fold-scaling", KEY_FOLD, NULL, 0,
+     "Multiply rslora's part of the scale into lora_B, for tools that know alpha / r only", 3},
+    COMMON};
+
+const struct argp_option qs_cli_plain_options[] = {COMMON};
+
+/* ---- one option ---- */
+
+static qs_status whole_number(const char *option, const char *text, int64_t low, int64_t high,
+                              int64_t *out)
+{
+    char *end;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    if (errno || end == text || *end || value < low || value > high) {
+        return QS_FAIL(QS_ERR_USAGE, "--%s: \"%.40s\" is not a whole number in %lld .. %lld",
+                       option, text, (long long)low, (long long)high);
+    }
+    *out = value;
+    return QS_OK;
+}
+
+static qs_status set_resume(const char *text, qs_resume *out)
+{
+    static const char *const names[] = {"auto", "must", "never"}; /* in the order of qs_resume */
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(text, names[i]) == 0) {
+            *out = (qs_resume)i;
+            return QS_OK;
+        }
+    }
+    return QS_FAIL(QS_ERR_USAGE, "--resume: \"%.40s\" is not known; allowed: auto | must | never",
+                   text);
+}
+
+static qs_status add_set(qs_cli_args *out, const char *text)
+{
+    if (out->n_sets == QS_CLI_SETS_MAX) {
+        return QS_FAIL(QS_ERR_USAGE, "--set is given more than %d times", QS_CLI_SETS_MAX);
+    }
+    out->sets[out->n_sets++] = text;
+    return QS_OK;
+}
+
+static qs_status add_word(qs_cli_args *out, const char *text)
+{
+    if (out->n_words == QS_CLI_WORDS_MAX) {
+        return QS_FAIL(QS_ERR_USAGE, "\"%.80s\" is one argument too many; see --help", text);
+    }
+    out->words[out->n_words++] = text;
+    return QS_OK;
+}
+
+/* Options without a value, and those that take any text. */
+static qs_status take_simple(qs_cli_args *out, int key, const char *text)
+{
+    switch (key) {
+    case KEY_HELP:
+        out->help = true;
+        break;
+    case KEY_QUIET:
+        out->quiet = true;
+        break;
+    case KEY_VERBOSE:
+        out->verbose = true;
+        break;
+    case KEY_TAKEOVER:
+        out->takeover = true;
+        break;
+    case KEY_DRY_RUN:
+        out->dry_run = true;
+        break;
+    case KEY_SINGLE_QUANT:
+        out->single_quant = true;
+        break;
+    case KEY_FOLD:
+        out->fold_scaling = true;
+        break;
+    case 'o':
+        out->output = text;
+        break;
+    case KEY_ADAPTER:
+        out->adapter = text;
+        break;
+    case KEY_PROMPTS:
+        out->prompts = text;
+        break;
+    case KEY_BASE_NAME:
+        out->base_name = text;
+        break;
+    case KEY_DUMP_GRADS:
+        out->dump_grads = text;
+        break;
+    case KEY_DUMP_ORDER:
+        out->dump_order = text;
+        break;
+    case KEY_DUMP_LOGITS:
+        out->dump_logits = text;
+        break;
+    default:
+        return QS_FAIL(QS_ERR_BUG, "option %d has no meaning", key);
+    }
+    return QS_OK;
+}
+
+static qs_status take(qs_cli_args *out, int key, const char *text)
+{
+    switch (key) {
+    case KEY_SET:
+        return add_set(out, text);
+    case KEY_TOKENS:
+        return whole_number("tokens", text, 1, 1 << 20, &out->tokens);
+    case KEY_HEAD_ROWS:
+        return whole_number("head-chunk-rows", text, 1, 1 << 22, &out->head_chunk_rows);
+    case KEY_THREADS:
+        return whole_number("threads", text, 1, 4096, &out->threads);
+    case KEY_RESUME:
+        return set_resume(text, &out->resume);
+    case ARGP_KEY_ARG:
+        return add_word(out, text);
+    default:
+        return take_simple(out, key, text);
+    }
+}
+
+static error_t parse_one(int key, char *text, struct argp_state *state)
+{
+    if (key >= ARGP_KEY_END) {
+        return ARGP_ERR_UNKNOWN; /* argp's own events: all are above every option */
+    }
+    if (text && !*text) {
+        (void)QS_FAIL(QS_ERR_USAGE, "an argument or a value of an option is empty");
+        return EINVAL;
+    }
+    return take(state->input, key, text) == QS_OK ? 0 : EINVAL;
+}
+
+/* ---- what argp would not tell ---- */
+
+/* The long option that `name` means: exactly, or as the only one that begins so. */
+static const struct argp_option *find_option(const struct argp_option *options, const char *name,
+                                             size_t length)
+{
+    const struct argp_option *found = NULL;
+    int matches = 0;
+    for (const struct argp_option *o = options; o->name; o++) {
+        if (strncmp(o->name, name, length) == 0) {
+            if (strlen(o->name) == length) {
+                return o;
+            }
+            found = o;
+            matches++;
+        }
+    }
+    return matches == 1 ? found : NULL;
+}
+
+static qs_status unknown_option(const struct argp_option *options, const char *word, size_t length)
+{
+    const char *names[32];
+    int count = 0;
+    char name[64];
+    for (const struct argp_option *o = options; o->name && count < 32; o++) {
+        names[count++] = o->name;
+    }
+    snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), word);
+    return QS_FAIL(QS_ERR_USAGE, "unknown option --%s; did you mean --%s?", name,
+                   qs_nearest(name, names, count));
+}
+
+static qs_status needs_value(const char *word)
+{
+    return QS_FAIL(QS_ERR_USAGE, "option %.64s needs a value; see --help", word);
+}
+
+/* Look at one word before argp does; *skip becomes true if the next word is its value. */
+static qs_status check_word(const struct argp_option *options, const char *word, const char *next,
+                            bool *skip)
+{
+    *skip = false;
+    if (strncmp(word, "--", 2) == 0) {
+        size_t length = strcspn(word + 2, "=");
+        const struct argp_option *o = find_option(options, word + 2, length);
+        if (!o) {
+            return unknown_option(options, word + 2, length);
+        }
+        bool given = word[2 + length] == '=';
+        if (given && !o->arg) {
+            return QS_FAIL(QS_ERR_USAGE, "option --%s takes no value", o->name);
+        }
+        *skip = o->arg && !given;
+        return *skip && !next ? needs_value(word) : QS_OK;
+    }
+    for (const struct argp_option *o = options; o->name; o++) {
+        if (o->key == word[1]) {
+            *skip = !word[2];
+            return *skip && !next ? needs_value(word) : QS_OK;
+        }
+    }
+    return QS_FAIL(QS_ERR_USAGE, "unknown option %.64s; options are written --name", word);
+}
+
+static qs_status check_words(const struct argp_option *options, int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--") == 0) {
+            break;
+        }
+        bool skip = false;
+        if (argv[i][0] == '-' && argv[i][1]) {
+            QS_TRY(check_word(options, argv[i], argv[i + 1], &skip));
+        }
+        i += skip;
+    }
+    return QS_OK;
+}
+
+static struct argp argp_of(const qs_cli_command *command)
+{
+    return (struct argp){.options = command->options,
+                         .parser = parse_one,
+                         .args_doc = command->usage,
+                         .doc = command->summary};
+}
+
+qs_status qs_cli_parse(const qs_cli_command *command, int argc, char **argv, qs_cli_args *out)
+{
+    struct argp argp = argp_of(command);
+    memset(out, 0, sizeof *out);
+    QS_TRY(check_words(command->options, argc, argv));
+    error_t failed = argp_parse(&argp, argc, argv, ARGP_NO_ERRS | ARGP_NO_HELP, NULL, out);
+    if (failed) { /* parse_one has said why; the rest was caught above */
+        return QS_FAIL(QS_ERR_USAGE, "the command line cannot be understood; see qshard %s --help",
+                       command->name);
+    }
+    if (!out->help && out->n_words != command->n_words) {
+        return out->n_words > command->n_words
+                   ? QS_FAIL(QS_ERR_USAGE,
+                             "\"%.80s\" is one argument too many; usage: qshard %s [OPTION...] %s",
+                             out->words[command->n_words], command->name, command->usage)
+                   : QS_FAIL(QS_ERR_USAGE,
+                             "an argument is missing; usage: qshard %s [OPTION...] %s",
+                             command->name, command->usage);
+    }
+    return QS_OK;
+}
+
+void qs_cli_command_help(const qs_cli_command *command)
+{
+    struct argp argp = argp_of(command);
+    char name[64];
+    snprintf(name, sizeof name, "qshard %s", command->name);
+    argp_help(&argp, stdout, ARGP_HELP_USAGE | ARGP_HELP_PRE_DOC | ARGP_HELP_LONG, name);
+    if (command->keys) {
+        printf("\nKeys of the configuration:\n");
+        qs_config_print_keys();
+    }
+}

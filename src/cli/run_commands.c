@@ -1,0 +1,94 @@
+/* The commands that all ranks run together: quantize, train, eval, sample. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "cli/cli_impl.h"
+#include "store/io.h"
+#include "train/train.h"
+#include "weights/quantize.h"
+
+enum { CONFIG_BYTES_MAX = 1 << 20 };
+#define MIB (1024.0 * 1024.0)
+
+/* Rank 0 reads the file and tells the others, which may not see it; each parses the same text. */
+static qs_status load_config(const qs_cli_args *args, qs_config_need need, qs_comm *comm,
+                             qs_config *cfg)
+{
+    const char *path = args->words[0];
+    void *data = NULL;
+    size_t bytes = 0;
+    qs_status st = QS_OK;
+    if (qs_comm_rank(comm) == 0) {
+        st = qs_io_read_file(path, CONFIG_BYTES_MAX, &data, &bytes);
+        if (st == QS_OK && memchr(data, '\0', bytes)) {
+            st = QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: holds a NUL byte; it is no YAML file", path);
+        }
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
+    char *text = data;
+    st = qs_comm_bcast_text(comm, &text, 0);
+    data = text;
+    QS_GOTO(st);
+    st = qs_config_parse(cfg, text, strlen(text), path, args->sets, args->n_sets);
+    st = st == QS_OK ? qs_config_require(cfg, need, path) : st;
+    st = qs_comm_agree(comm, st);
+done:
+    free(data);
+    return st;
+}
+
+qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm)
+{
+    qs_train_options options = {.resume = args->resume,
+                                .takeover = args->takeover,
+                                .dry_run = args->dry_run,
+                                .dump_grads = args->dump_grads,
+                                .dump_order = args->dump_order};
+    QS_TRY(load_config(args, QS_NEED_TRAIN, comm, &options.config));
+    return qs_train_run(&options, comm);
+}
+
+qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm)
+{
+    qs_eval_options options = {.adapter = args->adapter, .dump_logits = args->dump_logits};
+    QS_TRY(load_config(args, QS_NEED_EVAL, comm, &options.config));
+    return qs_eval_run(&options, comm);
+}
+
+qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm)
+{
+    qs_sample_options options = {
+        .adapter = args->adapter, .prompts = args->prompts, .tokens = args->tokens};
+    if (!args->prompts || args->tokens == 0) {
+        return qs_comm_agree(comm, QS_FAIL(QS_ERR_USAGE,
+                                           "sample needs --prompts FILE and --tokens N; see "
+                                           "qshard sample --help"));
+    }
+    QS_TRY(load_config(args, QS_NEED_SAMPLE, comm, &options.config));
+    return qs_sample_run(&options, comm);
+}
+
+qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm)
+{
+    qs_quantize_options options = {.hf_dir = args->words[0],
+                                   .output = args->output,
+                                   .head_chunk_rows = args->head_chunk_rows,
+                                   .double_quant = !args->single_quant};
+    qs_quantize_report report;
+    if (!args->output) {
+        return qs_comm_agree(
+            comm, QS_FAIL(QS_ERR_USAGE, "quantize needs -o BASE.h5; see qshard quantize --help"));
+    }
+    QS_TRY(qs_comm_threads(comm, (int)args->threads, &options.threads));
+    QS_TRY(qs_quantize(&options, comm, &report));
+    if (qs_comm_rank(comm) == 0) {
+        printf("%s: %lld linears, %.1f MiB from %.1f MiB, %lld zero blocks, %.1f s, peak %.1f MiB "
+               "a rank\n",
+               args->output, (long long)report.linears, (double)report.output_bytes / MIB,
+               (double)report.source_bytes / MIB, (long long)report.zero_blocks, report.seconds,
+               (double)report.peak_bytes / MIB);
+    }
+    return QS_OK;
+}
