@@ -29,13 +29,20 @@ typedef struct {
 ParameterizedTestParameters(gemm, matches_fp64)
 {
     static gemm_case c[] = {
-        {1, 1, 1, false, false, false},      {14, 32, 256, false, true, false},
-        {15, 33, 257, false, false, true},   {13, 31, 255, true, true, true},
-        {169, 257, 300, true, false, false}, {5, 1100, 3, false, true, true},
-        {400, 16, 70, false, true, false},   {16, 500, 900, true, false, false},
-        {3, 7, 0, false, false, false},      {3, 7, 0, false, false, true},
-        {0, 7, 5, false, false, false},      {3, 0, 5, false, true, false},
+        {1, 1, 1, false, false, false},
+        {14, 32, 256, false, true, false},
+        {15, 33, 257, false, false, true},
+        {13, 31, 255, true, true, true},
+        {169, 257, 300, true, false, false},
+        {5, 1100, 3, false, true, true},
+        {400, 16, 70, false, true, false},
+        {16, 500, 900, true, false, false},
+        {3, 7, 0, false, false, false},
+        {3, 7, 0, false, false, true},
+        {0, 7, 5, false, false, false},
+        {3, 0, 5, false, true, false},
         {50, 2500, 40, false, true, false},
+        {400, 3, 50000, false, true, true}, /* more of A than is packed at once */
     };
     return cr_make_param_array(gemm_case, c, sizeof c / sizeof *c);
 }

@@ -277,10 +277,12 @@ Test(lora, vector_dropout_draws_the_numbers_of_the_generator)
         }
         for (size_t f = 0; f < sizeof first / sizeof *first; f++) {
             qs_rng rng = qs_rng_make(f, 1, 2, QS_RNG_DROPOUT + 3, 0xDEADBEEF);
+            float p = qs_rng_uniform(&rng, first[f] + 5); /* element 5 is just kept */
             out[COUNT] = -1.0F;
-            qs_isa_get()->dropout(&rng, first[f], COUNT, 0.4F, 2.0F, x, out);
+            qs_isa_get()->dropout(&rng, first[f], COUNT, p, 2.0F, x, out);
+            cr_assert_eq(out[5], 2.0F * x[5]);
             for (int i = 0; i < COUNT; i++) {
-                bool kept = qs_rng_uniform(&rng, first[f] + (uint64_t)i) >= 0.4F;
+                bool kept = qs_rng_uniform(&rng, first[f] + (uint64_t)i) >= p;
                 cr_assert_eq(out[i], kept ? 2.0F * x[i] : 0.0F, "%s: element %d from %lu", isas[v],
                              i, (unsigned long)first[f]);
             }
