@@ -464,36 +464,36 @@ qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, 
 
 /* Frequencies whose wavelength is below L0/high stay, those above L0/low are divided by the factor,
  * between them the two are blended (Llama 3.1's rule). */
-static double llama3_scaled(const qs_hf_config *cfg, double frequency)
+static float llama3_scaled(const qs_hf_config *cfg, float frequency)
 {
-    double wavelength = 2.0 * 3.14159265358979323846 / frequency;
-    double turns = (double)cfg->rope_original_max_position / wavelength;
-    if (turns > cfg->rope_high_freq_factor) {
+    const float factor = (float)cfg->rope_factor;
+    const float low = (float)cfg->rope_low_freq_factor, high = (float)cfg->rope_high_freq_factor;
+    const float original = (float)cfg->rope_original_max_position;
+    const float wavelength = 6.28318530717958647692F / frequency;
+    if (wavelength < original / high) {
         return frequency;
     }
-    if (turns < cfg->rope_low_freq_factor) {
-        return frequency / cfg->rope_factor;
+    if (wavelength > original / low) {
+        return frequency / factor;
     }
-    double smooth = (turns - cfg->rope_low_freq_factor) /
-                    (cfg->rope_high_freq_factor - cfg->rope_low_freq_factor);
-    return (1.0 - smooth) * frequency / cfg->rope_factor + smooth * frequency;
+    const float smooth = (original / wavelength - low) / (high - low);
+    return (1.0F - smooth) * frequency / factor + smooth * frequency;
 }
 
+/* Rounded to fp32 after each operation, as transformers does: an ulp of a frequency, times a
+ * position in the hundreds, is an error in every attention score that is larger than all other fp32
+ * errors of the step together. */
 void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
 {
     for (int i = 0; i < cfg->head_dim / 2; i++) {
-        double f = pow(cfg->rope_theta, -2.0 * i / cfg->head_dim);
-        switch (cfg->rope_type) {
-        case QS_ROPE_DEFAULT:
-            inv_freq[i] = f;
-            break;
-        case QS_ROPE_LINEAR:
-            inv_freq[i] = f / cfg->rope_factor;
-            break;
-        case QS_ROPE_LLAMA3:
-            inv_freq[i] = llama3_scaled(cfg, f);
-            break;
+        const float exponent = (float)(2 * i) / (float)cfg->head_dim;
+        float f = 1.0F / (float)pow(cfg->rope_theta, (double)exponent);
+        if (cfg->rope_type == QS_ROPE_LINEAR) {
+            f /= (float)cfg->rope_factor;
+        } else if (cfg->rope_type == QS_ROPE_LLAMA3) {
+            f = llama3_scaled(cfg, f);
         }
+        inv_freq[i] = (double)f;
     }
 }
 
