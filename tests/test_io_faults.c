@@ -186,11 +186,11 @@ typedef struct {
     bool kills, must_succeed;
 } fault_kind;
 
-static fault_kind all_kinds[] = {{"EIO", false, false},       {"ENOSPC", false, false},
-                                 {"EDQUOT", false, false},    {"ESTALE", false, false},
-                                 {"late", false, false},      {"ENOSPC+", false, false},
-                                 {"EINTR", false, true},      {"short", false, true},
-                                 {"killbefore", true, false}, {"killafter", true, false}};
+static fault_kind all_kinds[] = {
+    {"EIO", false, false},    {"ENOSPC", false, false},    {"EDQUOT", false, false},
+    {"ESTALE", false, false}, {"late", false, false},      {"ENOSPC+", false, false},
+    {"EINTR", false, true},   {"short", false, true},      {"flip", false, false},
+    {"lost", false, false},   {"killbefore", true, false}, {"killafter", true, false}};
 
 ParameterizedTestParameters(faults, save)
 {
@@ -340,7 +340,8 @@ ParameterizedTestParameters(faults, hdf5)
 {
     static fault_kind kinds[] = {{"EIO", false, false},   {"ENOSPC", false, false},
                                  {"late", false, false},  {"ENOSPC+", false, false},
-                                 {"EINTR", false, false}, {"short", false, true}};
+                                 {"EINTR", false, false}, {"flip", false, false},
+                                 {"lost", false, false},  {"short", false, true}};
     return cr_make_param_array(fault_kind, kinds, sizeof kinds / sizeof *kinds);
 }
 

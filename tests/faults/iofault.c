@@ -26,7 +26,15 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { PATH_BYTES = 4096, LATE = -1, SHORT = -2, KILL_BEFORE = -3, KILL_AFTER = -4 };
+enum {
+    PATH_BYTES = 4096,
+    LATE = -1,
+    SHORT = -2,
+    KILL_BEFORE = -3,
+    KILL_AFTER = -4,
+    FLIP = -5,
+    LOST = -6
+};
 
 static bool active, counting, for_good;
 static long target;
@@ -47,7 +55,9 @@ static const struct {
              {"late", LATE},
              {"short", SHORT},
              {"killbefore", KILL_BEFORE},
-             {"killafter", KILL_AFTER}};
+             {"killafter", KILL_AFTER},
+             {"flip", FLIP},
+             {"lost", LOST}};
 
 static bool other_rank(void)
 {
@@ -170,31 +180,59 @@ static bool strikes_path(const char *call, const char *path)
         real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name);                                        \
     }
 
+typedef ssize_t (*pwrite_fn)(int fd, const void *data, size_t bytes, off64_t offset);
+
+/** What a struck write does; `offset` is -1 for write(). */
+static ssize_t struck_write(ssize_t (*plain)(int, const void *, size_t), pwrite_fn at, int fd,
+                            const void *data, size_t bytes, off64_t offset)
+{
+    char *copy = NULL;
+    if (kind == LOST) {
+        return (ssize_t)bytes;
+    }
+    if (kind == SHORT && bytes > 1) {
+        bytes /= 2;
+    }
+    if (kind == FLIP && bytes > 0 && (copy = malloc(bytes)) != NULL) {
+        memcpy(copy, data, bytes);
+        copy[bytes / 2] ^= 4;
+        data = copy;
+    }
+    if (kind > 0) {
+        errno = kind;
+        return -1;
+    }
+    ssize_t done = offset < 0 ? plain(fd, data, bytes) : at(fd, data, bytes, offset);
+    free(copy);
+    if (kind == KILL_AFTER) {
+        raise(SIGKILL);
+    }
+    if (kind == LATE) {
+        errno = EIO;
+        return -1;
+    }
+    return done;
+}
+
 ssize_t write(int fd, const void *data, size_t bytes)
 {
     NEXT(write)
-    if (!strikes_fd("write", fd)) {
-        return real(fd, data, bytes);
-    }
-    STRUCK(real(fd, data, kind == SHORT && bytes > 1 ? bytes / 2 : bytes));
+    return strikes_fd("write", fd) ? struck_write(real, NULL, fd, data, bytes, -1)
+                                   : real(fd, data, bytes);
 }
 
 ssize_t pwrite(int fd, const void *data, size_t bytes, off_t offset)
 {
     NEXT(pwrite)
-    if (!strikes_fd("pwrite", fd)) {
-        return real(fd, data, bytes, offset);
-    }
-    STRUCK(real(fd, data, kind == SHORT && bytes > 1 ? bytes / 2 : bytes, offset));
+    return strikes_fd("pwrite", fd) ? struck_write(NULL, real, fd, data, bytes, offset)
+                                    : real(fd, data, bytes, offset);
 }
 
 ssize_t pwrite64(int fd, const void *data, size_t bytes, off64_t offset)
 {
     NEXT(pwrite64)
-    if (!strikes_fd("pwrite", fd)) {
-        return real(fd, data, bytes, offset);
-    }
-    STRUCK(real(fd, data, kind == SHORT && bytes > 1 ? bytes / 2 : bytes, offset));
+    return strikes_fd("pwrite", fd) ? struck_write(NULL, real, fd, data, bytes, offset)
+                                    : real(fd, data, bytes, offset);
 }
 
 int fsync(int fd)
