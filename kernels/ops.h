@@ -3,7 +3,8 @@
  *
  * Matrices are row-major fp32, `stride` elements from row to row. One launch sees exactly one micro-batch: T tokens of
  * ragged sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0, cu_seqlens[n_docs] = T). T may be 0: nothing happens.
- * All pointers are borrowed for the call. Scratch comes from `work` (qs_ops_work_bytes). */
+ * All pointers are borrowed for the call. An operation's own scratch belongs to the calling thread, grows to the largest
+ * call and is counted as QS_MEM_WORK (scratch_bytes says how much). */
 #ifndef QS_KERNELS_OPS_H
 #define QS_KERNELS_OPS_H
 
@@ -56,8 +57,22 @@ typedef struct {
     double bias_correction1, bias_correction2; /* 1 - beta^t */
 } qs_adamw_args;
 
+/** The largest that the operations will be asked for. */
+typedef struct {
+    int threads;
+    int64_t tokens;      /* of a micro-batch */
+    int64_t documents;   /* of a micro-batch */
+    int64_t loss_rows;   /* rows of a micro-batch that carry loss */
+    int64_t widest;      /* the longer side of the widest linear */
+    int head_dim;
+    bool dropout;
+} qs_ops_limits;
+
 typedef struct {
     const char *name; /* "strict" */
+
+    /** Upper bound of the scratch that one calling thread keeps. */
+    size_t (*scratch_bytes)(const qs_ops_limits *limits);
 
     /** y = x W^T (+ bias) [T, out] <- [T, in]. W is decoded while it is packed: no dequantized copy of the matrix. */
     qs_status (*linear_forward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <string.h>
 
+#include "base/mem.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/ops.h"
 #include "ops_fixture.h"
@@ -276,6 +277,24 @@ Test(bits, the_environment_chooses_the_instruction_set)
 {
     cr_assert_eq(setenv("QSHARD_CPU_ISA", "portable", 1), 0);
     cr_assert_str_eq(qs_isa_get()->name, "portable");
+}
+
+Test(bits, scratch_stays_below_what_the_plan_is_told)
+{
+    const qs_ops_limits limits = {.threads = 2,
+                                  .tokens = ROWS,
+                                  .documents = 4,
+                                  .loss_rows = 45,
+                                  .widest = IN,
+                                  .head_dim = DIM,
+                                  .dropout = true};
+    size_t told = qs_ops_cpu()->scratch_bytes(&limits);
+    uint64_t out[N_OPS];
+    all_ops_with(2, out);
+    size_t held = qs_mem_peak_bytes(QS_MEM_WORK);
+    cr_assert_gt(held, 0);
+    cr_assert_leq(held, told);
+    cr_assert_lt(told, 2 * held, "told %zu, held %zu: not a useful bound", told, held);
 }
 
 static void count_idle(void *ctx)

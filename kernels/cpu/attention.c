@@ -126,8 +126,7 @@ qs_status qs_cpu_attention_forward(qs_queue *q, const qs_attention_shape *shape,
                                    const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse)
 {
     forward_args args = {.isa = qs_isa_get(), .qm = qm, .km = km, .vm = vm, .o = o, .lse = lse};
-    QS_TRY(qs_attention_plan_make(q, shape, 1, 3 * QS_ATTENTION_HEADS, 3 + QS_ATTENTION_HEADS,
-                                  &args.plan));
+    QS_TRY(qs_attention_plan_make(q, shape, &args.plan));
     qs_parallel_for(q, qs_attention_tasks(&args.plan), qs_attention_work(shape), forward_task,
                     &args);
     return QS_OK;

@@ -177,7 +177,7 @@ qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape
                           .dk = dk,
                           .dv = dv};
     int64_t work = qs_attention_work(shape);
-    QS_TRY(qs_attention_plan_make(q, shape, 2, 0, 4 + 2 * QS_ATTENTION_HEADS, &args.plan));
+    QS_TRY(qs_attention_plan_make(q, shape, &args.plan));
     qs_parallel_for(q, qs_ceil_div(o->rows, DELTA_ROWS), o->rows * o->cols, delta_task, &args);
     qs_parallel_for(q, qs_attention_tasks(&args.plan), work, dq_task, &args);
     qs_parallel_for(q, args.plan.count * shape->n_kv_heads, work, dkv_task, &args);

@@ -13,6 +13,10 @@
 enum {
     QS_ATTENTION_BLOCK = 64,
     QS_ATTENTION_HEADS = 4, /* most query heads of a task */
+    /* Workspace of a thread, enough for the forward and the backward. */
+    QS_ATTENTION_SQUARES = 2,
+    QS_ATTENTION_VECTORS = 3 * QS_ATTENTION_HEADS,
+    QS_ATTENTION_PACKS = 4 + 2 * QS_ATTENTION_HEADS,
 };
 
 /** The tasks of a launch: blocks of all documents, numbered through, times groups of heads. */
@@ -35,11 +39,14 @@ typedef struct {
     int kv_head, head, heads;
 } qs_attention_task;
 
-/** Number the blocks and provide each thread with `squares` block x block matrices, `vectors` rows
- * of a block, and space for `packs` operands. Memory is the calling thread's, until its next
- * attention. */
-qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape, int squares,
-                                 int vectors, int packs, qs_attention_plan *out);
+/** Floats that attention keeps at most. */
+int64_t qs_attention_scratch_count(int threads, int64_t documents, int head_dim);
+
+/** Number the blocks and provide each thread with QS_ATTENTION_SQUARES block x block matrices,
+ * _VECTORS rows of a block, and space for _PACKS operands. Memory is the calling thread's, until
+ * its next attention. */
+qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
+                                 qs_attention_plan *out);
 
 /** Tasks in all: blocks times groups of heads. */
 int64_t qs_attention_tasks(const qs_attention_plan *plan);

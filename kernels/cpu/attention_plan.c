@@ -10,23 +10,43 @@ static int64_t max_i64(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape, int squares,
-                                 int vectors, int packs, qs_attention_plan *out)
+static int64_t pack_count(int64_t dim)
 {
-    int64_t dim = shape->head_dim;
-    int64_t index = 2 * ((int64_t)shape->n_docs + 1); /* int64_t, in floats */
-    index = qs_ceil_div(index, 16) * 16;
+    return max_i64(qs_packed_count(BLOCK, max_i64(dim, BLOCK)), qs_packed_count(dim, BLOCK));
+}
+
+static int64_t per_thread_count(int64_t dim)
+{
+    return QS_ATTENTION_SQUARES * BLOCK * BLOCK + QS_ATTENTION_VECTORS * BLOCK +
+           QS_ATTENTION_PACKS * pack_count(dim);
+}
+
+/* The numbers of the documents' first blocks, in floats. */
+static int64_t index_count(int64_t documents)
+{
+    return qs_ceil_div(2 * (documents + 1), 16) * 16;
+}
+
+int64_t qs_attention_scratch_count(int threads, int64_t documents, int head_dim)
+{
+    return index_count(documents) + threads * per_thread_count(head_dim);
+}
+
+qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
+                                 qs_attention_plan *out)
+{
+    int threads = qs_queue_threads(q);
     out->shape = shape;
     out->heads_per_kv = shape->n_heads / shape->n_kv_heads;
     out->groups_per_kv = (int)qs_ceil_div(out->heads_per_kv, QS_ATTENTION_HEADS);
-    out->pack_count =
-        max_i64(qs_packed_count(BLOCK, max_i64(dim, BLOCK)), qs_packed_count(dim, BLOCK));
-    out->per_thread = squares * BLOCK * BLOCK + vectors * BLOCK + packs * out->pack_count;
+    out->pack_count = pack_count(shape->head_dim);
+    out->per_thread = per_thread_count(shape->head_dim);
     float *memory;
-    QS_TRY(
-        qs_scratch(QS_SCRATCH_ATTENTION, index + qs_queue_threads(q) * out->per_thread, &memory));
+    QS_TRY(qs_scratch(QS_SCRATCH_ATTENTION,
+                      qs_attention_scratch_count(threads, shape->n_docs, shape->head_dim),
+                      &memory));
     out->first = (int64_t *)(void *)memory;
-    out->workspace = memory + index;
+    out->workspace = memory + index_count(shape->n_docs);
     out->count = 0;
     for (int d = 0; d < shape->n_docs; d++) {
         out->first[d] = out->count;

@@ -250,6 +250,16 @@ qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_ope
     return QS_OK;
 }
 
+int64_t qs_gemm_scratch_count(int threads, int64_t rows, int64_t cols)
+{
+    int64_t longer = rows > cols ? rows : cols;
+    int64_t least = (int64_t)PANELS_PER_BLOCK * QS_GEMM_MR_MAX * longer;
+    int64_t whole = rows * cols + QS_GEMM_MR_MAX * longer;
+    int64_t packed_a = qs_min_i64(whole, least > PACKED_MAX ? least : PACKED_MAX);
+    int64_t packed_b = (int64_t)threads * SLIVERS_PER_TASK * QS_GEMM_NR_MAX * QS_GEMM_KC;
+    return packed_a + packed_b;
+}
+
 void qs_pack_left(const qs_isa *isa, const qs_operand *a, int64_t m, int64_t k, float *packed)
 {
     int64_t step = (int64_t)PANELS_PER_BLOCK * isa->mr;

@@ -40,6 +40,10 @@ typedef struct qs_operand {
 qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate);
 
+/** Floats of packing space that qs_gemm keeps at most, for operands of up to `rows` x `cols` or
+ * transposed. */
+int64_t qs_gemm_scratch_count(int threads, int64_t rows, int64_t cols);
+
 /* ---- the same product, the same bits, in the calling thread alone
  * ------------------------------------------------- */
 

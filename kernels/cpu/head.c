@@ -74,6 +74,11 @@ static void slice_task(void *ctx, int64_t index, int thread)
     }
 }
 
+int64_t qs_head_scratch_count(int64_t loss_rows)
+{
+    return loss_rows * SLICE;
+}
+
 qs_status qs_cpu_head_chunk(qs_queue *q, const qs_unit_view *unit, const qs_weight *w, int64_t row0,
                             qs_head_state *state)
 {
@@ -82,7 +87,7 @@ qs_status qs_cpu_head_chunk(qs_queue *q, const qs_unit_view *unit, const qs_weig
     if (rows == 0) {
         return QS_OK;
     }
-    QS_TRY(qs_scratch(QS_SCRATCH_HEAD, rows * SLICE, &c.logits));
+    QS_TRY(qs_scratch(QS_SCRATCH_HEAD, qs_head_scratch_count(rows), &c.logits));
     qs_operand x = {.data = state->x, .stride = hidden};
     qs_operand p = {.data = c.logits, .stride = SLICE};
     for (int64_t first = 0; first < w->out; first += SLICE) {

@@ -5,6 +5,8 @@
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/scratch.h"
 
+enum { BLOCK_ROWS = 256 }; /* of the masked gradient */
+
 typedef struct {
     const qs_lora *lora;
     const qs_mat *x;
@@ -84,15 +86,19 @@ static void masked_add_task(void *ctx, int64_t index, int thread)
     }
 }
 
+int64_t qs_lora_scratch_count(int64_t tokens, int64_t widest)
+{
+    return qs_min_i64(BLOCK_ROWS, tokens) * widest;
+}
+
 /* dx += s (work A) * mask / (1 - p), a block of rows at a time. */
 static qs_status add_masked_product(qs_queue *q, const qs_lora *lora, const qs_mat *work,
                                     qs_mat *dx)
 {
-    enum { BLOCK_ROWS = 256 };
     int64_t width = dx->cols;
     masked_add args = {.lora = lora, .dx = dx, .rows_per_task = qs_rows_per_task(width)};
     float *product;
-    QS_TRY(qs_scratch(QS_SCRATCH_LORA, qs_min_i64(BLOCK_ROWS, dx->rows) * width, &product));
+    QS_TRY(qs_scratch(QS_SCRATCH_LORA, qs_lora_scratch_count(dx->rows, width), &product));
     args.product = product;
     for (; args.row0 < dx->rows; args.row0 += BLOCK_ROWS) {
         args.rows = qs_min_i64(BLOCK_ROWS, dx->rows - args.row0);

@@ -1,11 +1,35 @@
 #include "kernels/ops.h"
 
+#include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/ops_impl.h"
+
+static int64_t max_i64(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* The users of scratch.h, each at its largest. */
+static size_t scratch_bytes(const qs_ops_limits *l)
+{
+    /* The head multiplies slices of the vocabulary, which may be wider than the linears of a small
+     * model. */
+    int64_t slice = qs_head_scratch_count(1);
+    int64_t packs =
+        max_i64(qs_gemm_scratch_count(l->threads, l->tokens, l->widest),
+                qs_gemm_scratch_count(l->threads, l->loss_rows, max_i64(l->widest, slice)));
+    int64_t floats = packs + qs_attention_scratch_count(l->threads, l->documents, l->head_dim) +
+                     qs_head_scratch_count(l->loss_rows);
+    if (l->dropout) {
+        floats += qs_lora_scratch_count(l->tokens, l->widest);
+    }
+    return (size_t)floats * sizeof(float);
+}
 
 const qs_ops *qs_ops_cpu(void)
 {
     static const qs_ops table = {
         .name = "strict",
+        .scratch_bytes = scratch_bytes,
         .linear_forward = qs_cpu_linear_forward,
         .linear_backward = qs_cpu_linear_backward,
         .lora_forward = qs_cpu_lora_forward,

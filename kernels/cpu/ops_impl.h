@@ -20,6 +20,10 @@ qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed);
 void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
                            int64_t first, int64_t count, float *out);
 
+/** Floats that lora_backward with dropout, and the head, keep at most. */
+int64_t qs_lora_scratch_count(int64_t tokens, int64_t widest);
+int64_t qs_head_scratch_count(int64_t loss_rows);
+
 qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                 const float *bias, const qs_mat *x, qs_mat *y);
 qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
