@@ -1,0 +1,246 @@
+/* config.json: both spellings mean the same, defaults are the class's, and what is not supported is
+ * refused by name. */
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "hf/hf_config.h"
+#include "hf/json.h"
+
+static qs_status parse(qs_hf_config *out, const char *text)
+{
+    qs_error_clear();
+    return qs_hf_config_parse(out, text, strlen(text), "config.json");
+}
+
+/* A good config with `extra` members appended. */
+static const char *with(const char *extra)
+{
+    static char text[4096];
+    (void)snprintf(text, sizeof text,
+                   "{\"model_type\":\"llama\",\"hidden_size\":64,\"intermediate_size\":160,"
+                   "\"num_hidden_layers\":2,\"num_attention_heads\":4,\"vocab_size\":100%s%s}",
+                   extra[0] != '\0' ? "," : "", extra);
+    return text;
+}
+
+Test(hf_config, missing_keys_take_the_defaults_of_the_class)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, "{\"model_type\":\"llama\"}"), QS_OK, "%s", qs_error_text());
+    cr_expect_eq(c.n_layers, 32);
+    cr_expect_eq(c.n_heads, 32);
+    cr_expect_eq(c.n_kv_heads, 32);
+    cr_expect_eq(c.head_dim, 128);
+    cr_expect_eq(c.hidden, 4096);
+    cr_expect_eq(c.ffn_hidden, 11008);
+    cr_expect_eq(c.vocab, 32000);
+    cr_expect_eq(c.max_position, 2048);
+    cr_expect_eq(c.rms_norm_eps, 1e-6f);
+    cr_expect_eq(c.rope_theta, 10000.0);
+    cr_expect_eq(c.rope_type, QS_ROPE_DEFAULT);
+    cr_expect_eq(c.dtype, QS_F32);
+    cr_expect_not(c.tied || c.attention_bias || c.mlp_bias || c.bnb_4bit);
+}
+
+Test(hf_config, both_spellings_mean_the_same)
+{
+    qs_hf_config v4, v5;
+    cr_assert_eq(
+        parse(&v4, with("\"torch_dtype\":\"bfloat16\",\"rope_theta\":500000.0,\"rope_scaling\":{"
+                        "\"type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,"
+                        "\"high_freq_factor\":4.0,\"original_max_position_embeddings\":8192}")),
+        QS_OK, "%s", qs_error_text());
+    cr_assert_eq(
+        parse(&v5, with("\"dtype\":\"bfloat16\",\"rope_parameters\":{\"rope_theta\":500000.0,"
+                        "\"rope_type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,"
+                        "\"high_freq_factor\":4.0,\"original_max_position_embeddings\":8192}")),
+        QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert_eq(v4.rope_type, QS_ROPE_LLAMA3);
+    cr_assert_eq(v4.rope_original_max_position, 8192);
+    cr_assert_eq(v4.dtype, QS_BF16);
+}
+
+Test(hf_config, biases_and_tied_heads_are_read)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with("\"attention_bias\":true,\"mlp_bias\":true,"
+                                "\"tie_word_embeddings\":true,\"num_key_value_heads\":2,"
+                                "\"head_dim\":20")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.attention_bias && c.mlp_bias && c.tied);
+    int64_t out, in;
+    qs_linear_shape(&c, QS_K, &out, &in);
+    cr_assert(out == 40 && in == 64);
+    qs_linear_shape(&c, QS_O, &out, &in);
+    cr_assert(out == 64 && in == 80);
+    qs_linear_shape(&c, QS_DOWN, &out, &in);
+    cr_assert(out == 64 && in == 160);
+    cr_assert_str_eq(qs_linear_path(QS_GATE), "mlp.gate_proj");
+}
+
+Test(hf_config, bitsandbytes_config_is_recognized)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with("\"quantization_config\":{\"quant_method\":\"bitsandbytes\","
+                                "\"load_in_4bit\":true,\"load_in_8bit\":false,"
+                                "\"bnb_4bit_quant_type\":\"nf4\"}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.bnb_4bit);
+}
+
+typedef struct {
+    char extra[200];
+    qs_status status;
+    char named[48]; /* what the message must name */
+} refusal;
+
+ParameterizedTestParameters(hf_config, unsupported_is_refused_by_name)
+{
+    static refusal r[] = {
+        {"\"qk_norm\":true", QS_ERR_INPUT_UNKNOWN, "qk_norm"},
+        {"\"sliding_window\":4096", QS_ERR_INPUT_UNKNOWN, "sliding_window"},
+        {"\"auto_map\":{\"AutoModel\":\"x.Y\"}", QS_ERR_INPUT_UNKNOWN, "auto_map"},
+        {"\"hidden_act\":\"gelu\"", QS_ERR_INPUT_UNKNOWN, "gelu"},
+        {"\"hidden_act\":7", QS_ERR_INPUT_UNKNOWN, "hidden_act"},
+        {"\"architectures\":[\"LlamaModel\"]", QS_ERR_INPUT_UNKNOWN, "LlamaModel"},
+        {"\"layer_types\":[\"sliding_attention\"]", QS_ERR_INPUT_UNKNOWN, "sliding_attention"},
+        {"\"rope_interleaved\":true", QS_ERR_INPUT_UNKNOWN, "rope_interleaved"},
+        {"\"attention_dropout\":0.1", QS_ERR_INPUT_UNKNOWN, "attention_dropout"},
+        {"\"partial_rotary_factor\":0.5", QS_ERR_INPUT_UNKNOWN, "partial_rotary_factor"},
+        {"\"torch_dtype\":\"float64\"", QS_ERR_INPUT_UNKNOWN, "float64"},
+        {"\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2}", QS_ERR_INPUT_UNKNOWN, "yarn"},
+        {"\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":2,\"beta_fast\":3}",
+         QS_ERR_INPUT_UNKNOWN, "beta_fast"},
+        {"\"quantization_config\":{\"quant_method\":\"gptq\"}", QS_ERR_INPUT_UNKNOWN, "gptq"},
+        {"\"quantization_config\":{\"quant_method\":\"bitsandbytes\",\"load_in_8bit\":true}",
+         QS_ERR_INPUT_UNKNOWN, "load_in_4bit"},
+        {"\"quantization_config\":{\"quant_method\":\"bitsandbytes\",\"load_in_4bit\":true}",
+         QS_ERR_INPUT_UNKNOWN, "fp4"},
+    };
+    return cr_make_param_array(refusal, r, sizeof r / sizeof *r);
+}
+
+ParameterizedTest(refusal *r, hf_config, unsupported_is_refused_by_name)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with(r->extra)), r->status, "%s", r->extra);
+    cr_assert_not_null(strstr(qs_error_text(), r->named), "%s", qs_error_text());
+    cr_assert_not_null(strstr(qs_error_text(), "config.json"));
+}
+
+ParameterizedTestParameters(hf_config, values_out_of_range_are_refused)
+{
+    static refusal r[] = {
+        {"\"num_key_value_heads\":3", QS_ERR_INPUT_VALUE, "num_key_value_heads"},
+        {"\"num_key_value_heads\":8", QS_ERR_INPUT_VALUE, "num_key_value_heads"},
+        {"\"head_dim\":15", QS_ERR_INPUT_VALUE, "head_dim"},
+        {"\"head_dim\":2048", QS_ERR_INPUT_VALUE, "head_dim"},
+        {"\"rms_norm_eps\":0", QS_ERR_INPUT_VALUE, "rms_norm_eps"},
+        {"\"rms_norm_eps\":0.02", QS_ERR_INPUT_VALUE, "rms_norm_eps"},
+        {"\"rope_theta\":0", QS_ERR_INPUT_VALUE, "rope_theta"},
+        {"\"rope_theta\":-1", QS_ERR_INPUT_VALUE, "rope_theta"},
+        {"\"rope_theta\":\"1e4\"", QS_ERR_INPUT_VALUE, "rope_theta"},
+        {"\"max_position_embeddings\":0", QS_ERR_INPUT_VALUE, "max_position_embeddings"},
+        {"\"tie_word_embeddings\":1", QS_ERR_INPUT_VALUE, "tie_word_embeddings"},
+        {"\"dtype\":\"float16\",\"torch_dtype\":\"bfloat16\"", QS_ERR_INPUT_VALUE, "differ"},
+        {"\"rope_theta\":1e4,\"rope_parameters\":{\"rope_theta\":1e5}", QS_ERR_INPUT_VALUE,
+         "rope_theta"},
+        {"\"rope_scaling\":{\"rope_type\":\"linear\"}", QS_ERR_INPUT_VALUE, "factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":0.5}", QS_ERR_INPUT_VALUE,
+         "factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"default\",\"factor\":2}", QS_ERR_INPUT_VALUE, "factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,"
+         "\"high_freq_factor\":4,\"original_max_position_embeddings\":8192}",
+         QS_ERR_INPUT_VALUE, "high_freq_factor"},
+        {"\"rope_scaling\":7", QS_ERR_INPUT_VALUE, "rope_scaling"},
+    };
+    return cr_make_param_array(refusal, r, sizeof r / sizeof *r);
+}
+
+ParameterizedTest(refusal *r, hf_config, values_out_of_range_are_refused)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with(r->extra)), r->status, "%s", r->extra);
+    cr_assert_not_null(strstr(qs_error_text(), r->named), "%s", qs_error_text());
+}
+
+ParameterizedTestParameters(hf_config, whole_texts_are_refused)
+{
+    static refusal r[] = {
+        {"", QS_ERR_INPUT_FORMAT, "JSON"},
+        {"[]", QS_ERR_INPUT_FORMAT, "object"},
+        {"{", QS_ERR_INPUT_FORMAT, "JSON"},
+        {"{}", QS_ERR_INPUT_VALUE, "model_type"},
+        {"{\"model_type\":\"qwen2\"}", QS_ERR_INPUT_UNKNOWN, "qwen2"},
+        {"{\"model_type\":\"llama\",\"vocab_size\":NaN}", QS_ERR_INPUT_FORMAT, "JSON"},
+        {"{\"model_type\":\"llama\",\"rope_theta\":Infinity}", QS_ERR_INPUT_FORMAT, "JSON"},
+        {"{\"model_type\":\"llama\",\"model_type\":\"llama\"}", QS_ERR_INPUT_FORMAT, "duplicate"},
+        {"{\"model_type\":\"llama\",\"hidden_size\":65,\"num_attention_heads\":4}",
+         QS_ERR_INPUT_VALUE, "hidden_size"},
+        {"{\"model_type\":\"llama\",\"num_hidden_layers\":1001}", QS_ERR_INPUT_VALUE,
+         "num_hidden_layers"},
+        {"{\"model_type\":\"llama\",\"vocab_size\":4194305}", QS_ERR_INPUT_VALUE, "vocab_size"},
+        {"{\"model_type\":\"llama\",\"vocab_size\":99999999999999999999}", QS_ERR_INPUT_FORMAT,
+         "JSON"},
+        {"{\"model_type\":\"llama\"} x", QS_ERR_INPUT_FORMAT, "JSON"},
+    };
+    return cr_make_param_array(refusal, r, sizeof r / sizeof *r);
+}
+
+ParameterizedTest(refusal *r, hf_config, whole_texts_are_refused)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, r->extra), r->status, "%s: %s", r->extra, qs_error_text());
+    cr_assert_not_null(strstr(qs_error_text(), r->named), "%s", qs_error_text());
+}
+
+Test(hf_config, null_means_the_default_even_for_unknown_keys)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with("\"rope_scaling\":null,\"sliding_window\":null,\"head_dim\":null")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(c.head_dim, 16);
+}
+
+Test(hf_config, depth_is_limited_before_the_parser_descends)
+{
+    char text[2000] = "{\"model_type\":";
+    memset(text + strlen(text), '[', 1500);
+    json_t *root = NULL;
+    cr_assert_eq(qs_json_parse(&root, text, strlen(text), "deep.json"), QS_ERR_INPUT_FORMAT);
+    cr_assert_not_null(strstr(qs_error_text(), "deeper than 64"), "%s", qs_error_text());
+    qs_error_clear();
+    const char *in_string =
+        "{\"a\":\"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\\"[[\"}";
+    cr_assert_eq(qs_json_parse(&root, in_string, strlen(in_string), "flat.json"), QS_OK);
+    json_decref(root);
+}
+
+Test(hf_config, rope_frequencies_follow_their_formulas)
+{
+    qs_hf_config c;
+    double f[8], scaled[8];
+    cr_assert_eq(parse(&c, with("")), QS_OK);
+    qs_hf_rope_frequencies(&c, f);
+    cr_assert_float_eq(f[0], 1.0, 1e-15);
+    cr_assert_float_eq(f[4], 1e-2, 1e-9); /* 10000^(-8/16), in fp32 */
+    c.rope_type = QS_ROPE_LINEAR;
+    c.rope_factor = 4.0;
+    qs_hf_rope_frequencies(&c, scaled);
+    cr_assert_float_eq(scaled[3], f[3] / 4.0, 1e-15);
+    c.rope_type = QS_ROPE_LLAMA3;
+    c.rope_factor = 8.0;
+    c.rope_low_freq_factor = 1.0;
+    c.rope_high_freq_factor = 4.0;
+    c.rope_original_max_position = 1000;
+    qs_hf_rope_frequencies(&c, scaled);
+    cr_assert_eq(scaled[0], f[0], "wavelength 2 pi is below 1000 / 4");
+    cr_assert_float_eq(scaled[7], f[7] / 8.0, 1e-18, "wavelength 19869 is above 1000 / 1");
+    double turns = 1000.0 * f[4] / (2.0 * acos(-1.0)); /* wavelength 628: between */
+    double smooth = (turns - 1.0) / 3.0;
+    cr_assert_float_eq(scaled[4], (1.0 - smooth) * f[4] / 8.0 + smooth * f[4], 1e-9);
+}
