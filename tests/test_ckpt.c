@@ -320,8 +320,10 @@ Test(ckpt, full_disk_is_told_and_older_checkpoints_stay)
     }
     cr_expect_eq(entries(), 2, "nothing new");
     cr_assert_eq(unlink(path), 0);
+    free(p.yaml);
     plan_init(&p, 1);
     team_expect_ok(3, load_body, &p);
+    free(p.yaml);
     free(filler);
     cr_assert_eq(umount(run_dir), 0);
 }
@@ -411,12 +413,15 @@ Test(ckpt, state_of_another_run_is_refused_naming_the_first_difference)
     plan_init(&p, 1);
     strcpy(p.meta.base_sha256, "cc");
     expect_refusal(&p, QS_ERR_RESUME, "another base");
+    free(p.yaml);
     plan_init(&p, 1);
     strcpy(p.meta.data_content, "cc");
     expect_refusal(&p, QS_ERR_RESUME, "another data.train");
+    free(p.yaml);
     plan_init(&p, 1);
     change(&p, "train.save_every=9");
     team_expect_ok(2, load_body, &p); /* changes no bit */
+    free(p.yaml);
 }
 
 /* The manifest verifies, the file does not: the reader looks for itself. */
