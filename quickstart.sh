@@ -157,6 +157,31 @@ number() {
     awk -v key="$2" '{ for (i = 1; i < NF; i++) if ($i == key) { print $(i + 1); exit } }' "$1"
 }
 
+# Tokens per second of the whole run, out of its metrics.
+speed() {
+    awk -F'[:,}]' '{ for (i = 1; i < NF; i++) {
+        if ($i ~ /"all_tokens"/) tokens += $(i + 1)
+        if ($i ~ /"step_time_s"/) seconds += $(i + 1)
+    } } END { printf "%.0f", (seconds > 0 ? tokens / seconds : 0) }' "$work/run/metrics.jsonl"
+}
+
+# continuation N FILE: what was added to prompt N, on one line.
+continuation() {
+    awk -v want="$1" '/^--- prompt /{ n = $3; on = 0; next } /^--- continuation/{ on = 1; next } on && n == want' "$2" |
+        tr '\n' ' '
+}
+
+# Questions with the model's answers before and after.
+samples() {
+    local n=0 question
+    while read -r question; do
+        n=$((n + 1))
+        printf '\n%-8s %s\n' "prompt $n" "$question"
+        printf '%8s %s\n' before "$(continuation $n "$work/sample_before.txt")"
+        printf '%8s %s\n' after "$(continuation $n "$work/sample_after.txt")"
+    done < <(sed 's/.*"role": *"user", *"content": *"\([^"]*\)".*/\1/' "$work/prompts.jsonl")
+}
+
 table() {
     local steps
     steps=$(tail -n 1 "$work/run/metrics.jsonl" | sed 's/.*"step": *\([0-9]*\).*/\1/')
@@ -166,15 +191,11 @@ table() {
         "$(number "$work/eval_before.txt" eval_loss)" "$(number "$work/eval_after.txt" eval_loss)"
     printf '%-24s %12.2f %12.2f\n' 'held-out perplexity' \
         "$(number "$work/eval_before.txt" perplexity)" "$(number "$work/eval_after.txt" perplexity)"
-    printf '%-24s %s steps in %s s\n' training "$steps" "$(cat "$work/trained")"
+    echo
+    printf '%-24s %s steps in %s s, %s tokens/s\n' training "$steps" "$(cat "$work/trained")" "$(speed)"
     printf '%-24s %s\n' 'quantized base' "$base, $(du -m "$base" | cut -f1) MiB"
     printf '%-24s %s\n' 'adapter (PEFT)' "$work/adapter" 'loss curve' "$work/loss.png"
-    local when
-    for when in before after; do
-        echo
-        echo "--- continuation $when"
-        cat "$work/sample_$when.txt"
-    done
+    samples
     echo
     echo "done in $((SECONDS - began)) s"
 }
