@@ -63,8 +63,11 @@ static void pack_along(const qs_operand *op, int64_t row, int64_t first, int64_t
         src = op->data + row * op->stride + first;
     }
     for (; count > 0; count -= width, src += width, dst += group_stride) {
+        /* Constant sizes for the widths of AVX-512: no call for a few bytes. */
         if (count >= width && width == QS_GEMM_NR_MAX) {
-            memcpy(dst, src, QS_GEMM_NR_MAX * sizeof *dst); /* a constant size: no call */
+            memcpy(dst, src, QS_GEMM_NR_MAX * sizeof *dst);
+        } else if (count >= width && width == QS_GEMM_MR_MAX) {
+            memcpy(dst, src, QS_GEMM_MR_MAX * sizeof *dst);
         } else if (count >= width) {
             memcpy(dst, src, (size_t)width * sizeof *dst);
         } else {

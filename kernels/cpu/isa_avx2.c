@@ -129,6 +129,30 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out + i, src + 2 * i, QS_F16, count - i);
 }
 
+typedef float max_f16x __attribute__((vector_size(64)));
+
+static inline max_f16x isa_max16(max_f16x a, max_f16x b)
+{
+    __m256 left[2], right[2];
+    memcpy(left, &a, sizeof left);
+    memcpy(right, &b, sizeof right);
+    left[0] = _mm256_max_ps(left[0], right[0]);
+    left[1] = _mm256_max_ps(left[1], right[1]);
+    memcpy(&a, left, sizeof left);
+    return a;
+}
+
+static inline max_f16x isa_min16(max_f16x a, max_f16x b)
+{
+    __m256 left[2], right[2];
+    memcpy(left, &a, sizeof left);
+    memcpy(right, &b, sizeof right);
+    left[0] = _mm256_min_ps(left[0], right[0]);
+    left[1] = _mm256_min_ps(left[1], right[1]);
+    memcpy(&a, left, sizeof left);
+    return a;
+}
+
 typedef uint64_t mul_u8x __attribute__((vector_size(64)));
 
 /* Products of the lower halves of eight 64-bit lanes. */

@@ -122,6 +122,9 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out + i, src + 2 * i, QS_F16, count - i);
 }
 
+#define isa_max16(a, b) ((f16x)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define isa_min16(a, b) ((f16x)_mm512_min_ps((__m512)(a), (__m512)(b)))
+
 /* Products of the lower halves of eight 64-bit lanes. */
 #define isa_mul_even(a, b) ((u8x)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 

@@ -68,6 +68,24 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out, src, QS_F16, count);
 }
 
+typedef float max_f16x __attribute__((vector_size(64)));
+typedef int32_t max_i16x __attribute__((vector_size(64)));
+
+static inline max_f16x select16(max_i16x mask, max_f16x yes, max_f16x no)
+{
+    return (max_f16x)((mask & (max_i16x)yes) | (~mask & (max_i16x)no));
+}
+
+static inline max_f16x isa_max16(max_f16x a, max_f16x b)
+{
+    return select16(a > b, a, b);
+}
+
+static inline max_f16x isa_min16(max_f16x a, max_f16x b)
+{
+    return select16(a < b, a, b);
+}
+
 /* Products of the lower halves of eight 64-bit lanes. */
 #define isa_mul_even(a, b) (((a)&0xFFFFFFFFU) * ((b)&0xFFFFFFFFU))
 

@@ -201,11 +201,6 @@ static inline f16x lanes_splat(float x)
     return (f16x){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
 }
 
-static inline f16x lanes_select(i16x mask, f16x yes, f16x no)
-{
-    return (f16x)((mask & (i16x)yes) | (~mask & (i16x)no));
-}
-
 /* The tree of every 16-lane sum: the upper half is added to the lower until one lane is left. */
 static inline float lanes_sum(f16x v)
 {
@@ -217,14 +212,14 @@ static inline float lanes_sum(f16x v)
 }
 
 /* exp: n = round(x / ln 2), r = x - n ln 2 in two pieces, the series to r^7 (|r| <= 0.347: the next
- * term is 5e-9), times 2^n in two factors, because n = 128 does not fit one. Below -87 the result
- * is 0: denormals are not worth their time. */
+ * term is 5e-9), times 2^n. Below -87 the result is 0, because denormals are not worth their time;
+ * from 88.38 on, where n = 128, it is infinity. The bounds are the first operands, so that NaN goes
+ * through. */
 static inline f16x lanes_exp(f16x x)
 {
     const f16x lo = lanes_splat(-87.0F), hi = lanes_splat(89.0F);
     const f16x round = lanes_splat(12582912.0F); /* 1.5 * 2^23: adding it rounds to an integer */
-    f16x bounded = lanes_select(x > lo, x, lo);
-    bounded = lanes_select(bounded < hi, bounded, hi);
+    f16x bounded = isa_min16(hi, isa_max16(lo, x));
     f16x shifted = bounded * lanes_splat(1.44269504F) + round;
     f16x n = shifted - round;
     f16x r = bounded - n * lanes_splat(0.693359375F);
@@ -235,11 +230,8 @@ static inline f16x lanes_exp(f16x x)
     f16x middle = r * lanes_splat(1.0F / 120.0F) + lanes_splat(1.0F / 24.0F);
     f16x high = r * lanes_splat(1.0F / 5040.0F) + lanes_splat(1.0F / 720.0F);
     f16x value = ((high * square + middle) * square + low) * square + r + lanes_splat(1.0F);
-    i16x exponent = (i16x)shifted - (i16x)round;
-    i16x first = exponent >> 1;
-    value = value * (f16x)((first + 127) << 23) * (f16x)((exponent - first + 127) << 23);
-    value = lanes_select(x > lo, value, lanes_splat(0.0F));
-    return lanes_select(x == x, value, x); /* NaN stays */
+    value *= (f16x)(((i16x)shifted - ((i16x)round - 127)) << 23);
+    return (f16x)(~(x <= lo) & (i16x)value);
 }
 
 static float isa_dot(const float *x, const float *y, int64_t count)
@@ -275,7 +267,7 @@ static float isa_max(const float *x, int64_t count)
     f16x most = lanes_splat(-INFINITY);
     for (int64_t i = 0; i < count; i += 16) {
         f16x v = i + 16 <= count ? lanes_load(x + i) : lanes_load_part(x + i, count - i, -INFINITY);
-        most = lanes_select(v > most, v, most);
+        most = isa_max16(v, most); /* of NaN and a number, the number */
     }
     float lane[16];
     lanes_store(lane, most);
