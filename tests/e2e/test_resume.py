@@ -14,17 +14,24 @@ SEED = int(os.environ.get("QSHARD_KILL_SEED", "1"))
 STEPS = {"train__save_every": 3, "train__eval_every": 10}
 
 
-def kill_group(process, number=signal.SIGKILL):
+def ranks_of(process):
+    """Pids of the ranks that a started mpirun has made: each is in a process group of its own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def kill(pid, number=signal.SIGKILL):
     try:
-        os.killpg(process.pid, number)
+        os.kill(pid, number)
     except ProcessLookupError:
         pass
 
 
-def ranks_of(process):
-    """Pids of the ranks that a started mpirun has made."""
-    found = subprocess.run(["pgrep", "-g", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+def kill_all(process):
+    """The whole job at once, as when a machine loses power."""
+    for pid in [process.pid, *ranks_of(process)]:
+        kill(pid)
+    process.communicate()
 
 
 class Resume(unittest.TestCase):
@@ -57,16 +64,12 @@ class Resume(unittest.TestCase):
                 time.sleep(draw.uniform(0.1, self.run_s))
                 pids = ranks_of(process)
                 if draw.random() < 0.5 and pids:
+                    kill(draw.choice(pids))
                     try:
-                        os.kill(draw.choice(pids), signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
-                    try:
-                        process.wait(timeout=60)
+                        process.communicate(timeout=60)
                     except subprocess.TimeoutExpired:
                         self.fail("the other ranks did not end")
-                kill_group(process)
-                process.communicate()
+                kill_all(process)
                 done += 1
             support.qshard(*self.options(output), "--takeover", ranks=draw.randint(1, 4))
             with self.subTest(output=output, seed=SEED):
@@ -109,8 +112,7 @@ class Resume(unittest.TestCase):
                    ".tmp" not in n]) < 2:
             self.assertIsNone(process.poll(), "the run ended before it could be stopped")
             time.sleep(0.01)
-        kill_group(process)
-        process.communicate()
+        kill_all(process)
         newest = max(n for n in os.listdir(output) if n.startswith("step-") and ".tmp" not in n)
         victim = os.path.join(output, newest, "rank-00001.h5")
         with open(victim, "r+b") as file:
