@@ -40,7 +40,8 @@ typedef struct {
     int *owner;             /* [n_units + 1] the rank that writes the unit */
     qs_unit_result *result; /* [n_units + 1] */
     char *parent, *temp;
-    qs_h5 *file; /* rank 0 */
+    qs_h5 *file;  /* rank 0 */
+    bool created; /* rank 0: the temporary file is ours */
     int fd;
     int64_t zero_blocks;
 } job;
@@ -210,7 +211,9 @@ static qs_status create_file(job *j)
     QS_TRY(expect_free_name(j));
     remove_stale(j);
     QS_TRY(expect_space(j));
-    QS_TRY(qs_h5_create(&j->file, j->temp));
+    qs_status st = qs_h5_create(&j->file, j->temp);
+    j->created = st != QS_ERR_OUTPUT_TAKEN; /* a creation that failed may have left a file */
+    QS_TRY(st);
     QS_TRY(qs_h5_attr_put_text(j->file, "format", "qshard-base"));
     QS_TRY(qs_h5_attr_put_i64(j->file, "format_version", 1));
     for (int u = 0; u <= n_units(j); u++) {
@@ -429,7 +432,7 @@ static qs_status run(job *j)
 
 static void cleanup(job *j, qs_status st)
 {
-    if (st != QS_OK && is_root(j) && j->temp != NULL && (j->file != NULL || j->fd >= 0)) {
+    if (st != QS_OK && j->created) {
         (void)unlink(j->temp); /* first, so that nothing is synced in vain */
     }
     (void)qs_h5_close(j->file); /* only after a failure, which has been recorded */
