@@ -51,7 +51,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     static const char before[] = ",\n \"self_sha256\": \"";
     static const char after[] = "\"\n}\n";
     char hash[QS_SHA256_HEX];
-    char *text = malloc(bytes + sizeof before + sizeof after + 64);
+    char *text = calloc(bytes + sizeof before + sizeof after + 64, 1);
     if (text == NULL) {
         return 0;
     }
