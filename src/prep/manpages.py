@@ -77,7 +77,7 @@ def pages_of_package(path):
         raise PrepError(
             errors.INPUT_FORMAT,
             path,
-            "is not a Debian package that dpkg-deb can open; fetch it " "again",
+            "is not a Debian package that dpkg-deb can open; fetch it again",
         ) from error
 
 
@@ -134,7 +134,12 @@ def plain(text):
         text.replace("\\-", "-").replace("\\(em", "-").replace("\\(en", "-").replace("\\(aq", "'")
     )
     text = (
-        text.replace("\\(dq", '"').replace("\\ ", " ").replace("\\e", "\\\\").replace("\\[aq]", "'")
+        text.replace("\\(dq", '"')
+        .replace(
+            "\\ ",
+        )
+        .replace("\\e", "\\\\")
+        .replace("\\[aq]", "'")
     )
     text = text.replace("\\(bu", "*").replace("\\'", "'").replace("\\`", "`").replace("\\~", " ")
     text = text.replace("\\*(Aq", "'").replace("\\*(--", "-").replace("\\*(C+", "C++")

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Draws the loss of a run: training loss per step, its running mean, and the loss on held-out data.
 
-    plot_loss.py runs/demo/metrics.jsonl -o loss.png
+plot_loss.py runs/demo/metrics.jsonl -o loss.png
 """
+
 import json
 import sys
 
@@ -39,7 +40,9 @@ def read_metrics(path):
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue  # a killed run may leave half a last line
-            raise PrepError(errors.INPUT_FORMAT, f"{path}:{number}", f"is no line of metrics: {error!r}") from error
+            raise PrepError(
+                errors.INPUT_FORMAT, f"{path}:{number}", f"is no line of metrics: {error!r}"
+            ) from error
     if not train and not held_out:
         raise PrepError(errors.INPUT_VALUE, path, "holds no loss; has the run made a step?")
     return sorted(train.items()), sorted(held_out.items())
@@ -48,15 +51,30 @@ def read_metrics(path):
 def running_mean(points):
     """Mean of the last MEAN_OF losses at each step."""
     losses = [loss for _, loss in points]
-    return [sum(losses[max(0, i + 1 - MEAN_OF):i + 1]) / min(i + 1, MEAN_OF) for i in range(len(losses))]
+    return [
+        sum(losses[max(0, i + 1 - MEAN_OF) : i + 1]) / min(i + 1, MEAN_OF)
+        for i in range(len(losses))
+    ]
 
 
 def draw(train, held_out, path):
     figure, axes = plt.subplots(figsize=(7.0, 4.2), dpi=120)
     if train:
         steps = [step for step, _ in train]
-        axes.plot(steps, [loss for _, loss in train], color="0.75", linewidth=1.0, label="training, each step")
-        axes.plot(steps, running_mean(train), color="tab:blue", linewidth=1.8, label=f"training, mean of {MEAN_OF}")
+        axes.plot(
+            steps,
+            [loss for _, loss in train],
+            color="0.75",
+            linewidth=1.0,
+            label="training, each step",
+        )
+        axes.plot(
+            steps,
+            running_mean(train),
+            color="tab:blue",
+            linewidth=1.8,
+            label=f"training, mean of {MEAN_OF}",
+        )
     if held_out:
         axes.plot(*zip(*held_out), color="tab:orange", marker="o", linewidth=1.8, label="held out")
     axes.set_xlabel("step")
@@ -71,7 +89,9 @@ def draw(train, held_out, path):
 def main(argv):
     parser = OneLineParser(prog="plot_loss.py", description="the loss curves of a run as a PNG")
     parser.add_argument("metrics", metavar="METRICS.jsonl")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT.png", help="replaced if it is there")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT.png", help="replaced if it is there"
+    )
     options = parser.parse_args(argv)
     train, held_out = read_metrics(options.metrics)
     draw(train, held_out, options.output)

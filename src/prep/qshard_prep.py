@@ -126,7 +126,7 @@ def check_options(options):
         raise PrepError(
             errors.CONFIG_PAIR,
             "--prompts",
-            "goes with none of --eval-out, --pack, --long: a prompt is " "one whole sequence",
+            "goes with none of --eval-out, --pack, --long: a prompt is one whole sequence",
         )
     outputs = [path for path in (options.output, options.eval_out) if path]
     if len({os.path.abspath(path) for path in outputs}) != len(outputs):
@@ -223,7 +223,7 @@ def read_documents(options, tokenizer, builder, counts):
     for example in read_records(
         options.data, options.format, options.on_bad_record == "skip", counts, builder
     ):
-        done["without an assistant turn"] += not example.spans
+        done["without an assistant turn"] += not (example.spans or options.prompts)
         batch.append(example)
         if len(batch) == BATCH:
             flush()
@@ -263,7 +263,9 @@ def check_usable(options, documents, counts, done):
             f"no usable record in {counts.lines} lines ({counts.empty} empty, "
             f"{counts.bad} bad)",
         )
-    if done["without an assistant turn"] == counts.records:
+    if options.prompts:
+        reason = f"every prompt is empty or longer than --seq-len={options.seq_len}; raise it"
+    elif done["without an assistant turn"] == counts.records:
         reason = "no record has an assistant message"
     elif done["truncated"] or done["dropped, too long"]:
         reason = f"what is to be learned lies behind --seq-len={options.seq_len}; raise it"
@@ -272,7 +274,7 @@ def check_usable(options, documents, counts, done):
     raise PrepError(
         errors.INPUT_VALUE,
         where,
-        f"nothing would be learned from {counts.records} records: {reason}",
+        f"nothing is left of {counts.records} records: {reason}",
     )
 
 

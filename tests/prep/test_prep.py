@@ -238,6 +238,16 @@ class Prep(FolderTest):
         self.assertEqual(self.decode(data, 0), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
         self.assertEqual(self.decode(data, 1), "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
 
+    def test_prompts_that_are_too_long_are_left_out_whole(self):
+        records = [{"text": "abcdef"}, {"text": "the"}]
+        result = self.prep(records, "--prompts", "--seq-len", "4")
+        self.assertEqual(self.load()[0]["tokens"].tolist(), ids("the"))
+        self.assertIn("1 dropped, too long", result.stdout)
+        result = self.prep(records, "--prompts", "--seq-len", "2", "--overwrite", "--on-bad-record=skip", expect=None)
+        self.assertEqual(result.returncode, 0)
+        result = self.prep(records[:1], "--prompts", "--seq-len", "2", "--overwrite", expect=None)
+        self.assert_one_error(result, 3, "every prompt is empty or longer")
+
     def test_preview_sets_what_is_not_learned_apart(self):
         data = self.write_records("d.jsonl", [talk("Hi\x1b[2J", "Hey")])
         result = tool("qshard_prep.py", "--model", self.model, data, "--preview", "1")
