@@ -653,6 +653,48 @@ Test(run_dir, lock_of_a_killed_process_is_taken_over)
     cr_assert_eq(entries(), 2, "config.yaml and run.json");
 }
 
+Test(run_dir, lock_of_a_dead_process_that_nobody_collected_is_taken_over)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    pid_t child = fork();
+    if (child == 0) {
+        _exit(open_as(&run, &c, QS_RESUME_AUTO, false) == QS_OK ? 0 : 1); /* without close */
+    }
+    siginfo_t info; /* see that it is dead, and leave it so */
+    cr_assert_eq(waitid(P_PID, (id_t)child, &info, WEXITED | WNOWAIT), 0);
+    cr_assert_eq(info.si_status, 0);
+    cr_assert(exists("run.lock"));
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    qs_run_dir_close(&run);
+    cr_assert_eq(entries(), 2, "config.yaml and run.json");
+}
+
+Test(run_dir, writer_that_is_just_dying_is_waited_for)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    int ready[2], status = 0;
+    char byte = 0;
+    cr_assert_eq(pipe(ready), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        bool good = open_as(&run, &c, QS_RESUME_AUTO, false) == QS_OK;
+        good = write(ready[1], "x", 1) == 1 && good;
+        usleep(500000);
+        _exit(good ? 0 : 1); /* without close */
+    }
+    cr_assert_eq(read(ready[0], &byte, 1), 1);
+    pid_t second = fork(); /* a dead child counts as alive until somebody waits for it */
+    if (second == 0) {
+        _exit(open_as(&run, &c, QS_RESUME_AUTO, false) == QS_OK ? 0 : 1);
+    }
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    cr_assert_eq(waitpid(second, &status, 0), second);
+    cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 Test(run_dir, lock_of_another_host_needs_takeover_or_the_same_job)
 {
     static const char *const lock = "{\"host\": \"elsewhere\", \"job\": \"77\", \"pid\": 1, "

@@ -13,11 +13,12 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/timer.h"
 #include "config/config.h"
 #include "hf/json.h"
 #include "store/io.h"
 
-enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64 };
+enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64, OWNER_WAIT_S = 5 };
 
 typedef struct {
     char host[256], job[64];
@@ -26,7 +27,8 @@ typedef struct {
     int64_t restart; /* how often the batch system has started the job again */
 } owner;
 
-/* Field 22 of /proc/PID/stat, in clock ticks since boot; 0 where there is none. */
+/* Field 22 of /proc/PID/stat, in clock ticks since boot; 0 where there is none, -1 for a process
+ * that is dead but has nobody to collect it, as happens in containers. */
 static int64_t process_born(int64_t pid)
 {
     char path[64], text[1024];
@@ -39,6 +41,9 @@ static int64_t process_born(int64_t pid)
     fclose(file);
     text[bytes] = '\0';
     const char *p = strrchr(text, ')'); /* the name may hold anything */
+    if (p && (strncmp(p, ") Z", 3) == 0 || strncmp(p, ") X", 3) == 0)) {
+        return -1;
+    }
     for (int field = 2; p && field < 22; field++) {
         p = strchr(p + 1, ' ');
     }
@@ -160,11 +165,13 @@ static qs_status taken(const char *dir, const char *path, const owner *other, bo
                    dir, other->pid, other->host, other->job[0] ? ", job " : "", other->job);
 }
 
-/* Link `temp` to its place, after removing a lock that does not count. */
+/* Link `temp` to its place, after removing a lock that does not count. The ranks of a launcher that
+ * was killed are gone a few seconds later, so an owner on this host gets that time. */
 static qs_status put_in_place(const char *dir, const char *temp, const char *path, const owner *me,
                               bool takeover)
 {
-    for (int attempt = 0; attempt < 2; attempt++) {
+    const double deadline = qs_time_s() + OWNER_WAIT_S;
+    for (;;) {
         if (link(temp, path) == 0) {
             return QS_OK;
         }
@@ -173,15 +180,21 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
         }
         owner other;
         bool readable = read_owner(path, &other);
-        if (!takeover && !(readable && is_gone(&other, me))) {
+        if (!readable && access(path, F_OK) != 0) {
+            continue; /* released a moment ago */
+        }
+        if (takeover || (readable && is_gone(&other, me))) {
+            qs_log_info("%s: taken over from process %" PRId64 " on host %s", path, other.pid,
+                        readable ? other.host : "(unknown)");
+            QS_TRY(remove_stale(path, &other));
+            continue;
+        }
+        bool here = readable && strcmp(other.host, me->host) == 0;
+        if (!here || qs_time_s() >= deadline) {
             return taken(dir, path, &other, readable);
         }
-        qs_log_info("%s: taken over from process %" PRId64 " on host %s", path, other.pid,
-                    readable ? other.host : "(unknown)");
-        QS_TRY(remove_stale(path, &other));
+        usleep(100000);
     }
-    return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: another run starts here at the same time; try again",
-                   dir);
 }
 
 qs_status qs_run_lock_take(const char *dir, bool takeover)
