@@ -1,0 +1,30 @@
+/* config.json, and with it everything that the JSON reader does. */
+#include "fuzz.h"
+
+#include <math.h>
+
+#include "hf/hf_config.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+    qs_hf_config c;
+    double inv_freq[512];
+    int64_t out, in;
+    qs_error_clear();
+    if (qs_hf_config_parse(&c, (const char *)data, bytes, "fuzz") != QS_OK) {
+        FUZZ_CHECK(qs_error_text()[0] != '\0');
+        return 0;
+    }
+    FUZZ_CHECK(c.n_layers >= 1 && c.n_layers <= 1000 && c.n_heads % c.n_kv_heads == 0);
+    FUZZ_CHECK(c.head_dim >= 2 && c.head_dim <= 1024 && c.head_dim % 2 == 0);
+    FUZZ_CHECK(c.rms_norm_eps >= 0.0F && c.rms_norm_eps <= 0.0101F && c.rope_theta > 0.0);
+    qs_hf_rope_frequencies(&c, inv_freq);
+    for (int i = 0; i < c.head_dim / 2; i++) {
+        FUZZ_CHECK(!isnan(inv_freq[i]));
+    }
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        qs_linear_shape(&c, (qs_linear)i, &out, &in);
+        FUZZ_CHECK(out > 0 && in > 0 && out <= INT64_MAX / in);
+    }
+    return 0;
+}
