@@ -1,0 +1,114 @@
+/* The parallel loop below all operations. */
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+#include "kernels/cpu/parallel.h"
+#include "ops_fixture.h"
+
+enum { MUCH_WORK = 1 << 30, MOST = 100 };
+
+typedef struct {
+    int threads;
+    int hits[MOST];
+    _Atomic int inside[8]; /* tasks under way with this thread number */
+    _Atomic int wrong;
+} loop_record;
+
+static void record_task(void *ctx, int64_t index, int thread)
+{
+    loop_record *r = ctx;
+    if (thread < 0 || thread >= r->threads || ++r->inside[thread] != 1) {
+        r->wrong++;
+    }
+    r->hits[index]++;
+    r->inside[thread]--;
+}
+
+/* Many loops of changing length and number of threads, one after the other. */
+static void *loops_main(void *arg)
+{
+    int *failures = arg;
+    for (int round = 0; round < 400; round++) {
+        int threads = 1 + round % 5;
+        qs_queue *queue = fx_queue(threads);
+        for (int count = 0; count <= MOST; count += 1 + count / 3) {
+            loop_record r = {.threads = threads};
+            qs_parallel_for(queue, count, MUCH_WORK, record_task, &r);
+            for (int i = 0; i < MOST; i++) {
+                *failures += r.hits[i] != (i < count);
+            }
+            *failures += r.wrong;
+        }
+        qs_queue_destroy(queue);
+    }
+    return NULL;
+}
+
+Test(parallel, every_task_runs_once_with_a_thread_number_of_its_own)
+{
+    int failures = 0;
+    loops_main(&failures);
+    cr_assert_eq(failures, 0);
+}
+
+Test(parallel, several_callers_do_not_meet)
+{
+    enum { CALLERS = 3 };
+    pthread_t caller[CALLERS];
+    int failures[CALLERS] = {0};
+    for (int i = 0; i < CALLERS; i++) {
+        cr_assert_eq(pthread_create(&caller[i], NULL, loops_main, &failures[i]), 0);
+    }
+    for (int i = 0; i < CALLERS; i++) {
+        pthread_join(caller[i], NULL);
+        cr_assert_eq(failures[i], 0, "caller %d", i);
+    }
+}
+
+/* Waits, for at most 20 s, until as many tasks are under way as there are threads. */
+static void meet_task(void *ctx, int64_t index, int thread)
+{
+    (void)index;
+    (void)thread;
+    loop_record *r = ctx;
+    r->inside[0]++;
+    for (int i = 0; i < 20000 && r->inside[0] < r->threads; i++) {
+        usleep(1000);
+    }
+}
+
+ParameterizedTestParameters(parallel, all_threads_are_at_work_at_once)
+{
+    static int threads[] = {1, 2, 3, 4};
+    return cr_make_param_array(int, threads, sizeof threads / sizeof *threads);
+}
+ParameterizedTest(int *threads, parallel, all_threads_are_at_work_at_once, .timeout = 60)
+{
+    qs_queue *queue = fx_queue(*threads);
+    for (int round = 0; round < 3; round++) {
+        loop_record r = {.threads = *threads};
+        qs_parallel_for(queue, *threads, MUCH_WORK, meet_task, &r);
+        cr_assert_eq(r.inside[0], *threads);
+        usleep(2000); /* the helpers fall asleep, and must wake again */
+    }
+    qs_queue_destroy(queue);
+}
+
+static void note_thread(void *ctx, int64_t index, int thread)
+{
+    ((int *)ctx)[index] = thread;
+}
+
+Test(parallel, little_work_stays_in_the_calling_thread)
+{
+    int thread[MOST];
+    qs_queue *queue = fx_queue(4);
+    qs_parallel_for(queue, MOST, 1000, note_thread, thread);
+    for (int i = 0; i < MOST; i++) {
+        cr_assert_eq(thread[i], 0);
+    }
+    qs_queue_destroy(queue);
+}
