@@ -135,9 +135,7 @@ def plain(text):
     )
     text = (
         text.replace("\\(dq", '"')
-        .replace(
-            "\\ ",
-        )
+        .replace("\\ ", " ")
         .replace("\\e", "\\\\")
         .replace("\\[aq]", "'")
     )

@@ -21,6 +21,7 @@ class Describe(unittest.TestCase):
             '.SH NAME\n.Sx cat \\- join\n.SH X': None,  # a macro that is not known: no guess
             '.SH NAME\nx \\- it\\*(Aqs \\(dqq\\(dq \\e\n.SH X': 'it\'s "q" \\',
             '.SH NAME\nx \\- \\*[unknown]\n.SH X': None,
+            '.SH NAME\nx \\- two\\ words\\&\n.SH X': "two words",
             '.SH SYNOPSIS\nx - y\n': None,
         }
         for source, want in cases.items():
