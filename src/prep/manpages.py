@@ -126,22 +126,22 @@ def describe(text):
     return body.split(" - ", 1)[1].strip() or None
 
 
+# roff's characters in plain text. `\e` is a backslash, written twice until all escapes are done.
+CHARACTERS = {
+    r"\-": "-", r"\(hy": "-", r"\[hy]": "-", r"\(em": "-", r"\(en": "-", r"\*(--": "-",
+    r"\(aq": "'", r"\[aq]": "'", r"\*(Aq": "'", r"\'": "'", r"\`": "`", r"\(dq": '"',
+    r"\ ": " ", r"\~": " ", r"\(bu": "*", r"\*(C+": "C++", r"\e": "\\\\",
+}  # fmt: skip
+# Changes of font and size, marks of no width, comments.
+INVISIBLE = re.compile(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^/,:%)]|\\\".*")
+
+
 def plain(text):
     """roff escapes to plain text; None where one is left that this does not know."""
-    text = re.sub(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^/,:%)]|\\\".*", "", text)
-    text = re.sub(r"\\[-](?=\S)|\\\(hy|\\\[hy\]", "-", text)
-    text = (
-        text.replace("\\-", "-").replace("\\(em", "-").replace("\\(en", "-").replace("\\(aq", "'")
-    )
-    text = (
-        text.replace("\\(dq", '"')
-        .replace("\\ ", " ")
-        .replace("\\e", "\\\\")
-        .replace("\\[aq]", "'")
-    )
-    text = text.replace("\\(bu", "*").replace("\\'", "'").replace("\\`", "`").replace("\\~", " ")
-    text = text.replace("\\*(Aq", "'").replace("\\*(--", "-").replace("\\*(C+", "C++")
-    if re.search(r"\\(?!\\)", text.replace("\\\\", "")) or "\ufffd" in text:
+    text = INVISIBLE.sub("", text)
+    for escape, character in CHARACTERS.items():
+        text = text.replace(escape, character)
+    if "\\" in text.replace("\\\\", "") or "\ufffd" in text:
         return None
     return " ".join(text.replace("\\\\", "\\").split())
 
