@@ -66,6 +66,7 @@ find_missing() {
     need 'Python 3.9 with venv' 'python3 python3-venv' python python python_has_venv
     if [ "$1" = test ]; then
         need Criterion libcriterion-dev criterion criterion pkg-config --exists criterion
+        need 'ip (two virtual hosts)' iproute2 iproute2 iproute2 command -v ip
     fi
 }
 
