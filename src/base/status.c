@@ -67,6 +67,11 @@ void qs_error_adopt(qs_status status, const char *text, bool silent)
     record.printed = false;
 }
 
+bool qs_error_is_silent(void)
+{
+    return record.silent;
+}
+
 void qs_error_clear(void)
 {
     record.status = QS_OK;

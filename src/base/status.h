@@ -69,6 +69,9 @@ const char *qs_error_text(void);
  *  qs_error_print quiet, because another rank speaks. */
 void qs_error_adopt(qs_status status, const char *text, bool silent);
 
+/** True if the record was adopted from a rank that speaks for itself. */
+bool qs_error_is_silent(void);
+
 /** Forget this thread's record. */
 void qs_error_clear(void);
 

@@ -72,7 +72,7 @@ static qs_status check_room(const saving *s, int64_t total)
         return QS_FAIL(QS_ERR_IO_FULL,
                        "%s: a checkpoint needs %" PRId64 " bytes, but %" PRIu64
                        " are free; make room, the run can go on",
-                       s->run_dir, total, free_bytes);
+                       s->run_dir, total + (int64_t)MANIFEST_ROOM, free_bytes);
     }
     return QS_OK;
 }

@@ -170,32 +170,38 @@ qs_status qs_comm_sum_i64(qs_comm *comm, int64_t *values, int count)
     return reduce_i64(comm, values, count, sum);
 }
 
-/* The rank whose status counts: the lowest with an error, else the lowest that asks for a requeue,
- * else none (-1). */
+/* The rank whose status counts: the lowest with an error of its own, else the lowest with one that
+ * another rank has spoken for (negative), else the lowest that asks for a requeue, else none (-1).
+ */
 static int speaker_among(const int64_t *statuses, int nranks)
 {
-    int requeue = -1;
+    int requeue = -1, silent = -1;
     for (int r = 0; r < nranks; r++) {
-        if (statuses[r] != QS_OK && statuses[r] != QS_REQUEUE) {
+        if (statuses[r] > QS_OK && statuses[r] != QS_REQUEUE) {
             return r;
+        }
+        if (statuses[r] < QS_OK && silent < 0) {
+            silent = r;
         }
         if (statuses[r] == QS_REQUEUE && requeue < 0) {
             requeue = r;
         }
     }
-    return requeue;
+    return silent >= 0 ? silent : requeue;
 }
 
 qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
 {
-    int64_t status = mine;
+    /* an error that another rank speaks for has been agreed on before: it is no reason to choose
+     * this rank */
+    int64_t status = mine != QS_OK && qs_error_is_silent() ? -(int64_t)mine : (int64_t)mine;
     QS_TRY(qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status));
     int speaker = speaker_among(comm->scratch, comm->nranks);
+    comm->agreed = speaker >= 0;
     if (speaker < 0) {
         return QS_OK;
     }
-    qs_status agreed = (qs_status)comm->scratch[speaker];
-    comm->agreed = true;
+    qs_status agreed = (qs_status)llabs(comm->scratch[speaker]);
     char text[2048] = "";
     if (speaker == comm->rank) {
         snprintf(text, sizeof text, "%s", qs_error_text());

@@ -76,8 +76,8 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine);
  * know whether they run on the same cores. */
 qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads);
 
-/** True once qs_comm_agree has returned an error: every rank knows, and all may leave in peace. An error without it is this rank's
- *  alone, the others may be waiting for it in another call, and only qs_comm_abort ends the job. */
+/** True if the last qs_comm_agree returned an error: every rank knows, and all may leave in peace. An error without it is this
+ *  rank's alone, the others may be waiting for it in another call, and only qs_comm_abort ends the job. */
 bool qs_comm_agreed(const qs_comm *comm);
 
 /** Broadcast a string from rank `root` (NULL elsewhere); every rank gets its own copy in *text, to

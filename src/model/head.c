@@ -42,23 +42,13 @@ static qs_status norm_rows(qs_model *model, qs_micro_acts *micro)
                                        model->config->rms_norm_eps, micro->row_rstd, &y);
 }
 
-qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro, const qs_batch *batch, bool keep)
+qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro, const qs_batch *batch)
 {
     qs_head_state *head = &micro->head;
     head->hidden = model->config->hidden;
     head->rows = collect_target_rows(micro, batch);
     head->x = micro->head_rows;
     head->target = micro->head_target;
-    for (int64_t i = 0; i < head->rows; i++) {
-        head->max[i] = -__builtin_inff();
-        head->sum[i] = 0;
-        head->target_logit[i] = 0;
-    }
-    if (keep) {
-        const size_t bytes = (size_t)(head->rows * head->hidden) * sizeof(float);
-        memset(head->o, 0, bytes);
-        memset(head->w_target, 0, bytes);
-    }
     return norm_rows(model, micro);
 }
 

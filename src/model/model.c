@@ -172,7 +172,7 @@ static qs_status head(qs_model *m, qs_micro_batch *group, int64_t count, float l
         m->micro[g].head.rows = 0;
         group[g].loss_sum = 0;
         if (!is_idle(&group[g])) {
-            QS_TRY(qs_head_begin(m, &m->micro[g], group[g].batch, keep));
+            QS_TRY(qs_head_begin(m, &m->micro[g], group[g].batch));
         }
     }
     QS_TRY(qs_head_run(m, count, keep, next));
@@ -266,11 +266,13 @@ qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *l
         qs_unit_view view;
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, c + 1 < chunks ? qs_base_head_unit(m->index, c + 1) : -1,
                                &view));
-        qs_mat part = {.data = logits + c * m->index->head_chunk_rows,
-                       .rows = rows,
-                       .cols = w.out,
-                       .stride = vocab};
-        QS_TRY(m->ops->linear_forward(m->queue, &view, &w, NULL, &y, &part));
+        if (rows > 0) {
+            qs_mat part = {.data = logits + c * m->index->head_chunk_rows,
+                           .rows = rows,
+                           .cols = w.out,
+                           .stride = vocab};
+            QS_TRY(m->ops->linear_forward(m->queue, &view, &w, NULL, &y, &part));
+        }
         QS_TRY(qs_fsdp_release(m->fsdp, u));
     }
     return QS_OK;

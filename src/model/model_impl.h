@@ -99,9 +99,8 @@ qs_status qs_layer_recompute(const qs_layer_call *call);
  * [per_layer]: LoRA gradients. */
 qs_status qs_layer_backward(const qs_layer_call *call, float *dx, float *grad);
 
-/** The rows of a micro-batch that carry loss, through the final norm, into a fresh head state.
- * `keep` false: loss only. */
-qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro, const qs_batch *batch, bool keep);
+/** The rows of a micro-batch that carry loss, through the final norm, into a fresh head state. */
+qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro, const qs_batch *batch);
 
 /** All chunks of the vocabulary past all micro-batches of the group; `next` is the unit after the
  * last chunk. */

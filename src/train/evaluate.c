@@ -141,11 +141,11 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
     const int64_t micro_batch = options->config.train.micro_batch;
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
     const int64_t group = qs_session_group(&options->config, slots, qs_comm_nranks(s->comm));
-    const int64_t tokens = qs_session_max_tokens(data, micro_batch);
+    const int64_t tokens = qs_data_longest(data, micro_batch);
     const qs_model_shape shape = {.max_tokens = tokens,
                                   .max_targets = options->dump_logits != NULL
                                                      ? tokens
-                                                     : qs_session_max_targets(data, micro_batch),
+                                                     : qs_data_most_targets(data, micro_batch),
                                   .group = group};
     qs_batch **batches = NULL;
     qs_eval_result result;
@@ -168,11 +168,18 @@ done:
 qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
 {
     qs_status st = QS_OK;
-    qs_session s;
+    qs_session s = {0};
     qs_data *data = NULL;
     QS_GOTO(qs_session_open(&s, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&s, options->adapter));
     QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));
+    if (data->n_targets == 0) {
+        st = qs_comm_agree(comm, QS_FAIL(QS_ERR_INPUT_VALUE,
+                                         "%s: n_targets=0: no position carries loss, there is "
+                                         "nothing to evaluate",
+                                         data->path));
+        goto done;
+    }
     QS_GOTO(eval_with(&s, options, data));
 done:
     qs_data_close(data);

@@ -1,8 +1,10 @@
+#define _GNU_SOURCE /* memmem */
 #include "train/metrics.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +19,23 @@ struct qs_metrics {
     char dir[QS_PATH_MAX];
     char path[QS_PATH_MAX + 32], ranks_path[QS_PATH_MAX + 32];
     int fd, ranks_fd;
+    double last_loss, last_eval_loss; /* NAN: none */
+    int64_t last_eval_step;           /* -1: none */
 };
+
+/* A number for JSON and CSV: 17 digits; what is not finite has no JSON, so it is null. */
+typedef struct {
+    char text[32];
+} number;
+
+static number exactly(double value)
+{
+    number n = {"null"};
+    if (isfinite(value)) {
+        snprintf(n.text, sizeof n.text, "%.17g", value);
+    }
+    return n;
+}
 
 /* The step a line belongs to; -1 if the line is not whole (cut off by a kill). */
 static int64_t line_step(const char *line, size_t bytes)
@@ -29,8 +47,33 @@ static int64_t line_step(const char *line, size_t bytes)
     return strtoll(line + sizeof key - 1, NULL, 10);
 }
 
+/* The value behind `key` in a line of ours; false if it is not there or null. */
+static bool value_of(const char *line, size_t bytes, const char *key, double *value)
+{
+    char *end = NULL;
+    const char *at = memmem(line, bytes, key, strlen(key));
+    if (at == NULL) {
+        return false;
+    }
+    const double read = strtod(at + strlen(key), &end);
+    if (end == at + strlen(key)) {
+        return false;
+    }
+    *value = read;
+    return true;
+}
+
+static void remember(qs_metrics *m, const char *line, size_t bytes, int64_t step)
+{
+    (void)value_of(line, bytes, "\"loss\": ", &m->last_loss);
+    if (memmem(line, bytes, "\"eval_loss\": ", 13) != NULL) {
+        m->last_eval_step = step;
+        (void)value_of(line, bytes, "\"eval_loss\": ", &m->last_eval_loss);
+    }
+}
+
 /* Keep the whole lines of steps up to `step`; the file is rewritten only if something goes. */
-static qs_status trim(const char *path, int64_t step)
+static qs_status trim(qs_metrics *m, const char *path, int64_t step)
 {
     void *data = NULL;
     size_t bytes = 0, kept = 0;
@@ -44,6 +87,7 @@ static qs_status trim(const char *path, int64_t step)
         const size_t length = (end != NULL ? (size_t)(end - text) : bytes) - at;
         const int64_t of = line_step(text + at, length);
         if (end != NULL && of >= 0 && of <= step) {
+            remember(m, text + at, length, of);
             memmove(text + kept, text + at, length + 1);
             kept += length + 1;
         }
@@ -54,9 +98,9 @@ static qs_status trim(const char *path, int64_t step)
     return st;
 }
 
-static qs_status open_log(const char *path, int64_t step, int *fd)
+static qs_status open_log(qs_metrics *m, const char *path, int64_t step, int *fd)
 {
-    QS_TRY(trim(path, step));
+    QS_TRY(trim(m, path, step));
     *fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (*fd < 0) {
         return QS_FAIL(QS_ERR_IO, "%s: cannot be opened for appending: %s", path, strerror(errno));
@@ -76,11 +120,13 @@ qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, i
         return QS_FAIL(QS_ERR_MEMORY, "no memory for the metrics files");
     }
     m->fd = m->ranks_fd = -1;
+    m->last_loss = m->last_eval_loss = NAN;
+    m->last_eval_step = -1;
     snprintf(m->dir, sizeof m->dir, "%s", run_dir);
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
     snprintf(m->ranks_path, sizeof m->ranks_path, "%s/ranks.jsonl", run_dir);
-    QS_GOTO(open_log(m->path, step, &m->fd));
-    QS_GOTO(open_log(m->ranks_path, step, &m->ranks_fd));
+    QS_GOTO(open_log(m, m->path, step, &m->fd));
+    QS_GOTO(open_log(m, m->ranks_path, step, &m->ranks_fd));
     *out = m;
 done:
     if (st != QS_OK) {
@@ -109,15 +155,17 @@ qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
     if (metrics == NULL) {
         return QS_OK;
     }
+    metrics->last_loss = m->loss;
     const double rate = m->step_time_s > 0 ? (double)m->all_tokens / m->step_time_s : 0;
     const int n =
         snprintf(line, sizeof line,
                  "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"all_tokens\": %" PRId64
-                 ", \"loss\": %.17g, \"lr\": %.17g, \"grad_norm\": %.17g, \"step_time_s\": %.6f, "
+                 ", \"loss\": %s, \"lr\": %s, \"grad_norm\": %s, \"step_time_s\": %.6f, "
                  "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %.6f, "
                  "\"compute_s\": %.6f, \"reduce_s\": %.6f}\n",
-                 m->step, m->tokens, m->all_tokens, m->loss, m->lr, m->grad_norm, m->step_time_s,
-                 rate, m->peak_bytes, m->gather_s, m->compute_s, m->reduce_s);
+                 m->step, m->tokens, m->all_tokens, exactly(m->loss).text, exactly(m->lr).text,
+                 exactly(m->grad_norm).text, m->step_time_s, rate, m->peak_bytes, m->gather_s,
+                 m->compute_s, m->reduce_s);
     return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
 }
 
@@ -129,8 +177,10 @@ qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_
     }
     const int n =
         snprintf(line, sizeof line,
-                 "{\"step\": %" PRId64 ", \"eval_loss\": %.17g, \"eval_tokens\": %" PRId64 "}\n",
-                 step, loss, targets);
+                 "{\"step\": %" PRId64 ", \"eval_loss\": %s, \"eval_tokens\": %" PRId64 "}\n", step,
+                 exactly(loss).text, targets);
+    metrics->last_eval_loss = loss;
+    metrics->last_eval_step = step;
     return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
 }
 
@@ -161,13 +211,19 @@ qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metr
     for (int r = 0; metrics != NULL && r < nranks && st == QS_OK; r++) {
         st = write_rank(metrics, step, r, &all[r]);
     }
+    st = qs_comm_agree(comm, st);
 done:
     free(all);
     return st;
 }
 
-qs_status qs_metrics_summary(qs_metrics *metrics, const qs_step_metrics *last, int64_t steps,
-                             double seconds, int nranks, double eval_loss)
+int64_t qs_metrics_last_eval(const qs_metrics *metrics)
+{
+    return metrics != NULL ? metrics->last_eval_step : -1;
+}
+
+qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds, int nranks,
+                             uint64_t peak_bytes)
 {
     char text[LINE_MAX_BYTES];
     char path[QS_PATH_MAX + 32];
@@ -177,7 +233,8 @@ qs_status qs_metrics_summary(qs_metrics *metrics, const qs_step_metrics *last, i
     snprintf(path, sizeof path, "%s/summary.csv", metrics->dir);
     const int n = snprintf(text, sizeof text,
                            "ranks,steps,final_loss,eval_loss,seconds,peak_bytes\n"
-                           "%d,%" PRId64 ",%.17g,%.17g,%.3f,%" PRIu64 "\n",
-                           nranks, steps, last->loss, eval_loss, seconds, last->peak_bytes);
+                           "%d,%" PRId64 ",%s,%s,%.3f,%" PRIu64 "\n",
+                           nranks, steps, exactly(metrics->last_loss).text,
+                           exactly(metrics->last_eval_loss).text, seconds, peak_bytes);
     return qs_io_write_file(path, text, (size_t)n);
 }

@@ -17,7 +17,7 @@ typedef struct {
     uint64_t peak_bytes;
 } qs_step_metrics;
 
-/** What one rank did so far. */
+/** What one rank did since this start of the program (a resumed run counts anew). */
 typedef struct {
     int64_t tokens, targets;
     double flops;
@@ -33,19 +33,23 @@ typedef struct {
 typedef struct qs_metrics qs_metrics;
 
 /** Open the run's files for appending; lines of steps after `step` (left by a run that was killed)
- * are dropped. On ranks other than 0 nothing is opened and the other calls do nothing. */
+ *  are dropped, the last values of the others remembered. On ranks other than 0 nothing is opened
+ *  and the other calls do nothing. */
 qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank);
+
+/** The newest step that has an eval line, -1 if there is none (or this is not rank 0). */
+int64_t qs_metrics_last_eval(const qs_metrics *metrics);
 void qs_metrics_close(qs_metrics *metrics);
 
 qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m);
 qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_t targets);
 
-/** One line per rank in ranks.jsonl. Collective. */
+/** One line per rank in ranks.jsonl. Collective; all ranks get the same status. */
 qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metrics *mine,
                            qs_comm *comm);
 
-/** summary.csv of the finished run. */
-qs_status qs_metrics_summary(qs_metrics *metrics, const qs_step_metrics *last, int64_t steps,
-                             double seconds, int nranks, double eval_loss);
+/** summary.csv of the finished run: the last loss and evaluation, and what this start took. */
+qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds, int nranks,
+                             uint64_t peak_bytes);
 
 #endif

@@ -4,16 +4,47 @@
 
 static const double MIB = 1048576.0;
 
-static size_t data_bytes(const qs_data *data, const qs_model_shape *shape)
+static size_t index_bytes(const qs_data *data)
 {
-    const size_t index =
-        (size_t)(data->n_sequences + 1) * (2 * sizeof(int64_t) + sizeof(uint32_t)) +
-        (size_t)(data->n_docs + 1) * sizeof(int64_t);
-    const size_t per_token = 4 * sizeof(int32_t) + 2 * sizeof(int64_t);
-    return index + (size_t)(shape->group * shape->max_tokens) * per_token;
+    return (size_t)(data->n_sequences + 1) * (2 * sizeof(int64_t) + sizeof(uint32_t)) +
+           (size_t)(data->n_docs + 1) * sizeof(int64_t);
 }
 
-qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *data,
+static size_t batch_bytes(const qs_model_shape *shape)
+{
+    const size_t per_token = 4 * sizeof(int32_t) + 2 * sizeof(int64_t);
+    return (size_t)(shape->group * shape->max_tokens) * per_token;
+}
+
+/* Scratch of the kernels. */
+static size_t kernel_bytes(const qs_session *s, const qs_model_shape *shape)
+{
+    const qs_hf_config *model = &s->index->config;
+    qs_ops_limits limits = {.threads = qs_queue_threads(s->queue),
+                            .tokens = shape->max_tokens,
+                            .documents = shape->max_tokens,
+                            .loss_rows = shape->max_targets,
+                            .head_dim = model->head_dim,
+                            .dropout = s->config.lora.dropout > 0};
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        int64_t out = 0, in = 0;
+        qs_linear_shape(model, (qs_linear)i, &out, &in);
+        limits.widest = out > limits.widest ? out : limits.widest;
+        limits.widest = in > limits.widest ? in : limits.widest;
+    }
+    return s->ops->scratch_bytes(&limits);
+}
+
+/* Rows of the embedding on their way: those wanted, those asked of this rank, and a mark per token
+ * of the vocabulary. */
+static size_t embed_bytes(const qs_session *s, const qs_model_shape *shape)
+{
+    const qs_hf_config *model = &s->index->config;
+    const size_t row = (size_t)model->hidden * qs_dtype_bytes(model->dtype) + 2 * sizeof(int32_t);
+    return (size_t)model->vocab * sizeof(int32_t) + 2 * (size_t)shape->max_tokens * row;
+}
+
+qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
                                    const qs_model_shape *shape, int64_t slots)
 {
     const int nranks = qs_comm_nranks(s->comm);
@@ -28,8 +59,9 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *data,
     plan.bytes[QS_MEM_LORA_GRAD] = qs_grads_bytes(layout, nranks, slots, shape->group);
     plan.bytes[QS_MEM_OPTIM] = 3 * shard * sizeof(float);
     plan.bytes[QS_MEM_ACTIVATION] = model.activation_bytes;
-    plan.bytes[QS_MEM_WORK] = model.work_bytes;
-    plan.bytes[QS_MEM_DATA] = data_bytes(data, shape);
+    plan.bytes[QS_MEM_WORK] = model.work_bytes + kernel_bytes(s, shape) + embed_bytes(s, shape);
+    plan.bytes[QS_MEM_DATA] =
+        index_bytes(train) + batch_bytes(shape) + (eval != NULL ? index_bytes(eval) : 0);
     for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
         plan.total_bytes += plan.bytes[c];
     }

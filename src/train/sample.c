@@ -30,6 +30,8 @@ typedef struct {
     int eos_count;
     qs_batch *batch;
     float *logits; /* [count, vocab] */
+    qs_model_shape shape;
+    qs_decode_table table;
 } sampler;
 
 /* eos_token_id of config.json: one id, a list, or none. */
@@ -158,18 +160,16 @@ static qs_status print_prompt(const sampler *s, const qs_decode_table *table, in
 }
 
 /* Rank 0 prints all texts in the order of the prompts. */
-static qs_status print_all(sampler *s, const int32_t *all)
+static qs_status print_all(const sampler *s, const int32_t *all)
 {
-    qs_decode_table table = {0};
     const int nranks = qs_comm_nranks(s->session->comm);
     const int64_t width = s->new_tokens + 1;
-    qs_status st = qs_decode_table_read(&table, s->data->path);
+    qs_status st = QS_OK;
     for (int64_t p = 0; p < s->data->n_sequences && st == QS_OK; p++) {
         const int64_t rank = p % nranks, i = p / nranks;
-        st = print_prompt(s, &table, p, all + (rank * s->most + i) * width);
+        st = print_prompt(s, &s->table, p, all + (rank * s->most + i) * width);
     }
     fflush(stdout);
-    qs_decode_table_free(&table);
     return st;
 }
 
@@ -209,22 +209,37 @@ static qs_status prepare(sampler *s)
         tokens += s->data->seq_offsets[p + 1] - s->data->seq_offsets[p] + s->new_tokens;
         s->count++;
     }
-    const int64_t longest = qs_session_max_tokens(s->data, 1); /* rank 0 prints any prompt */
+    const int64_t longest = qs_data_longest(s->data, 1); /* rank 0 prints any prompt */
     tokens = tokens > longest ? tokens : longest;
-    const qs_model_shape shape = {
+    s->shape = (qs_model_shape){
         .max_tokens = tokens, .max_targets = s->most, .group = 1, .recompute = QS_RECOMPUTE_FULL};
-    QS_TRY(qs_session_build(session, &shape));
+    QS_TRY(qs_decode_table_read(&s->table, s->data->path));
     QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
     QS_TRY(QS_ALLOC(&s->logits, s->count * session->index->config.vocab, QS_MEM_WORK));
     QS_TRY(read_eos(s));
     return read_prompts(s);
 }
 
+/* Whether a text of any rank goes on. */
+static qs_status any_alive(const sampler *s, bool *alive)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        count += !s->texts[i].ended;
+    }
+    QS_TRY(qs_comm_max_i64(s->session->comm, &count, 1));
+    *alive = count > 0;
+    return QS_OK;
+}
+
 static qs_status sample_with(sampler *s)
 {
+    bool alive = true;
     QS_TRY(qs_comm_agree(s->session->comm, prepare(s)));
-    for (int64_t i = 0; i < s->new_tokens; i++) {
+    QS_TRY(qs_session_build(s->session, &s->shape));
+    for (int64_t i = 0; i < s->new_tokens && alive; i++) {
         QS_TRY(extend_all(s));
+        QS_TRY(any_alive(s, &alive));
     }
     return collect_and_print(s);
 }
@@ -236,6 +251,7 @@ static void destroy(sampler *s)
     }
     qs_mem_free(s->texts);
     qs_mem_free(s->logits);
+    qs_decode_table_free(&s->table);
     qs_batch_destroy(s->batch);
 }
 

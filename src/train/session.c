@@ -1,7 +1,6 @@
 #include "train/session.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -57,6 +56,32 @@ done:
     return st;
 }
 
+/* The adapter's shapes are those of the model that it was trained on: they must be this model's,
+ * too. */
+static qs_status check_fit(const qs_session *s, const char *path)
+{
+    const qs_hf_config *model = &s->index->config;
+    if (s->layout.n_layers != model->n_layers) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: adapter of %d layers, but %s has %d; give the base "
+                       "that it was trained on",
+                       path, s->layout.n_layers, s->index->path, model->n_layers);
+    }
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        int64_t out = 0, in = 0;
+        qs_linear_shape(model, (qs_linear)i, &out, &in);
+        if (s->layout.targeted[i] && (s->layout.out[i] != out || s->layout.in[i] != in)) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: adapter of a %s of [%lld, %lld], but %s has [%lld, %lld]; give the "
+                           "base that it was trained on",
+                           path, qs_linear_path((qs_linear)i), (long long)s->layout.out[i],
+                           (long long)s->layout.in[i], s->index->path, (long long)out,
+                           (long long)in);
+        }
+    }
+    return QS_OK;
+}
+
 /* A checkpoint carries the configuration that it was trained with; only the adapter's part is
  * taken. */
 static qs_status read_checkpoint(qs_session *s, const char *step_dir)
@@ -64,7 +89,7 @@ static qs_status read_checkpoint(qs_session *s, const char *step_dir)
     qs_config trained;
     QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->lora));
     s->config.lora = trained.lora;
-    return QS_OK;
+    return check_fit(s, step_dir);
 }
 
 static bool has_file(const char *dir, const char *name)
@@ -122,34 +147,6 @@ void qs_session_close(qs_session *s)
     qs_base_index_free(s->index);
     qs_queue_destroy(s->queue);
     memset(s, 0, sizeof *s);
-}
-
-int64_t qs_session_max_tokens(const qs_data *data, int64_t count)
-{
-    return qs_data_longest(data, count);
-}
-
-static int descending(const void *a, const void *b)
-{
-    const uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return (x < y) - (x > y);
-}
-
-int64_t qs_session_max_targets(const qs_data *data, int64_t count)
-{
-    const size_t n = (size_t)data->n_sequences;
-    uint32_t *sorted = malloc(n * sizeof *sorted);
-    int64_t sum = 0;
-    if (sorted == NULL) {
-        return qs_session_max_tokens(data, count); /* a safe bound: every position carries loss */
-    }
-    memcpy(sorted, data->seq_targets, n * sizeof *sorted);
-    qsort(sorted, n, sizeof *sorted, descending);
-    for (size_t i = 0; i < n && (int64_t)i < count; i++) {
-        sum += sorted[i];
-    }
-    free(sorted);
-    return sum;
 }
 
 int64_t qs_session_group(const qs_config *config, int64_t slots, int nranks)

@@ -34,10 +34,6 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
 
 void qs_session_close(qs_session *s);
 
-/** Largest micro-batch of `count` sequences of `data`: tokens and loss-carrying positions. */
-int64_t qs_session_max_tokens(const qs_data *data, int64_t count);
-int64_t qs_session_max_targets(const qs_data *data, int64_t count);
-
 /** Micro-batches per pass: the configured number, or with `auto` up to 4 when units have to be
  * gathered, else 1. */
 int64_t qs_session_group(const qs_config *config, int64_t slots, int nranks);

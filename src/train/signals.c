@@ -1,19 +1,19 @@
 /* Stop signals: a flag that the training loop reads once a step, reduced over the ranks, so that
- * all save at the same step. USR1 comes from schedulers ahead of the time limit; TERM and INT mean
- * the same, and a second one of them ends the process. */
+ * all save at the same step. USR1 comes from schedulers ahead of the time limit, TERM at
+ * preemption; INT from a keyboard, where a second one means now. */
 #include <signal.h>
 #include <unistd.h>
 
 #include "train/train.h"
 
-static volatile sig_atomic_t caught;
+static volatile sig_atomic_t caught, interrupts;
 
 static void on_signal(int number)
 {
-    if (caught != 0 && number != SIGUSR1) {
-        _exit(128 + number);
-    }
     caught = 1;
+    if (number == SIGINT && ++interrupts > 1) {
+        _exit(128 + SIGINT);
+    }
 }
 
 void qs_signals_install(void)

@@ -31,6 +31,7 @@ enum { NOT_FINITE_MAX = 3 }; /* skipped updates in a row before the run stops */
 /* Everything that a run holds. */
 typedef struct {
     const qs_train_options *options;
+    qs_config config; /* as given, with what `auto` stands for */
     const qs_config *cfg;
     qs_comm *comm;
     int rank, nranks;
@@ -48,12 +49,23 @@ typedef struct {
     int64_t step;      /* updates done */
     int64_t not_finite;
     int64_t tokens, targets; /* of this rank so far */
+    int64_t tokens_seen;     /* of all ranks, over all starts */
+    int64_t lines_lost;      /* metrics that a full disk swallowed */
     double started_s;
-    double eval_loss;
     qs_step_metrics last;
 } run;
 
 /* ---- setting up ---- */
+
+static qs_status check_targets(const qs_data *data)
+{
+    return data->n_targets > 0
+               ? QS_OK
+               : QS_FAIL(QS_ERR_INPUT_VALUE,
+                         "%s: n_targets=0: no position carries loss; prepare the data with "
+                         "assistant turns or --format text",
+                         data->path);
+}
 
 static qs_status open_inputs(run *r)
 {
@@ -64,6 +76,7 @@ static qs_status open_inputs(run *r)
     if (cfg->data_eval[0] != '\0') {
         QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
     }
+    QS_TRY(qs_comm_agree(r->comm, check_targets(r->train_data)));
     return qs_comm_agree(r->comm,
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
 }
@@ -79,19 +92,19 @@ static void shape_run(run *r)
     const int64_t micro = r->cfg->train.micro_batch;
     r->sampler = qs_sampler_make(r->cfg, r->train_data);
     r->shape = (qs_model_shape){
-        .max_tokens = qs_session_max_tokens(r->train_data, micro),
-        .max_targets = qs_session_max_targets(r->train_data, micro),
+        .max_tokens = qs_data_longest(r->train_data, micro),
+        .max_targets = qs_data_most_targets(r->train_data, micro),
         .group = qs_session_group(r->cfg, r->sampler.slots, r->nranks),
         .recompute = r->cfg->train.recompute,
         .backward = true,
     };
     if (r->eval_data != NULL) {
-        r->shape.max_tokens =
-            larger(r->shape.max_tokens, qs_session_max_tokens(r->eval_data, micro));
+        r->shape.max_tokens = larger(r->shape.max_tokens, qs_data_longest(r->eval_data, micro));
         r->shape.max_targets =
-            larger(r->shape.max_targets, qs_session_max_targets(r->eval_data, micro));
+            larger(r->shape.max_targets, qs_data_most_targets(r->eval_data, micro));
     }
-    r->plan = qs_memory_plan_make(&r->session, r->train_data, &r->shape, r->sampler.slots);
+    r->plan =
+        qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, r->sampler.slots);
 }
 
 static int64_t shard_count(const run *r)
@@ -139,9 +152,22 @@ done:
     return st;
 }
 
+/* --dry-run: an adapter to start from is opened and checked, not read. */
+static qs_status check_init(const run *r)
+{
+    qs_peft *peft = NULL;
+    if (r->cfg->lora.init[0] == '\0') {
+        return QS_OK;
+    }
+    const qs_status st = qs_peft_open(&peft, r->cfg->lora.init, &r->session.layout);
+    qs_peft_close(peft);
+    return st;
+}
+
 static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
 {
-    qs_ckpt_meta meta = {.step = r->step, .config_yaml = config_yaml};
+    qs_ckpt_meta meta = {
+        .step = r->step, .config_yaml = config_yaml, .tokens_seen = r->tokens_seen};
     snprintf(meta.run_id, sizeof meta.run_id, "%s", r->run_dir.run_id);
     snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
     snprintf(meta.data_content, sizeof meta.data_content, "%s", r->train_data->content);
@@ -173,6 +199,7 @@ static qs_status resume_or_init(run *r)
     QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->optim, &loaded,
                          r->comm));
     r->step = loaded.step;
+    r->tokens_seen = loaded.tokens_seen;
     qs_log_info("%s: resuming after step %" PRId64, r->cfg->output, r->step);
 done:
     free(yaml);
@@ -316,16 +343,29 @@ static qs_status train_step(run *r, qs_step_metrics *m)
 
 /* ---- between steps ---- */
 
+/* A full disk does not end a run: the line is lost, and the end of the run says so. */
+static qs_status keep_going(run *r, qs_status st)
+{
+    st = qs_comm_agree(r->comm, st);
+    if (st != QS_ERR_IO_FULL) {
+        return st;
+    }
+    if (r->lines_lost++ == 0) {
+        qs_log_warn("step %" PRId64 ": %s; the run goes on without the line", r->step,
+                    qs_error_text());
+    }
+    qs_error_clear();
+    return QS_OK;
+}
+
 static qs_status evaluate(run *r)
 {
     qs_eval_result result;
     QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, r->shape.group,
                        r->batches, &result));
-    r->eval_loss = result.loss;
     qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
                 result.loss, exp(result.loss), result.targets);
-    return qs_comm_agree(r->comm,
-                         qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
+    return keep_going(r, qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
 }
 
 static qs_status report_ranks(run *r)
@@ -343,7 +383,7 @@ static qs_status report_ranks(run *r)
         .peak_bytes = qs_mem_peak_total_bytes(),
         .rss_bytes = qs_mem_peak_rss_bytes(),
     };
-    return qs_metrics_ranks(r->metrics, r->step, &mine, r->comm);
+    return keep_going(r, qs_metrics_ranks(r->metrics, r->step, &mine, r->comm));
 }
 
 /* Save and rotate. A full disk keeps the older checkpoints and the run goes on; it counts at the
@@ -358,7 +398,7 @@ static qs_status save(run *r, qs_status *last_save)
     if (*last_save == QS_ERR_IO_FULL) {
         qs_log_warn("step %" PRId64 ": not saved: %s", r->step, qs_error_text());
         qs_error_clear();
-        return QS_OK;
+        return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
     }
     QS_TRY(*last_save);
     qs_log_info("%s: saved step %" PRId64, r->cfg->output, r->step);
@@ -395,32 +435,46 @@ static void show(const run *r, const qs_step_metrics *m)
     }
 }
 
+static bool eval_due(const run *r)
+{
+    return r->eval_data != NULL && r->step > 0 &&
+           (due(r->step, r->cfg->train.eval_every) || r->step == r->sampler.steps);
+}
+
+/* A run that was stopped between a checkpoint and its evaluation makes up for it. */
+static qs_status missed_evaluation(run *r)
+{
+    int64_t last = qs_metrics_last_eval(r->metrics);
+    QS_TRY(qs_comm_bcast(r->comm, &last, sizeof last, 0));
+    return eval_due(r) && last < r->step ? evaluate(r) : QS_OK;
+}
+
+/* One step with everything that follows it. A stop signal saves first and leaves the evaluation to
+ * the next start. */
+static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bool *stop)
+{
+    QS_TRY(train_step(r, &r->last));
+    r->step++;
+    r->tokens_seen += r->last.all_tokens;
+    QS_TRY(keep_going(r, qs_metrics_step(r->metrics, &r->last)));
+    show(r, &r->last);
+    QS_TRY(stop_wanted(r, stop));
+    if (*stop || due(r->step, r->cfg->train.save_every) || r->step == r->sampler.steps) {
+        QS_TRY(save(r, last_save));
+        *saved = *last_save == QS_OK ? r->step : *saved;
+        QS_TRY(report_ranks(r));
+    }
+    return eval_due(r) && (!*stop || r->step == r->sampler.steps) ? evaluate(r) : QS_OK;
+}
+
 static qs_status step_loop(run *r)
 {
     qs_status last_save = QS_OK;
     bool stop = false;
     int64_t saved = r->step;
+    QS_TRY(missed_evaluation(r));
     while (r->step < r->sampler.steps && !stop) {
-        QS_TRY(train_step(r, &r->last));
-        if (r->options->dump_grads != NULL) {
-            if (r->rank == 0) {
-                printf("loss %.17g grad_norm %.17g\n", r->last.loss, r->last.grad_norm);
-            }
-            return QS_OK;
-        }
-        r->step++;
-        QS_TRY(qs_comm_agree(r->comm, qs_metrics_step(r->metrics, &r->last)));
-        show(r, &r->last);
-        if (r->eval_data != NULL &&
-            (due(r->step, r->cfg->train.eval_every) || r->step == r->sampler.steps)) {
-            QS_TRY(evaluate(r));
-        }
-        QS_TRY(stop_wanted(r, &stop));
-        if (stop || due(r->step, r->cfg->train.save_every) || r->step == r->sampler.steps) {
-            QS_TRY(report_ranks(r));
-            QS_TRY(save(r, &last_save));
-            saved = last_save == QS_OK ? r->step : saved;
-        }
+        QS_TRY(step_and_after(r, &last_save, &saved, &stop));
     }
     qs_progress_end();
     if (last_save != QS_OK) {
@@ -429,7 +483,24 @@ static qs_status step_loop(run *r)
                                               "full; the newest good one is step %" PRId64,
                                               r->cfg->output, saved));
     }
+    if (r->lines_lost > 0) {
+        return qs_comm_agree(r->comm,
+                             QS_FAIL(QS_ERR_IO_FULL,
+                                     "%s: %" PRId64 " lines of metrics are lost: disk full; the "
+                                     "checkpoints are complete",
+                                     r->cfg->output, r->lines_lost));
+    }
     return qs_comm_agree(r->comm, stop && r->step < r->sampler.steps ? QS_REQUEUE : QS_OK);
+}
+
+/* --dump-grads: the first step up to the reduced gradient, nothing else. */
+static qs_status first_gradient(run *r)
+{
+    QS_TRY(train_step(r, &r->last));
+    if (r->rank == 0) {
+        printf("loss %.17g grad_norm %.17g\n", r->last.loss, r->last.grad_norm);
+    }
+    return QS_OK;
 }
 
 /* ---- the whole ---- */
@@ -449,7 +520,8 @@ static qs_status dump_order(const run *r)
         }
         fputc('\n', out);
     }
-    return fclose(out) == 0
+    const bool written = !ferror(out);
+    return fclose(out) == 0 && written
                ? QS_OK
                : QS_FAIL(QS_ERR_IO, "%s: could not be written", r->options->dump_order);
 }
@@ -458,7 +530,7 @@ static qs_status finish(run *r)
 {
     const double seconds = qs_time_s() - r->started_s;
     qs_status st =
-        qs_metrics_summary(r->metrics, &r->last, r->step, seconds, r->nranks, r->eval_loss);
+        qs_metrics_summary(r->metrics, r->step, seconds, r->nranks, qs_mem_peak_total_bytes());
     QS_TRY(qs_comm_agree(r->comm, st));
     QS_TRY(qs_run_dir_finish(&r->run_dir, r->comm));
     if (r->rank == 0) {
@@ -476,13 +548,12 @@ static qs_status run_training(run *r)
     qs_grads_attach(r->grads, r->session.fsdp);
     QS_TRY(resume_or_init(r));
     QS_TRY(gather_lora(r));
-    if (r->options->dump_grads == NULL) {
-        QS_TRY(
-            qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, r->step, r->rank)));
+    if (r->options->dump_grads != NULL) {
+        return first_gradient(r);
     }
-    qs_signals_install();
+    QS_TRY(qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, r->step, r->rank)));
     QS_TRY(step_loop(r));
-    return r->options->dump_grads == NULL ? finish(r) : QS_OK;
+    return finish(r);
 }
 
 static qs_status run_all(run *r)
@@ -497,7 +568,7 @@ static qs_status run_all(run *r)
     }
     QS_TRY(qs_comm_agree(r->comm, qs_memory_plan_check(&r->plan, r->cfg->memory.device_limit)));
     if (r->options->dry_run) {
-        return QS_OK;
+        return qs_comm_agree(r->comm, check_init(r));
     }
     if (r->options->dump_grads == NULL) {
         QS_TRY(qs_run_dir_open(&r->run_dir, r->cfg, r->options->resume, r->options->takeover,
@@ -513,12 +584,15 @@ static qs_status run_all(run *r)
 qs_status qs_train_run(const qs_train_options *options, qs_comm *comm)
 {
     run r = {.options = options,
-             .cfg = &options->config,
              .comm = comm,
              .rank = qs_comm_rank(comm),
              .nranks = qs_comm_nranks(comm),
-             .started_s = qs_time_s(),
-             .eval_loss = NAN};
+             .started_s = qs_time_s()};
+    r.config = options->config;
+    r.config.cpu.gemm =
+        QS_GEMM_STRICT; /* what auto stands for in this build: recorded, so that resume can tell */
+    r.cfg = &r.config;
+    qs_signals_install();
     const qs_status st = run_all(&r);
     qs_progress_end();
     qs_metrics_close(r.metrics);

@@ -9,8 +9,8 @@
 typedef struct {
     qs_config config;
     qs_resume resume;
-    bool takeover;          /* take the run directory over from a writer that is gone */
-    bool dry_run;           /* check everything, print the memory table, stop */
+    bool takeover; /* take the run directory over from a writer that is gone */
+    bool dry_run;  /* check all inputs, print the memory table, stop; the output is not looked at */
     const char *dump_grads; /* safetensors: gradients of the first step before clipping, then stop;
                                or NULL */
     const char
@@ -39,7 +39,7 @@ typedef struct {
 /** Greedy continuations of every prompt, printed on stdout by rank 0. Collective. */
 qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm);
 
-/** Install handlers: USR1, TERM, INT set a flag (a second TERM or INT ends the process). */
+/** Install handlers: USR1, TERM and INT set a flag; a second INT ends the process. */
 void qs_signals_install(void);
 int qs_signals_caught(void);
 
