@@ -1,10 +1,12 @@
-/* The operations of the step. One table per backend; the CPU's `strict` table is complete, threaded, fp32, and the definition
- * of right: its results do not depend on the number of threads, on tile sizes at run time, or on the CPU's vector width.
+/* The operations of the step. One table per backend; the CPU's `strict` table is complete,
+ * threaded, fp32, and the definition of right: its results do not depend on the number of
+ * threads, on tile sizes at run time, or on the CPU's vector width.
  *
- * Matrices are row-major fp32, `stride` elements from row to row. One launch sees exactly one micro-batch: T tokens of
- * ragged sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0, cu_seqlens[n_docs] = T). T may be 0: nothing happens.
- * All pointers are borrowed for the call. An operation's own scratch belongs to the calling thread, grows to the largest
- * call and is counted as QS_MEM_WORK (scratch_bytes says how much). */
+ * Matrices are row-major fp32, `stride` elements from row to row. One launch sees exactly one
+ * micro-batch: T tokens of ragged sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0,
+ * cu_seqlens[n_docs] = T). T may be 0: nothing happens. All pointers are borrowed for the call.
+ * An operation's own scratch belongs to the calling thread, grows to the largest call and is
+ * counted as QS_MEM_WORK (scratch_bytes says how much). */
 #ifndef QS_KERNELS_OPS_H
 #define QS_KERNELS_OPS_H
 
@@ -21,17 +23,22 @@ typedef struct {
     int64_t rows, cols, stride;
 } qs_mat;
 
-/** LoRA on one linear: y += s * B (A drop(x)). A [rank, in], B [out, rank], contiguous. Hu et al. 2021, arXiv:2106.09685. */
+/** LoRA on one linear: y += s * B (A drop(x)). A [rank, in], B [out, rank], contiguous. Hu et al.
+ * 2021, arXiv:2106.09685. */
 typedef struct {
     const float *a, *b; /* NULL: no adapter on this linear */
     int rank;
     float scale;   /* alpha / r, or alpha / sqrt(r) */
-    float dropout; /* 0..1: probability that an element of x is dropped; kept ones are scaled by 1 / (1 - p) */
-    const qs_rng *row_rng; /* [T] with dropout: the generator of each row's sample (site and layer set) */
-    const int64_t *row_at; /* [T] with dropout: the row's number within its sample; element = row_at * in + feature */
+    float dropout; /* 0..1: probability that an element of x is dropped; kept ones are scaled by 1 /
+                      (1 - p) */
+    const qs_rng
+        *row_rng; /* [T] with dropout: the generator of each row's sample (site and layer set) */
+    const int64_t *row_at; /* [T] with dropout: the row's number within its sample; element = row_at
+                            * in + feature */
 } qs_lora;
 
-/** Geometry of one attention launch. q is [T, n_heads * head_dim], k and v are [T, n_kv_heads * head_dim]. */
+/** Geometry of one attention launch. q is [T, n_heads * head_dim], k and v are [T, n_kv_heads *
+ * head_dim]. */
 typedef struct {
     int n_heads, n_kv_heads, head_dim;
     float scale;
@@ -39,16 +46,17 @@ typedef struct {
     int n_docs;
 } qs_attention_shape;
 
-/** Running state of the one-pass head over the rows that carry loss (R rows of the micro-batch). Chunks come in ascending
- *  order; the one with token 0 starts the state, so the buffers need no initial values. */
+/** Running state of the one-pass head over the rows that carry loss (R rows of the micro-batch).
+ * Chunks come in ascending order; the one with token 0 starts the state, so the buffers need no
+ * initial values. */
 typedef struct {
     int64_t rows, hidden;
-    const float *x;          /* [rows, hidden] final-norm output */
-    const int32_t *target;   /* [rows] token id */
-    float *max, *sum;        /* [rows] running maximum and sum of exp(l - max) */
-    float *target_logit;     /* [rows] */
-    float *o;                /* [rows, hidden] sum of exp(l - max) W; NULL when only the loss is wanted */
-    float *w_target;         /* [rows, hidden] W[target]; NULL likewise */
+    const float *x;        /* [rows, hidden] final-norm output */
+    const int32_t *target; /* [rows] token id */
+    float *max, *sum;      /* [rows] running maximum and sum of exp(l - max) */
+    float *target_logit;   /* [rows] */
+    float *o;        /* [rows, hidden] sum of exp(l - max) W; NULL when only the loss is wanted */
+    float *w_target; /* [rows, hidden] W[target]; NULL likewise */
 } qs_head_state;
 
 typedef struct {
@@ -60,10 +68,10 @@ typedef struct {
 /** The largest that the operations will be asked for. */
 typedef struct {
     int threads;
-    int64_t tokens;      /* of a micro-batch */
-    int64_t documents;   /* of a micro-batch */
-    int64_t loss_rows;   /* rows of a micro-batch that carry loss */
-    int64_t widest;      /* the longer side of the widest linear */
+    int64_t tokens;    /* of a micro-batch */
+    int64_t documents; /* of a micro-batch */
+    int64_t loss_rows; /* rows of a micro-batch that carry loss */
+    int64_t widest;    /* the longer side of the widest linear */
     int head_dim;
     bool dropout;
 } qs_ops_limits;
@@ -74,7 +82,8 @@ typedef struct {
     /** Upper bound of the scratch that one calling thread keeps. */
     size_t (*scratch_bytes)(const qs_ops_limits *limits);
 
-    /** y = x W^T (+ bias) [T, out] <- [T, in]. W is decoded while it is packed: no dequantized copy of the matrix. */
+    /** y = x W^T (+ bias) [T, out] <- [T, in]. W is decoded while it is packed: no dequantized
+     * copy of the matrix. */
     qs_status (*linear_forward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                 const float *bias, const qs_mat *x, qs_mat *y);
     /** dx += dy W if `accumulate`, else dx = dy W. */
@@ -84,25 +93,27 @@ typedef struct {
     /** y += s B (A drop(x)); keeps xa = A drop(x) [T, rank] for the backward. */
     qs_status (*lora_forward)(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
                               qs_mat *y);
-    /** da [rank, in] = s (dy B)^T drop(x); db [out, rank] = s dy^T xa; dx += s ((dy B) A) * mask / (1 - p).
-     *  `work` [T, rank] scratch. */
+    /** da [rank, in] = s (dy B)^T drop(x); db [out, rank] = s dy^T xa; dx += s ((dy B) A) * mask /
+     * (1 - p). `work` [T, rank] scratch. */
     qs_status (*lora_backward)(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx);
 
-    /** y = x * rstd * w, rstd[t] = 1 / sqrt(mean(x^2) + eps). Zhang & Sennrich 2019, arXiv:1910.07467. */
+    /** y = x * rstd * w, rstd[t] = 1 / sqrt(mean(x^2) + eps). Zhang & Sennrich 2019,
+     * arXiv:1910.07467. */
     qs_status (*rmsnorm_forward)(qs_queue *q, const qs_mat *x, const float *w, float eps,
                                  float *rstd, qs_mat *y);
     /** dx += gradient of the norm's input (w is frozen). */
     qs_status (*rmsnorm_backward)(qs_queue *q, const qs_mat *dy, const qs_mat *x, const float *w,
                                   const float *rstd, qs_mat *dx);
 
-    /** Rotate q and k in place, rotate-half convention; `cos`, `sin` [max_position, head_dim / 2]; `position` [T];
-     *  `inverse` turns backwards (the gradient). Su et al. 2021, arXiv:2104.09864. */
+    /** Rotate q and k in place, rotate-half convention; `cos`, `sin` [max_position, head_dim / 2];
+     * `position` [T]; `inverse` turns backwards (the gradient). Su et al. 2021, arXiv:2104.09864.
+     */
     qs_status (*rope)(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const float *cos,
                       const float *sin, const int32_t *position, bool inverse);
 
-    /** Causal attention within each document; o [T, n_heads * head_dim], lse [n_heads, T] natural log. No T x T matrix.
-     *  Dao 2023, arXiv:2307.08691. */
+    /** Causal attention within each document; o [T, n_heads * head_dim], lse [n_heads, T] natural
+     * log. No T x T matrix. Dao 2023, arXiv:2307.08691. */
     qs_status (*attention_forward)(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
                                    const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse);
     /** dq, dk, dv are overwritten. `delta` [n_heads, T] scratch. */
@@ -120,11 +131,12 @@ typedef struct {
     /** y += x, element by element. */
     qs_status (*add)(qs_queue *q, const qs_mat *x, qs_mat *y);
 
-    /** Take one vocabulary chunk [w->out rows, hidden], first row = token id `row0`, into the running state
-     *  (online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867). */
+    /** Take one vocabulary chunk [w->out rows, hidden], first row = token id `row0`, into the
+     * running state (online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867). */
     qs_status (*head_chunk)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w, int64_t row0,
                             qs_head_state *state);
-    /** loss[r] = max + log(sum) - target_logit; and, when o is kept, dx = (o / sum - w_target) * scale [rows, hidden]. */
+    /** loss[r] = max + log(sum) - target_logit; and, when o is kept, dx = (o / sum - w_target) *
+     * scale [rows, hidden]. */
     qs_status (*head_finish)(qs_queue *q, qs_head_state *state, float scale, float *loss,
                              float *dx);
 
@@ -134,7 +146,8 @@ typedef struct {
     /** x += y for `count` elements: an addition of the slot tree. */
     qs_status (*accumulate)(qs_queue *q, float *x, const float *y, int64_t count);
 
-    /** AdamW on `count` elements (Loshchilov & Hutter 2019, arXiv:1711.05101), decoupled decay, as torch.optim.AdamW. */
+    /** AdamW on `count` elements (Loshchilov & Hutter 2019, arXiv:1711.05101), decoupled decay, as
+     * torch.optim.AdamW. */
     qs_status (*adamw)(qs_queue *q, const qs_adamw_args *args, int64_t count, const float *grad,
                        float *master, float *m, float *v);
 } qs_ops;

@@ -14,9 +14,7 @@ typedef struct {
 
 #define SHAPES {0, 8}, {1, 1}, {1, 16}, {3, 17}, {5, 64}, {2, 333}, {40, 576},
 
-/* ---- exp and log
- * ------------------------------------------------------------------------------------------------
- */
+/* ---- exp and log ---- */
 
 Test(math, exp_is_within_two_ulp_and_ends_where_it_should)
 {
@@ -52,9 +50,7 @@ Test(math, log_is_within_four_ulp_of_fp64)
     cr_assert_eq(qs_log_fixed(1.0), 0.0);
 }
 
-/* ---- RMSNorm
- * ----------------------------------------------------------------------------------------------------
- */
+/* ---- RMSNorm ---- */
 
 typedef struct {
     int64_t rows, cols;
@@ -151,9 +147,7 @@ ParameterizedTest(shape_case *c, rmsnorm, backward_adds_the_derivative)
     qs_queue_destroy(queue);
 }
 
-/* ---- RoPE
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- RoPE ---- */
 
 typedef struct {
     int64_t rows;
@@ -214,9 +208,7 @@ ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
     qs_queue_destroy(queue);
 }
 
-/* ---- SwiGLU
- * -----------------------------------------------------------------------------------------------------
- */
+/* ---- SwiGLU ---- */
 
 typedef struct {
     double gate, up, dact;
@@ -299,9 +291,7 @@ Test(swiglu, large_gates_neither_overflow_nor_vanish)
     qs_queue_destroy(queue);
 }
 
-/* ---- additions
- * --------------------------------------------------------------------------------------------------
- */
+/* ---- additions ---- */
 
 Test(add, adds_every_element_once_and_keeps_the_gap)
 {

@@ -2,8 +2,8 @@
  *
  * Within a document queries and keys are cut into blocks of QS_ATTENTION_BLOCK. A task owns one
  * block (of queries for the output and dQ, of keys for dK and dV) of some heads that share their
- * keys, and goes over the blocks of the other kind in ascending order. So nothing is added from two
- * threads, and nothing depends on how many there are (Dao 2023, arXiv:2307.08691, without the
+ * keys, and goes over the blocks of the other kind in ascending order. So nothing is added from
+ * two threads, and nothing depends on how many there are (Dao 2023, arXiv:2307.08691, without the
  * atomics). Operands are packed once for all products of a task that use them. */
 #ifndef QS_KERNELS_CPU_ATTENTION_IMPL_H
 #define QS_KERNELS_CPU_ATTENTION_IMPL_H
@@ -51,8 +51,8 @@ qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
 /** Tasks in all: blocks times groups of heads. */
 int64_t qs_attention_tasks(const qs_attention_plan *plan);
 
-/** Task `number`; with `late_first` the blocks are taken from the end, because late queries see the
- * most keys. */
+/** Task `number`; with `late_first` the blocks are taken from the end, because late queries see
+ * the most keys. */
 qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t number,
                                        bool late_first);
 

@@ -45,8 +45,7 @@ qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const f
     return QS_OK;
 }
 
-/* ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) and addition: rows of up to five matrices
- * ---------------------------- */
+/* ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) and addition: rows of up to five matrices ---- */
 
 typedef struct {
     const qs_isa *isa;
@@ -130,9 +129,7 @@ qs_status qs_cpu_add(qs_queue *q, const qs_mat *x, qs_mat *y)
     return for_rows(q, &args, 1);
 }
 
-/* ---- flat arrays
- * --------------------------------------------------------------------------------------------------
- */
+/* ---- flat arrays ---- */
 
 enum { FLAT_PER_TASK = 16384 };
 

@@ -3,16 +3,17 @@
  *
  * Definition of an element, the same for any number of threads, tile sizes and vector width:
  *     k is cut into blocks of QS_GEMM_KC; a block's sum is a chain of fused multiply-adds in
- * ascending k, from 0; the blocks' sums are added to C in ascending order (the first one replaces C
- * unless `accumulate`).
+ * ascending k, from 0; the blocks' sums are added to C in ascending order (the first one replaces
+ * C unless `accumulate`).
  *
- * Loops after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053), arranged for micro-batches (m
- * is 50 to 4,000 rows) and for threads that are not equally fast: A is packed once; then a task
- * owns some columns of C for all k, packs and decodes its part of B itself, block by block, and
- * meets nobody:
+ * Loops after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053), arranged for micro-batches
+ * (m is 50 to 4,000 rows) and for threads that are not equally fast: A is packed once; then a
+ * task owns some columns of C for all k, packs and decodes its part of B itself, block by block,
+ * and meets nobody:
  *
  *     A block, panels of mr rows      B block, slivers of nr columns
- *     | k0: mr floats | k1: ... |     | k0: nr floats | k1: ... | */
+ *     | k0: mr floats | k1: ... |     | k0: nr floats | k1: ... |
+ */
 #ifndef QS_KERNELS_CPU_GEMM_H
 #define QS_KERNELS_CPU_GEMM_H
 
@@ -44,8 +45,7 @@ qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_ope
  * transposed. */
 int64_t qs_gemm_scratch_count(int threads, int64_t rows, int64_t cols);
 
-/* ---- the same product, the same bits, in the calling thread alone
- * ------------------------------------------------- */
+/* ---- the same product, the same bits, in the calling thread alone ---- */
 
 /** Floats that a packed left operand [m, k] or right operand [k, n] takes at most, with any
  * instruction set. */

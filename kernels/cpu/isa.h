@@ -1,7 +1,8 @@
 /* The inner loops, one table per instruction set, from one source (isa_template.h).
  *
- * All tables give the same bits: vectors run along independent outputs, a product-sum is a chain of
- * fused multiply-adds in ascending k, and where a sum must run along the vector it is defined as 16
+ * All tables give the same bits: vectors run along independent outputs, a product-sum is a chain
+ * of fused multiply-adds in ascending k, and where a sum must run along the vector it is defined
+ * as 16
  * lanes (element i goes to lane i % 16) added as a fixed tree. QSHARD_CPU_ISA=avx512|avx2|portable
  * forces a table. */
 #ifndef QS_KERNELS_CPU_ISA_H
@@ -30,8 +31,8 @@ typedef struct {
                  int64_t c_stride, bool accumulate);
 
     /** dst[k * dst_stride + r] = src[r * src_stride + k] for k < count and r < rows, 0 for rows <=
-     * r < lanes. lanes <= 16; nothing beyond dst[(count - 1) * dst_stride + lanes - 1] is written.
-     */
+     * r < lanes. lanes <= 16; nothing beyond dst[(count - 1) * dst_stride + lanes - 1] is
+     * written. */
     void (*transpose)(const float *src, int64_t src_stride, int rows, int64_t count, float *dst,
                       int64_t dst_stride, int lanes);
 

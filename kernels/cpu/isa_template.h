@@ -6,16 +6,15 @@
  * vec_zero, vec_splat, vec_add, vec_fma, each one instruction isa_transpose, isa_nf4_block,
  * isa_round16, isa_widen_f16
  *
- * Everything below the tile works on 16 lanes as GCC vectors: one register, two, or four, the same
- * operations on the same lanes in each. Multiplication and addition are not contracted
+ * Everything below the tile works on 16 lanes as GCC vectors: one register, two, or four, the
+ * same operations on the same lanes in each. Multiplication and addition are not contracted
  * (-ffp-contract=off). */
 #include <math.h>
 #include <string.h>
 
 #include "kernels/cpu/isa.h"
 
-/* ---- register tile
- * --------------------------------------------------------------------------------------------- */
+/* ---- register tile ---- */
 
 /* `rows` and `vectors` are constants at every call below, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void tile_fixed(int rows, int vectors, int64_t depth,
@@ -130,9 +129,7 @@ static void isa_tile(int rows, int cols, int64_t depth, const float *a, const fl
     }
 }
 
-/* ---- NF4
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- NF4 ---- */
 
 static void isa_nf4_decode(const uint8_t *packed, const float *absmax, int64_t blocks,
                            qs_dtype dtype, float *out)
@@ -160,9 +157,7 @@ static void isa_widen(const uint8_t *src, qs_dtype dtype, int64_t count, float *
     }
 }
 
-/* ---- 16 lanes
- * --------------------------------------------------------------------------------------------------
- */
+/* ---- 16 lanes ---- */
 
 typedef float f16x __attribute__((vector_size(64)));
 typedef int32_t i16x __attribute__((vector_size(64)));
@@ -212,9 +207,9 @@ static inline float lanes_sum(f16x v)
 }
 
 /* exp: n = round(x / ln 2), r = x - n ln 2 in two pieces, the series to r^7 (|r| <= 0.347: the next
- * term is 5e-9), times 2^n. Below -87 the result is 0, because denormals are not worth their time;
- * from 88.38 on, where n = 128, it is infinity. The bounds are the first operands, so that NaN goes
- * through. */
+ * term is 5e-9), times 2^n. Below -87 the result is 0, because denormals are not worth their
+ * time; from 88.38 on, where n = 128, it is infinity. The bounds are the first operands, so that
+ * NaN goes through. */
 static inline f16x lanes_exp(f16x x)
 {
     const f16x lo = lanes_splat(-87.0F), hi = lanes_splat(89.0F);
@@ -345,9 +340,7 @@ static void isa_swiglu_backward(const float *gate, const float *up, const float 
     }
 }
 
-/* ---- dropout
- * ----------------------------------------------------------------------------------------------------
- */
+/* ---- dropout ---- */
 
 typedef uint32_t u16x __attribute__((vector_size(64)));
 typedef uint64_t u8x __attribute__((vector_size(64)));

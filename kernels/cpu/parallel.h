@@ -1,8 +1,8 @@
 /* Parallel loops of the CPU kernels.
  *
  * Every index is a task that writes its own part of the output, so that results do not depend on
- * how many threads there are or on which of them runs what. Between its tasks thread 0 (the caller)
- * lets the communication make progress. */
+ * how many threads there are or on which of them runs what. Between its tasks thread 0 (the
+ * caller) lets the communication make progress. */
 #ifndef QS_KERNELS_CPU_PARALLEL_H
 #define QS_KERNELS_CPU_PARALLEL_H
 

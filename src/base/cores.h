@@ -15,18 +15,18 @@ int qs_cores_bound(void);
 /** Threads for this rank: `wanted` if positive; else the first number in OMP_NUM_THREADS; else all
  * cores of the binding if the process is bound; else its share of the cores among `local_nranks`
  * ranks, at least 1 (the first ranks get one more where the division leaves a rest). A binding is
- * taken for this rank's own. Where a job is started inside one (`taskset -c 0-7 mpirun -np 4 ...`,
- * a batch script that the scheduler has bound) the ranks share it: qs_comm_threads finds that out
- * by asking the others. */
+ * taken for this rank's own. Where a job is started inside one (`taskset -c 0-7 mpirun -np 4
+ * ...`, a batch script that the scheduler has bound) the ranks share it: qs_comm_threads finds
+ * that out by asking the others. */
 int qs_threads_for_rank(int local_nranks, int local_rank, int wanted);
 
 /** The same, knowing that `sharers` ranks run on the cores of this rank's binding, this one being
  * number `index`. */
 int qs_threads_for_share(int sharers, int index, int wanted);
 
-/** What qs_comm_threads compares: processes that can compete for cores have equal `host`, and do if
- * their masks of hardware threads overlap (numbers past the mask are folded into it, which can only
- * make a share smaller). */
+/** What qs_comm_threads compares: processes that can compete for cores have equal `host`, and do
+ * if their masks of hardware threads overlap (numbers past the mask are folded into it, which can
+ * only make a share smaller). */
 enum { QS_CORES_MASK_WORDS = 16 };
 typedef struct {
     uint64_t

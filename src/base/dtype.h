@@ -1,4 +1,5 @@
-/* Element types of files and buffers, and the conversions between them: exact widening, round to nearest even. */
+/* Element types of files and buffers, and the conversions between them: exact widening, round to
+ * nearest even. */
 #ifndef QS_BASE_DTYPE_H
 #define QS_BASE_DTYPE_H
 
@@ -21,7 +22,8 @@ float qs_f32_from_f16(uint16_t bits);
 uint16_t qs_bf16_from_f32(float value); /* NaN stays NaN (quiet) */
 uint16_t qs_f16_from_f32(float value);  /* overflow becomes infinity */
 
-/** Convert `count` elements of type `dtype` (QS_F32, QS_BF16 or QS_F16) at `src` (any alignment) to floats. */
+/** Convert `count` elements of type `dtype` (QS_F32, QS_BF16 or QS_F16) at `src` (any alignment)
+ * to floats. */
 void qs_f32_load(float *dst, const void *src, qs_dtype dtype, int64_t count);
 
 /** Convert `count` floats to `dtype` (QS_F32, QS_BF16 or QS_F16). */

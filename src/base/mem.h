@@ -1,5 +1,5 @@
-/* Memory by class: every large buffer says what it is for, so that the plan printed before a run can be checked
- * against what the run really held. Thread-safe. */
+/* Memory by class: every large buffer says what it is for, so that the plan printed before a run
+ * can be checked against what the run really held. Thread-safe. */
 #ifndef QS_BASE_MEM_H
 #define QS_BASE_MEM_H
 
@@ -20,8 +20,9 @@ typedef enum {
     QS_MEM_CLASS_COUNT
 } qs_mem_class;
 
-/** Allocate `bytes` of zeroed, 64-byte aligned memory in `*out`, counted under `class`. 0 bytes gives NULL.
- *  \return QS_ERR_MEMORY naming class and size. Free with qs_mem_free. */
+/** Allocate `bytes` of zeroed, 64-byte aligned memory in `*out`, counted under `class`. 0 bytes
+ * gives NULL.
+ * \return QS_ERR_MEMORY naming class and size. Free with qs_mem_free. */
 qs_status qs_mem_alloc(void **out, size_t bytes, qs_mem_class class);
 
 /** Free; NULL is fine. */
@@ -35,7 +36,8 @@ const char *qs_mem_class_name(qs_mem_class class);
 /** Largest resident set of this process so far, from the operating system. */
 size_t qs_mem_peak_rss_bytes(void);
 
-/** a * b + c, or QS_ERR_BUG/QS_ERR_INPUT_VALUE style overflow detection: false if it does not fit size_t. */
+/** a * b + c, or QS_ERR_BUG/QS_ERR_INPUT_VALUE style overflow detection: false if it does not fit
+ * size_t. */
 int qs_size_mul_add(size_t a, size_t b, size_t c, size_t *out);
 
 /** Allocation with the macro's own type: QS_TRY(QS_ALLOC(&p, n, class)) */

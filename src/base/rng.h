@@ -1,8 +1,9 @@
-/* Random numbers by counter: Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) from Random123.
+/* Random numbers by counter: Philox4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) from
+ * Random123.
  *
- * There is no state. A number is a pure function of a key (seed, step, global sample) and a counter (element,
- * site | layer), so that it does not depend on ranks, threads or the order of evaluation, and a resumed run draws what
- * the undisturbed one would have drawn. */
+ * There is no state. A number is a pure function of a key (seed, step, global sample) and a
+ * counter (element, site | layer), so that it does not depend on ranks, threads or the order of
+ * evaluation, and a resumed run draws what the undisturbed one would have drawn. */
 #ifndef QS_BASE_RNG_H
 #define QS_BASE_RNG_H
 
@@ -33,8 +34,8 @@ void qs_rng_block(const qs_rng *rng, uint64_t block, uint32_t out[4]);
 /** Uniform in [0, 1) with 24 bits: (u32 >> 8) * 2^-24. */
 float qs_rng_uniform(const qs_rng *rng, uint64_t element);
 
-/** A pseudo-random permutation of 0..count-1, evaluated at `index`: cycle walking over a 4-round Feistel network keyed
- *  by (seed, epoch). */
+/** A pseudo-random permutation of 0..count-1, evaluated at `index`: cycle walking over a 4-round
+ * Feistel network keyed by (seed, epoch). */
 int64_t qs_rng_permute(uint64_t seed, uint64_t epoch, int64_t count, int64_t index);
 
 #endif

@@ -1,11 +1,12 @@
 /* Errors: one number per kind of failure, one record per thread, one line for the user.
  *
- * A function that can fail returns a qs_status, 0 when all is well. The number is the code that the user sees:
- * QS_ERR_CONFIG_KEY = 201 is printed as `error[E201]`, and 201 / 100 = 2 is the exit code of the process. The text is
- * kept in the failing thread's record until qs_error_print, so that a caller high up decides who speaks.
+ * A function that can fail returns a qs_status, 0 when all is well. The number is the code that
+ * the user sees: QS_ERR_CONFIG_KEY = 201 is printed as `error[E201]`, and 201 / 100 = 2 is the
+ * exit code of the process. The text is kept in the failing thread's record until qs_error_print,
+ * so that a caller high up decides who speaks.
  *
  *     if (cfg->hidden % cfg->heads != 0) {
- *         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: hidden_size=%d is not a multiple of ...", path, ...);
+ *         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: hidden_size=%d is not ...", path, ...);
  *     }
  */
 #ifndef QS_BASE_STATUS_H
@@ -55,18 +56,19 @@ typedef enum {
 /** Exit code of the process for a status (status / 100). */
 int qs_exit_code(qs_status status);
 
-/** Record an error in this thread and return `status`. The first error since qs_error_clear is kept: later ones are
- *  consequences. Use QS_FAIL. */
+/** Record an error in this thread and return `status`. The first error since qs_error_clear is
+ * kept: later ones are consequences. Use QS_FAIL. */
 qs_status qs_error_set(qs_status status, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
 #define QS_FAIL(status, ...) qs_error_set((status), __FILE__, __LINE__, __VA_ARGS__)
 
-/** Text of this thread's recorded error, "" when there is none. Borrowed until the next error call of the thread. */
+/** Text of this thread's recorded error, "" when there is none. Borrowed until the next error call
+ * of the thread. */
 const char *qs_error_text(void);
 
-/** Replace this thread's record: what qs_comm_agree does on the ranks that did not fail themselves. `silent` keeps
- *  qs_error_print quiet, because another rank speaks. */
+/** Replace this thread's record: what qs_comm_agree does on the ranks that did not fail
+ * themselves. `silent` keeps qs_error_print quiet, because another rank speaks. */
 void qs_error_adopt(qs_status status, const char *text, bool silent);
 
 /** True if the record was adopted from a rank that speaks for itself. */
@@ -75,7 +77,8 @@ bool qs_error_is_silent(void);
 /** Forget this thread's record. */
 void qs_error_clear(void);
 
-/** Print `error[E203] text` as one line on stderr, at most once per record, nothing if silent or QS_REQUEUE. */
+/** Print `error[E203] text` as one line on stderr, at most once per record, nothing if silent or
+ * QS_REQUEUE. */
 void qs_error_print(qs_status status);
 
 /** Return from this function if `expr` is not QS_OK. */

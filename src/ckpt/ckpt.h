@@ -1,9 +1,9 @@
-/* Checkpoints: LoRA master and moments by global index, so that any number of ranks loads what any
- * number has saved.
+/* Checkpoints: LoRA master and moments by global index, so that any number of ranks loads what
+ * any number has saved.
  *
- * Saving follows the manifest protocol: rank 0 makes step-N.tmp-<run>; each rank writes its image,
- * syncs, reads back; all agree; rank 0 writes the manifest and renames; only then old ones are
- * rotated away. A failure leaves the older ones as they are. */
+ * Saving follows the manifest protocol: rank 0 makes step-N.tmp-<run>; each rank writes its
+ * image, syncs, reads back; all agree; rank 0 writes the manifest and renames; only then old ones
+ * are rotated away. A failure leaves the older ones as they are. */
 #ifndef QS_CKPT_CKPT_H
 #define QS_CKPT_CKPT_H
 
@@ -24,9 +24,9 @@ typedef struct {
     int64_t tokens_seen;
 } qs_ckpt_meta;
 
-/** Save. Collective. On QS_ERR_IO_FULL nothing has changed and training may go on.
- *  `files_shared` false: only rank 0's host sees the directory, so shards travel to rank 0 (not
- * used yet: always true). */
+/** Save. Collective. On QS_ERR_IO_FULL nothing has changed and training may go on. `files_shared`
+ * false: only rank 0's host sees the directory, so shards travel to rank 0 (not used yet: always
+ * true). */
 qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_lora_layout *layout,
                        const qs_optim *optim, qs_comm *comm);
 
@@ -35,19 +35,19 @@ qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_l
 qs_status qs_ckpt_latest(const char *run_dir, int64_t *step, qs_comm *comm);
 
 /** Load step `step` into this rank's shard; checks that config, base and data are the run's own
- * (QS_ERR_RESUME naming the first difference). Collective. \param [out] meta_out  step, run id and
- * tokens; its borrowed pointer is NULL. */
+ * (QS_ERR_RESUME naming the first difference). Collective. \param [out] meta_out  step, run id
+ * and tokens; its borrowed pointer is NULL. */
 qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *expect,
                        const qs_lora_layout *layout, qs_optim *optim, qs_ckpt_meta *meta_out,
                        qs_comm *comm);
 
-/** Delete what is older than the last `keep_last`, but every `keep_every`-th step (0: none). Rank 0
- * only; never below 2 while newer ones do not verify. */
+/** Delete what is older than the last `keep_last`, but every `keep_every`-th step (0: none). Rank
+ * 0 only; never below 2 while newer ones do not verify. */
 qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_every);
 
 /** Read the whole LoRA vector of a checkpoint directory (step-N) without a communicator: for
- * export, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees *vector
- * with qs_mem_free. */
+ * export, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees
+ * *vector with qs_mem_free. */
 qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout *layout,
                             float **vector);
 

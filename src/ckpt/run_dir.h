@@ -15,7 +15,7 @@
 #include "config/config.h"
 
 /** What to do with checkpoints in the run directory: go on from them if there are some, insist on
- *  them, or start in a fresh directory only. */
+ * them, or start in a fresh directory only. */
 typedef enum { QS_RESUME_AUTO, QS_RESUME_MUST, QS_RESUME_NEVER } qs_resume;
 
 typedef struct {
@@ -26,11 +26,12 @@ typedef struct {
 } qs_run_dir;
 
 /** Open cfg->output for writing: create it (with one parent) or recognise it as ours, take the
- *  lock, write config.yaml and run.json. Collective; only rank 0 touches files.
- *  \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when another process
+ * lock, write config.yaml and run.json. Collective; only rank 0 touches files.
+ * \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when another process
  *          writes to it, or with QS_RESUME_NEVER when it holds a run; QS_ERR_CHECKPOINT with
  *          QS_RESUME_MUST when it holds none; QS_ERR_RESUME when its run has checkpoints of, or has
- *          finished with, another configuration. */
+ *          finished with, another configuration.
+ */
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);
 

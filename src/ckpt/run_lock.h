@@ -7,7 +7,7 @@
 #include "base/status.h"
 
 /** Create DIR/run.lock in the name of this process. A lock whose owner is gone is taken over, any
- *  other one only with `takeover`. \return QS_ERR_OUTPUT_TAKEN naming the owner. */
+ * other one only with `takeover`. \return QS_ERR_OUTPUT_TAKEN naming the owner. */
 qs_status qs_run_lock_take(const char *dir, bool takeover);
 
 /** Remove DIR/run.lock if it is still this process's own. */

@@ -1,11 +1,11 @@
-/* Collectives over the ranks of a run. The communicator of one rank is comm_self.c, not an `if` at
- * each call; comm_threads.c makes N ranks out of N threads of one process, for tests; comm_mpi.c is
- * the real one (host memory).
+/* Collectives over the ranks of a run. The communicator of one rank is comm_self.c, not an `if`
+ * at each call; comm_threads.c makes N ranks out of N threads of one process, for tests;
+ * comm_mpi.c is the real one (host memory).
  *
- * Every call is collective and is made by all ranks in the same order. After an error that is not a
- * status of qs_comm_agree only qs_comm_destroy and qs_comm_abort are allowed. No call sums floats
- * across ranks: sums whose order matters are made by the callers from gathered parts, so that no
- * result depends on the number of ranks. */
+ * Every call is collective and is made by all ranks in the same order. After an error that is not
+ * a status of qs_comm_agree only qs_comm_destroy and qs_comm_abort are allowed. No call sums
+ * floats across ranks: sums whose order matters are made by the callers from gathered parts, so
+ * that no result depends on the number of ranks. */
 #ifndef QS_COMM_COMM_H
 #define QS_COMM_COMM_H
 
@@ -20,8 +20,8 @@ typedef struct qs_comm qs_comm;
 
 qs_status qs_comm_self_create(qs_comm **out);
 
-/** One communicator per rank of a team of threads. `out[nranks]`; each thread uses and destroys its
- * own. */
+/** One communicator per rank of a team of threads. `out[nranks]`; each thread uses and destroys
+ * its own. */
 qs_status qs_comm_threads_create(qs_comm **out, int nranks);
 
 /** MPI_Init (if it has not happened) and the world communicator. qs_comm_destroy finalizes MPI if
@@ -44,13 +44,13 @@ int qs_comm_local_nranks(const qs_comm *comm); /* ranks on this host */
 const char *qs_comm_name(const qs_comm *comm); /* "self", "threads", "mpi" */
 
 /** Gather every rank's shard, in rank order; asynchronous on `queue`.
- *  \param [in]  send  [bytes_per_rank]; not to be changed until the queue has passed.
- *  \param [out] recv  [nranks * bytes_per_rank]; `send` may lie at its own place in it. */
+ * \param [in]  send  [bytes_per_rank]; not to be changed until the queue has passed.
+ * \param [out] recv  [nranks * bytes_per_rank]; `send` may lie at its own place in it. */
 qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank,
                              qs_queue *queue);
 
-/** Exchange pieces: `send_bytes[r]` bytes from send + send_at[r] go to rank r, and arrive at recv +
- * recv_at[..]. Asynchronous on `queue`; arrays are copied, buffers borrowed until the queue has
+/** Exchange pieces: `send_bytes[r]` bytes from send + send_at[r] go to rank r, and arrive at recv
+ * + recv_at[..]. Asynchronous on `queue`; arrays are copied, buffers borrowed until the queue has
  * passed. Sizes may be zero and must match. */
 qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *send_bytes,
                                const size_t *send_at, void *recv, const size_t *recv_bytes,
@@ -67,17 +67,18 @@ qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv,
                                  size_t bytes_per_rank);
 
 /** One rank's failure is everyone's: returns QS_OK on all ranks if `mine` is QS_OK on all, else on
- * all ranks the status of the lowest failing rank, whose own error text stays the one to print; the
- * others are told and keep silent. */
+ * all ranks the status of the lowest failing rank, whose own error text stays the one to print;
+ * the others are told and keep silent. */
 qs_status qs_comm_agree(qs_comm *comm, qs_status mine);
 
 /** Threads for this rank: `wanted`, OMP_NUM_THREADS, or its share of the cores that it is bound to
- * among all ranks whose bindings overlap its own (base/cores.h). Collective, since only the others
- * know whether they run on the same cores. */
+ * among all ranks whose bindings overlap its own (base/cores.h). Collective, since only the
+ * others know whether they run on the same cores. */
 qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads);
 
-/** True if the last qs_comm_agree returned an error: every rank knows, and all may leave in peace. An error without it is this
- *  rank's alone, the others may be waiting for it in another call, and only qs_comm_abort ends the job. */
+/** True if the last qs_comm_agree returned an error: every rank knows, and all may leave in peace.
+ * An error without it is this rank's alone, the others may be waiting for it in another call, and
+ * only qs_comm_abort ends the job. */
 bool qs_comm_agreed(const qs_comm *comm);
 
 /** Broadcast a string from rank `root` (NULL elsewhere); every rank gets its own copy in *text, to
@@ -85,8 +86,8 @@ bool qs_comm_agreed(const qs_comm *comm);
 qs_status qs_comm_bcast_text(qs_comm *comm, char **text, int root);
 
 /** Print the error and end the whole job at once with the exit code of `status`: for errors on
- * which the ranks cannot agree. Does not return, but for a team of threads: there every later call
- * of the other ranks returns QS_ERR_PEER. `comm` may be NULL: this process ends. */
+ * which the ranks cannot agree. Does not return, but for a team of threads: there every later
+ * call of the other ranks returns QS_ERR_PEER. `comm` may be NULL: this process ends. */
 void qs_comm_abort(qs_comm *comm, qs_status status);
 
 /** Bytes that this rank received from others so far (all collectives). */

@@ -1,8 +1,8 @@
 /* The configuration of a run: one plain struct, filled from defaults, a YAML file and `--set
  * a.b=c`, in this order.
  *
- * One table (config_keys.c) makes the defaults, the parser, the ranges, the help text and the dump,
- * so that they cannot disagree. */
+ * One table (config_keys.c) makes the defaults, the parser, the ranges, the help text and the
+ * dump, so that they cannot disagree. */
 #ifndef QS_CONFIG_CONFIG_H
 #define QS_CONFIG_CONFIG_H
 
@@ -82,8 +82,8 @@ char *qs_config_dump(const qs_config *cfg);
 typedef enum { QS_NEED_TRAIN, QS_NEED_EVAL, QS_NEED_SAMPLE } qs_config_need;
 
 /** Check that the settings that a command needs are there (data.train and output for a run,
- * data.eval for an evaluation) and that this build can do what they ask. `path` is for the message.
- */
+ * data.eval for an evaluation) and that this build can do what they ask. `path` is for the
+ * message. */
 qs_status qs_config_require(const qs_config *cfg, qs_config_need need, const char *path);
 
 /** Name of the first key in which two runs differ so that one cannot go on as the other; NULL if

@@ -3,7 +3,7 @@
 #define QS_CONFIG_NEAREST_H
 
 /** Number of single-letter insertions, deletions, replacements and swaps of neighbours that turn
- *  `a` into `b` (only the first 63 letters of each count). */
+ * `a` into `b` (only the first 63 letters of each count). */
 int qs_edit_distance(const char *a, const char *b);
 
 /** The word of `words[count]` nearest to `word`, the first of equals; NULL for an empty list. */

@@ -1,8 +1,7 @@
 /* Micro-batches: whole sequences read from the file, back to back.
  *
- *     file      tokens  a b c | d e            labels  -100 b c | d e        (| is a document
- * border) batch     tokens  a b c   d e            target  b    c -1  e -1       (the label of the
- * next token of the document)
+ *     file     tokens  a b c | d e     labels  -100 b c | d e     (| is a document border)
+ *     batch    tokens  a b c   d e     target  b c -1   e -1      (the next label of the document)
  *
  * Labels are read into `target` and shifted in place, so that reading allocates nothing. */
 #include <stdlib.h>

@@ -1,8 +1,8 @@
 /* Token files and the order of samples.
  *
  * The index (offsets, target counts) is replicated; tokens are read by the rank that trains on
- * them. Sample order is a keyed permutation per epoch, a pure function of (seed, epoch, position),
- * so there is no sampler state to save. */
+ * them. Sample order is a keyed permutation per epoch, a pure function of (seed, epoch,
+ * position), so there is no sampler state to save. */
 #ifndef QS_DATA_DATA_H
 #define QS_DATA_DATA_H
 
@@ -25,9 +25,8 @@ typedef struct {
     uint64_t bytes_read;
 } qs_data;
 
-/** Open and check; rank 0 reads the index, the others get it. Collective.
- *  `model_vocab` > 0: token ids must be below it. `max_seq_len` > 0: longer sequences are refused
- * by number. */
+/** Open and check; rank 0 reads the index, the others get it. Collective. `model_vocab` > 0: token
+ * ids must be below it. `max_seq_len` > 0: longer sequences are refused by number. */
 qs_status qs_data_open(qs_data **out, const char *path, int64_t model_vocab, int64_t max_seq_len,
                        qs_comm *comm);
 void qs_data_close(qs_data *data);

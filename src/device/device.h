@@ -1,9 +1,10 @@
-/* Queues, events and buffers: what a GPU calls stream, event and device memory, with the CPU as one more device.
+/* Queues, events and buffers: what a GPU calls stream, event and device memory, with the CPU as
+ * one more device.
  *
- * On the CPU work given to a compute queue runs at once in the calling thread. Communication does not: a queue holds the
- * operations that are under way, in order, and moves them along whenever somebody polls it. MPI makes no progress by
- * itself, so the compute queue has an idle callback, which the parallel loops call between tiles, and which polls the
- * communication queue. */
+ * On the CPU work given to a compute queue runs at once in the calling thread. Communication does
+ * not: a queue holds the operations that are under way, in order, and moves them along whenever
+ * somebody polls it. MPI makes no progress by itself, so the compute queue has an idle callback,
+ * which the parallel loops call between tiles, and which polls the communication queue. */
 #ifndef QS_DEVICE_DEVICE_H
 #define QS_DEVICE_DEVICE_H
 
@@ -29,7 +30,8 @@ int qs_queue_threads(const qs_queue *queue);
 /** Moves one operation along: sets *finished when it is over. Called from the thread that polls. */
 typedef qs_status (*qs_pending_poll)(void *ctx, bool *finished);
 
-/** Append an operation that is already under way. It is polled until finished, then `release(ctx)` is called. */
+/** Append an operation that is already under way. It is polled until finished, then `release(ctx)`
+ * is called. */
 qs_status qs_queue_push(qs_queue *queue, qs_pending_poll poll, void (*release)(void *), void *ctx);
 
 /** Move the oldest pending operations along without waiting. */
@@ -42,7 +44,8 @@ qs_status qs_queue_wait(qs_queue *queue);
 qs_event qs_event_record(qs_queue *queue);
 qs_status qs_event_wait(qs_event event);
 
-/** Install what the loops of `queue` call from thread 0 between tiles, at most every 200 us. NULL removes it. */
+/** Install what the loops of `queue` call from thread 0 between tiles, at most every 200 us. NULL
+ * removes it. */
 void qs_queue_set_idle(qs_queue *queue, void (*idle)(void *), void *ctx);
 
 /** Call the idle callback if 200 us have passed. Thread 0 of a parallel loop only. */

@@ -4,8 +4,8 @@
  * acquire(u, next) waits for the gather of u, starts the gather of `next` into the other buffer,
  * and hands out a view of u. The gathers run on a queue of their own; the compute queue polls it
  * between tiles (qs_queue_set_idle). With one rank nothing is copied: the share is the unit. Zhao
- * et al. 2023, arXiv:2304.11277 (FSDP); the unit protocol with two buffers is theirs, the bytes are
- * NF4. */
+ * et al. 2023, arXiv:2304.11277 (FSDP); the unit protocol with two buffers is theirs, the bytes
+ * are NF4. */
 #ifndef QS_FSDP_FSDP_H
 #define QS_FSDP_FSDP_H
 
@@ -26,16 +26,16 @@ typedef struct {
     double wait_s; /* time that compute stood still for gathers */
 } qs_fsdp_stats;
 
-/** Read this rank's share of every unit and allocate the two gather buffers. Collective. `index` is
- * borrowed. */
+/** Read this rank's share of every unit and allocate the two gather buffers. Collective. `index`
+ * is borrowed. */
 qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
                          qs_queue *compute);
 void qs_fsdp_destroy(qs_fsdp *fsdp);
 
-/** The unit `u`, whole, until qs_fsdp_release. `next` (-1: none) is gathered meanwhile. Collective:
- * all ranks, same order. At most two units are held at a time. A unit that still lies in a buffer,
- * released or not, is not gathered again. QS_ERR_BUG for a third unit, or for the release of one
- * that is not held. */
+/** The unit `u`, whole, until qs_fsdp_release. `next` (-1: none) is gathered meanwhile.
+ * Collective: all ranks, same order. At most two units are held at a time. A unit that still lies
+ * in a buffer, released or not, is not gathered again. QS_ERR_BUG for a third unit, or for the
+ * release of one that is not held. */
 qs_status qs_fsdp_acquire(qs_fsdp *fsdp, int u, int next, qs_unit_view *view);
 qs_status qs_fsdp_release(qs_fsdp *fsdp, int u);
 
@@ -81,8 +81,8 @@ float *qs_grads_slot(qs_grads *grads, int layer, int64_t slot);
 /** The slot's gradient is complete: fold it into the tree. */
 qs_status qs_grads_add(qs_grads *grads, int layer, int64_t slot);
 
-/** All slots of this rank have passed `layer`: start sending its nodes to the owners of the shards.
- * Collective. Two layers are under way at a time: a third waits for the first. */
+/** All slots of this rank have passed `layer`: start sending its nodes to the owners of the
+ * shards. Collective. Two layers are under way at a time: a third waits for the first. */
 qs_status qs_grads_reduce(qs_grads *grads, int layer);
 
 /** Wait for all reductions and finish the trees: this rank's shard of the gradient, [n_layers *

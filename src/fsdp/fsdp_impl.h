@@ -88,14 +88,14 @@ typedef struct {
     int64_t count; /* elements of a sum */
 } qs_tree;
 
-/** Push a node and carry: as long as the last two are siblings, left += right, and the right buffer
- * goes to `pool` (NULL: nowhere); a node without a sibling rises. */
+/** Push a node and carry: as long as the last two are siblings, left += right, and the right
+ * buffer goes to `pool` (NULL: nowhere); a node without a sibling rises. */
 qs_status qs_partials_push(qs_partials *stack, qs_partial partial, const qs_tree *tree,
                            qs_float_pool *pool);
 
-/** Gradient buffers that a rank with `range` of the slots holds at most, in passes of `group` slots
- * through `n_layers`. In the last pass a layer's buffers are free again when its reduction, one of
- * `in_flight`, has ended. */
+/** Gradient buffers that a rank with `range` of the slots holds at most, in passes of `group`
+ * slots through `n_layers`. In the last pass a layer's buffers are free again when its reduction,
+ * one of `in_flight`, has ended. */
 int qs_partials_buffers(int n_layers, int64_t slots, int nranks, int rank, int64_t group,
                         int in_flight);
 

@@ -1,9 +1,9 @@
 /* Gradients of a step: partial sums of this rank's slots, their way to the owners, and the owners'
  * end of the tree.
  *
- *   slots of rank r        nodes (one buffer each)            owner of a shard
- *   0 1 2 | 3 4 5    ->    (0 1) (2) | (3) (4 5)    ->   piece of (0 1), of (2), of (3), of (4 5)
- * ->  ((0 1)+(2+3)) + (4 5)
+ *   slots of rank 0 and 1     0 1 2 | 3 4 5
+ *   nodes, a buffer each      (0 1) (2) | (3) (4 5)
+ *   owner of a shard          its pieces of (0 1), (2), (3), (4 5)  ->  ((0 1) + (2 3)) + (4 5)
  *
  * Which nodes a rank has is arithmetic, so no sizes are exchanged. The k-th nodes of all ranks
  * travel together, straight from the buffers they were summed in. The result has the bits of one

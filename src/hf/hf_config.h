@@ -1,5 +1,5 @@
-/* config.json of a Hugging Face checkpoint, for the model family that is supported (Llama), in both spellings
- * (transformers 4 and 5). What is not known is refused by name, never ignored. */
+/* config.json of a Hugging Face checkpoint, for the model family that is supported (Llama), in
+ * both spellings (transformers 4 and 5). What is not known is refused by name, never ignored. */
 #ifndef QS_HF_HF_CONFIG_H
 #define QS_HF_HF_CONFIG_H
 
@@ -35,7 +35,8 @@ typedef struct {
 /** Parse the text of config.json. Pure: no I/O. */
 qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, const char *path);
 
-/** Inverse frequencies of RoPE [head_dim / 2], with scaling: fp32 values, rounded as transformers rounds them. */
+/** Inverse frequencies of RoPE [head_dim / 2], with scaling: fp32 values, rounded as transformers
+ * rounds them. */
 void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq);
 
 /** The seven linears of a layer, in the order that units and the LoRA vector use. */

@@ -1,5 +1,5 @@
-/* Reading JSON that strangers wrote: Jansson with duplicate keys refused, depth and size limited, and accessors that name
- * file, key, value and range when they fail. */
+/* Reading JSON that strangers wrote: Jansson with duplicate keys refused, depth and size limited,
+ * and accessors that name file, key, value and range when they fail. */
 #ifndef QS_HF_JSON_H
 #define QS_HF_JSON_H
 
@@ -9,7 +9,8 @@
 
 #include "base/status.h"
 
-/** Parse `bytes` of text. NaN and Infinity, duplicate keys and depth over 64 are refused. Caller decrefs *out. */
+/** Parse `bytes` of text. NaN and Infinity, duplicate keys and depth over 64 are refused. Caller
+ * decrefs *out. */
 qs_status qs_json_parse(json_t **out, const char *text, size_t bytes, const char *path);
 
 /** Required integer member in [low, high]. */

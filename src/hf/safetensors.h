@@ -1,7 +1,9 @@
-/* safetensors: a parser of the header as a pure function, a reader of a checkpoint directory, and a writer.
+/* safetensors: a parser of the header as a pure function, a reader of a checkpoint directory, and
+ * a writer.
  *
- * The header comes from strangers: every length is checked against what is left of the file before anything is allocated,
- * regions must cover the data without holes or overlaps, names must be unique. */
+ * The header comes from strangers: every length is checked against what is left of the file
+ * before anything is allocated, regions must cover the data without holes or overlaps, names must
+ * be unique. */
 #ifndef QS_HF_SAFETENSORS_H
 #define QS_HF_SAFETENSORS_H
 
@@ -12,8 +14,20 @@
 #include "base/status.h"
 
 typedef enum {
-    QS_ST_BOOL, QS_ST_U8, QS_ST_I8, QS_ST_I16, QS_ST_U16, QS_ST_F16, QS_ST_BF16, QS_ST_I32,
-    QS_ST_U32, QS_ST_F32, QS_ST_F64, QS_ST_I64, QS_ST_U64, QS_ST_F8
+    QS_ST_BOOL,
+    QS_ST_U8,
+    QS_ST_I8,
+    QS_ST_I16,
+    QS_ST_U16,
+    QS_ST_F16,
+    QS_ST_BF16,
+    QS_ST_I32,
+    QS_ST_U32,
+    QS_ST_F32,
+    QS_ST_F64,
+    QS_ST_I64,
+    QS_ST_U64,
+    QS_ST_F8
 } qs_st_dtype;
 
 typedef struct {
@@ -21,10 +35,10 @@ typedef struct {
     qs_st_dtype dtype;
     int rank;
     int64_t shape[8];
-    int64_t count;  /* product of shape */
-    int64_t begin;  /* byte offset in the file */
+    int64_t count; /* product of shape */
+    int64_t begin; /* byte offset in the file */
     int64_t bytes;
-    int file;       /* index of the file within a directory; 0 for a single header */
+    int file; /* index of the file within a directory; 0 for a single header */
 } qs_st_tensor;
 
 typedef struct {
@@ -32,12 +46,14 @@ typedef struct {
     qs_st_tensor *tensors; /* sorted by name */
 } qs_st_header;
 
-/** Parse a header: `text` is the JSON of `bytes` bytes that followed the length word of a file of `file_bytes` bytes. Pure: no I/O. */
+/** Parse a header: `text` is the JSON of `bytes` bytes that followed the length word of a file of
+ * `file_bytes` bytes. Pure: no I/O. */
 qs_status qs_st_parse_header(qs_st_header *out, const char *text, size_t bytes, int64_t file_bytes,
                              const char *path);
 void qs_st_header_free(qs_st_header *header);
 
-/** A checkpoint directory: model.safetensors or the files that model.safetensors.index.json names; or one adapter file. */
+/** A checkpoint directory: model.safetensors or the files that model.safetensors.index.json names;
+ * or one adapter file. */
 typedef struct qs_st_dir qs_st_dir;
 
 /** Open. `stem` is "model" or "adapter_model". */
@@ -67,8 +83,8 @@ typedef struct {
     const void *data;
 } qs_st_item;
 
-/** Write a safetensors file (ordered as the reference writer does, header padded to 8, metadata format pt), through
- *  qs_io_write_file. */
+/** Write a safetensors file (ordered as the reference writer does, header padded to 8, metadata
+ * format pt), through qs_io_write_file. */
 qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count);
 
 #endif

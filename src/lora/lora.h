@@ -3,9 +3,9 @@
  *
  *   unit (layer) u:  | A_q | B_q | A_k | B_k | ... targets in qs_linear order | padding to 4096 |
  *
- * A unit's segment has C chunks of 4,096 elements; rank r owns chunks [r p, (r+1) p), p = ceil(C /
- * N). All layers are alike, so one layout serves them all. Sums over the vector (norm, slot tree)
- * run in chunk order and are independent of N. */
+ * A unit's segment has C chunks of 4,096 elements; rank r owns chunks [r p, (r+1) p), p = ceil(C
+ * / N). All layers are alike, so one layout serves them all. Sums over the vector (norm, slot
+ * tree) run in chunk order and are independent of N. */
 #ifndef QS_LORA_LORA_H
 #define QS_LORA_LORA_H
 
@@ -67,8 +67,8 @@ qs_status qs_peft_settings(const char *dir, qs_config *cfg);
 qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment);
 void qs_peft_close(qs_peft *peft);
 
-/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. A temporary directory,
- * read back, renamed. QS_ERR_OUTPUT_TAKEN if DIR exists. */
+/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. A temporary
+ * directory, read back, renamed. QS_ERR_OUTPUT_TAKEN if DIR exists. */
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
                         const char *base_name, const float *vector);
 

@@ -13,7 +13,7 @@ typedef struct {
 } qs_peft_config;
 
 /** Parse adapter_config.json. What would change the function of the adapter and is not supported
- *  (DoRA, biases, patterns, trained whole modules, ...) is refused by name. Pure: no I/O. */
+ * (DoRA, biases, patterns, trained whole modules, ...) is refused by name. Pure: no I/O. */
 qs_status qs_peft_config_parse(qs_peft_config *out, const char *text, size_t bytes,
                                const char *path);
 

@@ -32,8 +32,8 @@ typedef struct {
     double loss_sum; /* out: sum over its targets, fp64 in row order */
 } qs_micro_batch;
 
-/** All pointers are borrowed for the life of the model. `lora` is the full LoRA vector, [n_layers *
- * per_layer]; NULL: base only. */
+/** All pointers are borrowed for the life of the model. `lora` is the full LoRA vector, [n_layers
+ * * per_layer]; NULL: base only. */
 qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *fsdp,
                           const qs_ops *ops, qs_queue *queue, const qs_lora_layout *layout,
                           const float *lora, const qs_model_shape *shape);
@@ -52,9 +52,9 @@ typedef struct {
     uint64_t seed, step;
 } qs_model_noise;
 
-/** Forward, loss and backward of `group[count]` (count <= shape.group; the same on every rank). The
- * gradient of the loss sum times `loss_scale` goes into `grads`; after the last pass of a step
- * (`reduce`) each layer's reduction starts as soon as its backward ends. */
+/** Forward, loss and backward of `group[count]` (count <= shape.group; the same on every rank).
+ * The gradient of the loss sum times `loss_scale` goes into `grads`; after the last pass of a
+ * step (`reduce`) each layer's reduction starts as soon as its backward ends. */
 qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, int64_t count,
                               float loss_scale, const qs_model_noise *noise, qs_grads *grads,
                               bool reduce);

@@ -9,8 +9,8 @@
 #include "kernels/ops.h"
 
 /** Learning rate of step `step` (0-based) of `steps`: warm-up (step + 1) / warmup_steps, then the
- * schedule down to min_lr_ratio * lr (cosine: Loshchilov & Hutter 2017, arXiv:1608.03983). warmup <
- * 1 is a fraction of steps. */
+ * schedule down to min_lr_ratio * lr (cosine: Loshchilov & Hutter 2017, arXiv:1608.03983). warmup
+ * < 1 is a fraction of steps. */
 double qs_lr_at(const qs_config *cfg, int64_t step, int64_t steps);
 
 /** min(1, clip / (norm + 1e-6)); 1 without clipping. */

@@ -1,10 +1,12 @@
-/* Where the bytes of a gathered unit lie: arithmetic only, used by the store, the gather and the kernels alike.
+/* Where the bytes of a gathered unit lie: arithmetic only, used by the store, the gather and the
+ * kernels alike.
  *
- *   unit, gathered from N ranks                       p4 = ceil(nf4_quanta / N), p16 = ceil(raw_quanta / N)
- *   | message 0                                  | message 1 ... | message N-1 |      each message_bytes long
- *   | packed p4*8192 | absmax8 p4*256 | absmax32 p4*4 | raw p16*raw_quantum_bytes |   sections padded to 128
+ *   a unit gathered from N ranks is N messages of message_bytes each, rank after rank:
+ *   | packed p4*8192 | absmax8 p4*256 | absmax32 p4*4 | raw p16*raw_quantum_bytes |
+ *   p4 = ceil(nf4_quanta / N), p16 = ceil(raw_quanta / N), sections padded to 128 bytes
  *
- * NF4 quantum q is number q % p4 of message q / p4. Kernels never see a flat pointer: they ask this view. */
+ * NF4 quantum q is number q % p4 of message q / p4. Kernels never see a flat pointer: they ask
+ * this view. */
 #ifndef QS_QUANT_LAYOUT_H
 #define QS_QUANT_LAYOUT_H
 
@@ -46,9 +48,9 @@ typedef struct {
 } qs_unit_view;
 
 typedef struct {
-    const uint8_t *packed;   /* [8192] */
-    const uint8_t *absmax8;  /* [256], NULL without double quantization */
-    const float *absmax32;   /* [1] or [256] */
+    const uint8_t *packed;  /* [8192] */
+    const uint8_t *absmax8; /* [256], NULL without double quantization */
+    const float *absmax32;  /* [1] or [256] */
 } qs_nf4_quantum;
 
 qs_nf4_quantum qs_unit_nf4_quantum(const qs_unit_view *view, int64_t quantum);
@@ -60,15 +62,15 @@ typedef enum { QS_WEIGHT_NF4, QS_WEIGHT_RAW } qs_weight_kind;
 typedef struct {
     qs_weight_kind kind;
     int64_t out, in;
-    int64_t quantum;   /* first quantum of the tensor within the unit */
-    qs_dtype dtype;    /* NF4: what W is rounded to; raw: the stored type */
-    const float *map;  /* [256] second-level map, NULL without double quantization; borrowed */
-    float offset;      /* nested offset */
+    int64_t quantum;  /* first quantum of the tensor within the unit */
+    qs_dtype dtype;   /* NF4: what W is rounded to; raw: the stored type */
+    const float *map; /* [256] second-level map, NULL without double quantization; borrowed */
+    float offset;     /* nested offset */
 } qs_weight;
 
-/** Decode elements [first, first + count) of the row-major tensor to floats: W = round(code * absmax) to w->dtype, or the
- *  raw value widened. The definition of what a weight is.
- *  \param [out] out  [count]. */
+/** Decode elements [first, first + count) of the row-major tensor to floats: W = round(code *
+ * absmax) to w->dtype, or the raw value widened. The definition of what a weight is.
+ * \param [out] out  [count]. */
 void qs_weight_decode(const qs_unit_view *view, const qs_weight *w, int64_t first, int64_t count,
                       float *out);
 

@@ -1,9 +1,9 @@
 /* Our HDF5 files: fixed names, scalar attributes, contiguous datasets. The only user of hdf5.h.
  *
- * HDF5 shapes the bytes; io.h writes them. Small files are built as an image in memory and written
- * by qs_io_write_*; large ones get early-allocated datasets whose file offsets are used with pread
- * and pwrite. Serial API, one mutex around every call (HDF5 is not thread-safe), no plugins, no
- * iteration, external links and filters refused. Every H5*close is checked. */
+ * HDF5 shapes the bytes; io.h writes them. Small files are built as an image in memory and
+ * written by qs_io_write_*; large ones get early-allocated datasets whose file offsets are used
+ * with pread and pwrite. Serial API, one mutex around every call (HDF5 is not thread-safe), no
+ * plugins, no iteration, external links and filters refused. Every H5*close is checked. */
 #ifndef QS_STORE_H5_H
 #define QS_STORE_H5_H
 

@@ -1,8 +1,8 @@
 /* Checked file I/O: the only functions in the program that write files or rename them.
  *
- * Calls of at most 1 GiB, EINTR and short writes handled, every errno turned into one line with the path. ENOSPC and EDQUOT are
- * QS_ERR_IO_FULL, so that a full disk can be told from a broken one. Nothing is published before it has been synced,
- * read back and renamed. */
+ * Calls of at most 1 GiB, EINTR and short writes handled, every errno turned into one line with
+ * the path. ENOSPC and EDQUOT are QS_ERR_IO_FULL, so that a full disk can be told from a broken
+ * one. Nothing is published before it has been synced, read back and renamed. */
 #ifndef QS_STORE_IO_H
 #define QS_STORE_IO_H
 
@@ -17,20 +17,24 @@ qs_status qs_io_write_all(int fd, const void *data, size_t bytes, int64_t offset
 /** Read exactly `bytes` at `offset`; a short file is QS_ERR_INPUT_FORMAT. */
 qs_status qs_io_read_all(int fd, void *data, size_t bytes, int64_t offset, const char *path);
 
-/** Reserve the first `bytes` of a file opened for writing, so that a full disk shows before the first byte is written. */
+/** Reserve the first `bytes` of a file opened for writing, so that a full disk shows before the
+ * first byte is written. */
 qs_status qs_io_reserve(int fd, size_t bytes, const char *path);
 
-/** Have what was written through `fd` on the disk. Not to be repeated after a failure: the data may be gone. */
+/** Have what was written through `fd` on the disk. Not to be repeated after a failure: the data
+ * may be gone. */
 qs_status qs_io_fsync(int fd, const char *path);
 
 /** Close a file that was written. The descriptor is gone in any case. */
 qs_status qs_io_close(int fd, const char *path);
 
-/** Write a whole file so that it is there completely or not at all: temporary name in the same directory, allocate, write,
- *  fsync, close, read back and compare, rename, fsync of the directory. An older file of the name is replaced. */
+/** Write a whole file so that it is there completely or not at all: temporary name in the same
+ * directory, allocate, write, fsync, close, read back and compare, rename, fsync of the
+ * directory. An older file of the name is replaced. */
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
 
-/** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not published yet. */
+/** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not
+ * published yet. */
 qs_status qs_io_write_new(const char *path, const void *data, size_t bytes);
 
 /** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */

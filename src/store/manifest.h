@@ -38,8 +38,8 @@ void qs_manifest_free(qs_manifest *m);
 /** Hash one file as it lies on disk. */
 qs_status qs_manifest_hash_file(const char *dir, const char *name, qs_manifest_file *out);
 
-/** Write DIR/manifest.json (qs_io_write_new; the directory is still a temporary one). Every file is
- * read for its block hashes, and must have the size and hash that `m` says: QS_ERR_IO_VERIFY
+/** Write DIR/manifest.json (qs_io_write_new; the directory is still a temporary one). Every file
+ * is read for its block hashes, and must have the size and hash that `m` says: QS_ERR_IO_VERIFY
  * otherwise, so that nothing unread is published. */
 qs_status qs_manifest_write(const char *dir, const qs_manifest *m);
 

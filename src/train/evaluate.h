@@ -1,5 +1,5 @@
-/* Loss over a token file: micro-batches are slots shared by the ranks, their sums are added in slot
- * order. */
+/* Loss over a token file: micro-batches are slots shared by the ranks, their sums are added in
+ * slot order. */
 #ifndef QS_TRAIN_EVALUATE_H
 #define QS_TRAIN_EVALUATE_H
 

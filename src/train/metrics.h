@@ -33,8 +33,8 @@ typedef struct {
 typedef struct qs_metrics qs_metrics;
 
 /** Open the run's files for appending; lines of steps after `step` (left by a run that was killed)
- *  are dropped, the last values of the others remembered. On ranks other than 0 nothing is opened
- *  and the other calls do nothing. */
+ * are dropped, the last values of the others remembered. On ranks other than 0 nothing is opened
+ * and the other calls do nothing. */
 qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank);
 
 /** The newest step that has an eval line, -1 if there is none (or this is not rank 0). */

@@ -12,8 +12,7 @@ typedef struct {
 } qs_memory_plan;
 
 /** Bytes that rank 0, which has the largest share, will hold for training with `shape` and `slots`
- * micro-batches a step;
- *  `eval` may be NULL. */
+ * micro-batches a step; `eval` may be NULL. */
 qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
                                    const qs_model_shape *shape, int64_t slots);
 

@@ -1,4 +1,5 @@
-/* base.h5: the model as units of NF4 quanta (docs/file-formats.md), seen from a rank that owns a share of each. */
+/* base.h5: the model as units of NF4 quanta (docs/file-formats.md), seen from a rank that owns a
+ * share of each. */
 #ifndef QS_WEIGHTS_BASE_FILE_H
 #define QS_WEIGHTS_BASE_FILE_H
 
@@ -18,11 +19,11 @@ typedef struct {
     qs_tensor_kind kind;
     int rank;
     int64_t shape[2];
-    qs_dtype dtype;   /* NF4: what W is rounded to; else the stored type */
-    int64_t quantum;  /* NF4, raw: first quantum */
-    int64_t byte;     /* small: offset in the unit's small bytes */
-    int map;          /* NF4: row of the maps */
-    float offset;     /* NF4: nested offset */
+    qs_dtype dtype;  /* NF4: what W is rounded to; else the stored type */
+    int64_t quantum; /* NF4, raw: first quantum */
+    int64_t byte;    /* small: offset in the unit's small bytes */
+    int map;         /* NF4: row of the maps */
+    float offset;    /* NF4: nested offset */
 } qs_base_tensor;
 
 typedef struct {
@@ -55,8 +56,8 @@ typedef struct {
     int64_t zero_blocks; /* all-zero NF4 blocks found while quantizing */
 } qs_base_index;
 
-/** Open FILE and read its index: rank 0 opens and verifies, the others are told. Collective. Caller frees with
- *  qs_base_index_free. */
+/** Open FILE and read its index: rank 0 opens and verifies, the others are told. Collective.
+ * Caller frees with qs_base_index_free. */
 qs_status qs_base_index_read(qs_base_index **out, const char *path, qs_comm *comm);
 void qs_base_index_free(qs_base_index *index);
 
@@ -74,8 +75,9 @@ const qs_base_tensor *qs_base_find(const qs_base_unit *unit, const char *suffix)
 /** The kernel's description of an NF4 or raw tensor. */
 qs_weight qs_base_weight(const qs_base_index *index, const qs_base_tensor *tensor);
 
-/** Read this rank's share of unit `u` as one message (qs_unit_layout_make(size, nranks)) and verify the hash of every quantum.
- *  Not collective. \param [out] message [layout.message_bytes]. Adds the bytes read to *bytes_read. */
+/** Read this rank's share of unit `u` as one message (qs_unit_layout_make(size, nranks)) and
+ * verify the hash of every quantum. Not collective. \param [out] message [layout.message_bytes].
+ * Adds the bytes read to *bytes_read. */
 qs_status qs_base_read_share(const qs_base_index *index, int fd, int u, int rank, int nranks,
                              uint8_t *message, uint64_t *bytes_read);
 
@@ -89,8 +91,8 @@ void qs_base_small_f32(const qs_base_tensor *tensor, const uint8_t *small, float
 /** Verify everything in the file (qshard check). Not collective. */
 qs_status qs_base_verify(const char *path);
 
-/** Print what the file holds as a table for humans (qshard inspect): model, units, bytes by class, provenance. The
- *  index is verified, the data is not read. Not collective. */
+/** Print what the file holds as a table for humans (qshard inspect): model, units, bytes by class,
+ * provenance. The index is verified, the data is not read. Not collective. */
 qs_status qs_base_describe(const char *path, FILE *out);
 
 #endif

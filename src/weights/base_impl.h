@@ -1,5 +1,5 @@
-/* What the readers and the writer of base.h5 share: the table of units as a function of the model's
- * config, and its JSON. */
+/* What the readers and the writer of base.h5 share: the table of units as a function of the
+ * model's config, and its JSON. */
 #ifndef QS_WEIGHTS_BASE_IMPL_H
 #define QS_WEIGHTS_BASE_IMPL_H
 

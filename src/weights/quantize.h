@@ -1,8 +1,8 @@
 /* qshard quantize: a Hugging Face checkpoint (bf16, f16, f32, or bitsandbytes NF4) to base.h5.
  *
- * Ranks share the work by tensor; a rank holds a few tensors at a time. Rank 0 creates the file under a temporary name with all
- * datasets allocated, every rank writes its own ranges, reads them back, and rank 0 renames. A killed run leaves nothing
- * that looks finished. */
+ * Ranks share the work by tensor; a rank holds a few tensors at a time. Rank 0 creates the file
+ * under a temporary name with all datasets allocated, every rank writes its own ranges, reads
+ * them back, and rank 0 renames. A killed run leaves nothing that looks finished. */
 #ifndef QS_WEIGHTS_QUANTIZE_H
 #define QS_WEIGHTS_QUANTIZE_H
 
