@@ -1,0 +1,242 @@
+"""Edges: tiny and uneven data, inputs that do not fit, a damaged file that one rank alone sees, signals, interrupted ends."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import unittest
+
+import support
+
+MODEL_SEED = 5
+
+
+def prepare(lines, output, *options):
+    """A token file of the tiny model's first `lines` examples."""
+    model = os.path.join(support.tiny(), "model")
+    text = output + ".jsonl"
+    with open(os.path.join(model, "train.jsonl"), encoding="utf-8") as source:
+        examples = source.readlines()[:lines]
+    with open(text, "w", encoding="utf-8") as file:
+        file.writelines(examples)
+    support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", model, text, "-o", output, "--seq-len", "64",
+                   *options)
+    return output
+
+
+class Case(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def refused(self, command, ranks, code, *texts, **more):
+        """The program ends with `code`, one error line that says `texts`, and nothing of a crash."""
+        done = support.qshard(*command, ranks=ranks, expect=code, **more)
+        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+        for text in texts:
+            self.assertIn(text, done.stderr)
+        return done
+
+    def command(self, name, *options, **more):
+        return [name, support.TINY_YAML, *support.settings(support.tiny(), self.path("run"), **more), *options]
+
+
+class UnevenData(Case):
+    """Steps that do not divide: the bits of one rank on every number of ranks."""
+
+    def same_on(self, numbers, name, steps, **settings):
+        curves = []
+        for ranks in numbers:
+            output = self.path(f"{name}-{ranks}")
+            support.train(output, ranks=ranks, **settings)
+            losses = [line["loss"] for line in support.metrics(output) if "loss" in line]
+            self.assertEqual(len(losses), steps)
+            curves.append((ranks, support.curve(output), support.adapter_digest(output)))
+        for ranks, curve, adapter in curves[1:]:
+            with self.subTest(ranks=ranks):
+                self.assertEqual(curve, curves[0][1])
+                self.assertEqual(adapter, curves[0][2])
+
+    def test_micro_batch_larger_than_the_data(self):
+        """3 sequences, 4 to a micro-batch: one sequence is twice in a micro-batch, each step crosses an epoch's border."""
+        data = prepare(3, self.path("three.h5"))
+        self.same_on((1, 3), "larger", 4, data__train=data, data__eval=data, train__steps=4, train__micro_batch=4,
+                     train__global_batch=5, train__eval_every=2)
+
+    def test_micro_batches_cross_epochs(self):
+        """7 sequences, 5 a step, 4 to a micro-batch, 3 epochs: 5 steps, the last of one sequence."""
+        data = prepare(7, self.path("seven.h5"))
+        self.same_on((1, 3), "cross", 5, data__train=data, data__eval=data, train__steps=0, train__epochs=3,
+                     train__micro_batch=4, train__global_batch=5)
+
+    def test_short_last_step_and_more_ranks_than_slots(self):
+        """9 sequences, 8 a step in 2 slots: 6 of 8 ranks never have work, and in the last step 7 of 8."""
+        data = prepare(9, self.path("nine.h5"))
+        self.same_on((1, 8), "short", 2, data__train=data, data__eval=data, train__steps=0, train__epochs=1,
+                     train__micro_batch=4, train__global_batch=8)
+
+
+class Refused(Case):
+    """Inputs that do not fit: the promised exit code and one line, on any number of ranks."""
+
+    def other_run(self, name, *model_options):
+        """A run, and its adapter exported, of a model that differs from the tiny one."""
+        model, base, output = self.path(name), self.path(name + ".h5"), self.path(name + "-run")
+        support.python(os.path.join(support.PREP, "qshard_tiny.py"), model, "--seed", MODEL_SEED, "--examples", "16",
+                       *model_options)
+        support.qshard("quantize", model, "-o", base, "--head-chunk-rows", "128")
+        support.train(output, base=base, train__steps=1, train__global_batch=2)
+        support.qshard("export", output, "-o", output + "-peft")
+        return output
+
+    def test_adapter_of_another_model(self):
+        for name, options in (("layers", ("--layers", "2")), ("width", ("--hidden", "64"))):
+            output = self.other_run(name, *options)
+            checkpoint = os.path.join(output, "step-00000001")
+            for adapter in (output, checkpoint, output + "-peft"):
+                for ranks in (1, 2):
+                    with self.subTest(adapter=os.path.basename(adapter), model=name, ranks=ranks):
+                        self.refused(self.command("eval", "--adapter", adapter), ranks, 3, output)
+
+    def test_data_without_targets(self):
+        prompts = prepare(4, self.path("prompts.h5"), "--prompts")
+        for ranks in (None, 2):
+            with self.subTest(ranks=ranks):
+                self.refused(self.command("train", data__train=prompts), ranks, 3, prompts, "n_targets=0")
+                self.refused(self.command("eval", data__eval=prompts), ranks, 3, prompts, "n_targets=0")
+        self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
+
+    def test_device_limit_too_small(self):
+        remedy = ("memory.device_limit", "train.micro_batch", "train.recompute", "more ranks")
+        for ranks in (None, 2):
+            with self.subTest(ranks=ranks):
+                self.refused(self.command("train", memory__device_limit="100K"), ranks, 7, *remedy)
+                done = self.refused(self.command("train", "--dry-run", memory__device_limit="100K"), ranks, 7, *remedy)
+                self.assertIn("memory of rank 0", done.stdout)
+        self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
+
+
+class DamagedBase(Case):
+    """One wrong byte in a quantum: only the rank that owns it sees it, and all leave alike."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        import h5py
+        cls.base = os.path.join(cls.folder, "base.h5")
+        shutil.copy(os.path.join(support.tiny(), "base.h5"), cls.base)
+        with h5py.File(cls.base, "r") as file:
+            packed = file["units/layers.2/packed"]
+            at = packed.id.get_offset() + packed.size - 100  # in the last quantum: of the last rank
+        with open(cls.base, "r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 0x10]))
+
+    def test_every_command_ends_on_all_ranks(self):
+        prompts = prepare(2, self.path("prompts.h5"), "--prompts")
+        commands = {"train": (), "eval": (), "sample": ("--prompts", prompts, "--tokens", "2")}
+        for name, options in commands.items():
+            for ranks in (2, 3):
+                with self.subTest(command=name, ranks=ranks):
+                    self.refused(self.command(name, *options, base=self.base), ranks, 3, self.base, "layers.2")
+
+
+class SameOutput(Case):
+    """`eval` and `sample` print the same on any number of ranks, also where there is less to do than ranks."""
+
+    def test_eval_and_sample(self):
+        output = self.path("run")
+        support.train(output, train__steps=5)
+        prompts = prepare(2, self.path("prompts.h5"), "--prompts")
+        short = prepare(5, self.path("five.h5"))
+        commands = {
+            "base": self.command("eval"),
+            "adapter": self.command("eval", "--adapter", output),
+            "uneven": self.command("eval", "--adapter", output, data__eval=short, train__micro_batch=4),
+            "sample": self.command("sample", "--adapter", output, "--prompts", prompts, "--tokens", "6"),
+        }
+        printed = {}
+        for name, command in commands.items():
+            printed[name] = support.qshard(*command, ranks=1).stdout
+            self.assertNotEqual(printed[name], "")
+            for ranks in (2, 3):
+                with self.subTest(command=name, ranks=ranks):
+                    self.assertEqual(support.qshard(*command, ranks=ranks).stdout, printed[name])
+        self.assertNotEqual(printed["base"], printed["adapter"])
+        self.assertEqual(printed["sample"].count("--- continuation"), 2)
+
+
+class Interrupted(Case):
+    LONG = {"train__steps": 2000, "train__save_every": 0, "train__eval_every": 0}
+
+    def started(self, output, ranks):
+        """A run that has done a few of its many steps."""
+        options = support.settings(support.tiny(), output, **self.LONG)
+        process = support.start("train", support.TINY_YAML, *options, ranks=ranks)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.kill)
+        while not os.path.exists(os.path.join(output, "metrics.jsonl")) or len(support.metrics(output)) < 3:
+            self.assertIsNone(process.poll(), "the run ended before it could be stopped")
+            time.sleep(0.01)
+        return process
+
+    def saved(self, process, output):
+        text, _ = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 75, text)
+        step = max(line["step"] for line in support.metrics(output))
+        self.assertLess(step, self.LONG["train__steps"])
+        support.qshard("check", os.path.join(output, f"step-{step:08d}"))
+        self.assertFalse(os.path.exists(os.path.join(output, "run.lock")))
+
+    def test_usr1_then_term(self):
+        """What a scheduler sends ahead of its time limit, to the processes themselves: the save is finished."""
+        output = self.path("alone")
+        process = self.started(output, None)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(process.pid, number)
+        self.saved(process, output)
+
+    def test_usr1_then_term_on_ranks(self):
+        output = self.path("ranks")
+        process = self.started(output, 2)
+        os.kill(process.pid, signal.SIGUSR1)  # mpirun forwards it
+        found = subprocess.run(["pgrep", "-P", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
+        self.assertEqual(len(found.stdout.split()), 2)
+        for pid in found.stdout.split():
+            os.kill(int(pid), signal.SIGTERM)
+        self.saved(process, output)
+
+    def test_killed_between_the_last_save_and_the_end(self):
+        """The next start has no step to do, and its summary still knows the losses of the run."""
+        output = self.path("last")
+        settings = {"train__steps": 4, "train__save_every": 2, "train__eval_every": 2}
+        support.train(output, ranks=2, **settings)
+        summary = self.summary(output)
+        curve = support.curve(output)
+        with open(os.path.join(output, "run.json"), encoding="utf-8") as file:
+            run = json.load(file)
+        run["finished"] = False
+        with open(os.path.join(output, "run.json"), "w", encoding="utf-8") as file:
+            json.dump(run, file)
+        os.remove(os.path.join(output, "summary.csv"))
+        support.train(output, ranks=3, **settings)
+        again = self.summary(output)
+        for name in ("steps", "final_loss", "eval_loss"):
+            self.assertEqual(again[name], summary[name], name)
+        self.assertNotIn("null", (summary["final_loss"], summary["eval_loss"]))
+        self.assertEqual(support.curve(output), curve)
+
+    def summary(self, output):
+        with open(os.path.join(output, "summary.csv"), encoding="utf-8") as file:
+            names, values = file.read().split()
+        return dict(zip(names.split(","), values.split(",")))
+
+
+if __name__ == "__main__":
+    unittest.main()
