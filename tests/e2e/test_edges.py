@@ -1,4 +1,4 @@
-"""Edges: tiny and uneven data, inputs that do not fit, a damaged file that one rank alone sees, signals, interrupted ends."""
+"""Edges: uneven data, inputs that do not fit, a damaged file that one rank alone sees, signals, interrupted ends."""
 import json
 import os
 import shutil
@@ -20,8 +20,8 @@ def prepare(lines, output, *options):
         examples = source.readlines()[:lines]
     with open(text, "w", encoding="utf-8") as file:
         file.writelines(examples)
-    support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", model, text, "-o", output, "--seq-len", "64",
-                   *options)
+    support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", model, text, "-o", output,
+                   "--seq-len", "64", *options)
     return output
 
 
@@ -62,7 +62,7 @@ class UnevenData(Case):
                 self.assertEqual(adapter, curves[0][2])
 
     def test_micro_batch_larger_than_the_data(self):
-        """3 sequences, 4 to a micro-batch: one sequence is twice in a micro-batch, each step crosses an epoch's border."""
+        """3 sequences, 4 to a micro-batch: one is twice in it, and each step crosses an epoch's border."""
         data = prepare(3, self.path("three.h5"))
         self.same_on((1, 3), "larger", 4, data__train=data, data__eval=data, train__steps=4, train__micro_batch=4,
                      train__global_batch=5, train__eval_every=2)
