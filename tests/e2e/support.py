@@ -13,7 +13,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 QSHARD = os.path.join(os.environ.get("QSHARD_BINARY_DIR", os.path.join(ROOT, "build", "ci")), "qshard")
 PREP = os.path.join(ROOT, "src", "prep")
 ORACLE = os.path.join(ROOT, "tests", "oracle")
-TIMEOUT_S = 240
+TIMEOUT_S = 240 * int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))  # more under sanitizers
 
 OMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
