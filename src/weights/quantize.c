@@ -278,21 +278,26 @@ static void assign_owners(job *j)
 
 static qs_status write_units(job *j)
 {
+    qs_status st = QS_OK;
     int threads = qs_threads_for_rank(qs_comm_local_nranks(j->comm), qs_comm_local_rank(j->comm),
                                       j->options->threads);
     int64_t mine = 0;
     int64_t done = 0;
+    qs_unit_batch *batch = NULL;
     for (int u = 0; u <= n_units(j); u++) {
         mine += j->owner[u] == qs_comm_rank(j->comm);
     }
+    QS_GOTO(qs_unit_batch_begin(&batch, &j->plan, j->fd, j->temp, threads));
     for (int u = 0; u <= n_units(j); u++) {
-        if (j->owner[u] != qs_comm_rank(j->comm)) {
-            continue;
+        if (j->owner[u] == qs_comm_rank(j->comm)) {
+            QS_GOTO(qs_unit_batch_write(batch, u, &j->result[u]));
+            qs_progress("quantize", ++done, mine, qs_plan_unit(&j->plan, u)->name);
         }
-        QS_TRY(qs_quantize_unit(&j->plan, u, j->fd, j->temp, threads, &j->result[u]));
-        qs_progress("quantize", ++done, mine, qs_plan_unit(&j->plan, u)->name);
     }
-    return QS_OK;
+    QS_GOTO(qs_unit_batch_check(batch));
+done:
+    qs_unit_batch_free(batch);
+    return st;
 }
 
 /* What the owner of each unit found, to all ranks. */

@@ -49,7 +49,7 @@ bool qs_bnb_present(const qs_st_dir *dir, const char *name);
 qs_status qs_bnb_read(qs_st_dir *dir, const char *name, int64_t out, int64_t in, qs_bnb_tensor *bnb,
                       void (*mark)(void *, const qs_st_tensor *), void *user);
 
-/* ---- one unit ---- */
+/* ---- units ---- */
 
 /** What the owner of a unit finds out while writing it. */
 typedef struct {
@@ -62,10 +62,22 @@ typedef struct {
 qs_status qs_unit_result_alloc(qs_unit_result *out, const qs_base_unit *unit);
 void qs_unit_result_free(qs_unit_result *result);
 
-/** Write the packed, absmax8, absmax32 and raw datasets of unit `u` to `fd`, sync, read everything
- * back and hash it. Not collective. */
-qs_status qs_quantize_unit(const qs_plan *plan, int u, int fd, const char *path, int threads,
-                           qs_unit_result *result);
+/** Units that are written and then read back together, so that a small model is not synced unit by
+ * unit. Not collective. */
+typedef struct qs_unit_batch qs_unit_batch;
+
+/** `plan` and `path` are borrowed until the batch is freed. */
+qs_status qs_unit_batch_begin(qs_unit_batch **out, const qs_plan *plan, int fd, const char *path,
+                              int threads);
+void qs_unit_batch_free(qs_unit_batch *batch);
+
+/** Write the packed, absmax8, absmax32 and raw datasets of unit `u`; `result` is borrowed until the
+ * next check, which happens by itself after enough bytes. */
+qs_status qs_unit_batch_write(qs_unit_batch *batch, int u, qs_unit_result *result);
+
+/** Sync what has been written, read all of it back, and fill the hashes. To be called after the
+ * last unit. */
+qs_status qs_unit_batch_check(qs_unit_batch *batch);
 
 /** The small bytes of unit `u`: norms and biases as stored. \param [out] small [small_bytes],
  * zeroed before. */

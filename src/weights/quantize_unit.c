@@ -1,10 +1,11 @@
-/* The work on one unit: read pieces of the source, quantize or copy them, write them, and read all
+/* The work on units: read pieces of the source, quantize or copy them, write them, and read all
  * of it back.
  *
  * A tensor is never in memory as a whole. The first level goes piece by piece; the second level
  * needs the mean of all first-level absmax, which are kept (1/16 byte per weight, for one tensor).
- * What has been written is synced and read back from the file; the hash of a quantum is taken from
- * the bytes read back, after they have matched what was written. */
+ * What has been written is synced and read back from the file, many units at a time where they are
+ * small; the hash of a quantum is taken from the bytes read back, after they have matched what was
+ * written. */
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,12 @@
 #include "store/io.h"
 #include "weights/quantize_impl.h"
 
-enum { PIECE_QUANTA = 64, PIECE_BYTES = PIECE_QUANTA * QS_NF4_QUANTUM * 4 };
+enum {
+    PIECE_QUANTA = 64,
+    PIECE_BYTES = PIECE_QUANTA * QS_NF4_QUANTUM * 4,
+    BATCH_BYTES = 256 << 20,
+    WORTH_THREADS = 1 << 16, /* blocks: below, not worth starting threads */
+};
 
 typedef struct {
     const qs_plan *plan;
@@ -23,12 +29,22 @@ typedef struct {
     qs_unit_result *result;
     int fd, threads;
     const char *path;
-    uint8_t *piece;        /* source bytes, or bytes read back */
-    uint8_t *packed;       /* [PIECE_QUANTA, 8192] */
+    uint8_t *piece;        /* the batch's: source bytes, or bytes read back */
+    uint8_t *packed;       /* the batch's: [PIECE_QUANTA, 8192] */
     uint8_t *absmax8;      /* of the whole unit, as in the file */
     float *absmax32;       /* likewise */
     uint64_t *packed_hash; /* [nf4_quanta] of the packed bytes alone */
 } worker;
+
+struct qs_unit_batch {
+    const qs_plan *plan;
+    int fd, threads;
+    const char *path;
+    uint8_t *piece, *packed;
+    worker *written; /* [n_written] not yet read back */
+    int n_written, capacity;
+    int64_t bytes;
+};
 
 qs_status qs_unit_result_alloc(qs_unit_result *out, const qs_base_unit *unit)
 {
@@ -155,7 +171,7 @@ static void finish_absmax(worker *w, int i, const float *absmax, int64_t blocks)
     }
     float offset = mean_of(absmax, blocks);
     w->result->offset[i] = offset;
-#pragma omp parallel for num_threads(w->threads) schedule(static)
+#pragma omp parallel for num_threads(w->threads) schedule(static) if (blocks > WORTH_THREADS)
     for (int64_t first = 0; first < blocks; first += QS_NF4_QUANTUM_BLOCKS) {
         int64_t n = blocks - first < QS_NF4_QUANTUM_BLOCKS ? blocks - first : QS_NF4_QUANTUM_BLOCKS;
         int64_t q = t->quantum + first / QS_NF4_QUANTUM_BLOCKS;
@@ -341,18 +357,34 @@ static void drop_cache(const worker *w, int64_t at, int64_t bytes)
     }
 }
 
-static qs_status sync_and_check(const worker *w)
+static size_t absmax8_bytes(const worker *w)
 {
-    const qs_unit_size *size = &w->unit->size;
-    size_t absmax8 = (size_t)(size->nf4_quanta * size->absmax8_per_quantum);
-    size_t absmax32 = (size_t)(size->nf4_quanta * size->absmax32_per_quantum) * sizeof(float);
-    QS_TRY(qs_io_fsync(w->fd, w->path));
-    drop_cache(w, w->unit->packed_at, size->nf4_quanta * QS_NF4_QUANTUM_PACKED_BYTES);
-    drop_cache(w, w->unit->absmax8_at, (int64_t)absmax8);
-    drop_cache(w, w->unit->absmax32_at, (int64_t)absmax32);
-    drop_cache(w, w->unit->raw_at, size->raw_quanta * (int64_t)qs_raw_quantum_bytes(size));
-    QS_TRY(compare(w, "absmax8", w->absmax8, absmax8, w->unit->absmax8_at));
-    QS_TRY(compare(w, "absmax32", w->absmax32, absmax32, w->unit->absmax32_at));
+    return (size_t)(w->unit->size.nf4_quanta * w->unit->size.absmax8_per_quantum);
+}
+
+static size_t absmax32_bytes(const worker *w)
+{
+    return (size_t)(w->unit->size.nf4_quanta * w->unit->size.absmax32_per_quantum) * sizeof(float);
+}
+
+static int64_t packed_bytes(const worker *w)
+{
+    return w->unit->size.nf4_quanta * QS_NF4_QUANTUM_PACKED_BYTES;
+}
+
+static int64_t raw_bytes(const worker *w)
+{
+    return w->unit->size.raw_quanta * (int64_t)qs_raw_quantum_bytes(&w->unit->size);
+}
+
+static qs_status check_unit(const worker *w)
+{
+    drop_cache(w, w->unit->packed_at, packed_bytes(w));
+    drop_cache(w, w->unit->absmax8_at, (int64_t)absmax8_bytes(w));
+    drop_cache(w, w->unit->absmax32_at, (int64_t)absmax32_bytes(w));
+    drop_cache(w, w->unit->raw_at, raw_bytes(w));
+    QS_TRY(compare(w, "absmax8", w->absmax8, absmax8_bytes(w), w->unit->absmax8_at));
+    QS_TRY(compare(w, "absmax32", w->absmax32, absmax32_bytes(w), w->unit->absmax32_at));
     QS_TRY(check_packed(w));
     return check_raw(w);
 }
@@ -362,18 +394,13 @@ static qs_status sync_and_check(const worker *w)
 static qs_status alloc_worker(worker *w)
 {
     const qs_unit_size *size = &w->unit->size;
-    size_t raw = qs_raw_quantum_bytes(size);
-    QS_TRY(QS_ALLOC(&w->piece, raw > PIECE_BYTES ? raw : PIECE_BYTES, QS_MEM_WORK));
-    QS_TRY(QS_ALLOC(&w->packed, PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES, QS_MEM_WORK));
-    QS_TRY(QS_ALLOC(&w->absmax8, size->nf4_quanta * size->absmax8_per_quantum, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&w->absmax8, absmax8_bytes(w), QS_MEM_WORK));
     QS_TRY(QS_ALLOC(&w->absmax32, size->nf4_quanta * size->absmax32_per_quantum, QS_MEM_WORK));
     return QS_ALLOC(&w->packed_hash, size->nf4_quanta, QS_MEM_WORK);
 }
 
 static void free_worker(worker *w)
 {
-    qs_mem_free(w->piece);
-    qs_mem_free(w->packed);
     qs_mem_free(w->absmax8);
     qs_mem_free(w->absmax32);
     qs_mem_free(w->packed_hash);
@@ -403,34 +430,103 @@ static qs_status do_tensor(worker *w, int i)
     return QS_OK;
 }
 
-qs_status qs_quantize_unit(const qs_plan *plan, int u, int fd, const char *path, int threads,
-                           qs_unit_result *result)
+static qs_status write_unit(worker *w)
+{
+    QS_TRY(alloc_worker(w));
+    for (int i = 0; i < w->unit->n_tensors; i++) {
+        QS_TRY(do_tensor(w, i));
+    }
+    QS_TRY(qs_io_write_all(w->fd, w->absmax8, absmax8_bytes(w), w->unit->absmax8_at, w->path));
+    return qs_io_write_all(w->fd, w->absmax32, absmax32_bytes(w), w->unit->absmax32_at, w->path);
+}
+
+/* ---- a batch ---- */
+
+static size_t largest_piece(const qs_plan *plan)
+{
+    size_t largest = PIECE_BYTES;
+    for (int u = 0; u < plan->index->n_units; u++) {
+        size_t raw = qs_raw_quantum_bytes(&plan->index->units[u].size);
+        largest = raw > largest ? raw : largest;
+    }
+    return largest;
+}
+
+qs_status qs_unit_batch_begin(qs_unit_batch **out, const qs_plan *plan, int fd, const char *path,
+                              int threads)
 {
     qs_status st = QS_OK;
-    worker w = {.plan = plan,
-                .unit = qs_plan_unit(plan, u),
-                .sources = plan->sources[u],
-                .result = result,
-                .fd = fd,
-                .threads = threads,
-                .path = path};
-    const qs_unit_size *size = &w.unit->size;
-    QS_GOTO(alloc_worker(&w));
-    for (int i = 0; i < w.unit->n_tensors; i++) {
-        QS_GOTO(do_tensor(&w, i));
+    qs_unit_batch *b = calloc(1, sizeof *b);
+    if (b == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for quantizing", path);
     }
-    QS_GOTO(qs_io_write_all(fd, w.absmax8, (size_t)(size->nf4_quanta * size->absmax8_per_quantum),
-                            w.unit->absmax8_at, path));
-    QS_GOTO(qs_io_write_all(fd, w.absmax32,
-                            (size_t)(size->nf4_quanta * size->absmax32_per_quantum) *
-                                sizeof *w.absmax32,
-                            w.unit->absmax32_at, path));
-    if (size->nf4_quanta + size->raw_quanta > 0) {
-        QS_GOTO(sync_and_check(&w));
-    }
+    *b = (qs_unit_batch){.plan = plan, .fd = fd, .threads = threads, .path = path};
+    QS_GOTO(QS_ALLOC(&b->piece, largest_piece(plan), QS_MEM_WORK));
+    QS_GOTO(QS_ALLOC(&b->packed, PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES, QS_MEM_WORK));
+    *out = b;
+    b = NULL;
 done:
-    free_worker(&w);
+    qs_unit_batch_free(b);
     return st;
+}
+
+static void forget_written(qs_unit_batch *b)
+{
+    for (int i = 0; i < b->n_written; i++) {
+        free_worker(&b->written[i]);
+    }
+    b->n_written = 0;
+    b->bytes = 0;
+}
+
+void qs_unit_batch_free(qs_unit_batch *b)
+{
+    if (b == NULL) {
+        return;
+    }
+    forget_written(b);
+    free(b->written);
+    qs_mem_free(b->piece);
+    qs_mem_free(b->packed);
+    free(b);
+}
+
+qs_status qs_unit_batch_write(qs_unit_batch *b, int u, qs_unit_result *result)
+{
+    if (b->n_written == b->capacity) {
+        int capacity = 2 * b->capacity + 16;
+        worker *grown = realloc(b->written, (size_t)capacity * sizeof *grown);
+        if (grown == NULL) {
+            return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for quantizing", b->path);
+        }
+        b->written = grown;
+        b->capacity = capacity;
+    }
+    worker *w = &b->written[b->n_written++];
+    *w = (worker){.plan = b->plan,
+                  .unit = qs_plan_unit(b->plan, u),
+                  .sources = b->plan->sources[u],
+                  .result = result,
+                  .fd = b->fd,
+                  .threads = b->threads,
+                  .path = b->path,
+                  .piece = b->piece,
+                  .packed = b->packed};
+    QS_TRY(write_unit(w));
+    b->bytes += packed_bytes(w) + raw_bytes(w);
+    return b->bytes < BATCH_BYTES ? QS_OK : qs_unit_batch_check(b);
+}
+
+qs_status qs_unit_batch_check(qs_unit_batch *b)
+{
+    if (b->bytes > 0) {
+        QS_TRY(qs_io_fsync(b->fd, b->path));
+    }
+    for (int i = 0; i < b->n_written; i++) {
+        QS_TRY(check_unit(&b->written[i]));
+    }
+    forget_written(b);
+    return QS_OK;
 }
 
 qs_status qs_quantize_small(const qs_plan *plan, int u, uint8_t *small)
