@@ -14,11 +14,13 @@ def reason_to_skip():
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
-    probe = subprocess.run(["ip", "netns", "add", "qshard-probe"], capture_output=True, text=True)
-    if probe.returncode != 0:
-        return "no network namespaces here: " + probe.stderr.strip()
-    subprocess.run(["ip", "netns", "del", "qshard-probe"], check=False)
-    return None
+    name = f"qshard-probe-{os.getpid()}"
+    for command in (["add", name], ["exec", name, "true"]):
+        probe = subprocess.run(["ip", "netns", *command], capture_output=True, text=True)
+        if probe.returncode != 0:
+            break
+    subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    return None if probe.returncode == 0 else "no network namespaces here: " + probe.stderr.strip()
 
 
 SKIP = reason_to_skip()
