@@ -9,11 +9,16 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 QSHARD = os.path.join(os.environ.get("QSHARD_BINARY_DIR", os.path.join(ROOT, "build", "ci")), "qshard")
 PREP = os.path.join(ROOT, "src", "prep")
 ORACLE = os.path.join(ROOT, "tests", "oracle")
 TIMEOUT_S = 240 * int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))  # more under sanitizers
+
+sys.path.insert(0, ORACLE)
+from tensors import read_safetensors, write_safetensors  # noqa: E402
 
 OMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
@@ -117,3 +122,28 @@ def adapter_digest(output, ranks=None):
     qshard("export", output, "-o", target)
     with open(os.path.join(target, "adapter_model.safetensors"), "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
+
+
+def slopes(folder, adapter, options=(), step=0.02):
+    """Of the loss of the case in `folder` as a function of all adapter weights at once: yields (central difference of
+    the printed loss, what the gradient says) along the gradient and two random directions. Writes to `adapter`."""
+    grads_path, weights = os.path.join(folder, "slopes.safetensors"), os.path.join(adapter, "adapter_model.safetensors")
+
+    def loss_at(tensors):
+        write_safetensors(weights, {name: tensor.astype(np.float32) for name, tensor in tensors.items()})
+        done = qshard("train", os.path.join(folder, "run.yaml"), "--dump-grads", grads_path, "--set",
+                      f"lora.init={adapter}", *options)
+        return float(done.stdout.split()[1])
+
+    start = read_safetensors(weights)
+    loss_at(start)
+    grads = read_safetensors(grads_path)
+    if sorted(grads) != sorted(start):
+        raise AssertionError(f"gradients of {sorted(set(grads) ^ set(start))[:3]}")
+    draw = np.random.default_rng(5)
+    signs = [{name: draw.choice([-1.0, 0.5, 2.0], size=grad.shape) for name, grad in grads.items()} for _ in range(2)]
+    for direction in [grads, *({name: grads[name] * sign[name] for name in grads} for sign in signs)]:
+        size = np.sqrt(sum(np.sum(d.astype(np.float64) ** 2) for d in direction.values()))
+        losses = [loss_at({name: start[name] + h * direction[name] / size for name in start}) for h in (step, -step)]
+        expected = sum(np.sum(grads[name].astype(np.float64) * direction[name]) for name in grads) / size
+        yield (losses[0] - losses[1]) / (2 * step), expected

@@ -3,15 +3,10 @@ against finite differences of the program's own loss."""
 import json
 import os
 import shutil
-import sys
 import unittest
 
-import numpy as np
-
 import support
-
-sys.path.insert(0, support.ORACLE)
-from tensors import read_safetensors, write_safetensors  # noqa: E402
+from tensors import read_safetensors, write_safetensors
 
 COMPARE = os.path.join(support.ORACLE, "compare.py")
 
@@ -50,12 +45,6 @@ class Golden(unittest.TestCase):
 class Derivative(unittest.TestCase):
     """Central differences of the printed loss, over all adapters at once: no other program is involved."""
 
-    def loss_and_gradient(self, folder, adapter, options):
-        path = os.path.join(folder, "grads.safetensors")
-        done = support.qshard("train", os.path.join(folder, "run.yaml"), "--dump-grads", path, "--set",
-                              f"lora.init={adapter}", *options)
-        return float(done.stdout.split()[1]), read_safetensors(path)
-
     def keep_targets(self, adapter, targets):
         """Makes the adapter one of `targets` alone."""
         config_path = os.path.join(adapter, "adapter_config.json")
@@ -76,22 +65,7 @@ class Derivative(unittest.TestCase):
         if targets is not None:
             self.keep_targets(moved, targets)
             options += ["--set", f"lora.targets=[{', '.join(targets)}]"]
-        weights = os.path.join(moved, "adapter_model.safetensors")
-        start = read_safetensors(weights)
-        _, grads = self.loss_and_gradient(folder, moved, options)
-        self.assertEqual(sorted(grads), sorted(start))
-        draw = np.random.default_rng(5)
-        directions = [grads] + [{k: g * draw.choice([-1.0, 0.5, 2.0], size=g.shape) for k, g in grads.items()}
-                                for _ in range(2)]
-        for i, direction in enumerate(directions):
-            size = np.sqrt(sum(np.sum(d.astype(np.float64) ** 2) for d in direction.values()))
-            losses = []
-            for step in (0.02, -0.02):
-                write_safetensors(weights, {k: (start[k] + step * direction[k] / size).astype(np.float32)
-                                            for k in start})
-                losses.append(self.loss_and_gradient(folder, moved, options)[0])
-            slope = (losses[0] - losses[1]) / 0.04
-            expected = sum(np.sum(grads[k].astype(np.float64) * direction[k]) for k in grads) / size
+        for i, (slope, expected) in enumerate(support.slopes(folder, moved, options)):
             with self.subTest(case=case, direction=i, slope=slope, expected=expected):
                 self.assertLess(abs(slope - expected), 3e-3 * abs(expected))
 

@@ -118,6 +118,22 @@ CASES = {
             seed=103,
             micro_batch=1,
         ),
+        # A bitsandbytes checkpoint, tests/golden/bnb_tiny_plain: no double quantization, k_proj at 16 bits. `model` is
+        # what it was made from.
+        Case(
+            name="bnb_plain",
+            model=(
+                "--hidden 72 --layers 1 --heads 4 --kv-heads 2 --head-dim 20 --ffn 248 --vocab 301 "
+                "--rope-scaling llama3 --seed 21"
+            ).split(),
+            sequences=[[(37, 9)], [(12, 0), (25, 4)], [(5, 5)], [(41, 3)], [(18, 0), (7, 1)]],
+            eval_sequences=[[(30, 5)], [(9, 0), (16, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=105,
+        ),
         # A real model, SmolLM2-135M-Instruct: English text (TEXTS) cut into documents of these lengths.
         Case(
             name="smollm2",
