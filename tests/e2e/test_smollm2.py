@@ -1,6 +1,7 @@
 """A real pretrained model: SmolLM2-135M-Instruct. Gradients against transformers + peft, and the same bits on every number
 of ranks. test.sh takes the model out of its package and names it in QSHARD_SMOLLM2."""
 import hashlib
+import json
 import os
 import unittest
 
@@ -8,6 +9,14 @@ import support
 
 MODEL = os.environ.get("QSHARD_SMOLLM2", os.path.join(support.ROOT, "build", "smollm2"))
 COMPARE = os.path.join(support.ORACLE, "compare.py")
+
+
+ENGLISH = (
+    "Bread is one of the oldest foods that people make. Flour is mixed with water, salt and a little yeast, and the dough "
+    "is left in a warm place until it has doubled in size. The baker then shapes it into loaves and puts them into a hot "
+    "oven. After half an hour the crust is brown, and the smell fills the whole house. In many countries a loaf of bread "
+    "is still bought fresh every morning, and children are sent to the shop before breakfast."
+)
 
 
 def digest(path):
@@ -29,6 +38,23 @@ class SmolLM2(unittest.TestCase):
         support.qshard("quantize", MODEL, "-o", other, ranks=3)
         self.assertEqual(digest(other), digest(self.base))
         print(support.python(COMPARE, "base", other, MODEL))
+
+    def test_plain_english_is_likely(self):
+        """Wrong rows of q and k, a wrong RoPE base or a wrong tokenizer give thousands."""
+        text, tokens = (os.path.join(self.folder, name) for name in ("english.jsonl", "english.h5"))
+        with open(text, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"text": ENGLISH}) + "\n")
+        support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", MODEL, text, "-o", tokens, "--seq-len",
+                       "256", "--format", "text")
+        done = support.qshard("eval", os.path.join(self.folder, "run.yaml"), "--set", f"data.eval={tokens}", ranks=2)
+        perplexity = float(done.stdout.split()[3])
+        print(done.stdout)
+        self.assertTrue(2 < perplexity < 25, done.stdout)
+
+    def test_threads_do_not_change_bits(self):
+        outputs = {support.qshard("eval", os.path.join(self.folder, "run.yaml"), threads=threads).stdout
+                   for threads in (1, 2)}
+        self.assertEqual(len(outputs), 1, outputs)
 
     def test_gradients_are_those_of_the_reference_on_any_ranks(self):
         seen = set()
