@@ -355,7 +355,7 @@ static qs_status keep_going(run *r, qs_status st)
                     qs_error_text());
     }
     qs_error_clear();
-    return QS_OK;
+    return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
 }
 
 static qs_status evaluate(run *r)
