@@ -24,9 +24,8 @@ typedef struct {
     int64_t tokens_seen;
 } qs_ckpt_meta;
 
-/** Save. Collective. On QS_ERR_IO_FULL nothing has changed and training may go on. `files_shared`
- * false: only rank 0's host sees the directory, so shards travel to rank 0 (not used yet: always
- * true). */
+/** Save. Collective. On QS_ERR_IO_FULL nothing has changed and
+ * training may go on. Every rank's host must see `run_dir`. */
 qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_lora_layout *layout,
                        const qs_optim *optim, qs_comm *comm);
 

@@ -88,8 +88,7 @@ typedef struct {
 
 qs_mat qs_mat_of(float *data, int64_t rows, int64_t cols);
 
-/** acts->x to `x_next` [T, hidden]; `x_next` NULL recomputes what the backward needs and leaves
- * out the rest. */
+/** acts->x to `x_next` [T, hidden]. */
 qs_status qs_layer_forward(const qs_layer_call *call, float *x_next);
 
 /** Compute again what `recompute` did not keep. */

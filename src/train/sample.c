@@ -10,7 +10,7 @@
 #include "train/evaluate.h"
 #include "train/train.h"
 
-enum { EOS_MAX = 8 };
+enum { EOS_MAX = 16 };
 
 typedef struct {
     int64_t prompt_tokens; /* of the prompt alone */
@@ -34,21 +34,35 @@ typedef struct {
     qs_decode_table table;
 } sampler;
 
+static qs_status add_eos(sampler *s, const json_t *id)
+{
+    if (!json_is_integer(id) || s->eos_count == EOS_MAX) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: eos_token_id of the model's config is neither a token id nor a list of "
+                       "at most %d; correct config.json and quantize again",
+                       s->session->index->path, EOS_MAX);
+    }
+    s->eos[s->eos_count++] = (int32_t)json_integer_value(id);
+    return QS_OK;
+}
+
 /* eos_token_id of config.json: one id, a list, or none. */
 static qs_status read_eos(sampler *s)
 {
+    qs_status st = QS_OK;
     const char *config = s->session->index->config_text;
     json_t *root = NULL;
     QS_TRY(qs_json_parse(&root, config, strlen(config), s->session->index->path));
     const json_t *eos = json_object_get(root, "eos_token_id");
-    if (json_is_integer(eos)) {
-        s->eos[s->eos_count++] = (int32_t)json_integer_value(eos);
-    }
-    for (size_t i = 0; i < json_array_size(eos) && s->eos_count < EOS_MAX; i++) {
-        s->eos[s->eos_count++] = (int32_t)json_integer_value(json_array_get(eos, i));
+    if (json_is_array(eos)) {
+        for (size_t i = 0; i < json_array_size(eos) && st == QS_OK; i++) {
+            st = add_eos(s, json_array_get(eos, i));
+        }
+    } else if (eos != NULL && !json_is_null(eos)) {
+        st = add_eos(s, eos);
     }
     json_decref(root);
-    return QS_OK;
+    return st;
 }
 
 static bool is_eos(const sampler *s, int32_t id)

@@ -96,10 +96,10 @@ def settings(folder, output, **more):
 TINY_YAML = os.path.join(ROOT, "inputs", "tiny.yaml")
 
 
-def train(output, ranks=None, threads=1, expect=0, options=(), **more):
+def train(output, ranks=None, threads=1, expect=0, options=(), environment=None, **more):
     """Trains inputs/tiny.yaml with changes into `output`."""
     return qshard("train", TINY_YAML, *settings(tiny(), output, **more), *options, ranks=ranks, threads=threads,
-                  expect=expect)
+                  expect=expect, **(environment or {}))
 
 
 def metrics(output, name="metrics.jsonl"):
