@@ -100,8 +100,10 @@ static int run(qs_queue *queue, const shape *s, bench_kind kind, int repetitions
 {
     qs_weight w;
     qs_unit_view view = make_unit(s, &w);
-    qs_mat x = {zeroed((size_t)(s->tokens * s->in) * sizeof(float)), s->tokens, s->in, s->in};
-    qs_mat y = {zeroed((size_t)(s->tokens * s->out) * sizeof(float)), s->tokens, s->out, s->out};
+    qs_mat x = {zeroed((size_t)(s->tokens * s->in) * sizeof(float)), s->tokens, s->in, s->in,
+                QS_F32};
+    qs_mat y = {zeroed((size_t)(s->tokens * s->out) * sizeof(float)), s->tokens, s->out, s->out,
+                QS_F32};
     float *dense = zeroed((size_t)(s->out * s->in) * sizeof *dense);
     double *times = zeroed((size_t)repetitions * sizeof *times);
     qs_status st = once(queue, kind, &view, &w, dense, &x, &y); /* warm up */

@@ -1,12 +1,16 @@
 /* The operations of the step. One table per backend; the CPU's `strict` table is complete,
  * threaded, fp32, and the definition of right: its results do not depend on the number of
- * threads, on tile sizes at run time, or on the CPU's vector width.
+ * threads, on tile sizes at run time, or on the CPU's vector width. A GPU's table computes with
+ * bf16 matrices and fp32 sums, and gives the same bits every time.
  *
- * Matrices are row-major fp32, `stride` elements from row to row. One launch sees exactly one
- * micro-batch: T tokens of ragged sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0,
- * cu_seqlens[n_docs] = T). T may be 0: nothing happens. All pointers are borrowed for the call.
- * An operation's own scratch belongs to the calling thread, grows to the largest call and is
- * counted as QS_MEM_WORK (scratch_bytes says how much). */
+ * Matrices are row-major, `stride` elements from row to row, of the backend's `act_dtype` unless
+ * said otherwise; they, and every other pointer, are memory of the queue's device. Operations are
+ * asynchronous on their queue. One launch sees exactly one micro-batch: T tokens of ragged
+ * sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0, cu_seqlens[n_docs] = T). T may be 0:
+ * nothing happens. All pointers are borrowed until the queue has passed.
+ *
+ * An operation's own scratch is counted as QS_MEM_WORK (scratch_bytes says how much). On the CPU it
+ * belongs to the calling thread and grows to the largest call; on a GPU `open` allocates it. */
 #ifndef QS_KERNELS_OPS_H
 #define QS_KERNELS_OPS_H
 
@@ -19,22 +23,30 @@
 #include "quant/layout.h"
 
 typedef struct {
-    float *data;
+    void *data;
     int64_t rows, cols, stride;
+    qs_dtype dtype;
 } qs_mat;
 
-/** LoRA on one linear: y += s * B (A drop(x)). A [rank, in], B [out, rank], contiguous. Hu et al.
- * 2021, arXiv:2106.09685. */
+/** The elements of an fp32 matrix: what every matrix of the CPU is. */
+static inline float *qs_mat_f32(const qs_mat *mat)
+{
+    return (float *)mat->data;
+}
+
+/** LoRA on one linear: y += s * B (A drop(x)). A [rank, in], B [out, rank], contiguous, of the
+ * backend's act_dtype. Hu et al. 2021, arXiv:2106.09685. */
 typedef struct {
-    const float *a, *b; /* NULL: no adapter on this linear */
+    const void *a, *b; /* NULL: no adapter on this linear */
     int rank;
     float scale;   /* alpha / r, or alpha / sqrt(r) */
     float dropout; /* 0..1: probability that an element of x is dropped; kept ones are scaled by 1 /
-                      (1 - p) */
-    const qs_rng
-        *row_rng; /* [T] with dropout: the generator of each row's sample (site and layer set) */
-    const int64_t *row_at; /* [T] with dropout: the row's number within its sample; element = row_at
-                            * in + feature */
+                      (1 - p). Element `row_at[t] * in + feature` of the generator
+                      qs_rng_make(seed, step, sample[t], site, layer) decides. */
+    uint64_t seed, step;
+    uint32_t site, layer;
+    const int64_t *sample; /* [T] with dropout: the row's global sample */
+    const int64_t *row_at; /* [T] with dropout: the row's number within its sample */
 } qs_lora;
 
 /** Geometry of one attention launch. q is [T, n_heads * head_dim], k and v are [T, n_kv_heads *
@@ -42,8 +54,10 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, head_dim;
     float scale;
-    const int32_t *cu_seqlens; /* [n_docs + 1] */
+    int window; /* 0: none; else query i sees keys i - window + 1 .. i of its document */
+    const int32_t *cu_seqlens; /* [n_docs + 1] in device memory */
     int n_docs;
+    int64_t longest; /* tokens of the longest document, or more: the host's bound for the grid */
 } qs_attention_shape;
 
 /** Running state of the one-pass head over the rows that carry loss (R rows of the micro-batch).
@@ -51,7 +65,7 @@ typedef struct {
  * initial values. */
 typedef struct {
     int64_t rows, hidden;
-    const float *x;        /* [rows, hidden] final-norm output */
+    const void *x;         /* [rows, hidden] final-norm output, act_dtype */
     const int32_t *target; /* [rows] token id */
     float *max, *sum;      /* [rows] running maximum and sum of exp(l - max) */
     float *target_logit;   /* [rows] */
@@ -65,6 +79,8 @@ typedef struct {
     double bias_correction1, bias_correction2; /* 1 - beta^t */
 } qs_adamw_args;
 
+enum { QS_OPS_LINEARS_MAX = 8 };
+
 /** The largest that the operations will be asked for. */
 typedef struct {
     int threads;
@@ -72,29 +88,66 @@ typedef struct {
     int64_t documents; /* of a micro-batch */
     int64_t loss_rows; /* rows of a micro-batch that carry loss */
     int64_t widest;    /* the longer side of the widest linear */
-    int head_dim;
+    int n_heads, n_kv_heads, head_dim;
     bool dropout;
+    int lora_rank; /* 0: no adapters */
+    int n_linears; /* of a layer, which unit_open makes ready together */
+    int64_t out[QS_OPS_LINEARS_MAX], in[QS_OPS_LINEARS_MAX];
+    int64_t hidden;
+    int64_t head_rows; /* of the largest chunk of the vocabulary */
 } qs_ops_limits;
 
 typedef struct {
-    const char *name; /* "strict" */
+    const char *name;   /* "strict", "cuda" */
+    qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
-    /** Upper bound of the scratch that one calling thread keeps. */
+    /** Upper bound of the scratch that one calling thread (CPU) or one queue (GPU) keeps. */
     size_t (*scratch_bytes)(const qs_ops_limits *limits);
 
-    /** y = x W^T (+ bias) [T, out] <- [T, in]. W is decoded while it is packed: no dequantized
-     * copy of the matrix. */
+    /** Allocate what the operations need on `q`, for calls up to `limits`; nothing is allocated
+     * afterwards. Once per queue, before the first operation. `close` before the queue goes. */
+    qs_status (*open)(qs_queue *q, const qs_ops_limits *limits);
+    void (*close)(qs_queue *q);
+
+    /** Columns that a matrix which feeds linear_lora_* should have free behind its own (stride >=
+     * cols + border): the operation writes into them. Without them it is slower, and right. */
+    int64_t (*border)(int lora_rank);
+
+    /** A gathered layer has arrived: make the `count` linears `w` with their adapters `lora`
+     * [count] ready for linear_* until unit_close or the next unit_open. Decoded once, used by
+     * every micro-batch of the group. The adapters' weights must not change in between. Linears of
+     * a unit that is not open are decoded call by call. */
+    qs_status (*unit_open)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                           const qs_lora *lora, int count);
+    void (*unit_close)(qs_queue *q);
+
+    /** y = x W^T (+ bias) [T, out] <- [T, in]. bias [out] fp32 or NULL. y may be fp32 (logits). On
+     * the CPU W is decoded while it is packed: no dequantized copy of the matrix. */
     qs_status (*linear_forward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                 const float *bias, const qs_mat *x, qs_mat *y);
     /** dx += dy W if `accumulate`, else dx = dy W. */
     qs_status (*linear_backward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                  const qs_mat *dy, qs_mat *dx, bool accumulate);
 
-    /** y += s B (A drop(x)); keeps xa = A drop(x) [T, rank] for the backward. */
+    /** A linear as a layer has it: y = residual + x W^T + bias + s B (A drop(x)); bias, residual
+     * [T, out] and the adapter (lora->a) may be NULL; y may be residual. Keeps xa for the backward;
+     * what lies there is the backend's own affair (a GPU keeps s A x). */
+    qs_status (*linear_lora_forward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                     const float *bias, const qs_mat *residual, const qs_lora *lora,
+                                     const qs_mat *x, qs_mat *xa, qs_mat *y);
+    /** Its backward: dx = dy W + s ((dy B) A) * mask / (1 - p), added to dx if `accumulate`; da and
+     * db as lora_backward. dx NULL: only the adapter's gradients are wanted. */
+    qs_status (*linear_lora_backward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                      const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                                      const qs_mat *dy, qs_mat *work, float *da, float *db,
+                                      qs_mat *dx, bool accumulate);
+
+    /** y += s B (A drop(x)); keeps xa = A drop(x) [T, rank] for the backward (linear_lora_forward's
+     * xa is not for this backward, nor this one's for linear_lora_backward). */
     qs_status (*lora_forward)(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
                               qs_mat *y);
     /** da [rank, in] = s (dy B)^T drop(x); db [out, rank] = s dy^T xa; dx += s ((dy B) A) * mask /
-     * (1 - p). `work` [T, rank] scratch. */
+     * (1 - p), unless dx is NULL. da and db are fp32 and overwritten. `work` [T, rank] scratch. */
     qs_status (*lora_backward)(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx);
 
@@ -131,14 +184,25 @@ typedef struct {
     /** y += x, element by element. */
     qs_status (*add)(qs_queue *q, const qs_mat *x, qs_mat *y);
 
+    /** y[i] = x[index[i]], row by row; x of any of fp32, bf16, fp16 is converted to y's type. */
+    qs_status (*gather_rows)(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
+    /** y[index[i]] = x[i], every other row of y becomes zero. Indices ascend and differ. */
+    qs_status (*scatter_rows)(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
+    /** out[i] = the row_bytes bytes at base + at[i], for i < count. `base` may be pinned host
+     * memory.
+     */
+    qs_status (*copy_rows)(qs_queue *q, const uint8_t *base, const int64_t *at, int64_t count,
+                           size_t row_bytes, uint8_t *out);
+    /** dst [count] of act_dtype = src, rounded to nearest even. */
+    qs_status (*convert)(qs_queue *q, const float *src, int64_t count, void *dst);
+
     /** Take one vocabulary chunk [w->out rows, hidden], first row = token id `row0`, into the
      * running state (online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867). */
     qs_status (*head_chunk)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w, int64_t row0,
                             qs_head_state *state);
     /** loss[r] = max + log(sum) - target_logit; and, when o is kept, dx = (o / sum - w_target) *
-     * scale [rows, hidden]. */
-    qs_status (*head_finish)(qs_queue *q, qs_head_state *state, float scale, float *loss,
-                             float *dx);
+     * scale [rows, hidden], act_dtype; dx may lie where x lay. */
+    qs_status (*head_finish)(qs_queue *q, qs_head_state *state, float scale, float *loss, void *dx);
 
     /** out[c] = sum over elements 4096 c .. 4096 c + 4095 of x^2 in fp64, in element order. */
     qs_status (*square_sums)(qs_queue *q, const float *x, int64_t chunks, double *out);
@@ -150,6 +214,15 @@ typedef struct {
      * torch.optim.AdamW. */
     qs_status (*adamw)(qs_queue *q, const qs_adamw_args *args, int64_t count, const float *grad,
                        float *master, float *m, float *v);
+
+    /** First level of NF4: `count` elements of `dtype` (fp32, bf16 or fp16) that start on a block
+     * to packed [(count + 1) / 2] and absmax [ceil(count / 64)]; *zero_blocks [1] is their number
+     * of all-zero blocks. The bytes of qs_nf4_quantize_blocks. */
+    qs_status (*nf4_quantize_blocks)(qs_queue *q, const void *x, qs_dtype dtype, int64_t count,
+                                     uint8_t *packed, float *absmax, int64_t *zero_blocks);
+    /** Second level, the bytes of qs_nf4_quantize_absmax. */
+    qs_status (*nf4_quantize_absmax)(qs_queue *q, const float *absmax, int64_t n_blocks,
+                                     float offset, uint8_t *absmax8, float *absmax32);
 } qs_ops;
 
 /** The CPU's reference table. */

@@ -25,6 +25,12 @@ typedef struct {
     qs_base_unit units[FX_UNITS];
 } fx_base;
 
+/** Options for the CPU with room for `max_tokens` in one embedding call. */
+static inline qs_fsdp_options fx_options(int64_t max_tokens)
+{
+    return (qs_fsdp_options){.ops = qs_ops_cpu(), .max_tokens = max_tokens};
+}
+
 /** Layers of different sizes (some with fewer quanta than ranks) and an embedding table of 30 rows
  * in 3 chunks. */
 static inline void fx_base_make(fx_base *b, qs_dtype table)

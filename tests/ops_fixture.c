@@ -24,7 +24,7 @@ qs_mat fx_mat(int64_t rows, int64_t cols, int64_t pad, uint64_t seed)
     mat.data = fx_random(rows * mat.stride, seed);
     for (int64_t t = 0; t < rows; t++) {
         for (int64_t i = cols; i < mat.stride; i++) {
-            mat.data[t * mat.stride + i] = NAN;
+            qs_mat_f32(&mat)[t * mat.stride + i] = NAN;
         }
     }
     return mat;
@@ -34,7 +34,7 @@ bool fx_mat_gap_intact(const qs_mat *mat)
 {
     for (int64_t t = 0; t < mat->rows; t++) {
         for (int64_t i = mat->cols; i < mat->stride; i++) {
-            if (!isnan(mat->data[t * mat->stride + i])) {
+            if (!isnan(qs_mat_f32(mat)[t * mat->stride + i])) {
                 return false;
             }
         }
@@ -50,7 +50,7 @@ void fx_mat_free(qs_mat *mat)
 
 double fx_at(const qs_mat *mat, int64_t row, int64_t col)
 {
-    return (double)mat->data[row * mat->stride + col];
+    return (double)qs_mat_f32(mat)[row * mat->stride + col];
 }
 
 double *fx_double(const float *x, int64_t count)

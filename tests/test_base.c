@@ -311,14 +311,14 @@ Test(mem, blocks_are_zeroed_aligned_and_counted)
         unsigned char *p;
         cr_assert_eq(QS_ALLOC(&p, sizes[i], QS_MEM_WORK), QS_OK);
         cr_assert_eq((uintptr_t)p % 64, 0);
-        cr_assert_eq(qs_mem_now_bytes(QS_MEM_WORK), sizes[i]);
+        cr_assert_eq(qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_WORK), sizes[i]);
         for (size_t j = 0; j < sizes[i]; j++) {
             cr_assert_eq(p[j], 0);
         }
         memset(p, 0xff, sizes[i]);
         qs_mem_free(p);
-        cr_assert_eq(qs_mem_now_bytes(QS_MEM_WORK), 0);
-        cr_assert_eq(qs_mem_peak_bytes(QS_MEM_WORK), sizes[i]);
+        cr_assert_eq(qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_WORK), 0);
+        cr_assert_eq(qs_mem_peak_bytes(QS_MEM_HOST, QS_MEM_WORK), sizes[i]);
     }
 }
 
@@ -328,8 +328,8 @@ Test(mem, peak_total_is_of_the_sum_not_the_sum_of_peaks)
     cr_assert_eq(qs_mem_alloc(&a, 1000, QS_MEM_DATA), QS_OK);
     qs_mem_free(a);
     cr_assert_eq(qs_mem_alloc(&b, 700, QS_MEM_LORA), QS_OK);
-    cr_assert_eq(qs_mem_peak_total_bytes(), 1000);
-    cr_assert_eq(qs_mem_peak_bytes(QS_MEM_DATA), 1000);
+    cr_assert_eq(qs_mem_peak_total_bytes(QS_MEM_HOST), 1000);
+    cr_assert_eq(qs_mem_peak_bytes(QS_MEM_HOST, QS_MEM_DATA), 1000);
     qs_mem_free(b);
 }
 
@@ -348,7 +348,7 @@ Test(mem, impossible_size_is_an_error_that_names_it)
     cr_assert_eq(qs_mem_alloc(&p, bytes, QS_MEM_OPTIM), QS_ERR_MEMORY);
     cr_assert_null(p);
     cr_assert_not_null(strstr(qs_error_text(), "optimizer state"), "%s", qs_error_text());
-    cr_assert_eq(qs_mem_now_bytes(QS_MEM_OPTIM), 0);
+    cr_assert_eq(qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_OPTIM), 0);
 }
 
 Test(mem, foreign_pointer_stops_the_program, .signal = SIGABRT)
@@ -378,9 +378,9 @@ Test(mem, counters_survive_threads)
     for (int i = 0; i < 4; i++) {
         pthread_join(threads[i], NULL);
     }
-    cr_assert_eq(qs_mem_now_bytes(QS_MEM_ACTIVATION), 0);
-    cr_assert(qs_mem_peak_bytes(QS_MEM_ACTIVATION) >= 64 &&
-              qs_mem_peak_bytes(QS_MEM_ACTIVATION) <= 4 * 64);
+    cr_assert_eq(qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_ACTIVATION), 0);
+    cr_assert(qs_mem_peak_bytes(QS_MEM_HOST, QS_MEM_ACTIVATION) >= 64 &&
+              qs_mem_peak_bytes(QS_MEM_HOST, QS_MEM_ACTIVATION) <= 4 * 64);
 }
 
 Test(mem, peak_rss_grows_with_touched_memory)

@@ -10,9 +10,10 @@
 static int rank_counts[] = {1, 2, 3, 4, 5, 8};
 enum { N_RANK_COUNTS = sizeof rank_counts / sizeof *rank_counts };
 
-static qs_status open_base(qs_fsdp **out, team_member *me, fx_base *base)
+static qs_status open_base(qs_fsdp **out, team_member *me, fx_base *base, int64_t max_tokens)
 {
-    return qs_fsdp_create_from(out, &base->index, me->comm, me->queue, fx_fill, base);
+    const qs_fsdp_options options = fx_options(max_tokens);
+    return qs_fsdp_create_from(out, &base->index, me->comm, me->queue, &options, fx_fill, base);
 }
 
 static qs_status acquire_checked(qs_fsdp *f, int u, int next)
@@ -46,7 +47,7 @@ static qs_status pass_body(team_member *me)
 {
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, me->ctx, 1));
     for (int i = 0; i < 3; i++) {
         QS_GOTO(one_pass(f));
     }
@@ -70,7 +71,7 @@ static qs_status turn_body(team_member *me)
 {
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, me->ctx, 1));
     uint64_t received = qs_comm_received_bytes(me->comm);
     for (int u = 0; u < FX_LAYERS; u++) {
         QS_GOTO(visit(f, u, u + 1 < FX_LAYERS ? u + 1 : -1));
@@ -112,7 +113,7 @@ static qs_status detour_body(team_member *me)
 {
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, me->ctx, 1));
     QS_GOTO(
         visit(f, 0, 3)); /* 3 is gathered for nothing, twice, and into the buffer that 1 needs */
     QS_GOTO(visit(f, 1, 3));
@@ -141,7 +142,7 @@ static qs_status two_held_body(team_member *me)
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
     qs_unit_view first, second, again;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, me->ctx, 1));
     QS_GOTO(qs_fsdp_acquire(f, 0, 1, &first));
     QS_GOTO(qs_fsdp_acquire(f, 1, 2, &second)); /* no room for 2 yet */
     QS_GOTO(qs_fsdp_acquire(f, 0, 2, &again));
@@ -177,10 +178,10 @@ static qs_status one_rank_body(team_member *me)
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
     qs_unit_view view;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, me->ctx, 1));
     QS_GOTO(qs_fsdp_acquire(f, 1, 2, &view));
-    if (view.base != f->shares + f->share_at[1] || f->stats.gathers != 0 ||
-        qs_mem_now_bytes(QS_MEM_BASE_GATHER) != 0) {
+    if (view.base != f->share[1] || f->stats.gathers != 0 ||
+        qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_GATHER) != 0) {
         st = QS_FAIL(QS_ERR_BUG, "one rank copies its unit");
     }
 done:
@@ -208,7 +209,7 @@ static qs_status idle_body(team_member *me)
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
     qs_unit_view view;
-    QS_TRY(open_base(&f, me, &t->base));
+    QS_TRY(open_base(&f, me, &t->base, 1));
     QS_GOTO(qs_fsdp_acquire(f, 0, 1, &view));
     pthread_barrier_wait(&t->all_started);
     qs_gather_buffer *other = &f->buffers[f->buffers[0].unit == 0 ? 1 : 0];
@@ -251,7 +252,7 @@ static qs_status misuse_body(team_member *me)
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
     qs_unit_view view;
-    QS_TRY(open_base(&f, me, me->ctx));
+    QS_TRY(open_base(&f, me, me->ctx, 1));
     QS_GOTO(expect_bug(qs_fsdp_release(f, 0), "release before acquire"));
     QS_GOTO(expect_bug(qs_fsdp_acquire(f, FX_UNITS, -1, &view), "unit past the end"));
     QS_GOTO(expect_bug(qs_fsdp_acquire(f, -1, -1, &view), "unit -1"));
@@ -291,8 +292,9 @@ static qs_status damaged_body(team_member *me)
 {
     fx_base *base = me->ctx;
     qs_fsdp *f = NULL;
-    qs_status st =
-        qs_fsdp_create_from(&f, &base->index, me->comm, me->queue, fail_on_last_rank, base);
+    const qs_fsdp_options options = fx_options(1);
+    qs_status st = qs_fsdp_create_from(&f, &base->index, me->comm, me->queue, &options,
+                                       fail_on_last_rank, base);
     TEAM_CHECK(f == NULL, "a failed create leaves an object");
     return st;
 }
@@ -301,7 +303,8 @@ static qs_status missing_body(team_member *me)
 {
     fx_base *base = me->ctx;
     qs_fsdp *f = NULL;
-    return qs_fsdp_create(&f, &base->index, me->comm, me->queue);
+    const qs_fsdp_options options = fx_options(1);
+    return qs_fsdp_create(&f, &base->index, me->comm, me->queue, &options);
 }
 
 ParameterizedTestParameters(fsdp, one_ranks_bad_share_is_everyones_error)
@@ -329,18 +332,18 @@ static qs_status sizes_body(team_member *me)
 {
     fx_base *base = me->ctx;
     qs_fsdp *f = NULL;
-    QS_TRY(open_base(&f, me, base));
+    QS_TRY(open_base(&f, me, base, 1));
     qs_status st = qs_comm_barrier(me->comm); /* all ranks of the process hold theirs */
     size_t shards = 0;
-    for (int r = 0; r < me->nranks; r++) {
-        shards += qs_fsdp_shard_bytes(&base->index, r, me->nranks);
-    }
-    size_t gathers = (size_t)me->nranks * qs_fsdp_gather_bytes(&base->index, me->nranks);
-    if (st == QS_OK && (qs_mem_now_bytes(QS_MEM_BASE_SHARD) != shards ||
-                        qs_mem_now_bytes(QS_MEM_BASE_GATHER) != gathers)) {
+    const qs_fsdp_options options = fx_options(1);
+    const qs_fsdp_bytes bytes = qs_fsdp_plan(&base->index, me->nranks, &options);
+    shards = (size_t)me->nranks * bytes.device_shard_bytes;
+    size_t gathers = (size_t)me->nranks * bytes.gather_bytes;
+    if (st == QS_OK && (qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_SHARD) != shards ||
+                        qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_GATHER) != gathers)) {
         st = QS_FAIL(QS_ERR_BUG, "held %zu and %zu bytes, planned %zu and %zu",
-                     qs_mem_now_bytes(QS_MEM_BASE_SHARD), qs_mem_now_bytes(QS_MEM_BASE_GATHER),
-                     shards, gathers);
+                     qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_SHARD),
+                     qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_GATHER), shards, gathers);
     }
     int64_t read = (int64_t)f->stats.read_bytes, whole = 0;
     if (st == QS_OK) {
@@ -368,7 +371,7 @@ ParameterizedTest(int *n, fsdp, held_bytes_are_the_plan_and_nobody_reads_another
     fx_base_make(&base, QS_BF16);
     team_expect_ok(*n, sizes_body, &base);
     for (int class = 0; class < QS_MEM_CLASS_COUNT; class ++) {
-        cr_expect_eq(qs_mem_now_bytes((qs_mem_class) class), 0, "%s is not freed",
+        cr_expect_eq(qs_mem_now_bytes(QS_MEM_HOST, (qs_mem_class) class), 0, "%s is not freed",
                      qs_mem_class_name((qs_mem_class) class));
     }
 }
@@ -408,7 +411,9 @@ static qs_status embed_body(team_member *me)
 {
     embed_case *t = me->ctx;
     qs_fsdp *f = NULL;
-    QS_TRY(open_base(&f, me, &t->base));
+    /* Room for just the largest call: with few tokens and many ranks some rows take several rounds.
+     */
+    QS_TRY(open_base(&f, me, &t->base, 4 * t->count));
     qs_status st = embed_calls(f, me);
     qs_fsdp_destroy(f);
     return st;

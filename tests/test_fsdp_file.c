@@ -189,7 +189,8 @@ static qs_status sight_body(team_member *me)
     qs_base_index *index = NULL;
     qs_fsdp *f = NULL;
     QS_GOTO(qs_base_index_read(&index, s->files->base, me->comm));
-    QS_GOTO(qs_fsdp_create(&f, index, me->comm, me->queue));
+    QS_GOTO(qs_fsdp_create(&f, index, me->comm, me->queue,
+                           &(qs_fsdp_options){.ops = qs_ops_cpu(), .max_tokens = VOCAB}));
     QS_GOTO(see_units(f, index, me, s));
     QS_GOTO(see_rows(f, me, s));
     int64_t read = (int64_t)qs_fsdp_get_stats(f).read_bytes;

@@ -114,7 +114,9 @@ static qs_status tree_body(team_member *me)
     QS_GOTO(
         qs_grads_create(&grads, &t->layout, qs_ops_cpu(), me->comm, me->queue, t->slots, t->group));
     if (t->attached) {
-        QS_GOTO(qs_fsdp_create_from(&f, &t->base.index, me->comm, me->queue, fx_fill, &t->base));
+        const qs_fsdp_options options = fx_options(1);
+        QS_GOTO(qs_fsdp_create_from(&f, &t->base.index, me->comm, me->queue, &options, fx_fill,
+                                    &t->base));
         qs_grads_attach(grads, f);
     }
     for (int step = 0; step < 2; step++) {
@@ -248,7 +250,7 @@ static qs_status memory_body(team_member *me)
     QS_TRY(
         qs_grads_create(&grads, &t->layout, qs_ops_cpu(), me->comm, me->queue, t->slots, t->group));
     QS_TRY(qs_comm_barrier(me->comm)); /* all ranks of the process hold theirs */
-    size_t held = qs_mem_now_bytes(QS_MEM_LORA_GRAD);
+    size_t held = qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_LORA_GRAD);
     QS_TRY(qs_comm_barrier(me->comm));
     qs_grads_destroy(grads);
     size_t n = (size_t)me->nranks;
@@ -273,7 +275,7 @@ ParameterizedTest(int *n, grads, held_bytes_stay_within_the_plan)
             team_expect_ok(*n, memory_body, &t);
         }
     }
-    cr_expect_eq(qs_mem_now_bytes(QS_MEM_LORA_GRAD), 0);
+    cr_expect_eq(qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_LORA_GRAD), 0);
 }
 
 Test(grads, one_pass_needs_no_copy_of_all_layers)

@@ -12,6 +12,7 @@ enum { MAX_DOCS = 6 };
 typedef struct {
     int n_heads, n_kv_heads, head_dim, n_docs;
     int32_t cu[MAX_DOCS + 1];
+    int window;
 } attention_case;
 
 typedef struct {
@@ -30,6 +31,9 @@ static int64_t rows_of(const attention_case *c)
 static double reference_row(const reference *r, int64_t begin, int64_t t, int head, double *out)
 {
     const attention_case *c = r->c;
+    if (c->window > 0 && begin < t - c->window + 1) {
+        begin = t - c->window + 1;
+    }
     int dim = c->head_dim, kv_head = head / (c->n_heads / c->n_kv_heads);
     int64_t q_width = (int64_t)c->n_heads * dim, kv_width = (int64_t)c->n_kv_heads * dim;
     double most = -INFINITY, sum = 0.0;
@@ -97,20 +101,21 @@ static fixture fixture_create(const attention_case *c)
                                    .n_kv_heads = c->n_kv_heads,
                                    .head_dim = c->head_dim,
                                    .scale = 1.0F / sqrtf((float)c->head_dim),
+                                   .window = c->window,
                                    .cu_seqlens = c->cu,
                                    .n_docs = c->n_docs};
     for (int64_t i = 0; i < rows * wide; i++) {
-        f.q.data[i] *= 3.0F; /* scores far from uniform */
+        qs_mat_f32(&f.q)[i] *= 3.0F; /* scores far from uniform */
     }
     f.lse = fx_random(rows * c->n_heads, 9);
     f.delta = fx_random(rows * c->n_heads, 10);
     f.r = (reference){.c = c,
                       .rows = rows,
                       .scale = (double)f.shape.scale,
-                      .q = fx_double(f.q.data, rows * wide),
-                      .k = fx_double(f.k.data, rows * narrow),
-                      .v = fx_double(f.v.data, rows * narrow),
-                      .d_o = fx_double(f.d_o.data, rows * wide)};
+                      .q = fx_double(qs_mat_f32(&f.q), rows * wide),
+                      .k = fx_double(qs_mat_f32(&f.k), rows * narrow),
+                      .v = fx_double(qs_mat_f32(&f.v), rows * narrow),
+                      .d_o = fx_double(qs_mat_f32(&f.d_o), rows * wide)};
     return f;
 }
 
@@ -129,15 +134,22 @@ static void fixture_destroy(fixture *f)
 ParameterizedTestParameters(attention, forward_matches_fp64)
 {
     static attention_case c[] = {
-        {1, 1, 4, 0, {0}},
-        {2, 1, 8, 1, {0, 0}},
-        {1, 1, 1, 1, {0, 1}},
-        {3, 1, 6, 4, {0, 1, 2, 2, 9}},
-        {4, 2, 16, 3, {0, 63, 127, 192}},
-        {2, 2, 64, 2, {0, 65, 300}},
-        {9, 3, 20, 3, {0, 130, 131, 200}},
-        {2, 1, 130, 2, {0, 3, 70}},
-        {10, 2, 4, 2, {0, 70, 75}},
+        {1, 1, 4, 0, {0}, 0},
+        {2, 1, 8, 1, {0, 0}, 0},
+        {1, 1, 1, 1, {0, 1}, 0},
+        {3, 1, 6, 4, {0, 1, 2, 2, 9}, 0},
+        {4, 2, 16, 3, {0, 63, 127, 192}, 0},
+        {2, 2, 64, 2, {0, 65, 300}, 0},
+        {9, 3, 20, 3, {0, 130, 131, 200}, 0},
+        {2, 1, 130, 2, {0, 3, 70}, 0},
+        {10, 2, 4, 2, {0, 70, 75}, 0},
+        {2, 1, 8, 2, {0, 70, 200}, 1},
+        {2, 1, 8, 2, {0, 70, 200}, 7},
+        {3, 1, 8, 2, {0, 7, 200}, 63},
+        {2, 2, 8, 2, {0, 65, 200}, 64},
+        {5, 1, 8, 2, {0, 65, 260}, 65},
+        {2, 1, 8, 2, {0, 65, 400}, 129},
+        {2, 1, 8, 2, {0, 65, 100}, 1000},
     };
     return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
 }
@@ -183,13 +195,18 @@ static void check_gradient(const reference *r, double *x, int64_t count, const q
 ParameterizedTestParameters(attention, backward_is_the_derivative)
 {
     static attention_case c[] = {
-        {1, 1, 4, 0, {0}},
-        {2, 1, 8, 1, {0, 0}},
-        {1, 1, 1, 1, {0, 1}},
-        {3, 1, 6, 4, {0, 1, 2, 2, 9}},
-        {4, 2, 5, 3, {0, 7, 71, 90}},
-        {2, 1, 3, 2, {0, 65, 140}},
-        {5, 1, 3, 2, {0, 66, 70}},
+        {1, 1, 4, 0, {0}, 0},
+        {2, 1, 8, 1, {0, 0}, 0},
+        {1, 1, 1, 1, {0, 1}, 0},
+        {3, 1, 6, 4, {0, 1, 2, 2, 9}, 0},
+        {4, 2, 5, 3, {0, 7, 71, 90}, 0},
+        {2, 1, 3, 2, {0, 65, 140}, 0},
+        {5, 1, 3, 2, {0, 66, 70}, 0},
+        {2, 1, 3, 2, {0, 4, 80}, 1},
+        {4, 2, 3, 2, {0, 65, 140}, 7},
+        {2, 1, 3, 2, {0, 65, 150}, 64},
+        {5, 1, 3, 2, {0, 66, 210}, 66},
+        {2, 1, 3, 2, {0, 20, 60}, 1000},
     };
     return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
 }
@@ -212,7 +229,7 @@ ParameterizedTest(attention_case *c, attention, backward_is_the_derivative)
 
 Test(attention, a_document_does_not_see_its_neighbours)
 {
-    static const attention_case c = {2, 1, 8, 3, {0, 70, 75, 150}};
+    static const attention_case c = {2, 1, 8, 3, {0, 70, 75, 150}, 0};
     qs_queue *queue = fx_queue(2);
     fixture f = fixture_create(&c);
     const qs_ops *ops = qs_ops_cpu();
@@ -220,7 +237,8 @@ Test(attention, a_document_does_not_see_its_neighbours)
     qs_mat before = f.o, again = fx_mat(f.o.rows, f.o.cols, 3, 4);
     for (int64_t t = 0; t < 150; t++) {
         if (t < 70 || t >= 75) {
-            memset(f.k.data + t * f.k.stride, 0x7F, (size_t)f.k.cols * sizeof(float)); /* huge */
+            memset(qs_mat_f32(&f.k) + t * f.k.stride, 0x7F,
+                   (size_t)f.k.cols * sizeof(float)); /* huge */
         }
     }
     cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &again, f.lse), QS_OK);
@@ -234,14 +252,68 @@ Test(attention, a_document_does_not_see_its_neighbours)
     qs_queue_destroy(queue);
 }
 
+/* A window that holds the whole document is no window: the same bits, the same work. */
+Test(attention, a_window_as_long_as_the_longest_document_changes_no_bit)
+{
+    static const attention_case c = {2, 1, 8, 3, {0, 70, 75, 205}, 0};
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_create(&c);
+    const qs_ops *ops = qs_ops_cpu();
+    qs_mat got[2][4];
+    for (int i = 0; i < 2; i++) {
+        f.shape.window = i * 130;
+        qs_mat *out[] = {&f.o, &f.dq, &f.dk, &f.dv};
+        for (int m = 0; m < 4; m++) {
+            got[i][m] = fx_mat(out[m]->rows, out[m]->cols, 0, 20);
+        }
+        cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &got[i][0], f.lse),
+                     QS_OK);
+        cr_assert_eq(ops->attention_backward(queue, &f.shape, &f.q, &f.k, &f.v, &got[i][0], f.lse,
+                                             &f.d_o, f.delta, &got[i][1], &got[i][2], &got[i][3]),
+                     QS_OK);
+    }
+    for (int m = 0; m < 4; m++) {
+        cr_assert_arr_eq(got[0][m].data, got[1][m].data,
+                         (size_t)(got[0][m].rows * got[0][m].cols) * sizeof(float));
+        fx_mat_free(&got[0][m]);
+        fx_mat_free(&got[1][m]);
+    }
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
+}
+
+/* Keys that have left the window do not matter, however large they are. */
+Test(attention, a_query_does_not_see_behind_its_window)
+{
+    static const attention_case c = {2, 1, 8, 1, {0, 200}, 70};
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_create(&c);
+    const qs_ops *ops = qs_ops_cpu();
+    qs_mat again = fx_mat(f.o.rows, f.o.cols, 3, 4);
+    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse), QS_OK);
+    for (int64_t t = 0; t <= 100; t++) {
+        memset(qs_mat_f32(&f.k) + t * f.k.stride, 0x7F, (size_t)f.k.cols * sizeof(float));
+    }
+    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &again, f.lse), QS_OK);
+    for (int64_t t = 170; t < 200; t++) { /* 101 is the first key of 170 */
+        for (int64_t i = 0; i < f.o.cols; i++) {
+            cr_assert_eq(fx_at(&f.o, t, i), fx_at(&again, t, i));
+        }
+    }
+    cr_assert_neq(fx_at(&f.o, 169, 0), fx_at(&again, 169, 0));
+    fx_mat_free(&again);
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
+}
+
 Test(attention, large_scores_do_not_overflow)
 {
-    static const attention_case c = {1, 1, 4, 1, {0, 100}};
+    static const attention_case c = {1, 1, 4, 1, {0, 100}, 0};
     qs_queue *queue = fx_queue(1);
     fixture f = fixture_create(&c);
     for (int64_t i = 0; i < 400; i++) {
-        f.q.data[i] *= 1e4F;
-        f.r.q[i] = (double)f.q.data[i];
+        qs_mat_f32(&f.q)[i] *= 1e4F;
+        f.r.q[i] = (double)qs_mat_f32(&f.q)[i];
     }
     cr_assert_eq(qs_ops_cpu()->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
                  QS_OK);

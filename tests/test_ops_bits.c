@@ -36,7 +36,7 @@ static uint64_t hash_mat(const qs_mat *mat, uint64_t start)
 {
     uint64_t h = start;
     for (int64_t t = 0; t < mat->rows; t++) {
-        h = hash(mat->data + t * mat->stride, mat->cols * (int64_t)sizeof(float), h);
+        h = hash(qs_mat_f32(mat) + t * mat->stride, mat->cols * (int64_t)sizeof(float), h);
     }
     return h;
 }
@@ -51,13 +51,21 @@ static void linear_ops(qs_queue *q, uint64_t out[4])
            work = fx_mat(ROWS, RANK, 0, 7);
     float *bias = fx_random(OUT, 8), *a = fx_random(RANK * IN, 9), *b = fx_random(RANK * OUT, 10);
     float *da = fx_random(RANK * IN, 11), *db = fx_random(RANK * OUT, 12);
-    qs_rng rng[ROWS];
-    int64_t row_at[ROWS];
+    int64_t sample[ROWS], row_at[ROWS];
     for (int t = 0; t < ROWS; t++) {
-        rng[t] = qs_rng_make(1, 2, (uint64_t)t / 50, QS_RNG_DROPOUT, 0);
+        sample[t] = t / 50;
         row_at[t] = t % 50;
     }
-    qs_lora lora = {a, b, RANK, 2.0F, 0.1F, rng, row_at};
+    qs_lora lora = {.a = a,
+                    .b = b,
+                    .rank = RANK,
+                    .scale = 2.0F,
+                    .dropout = 0.1F,
+                    .seed = 1,
+                    .step = 2,
+                    .site = QS_RNG_DROPOUT,
+                    .sample = sample,
+                    .row_at = row_at};
     cr_assert_eq(ops->linear_forward(q, &unit.view, &unit.weight, bias, &x, &y), QS_OK);
     out[0] = hash_mat(&y, 0);
     cr_assert_eq(ops->linear_backward(q, &unit.view, &unit.weight, &dy, &dx, true), QS_OK);
@@ -88,7 +96,7 @@ static void row_ops(qs_queue *q, uint64_t out[7])
         position[t] = t % 7;
     }
     for (int64_t i = 0; i < ROWS * x.stride; i++) {
-        x.data[i] *= 5.0F;
+        qs_mat_f32(&x)[i] *= 5.0F;
     }
     cr_assert_eq(ops->rmsnorm_forward(q, &x, w, 1e-6F, rstd, &y), QS_OK);
     out[0] = hash(rstd, sizeof rstd, hash_mat(&y, 0));
@@ -116,7 +124,12 @@ static void attention_ops(qs_queue *q, uint64_t out[2])
 {
     const qs_ops *ops = qs_ops_cpu();
     static const int32_t cu[] = {0, 1, 66, 66, ROWS};
-    qs_attention_shape shape = {HEADS, KV_HEADS, DIM, 0.3F, cu, 4};
+    qs_attention_shape shape = {.n_heads = HEADS,
+                                .n_kv_heads = KV_HEADS,
+                                .head_dim = DIM,
+                                .scale = 0.3F,
+                                .cu_seqlens = cu,
+                                .n_docs = 4};
     qs_mat qm = fx_mat(ROWS, HEADS * DIM, 0, 1), o = fx_mat(ROWS, HEADS * DIM, 0, 2);
     qs_mat km = fx_mat(ROWS, KV_HEADS * DIM, 0, 3), vm = fx_mat(ROWS, KV_HEADS * DIM, 0, 4);
     qs_mat d_o = fx_mat(ROWS, HEADS * DIM, 0, 5), dq = fx_mat(ROWS, HEADS * DIM, 0, 6);
@@ -291,7 +304,7 @@ Test(bits, scratch_stays_below_what_the_plan_is_told)
     size_t told = qs_ops_cpu()->scratch_bytes(&limits);
     uint64_t out[N_OPS];
     all_ops_with(2, out);
-    size_t held = qs_mem_peak_bytes(QS_MEM_WORK);
+    size_t held = qs_mem_peak_bytes(QS_MEM_HOST, QS_MEM_WORK);
     cr_assert_gt(held, 0);
     cr_assert_leq(held, told);
     cr_assert_lt(told, 2 * held, "told %zu, held %zu: not a useful bound", told, held);

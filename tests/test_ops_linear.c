@@ -89,8 +89,10 @@ static float defined_element(const gemm_case *c, const qs_mat *a, const qs_mat *
     for (int64_t k0 = 0; k0 < c->k; k0 += QS_GEMM_KC) {
         float sum = 0.0F;
         for (int64_t k = k0; k < k0 + QS_GEMM_KC && k < c->k; k++) {
-            float x = c->a_transposed ? a->data[k * a->stride + i] : a->data[i * a->stride + k];
-            float y = c->b_transposed ? b->data[j * b->stride + k] : b->data[k * b->stride + j];
+            float x = c->a_transposed ? qs_mat_f32(a)[k * a->stride + i]
+                                      : qs_mat_f32(a)[i * a->stride + k];
+            float y = c->b_transposed ? qs_mat_f32(b)[j * b->stride + k]
+                                      : qs_mat_f32(b)[k * b->stride + j];
             sum = fmaf(x, y, sum);
         }
         out = k0 == 0 && !c->accumulate ? sum : out + sum;
@@ -125,9 +127,10 @@ ParameterizedTest(gemm_case *c, gemm, bits_are_the_definition_for_any_threads_an
                          QS_OK);
             for (int64_t i = 0; i < c->m; i++) {
                 for (int64_t j = 0; j < c->n; j++) {
-                    float want = defined_element(c, &a, &b, i, j, before.data[i * c->n + j]);
-                    cr_assert_eq(out.data[i * c->n + j], want, "%s, %d threads: %ld,%ld", isas[isa],
-                                 threads, (long)i, (long)j);
+                    float want =
+                        defined_element(c, &a, &b, i, j, qs_mat_f32(&before)[i * c->n + j]);
+                    cr_assert_eq(qs_mat_f32(&out)[i * c->n + j], want, "%s, %d threads: %ld,%ld",
+                                 isas[isa], threads, (long)i, (long)j);
                 }
             }
             fx_mat_free(&out);

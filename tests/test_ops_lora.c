@@ -18,8 +18,7 @@ typedef struct {
 typedef struct {
     const lora_case *c;
     qs_lora lora;
-    qs_rng *rng;
-    int64_t *row_at;
+    int64_t *sample, *row_at;
     qs_mat x, y, dy, xa, work, dx;
     float *da, *db;
     double *x64, *a64, *b64, *dy64, *mask;
@@ -41,22 +40,26 @@ static lora_fixture lora_create(const lora_case *c)
     f.dx = dense(c->rows, c->in, 6);
     f.da = fx_random(c->rank * c->in, 7);
     f.db = fx_random(c->rank * c->out, 8);
-    f.rng = malloc((size_t)(c->rows + 1) * sizeof *f.rng);
+    f.sample = malloc((size_t)(c->rows + 1) * sizeof *f.sample);
     f.row_at = malloc((size_t)(c->rows + 1) * sizeof *f.row_at);
     f.lora = (qs_lora){.a = fx_random(c->rank * c->in, 9),
                        .b = fx_random(c->rank * c->out, 10),
                        .rank = c->rank,
                        .scale = 1.25F,
                        .dropout = c->dropout,
-                       .row_rng = f.rng,
+                       .seed = 42,
+                       .step = 7,
+                       .site = QS_RNG_DROPOUT + 2,
+                       .layer = 5,
+                       .sample = f.sample,
                        .row_at = f.row_at};
     f.mask = malloc((size_t)(c->rows * c->in + 1) * sizeof *f.mask);
     for (int64_t t = 0; t < c->rows; t++) {
-        int64_t sample = t / 3; /* samples of three rows */
-        f.rng[t] = qs_rng_make(42, 7, (uint64_t)sample, QS_RNG_DROPOUT + 2, 5);
+        f.sample[t] = t / 3; /* samples of three rows */
+        qs_rng rng = qs_rng_make(42, 7, (uint64_t)f.sample[t], QS_RNG_DROPOUT + 2, 5);
         f.row_at[t] = t % 3;
         for (int64_t i = 0; i < c->in; i++) {
-            float u = qs_rng_uniform(&f.rng[t], (uint64_t)(f.row_at[t] * c->in + i));
+            float u = qs_rng_uniform(&rng, (uint64_t)(f.row_at[t] * c->in + i));
             f.mask[t * c->in + i] = u >= c->dropout ? 1.0 / (1.0 - (double)c->dropout) : 0.0;
         }
     }
@@ -74,8 +77,8 @@ static void lora_destroy(lora_fixture *f)
         fx_mat_free(mats[i]);
     }
     void *rest[] = {
-        f->da,  f->db,  f->rng,  f->row_at, (void *)f->lora.a, (void *)f->lora.b, f->x64,
-        f->a64, f->b64, f->dy64, f->mask};
+        f->da,  f->db,  f->sample, f->row_at, (void *)f->lora.a, (void *)f->lora.b, f->x64,
+        f->a64, f->b64, f->dy64,   f->mask};
     for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) {
         free(rest[i]);
     }
@@ -167,7 +170,7 @@ ParameterizedTest(lora_case *c, lora, backward_is_the_derivative)
     }
     for (int64_t i = 0; i < c->rows * c->in; i++) {
         double want = before[i] + fx_difference(reference_loss, &f, f.x64, i, 1e-3);
-        cr_assert_float_eq((double)f.dx.data[i], want, 1e-4);
+        cr_assert_float_eq((double)qs_mat_f32(&f.dx)[i], want, 1e-4);
     }
     free(before);
     lora_destroy(&f);
@@ -179,17 +182,17 @@ Test(lora, dropping_everything_leaves_zero_and_no_nan)
     static const lora_case c = {4, 8, 6, 2, 1.0F};
     qs_queue *queue = fx_queue(1);
     lora_fixture f = lora_create(&c);
-    f.x.data[0] = INFINITY; /* a dropped element is zero whatever it was */
+    qs_mat_f32(&f.x)[0] = INFINITY; /* a dropped element is zero whatever it was */
     double *y = fx_double(f.y.data, c.rows * c.out), *dx = fx_double(f.dx.data, c.rows * c.in);
     const qs_ops *ops = qs_ops_cpu();
     cr_assert_eq(ops->lora_forward(queue, &f.lora, &f.x, &f.xa, &f.y), QS_OK);
     cr_assert_eq(ops->lora_backward(queue, &f.lora, &f.x, &f.xa, &f.dy, &f.work, f.da, f.db, &f.dx),
                  QS_OK);
     for (int64_t i = 0; i < c.rows * c.out; i++) {
-        cr_assert_eq((double)f.y.data[i], y[i]);
+        cr_assert_eq((double)qs_mat_f32(&f.y)[i], y[i]);
     }
     for (int64_t i = 0; i < c.rows * c.in; i++) {
-        cr_assert_eq((double)f.dx.data[i], dx[i]);
+        cr_assert_eq((double)qs_mat_f32(&f.dx)[i], dx[i]);
     }
     for (int64_t i = 0; i < c.rank * c.in; i++) {
         cr_assert_eq(f.da[i], 0.0F);
@@ -226,10 +229,21 @@ static void masked_ones(qs_queue *queue, float dropout, uint64_t sample, int64_t
         identity[i * width + i] = 1.0F;
         ones[i] = 1.0F;
     }
-    qs_rng rng = qs_rng_make(1, 2, sample, QS_RNG_DROPOUT, 3);
-    qs_lora lora = {identity, zero_b, (int)width, 1.0F, dropout, &rng, &row_at};
+    int64_t of = (int64_t)sample;
+    qs_lora lora = {.a = identity,
+                    .b = zero_b,
+                    .rank = (int)width,
+                    .scale = 1.0F,
+                    .dropout = dropout,
+                    .seed = 1,
+                    .step = 2,
+                    .site = QS_RNG_DROPOUT,
+                    .layer = 3,
+                    .sample = &of,
+                    .row_at = &row_at};
     float unused = 0.0F;
-    qs_mat x = {ones, 1, width, width}, xa = {out, 1, width, width}, y = {&unused, 1, 1, 1};
+    qs_mat x = {ones, 1, width, width, QS_F32}, xa = {out, 1, width, width, QS_F32};
+    qs_mat y = {&unused, 1, 1, 1, QS_F32};
     cr_assert_eq(qs_ops_cpu()->lora_forward(queue, &lora, &x, &xa, &y), QS_OK);
     free(identity);
     free(ones);

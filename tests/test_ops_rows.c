@@ -131,8 +131,8 @@ ParameterizedTest(shape_case *c, rmsnorm, backward_adds_the_derivative)
     cr_assert_eq(qs_ops_cpu()->rmsnorm_backward(queue, &dy, &x, w, rstd, &dx), QS_OK);
     for (int64_t i = 0; i < c->rows * c->cols; i++) {
         double want = before[i] + fx_difference(norm_loss, &n, n.x, i, 1e-5);
-        cr_assert_float_eq((double)dx.data[i], want, 2e-5 * (1.0 + fabs(want)), "element %ld",
-                           (long)i);
+        cr_assert_float_eq((double)qs_mat_f32(&dx)[i], want, 2e-5 * (1.0 + fabs(want)),
+                           "element %ld", (long)i);
     }
     free(n.x);
     free(n.w);
@@ -232,7 +232,7 @@ ParameterizedTest(shape_case *c, swiglu, forward_and_backward_match_fp64)
     qs_mat dact = fx_mat(c->rows, c->cols, 3, 3), act = fx_mat(c->rows, c->cols, 4, 4);
     qs_mat dgate = fx_mat(c->rows, c->cols, 0, 5), dup = fx_mat(c->rows, c->cols, 0, 6);
     for (int64_t i = 0; i < c->rows * gate.stride; i++) {
-        gate.data[i] *= 8.0F;
+        qs_mat_f32(&gate)[i] *= 8.0F;
     }
     const qs_ops *ops = qs_ops_cpu();
     cr_assert_eq(ops->swiglu_forward(queue, &gate, &up, &act), QS_OK);
@@ -278,8 +278,8 @@ Test(swiglu, large_gates_neither_overflow_nor_vanish)
 {
     float g[4] = {-1000.0F, -90.0F, 90.0F, 1000.0F}, u[4] = {1, 1, 1, 1}, d[4] = {1, 1, 1, 1};
     float y[4], dg[4], du[4];
-    qs_mat gate = {g, 1, 4, 4}, up = {u, 1, 4, 4}, dact = {d, 1, 4, 4}, act = {y, 1, 4, 4};
-    qs_mat dgate = {dg, 1, 4, 4}, dup = {du, 1, 4, 4};
+    qs_mat gate = {g, 1, 4, 4, QS_F32}, up = {u, 1, 4, 4, QS_F32}, dact = {d, 1, 4, 4, QS_F32};
+    qs_mat act = {y, 1, 4, 4, QS_F32}, dgate = {dg, 1, 4, 4, QS_F32}, dup = {du, 1, 4, 4, QS_F32};
     qs_queue *queue = fx_queue(1);
     cr_assert_eq(qs_ops_cpu()->swiglu_forward(queue, &gate, &up, &act), QS_OK);
     cr_assert_eq(qs_ops_cpu()->swiglu_backward(queue, &gate, &up, &dact, &dgate, &dup), QS_OK);
@@ -300,8 +300,9 @@ Test(add, adds_every_element_once_and_keeps_the_gap)
     cr_assert_eq(qs_ops_cpu()->add(queue, &x, &y), QS_OK);
     for (int64_t t = 0; t < x.rows; t++) {
         for (int64_t i = 0; i < x.cols; i++) {
-            float want = before.data[t * before.stride + i] + x.data[t * x.stride + i];
-            cr_assert_eq(y.data[t * y.stride + i], want);
+            float want =
+                qs_mat_f32(&before)[t * before.stride + i] + qs_mat_f32(&x)[t * x.stride + i];
+            cr_assert_eq(qs_mat_f32(&y)[t * y.stride + i], want);
         }
     }
     cr_assert(fx_mat_gap_intact(&y));

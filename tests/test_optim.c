@@ -84,7 +84,7 @@ Test(adamw, twenty_steps_stay_with_the_double_reference)
     c.optim.weight_decay = 0.01;
     qs_optim *o = NULL;
     qs_queue *q = NULL;
-    cr_assert_eq(qs_optim_create(&o, N), QS_OK);
+    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), N), QS_OK);
     cr_assert_eq(qs_queue_create(&q, 2), QS_OK);
     qs_rng rng = qs_rng_make(3, 0, 0, 50, 0);
     for (int i = 0; i < N; i++) {
@@ -119,7 +119,7 @@ Test(adamw, elements_without_gradient_only_decay_and_padding_stays_zero)
     c.optim.weight_decay = 0.1;
     qs_optim *o = NULL;
     qs_queue *q = NULL;
-    cr_assert_eq(qs_optim_create(&o, N), QS_OK);
+    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), N), QS_OK);
     cr_assert_eq(qs_queue_create(&q, 1), QS_OK);
     o->master[0] = 2.0f;
     cr_assert_eq(qs_optim_step(o, qs_ops_cpu(), q, &c, 1e-3, 1.0, grad), QS_OK);
@@ -134,7 +134,7 @@ Test(adamw, elements_without_gradient_only_decay_and_padding_stays_zero)
 Test(optim, share_of_nothing_is_allowed)
 {
     qs_optim *o = NULL;
-    cr_assert_eq(qs_optim_create(&o, 0), QS_OK);
+    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), 0), QS_OK);
     qs_optim_destroy(o);
     qs_optim_destroy(NULL);
 }

@@ -1,7 +1,6 @@
 /* Causal attention within documents, forward: online softmax over blocks of keys (Milakov &
  * Gimelshein 2018, arXiv:1805.02867). The running maximum is that of the scaled scores. */
 #include <math.h>
-#include <string.h>
 
 #include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/parallel.h"
@@ -30,8 +29,12 @@ static void softmax_step(const forward_args *f, const qs_attention_task *task,
 {
     float scale = f->plan.shape->scale;
     for (int64_t i = 0; i < task->rows; i++) {
-        int64_t visible = qs_visible(task->begin + i, key, cols);
-        float most = visible == 0 ? -INFINITY : f->isa->max(scores + i * BLOCK, visible) * scale;
+        qs_visible_keys visible = qs_visible(f->plan.shape, task->begin + i, key, cols);
+        if (visible.count == 0) { /* of a window's first block; there may be no maximum yet */
+            head->by[i] = 0.0F;
+            continue;
+        }
+        float most = f->isa->max(scores + i * BLOCK + visible.first, visible.count) * scale;
         float before = head->max[i];
         head->max[i] = most > before ? most : before;
         head->by[i] = before - head->max[i];
@@ -39,10 +42,10 @@ static void softmax_step(const forward_args *f, const qs_attention_task *task,
     f->isa->exp_sum(head->by, task->rows, 1.0F, 0.0F);
     for (int64_t i = 0; i < task->rows; i++) {
         float *row = scores + i * BLOCK;
-        int64_t visible = qs_visible(task->begin + i, key, cols);
-        float sum = f->isa->exp_sum(row, visible, scale, head->max[i]);
+        qs_visible_keys visible = qs_visible(f->plan.shape, task->begin + i, key, cols);
+        float sum = f->isa->exp_sum(row + visible.first, visible.count, scale, head->max[i]);
         head->sum[i] = head->sum[i] * head->by[i] + sum;
-        memset(row + visible, 0, (size_t)(cols - visible) * sizeof *row);
+        qs_zero_hidden(row, cols, visible);
     }
 }
 
@@ -63,7 +66,7 @@ static void head_begin(const forward_args *f, const qs_attention_task *task, int
     head->sum = vectors + BLOCK;
     head->by = vectors + 2 * BLOCK;
     head->queries = packed;
-    head->out = f->o->data + task->begin * f->o->stride + (int64_t)at * dim;
+    head->out = qs_mat_f32(f->o) + task->begin * f->o->stride + (int64_t)at * dim;
     qs_operand queries = qs_head_operand(f->qm, task->begin, at, dim, false);
     qs_pack_left(f->isa, &queries, task->rows, dim, packed);
     for (int64_t i = 0; i < task->rows; i++) {
@@ -98,9 +101,10 @@ static void forward_task(void *ctx, int64_t index, int thread)
                    &head[h]);
     }
     qs_operand weights = qs_square_operand(scores, false);
-    for (int64_t key = task.doc_begin; key < task.begin + task.rows; key += BLOCK) {
+    int64_t first = qs_attention_first_key(&f->plan, &task);
+    for (int64_t key = first; key < task.begin + task.rows; key += BLOCK) {
         int64_t cols = qs_min_i64(BLOCK, task.doc_end - key);
-        bool more = key > task.doc_begin;
+        bool more = key > first;
         qs_operand k = qs_head_operand(f->km, key, task.kv_head, dim, true);
         qs_operand v = qs_head_operand(f->vm, key, task.kv_head, dim, false);
         qs_pack_right(f->isa, &k, cols, dim, keys);

@@ -2,8 +2,6 @@
  *     dV = P^T dO,   dS = P * (dO V^T - delta) * scale,   dQ = dS K,   dK = dS^T Q.
  * P and dS are recomputed for each output block, once for dQ and once for dK and dV: 7 products
  * instead of 5, and no two threads add to the same place. */
-#include <string.h>
-
 #include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/parallel.h"
 
@@ -40,8 +38,8 @@ static void delta_task(void *ctx, int64_t index, int thread)
     int64_t last = qs_min_i64((index + 1) * DELTA_ROWS, g->o->rows);
     for (int64_t t = index * DELTA_ROWS; t < last; t++) {
         for (int h = 0; h < g->plan.shape->n_heads; h++) {
-            const float *o = g->o->data + t * g->o->stride + (int64_t)h * dim;
-            const float *d_o = g->d_o->data + t * g->d_o->stride + (int64_t)h * dim;
+            const float *o = qs_mat_f32(g->o) + t * g->o->stride + (int64_t)h * dim;
+            const float *d_o = qs_mat_f32(g->d_o) + t * g->d_o->stride + (int64_t)h * dim;
             g->delta[h * g->o->rows + t] = g->isa->dot(o, d_o, dim);
         }
     }
@@ -58,11 +56,12 @@ static void pair(const backward_args *g, const pair_work *w, int head, int64_t q
     for (int64_t i = 0; i < rows; i++) {
         float *p = w->p + i * BLOCK, *ds = w->ds + i * BLOCK;
         int64_t at = head * g->qm->rows + query + i;
-        int64_t visible = qs_visible(query + i, key, cols);
-        g->isa->exp_sum(p, visible, scale, g->lse[at]);
-        g->isa->softmax_backward(p, visible, g->delta[at], scale, ds);
-        memset(p + visible, 0, (size_t)(cols - visible) * sizeof *p);
-        memset(ds + visible, 0, (size_t)(cols - visible) * sizeof *ds);
+        qs_visible_keys visible = qs_visible(g->plan.shape, query + i, key, cols);
+        int64_t from = visible.first;
+        g->isa->exp_sum(p + from, visible.count, scale, g->lse[at]);
+        g->isa->softmax_backward(p + from, visible.count, g->delta[at], scale, ds + from);
+        qs_zero_hidden(p, cols, visible);
+        qs_zero_hidden(ds, cols, visible);
     }
 }
 
@@ -104,25 +103,26 @@ static void dq_task(void *ctx, int64_t index, int thread)
         pack_left(g, g->d_o, task.begin, task.rows, task.head + h, queries + size);
     }
     qs_operand left = qs_square_operand(w.ds, false);
-    for (int64_t key = task.doc_begin; key < task.begin + task.rows; key += BLOCK) {
+    int64_t first = qs_attention_first_key(&g->plan, &task);
+    for (int64_t key = first; key < task.begin + task.rows; key += BLOCK) {
         int64_t cols = qs_min_i64(BLOCK, task.doc_end - key);
         pack_right(g, g->km, key, cols, task.kv_head, true, keys_t);
         pack_right(g, g->vm, key, cols, task.kv_head, true, values_t);
         pack_right(g, g->km, key, cols, task.kv_head, false, keys);
         for (int h = 0; h < task.heads; h++) {
             int head = task.head + h;
-            float *dq = g->dq->data + task.begin * g->dq->stride + (int64_t)head * dim;
+            float *dq = qs_mat_f32(g->dq) + task.begin * g->dq->stride + (int64_t)head * dim;
             w.queries = of_heads + 2 * h * size;
             w.d_out = w.queries + size;
             pair(g, &w, head, task.begin, task.rows, key, cols);
             qs_pack_left(g->isa, &left, task.rows, cols, ds);
             qs_multiply_packed(g->isa, task.rows, dim, cols, ds, keys, dq, g->dq->stride,
-                               key > task.doc_begin);
+                               key > first);
         }
     }
 }
 
-/* One block of keys against all later queries of all heads that share them. */
+/* One block of keys against all queries that see them, of all heads that share them. */
 static void dkv_task(void *ctx, int64_t index, int thread)
 {
     const backward_args *g = ctx;
@@ -139,13 +139,14 @@ static void dkv_task(void *ctx, int64_t index, int thread)
     w.d_out = d_out;
     pack_right(g, g->km, task.begin, task.rows, task.kv_head, true, keys);
     pack_right(g, g->vm, task.begin, task.rows, task.kv_head, true, values);
-    float *dk = g->dk->data + task.begin * g->dk->stride + (int64_t)task.kv_head * dim;
-    float *dv = g->dv->data + task.begin * g->dv->stride + (int64_t)task.kv_head * dim;
+    float *dk = qs_mat_f32(g->dk) + task.begin * g->dk->stride + (int64_t)task.kv_head * dim;
+    float *dv = qs_mat_f32(g->dv) + task.begin * g->dv->stride + (int64_t)task.kv_head * dim;
     qs_operand p = qs_square_operand(w.p, true), ds = qs_square_operand(w.ds, true);
+    int64_t query_end = qs_attention_query_end(&g->plan, &task);
     bool more = false;
     for (int head = task.head; head < task.head + g->plan.heads_per_kv; head++) {
-        for (int64_t query = task.begin; query < task.doc_end; query += BLOCK) {
-            int64_t rows = qs_min_i64(BLOCK, task.doc_end - query);
+        for (int64_t query = task.begin; query < query_end; query += BLOCK) {
+            int64_t rows = qs_min_i64(BLOCK, query_end - query);
             pack_left(g, g->qm, query, rows, head, queries);
             pack_left(g, g->d_o, query, rows, head, d_out);
             pair(g, &w, head, query, rows, task.begin, task.rows);

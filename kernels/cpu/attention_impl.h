@@ -8,6 +8,8 @@
 #ifndef QS_KERNELS_CPU_ATTENTION_IMPL_H
 #define QS_KERNELS_CPU_ATTENTION_IMPL_H
 
+#include <string.h>
+
 #include "kernels/cpu/ops_impl.h"
 
 enum {
@@ -56,6 +58,12 @@ int64_t qs_attention_tasks(const qs_attention_plan *plan);
 qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t number,
                                        bool late_first);
 
+/** The first row of the first block of keys that a task's queries see. */
+int64_t qs_attention_first_key(const qs_attention_plan *plan, const qs_attention_task *task);
+
+/** The row behind the last query that sees one of a task's keys. */
+int64_t qs_attention_query_end(const qs_attention_plan *plan, const qs_attention_task *task);
+
 /** Operations of a whole pass over the scores, for qs_parallel_for. */
 int64_t qs_attention_work(const qs_attention_shape *shape);
 
@@ -63,7 +71,7 @@ int64_t qs_attention_work(const qs_attention_shape *shape);
 static inline qs_operand qs_head_operand(const qs_mat *mat, int64_t row, int head, int head_dim,
                                          bool transposed)
 {
-    return (qs_operand){.data = mat->data + row * mat->stride + (int64_t)head * head_dim,
+    return (qs_operand){.data = qs_mat_f32(mat) + row * mat->stride + (int64_t)head * head_dim,
                         .stride = mat->stride,
                         .transposed = transposed};
 }
@@ -73,11 +81,29 @@ static inline qs_operand qs_square_operand(const float *square, bool transposed)
     return (qs_operand){.data = square, .stride = QS_ATTENTION_BLOCK, .transposed = transposed};
 }
 
-/** How many of `cols` keys from row `key` on the query at row `query` sees. */
-static inline int64_t qs_visible(int64_t query, int64_t key, int64_t cols)
+/** Keys of a block that a query sees: `count` of them from the block's number `first` on. */
+typedef struct {
+    int64_t first, count;
+} qs_visible_keys;
+
+/** Of `cols` keys from row `key` on, those that the query at row `query` sees: up to itself, and
+ * with a window no further back than window - 1. */
+static inline qs_visible_keys qs_visible(const qs_attention_shape *shape, int64_t query,
+                                         int64_t key, int64_t cols)
 {
-    int64_t n = query - key + 1;
-    return n < 0 ? 0 : (n < cols ? n : cols);
+    int64_t first = shape->window > 0 ? query - shape->window + 1 - key : 0;
+    int64_t end = query - key + 1;
+    first = first < 0 ? 0 : first;
+    end = end < cols ? end : cols;
+    return end > first ? (qs_visible_keys){first, end - first} : (qs_visible_keys){0, 0};
+}
+
+/** Set the elements of a row of `cols` that are not visible to 0. */
+static inline void qs_zero_hidden(float *row, int64_t cols, qs_visible_keys visible)
+{
+    int64_t end = visible.first + visible.count;
+    memset(row, 0, (size_t)visible.first * sizeof *row);
+    memset(row + end, 0, (size_t)(cols - end) * sizeof *row);
 }
 
 #endif

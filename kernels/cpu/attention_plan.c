@@ -100,12 +100,30 @@ qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t nu
     return task;
 }
 
+int64_t qs_attention_first_key(const qs_attention_plan *plan, const qs_attention_task *task)
+{
+    int64_t before = task->begin - task->doc_begin; /* rows of the document */
+    if (plan->shape->window == 0) {
+        return task->doc_begin;
+    }
+    int64_t first = max_i64(0, before - plan->shape->window + 1);
+    return task->doc_begin + first / BLOCK * BLOCK;
+}
+
+int64_t qs_attention_query_end(const qs_attention_plan *plan, const qs_attention_task *task)
+{
+    if (plan->shape->window == 0) {
+        return task->doc_end;
+    }
+    return qs_min_i64(task->doc_end, task->begin + task->rows - 1 + plan->shape->window);
+}
+
 int64_t qs_attention_work(const qs_attention_shape *shape)
 {
     int64_t scores = 0;
     for (int d = 0; d < shape->n_docs; d++) {
         int64_t len = shape->cu_seqlens[d + 1] - shape->cu_seqlens[d];
-        scores += len * len;
+        scores += len * (shape->window > 0 ? qs_min_i64(len, shape->window) : len);
     }
     return scores * shape->n_heads * (2 + shape->head_dim / 16);
 }

@@ -24,7 +24,7 @@ static void rope_task(void *ctx, int64_t index, int thread)
         const float *cos = r->cos + (int64_t)r->position[t] * r->half;
         const float *sin = r->sin + (int64_t)r->position[t] * r->half;
         for (int h = 0; h < r->n_heads; h++) {
-            float *low = r->x->data + t * r->x->stride + (int64_t)h * 2 * r->half;
+            float *low = qs_mat_f32(r->x) + t * r->x->stride + (int64_t)h * 2 * r->half;
             float *high = low + r->half;
             for (int i = 0; i < r->half; i++) {
                 float a = low[i], b = high[i], s = r->sign * sin[i];
@@ -58,7 +58,7 @@ typedef struct {
 
 static const float *row_of(const qs_mat *mat, int64_t t)
 {
-    return mat == NULL ? NULL : mat->data + t * mat->stride;
+    return mat == NULL ? NULL : qs_mat_f32(mat) + t * mat->stride;
 }
 
 static void rows_task(void *ctx, int64_t index, int thread)
@@ -68,9 +68,9 @@ static void rows_task(void *ctx, int64_t index, int thread)
     int64_t first = index * r->rows_per_task;
     int64_t last = qs_min_i64(first + r->rows_per_task, r->a->rows);
     for (int64_t t = first; t < last; t++) {
-        float *z = r->z == NULL ? NULL : r->z->data + t * r->z->stride;
+        float *z = r->z == NULL ? NULL : qs_mat_f32(r->z) + t * r->z->stride;
         r->row(r->isa, row_of(r->a, t), row_of(r->b, t), row_of(r->c, t), r->a->cols,
-               r->y->data + t * r->y->stride, z);
+               qs_mat_f32(r->y) + t * r->y->stride, z);
     }
 }
 

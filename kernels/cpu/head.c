@@ -133,7 +133,7 @@ static void finish_task(void *ctx, int64_t index, int thread)
     }
 }
 
-qs_status qs_cpu_head_finish(qs_queue *q, qs_head_state *state, float scale, float *loss, float *dx)
+qs_status qs_cpu_head_finish(qs_queue *q, qs_head_state *state, float scale, float *loss, void *dx)
 {
     finish_args args = {state, scale, loss, dx};
     qs_parallel_for(q, qs_ceil_div(state->rows, ROWS_PER_TASK), state->rows * state->hidden,

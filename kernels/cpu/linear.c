@@ -120,7 +120,7 @@ static void bias_task(void *ctx, int64_t index, int thread)
     int64_t first = index * args->rows_per_task;
     int64_t last = qs_min_i64(first + args->rows_per_task, args->y->rows);
     for (int64_t t = first; t < last; t++) {
-        float *row = args->y->data + t * args->y->stride;
+        float *row = qs_mat_f32(args->y) + t * args->y->stride;
         for (int64_t j = 0; j < args->y->cols; j++) {
             row[j] += args->bias[j];
         }

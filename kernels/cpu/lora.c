@@ -24,15 +24,17 @@ static void dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t
     /* At p = 1 nothing is kept, and the factor of what is kept does not matter. */
     float keep = lora->dropout < 1.0F ? 1.0F / (1.0F - lora->dropout) : 0.0F;
     uint64_t element = (uint64_t)(lora->row_at[row] * width + first);
-    qs_isa_get()->dropout(&lora->row_rng[row], element, count, lora->dropout, keep, x, out);
+    const qs_rng rng =
+        qs_rng_make(lora->seed, lora->step, (uint64_t)lora->sample[row], lora->site, lora->layer);
+    qs_isa_get()->dropout(&rng, element, count, lora->dropout, keep, x, out);
 }
 
 static void dropped_load(const qs_operand *operand, int64_t row, int64_t first, int64_t count,
                          float *out)
 {
     const dropped *d = operand->ctx;
-    dropout_row(d->lora, row, d->x->cols, first, count, d->x->data + row * d->x->stride + first,
-                out);
+    dropout_row(d->lora, row, d->x->cols, first, count,
+                qs_mat_f32(d->x) + row * d->x->stride + first, out);
 }
 
 static qs_operand dropped_operand(const dropped *d)
@@ -74,7 +76,7 @@ static void masked_add_task(void *ctx, int64_t index, int thread)
     int64_t last = qs_min_i64(first + args->rows_per_task, args->rows);
     for (int64_t t = first; t < last; t++) {
         const float *product = args->product + t * width;
-        float *dx = args->dx->data + (args->row0 + t) * args->dx->stride;
+        float *dx = qs_mat_f32(args->dx) + (args->row0 + t) * args->dx->stride;
         for (int64_t j = 0; j < width; j += QS_GEMM_KC) {
             float kept[QS_GEMM_KC];
             int64_t count = qs_min_i64(QS_GEMM_KC, width - j);
@@ -102,7 +104,7 @@ static qs_status add_masked_product(qs_queue *q, const qs_lora *lora, const qs_m
     args.product = product;
     for (; args.row0 < dx->rows; args.row0 += BLOCK_ROWS) {
         args.rows = qs_min_i64(BLOCK_ROWS, dx->rows - args.row0);
-        qs_operand left = {.data = work->data + args.row0 * work->stride,
+        qs_operand left = {.data = qs_mat_f32(work) + args.row0 * work->stride,
                            .stride = work->stride,
                            .scale = lora->scale};
         qs_operand a = {.data = lora->a, .stride = width};
@@ -135,6 +137,9 @@ qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x
     qs_operand kept = {.data = xa->data, .stride = xa->stride};
     QS_TRY(qs_gemm(q, out, rank, rows, &dy_t, &kept, db, rank, false));
 
+    if (dx == NULL) {
+        return QS_OK;
+    }
     if (has_dropout(lora)) {
         return add_masked_product(q, lora, work, dx);
     }

@@ -25,13 +25,51 @@ static size_t scratch_bytes(const qs_ops_limits *l)
     return (size_t)floats * sizeof(float);
 }
 
+/* Scratch grows by itself, decoded matrices do not exist: nothing to prepare. */
+static qs_status open_queue(qs_queue *q, const qs_ops_limits *limits)
+{
+    (void)q;
+    (void)limits;
+    return QS_OK;
+}
+
+static void close_queue(qs_queue *q)
+{
+    (void)q;
+}
+
+static int64_t border(int lora_rank)
+{
+    (void)lora_rank;
+    return 0;
+}
+
+static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                           const qs_lora *lora, int count)
+{
+    (void)q;
+    (void)unit;
+    (void)w;
+    (void)lora;
+    (void)count;
+    return QS_OK;
+}
+
 const qs_ops *qs_ops_cpu(void)
 {
     static const qs_ops table = {
         .name = "strict",
+        .act_dtype = QS_F32,
         .scratch_bytes = scratch_bytes,
+        .open = open_queue,
+        .close = close_queue,
+        .border = border,
+        .unit_open = unit_open,
+        .unit_close = close_queue,
         .linear_forward = qs_cpu_linear_forward,
         .linear_backward = qs_cpu_linear_backward,
+        .linear_lora_forward = qs_cpu_linear_lora_forward,
+        .linear_lora_backward = qs_cpu_linear_lora_backward,
         .lora_forward = qs_cpu_lora_forward,
         .lora_backward = qs_cpu_lora_backward,
         .rmsnorm_forward = qs_cpu_rmsnorm_forward,
@@ -42,11 +80,17 @@ const qs_ops *qs_ops_cpu(void)
         .swiglu_forward = qs_cpu_swiglu_forward,
         .swiglu_backward = qs_cpu_swiglu_backward,
         .add = qs_cpu_add,
+        .gather_rows = qs_cpu_gather_rows,
+        .scatter_rows = qs_cpu_scatter_rows,
+        .copy_rows = qs_cpu_copy_rows,
+        .convert = qs_cpu_convert,
         .head_chunk = qs_cpu_head_chunk,
         .head_finish = qs_cpu_head_finish,
         .square_sums = qs_cpu_square_sums,
         .accumulate = qs_cpu_accumulate,
         .adamw = qs_cpu_adamw,
+        .nf4_quantize_blocks = qs_cpu_nf4_quantize_blocks,
+        .nf4_quantize_absmax = qs_cpu_nf4_quantize_absmax,
     };
     return &table;
 }

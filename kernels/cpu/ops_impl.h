@@ -28,6 +28,13 @@ qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_
                                 const float *bias, const qs_mat *x, qs_mat *y);
 qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                  const qs_mat *dy, qs_mat *dx, bool accumulate);
+qs_status qs_cpu_linear_lora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                     const float *bias, const qs_mat *residual, const qs_lora *lora,
+                                     const qs_mat *x, qs_mat *xa, qs_mat *y);
+qs_status qs_cpu_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                      const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                                      const qs_mat *dy, qs_mat *work, float *da, float *db,
+                                      qs_mat *dx, bool accumulate);
 qs_status qs_cpu_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
                               qs_mat *y);
 qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
@@ -48,13 +55,21 @@ qs_status qs_cpu_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *u
 qs_status qs_cpu_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
                                  const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
 qs_status qs_cpu_add(qs_queue *q, const qs_mat *x, qs_mat *y);
+qs_status qs_cpu_gather_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
+qs_status qs_cpu_scatter_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
+qs_status qs_cpu_copy_rows(qs_queue *q, const uint8_t *base, const int64_t *at, int64_t count,
+                           size_t row_bytes, uint8_t *out);
+qs_status qs_cpu_convert(qs_queue *q, const float *src, int64_t count, void *dst);
 qs_status qs_cpu_head_chunk(qs_queue *q, const qs_unit_view *unit, const qs_weight *w, int64_t row0,
                             qs_head_state *state);
-qs_status qs_cpu_head_finish(qs_queue *q, qs_head_state *state, float scale, float *loss,
-                             float *dx);
+qs_status qs_cpu_head_finish(qs_queue *q, qs_head_state *state, float scale, float *loss, void *dx);
 qs_status qs_cpu_square_sums(qs_queue *q, const float *x, int64_t chunks, double *out);
 qs_status qs_cpu_accumulate(qs_queue *q, float *x, const float *y, int64_t count);
 qs_status qs_cpu_adamw(qs_queue *q, const qs_adamw_args *args, int64_t count, const float *grad,
                        float *master, float *m, float *v);
+qs_status qs_cpu_nf4_quantize_blocks(qs_queue *q, const void *x, qs_dtype dtype, int64_t count,
+                                     uint8_t *packed, float *absmax, int64_t *zero_blocks);
+qs_status qs_cpu_nf4_quantize_absmax(qs_queue *q, const float *absmax, int64_t n_blocks,
+                                     float offset, uint8_t *absmax8, float *absmax32);
 
 #endif

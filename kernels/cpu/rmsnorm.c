@@ -24,8 +24,8 @@ static void forward_task(void *ctx, int64_t index, int thread)
     int64_t first = index * n->rows_per_task;
     int64_t last = qs_min_i64(first + n->rows_per_task, n->x->rows);
     for (int64_t t = first; t < last; t++) {
-        const float *x = n->x->data + t * n->x->stride;
-        float *y = n->out->data + t * n->out->stride;
+        const float *x = qs_mat_f32(n->x) + t * n->x->stride;
+        float *y = qs_mat_f32(n->out) + t * n->out->stride;
         float mean = n->isa->dot(x, x, width) / (float)width;
         float rstd = 1.0F / sqrtf(mean + n->eps);
         n->rstd[t] = rstd;
@@ -44,9 +44,9 @@ static void backward_task(void *ctx, int64_t index, int thread)
     int64_t first = index * n->rows_per_task;
     int64_t last = qs_min_i64(first + n->rows_per_task, n->x->rows);
     for (int64_t t = first; t < last; t++) {
-        const float *x = n->x->data + t * n->x->stride;
-        const float *dy = n->dy->data + t * n->dy->stride;
-        float *dx = n->out->data + t * n->out->stride;
+        const float *x = qs_mat_f32(n->x) + t * n->x->stride;
+        const float *dy = qs_mat_f32(n->dy) + t * n->dy->stride;
+        float *dx = qs_mat_f32(n->out) + t * n->out->stride;
         float rstd = n->rstd_in[t];
         float sum = n->isa->dot3(dy, n->w, x, width);
         float mean = sum * rstd / (float)width;

@@ -27,7 +27,11 @@ typedef struct {
 
 _Static_assert(sizeof(block_header) == ALIGNMENT, "the caller's bytes must stay aligned");
 
-static atomic_size_t now[QS_MEM_CLASS_COUNT], peak[QS_MEM_CLASS_COUNT], now_total, peak_total;
+typedef struct {
+    atomic_size_t now[QS_MEM_CLASS_COUNT], peak[QS_MEM_CLASS_COUNT], now_total, peak_total;
+} space_counts;
+
+static space_counts counts[QS_MEM_SPACE_COUNT];
 
 static void count_up(atomic_size_t *current, atomic_size_t *highest, size_t bytes)
 {
@@ -37,7 +41,19 @@ static void count_up(atomic_size_t *current, atomic_size_t *highest, size_t byte
     }
 }
 
-qs_status qs_mem_alloc(void **out, size_t bytes, qs_mem_class class)
+void qs_mem_note(qs_mem_space space, qs_mem_class kind, ptrdiff_t bytes)
+{
+    space_counts *c = &counts[space];
+    if (bytes >= 0) {
+        count_up(&c->now[kind], &c->peak[kind], (size_t)bytes);
+        count_up(&c->now_total, &c->peak_total, (size_t)bytes);
+    } else {
+        atomic_fetch_sub(&c->now[kind], (size_t)-bytes);
+        atomic_fetch_sub(&c->now_total, (size_t)-bytes);
+    }
+}
+
+qs_status qs_mem_alloc(void **out, size_t bytes, qs_mem_class kind)
 {
     *out = NULL;
     if (bytes == 0) {
@@ -52,14 +68,13 @@ qs_status qs_mem_alloc(void **out, size_t bytes, qs_mem_class class)
         return QS_FAIL(QS_ERR_MEMORY,
                        "memory: %zu bytes for %s cannot be allocated (%zu bytes are held); use "
                        "more ranks, a smaller micro_batch or seq_len, or recompute: full",
-                       bytes, qs_mem_class_name(class), atomic_load(&now_total));
+                       bytes, qs_mem_class_name(kind), atomic_load(&counts[QS_MEM_HOST].now_total));
     }
     uintptr_t first = (uintptr_t)start + sizeof(block_header);
     uintptr_t aligned = (first + ALIGNMENT - 1) & ~(uintptr_t)(ALIGNMENT - 1);
     block_header *header = (block_header *)aligned - 1;
-    *header = (block_header){.start = start, .bytes = bytes, .class = (int)class, .magic = MAGIC};
-    count_up(&now[class], &peak[class], bytes);
-    count_up(&now_total, &peak_total, bytes);
+    *header = (block_header){.start = start, .bytes = bytes, .class = (int)kind, .magic = MAGIC};
+    qs_mem_note(QS_MEM_HOST, kind, (ptrdiff_t)bytes);
     *out = header + 1;
     return QS_OK;
 }
@@ -75,27 +90,26 @@ void qs_mem_free(void *ptr)
         abort();
     }
     header->magic = 0;
-    atomic_fetch_sub(&now[header->class], header->bytes);
-    atomic_fetch_sub(&now_total, header->bytes);
+    qs_mem_note(QS_MEM_HOST, (qs_mem_class)header->class, -(ptrdiff_t)header->bytes);
     free(header->start);
 }
 
-size_t qs_mem_now_bytes(qs_mem_class class)
+size_t qs_mem_now_bytes(qs_mem_space space, qs_mem_class kind)
 {
-    return atomic_load(&now[class]);
+    return atomic_load(&counts[space].now[kind]);
 }
 
-size_t qs_mem_peak_bytes(qs_mem_class class)
+size_t qs_mem_peak_bytes(qs_mem_space space, qs_mem_class kind)
 {
-    return atomic_load(&peak[class]);
+    return atomic_load(&counts[space].peak[kind]);
 }
 
-size_t qs_mem_peak_total_bytes(void)
+size_t qs_mem_peak_total_bytes(qs_mem_space space)
 {
-    return atomic_load(&peak_total);
+    return atomic_load(&counts[space].peak_total);
 }
 
-const char *qs_mem_class_name(qs_mem_class class)
+const char *qs_mem_class_name(qs_mem_class kind)
 {
     static const char *const names[QS_MEM_CLASS_COUNT] = {
         [QS_MEM_BASE_SHARD] = "base shard",
@@ -108,7 +122,7 @@ const char *qs_mem_class_name(qs_mem_class class)
         [QS_MEM_WORK] = "scratch",
         [QS_MEM_DATA] = "data",
     };
-    return (unsigned)class < QS_MEM_CLASS_COUNT ? names[class] : "unknown";
+    return (unsigned)kind < QS_MEM_CLASS_COUNT ? names[kind] : "unknown";
 }
 
 /* VmHWM and not only getrusage: ru_maxrss survives exec, so that it can be the launcher's. */

@@ -20,18 +20,25 @@ typedef enum {
     QS_MEM_CLASS_COUNT
 } qs_mem_class;
 
-/** Allocate `bytes` of zeroed, 64-byte aligned memory in `*out`, counted under `class`. 0 bytes
+/** Where memory lies. */
+typedef enum { QS_MEM_HOST, QS_MEM_DEVICE, QS_MEM_SPACE_COUNT } qs_mem_space;
+
+/** Count memory that somebody else allocated (`bytes` > 0) or freed (< 0): a device's buffers,
+ * pinned host memory. */
+void qs_mem_note(qs_mem_space space, qs_mem_class kind, ptrdiff_t bytes);
+
+/** Allocate `bytes` of zeroed, 64-byte aligned memory in `*out`, counted under `kind`. 0 bytes
  * gives NULL.
  * \return QS_ERR_MEMORY naming class and size. Free with qs_mem_free. */
-qs_status qs_mem_alloc(void **out, size_t bytes, qs_mem_class class);
+qs_status qs_mem_alloc(void **out, size_t bytes, qs_mem_class kind);
 
 /** Free; NULL is fine. */
 void qs_mem_free(void *ptr);
 
-size_t qs_mem_now_bytes(qs_mem_class class);
-size_t qs_mem_peak_bytes(qs_mem_class class);
-size_t qs_mem_peak_total_bytes(void);
-const char *qs_mem_class_name(qs_mem_class class);
+size_t qs_mem_now_bytes(qs_mem_space space, qs_mem_class kind);
+size_t qs_mem_peak_bytes(qs_mem_space space, qs_mem_class kind);
+size_t qs_mem_peak_total_bytes(qs_mem_space space);
+const char *qs_mem_class_name(qs_mem_class kind);
 
 /** Largest resident set of this process so far, from the operating system. */
 size_t qs_mem_peak_rss_bytes(void);
@@ -41,7 +48,7 @@ size_t qs_mem_peak_rss_bytes(void);
 int qs_size_mul_add(size_t a, size_t b, size_t c, size_t *out);
 
 /** Allocation with the macro's own type: QS_TRY(QS_ALLOC(&p, n, class)) */
-#define QS_ALLOC(pp, count, class)                                                                 \
-    qs_mem_alloc((void **)(pp), (size_t)(count) * sizeof **(pp), (class))
+#define QS_ALLOC(pp, count, kind)                                                                  \
+    qs_mem_alloc((void **)(pp), (size_t)(count) * sizeof **(pp), (kind))
 
 #endif

@@ -21,7 +21,8 @@ typedef struct {
     const char *dump_grads, *dump_order, *dump_logits;
     int64_t tokens, head_chunk_rows, threads;
     qs_resume resume;
-    bool takeover, dry_run, single_quant, fold_scaling, help, quiet, verbose;
+    bool takeover, dry_run, single_quant, fold_scaling, shared_device, help, quiet, verbose;
+    int64_t profile_steps[2]; /* first and last, from 1; 0: none */
 } qs_cli_args;
 
 typedef struct {

@@ -24,6 +24,8 @@ enum {
     KEY_RESUME,
     KEY_TAKEOVER,
     KEY_DRY_RUN,
+    KEY_SHARED_DEVICE,
+    KEY_PROFILE_STEPS,
     KEY_FOLD,
     KEY_QUIET,
     KEY_VERBOSE,
@@ -42,6 +44,12 @@ enum {
         "set", KEY_SET, "KEY=VALUE", 0, "Override a key of the configuration", 1                   \
     }
 
+#define SHARED_DEVICE                                                                              \
+    {                                                                                              \
+        "allow-shared-device", KEY_SHARED_DEVICE, NULL, 0,                                         \
+            "Let several ranks use one GPU: for tests of bits and memory, never of speed", 5       \
+    }
+
 const struct argp_option qs_cli_train_options[] = {
     SET,
     {"resume", KEY_RESUME, "auto|must|never", 0,
@@ -54,6 +62,9 @@ const struct argp_option qs_cli_train_options[] = {
     {"dump-grads", KEY_DUMP_GRADS, "FILE", 0,
      "Write the gradients of the first step as safetensors, stop", 4},
     {"dump-order", KEY_DUMP_ORDER, "FILE", 0, "Write the sequences of each step as text, stop", 4},
+    SHARED_DEVICE,
+    {"profile-steps", KEY_PROFILE_STEPS, "A:B", 0,
+     "Let an attached profiler collect from step A to step B", 5},
     COMMON};
 
 const struct argp_option qs_cli_eval_options[] = {
@@ -61,6 +72,7 @@ const struct argp_option qs_cli_eval_options[] = {
     {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 2},
     {"dump-logits", KEY_DUMP_LOGITS, "FILE", 0,
      "Write the logits of the first sequence as safetensors", 3},
+    SHARED_DEVICE,
     COMMON};
 
 const struct argp_option qs_cli_sample_options[] = {
@@ -68,6 +80,7 @@ const struct argp_option qs_cli_sample_options[] = {
     {"prompts", KEY_PROMPTS, "FILE", 0, "Token file of prompts, made by qshard-prep --prompts", 2},
     {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt", 2},
     {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 3},
+    SHARED_DEVICE,
     COMMON};
 
 const struct argp_option qs_cli_quantize_options[] = {
@@ -101,6 +114,22 @@ static qs_status whole_number(const char *option, const char *text, int64_t low,
                        option, text, (long long)low, (long long)high);
     }
     *out = value;
+    return QS_OK;
+}
+
+/* "A:B", both from 1, A <= B. */
+static qs_status set_steps(const char *text, int64_t steps[2])
+{
+    long long from = 0, to = 0;
+    int end = 0;
+    if (sscanf(text, "%lld:%lld%n", &from, &to, &end) != 2 || text[end] != '\0' || from < 1 ||
+        to < from) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "--profile-steps: \"%.40s\" is not A:B with 1 <= A <= B, for example 5:7",
+                       text);
+    }
+    steps[0] = from;
+    steps[1] = to;
     return QS_OK;
 }
 
@@ -154,6 +183,11 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
     case KEY_DRY_RUN:
         out->dry_run = true;
         break;
+    case KEY_SHARED_DEVICE:
+        out->shared_device = true;
+        break;
+    case KEY_PROFILE_STEPS:
+        return set_steps(text, out->profile_steps);
     case KEY_SINGLE_QUANT:
         out->single_quant = true;
         break;

@@ -33,6 +33,7 @@ static qs_status load_config(const qs_cli_args *args, qs_config_need need, qs_co
     QS_GOTO(st);
     st = qs_config_parse(cfg, text, strlen(text), path, args->sets, args->n_sets);
     st = st == QS_OK ? qs_config_require(cfg, need, path) : st;
+    cfg->allow_shared_device = args->shared_device;
     st = qs_comm_agree(comm, st);
 done:
     free(data);
@@ -45,7 +46,8 @@ qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm)
                                 .takeover = args->takeover,
                                 .dry_run = args->dry_run,
                                 .dump_grads = args->dump_grads,
-                                .dump_order = args->dump_order};
+                                .dump_order = args->dump_order,
+                                .profile_steps = {args->profile_steps[0], args->profile_steps[1]}};
     QS_TRY(load_config(args, QS_NEED_TRAIN, comm, &options.config));
     return qs_train_run(&options, comm);
 }

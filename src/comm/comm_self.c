@@ -1,41 +1,42 @@
-/* The communicator of one rank: everything is there already. */
+/* The communicator of one rank: everything is there already. What moves is copied on its queue, so
+ * that it serves a GPU's memory as well. */
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "comm/comm_impl.h"
 
-static void copy(void *to, const void *from, size_t bytes)
+static qs_status copy(qs_queue *queue, void *to, const void *from, size_t bytes)
 {
-    if (bytes > 0 && to != from) {
-        memmove(to, from, bytes);
-    }
+    return to != from ? qs_queue_copy(queue, to, from, bytes) : QS_OK;
 }
 
 static qs_status self_all_gather_now(qs_comm *comm, const void *send, void *recv,
                                      size_t bytes_per_rank)
 {
     (void)comm;
-    copy(recv, send, bytes_per_rank);
+    if (bytes_per_rank > 0 && recv != send) {
+        memmove(recv, send, bytes_per_rank);
+    }
     return QS_OK;
 }
 
 static qs_status self_all_gather(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank,
                                  qs_queue *queue)
 {
-    (void)queue; /* nothing is under way when this returns */
-    return self_all_gather_now(comm, send, recv, bytes_per_rank);
+    (void)comm;
+    return copy(queue, recv, send, bytes_per_rank);
 }
 
 static qs_status self_all_to_all_v(qs_comm *comm, const void *send, const size_t *send_bytes,
                                    const size_t *send_at, void *recv, const size_t *recv_bytes,
                                    const size_t *recv_at, qs_queue *queue)
 {
-    (void)comm, (void)recv_bytes, (void)queue;
-    if (send_bytes[0] > 0) {
-        copy((char *)recv + recv_at[0], (const char *)send + send_at[0], send_bytes[0]);
+    (void)comm, (void)recv_bytes;
+    if (send_bytes[0] == 0) {
+        return QS_OK; /* then the buffers may be NULL */
     }
-    return QS_OK;
+    return copy(queue, (char *)recv + recv_at[0], (const char *)send + send_at[0], send_bytes[0]);
 }
 
 static qs_status self_bcast(qs_comm *comm, void *data, size_t bytes, int root)

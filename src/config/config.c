@@ -150,6 +150,18 @@ static qs_status check_saving(const qs_config *cfg, const char *path)
     return QS_OK;
 }
 
+static qs_status check_memory(const qs_config *cfg, const char *path)
+{
+    if ((cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0 &&
+        cfg->train.recompute != QS_RECOMPUTE_FULL) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: memory.offload: [activations] moves the inputs of the layers, which is "
+                       "all that train.recompute: full keeps; set it, or do not offload them",
+                       path);
+    }
+    return QS_OK;
+}
+
 static qs_status check_pairs(const qs_config *cfg, const char *path)
 {
     if (!cfg->base[0]) {
@@ -158,6 +170,7 @@ static qs_status check_pairs(const qs_config *cfg, const char *path)
     }
     QS_TRY(check_length(cfg, path));
     QS_TRY(check_schedule(cfg, path));
+    QS_TRY(check_memory(cfg, path));
     return check_saving(cfg, path);
 }
 
@@ -181,10 +194,6 @@ static qs_status missing(const char *path, const char *key, const char *remedy)
 
 qs_status qs_config_require(const qs_config *cfg, qs_config_need need, const char *path)
 {
-    if (cfg->device == QS_DEVICE_CUDA) {
-        return QS_FAIL(QS_ERR_CONFIG_VALUE,
-                       "%s: device: \"cuda\" is not in this build; allowed: auto | cpu", path);
-    }
     if (need == QS_NEED_TRAIN && !cfg->data_train[0]) {
         return missing(path, "data.train", "name the token file made by qshard-prep");
     }

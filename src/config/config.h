@@ -22,6 +22,8 @@ typedef enum { QS_RECOMPUTE_FULL, QS_RECOMPUTE_SELECTIVE, QS_RECOMPUTE_NONE } qs
 typedef enum { QS_SCHEDULE_CONSTANT, QS_SCHEDULE_LINEAR, QS_SCHEDULE_COSINE } qs_schedule;
 typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT } qs_gemm_kind;
+/** Bits of memory.offload. */
+enum { QS_OFFLOAD_ACTIVATIONS = 1, QS_OFFLOAD_WEIGHTS = 2, QS_OFFLOAD_EMBEDDING = 4 };
 
 typedef struct {
     char base[QS_PATH_MAX];
@@ -55,12 +57,15 @@ typedef struct {
         int64_t keep_resident, prefetch;
     } shard;
     struct {
-        int64_t device_limit; /* bytes, 0: none */
+        int64_t device_limit; /* bytes, 0: what there is */
+        uint32_t offload;     /* QS_OFFLOAD_* bits */
     } memory;
     struct {
         int gemm; /* qs_gemm_kind */
         int64_t threads;
     } cpu;
+    bool allow_shared_device; /* --allow-shared-device: not a key, since it proves nothing about
+                                 speed */
 } qs_config;
 
 /** Defaults only. */

@@ -11,7 +11,7 @@ static void explain(const qs_key *key, FILE *out)
     char allowed[256];
     qs_key_allowed(key, allowed, sizeof allowed);
     fprintf(out, "%s", key->meaning);
-    if (key->type != QS_KEY_PATH && key->type != QS_KEY_EMPTY) {
+    if (key->type != QS_KEY_PATH) {
         fprintf(out, "; %s", allowed);
     }
     if (key->unit) {

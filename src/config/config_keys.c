@@ -276,10 +276,12 @@ const qs_key qs_keys[] = {
      .meaning = "units gathered ahead; this build has two buffers"},
 
     {.name = "memory.offload",
-     .type = QS_KEY_EMPTY,
+     .type = QS_KEY_FLAGS,
+     .offset = AT(memory.offload),
      .preset = "[]",
      .neutral = true,
-     .meaning = "what moves to host memory: nothing, on the CPU it is all there"},
+     .names = {"activations", "weights", "embedding"},
+     .meaning = "what lies in the host's memory instead of a GPU's; on the CPU it is all there"},
     {.name = "memory.device_limit",
      .type = QS_KEY_BYTES,
      .offset = AT(memory.device_limit),
@@ -287,7 +289,8 @@ const qs_key qs_keys[] = {
      .high = 1024.0 * 1024.0 * G,
      .neutral = true,
      .unit = "bytes",
-     .meaning = "most that the plan of a rank may need (8G = 8 * 2^30); 0: no limit"},
+     .meaning = "most that a rank may need on its device (8G = 8 * 2^30); 0: what a GPU has free, "
+                "no limit on the CPU"},
 
     {.name = "cpu.gemm",
      .type = QS_KEY_ENUM,

@@ -18,7 +18,7 @@ typedef enum {
     QS_KEY_TARGETS, /* uint32_t, bits */
     QS_KEY_PAIR,    /* two doubles, one after the other */
     QS_KEY_ONLY,    /* no field: one of `names`, which all mean what this build does */
-    QS_KEY_EMPTY,   /* no field: only the empty list */
+    QS_KEY_FLAGS,   /* uint32_t, a bit for each of `names` */
 } qs_key_type;
 
 enum { QS_KEY_NAMES_MAX = 4, QS_VALUE_ITEMS_MAX = 16 };

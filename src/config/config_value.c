@@ -48,6 +48,21 @@ static void format_bound(const qs_key *key, double bound, char *out, size_t capa
     snprintf(out, capacity, is_integer(key) ? "%.0f" : "%.7g", bound);
 }
 
+/* "[a, b]": those of the words whose bits are set. */
+static void add_words(const char *const *words, int count, uint32_t bits, char *out,
+                      size_t capacity)
+{
+    bool first = true;
+    add(out, capacity, "[");
+    for (int i = 0; i < count && words[i] != NULL; i++) {
+        if (bits >> i & 1) {
+            add(out, capacity, "%s%s", first ? "" : ", ", words[i]);
+            first = false;
+        }
+    }
+    add(out, capacity, "]");
+}
+
 void qs_key_allowed(const qs_key *key, char *out, size_t capacity)
 {
     char low[32], high[32];
@@ -84,14 +99,12 @@ void qs_key_allowed(const qs_key *key, char *out, size_t capacity)
         }
         break;
     case QS_KEY_TARGETS:
-        add(out, capacity, "all-linear | [");
-        for (int i = 0; i < TARGET_COUNT; i++) {
-            add(out, capacity, "%s%s", i ? ", " : "", TARGETS[i]);
-        }
-        add(out, capacity, "]");
+        add(out, capacity, "all-linear | ");
+        add_words(TARGETS, TARGET_COUNT, ALL_TARGETS, out, capacity);
         break;
-    case QS_KEY_EMPTY:
-        add(out, capacity, "[]");
+    case QS_KEY_FLAGS:
+        add(out, capacity, "any of ");
+        add_words(key->names, QS_KEY_NAMES_MAX, UINT32_MAX, out, capacity);
         break;
     }
 }
@@ -271,28 +284,40 @@ static qs_status set_path(qs_config *cfg, const qs_key *key, const char *text, b
     return QS_OK;
 }
 
+/* A list of words, each at most once, to a bit for each; the words end at `count` or at NULL. */
+static qs_status read_words(const qs_key *key, const qs_value *value, const char *where,
+                            const char *const *words, int count, const char *unknown,
+                            uint32_t *bits)
+{
+    *bits = 0;
+    for (int i = 0; i < value->count; i++) {
+        int found = 0;
+        while (found < count && words[found] != NULL &&
+               strcmp(value->items[i].text, words[found]) != 0) {
+            found++;
+        }
+        if (found == count || words[found] == NULL) {
+            return refuse(key, where, value->items[i].text, unknown);
+        }
+        if (*bits >> found & 1) {
+            return refuse(key, where, value->items[i].text, "is named twice");
+        }
+        *bits |= 1u << found;
+    }
+    return QS_OK;
+}
+
 static qs_status set_targets(qs_config *cfg, const qs_key *key, const qs_value *value,
                              const char *where)
 {
     uint32_t bits = 0;
-    if (!value->list) {
-        if (strcmp(value->items[0].text, "all-linear") != 0) {
-            return refuse(key, where, value->items[0].text, "is not a known name");
-        }
+    if (value->list) {
+        QS_TRY(read_words(key, value, where, TARGETS, TARGET_COUNT,
+                          "is not one of the seven linears", &bits));
+    } else if (strcmp(value->items[0].text, "all-linear") == 0) {
         bits = ALL_TARGETS;
-    }
-    for (int i = 0; value->list && i < value->count; i++) {
-        int found = 0;
-        while (found < TARGET_COUNT && strcmp(value->items[i].text, TARGETS[found]) != 0) {
-            found++;
-        }
-        if (found == TARGET_COUNT) {
-            return refuse(key, where, value->items[i].text, "is not one of the seven linears");
-        }
-        if (bits >> found & 1) {
-            return refuse(key, where, value->items[i].text, "is named twice");
-        }
-        bits |= 1u << found;
+    } else {
+        return refuse(key, where, value->items[0].text, "is not a known name");
     }
     if (bits == 0) {
         return refuse(key, where, "[]", "leaves nothing to train");
@@ -304,9 +329,9 @@ static qs_status set_targets(qs_config *cfg, const qs_key *key, const qs_value *
 static qs_status set_list(qs_config *cfg, const qs_key *key, const qs_value *value,
                           const char *where)
 {
-    if (key->type == QS_KEY_EMPTY) {
-        return value->count == 0 ? QS_OK
-                                 : refuse(key, where, value->items[0].text, "is not supported");
+    if (key->type == QS_KEY_FLAGS) {
+        return read_words(key, value, where, key->names, QS_KEY_NAMES_MAX, "is not a known name",
+                          field(cfg, key));
     }
     if (value->count != 2) {
         return refuse(key, where, "[...]", "has not two numbers");
@@ -328,7 +353,7 @@ qs_status qs_key_set(qs_config *cfg, const qs_key *key, const qs_value *value, c
     if (key->type == QS_KEY_TARGETS) {
         return set_targets(cfg, key, value, where);
     }
-    bool wants_list = key->type == QS_KEY_PAIR || key->type == QS_KEY_EMPTY;
+    bool wants_list = key->type == QS_KEY_PAIR || key->type == QS_KEY_FLAGS;
     if (wants_list != value->list) {
         return refuse(key, where, text, wants_list ? "is not a list" : "is a list");
     }
@@ -393,13 +418,8 @@ static void format_targets(uint32_t bits, char *out, size_t capacity)
         snprintf(out, capacity, "all-linear");
         return;
     }
-    snprintf(out, capacity, "[");
-    for (int i = 0; i < TARGET_COUNT; i++) {
-        if (bits >> i & 1) {
-            add(out, capacity, "%s%s", out[1] ? ", " : "", TARGETS[i]);
-        }
-    }
-    add(out, capacity, "]");
+    out[0] = '\0';
+    add_words(TARGETS, TARGET_COUNT, bits, out, capacity);
 }
 
 void qs_key_format(const qs_config *cfg, const qs_key *key, char *out, size_t capacity)
@@ -435,8 +455,11 @@ void qs_key_format(const qs_config *cfg, const qs_key *key, char *out, size_t ca
     case QS_KEY_TARGETS:
         format_targets(*(const uint32_t *)at, out, capacity);
         break;
+    case QS_KEY_FLAGS:
+        out[0] = '\0';
+        add_words(key->names, QS_KEY_NAMES_MAX, *(const uint32_t *)at, out, capacity);
+        break;
     case QS_KEY_ONLY:
-    case QS_KEY_EMPTY:
         snprintf(out, capacity, "%s", key->preset);
         break;
     }

@@ -4,10 +4,11 @@
  * pushed, so that an event is nothing but the number of operations pushed before it. After the
  * first error the operations behind it are dropped (their buffers may be freed then) and the error
  * stays: the communicator behind them is not usable any more. */
-#include "device/device.h"
+#include "device/device_impl.h"
 
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/timer.h"
 
@@ -20,7 +21,8 @@ typedef struct {
     void *ctx;
 } pending;
 
-struct qs_queue {
+typedef struct {
+    qs_queue base;
     int threads;
     pending *ring; /* [capacity], a power of two; operation n is at n & (capacity - 1) */
     uint64_t capacity;
@@ -31,34 +33,34 @@ struct qs_queue {
     void *idle_ctx;
     bool in_idle;
     double idle_at_s; /* when the callback was last called */
-};
+} cpu_queue;
 
-qs_status qs_queue_create(qs_queue **out, int threads)
+static qs_status queue_create(qs_device *device, qs_queue **out, int threads)
 {
-    *out = NULL;
     if (threads < 1) {
         return QS_FAIL(QS_ERR_BUG, "a queue needs at least 1 thread, not %d", threads);
     }
-    qs_queue *queue = calloc(1, sizeof *queue);
+    cpu_queue *queue = calloc(1, sizeof *queue);
     pending *ring = calloc(FIRST_CAPACITY, sizeof *ring);
     if (queue == NULL || ring == NULL) {
         free(queue);
         free(ring);
         return QS_FAIL(QS_ERR_MEMORY, "memory: a queue cannot be allocated");
     }
+    queue->base = (qs_queue){.ops = &qs_device_cpu_ops, .device = device};
     queue->threads = threads;
     queue->ring = ring;
     queue->capacity = FIRST_CAPACITY;
-    *out = queue;
+    *out = &queue->base;
     return QS_OK;
 }
 
-static pending *pending_at(qs_queue *queue, uint64_t number)
+static pending *pending_at(cpu_queue *queue, uint64_t number)
 {
     return &queue->ring[number & (queue->capacity - 1)];
 }
 
-static void drop_first(qs_queue *queue)
+static void drop_first(cpu_queue *queue)
 {
     pending done = *pending_at(queue, queue->first);
     queue->first++;
@@ -67,29 +69,27 @@ static void drop_first(qs_queue *queue)
     }
 }
 
-static void drop_all(qs_queue *queue)
+static void drop_all(cpu_queue *queue)
 {
     while (queue->first < queue->end) {
         drop_first(queue);
     }
 }
 
-void qs_queue_destroy(qs_queue *queue)
+static void queue_destroy(qs_queue *base)
 {
-    if (queue == NULL) {
-        return;
-    }
+    cpu_queue *queue = (cpu_queue *)base;
     drop_all(queue);
     free(queue->ring);
     free(queue);
 }
 
-int qs_queue_threads(const qs_queue *queue)
+static int queue_threads(const qs_queue *base)
 {
-    return queue->threads;
+    return ((const cpu_queue *)base)->threads;
 }
 
-static qs_status grow(qs_queue *queue)
+static qs_status grow(cpu_queue *queue)
 {
     pending *ring = calloc(2 * queue->capacity, sizeof *ring);
     if (ring == NULL) {
@@ -105,8 +105,9 @@ static qs_status grow(qs_queue *queue)
     return QS_OK;
 }
 
-qs_status qs_queue_push(qs_queue *queue, qs_pending_poll poll, void (*release)(void *), void *ctx)
+static qs_status push(qs_queue *base, qs_pending_poll poll, void (*release)(void *), void *ctx)
 {
+    cpu_queue *queue = (cpu_queue *)base;
     if (queue->failed != QS_OK) {
         return queue->failed;
     }
@@ -118,8 +119,9 @@ qs_status qs_queue_push(qs_queue *queue, qs_pending_poll poll, void (*release)(v
     return QS_OK;
 }
 
-qs_status qs_queue_poll(qs_queue *queue)
+static qs_status poll_all(qs_queue *base)
 {
+    cpu_queue *queue = (cpu_queue *)base;
     if (queue->polling) {
         return queue->failed;
     }
@@ -141,40 +143,38 @@ qs_status qs_queue_poll(qs_queue *queue)
     return queue->failed;
 }
 
-static qs_status wait_until(qs_queue *queue, uint64_t number)
+static qs_status wait_for(qs_queue *base, uint64_t number)
 {
-    QS_TRY(qs_queue_poll(queue));
+    const cpu_queue *queue = (const cpu_queue *)base;
+    QS_TRY(poll_all(base));
     while (queue->first < number) {
         sched_yield(); /* ranks may share a core; the one that is waited for should have it */
-        QS_TRY(qs_queue_poll(queue));
+        QS_TRY(poll_all(base));
     }
     return QS_OK;
 }
 
-qs_status qs_queue_wait(qs_queue *queue)
+static uint64_t record(qs_queue *base)
 {
-    return wait_until(queue, queue->end);
+    return ((const cpu_queue *)base)->end;
 }
 
-qs_event qs_event_record(qs_queue *queue)
+static qs_status wait_empty(qs_queue *base)
 {
-    return (qs_event){.queue = queue, .number = queue->end};
+    return wait_for(base, record(base));
 }
 
-qs_status qs_event_wait(qs_event event)
+static void set_idle(qs_queue *base, void (*idle)(void *), void *ctx)
 {
-    return event.queue != NULL ? wait_until(event.queue, event.number) : QS_OK;
-}
-
-void qs_queue_set_idle(qs_queue *queue, void (*idle)(void *), void *ctx)
-{
+    cpu_queue *queue = (cpu_queue *)base;
     queue->idle = idle;
     queue->idle_ctx = ctx;
     queue->idle_at_s = 0.0;
 }
 
-void qs_queue_idle(qs_queue *queue)
+static void call_idle(qs_queue *base)
 {
+    cpu_queue *queue = (cpu_queue *)base;
     if (queue->idle == NULL || queue->in_idle) {
         return;
     }
@@ -187,3 +187,52 @@ void qs_queue_idle(qs_queue *queue)
     queue->in_idle = false;
     queue->idle_at_s = qs_time_s();
 }
+
+/* ---- memory: the host's ---- */
+
+static qs_status alloc(qs_device *device, void **out, size_t bytes, qs_mem_class kind)
+{
+    (void)device;
+    return qs_mem_alloc(out, bytes, kind);
+}
+
+static void free_memory(qs_device *device, void *ptr)
+{
+    (void)device;
+    qs_mem_free(ptr);
+}
+
+static qs_status copy(qs_queue *queue, void *to, const void *from, size_t bytes)
+{
+    (void)queue;
+    memcpy(to, from, bytes);
+    return QS_OK;
+}
+
+static qs_status zero(qs_queue *queue, void *ptr, size_t bytes)
+{
+    (void)queue;
+    memset(ptr, 0, bytes);
+    return QS_OK;
+}
+
+const qs_device_ops qs_device_cpu_ops = {
+    .name = "cpu",
+    .is_host = true,
+    .alloc = alloc,
+    .free = free_memory,
+    .host_alloc = alloc,
+    .host_free = free_memory,
+    .queue_create = queue_create,
+    .queue_destroy = queue_destroy,
+    .queue_threads = queue_threads,
+    .copy = copy,
+    .zero = zero,
+    .wait = wait_empty,
+    .record = record,
+    .wait_for = wait_for,
+    .push = push,
+    .poll = poll_all,
+    .set_idle = set_idle,
+    .idle = call_idle,
+};

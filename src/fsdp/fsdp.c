@@ -20,6 +20,22 @@
 
 /* ---- sizes ---- */
 
+static bool is_vocabulary(const qs_base_index *index, int u)
+{
+    return u >= index->config.n_layers;
+}
+
+static bool is_offloaded(const qs_base_index *index, int u, const qs_fsdp_options *options)
+{
+    return is_vocabulary(index, u) ? options->offload_vocabulary : options->offload_layers;
+}
+
+/* The two buffers are there for units that are not whole on this device. */
+static bool needs_buffers(int nranks, const qs_fsdp_options *options)
+{
+    return nranks > 1 || options->offload_layers || options->offload_vocabulary;
+}
+
 static size_t largest_unit_bytes(const qs_base_index *index, int nranks)
 {
     size_t most = 0;
@@ -31,19 +47,22 @@ static size_t largest_unit_bytes(const qs_base_index *index, int nranks)
     return most;
 }
 
-size_t qs_fsdp_shard_bytes(const qs_base_index *index, int rank, int nranks)
+qs_fsdp_bytes qs_fsdp_plan(const qs_base_index *index, int nranks, const qs_fsdp_options *options)
 {
-    (void)rank; /* shares are padded to the same size */
-    size_t bytes = 0;
-    for (int u = 0; u < index->n_units; u++) {
-        bytes += qs_unit_layout_make(&index->units[u].size, nranks).message_bytes;
+    qs_fsdp_bytes bytes = {0};
+    for (int u = 0; u < index->n_units; u++) { /* shares are padded to the same size */
+        const size_t message = qs_unit_layout_make(&index->units[u].size, nranks).message_bytes;
+        if (is_offloaded(index, u, options)) {
+            bytes.host_shard_bytes += message;
+        } else {
+            bytes.device_shard_bytes += message;
+        }
     }
+    if (needs_buffers(nranks, options)) {
+        bytes.gather_bytes = QS_GATHER_BUFFERS * largest_unit_bytes(index, nranks);
+    }
+    qs_embed_plan(index, nranks, options, &bytes);
     return bytes;
-}
-
-size_t qs_fsdp_gather_bytes(const qs_base_index *index, int nranks)
-{
-    return nranks == 1 ? 0 : QS_GATHER_BUFFERS * largest_unit_bytes(index, nranks);
 }
 
 /* ---- create, destroy ---- */
@@ -56,46 +75,101 @@ static void poll_queue(void *ctx)
     (void)qs_queue_poll(f->queue);
 }
 
-static qs_status allocate(qs_fsdp *f)
+static qs_status allocate_shares(qs_fsdp *f)
 {
-    int n_units = f->index->n_units;
-    QS_TRY(QS_ALLOC(&f->layouts, n_units, QS_MEM_BASE_SMALL));
-    QS_TRY(QS_ALLOC(&f->share_at, n_units, QS_MEM_BASE_SMALL));
-    QS_TRY(QS_ALLOC(&f->held, n_units, QS_MEM_BASE_SMALL));
-    size_t at = 0;
+    const int n_units = f->index->n_units;
+    size_t on_device = 0, on_host = 0;
     for (int u = 0; u < n_units; u++) {
         f->layouts[u] = qs_unit_layout_make(&f->index->units[u].size, f->nranks);
-        f->share_at[u] = at;
-        at += f->layouts[u].message_bytes;
+        f->offloaded[u] = is_offloaded(f->index, u, &f->options);
+        *(f->offloaded[u] ? &on_host : &on_device) += f->layouts[u].message_bytes;
     }
-    QS_TRY(QS_ALLOC(&f->shares, at, QS_MEM_BASE_SHARD));
-    if (f->nranks > 1) {
-        size_t bytes = largest_unit_bytes(f->index, f->nranks);
-        for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
-            QS_TRY(QS_ALLOC(&f->buffers[b].bytes, bytes, QS_MEM_BASE_GATHER));
-        }
-    }
-    QS_TRY(qs_queue_create(&f->queue, 1));
-    return qs_embed_init(f);
-}
-
-static qs_status fill_shares(qs_fsdp *f, qs_share_fill fill, void *ctx)
-{
-    for (int u = 0; u < f->index->n_units; u++) {
-        QS_TRY(fill(ctx, u, f->rank, f->nranks, f->shares + f->share_at[u], &f->stats.read_bytes));
+    QS_TRY(QS_DEVICE_ALLOC(f->device, &f->shares, on_device, QS_MEM_BASE_SHARD));
+    QS_TRY(QS_HOST_ALLOC(f->device, &f->host_shares, on_host, QS_MEM_BASE_SHARD));
+    uint8_t *device_at = f->shares, *host_at = f->host_shares;
+    for (int u = 0; u < n_units; u++) {
+        uint8_t **at = f->offloaded[u] ? &host_at : &device_at;
+        f->share[u] = *at;
+        *at += f->layouts[u].message_bytes;
     }
     return QS_OK;
 }
 
+static qs_status allocate(qs_fsdp *f)
+{
+    const int n_units = f->index->n_units;
+    QS_TRY(QS_ALLOC(&f->layouts, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->share, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->offloaded, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->held, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(allocate_shares(f));
+    if (needs_buffers(f->nranks, &f->options)) {
+        size_t bytes = largest_unit_bytes(f->index, f->nranks);
+        for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+            QS_TRY(QS_DEVICE_ALLOC(f->device, &f->buffers[b].bytes, bytes, QS_MEM_BASE_GATHER));
+        }
+    }
+    QS_TRY(qs_queue_create_on(f->device, &f->queue, 1));
+    if (qs_device_is_host(f->device)) {
+        f->host_queue = f->queue;
+    } else {
+        QS_TRY(qs_queue_create(&f->host_queue, 1));
+    }
+    return qs_embed_init(f);
+}
+
+static size_t largest_message(const qs_fsdp *f)
+{
+    size_t most = 0;
+    for (int u = 0; u < f->index->n_units; u++) {
+        most = f->layouts[u].message_bytes > most ? f->layouts[u].message_bytes : most;
+    }
+    return most;
+}
+
+/* Read the shares, those of another memory than the host's by way of a pinned buffer: two, so that
+ * one is read while the other is copied. */
+static qs_status fill_shares(qs_fsdp *f, qs_share_fill fill, void *ctx)
+{
+    qs_status st = QS_OK;
+    const bool direct = qs_device_is_host(f->device);
+    uint8_t *staging[2] = {NULL, NULL};
+    qs_event copied[2] = {{0}};
+    for (int i = 0; i < 2 && !direct; i++) {
+        QS_GOTO(QS_HOST_ALLOC(f->device, &staging[i], largest_message(f), QS_MEM_WORK));
+    }
+    for (int u = 0; u < f->index->n_units; u++) {
+        const bool in_place = direct || f->offloaded[u];
+        uint8_t *message = in_place ? f->share[u] : staging[u % 2];
+        if (!in_place) {
+            QS_GOTO(qs_event_wait(copied[u % 2]));
+        }
+        QS_GOTO(fill(ctx, u, f->rank, f->nranks, message, &f->stats.read_bytes));
+        if (!in_place) {
+            QS_GOTO(qs_queue_copy(f->queue, f->share[u], message, f->layouts[u].message_bytes));
+            copied[u % 2] = qs_event_record(f->queue);
+        }
+    }
+    st = qs_queue_wait(f->queue);
+done:
+    for (int i = 0; i < 2; i++) {
+        qs_device_host_free(f->device, staging[i]);
+    }
+    return st;
+}
+
 qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
-                              qs_queue *compute, qs_share_fill fill, void *ctx)
+                              qs_queue *compute, const qs_fsdp_options *options, qs_share_fill fill,
+                              void *ctx)
 {
     *out = NULL;
     qs_fsdp *f = NULL;
     qs_status st = QS_ALLOC(&f, 1, QS_MEM_BASE_SMALL);
     if (st == QS_OK) {
         f->index = index;
+        f->options = *options;
         f->comm = comm;
+        f->device = qs_queue_device(compute);
         f->compute = compute;
         f->rank = qs_comm_rank(comm);
         f->nranks = qs_comm_nranks(comm);
@@ -137,11 +211,11 @@ static qs_status fill_from_file(void *ctx, int u, int rank, int nranks, uint8_t 
 }
 
 qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
-                         qs_queue *compute)
+                         qs_queue *compute, const qs_fsdp_options *options)
 {
     base_file file = {.index = index, .fd = open(index->path, O_RDONLY | O_CLOEXEC)};
     file.error = errno;
-    qs_status st = qs_fsdp_create_from(out, index, comm, compute, fill_from_file, &file);
+    qs_status st = qs_fsdp_create_from(out, index, comm, compute, options, fill_from_file, &file);
     if (file.fd >= 0) {
         close(file.fd);
     }
@@ -158,16 +232,22 @@ void qs_fsdp_destroy(qs_fsdp *f)
     }
     if (f->queue != NULL) {
         (void)qs_queue_wait(f->queue); /* a prefetch may still write into a buffer */
-        qs_queue_destroy(f->queue);
+        (void)qs_queue_wait(f->compute);
     }
+    if (f->host_queue != f->queue) {
+        qs_queue_destroy(f->host_queue);
+    }
+    qs_queue_destroy(f->queue);
     for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
-        qs_mem_free(f->buffers[b].bytes);
+        qs_device_free(f->device, f->buffers[b].bytes);
     }
-    qs_embed_free(&f->embed);
-    qs_mem_free(f->shares);
-    qs_mem_free(f->held);
-    qs_mem_free(f->share_at);
-    qs_mem_free(f->layouts);
+    qs_embed_free(f);
+    qs_device_free(f->device, f->shares);
+    qs_device_host_free(f->device, f->host_shares);
+    void *const owned[] = {f->held, f->offloaded, f->share, f->layouts};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) {
+        qs_mem_free(owned[i]);
+    }
     qs_mem_free(f);
 }
 
@@ -183,14 +263,14 @@ static qs_gather_buffer *buffer_of(qs_fsdp *f, int u)
     return NULL;
 }
 
-/* Wait until the buffer's gather has landed. */
-static qs_status settle(qs_gather_buffer *buffer)
+/* Compute waits until the buffer's gather has landed. */
+static qs_status settle(qs_fsdp *f, qs_gather_buffer *buffer)
 {
     if (!buffer->in_flight) {
         return QS_OK;
     }
     buffer->in_flight = false;
-    qs_status st = qs_event_wait(buffer->landed);
+    qs_status st = qs_queue_after(f->compute, buffer->landed);
     if (st != QS_OK) {
         buffer->unit = -1;
     }
@@ -219,10 +299,19 @@ static qs_gather_buffer *choose_buffer(qs_fsdp *f, int spare)
 
 static qs_status start_gather(qs_fsdp *f, qs_gather_buffer *buffer, int u)
 {
-    QS_TRY(settle(buffer)); /* a prefetch that nobody came for */
-    size_t bytes = f->layouts[u].message_bytes;
+    QS_TRY(settle(f, buffer)); /* a prefetch that nobody came for */
+    const size_t bytes = f->layouts[u].message_bytes;
+    const uint8_t *share = f->share[u];
     buffer->unit = -1;
-    QS_TRY(qs_comm_all_gather(f->comm, f->shares + f->share_at[u], buffer->bytes, bytes, f->queue));
+    QS_TRY(qs_queue_after(f->queue, buffer->released)); /* kernels may still read the old unit */
+    if (f->offloaded[u]) {
+        uint8_t *place = buffer->bytes + bytes * (size_t)f->rank;
+        QS_TRY(qs_queue_copy(f->queue, place, share, bytes));
+        share = place;
+    }
+    if (f->nranks > 1) {
+        QS_TRY(qs_comm_all_gather(f->comm, share, buffer->bytes, bytes, f->queue));
+    }
     buffer->unit = u;
     buffer->in_flight = true;
     buffer->landed = qs_event_record(f->queue);
@@ -255,6 +344,12 @@ static qs_status check_acquire(const qs_fsdp *f, int u, int next)
     return QS_OK;
 }
 
+/* True where the unit is whole in this rank's share, so that nothing has to move. */
+static bool is_at_hand(const qs_fsdp *f, int u)
+{
+    return f->nranks == 1 && !f->offloaded[u];
+}
+
 static qs_status acquire_gathered(qs_fsdp *f, int u, int next, const uint8_t **base)
 {
     qs_gather_buffer *mine = buffer_of(f, u);
@@ -264,14 +359,14 @@ static qs_status acquire_gathered(qs_fsdp *f, int u, int next, const uint8_t **b
     }
     if (mine->in_flight) {
         double since = qs_time_s();
-        qs_status st = settle(mine);
+        qs_status st = settle(f, mine);
         f->stats.wait_s += qs_time_s() - since;
         QS_TRY(st);
     }
     mine->held++;
     mine->used = ++f->clock;
     *base = mine->bytes;
-    if (next >= 0 && buffer_of(f, next) == NULL) {
+    if (next >= 0 && !is_at_hand(f, next) && buffer_of(f, next) == NULL) {
         qs_gather_buffer *other = choose_buffer(f, -1);
         if (other != NULL) { /* else both are held, and `next` is gathered when its turn comes */
             QS_TRY(start_gather(f, other, next));
@@ -284,8 +379,8 @@ qs_status qs_fsdp_acquire(qs_fsdp *f, int u, int next, qs_unit_view *view)
 {
     QS_TRY(check_acquire(f, u, next));
     view->layout = f->layouts[u];
-    if (f->nranks == 1) {
-        view->base = f->shares + f->share_at[u];
+    if (is_at_hand(f, u)) {
+        view->base = f->share[u];
     } else {
         QS_TRY(acquire_gathered(f, u, next, &view->base));
     }
@@ -299,8 +394,10 @@ qs_status qs_fsdp_release(qs_fsdp *f, int u)
         return QS_FAIL(QS_ERR_BUG, "release of unit %d, which is not held", u);
     }
     f->held[u]--;
-    if (f->nranks > 1) {
-        buffer_of(f, u)->held--;
+    if (!is_at_hand(f, u)) {
+        qs_gather_buffer *buffer = buffer_of(f, u);
+        buffer->held--;
+        buffer->released = qs_event_record(f->compute);
     }
     return QS_OK;
 }

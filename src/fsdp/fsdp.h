@@ -26,28 +26,42 @@ typedef struct {
     double wait_s; /* time that compute stood still for gathers */
 } qs_fsdp_stats;
 
-/** Read this rank's share of every unit and allocate the two gather buffers. Collective. `index`
- * is borrowed. */
+/** What qs_fsdp_create needs to know beside the base. */
+typedef struct {
+    const qs_ops *ops;       /* for the rows of the embedding; of the compute queue's device */
+    int64_t max_tokens;      /* of one qs_fsdp_embed call */
+    bool offload_layers;     /* keep the layers' shares in pinned host memory */
+    bool offload_vocabulary; /* likewise embedding and head */
+} qs_fsdp_options;
+
+/** Read this rank's share of every unit into the memory of the compute queue's device and allocate
+ * the two gather buffers. Collective. `index` is borrowed. */
 qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
-                         qs_queue *compute);
+                         qs_queue *compute, const qs_fsdp_options *options);
 void qs_fsdp_destroy(qs_fsdp *fsdp);
 
-/** The unit `u`, whole, until qs_fsdp_release. `next` (-1: none) is gathered meanwhile.
+/** The unit `u`, whole, in device memory, for what is given to the compute queue until
+ * qs_fsdp_release. `next` (-1: none) is gathered meanwhile.
  * Collective: all ranks, same order. At most two units are held at a time. A unit that still lies
  * in a buffer, released or not, is not gathered again. QS_ERR_BUG for a third unit, or for the
  * release of one that is not held. */
 qs_status qs_fsdp_acquire(qs_fsdp *fsdp, int u, int next, qs_unit_view *view);
 qs_status qs_fsdp_release(qs_fsdp *fsdp, int u);
 
-/** Rows of the embedding table for `tokens` [count], as floats, into out [count, hidden]: owners
- * are asked by all-to-all, no rank gathers the table. Collective, count may be 0. */
-qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, float *out);
+/** Rows of the embedding table for `tokens` [count] (host memory), in the ops' act_dtype, into out
+ * [count, hidden] on the device: owners are asked by all-to-all, no rank gathers the table.
+ * Collective, count may be 0. */
+qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, void *out);
 
 qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *fsdp);
 
-/** Bytes that qs_fsdp_create will hold for a rank: for the plan. */
-size_t qs_fsdp_shard_bytes(const qs_base_index *index, int rank, int nranks);
-size_t qs_fsdp_gather_bytes(const qs_base_index *index, int nranks);
+/** Bytes that qs_fsdp_create will hold for a rank, for the plan: shares on the device and in pinned
+ * host memory, gather buffers, and what the embedding's exchange takes on either side. */
+typedef struct {
+    size_t device_shard_bytes, host_shard_bytes, gather_bytes;
+    size_t embed_device_bytes, embed_host_bytes;
+} qs_fsdp_bytes;
+qs_fsdp_bytes qs_fsdp_plan(const qs_base_index *index, int nranks, const qs_fsdp_options *options);
 
 /* ---- LoRA: gather of the weights, reduction of the gradients along the slot tree ---- */
 
@@ -97,5 +111,10 @@ qs_status qs_grads_norm(qs_grads *grads, const float *shard, double *norm);
  * per_layer]. Collective; waits until `queue` is empty. */
 qs_status qs_lora_gather(const qs_lora_layout *layout, qs_comm *comm, qs_queue *queue,
                          const float *shard, float *full);
+
+/** The same, rounded to the ops' act_dtype on the way. `send` [n_layers * shard_width] of that type
+ * is scratch on the device; not used, and may be NULL, where that type is fp32. */
+qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops, qs_comm *comm,
+                            qs_queue *queue, const float *shard, void *send, void *full);
 
 #endif

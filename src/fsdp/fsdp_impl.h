@@ -12,53 +12,68 @@ typedef qs_status (*qs_share_fill)(void *ctx, int u, int rank, int nranks, uint8
 
 /** qs_fsdp_create with another source of the shares. Collective. */
 qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
-                              qs_queue *compute, qs_share_fill fill, void *ctx);
+                              qs_queue *compute, const qs_fsdp_options *options, qs_share_fill fill,
+                              void *ctx);
 
-/** Buffers of the embedding's exchange, grown on demand. Positions count rows, owner by owner. */
+/** Buffers of the embedding's exchange. Positions count rows, owner by owner. */
 typedef struct {
-    int32_t *row_of; /* [vocab] position of a token's row in `want` while a call runs, else -1 */
-    int32_t *unique; /* [want_capacity] ids in order of first appearance */
-    int32_t *want;   /* [want_capacity] the same ids, grouped by owner */
-    uint8_t *rows;   /* [want_capacity * row_bytes] their rows, as stored */
-    int64_t want_capacity; /* rows */
-    int32_t *asked;        /* [asked_capacity] ids that others want from here */
-    uint8_t *answer;       /* [asked_capacity * row_bytes] */
-    int64_t asked_capacity;
-    int64_t *counts;  /* [2 nranks] rows wanted from each rank, rows that each rank asks */
-    size_t *exchange; /* [4 nranks] bytes and offsets of an exchange */
-    int64_t *at;      /* [nranks + 1] first position of each owner in `want` */
+    int64_t room;       /* ids that one call can want */
+    int64_t round;      /* rows that one rank gets from one owner in a round */
+    int32_t *row_of;    /* [vocab] position of a token's row in `want` while a call runs, else -1 */
+    int32_t *unique;    /* [room] ids in order of first appearance */
+    int32_t *want;      /* [room] the same ids, grouped by owner */
+    int32_t *asked;     /* [nranks * round] ids that others want from here in this round */
+    int64_t *counts;    /* [4 nranks] rows wanted from each rank, rows that each rank asks; the same
+                           of this round */
+    size_t *exchange;   /* [4 nranks] bytes and offsets of an exchange */
+    int64_t *at;        /* [nranks + 1] first position of each owner in `want` */
+    qs_mirror asked_at; /* [nranks * round] int64: where the asked rows lie in the shares, bytes */
+    qs_mirror index;    /* [max_tokens] int32: the row of each token */
+    uint8_t *answer;    /* [nranks * round * row_bytes] on the device */
+    uint8_t *rows;      /* [room * row_bytes] on the device: rows as stored */
+    qs_event answered;  /* `asked_at` and `answer` have been read */
+    qs_event index_read; /* the device has taken `index` */
+    qs_event rows_read;  /* compute has read `rows` */
 } qs_embed;
 
 /** One of the two gather buffers. `unit` is what it holds or is about to hold (-1: nothing). */
 typedef struct {
     uint8_t *bytes;
     int unit;
-    int held;        /* acquires that have not been released */
-    bool in_flight;  /* the gather has not been waited for */
-    qs_event landed; /* valid while in_flight */
-    uint64_t used;   /* when it was last acquired, for the choice of a victim */
+    int held;          /* acquires that have not been released */
+    bool in_flight;    /* the gather has not been waited for */
+    qs_event landed;   /* valid while in_flight */
+    qs_event released; /* compute has passed what was given to it before the last release */
+    uint64_t used;     /* when it was last acquired, for the choice of a victim */
 } qs_gather_buffer;
 
 enum { QS_GATHER_BUFFERS = 2 };
 
 struct qs_fsdp {
     const qs_base_index *index;
+    qs_fsdp_options options;
     qs_comm *comm;
+    qs_device *device;
     qs_queue *compute;
-    qs_queue *queue; /* gathers, embedding exchanges, attached reductions, in program order */
+    qs_queue *queue;      /* gathers, embedding rows, attached reductions, in program order */
+    qs_queue *host_queue; /* embedding ids; on the CPU the same queue */
     int rank, nranks;
     qs_unit_layout *layouts; /* [n_units] */
-    size_t *share_at;        /* [n_units] */
-    uint8_t *shares;         /* this rank's messages of all units */
-    int *held;               /* [n_units] acquires per unit; the only state with one rank */
+    uint8_t **share;         /* [n_units] this rank's message of each unit */
+    bool *offloaded;         /* [n_units] the share lies in pinned host memory */
+    uint8_t *shares;         /* those on the device */
+    uint8_t *host_shares;    /* those in pinned host memory */
+    int *held;               /* [n_units] acquires per unit */
     qs_gather_buffer buffers[QS_GATHER_BUFFERS];
     uint64_t clock;
     qs_embed embed;
     qs_fsdp_stats stats;
 };
 
-void qs_embed_free(qs_embed *embed);
+void qs_embed_free(qs_fsdp *fsdp);
 qs_status qs_embed_init(qs_fsdp *fsdp);
+void qs_embed_plan(const qs_base_index *index, int nranks, const qs_fsdp_options *options,
+                   qs_fsdp_bytes *bytes);
 
 /* ---- partial sums of the slot tree (partials.c) ---- */
 

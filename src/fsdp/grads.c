@@ -26,6 +26,7 @@ typedef struct {
 struct qs_grads {
     qs_lora_layout layout;
     qs_comm *comm;
+    qs_device *device;
     qs_queue *compute, *queue;
     bool own_queue;
     int rank, nranks;
@@ -49,10 +50,11 @@ struct qs_grads {
     int open_layer;
     int started; /* reductions of this step */
     reduction flights[IN_FLIGHT];
-    qs_partials finish;      /* stack of the finishing tree [n_nodes + 1] */
-    float *result;           /* [n_layers * width] */
-    double *sums, *all_sums; /* [n_layers * p], [nranks * n_layers * p] squares of chunks */
-    size_t *exchange;        /* [4 nranks] bytes and offsets */
+    qs_partials finish; /* stack of the finishing tree [n_nodes + 1] */
+    float *result;      /* [n_layers * width] */
+    qs_mirror sums;     /* [n_layers * p] doubles: squares of this rank's chunks */
+    double *all_sums;   /* [nranks * n_layers * p] */
+    size_t *exchange;   /* [4 nranks] bytes and offsets */
 };
 
 /* ---- sizes ---- */
@@ -107,7 +109,8 @@ static qs_status allocate(qs_grads *g)
 {
     const int layers = g->layout.n_layers;
     const int room = QS_SLOT_NODES_MAX;
-    QS_TRY(QS_ALLOC(&g->buffers, g->n_buffers * g->layout.per_layer, QS_MEM_LORA_GRAD));
+    QS_TRY(QS_DEVICE_ALLOC(g->device, &g->buffers, g->n_buffers * g->layout.per_layer,
+                           QS_MEM_LORA_GRAD));
     QS_TRY(QS_ALLOC(&g->pool.free, g->n_buffers, QS_MEM_LORA_GRAD));
     QS_TRY(QS_ALLOC(&g->partials, layers * room, QS_MEM_LORA_GRAD));
     QS_TRY(QS_ALLOC(&g->stacks, layers, QS_MEM_LORA_GRAD));
@@ -117,12 +120,14 @@ static qs_status allocate(qs_grads *g)
     QS_TRY(QS_ALLOC(&g->added, layers, QS_MEM_LORA_GRAD));
     QS_TRY(QS_ALLOC(&g->reduced, layers, QS_MEM_LORA_GRAD));
     for (int i = 0; i < IN_FLIGHT; i++) {
-        QS_TRY(QS_ALLOC(&g->flights[i].received, g->n_nodes * g->width, QS_MEM_LORA_GRAD));
+        QS_TRY(QS_DEVICE_ALLOC(g->device, &g->flights[i].received, g->n_nodes * g->width,
+                               QS_MEM_LORA_GRAD));
     }
     QS_TRY(QS_ALLOC(&g->finish.at, g->n_nodes + 1, QS_MEM_LORA_GRAD));
-    QS_TRY(QS_ALLOC(&g->result, layers * g->width, QS_MEM_LORA_GRAD));
+    QS_TRY(QS_DEVICE_ALLOC(g->device, &g->result, layers * g->width, QS_MEM_LORA_GRAD));
     const int64_t chunks = layers * (g->width / QS_LORA_CHUNK);
-    QS_TRY(QS_ALLOC(&g->sums, chunks, QS_MEM_LORA_GRAD));
+    QS_TRY(
+        qs_mirror_create(g->device, &g->sums, (size_t)chunks * sizeof(double), QS_MEM_LORA_GRAD));
     QS_TRY(QS_ALLOC(&g->all_sums, g->nranks * chunks, QS_MEM_LORA_GRAD));
     return QS_ALLOC(&g->exchange, 4 * g->nranks, QS_MEM_LORA_GRAD);
 }
@@ -140,6 +145,7 @@ qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs
     QS_TRY(QS_ALLOC(&g, 1, QS_MEM_LORA_GRAD));
     g->layout = *layout;
     g->comm = comm;
+    g->device = qs_queue_device(compute);
     g->compute = compute;
     g->rank = qs_comm_rank(comm);
     g->nranks = qs_comm_nranks(comm);
@@ -153,7 +159,7 @@ qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs
     g->flights[0].layer = g->flights[1].layer = -1;
     QS_GOTO(list_nodes(g, slots));
     QS_GOTO(allocate(g));
-    QS_GOTO(qs_queue_create(&g->queue, 1));
+    QS_GOTO(qs_queue_create_on(g->device, &g->queue, 1));
     g->own_queue = true;
     qs_grads_begin(g);
     *out = g;
@@ -186,11 +192,13 @@ void qs_grads_destroy(qs_grads *g)
         qs_queue_destroy(g->queue);
     }
     for (int i = 0; i < IN_FLIGHT; i++) {
-        qs_mem_free(g->flights[i].received);
+        qs_device_free(g->device, g->flights[i].received);
     }
-    void *const owned[] = {g->first_node, g->nodes,    g->buffers, g->pool.free, g->partials,
-                           g->stacks,     g->added,    g->reduced, g->finish.at, g->result,
-                           g->sums,       g->all_sums, g->exchange};
+    qs_device_free(g->device, g->buffers);
+    qs_device_free(g->device, g->result);
+    qs_mirror_destroy(g->device, &g->sums);
+    void *const owned[] = {g->first_node, g->nodes,   g->pool.free, g->partials, g->stacks,
+                           g->added,      g->reduced, g->finish.at, g->all_sums, g->exchange};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) {
         qs_mem_free(owned[i]);
     }
@@ -256,7 +264,9 @@ float *qs_grads_slot(qs_grads *g, int layer, int64_t slot)
     }
     g->open = g->pool.free[--g->pool.count];
     g->open_layer = layer;
-    memset(g->open, 0, (size_t)g->layout.per_layer * sizeof(float));
+    if (qs_queue_zero(g->compute, g->open, (size_t)g->layout.per_layer * sizeof(float)) != QS_OK) {
+        return NULL;
+    }
     return g->open;
 }
 
@@ -308,7 +318,7 @@ static qs_status settle(qs_grads *g, reduction *flight)
         return QS_OK;
     }
     flight->layer = -1;
-    QS_TRY(qs_event_wait(flight->landed));
+    QS_TRY(qs_queue_after(g->compute, flight->landed));
     qs_partials *sent = &g->stacks[layer];
     while (sent->depth > 0) {
         g->pool.free[g->pool.count++] = sent->at[--sent->depth].sum;
@@ -325,9 +335,8 @@ static qs_status settle(qs_grads *g, reduction *flight)
         return QS_FAIL(QS_ERR_BUG, "the slot tree of layer %d ends in %d nodes", layer,
                        g->finish.depth);
     }
-    memcpy(g->result + layer * g->width, g->finish.at[0].sum,
-           (size_t)g->add_shard.count * sizeof(float));
-    return QS_OK;
+    return qs_queue_copy(g->compute, g->result + layer * g->width, g->finish.at[0].sum,
+                         (size_t)g->add_shard.count * sizeof(float));
 }
 
 qs_status qs_grads_reduce(qs_grads *g, int layer)
@@ -339,7 +348,8 @@ qs_status qs_grads_reduce(qs_grads *g, int layer)
     }
     reduction *flight = &g->flights[g->started % IN_FLIGHT];
     QS_TRY(settle(g, flight));
-    QS_TRY(qs_queue_wait(g->compute)); /* the sums must be there before they are sent */
+    /* The sums must be there before they are sent, and the pieces that lay in `received` added. */
+    QS_TRY(qs_queue_after(g->queue, qs_event_record(g->compute)));
     for (int k = 0; k < g->most_nodes; k++) {
         QS_TRY(send_nodes(g, &g->stacks[layer], k, flight->received));
     }
@@ -370,11 +380,10 @@ qs_status qs_grads_norm(qs_grads *g, const float *shard, double *norm)
 {
     const int64_t per_rank = g->width / QS_LORA_CHUNK; /* chunks of a layer */
     const int64_t mine = g->layout.n_layers * per_rank;
-    QS_TRY(g->add_shard.ops->square_sums(g->compute, shard, mine, g->sums));
+    QS_TRY(g->add_shard.ops->square_sums(g->compute, shard, mine, g->sums.device));
+    QS_TRY(qs_mirror_pull(g->compute, &g->sums, 0, g->sums.bytes));
     QS_TRY(qs_queue_wait(g->compute));
-    QS_TRY(qs_comm_all_gather(g->comm, g->sums, g->all_sums, (size_t)mine * sizeof *g->sums,
-                              g->queue));
-    QS_TRY(qs_event_wait(qs_event_record(g->queue)));
+    QS_TRY(qs_comm_all_gather_now(g->comm, g->sums.host, g->all_sums, g->sums.bytes));
     double sum = 0;
     for (int l = 0; l < g->layout.n_layers; l++) {
         for (int64_t c = 0; c < g->layout.chunks; c++) {

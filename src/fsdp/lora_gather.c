@@ -4,6 +4,8 @@
  *   rank 1  | layer 0, chunks p..    | layer 1, chunks p..    | ...
  *   full    | layer 0 of rank 0, rank 1, ... | layer 1 of rank 0, rank 1, ... | ...
  *
+ * What travels is the compute type: half the bytes on a GPU, and the master stays with its owner.
+ *
  * An all-to-all in which everybody gets the same piece: unlike an all-gather it takes a short last
  * shard, so that every piece lands in its place, and neither a copy nor room for padding is needed.
  */
@@ -13,7 +15,8 @@
 enum { LAYERS_IN_FLIGHT = 8 }; /* enough to fill a network; bounds the requests that are open */
 
 static qs_status gather_layers(const qs_lora_layout *layout, qs_comm *comm, qs_queue *queue,
-                               const float *shard, float *full, size_t *exchange)
+                               const uint8_t *shard, size_t element, uint8_t *full,
+                               size_t *exchange)
 {
     const int nranks = qs_comm_nranks(comm), rank = qs_comm_rank(comm);
     const int64_t width = qs_lora_shard_width(layout, nranks);
@@ -23,17 +26,18 @@ static qs_status gather_layers(const qs_lora_layout *layout, qs_comm *comm, qs_q
     const qs_range mine = qs_lora_shard(layout, rank, nranks);
     for (int r = 0; r < nranks; r++) {
         qs_range theirs = qs_lora_shard(layout, r, nranks);
-        send_bytes[r] = (size_t)(mine.end - mine.begin) * sizeof *shard;
+        send_bytes[r] = (size_t)(mine.end - mine.begin) * element;
         send_at[r] = 0;
-        recv_bytes[r] = (size_t)(theirs.end - theirs.begin) * sizeof *full;
-        recv_at[r] = (size_t)theirs.begin * sizeof *full;
+        recv_bytes[r] = (size_t)(theirs.end - theirs.begin) * element;
+        recv_at[r] = (size_t)theirs.begin * element;
     }
     qs_event landed[LAYERS_IN_FLIGHT] = {{0}};
     for (int l = 0; l < layout->n_layers; l++) {
         qs_event *slot = &landed[l % LAYERS_IN_FLIGHT];
         QS_TRY(qs_event_wait(*slot));
-        QS_TRY(qs_comm_all_to_all_v(comm, shard + l * width, send_bytes, send_at,
-                                    full + l * layout->per_layer, recv_bytes, recv_at, queue));
+        QS_TRY(qs_comm_all_to_all_v(comm, shard + (size_t)(l * width) * element, send_bytes,
+                                    send_at, full + (size_t)(l * layout->per_layer) * element,
+                                    recv_bytes, recv_at, queue));
         *slot = qs_event_record(queue);
     }
     return qs_queue_wait(queue);
@@ -44,7 +48,24 @@ qs_status qs_lora_gather(const qs_lora_layout *layout, qs_comm *comm, qs_queue *
 {
     size_t *exchange = NULL;
     QS_TRY(QS_ALLOC(&exchange, 4 * qs_comm_nranks(comm), QS_MEM_WORK));
-    qs_status st = gather_layers(layout, comm, queue, shard, full, exchange);
+    qs_status st = gather_layers(layout, comm, queue, (const uint8_t *)shard, sizeof *shard,
+                                 (uint8_t *)full, exchange);
+    qs_mem_free(exchange);
+    return st;
+}
+
+qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops, qs_comm *comm,
+                            qs_queue *queue, const float *shard, void *send, void *full)
+{
+    if (ops->act_dtype == QS_F32) {
+        return qs_lora_gather(layout, comm, queue, shard, full);
+    }
+    const int64_t width = qs_lora_shard_width(layout, qs_comm_nranks(comm));
+    size_t *exchange = NULL;
+    QS_TRY(ops->convert(queue, shard, layout->n_layers * width, send));
+    QS_TRY(QS_ALLOC(&exchange, 4 * qs_comm_nranks(comm), QS_MEM_WORK));
+    qs_status st =
+        gather_layers(layout, comm, queue, send, qs_dtype_bytes(ops->act_dtype), full, exchange);
     qs_mem_free(exchange);
     return st;
 }

@@ -4,8 +4,9 @@
 #include "model/model_impl.h"
 
 #include "base/mem.h"
+#include "model/offload.h"
 
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 256 }; /* what every operation may expect of a matrix */
 
 /* A block that is being handed out; with base NULL it is only measured. */
 typedef struct {
@@ -26,25 +27,36 @@ static float *take_floats(arena *block, int64_t count)
     return take(block, count, sizeof(float));
 }
 
+/* [rows, cols] of act_dtype, and for what feeds a linear the border behind each row. */
+static void *take_acts(const qs_model *m, arena *block, int64_t rows, int64_t cols)
+{
+    return take(block, rows * cols, m->act_bytes);
+}
+
+static void *take_bordered(const qs_model *m, arena *block, int64_t rows, int64_t cols)
+{
+    return take_acts(m, block, rows, cols + m->border);
+}
+
 /* The members of `acts` that belong to the mode: everything but x and the A x of down_proj may be
  * shared. */
 static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts)
 {
     const int64_t t = m->shape.max_tokens;
     acts->rstd1 = take_floats(block, t);
-    acts->q = take_floats(block, t * m->q_width);
-    acts->k = take_floats(block, t * m->kv_width);
-    acts->v = take_floats(block, t * m->kv_width);
-    acts->o = take_floats(block, t * m->q_width);
+    acts->q = take_acts(m, block, t, m->q_width);
+    acts->k = take_acts(m, block, t, m->kv_width);
+    acts->v = take_acts(m, block, t, m->kv_width);
+    acts->o = take_bordered(m, block, t, m->q_width);
     acts->lse = take_floats(block, t * m->config->n_heads);
-    acts->x2 = take_floats(block, t * m->config->hidden);
+    acts->x2 = take_acts(m, block, t, m->config->hidden);
     acts->rstd2 = take_floats(block, t);
 }
 
 static void carve_gate_and_up(const qs_model *m, arena *block, qs_layer_acts *acts)
 {
-    acts->gate = take_floats(block, m->shape.max_tokens * m->config->ffn_hidden);
-    acts->up = take_floats(block, m->shape.max_tokens * m->config->ffn_hidden);
+    acts->gate = take_acts(m, block, m->shape.max_tokens, m->config->ffn_hidden);
+    acts->up = take_acts(m, block, m->shape.max_tokens, m->config->ffn_hidden);
 }
 
 static void carve_adapters(const qs_model *m, arena *block, qs_layer_acts *acts, qs_linear from,
@@ -52,7 +64,7 @@ static void carve_adapters(const qs_model *m, arena *block, qs_layer_acts *acts,
 {
     for (int i = (int)from; i <= (int)to; i++) {
         const bool used = m->layout != NULL && m->layout->targeted[i];
-        acts->xa[i] = used ? take_floats(block, m->shape.max_tokens * m->layout->lora_rank) : NULL;
+        acts->xa[i] = used ? take_acts(m, block, m->shape.max_tokens, m->layout->lora_rank) : NULL;
     }
 }
 
@@ -64,15 +76,16 @@ static void carve_micro(qs_model *m, arena *block, qs_micro_acts *micro,
     const bool keep = m->shape.backward;
     const bool keep_attention = keep && m->shape.recompute != QS_RECOMPUTE_FULL;
     const bool keep_gate = keep && m->shape.recompute == QS_RECOMPUTE_NONE;
-    /* without a backward two boundaries are enough: in and out change places */
-    float *boundary[2] = {NULL, NULL};
-    if (!keep) {
-        boundary[0] = take_floats(block, t * hidden);
-        boundary[1] = take_floats(block, t * hidden);
+    /* Inputs that take turns: without a backward two, in and out change places; with offload a few;
+     * else each layer has its own. */
+    const int turns = !keep ? 2 : m->shape.offload ? QS_OFFLOAD_SLOTS : 0;
+    void *boundary[QS_OFFLOAD_SLOTS] = {NULL};
+    for (int i = 0; i < turns; i++) {
+        boundary[i] = take_acts(m, block, t, hidden);
     }
     for (int l = 0; l < m->config->n_layers; l++) {
         qs_layer_acts acts = *shared;
-        acts.x = keep ? take_floats(block, t * hidden) : boundary[l % 2];
+        acts.x = turns > 0 ? boundary[l % turns] : take_acts(m, block, t, hidden);
         if (keep_attention) {
             carve_attention(m, block, &acts);
             carve_adapters(m, block, &acts, QS_Q, QS_O);
@@ -89,19 +102,20 @@ static void carve_micro(qs_model *m, arena *block, qs_micro_acts *micro,
         }
     }
     qs_micro_acts out = {0};
-    out.layers = micro != NULL ? micro->layers : NULL;
-    out.x_last = keep ? take_floats(block, t * hidden) : boundary[m->config->n_layers % 2];
-    out.dx = keep ? take_floats(block, t * hidden) : NULL;
+    if (micro != NULL) {
+        out.layers = micro->layers;
+        out.input = micro->input;
+    }
+    out.x_last = keep ? take_acts(m, block, t, hidden) : boundary[m->config->n_layers % 2];
+    out.dx = keep ? take_bordered(m, block, t, hidden) : NULL;
     const int64_t r = m->shape.max_targets;
-    out.head_rows = take_floats(block, r * hidden);
+    out.head_rows = take_acts(m, block, r, hidden);
     out.row_rstd = take_floats(block, r);
     out.head.max = take_floats(block, r);
     out.head.sum = take_floats(block, r);
     out.head.target_logit = take_floats(block, r);
     out.head.o = keep ? take_floats(block, r * hidden) : NULL;
     out.head.w_target = keep ? take_floats(block, r * hidden) : NULL;
-    out.target_row = take(block, r, sizeof(int32_t));
-    out.head_target = take(block, r, sizeof(int32_t));
     if (micro != NULL) {
         *micro = out;
     }
@@ -113,21 +127,20 @@ static void carve_work(qs_model *m, arena *block)
     const int64_t hidden = m->config->hidden, ffn = m->config->ffn_hidden;
     const int lora_rank = m->layout != NULL ? m->layout->lora_rank : 0;
     qs_model_work *w = &m->work;
-    w->norm = take_floats(block, t * hidden);
-    w->act = take_floats(block, t * ffn);
-    w->row_rng = take(block, t, sizeof(qs_rng));
-    w->rows = take_floats(block, r * hidden);
-    w->row_loss = take_floats(block, r);
+    w->norm = take_bordered(m, block, t, hidden);
+    w->act = take_bordered(m, block, t, ffn);
+    w->rows = take_acts(m, block, r, hidden);
+    w->logits = take_floats(block, m->shape.logit_rows * m->shape.head_chunk_rows);
     if (m->shape.backward) {
-        w->d_act = take_floats(block, t * ffn);
-        w->d_norm = take_floats(block, t * hidden);
-        w->d_o = take_floats(block, t * m->q_width);
-        w->d_q = take_floats(block, t * m->q_width);
-        w->d_k = take_floats(block, t * m->kv_width);
-        w->d_v = take_floats(block, t * m->kv_width);
+        w->d_act = take_bordered(m, block, t, ffn);
+        w->d_norm = take_acts(m, block, t, hidden);
+        w->d_o = take_acts(m, block, t, m->q_width);
+        w->d_q = take_bordered(m, block, t, m->q_width);
+        w->d_k = take_bordered(m, block, t, m->kv_width);
+        w->d_v = take_bordered(m, block, t, m->kv_width);
         w->delta = take_floats(block, t * m->config->n_heads);
-        w->lora = take_floats(block, t * lora_rank);
-        w->d_rows = take_floats(block, r * hidden);
+        w->lora = take_acts(m, block, t, lora_rank);
+        w->d_rows = take_acts(m, block, r, hidden);
     }
 }
 

@@ -7,48 +7,31 @@
  * carry loss take part. */
 #include "model/model_impl.h"
 
-#include <string.h>
-
-static int64_t collect_target_rows(qs_micro_acts *micro, const qs_batch *batch)
+/* The rows of the micro-batch that carry loss, as they leave the last layer, in work.rows. */
+static qs_status loss_rows(qs_model *model, const qs_micro_acts *micro, qs_mat *rows)
 {
-    int64_t rows = 0;
-    for (int64_t t = 0; t < batch->n_tokens; t++) {
-        if (batch->target[t] >= 0) {
-            micro->target_row[rows] = (int32_t)t;
-            micro->head_target[rows] = batch->target[t];
-            rows++;
-        }
-    }
-    return rows;
-}
-
-static void gather_rows(const qs_micro_acts *micro, int64_t rows, int64_t hidden, float *out)
-{
-    for (int64_t i = 0; i < rows; i++) {
-        memcpy(out + i * hidden, micro->x_last + micro->target_row[i] * hidden,
-               (size_t)hidden * sizeof *out);
-    }
+    const int64_t hidden = model->config->hidden;
+    const qs_mat x = qs_model_mat(model, micro->x_last, model->shape.max_tokens, hidden, 0);
+    *rows = qs_model_mat(model, model->work.rows, micro->head.rows, hidden, 0);
+    return model->ops->gather_rows(model->queue, &x, micro->input.device.target_row, rows);
 }
 
 /* The rows through the final norm into head_rows. */
 static qs_status norm_rows(qs_model *model, qs_micro_acts *micro)
 {
-    const int64_t hidden = model->config->hidden;
-    const int64_t rows = micro->head.rows;
-    gather_rows(micro, rows, hidden, model->work.rows);
-    qs_mat x = qs_mat_of(model->work.rows, rows, hidden);
-    qs_mat y = qs_mat_of(micro->head_rows, rows, hidden);
+    qs_mat x;
+    QS_TRY(loss_rows(model, micro, &x));
+    qs_mat y = qs_model_mat(model, micro->head_rows, x.rows, x.cols, 0);
     return model->ops->rmsnorm_forward(model->queue, &x, model->final_norm,
                                        model->config->rms_norm_eps, micro->row_rstd, &y);
 }
 
-qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro, const qs_batch *batch)
+qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro)
 {
     qs_head_state *head = &micro->head;
     head->hidden = model->config->hidden;
-    head->rows = collect_target_rows(micro, batch);
     head->x = micro->head_rows;
-    head->target = micro->head_target;
+    head->target = micro->input.device.head_target;
     return norm_rows(model, micro);
 }
 
@@ -69,7 +52,7 @@ qs_status qs_head_run(qs_model *model, int64_t count, bool keep, int next)
     for (int c = 0; c < chunks; c++) {
         const int u = qs_base_head_unit(model->index, c);
         const qs_base_unit *unit = &model->index->units[u];
-        const qs_weight w = qs_base_weight(model->index, &unit->tensors[0]);
+        const qs_weight w = qs_model_weight(model, &unit->tensors[0]);
         const int after = c + 1 < chunks ? qs_base_head_unit(model->index, c + 1) : next;
         qs_unit_view view;
         QS_TRY(qs_fsdp_acquire(model->fsdp, u, after, &view));
@@ -89,39 +72,40 @@ qs_status qs_head_run(qs_model *model, int64_t count, bool keep, int next)
 
 /* Back through the final norm: head_rows, now a gradient, to the rows of the micro-batch, zero
  * elsewhere. */
-static qs_status scatter_gradient(qs_model *model, qs_micro_acts *micro, const qs_batch *batch)
+static qs_status scatter_gradient(qs_model *model, qs_micro_acts *micro, int64_t n_tokens)
 {
-    const int64_t hidden = model->config->hidden;
-    const int64_t rows = micro->head.rows;
-    qs_model_work *work = &model->work;
-    gather_rows(micro, rows, hidden, work->rows);
-    memset(work->d_rows, 0, (size_t)(rows * hidden) * sizeof(float));
-    qs_mat x = qs_mat_of(work->rows, rows, hidden);
-    qs_mat dy = qs_mat_of(micro->head_rows, rows, hidden);
-    qs_mat dx = qs_mat_of(work->d_rows, rows, hidden);
+    qs_mat x;
+    QS_TRY(loss_rows(model, micro, &x));
+    const qs_mat dy = qs_model_mat(model, micro->head_rows, x.rows, x.cols, 0);
+    qs_mat d_rows = qs_model_mat(model, model->work.d_rows, x.rows, x.cols, 0);
+    qs_mat dx = qs_model_mat(model, micro->dx, n_tokens, x.cols, model->border);
+    QS_TRY(qs_queue_zero(model->queue, d_rows.data, (size_t)(x.rows * x.cols) * model->act_bytes));
     QS_TRY(model->ops->rmsnorm_backward(model->queue, &dy, &x, model->final_norm, micro->row_rstd,
-                                        &dx));
-    memset(micro->dx, 0, (size_t)(batch->n_tokens * hidden) * sizeof(float));
-    for (int64_t i = 0; i < rows; i++) {
-        memcpy(micro->dx + micro->target_row[i] * hidden, work->d_rows + i * hidden,
-               (size_t)hidden * sizeof(float));
-    }
-    return QS_OK;
+                                        &d_rows));
+    return model->ops->scatter_rows(model->queue, &d_rows, micro->input.device.target_row, &dx);
 }
 
-qs_status qs_head_end(qs_model *model, qs_micro_acts *micro, const qs_batch *batch,
-                      float loss_scale, bool keep, double *loss_sum)
+qs_status qs_head_end(qs_model *model, qs_micro_acts *micro, int64_t n_tokens, float loss_scale,
+                      bool keep)
 {
+    const qs_micro_input *input = &micro->input;
     qs_head_state state = state_for(micro, keep);
     /* the rows themselves are done with: their buffer takes the gradient */
-    float *dx = keep ? micro->head_rows : NULL;
-    *loss_sum = 0;
+    void *dx = keep ? micro->head_rows : NULL;
     if (state.rows == 0) {
         return QS_OK;
     }
-    QS_TRY(model->ops->head_finish(model->queue, &state, loss_scale, model->work.row_loss, dx));
-    for (int64_t i = 0; i < state.rows; i++) {
-        *loss_sum += (double)model->work.row_loss[i];
+    QS_TRY(model->ops->head_finish(model->queue, &state, loss_scale, input->device.row_loss, dx));
+    QS_TRY(qs_mirror_pull(model->queue, &input->mirror, input->pushed_bytes,
+                          (size_t)state.rows * sizeof(float)));
+    return keep ? scatter_gradient(model, micro, n_tokens) : QS_OK;
+}
+
+double qs_head_loss(const qs_micro_acts *micro)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < micro->head.rows; i++) {
+        sum += (double)micro->input.host.row_loss[i];
     }
-    return keep ? scatter_gradient(model, micro, batch) : QS_OK;
+    return sum;
 }

@@ -15,16 +15,24 @@
  * All modes give the same bits, because recomputing is the same operations on the same inputs. */
 #include "model/model_impl.h"
 
-#include <string.h>
-
-qs_mat qs_mat_of(float *data, int64_t rows, int64_t cols)
+qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border)
 {
-    return (qs_mat){.data = data, .rows = rows, .cols = cols, .stride = cols};
+    return (qs_mat){.data = data,
+                    .rows = rows,
+                    .cols = cols,
+                    .stride = cols + border,
+                    .dtype = model->ops->act_dtype};
 }
 
-static qs_mat tokens_by(const qs_layer_call *call, float *data, int64_t cols)
+/* [T, cols]; `bordered` has the room behind its rows that a linear's operand should have. */
+static qs_mat tokens_by(const qs_layer_call *call, void *data, int64_t cols)
 {
-    return qs_mat_of(data, call->batch->n_tokens, cols);
+    return qs_model_mat(call->model, data, call->batch->n_tokens, cols, 0);
+}
+
+static qs_mat bordered(const qs_layer_call *call, void *data, int64_t cols)
+{
+    return qs_model_mat(call->model, data, call->batch->n_tokens, cols, call->model->border);
 }
 
 static const qs_layer_params *params_of(const qs_layer_call *call)
@@ -55,104 +63,116 @@ static double attention_pairs(const qs_batch *batch)
     return pairs;
 }
 
-/* The adapter of a linear; a and b stay NULL where there is none. */
+/* The adapter's weights of a linear; a and b stay NULL where there is none. */
+static qs_lora adapter_weights(const qs_model *m, int layer, qs_linear linear)
+{
+    const qs_lora_layout *layout = m->layout;
+    if (layout == NULL || !layout->targeted[linear]) {
+        return (qs_lora){0};
+    }
+    const char *segment =
+        (const char *)m->lora + (size_t)((int64_t)layer * layout->per_layer) * m->act_bytes;
+    return (qs_lora){.a = segment + (size_t)layout->a_at[linear] * m->act_bytes,
+                     .b = segment + (size_t)layout->b_at[linear] * m->act_bytes,
+                     .rank = layout->lora_rank,
+                     .scale = layout->scale};
+}
+
+/* The same with the dropout of this micro-batch. */
 static qs_lora adapter_of(const qs_layer_call *call, qs_linear linear)
 {
-    qs_model *m = call->model;
-    const qs_lora_layout *layout = m->layout;
-    qs_lora lora = {0};
-    if (layout == NULL || !layout->targeted[linear]) {
-        return lora;
-    }
-    const float *segment = m->lora + (int64_t)call->layer * layout->per_layer;
-    lora.a = segment + layout->a_at[linear];
-    lora.b = segment + layout->b_at[linear];
-    lora.rank = layout->lora_rank;
-    lora.scale = layout->scale;
-    if (call->noise != NULL && call->noise->dropout > 0) {
-        for (int64_t t = 0; t < call->batch->n_tokens; t++) {
-            m->work.row_rng[t] =
-                qs_rng_make(call->noise->seed, call->noise->step, (uint64_t)call->batch->sample[t],
-                            (uint32_t)QS_RNG_DROPOUT + (uint32_t)linear, (uint32_t)call->layer);
-        }
+    qs_lora lora = adapter_weights(call->model, call->layer, linear);
+    if (lora.a != NULL && call->noise != NULL && call->noise->dropout > 0) {
         lora.dropout = call->noise->dropout;
-        lora.row_rng = m->work.row_rng;
-        lora.row_at = call->batch->row_at;
+        lora.seed = call->noise->seed;
+        lora.step = call->noise->step;
+        lora.site = (uint32_t)QS_RNG_DROPOUT + (uint32_t)linear;
+        lora.layer = (uint32_t)call->layer;
+        lora.sample = call->input->device.sample;
+        lora.row_at = call->input->device.row_at;
     }
     return lora;
 }
 
-/* y = x W^T + bias + adapter. */
-static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, float *x, float *y)
+qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit)
 {
-    const qs_ops *ops = call->model->ops;
-    qs_queue *queue = call->model->queue;
+    qs_lora lora[QS_LINEAR_COUNT];
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        lora[i] = adapter_weights(model, layer, (qs_linear)i);
+    }
+    return model->ops->unit_open(model->queue, unit, model->layers[layer].linear, lora,
+                                 QS_LINEAR_COUNT);
+}
+
+void qs_layer_close(qs_model *model)
+{
+    model->ops->unit_close(model->queue);
+}
+
+/* y = x W^T + bias + adapter + residual (which may be NULL). */
+static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
+                                void *residual, void *y)
+{
+    const qs_model *m = call->model;
     const qs_layer_params *p = params_of(call);
     const qs_weight *w = &p->linear[linear];
-    qs_mat xm = tokens_by(call, x, w->in);
-    qs_mat ym = tokens_by(call, y, w->out);
-    QS_TRY(ops->linear_forward(queue, call->unit, w, p->bias[linear], &xm, &ym));
-    qs_lora lora = adapter_of(call, linear);
-    if (lora.a != NULL) {
-        qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
-        QS_TRY(ops->lora_forward(queue, &lora, &xm, &xa, &ym));
-    }
+    const qs_lora lora = adapter_of(call, linear);
+    qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
+    qs_mat from = tokens_by(call, residual, w->out);
+    qs_mat to = tokens_by(call, y, w->out);
+    QS_TRY(m->ops->linear_lora_forward(m->queue, call->unit, w, p->bias[linear],
+                                       residual != NULL ? &from : NULL, &lora, x, &xa, &to));
     count_linear(call, linear, 1);
     return QS_OK;
 }
 
-/* dx (+)= dy W + adapter, and the adapter's gradients. `want_dx` false leaves the frozen part out.
- */
-static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, float *x, float *dy,
-                                 float *dx, bool accumulate, bool want_dx, float *grad)
+/* dx (+)= dy W + adapter, and the adapter's gradients. dx NULL: only the latter. */
+static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
+                                 const qs_mat *dy, qs_mat *dx, bool accumulate, float *grad)
 {
     qs_model *m = call->model;
     const qs_weight *w = &params_of(call)->linear[linear];
-    qs_mat xm = tokens_by(call, x, w->in);
-    qs_mat dym = tokens_by(call, dy, w->out);
-    qs_mat dxm = tokens_by(call, dx, w->in);
-    if (want_dx) {
-        QS_TRY(m->ops->linear_backward(m->queue, call->unit, w, &dym, &dxm, accumulate));
-    }
-    qs_lora lora = adapter_of(call, linear);
-    if (lora.a != NULL) {
-        qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
-        qs_mat scratch = tokens_by(call, m->work.lora, lora.rank);
-        QS_TRY(m->ops->lora_backward(m->queue, &lora, &xm, &xa, &dym, &scratch,
-                                     grad + m->layout->a_at[linear], grad + m->layout->b_at[linear],
-                                     &dxm));
+    const qs_lora lora = adapter_of(call, linear);
+    const bool adapted = lora.a != NULL;
+    qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
+    qs_mat scratch = tokens_by(call, m->work.lora, lora.rank);
+    float *da = adapted ? grad + m->layout->a_at[linear] : NULL;
+    float *db = adapted ? grad + m->layout->b_at[linear] : NULL;
+    QS_TRY(m->ops->linear_lora_backward(m->queue, call->unit, w, &lora, x, &xa, dy, &scratch, da,
+                                        db, dx, accumulate));
+    if (adapted) {
         m->flops += 2.0 * (double)call->batch->n_tokens * (double)(w->out + w->in) * lora.rank;
     }
-    if (want_dx) {
+    if (dx != NULL) {
         count_linear(call, linear, 1);
     }
     return QS_OK;
 }
 
-static qs_status norm_forward(const qs_layer_call *call, float *x, const float *w, float *rstd)
+/* x through a norm into work.norm, which is also what *norm describes. */
+static qs_status norm_forward(const qs_layer_call *call, void *x, const float *w, float *rstd,
+                              qs_mat *norm)
 {
-    qs_model *m = call->model;
-    qs_mat xm = tokens_by(call, x, m->config->hidden);
-    qs_mat ym = tokens_by(call, m->work.norm, m->config->hidden);
-    return m->ops->rmsnorm_forward(m->queue, &xm, w, m->config->rms_norm_eps, rstd, &ym);
+    const qs_model *m = call->model;
+    const qs_mat xm = tokens_by(call, x, m->config->hidden);
+    *norm = bordered(call, m->work.norm, m->config->hidden);
+    return m->ops->rmsnorm_forward(m->queue, &xm, w, m->config->rms_norm_eps, rstd, norm);
 }
 
-static qs_status norm_backward(const qs_layer_call *call, float *x, const float *w,
-                               const float *rstd, float *dx)
+static qs_status norm_backward(const qs_layer_call *call, void *x, const float *w,
+                               const float *rstd, qs_mat *dx)
 {
-    qs_model *m = call->model;
-    qs_mat dy = tokens_by(call, m->work.d_norm, m->config->hidden);
-    qs_mat xm = tokens_by(call, x, m->config->hidden);
-    qs_mat dxm = tokens_by(call, dx, m->config->hidden);
-    return m->ops->rmsnorm_backward(m->queue, &dy, &xm, w, rstd, &dxm);
+    const qs_model *m = call->model;
+    const qs_mat dy = tokens_by(call, m->work.d_norm, m->config->hidden);
+    const qs_mat xm = tokens_by(call, x, m->config->hidden);
+    return m->ops->rmsnorm_backward(m->queue, &dy, &xm, w, rstd, dx);
 }
 
-static qs_status rotate(const qs_layer_call *call, float *x, int heads, bool inverse)
+static qs_status rotate(const qs_layer_call *call, qs_mat *x, int heads, bool inverse)
 {
-    qs_model *m = call->model;
-    qs_mat xm = tokens_by(call, x, (int64_t)heads * m->config->head_dim);
-    return m->ops->rope(m->queue, &xm, heads, m->config->head_dim, m->rope_cos, m->rope_sin,
-                        call->batch->position, inverse);
+    const qs_model *m = call->model;
+    return m->ops->rope(m->queue, x, heads, m->config->head_dim, m->rope_cos, m->rope_sin,
+                        call->input->device.position, inverse);
 }
 
 static qs_attention_shape attention_shape(const qs_layer_call *call)
@@ -162,17 +182,9 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
                                 .n_kv_heads = cfg->n_kv_heads,
                                 .head_dim = cfg->head_dim,
                                 .scale = 1.0f / __builtin_sqrtf((float)cfg->head_dim),
-                                .cu_seqlens = call->batch->cu_seqlens,
-                                .n_docs = call->batch->n_docs};
-}
-
-/* x += residual, for [T, hidden]. */
-static qs_status add_residual(const qs_layer_call *call, float *residual, float *x)
-{
-    qs_model *m = call->model;
-    qs_mat from = tokens_by(call, residual, m->config->hidden);
-    qs_mat to = tokens_by(call, x, m->config->hidden);
-    return m->ops->add(m->queue, &from, &to);
+                                .cu_seqlens = call->input->device.cu_seqlens,
+                                .n_docs = call->batch->n_docs,
+                                .longest = call->input->longest};
 }
 
 /* x -> q, k, v, o, lse, x2 */
@@ -180,51 +192,50 @@ static qs_status attention_half(const qs_layer_call *call)
 {
     qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
-    QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1));
-    QS_TRY(linear_forward(call, QS_Q, m->work.norm, acts->q));
-    QS_TRY(linear_forward(call, QS_K, m->work.norm, acts->k));
-    QS_TRY(linear_forward(call, QS_V, m->work.norm, acts->v));
-    QS_TRY(rotate(call, acts->q, m->config->n_heads, false));
-    QS_TRY(rotate(call, acts->k, m->config->n_kv_heads, false));
+    qs_mat norm;
+    QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1, &norm));
+    QS_TRY(linear_forward(call, QS_Q, &norm, NULL, acts->q));
+    QS_TRY(linear_forward(call, QS_K, &norm, NULL, acts->k));
+    QS_TRY(linear_forward(call, QS_V, &norm, NULL, acts->v));
 
     qs_attention_shape shape = attention_shape(call);
     qs_mat q = tokens_by(call, acts->q, m->q_width);
     qs_mat k = tokens_by(call, acts->k, m->kv_width);
     qs_mat v = tokens_by(call, acts->v, m->kv_width);
-    qs_mat o = tokens_by(call, acts->o, m->q_width);
+    qs_mat o = bordered(call, acts->o, m->q_width);
+    QS_TRY(rotate(call, &q, m->config->n_heads, false));
+    QS_TRY(rotate(call, &k, m->config->n_kv_heads, false));
     QS_TRY(m->ops->attention_forward(m->queue, &shape, &q, &k, &v, &o, acts->lse));
     m->flops += 4.0 * attention_pairs(call->batch) * (double)m->q_width;
-
-    QS_TRY(linear_forward(call, QS_O, acts->o, acts->x2));
-    return add_residual(call, acts->x, acts->x2);
+    return linear_forward(call, QS_O, &o, acts->x, acts->x2);
 }
 
 /* x2 -> gate, up */
 static qs_status gate_and_up(const qs_layer_call *call)
 {
-    float *norm = call->model->work.norm;
-    QS_TRY(norm_forward(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2));
-    QS_TRY(linear_forward(call, QS_GATE, norm, call->acts->gate));
-    return linear_forward(call, QS_UP, norm, call->acts->up);
+    qs_mat norm;
+    QS_TRY(norm_forward(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, &norm));
+    QS_TRY(linear_forward(call, QS_GATE, &norm, NULL, call->acts->gate));
+    return linear_forward(call, QS_UP, &norm, NULL, call->acts->up);
 }
 
-/* gate, up -> act */
-static qs_status swiglu(const qs_layer_call *call)
+/* gate, up -> act, which is what *act describes */
+static qs_status swiglu(const qs_layer_call *call, qs_mat *act)
 {
-    qs_model *m = call->model;
-    qs_mat gate = tokens_by(call, call->acts->gate, m->config->ffn_hidden);
-    qs_mat up = tokens_by(call, call->acts->up, m->config->ffn_hidden);
-    qs_mat act = tokens_by(call, m->work.act, m->config->ffn_hidden);
-    return m->ops->swiglu_forward(m->queue, &gate, &up, &act);
+    const qs_model *m = call->model;
+    const qs_mat gate = tokens_by(call, call->acts->gate, m->config->ffn_hidden);
+    const qs_mat up = tokens_by(call, call->acts->up, m->config->ffn_hidden);
+    *act = bordered(call, m->work.act, m->config->ffn_hidden);
+    return m->ops->swiglu_forward(m->queue, &gate, &up, act);
 }
 
-qs_status qs_layer_forward(const qs_layer_call *call, float *x_next)
+qs_status qs_layer_forward(const qs_layer_call *call, void *x_next)
 {
+    qs_mat act;
     QS_TRY(attention_half(call));
     QS_TRY(gate_and_up(call));
-    QS_TRY(swiglu(call));
-    QS_TRY(linear_forward(call, QS_DOWN, call->model->work.act, x_next));
-    return add_residual(call, call->acts->x2, x_next);
+    QS_TRY(swiglu(call, &act));
+    return linear_forward(call, QS_DOWN, &act, call->acts->x2, x_next);
 }
 
 qs_status qs_layer_recompute(const qs_layer_call *call)
@@ -241,58 +252,63 @@ qs_status qs_layer_recompute(const qs_layer_call *call)
 }
 
 /* dx (of the layer's output) -> dx (of x2): the MLP's branch is added to what passes by. */
-static qs_status backward_mlp(const qs_layer_call *call, float *dx, float *grad)
+static qs_status backward_mlp(const qs_layer_call *call, qs_mat *dx, float *grad)
 {
-    qs_model *m = call->model;
+    const qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
     const int64_t ffn = m->config->ffn_hidden;
-    QS_TRY(swiglu(call));
-    QS_TRY(linear_backward(call, QS_DOWN, m->work.act, dx, m->work.d_act, false, true, grad));
+    qs_mat act, norm;
+    qs_mat d_act = bordered(call, m->work.d_act, ffn);
+    QS_TRY(swiglu(call, &act));
+    QS_TRY(linear_backward(call, QS_DOWN, &act, dx, &d_act, false, grad));
 
     /* d_gate takes the place of d_act, d_up that of act: neither is needed any more */
-    qs_mat gate = tokens_by(call, acts->gate, ffn), up = tokens_by(call, acts->up, ffn);
-    qs_mat d_act = tokens_by(call, m->work.d_act, ffn), d_gate = d_act;
-    qs_mat d_up = tokens_by(call, m->work.act, ffn);
+    const qs_mat gate = tokens_by(call, acts->gate, ffn), up = tokens_by(call, acts->up, ffn);
+    qs_mat d_gate = d_act, d_up = act;
     QS_TRY(m->ops->swiglu_backward(m->queue, &gate, &up, &d_act, &d_gate, &d_up));
 
-    QS_TRY(norm_forward(call, acts->x2, params_of(call)->norm2, acts->rstd2));
-    QS_TRY(linear_backward(call, QS_GATE, m->work.norm, d_gate.data, m->work.d_norm, false, true,
-                           grad));
-    QS_TRY(linear_backward(call, QS_UP, m->work.norm, d_up.data, m->work.d_norm, true, true, grad));
+    qs_mat d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
+    QS_TRY(norm_forward(call, acts->x2, params_of(call)->norm2, acts->rstd2, &norm));
+    QS_TRY(linear_backward(call, QS_GATE, &norm, &d_gate, &d_norm, false, grad));
+    QS_TRY(linear_backward(call, QS_UP, &norm, &d_up, &d_norm, true, grad));
     return norm_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
 }
 
 /* dx (of x2) -> dx (of x). Below the first layer nothing is trained, so its dx is not computed. */
-static qs_status backward_attention(const qs_layer_call *call, float *dx, float *grad)
+static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float *grad)
 {
     qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
     qs_model_work *work = &m->work;
-    const bool want_dx = call->layer > 0;
-    QS_TRY(linear_backward(call, QS_O, acts->o, dx, work->d_o, false, true, grad));
-
-    qs_attention_shape shape = attention_shape(call);
-    qs_mat q = tokens_by(call, acts->q, m->q_width), k = tokens_by(call, acts->k, m->kv_width);
-    qs_mat v = tokens_by(call, acts->v, m->kv_width), o = tokens_by(call, acts->o, m->q_width);
+    const qs_mat q = tokens_by(call, acts->q, m->q_width),
+                 k = tokens_by(call, acts->k, m->kv_width);
+    const qs_mat v = tokens_by(call, acts->v, m->kv_width), o = bordered(call, acts->o, m->q_width);
     qs_mat d_o = tokens_by(call, work->d_o, m->q_width);
-    qs_mat d_q = tokens_by(call, work->d_q, m->q_width);
-    qs_mat d_k = tokens_by(call, work->d_k, m->kv_width);
-    qs_mat d_v = tokens_by(call, work->d_v, m->kv_width);
+    qs_mat d_q = bordered(call, work->d_q, m->q_width);
+    qs_mat d_k = bordered(call, work->d_k, m->kv_width);
+    qs_mat d_v = bordered(call, work->d_v, m->kv_width);
+    QS_TRY(linear_backward(call, QS_O, &o, dx, &d_o, false, grad));
+
+    const qs_attention_shape shape = attention_shape(call);
     QS_TRY(m->ops->attention_backward(m->queue, &shape, &q, &k, &v, &o, acts->lse, &d_o,
                                       work->delta, &d_q, &d_k, &d_v));
     m->flops += 8.0 * attention_pairs(call->batch) * (double)m->q_width;
-    QS_TRY(rotate(call, work->d_q, m->config->n_heads, true));
-    QS_TRY(rotate(call, work->d_k, m->config->n_kv_heads, true));
+    QS_TRY(rotate(call, &d_q, m->config->n_heads, true));
+    QS_TRY(rotate(call, &d_k, m->config->n_kv_heads, true));
 
-    QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1));
-    QS_TRY(linear_backward(call, QS_Q, work->norm, work->d_q, work->d_norm, false, want_dx, grad));
-    QS_TRY(linear_backward(call, QS_K, work->norm, work->d_k, work->d_norm, true, want_dx, grad));
-    QS_TRY(linear_backward(call, QS_V, work->norm, work->d_v, work->d_norm, true, want_dx, grad));
-    return want_dx ? norm_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx) : QS_OK;
+    qs_mat norm, d_norm = tokens_by(call, work->d_norm, m->config->hidden);
+    qs_mat *wanted = call->layer > 0 ? &d_norm : NULL;
+    QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1, &norm));
+    QS_TRY(linear_backward(call, QS_Q, &norm, &d_q, wanted, false, grad));
+    QS_TRY(linear_backward(call, QS_K, &norm, &d_k, wanted, true, grad));
+    QS_TRY(linear_backward(call, QS_V, &norm, &d_v, wanted, true, grad));
+    return wanted != NULL ? norm_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
+                          : QS_OK;
 }
 
-qs_status qs_layer_backward(const qs_layer_call *call, float *dx, float *grad)
+qs_status qs_layer_backward(const qs_layer_call *call, void *dx, float *grad)
 {
-    QS_TRY(backward_mlp(call, dx, grad));
-    return backward_attention(call, dx, grad);
+    qs_mat gradient = bordered(call, dx, call->model->config->hidden);
+    QS_TRY(backward_mlp(call, &gradient, grad));
+    return backward_attention(call, &gradient, grad);
 }

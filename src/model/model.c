@@ -6,17 +6,20 @@
 
 #include "base/mem.h"
 #include "model/model_impl.h"
+#include "model/offload.h"
 
 static void set_widths(qs_model *m)
 {
+    m->act_bytes = qs_dtype_bytes(m->ops->act_dtype);
+    m->border = m->layout != NULL ? m->ops->border(m->layout->lora_rank) : 0;
     m->q_width = (int64_t)m->config->n_heads * m->config->head_dim;
     m->kv_width = (int64_t)m->config->n_kv_heads * m->config->head_dim;
 }
 
 qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *layout,
-                             const qs_model_shape *shape)
+                             const qs_ops *ops, const qs_model_shape *shape)
 {
-    qs_model m = {.config = config, .layout = layout, .shape = *shape};
+    qs_model m = {.config = config, .layout = layout, .ops = ops, .shape = *shape};
     qs_model_bytes bytes = {0};
     set_widths(&m);
     qs_model_carve(&m, &bytes.activation_bytes, &bytes.work_bytes);
@@ -28,6 +31,10 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
         config->n_layers * (norms + biases) + config->hidden + shape->max_tokens * config->head_dim;
     bytes.small_bytes =
         (size_t)floats * sizeof(float) + (size_t)config->n_layers * sizeof(qs_layer_params);
+    bytes.input_bytes = (size_t)shape->group * qs_input_bytes(shape);
+    if (shape->offload) {
+        bytes.host_activation_bytes = qs_offload_bytes(&m);
+    }
     return bytes;
 }
 
@@ -36,19 +43,20 @@ static qs_status allocate_buffers(qs_model *m)
     size_t activation_bytes = 0, work_bytes = 0;
     const int64_t layers = m->config->n_layers;
     qs_model_carve(m, &activation_bytes, &work_bytes);
-    QS_TRY(qs_mem_alloc(&m->activation_block, activation_bytes, QS_MEM_ACTIVATION));
-    QS_TRY(qs_mem_alloc(&m->work_block, work_bytes, QS_MEM_WORK));
+    QS_TRY(qs_device_alloc(m->device, &m->activation_block, activation_bytes, QS_MEM_ACTIVATION));
+    QS_TRY(qs_device_alloc(m->device, &m->work_block, work_bytes, QS_MEM_WORK));
     QS_TRY(QS_ALLOC(&m->micro, m->shape.group, QS_MEM_ACTIVATION));
     for (int64_t g = 0; g < m->shape.group; g++) {
         QS_TRY(QS_ALLOC(&m->micro[g].layers, layers, QS_MEM_ACTIVATION));
+        QS_TRY(qs_input_create(m, &m->micro[g].input));
     }
     qs_model_carve(m, &activation_bytes, &work_bytes);
-    return QS_OK;
+    return m->shape.offload ? qs_offload_create(m) : QS_OK;
 }
 
 qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *fsdp,
                           const qs_ops *ops, qs_queue *queue, const qs_lora_layout *layout,
-                          const float *lora, const qs_model_shape *shape)
+                          const void *lora, const qs_model_shape *shape)
 {
     qs_status st = QS_OK;
     qs_model *m = NULL;
@@ -59,6 +67,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     m->fsdp = fsdp;
     m->ops = ops;
     m->queue = queue;
+    m->device = qs_queue_device(queue);
     m->layout = lora != NULL ? layout : NULL;
     m->lora = lora;
     m->shape = *shape;
@@ -78,16 +87,19 @@ void qs_model_destroy(qs_model *m)
     if (m == NULL) {
         return;
     }
+    (void)qs_queue_wait(m->queue); /* operations may still use the buffers */
+    qs_offload_destroy(m);
     for (int64_t g = 0; m->micro != NULL && g < m->shape.group; g++) {
         qs_mem_free(m->micro[g].layers);
+        qs_mirror_destroy(m->device, &m->micro[g].input.mirror);
     }
     qs_mem_free(m->micro);
-    qs_mem_free(m->activation_block);
-    qs_mem_free(m->work_block);
     qs_mem_free(m->layers);
-    qs_mem_free(m->small);
-    qs_mem_free(m->rope_cos);
-    qs_mem_free(m->rope_sin);
+    void *const on_device[] = {m->activation_block, m->work_block, m->small, m->maps,
+                               m->rope_cos,         m->rope_sin};
+    for (size_t i = 0; i < sizeof on_device / sizeof *on_device; i++) {
+        qs_device_free(m->device, on_device[i]);
+    }
     qs_mem_free(m);
 }
 
@@ -108,6 +120,7 @@ static qs_layer_call call_of(qs_model *m, int layer, int64_t g, const qs_unit_vi
                            .layer = layer,
                            .unit = view,
                            .batch = batch,
+                           .input = &m->micro[g].input,
                            .noise = noise,
                            .acts = &m->micro[g].layers[layer]};
 }
@@ -124,12 +137,17 @@ static qs_status check_sizes(const qs_model *m, const qs_batch *batch)
     return QS_OK;
 }
 
-/* Token rows to the input of layer 0. Collective for each micro-batch of the group. */
+/* Micro-batches to the device, and token rows to the input of layer 0. Collective for each
+ * micro-batch of the group. */
 static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
 {
     for (int64_t g = 0; g < count; g++) {
         const qs_batch *batch = is_idle(&group[g]) ? NULL : group[g].batch;
         QS_TRY(check_sizes(m, batch));
+        m->micro[g].head.rows = 0;
+        if (batch != NULL) {
+            QS_TRY(qs_input_load(m, &m->micro[g], batch));
+        }
         QS_TRY(qs_fsdp_embed(m->fsdp, batch != NULL ? batch->tokens : NULL,
                              batch != NULL ? batch->n_tokens : 0, m->micro[g].layers[0].x));
     }
@@ -137,9 +155,19 @@ static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
 }
 
 /* Where layer `layer` of micro-batch g writes: the next layer's input. */
-static float *output_of(qs_model *m, int64_t g, int layer)
+static void *output_of(qs_model *m, int64_t g, int layer)
 {
     return layer + 1 < m->config->n_layers ? m->micro[g].layers[layer + 1].x : m->micro[g].x_last;
+}
+
+/* One layer of one micro-batch upwards. */
+static qs_status layer_up(qs_model *m, int layer, int64_t g, const qs_unit_view *view,
+                          const qs_batch *batch, const qs_model_noise *noise)
+{
+    const qs_layer_call call = call_of(m, layer, g, view, batch, noise);
+    QS_TRY(qs_offload_before_forward(m, g, layer));
+    QS_TRY(qs_layer_forward(&call, output_of(m, g, layer)));
+    return qs_offload_after_forward(m, g, layer, batch->n_tokens);
 }
 
 /* Layers upwards; the gather after the last one is the first chunk of the head. */
@@ -153,39 +181,60 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count
         const int next =
             l + 1 < layers ? qs_base_layer_unit(m->index, l + 1) : qs_base_head_unit(m->index, 0);
         qs_unit_view view;
+        qs_range_begin(m->queue, "layer %d forward", l);
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, next, &view));
+        QS_TRY(qs_layer_open(m, l, &view));
         for (int64_t g = 0; g < count; g++) {
             if (!is_idle(&group[g])) {
-                qs_layer_call call = call_of(m, l, g, &view, group[g].batch, noise);
-                QS_TRY(qs_layer_forward(&call, output_of(m, g, l)));
+                QS_TRY(layer_up(m, l, g, &view, group[g].batch, noise));
             }
         }
+        qs_layer_close(m);
         QS_TRY(qs_fsdp_release(m->fsdp, u));
+        qs_range_end(m->queue);
     }
     return QS_OK;
 }
 
-static qs_status head(qs_model *m, qs_micro_batch *group, int64_t count, float loss_scale,
+static qs_status head(qs_model *m, const qs_micro_batch *group, int64_t count, float loss_scale,
                       bool keep, int next)
 {
+    qs_range_begin(m->queue, "head");
     for (int64_t g = 0; g < count; g++) {
-        m->micro[g].head.rows = 0;
-        group[g].loss_sum = 0;
         if (!is_idle(&group[g])) {
-            QS_TRY(qs_head_begin(m, &m->micro[g], group[g].batch));
+            QS_TRY(qs_head_begin(m, &m->micro[g]));
         }
     }
     QS_TRY(qs_head_run(m, count, keep, next));
     for (int64_t g = 0; g < count; g++) {
         if (!is_idle(&group[g])) {
-            QS_TRY(
-                qs_head_end(m, &m->micro[g], group[g].batch, loss_scale, keep, &group[g].loss_sum));
+            QS_TRY(qs_head_end(m, &m->micro[g], group[g].batch->n_tokens, loss_scale, keep));
         }
     }
+    qs_range_end(m->queue);
     return QS_OK;
 }
 
-/* Layers downwards. A slot without work still takes part in the tree, with zeros. */
+/* One layer of one micro-batch downwards, into its slot of the tree. A slot without work takes part
+ * with zeros. */
+static qs_status layer_down(qs_model *m, int layer, int64_t g, const qs_unit_view *view,
+                            const qs_micro_batch *micro, const qs_model_noise *noise,
+                            qs_grads *grads)
+{
+    float *grad = qs_grads_slot(grads, layer, micro->slot);
+    if (grad == NULL) {
+        return QS_ERR_BUG; /* recorded there */
+    }
+    if (!is_idle(micro)) {
+        const qs_layer_call call = call_of(m, layer, g, view, micro->batch, noise);
+        QS_TRY(qs_offload_before_backward(m, g, layer));
+        QS_TRY(qs_layer_recompute(&call));
+        QS_TRY(qs_layer_backward(&call, m->micro[g].dx, grad));
+        QS_TRY(qs_offload_after_backward(m, g, layer, micro->batch->n_tokens));
+    }
+    return qs_grads_add(grads, layer, micro->slot);
+}
+
 static qs_status backward(qs_model *m, const qs_micro_batch *group, int64_t count,
                           const qs_model_noise *noise, qs_grads *grads, bool reduce)
 {
@@ -193,26 +242,31 @@ static qs_status backward(qs_model *m, const qs_micro_batch *group, int64_t coun
         const int u = qs_base_layer_unit(m->index, l);
         const int next = l > 0 ? qs_base_layer_unit(m->index, l - 1) : -1;
         qs_unit_view view;
+        qs_range_begin(m->queue, "layer %d backward", l);
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, next, &view));
+        QS_TRY(qs_layer_open(m, l, &view));
         for (int64_t g = 0; g < count; g++) {
-            if (group[g].slot < 0) {
-                continue;
+            if (group[g].slot >= 0) {
+                QS_TRY(layer_down(m, l, g, &view, &group[g], noise, grads));
             }
-            float *grad = qs_grads_slot(grads, l, group[g].slot);
-            if (grad == NULL) {
-                return QS_ERR_BUG; /* recorded there */
-            }
-            if (!is_idle(&group[g])) {
-                qs_layer_call call = call_of(m, l, g, &view, group[g].batch, noise);
-                QS_TRY(qs_layer_recompute(&call));
-                QS_TRY(qs_layer_backward(&call, m->micro[g].dx, grad));
-            }
-            QS_TRY(qs_grads_add(grads, l, group[g].slot));
         }
+        qs_layer_close(m);
         QS_TRY(qs_fsdp_release(m->fsdp, u));
         if (reduce) {
             QS_TRY(qs_grads_reduce(grads, l));
         }
+        qs_range_end(m->queue);
+    }
+    return QS_OK;
+}
+
+/* Wait for the pass, and add up the losses that it left in the mirrors. Behind this point the next
+ * pass may write the mirrors. */
+static qs_status collect_losses(qs_model *m, qs_micro_batch *group, int64_t count)
+{
+    QS_TRY(qs_queue_wait(m->queue));
+    for (int64_t g = 0; g < count; g++) {
+        group[g].loss_sum = qs_head_loss(&m->micro[g]);
     }
     return QS_OK;
 }
@@ -223,57 +277,78 @@ qs_status qs_model_train_pass(qs_model *m, qs_micro_batch *group, int64_t count,
     const int last_layer = qs_base_layer_unit(m->index, m->config->n_layers - 1);
     QS_TRY(forward(m, group, count, noise));
     QS_TRY(head(m, group, count, loss_scale, true, last_layer));
-    return backward(m, group, count, noise, grads, reduce);
+    QS_TRY(backward(m, group, count, noise, grads, reduce));
+    return collect_losses(m, group, count);
 }
 
 qs_status qs_model_eval_pass(qs_model *m, qs_micro_batch *group, int64_t count)
 {
     QS_TRY(forward(m, group, count, NULL));
-    return head(m, group, count, 0, false, -1);
+    QS_TRY(head(m, group, count, 0, false, -1));
+    return collect_losses(m, group, count);
 }
 
-/* Rows of x_last that logits are wanted of: all, or the last of each document. */
-static int64_t pick_rows(qs_model *m, const qs_batch *batch, bool all)
+/* Rows of x_last that logits are wanted of: all, or the last of each document. They take the place
+ * of the rows that carry loss. */
+static qs_status pick_rows(qs_model *m, const qs_batch *batch, bool all, int64_t *rows)
 {
-    const int64_t hidden = m->config->hidden;
-    qs_micro_acts *micro = &m->micro[0];
-    int64_t rows = 0;
+    const qs_micro_input *input = &m->micro[0].input;
+    const int64_t room =
+        m->shape.logit_rows < m->shape.max_targets ? m->shape.logit_rows : m->shape.max_targets;
+    const int64_t wanted = all ? batch->n_tokens : batch->n_docs;
+    *rows = 0;
+    if (wanted > room) {
+        return QS_FAIL(QS_ERR_BUG, "logits of %lld rows in room for %lld", (long long)wanted,
+                       (long long)room);
+    }
+    QS_TRY(qs_queue_wait(m->queue)); /* the mirror has been read */
     for (int d = 0; d < batch->n_docs; d++) {
-        const int64_t end = batch->cu_seqlens[d + 1];
-        for (int64_t t = all ? batch->cu_seqlens[d] : end - 1; t < end; t++) {
-            memcpy(m->work.rows + rows++ * hidden, micro->x_last + t * hidden,
-                   (size_t)hidden * sizeof(float));
+        const int32_t end = batch->cu_seqlens[d + 1];
+        for (int32_t t = all ? batch->cu_seqlens[d] : end - 1; t < end; t++) {
+            input->host.target_row[(*rows)++] = t;
         }
     }
-    return rows;
+    return qs_mirror_push(m->queue, &input->mirror, 0, input->pushed_bytes);
+}
+
+/* One chunk of the vocabulary: logits of all rows, to their columns of the host's matrix. */
+static qs_status logits_of_chunk(qs_model *m, int chunk, const qs_unit_view *view, const qs_mat *x,
+                                 float *logits)
+{
+    const int u = qs_base_head_unit(m->index, chunk);
+    const qs_weight w = qs_model_weight(m, &m->index->units[u].tensors[0]);
+    qs_mat part = {m->work.logits, x->rows, w.out, w.out, QS_F32};
+    QS_TRY(m->ops->linear_forward(m->queue, view, &w, NULL, x, &part));
+    for (int64_t r = 0; r < x->rows; r++) {
+        float *to = logits + r * m->config->vocab + chunk * m->index->head_chunk_rows;
+        QS_TRY(qs_queue_copy(m->queue, to, m->work.logits + r * w.out, (size_t)w.out * sizeof *to));
+    }
+    return QS_OK;
 }
 
 qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *logits)
 {
     qs_micro_batch one = {.batch = batch, .slot = batch->n_tokens > 0 ? 0 : -1};
-    const int64_t hidden = m->config->hidden, vocab = m->config->vocab;
+    const int64_t hidden = m->config->hidden;
     qs_micro_acts *micro = &m->micro[0];
+    int64_t rows = 0;
     QS_TRY(forward(m, &one, 1, NULL));
-    int64_t rows = one.slot < 0 ? 0 : pick_rows(m, batch, all);
-    qs_mat x = qs_mat_of(m->work.rows, rows, hidden);
-    qs_mat y = qs_mat_of(micro->head_rows, rows, hidden);
-    QS_TRY(m->ops->rmsnorm_forward(m->queue, &x, m->final_norm, m->config->rms_norm_eps,
-                                   micro->row_rstd, &y));
+    if (!is_idle(&one)) {
+        QS_TRY(pick_rows(m, batch, all, &rows));
+    }
+    micro->head.rows = rows;
+    QS_TRY(qs_head_begin(m, micro));
+    const qs_mat x = qs_model_mat(m, micro->head_rows, rows, hidden, 0);
     const int chunks = qs_base_head_chunks(m->index);
     for (int c = 0; c < chunks; c++) {
         const int u = qs_base_head_unit(m->index, c);
-        const qs_weight w = qs_base_weight(m->index, &m->index->units[u].tensors[0]);
         qs_unit_view view;
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, c + 1 < chunks ? qs_base_head_unit(m->index, c + 1) : -1,
                                &view));
         if (rows > 0) {
-            qs_mat part = {.data = logits + c * m->index->head_chunk_rows,
-                           .rows = rows,
-                           .cols = w.out,
-                           .stride = vocab};
-            QS_TRY(m->ops->linear_forward(m->queue, &view, &w, NULL, &y, &part));
+            QS_TRY(logits_of_chunk(m, c, &view, &x, logits));
         }
         QS_TRY(qs_fsdp_release(m->fsdp, u));
     }
-    return QS_OK;
+    return qs_queue_wait(m->queue);
 }

@@ -18,11 +18,14 @@ typedef struct qs_model qs_model;
 
 /** What a model is built for: buffers are allocated once, from these. */
 typedef struct {
-    int64_t max_tokens;  /* of one micro-batch */
-    int64_t max_targets; /* of one micro-batch */
-    int64_t group;       /* micro-batches per pass */
-    int recompute;       /* qs_recompute */
-    bool backward;       /* false: evaluation only */
+    int64_t max_tokens;      /* of one micro-batch */
+    int64_t max_targets;     /* of one micro-batch */
+    int64_t group;           /* micro-batches per pass */
+    int recompute;           /* qs_recompute */
+    bool backward;           /* false: evaluation only */
+    int64_t logit_rows;      /* rows of one qs_model_logits; 0: not asked for */
+    int64_t head_chunk_rows; /* of the base */
+    bool offload;            /* keep the layers' inputs in pinned host memory (recompute: full) */
 } qs_model_shape;
 
 /** One micro-batch of a pass. */
@@ -33,18 +36,21 @@ typedef struct {
 } qs_micro_batch;
 
 /** All pointers are borrowed for the life of the model. `lora` is the full LoRA vector, [n_layers
- * * per_layer]; NULL: base only. */
+ * * per_layer] of the ops' act_dtype on the queue's device; NULL: base only. `ops` must be open on
+ * `queue`. */
 qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *fsdp,
                           const qs_ops *ops, qs_queue *queue, const qs_lora_layout *layout,
-                          const float *lora, const qs_model_shape *shape);
+                          const void *lora, const qs_model_shape *shape);
 void qs_model_destroy(qs_model *model);
 
-/** Bytes that qs_model_create will allocate, by class, for the plan. */
+/** Bytes that qs_model_create will allocate on the device, by class, for the plan; and, with
+ * `offload`, in pinned host memory. */
 typedef struct {
-    size_t activation_bytes, work_bytes, small_bytes;
+    size_t activation_bytes, work_bytes, small_bytes, input_bytes;
+    size_t host_activation_bytes;
 } qs_model_bytes;
 qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *layout,
-                             const qs_model_shape *shape);
+                             const qs_ops *ops, const qs_model_shape *shape);
 
 /** Dropout of a training step: probability and key. */
 typedef struct {
@@ -63,7 +69,7 @@ qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, int64_t co
 qs_status qs_model_eval_pass(qs_model *model, qs_micro_batch *group, int64_t count);
 
 /** Logits of the last token of each document of `batch` ([n_docs, vocab]) or, with `all`, of every
- * token. Collective. */
+ * token, in host memory. Collective. */
 qs_status qs_model_logits(qs_model *model, const qs_batch *batch, bool all, float *logits);
 
 /** Floating-point operations of this rank so far, by the formula of the issue: 2 per multiply-add

@@ -1,5 +1,5 @@
 /* What the files of src/model share: the buffers of a model and the steps through one layer and
- * through the head. */
+ * through the head. Everything that operations touch lies in device memory. */
 #ifndef QS_MODEL_MODEL_IMPL_H
 #define QS_MODEL_MODEL_IMPL_H
 
@@ -15,43 +15,60 @@ typedef struct {
 
 /** What the forward of one layer leaves for its backward, for one micro-batch. Which of the
  * pointers are the layer's own and which are shared between layers (and computed again) is the
- * recompute mode. */
+ * recompute mode. `void *` is the operations' act_dtype; + border: the matrix feeds a linear and
+ * its rows have room for the adapter (qs_ops.border). */
 typedef struct {
-    float *x;                   /* [T, hidden] input */
-    float *rstd1, *rstd2;       /* [T] */
-    float *q, *k, *v;           /* after RoPE */
-    float *o, *lse;             /* attention output [T, q width], [n_heads, T] */
-    float *x2;                  /* [T, hidden] after attention */
-    float *gate, *up;           /* [T, ffn] */
-    float *xa[QS_LINEAR_COUNT]; /* [T, lora_rank] A x of each linear */
+    void *x;                   /* [T, hidden] input */
+    float *rstd1, *rstd2;      /* [T] */
+    void *q, *k, *v;           /* after RoPE */
+    void *o;                   /* [T, q width + border] attention output */
+    float *lse;                /* [n_heads, T] */
+    void *x2;                  /* [T, hidden] after attention */
+    void *gate, *up;           /* [T, ffn] */
+    void *xa[QS_LINEAR_COUNT]; /* [T, lora_rank] A x of each linear */
 } qs_layer_acts;
 
 /** Scratch shared by all layers and micro-batches. */
 typedef struct {
-    float *norm;      /* [T, hidden] */
-    float *act;       /* [T, ffn] */
-    float *d_act;     /* [T, ffn] */
-    float *d_norm;    /* [T, hidden] */
-    float *d_o, *d_q; /* [T, q width] */
-    float *d_k, *d_v; /* [T, kv width] */
-    float *delta;     /* [n_heads, T] */
-    float *lora;      /* [T, lora_rank] */
-    qs_rng *row_rng;  /* [T] */
-    float *rows;      /* [R, hidden] */
-    float *d_rows;    /* [R, hidden] */
-    float *row_loss;  /* [R] */
+    void *norm;      /* [T, hidden + border] */
+    void *act;       /* [T, ffn + border] */
+    void *d_act;     /* [T, ffn + border] */
+    void *d_norm;    /* [T, hidden] */
+    void *d_o;       /* [T, q width] */
+    void *d_q;       /* [T, q width + border] */
+    void *d_k, *d_v; /* [T, kv width + border] */
+    float *delta;    /* [n_heads, T] */
+    void *lora;      /* [T, lora_rank] */
+    void *rows;      /* [R, hidden] */
+    void *d_rows;    /* [R, hidden] */
+    float *logits;   /* [logit_rows, head_chunk_rows] */
 } qs_model_work;
+
+/** What the operations read of a micro-batch, one array behind the other in a mirror, and the
+ * losses that come back in it. */
+typedef struct {
+    int32_t *position, *cu_seqlens;    /* [T], [n_docs + 1] */
+    int64_t *sample, *row_at;          /* [T] */
+    int32_t *target_row, *head_target; /* [R] rows that carry loss, their target ids */
+    float *row_loss;                   /* [R] */
+} qs_input_arrays;
+
+typedef struct {
+    qs_mirror mirror;
+    qs_input_arrays host, device;
+    size_t pushed_bytes; /* everything in front of row_loss */
+    int64_t longest;     /* tokens of the longest document */
+} qs_micro_input;
 
 /** One micro-batch of the group: what it keeps through a pass. */
 typedef struct {
+    qs_micro_input input;
     qs_layer_acts *layers; /* [n_layers] */
-    float *x_last;         /* [T, hidden] output of the last layer */
-    float *dx;             /* [T, hidden] gradient on its way down */
+    void *x_last;          /* [T, hidden] output of the last layer */
+    void *dx;              /* [T, hidden + border] gradient on its way down */
     qs_head_state head;
-    int32_t *target_row;  /* [R] rows of the micro-batch that carry loss */
-    int32_t *head_target; /* [R] their target ids */
-    float *head_rows;     /* [R, hidden] after the final norm; then their gradient */
-    float *row_rstd;      /* [R] of the final norm */
+    void *head_rows; /* [R, hidden] after the final norm; then their gradient */
+    float *row_rstd; /* [R] of the final norm */
 } qs_micro_acts;
 
 struct qs_model {
@@ -59,20 +76,25 @@ struct qs_model {
     const qs_hf_config *config;
     qs_fsdp *fsdp;
     const qs_ops *ops;
+    qs_device *device;
     qs_queue *queue;
     const qs_lora_layout *layout; /* NULL: base only */
-    const float *lora;
+    const void *lora;             /* act_dtype */
     qs_model_shape shape;
     int64_t q_width, kv_width;
+    int64_t border;   /* columns */
+    size_t act_bytes; /* of one element of act_dtype */
 
     qs_layer_params *layers;
     const float *final_norm;
     float *small;               /* all norms and biases */
+    float *maps;                /* [n_maps, 256] second-level maps of the weights */
     float *rope_cos, *rope_sin; /* [max_tokens, head_dim / 2] */
 
     void *activation_block, *work_block;
     qs_micro_acts *micro; /* [group] */
     qs_model_work work;
+    struct qs_offload *offload; /* NULL: activations stay on the device */
     double flops;
 };
 
@@ -82,33 +104,49 @@ typedef struct {
     int layer;
     const qs_unit_view *unit;
     const qs_batch *batch;
+    const qs_micro_input *input;
     const qs_model_noise *noise; /* NULL: no dropout */
     qs_layer_acts *acts;
 } qs_layer_call;
 
-qs_mat qs_mat_of(float *data, int64_t rows, int64_t cols);
+/** A matrix of act_dtype; `border` free columns behind each row. */
+qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border);
+
+/** Decode the layer's unit and its adapters for the calls below, until qs_layer_close. */
+qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit);
+void qs_layer_close(qs_model *model);
 
 /** acts->x to `x_next` [T, hidden]. */
-qs_status qs_layer_forward(const qs_layer_call *call, float *x_next);
+qs_status qs_layer_forward(const qs_layer_call *call, void *x_next);
 
 /** Compute again what `recompute` did not keep. */
 qs_status qs_layer_recompute(const qs_layer_call *call);
 
-/** `dx` [T, hidden]: gradient of the layer's output, replaced by that of its input; `grad`
+/** `dx` [T, hidden + border]: gradient of the layer's output, replaced by that of its input; `grad`
  * [per_layer]: LoRA gradients. */
-qs_status qs_layer_backward(const qs_layer_call *call, float *dx, float *grad);
+qs_status qs_layer_backward(const qs_layer_call *call, void *dx, float *grad);
+
+/** Bring what the operations read of `batch` to the device. */
+qs_status qs_input_load(qs_model *model, qs_micro_acts *micro, const qs_batch *batch);
+
+/** Bytes of a micro-batch's mirror. */
+size_t qs_input_bytes(const qs_model_shape *shape);
+qs_status qs_input_create(qs_model *model, qs_micro_input *input);
 
 /** The rows of a micro-batch that carry loss, through the final norm, into a fresh head state. */
-qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro, const qs_batch *batch);
+qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro);
 
 /** All chunks of the vocabulary past all micro-batches of the group; `next` is the unit after the
  * last chunk. */
 qs_status qs_head_run(qs_model *model, int64_t count, bool keep, int next);
 
-/** Loss sum of one micro-batch and, with `keep`, the gradient of its last layer's output in
- * micro->dx. */
-qs_status qs_head_end(qs_model *model, qs_micro_acts *micro, const qs_batch *batch,
-                      float loss_scale, bool keep, double *loss_sum);
+/** Losses of one micro-batch on their way to its mirror and, with `keep`, the gradient of its last
+ * layer's output in micro->dx. */
+qs_status qs_head_end(qs_model *model, qs_micro_acts *micro, int64_t n_tokens, float loss_scale,
+                      bool keep);
+
+/** Their sum, fp64 in row order, once the queue has passed. */
+double qs_head_loss(const qs_micro_acts *micro);
 
 /** Lay out all buffers of a model: with model->activation_block NULL only the sizes are computed.
  */
@@ -116,5 +154,8 @@ void qs_model_carve(qs_model *model, size_t *activation_bytes, size_t *work_byte
 
 /** Load norms, biases, weights' places and RoPE tables. */
 qs_status qs_model_load_params(qs_model *model);
+
+/** qs_base_weight with the map that the operations can read. */
+qs_weight qs_model_weight(const qs_model *model, const qs_base_tensor *tensor);
 
 #endif

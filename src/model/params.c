@@ -95,7 +95,7 @@ static qs_status load_layer(qs_model *m, int layer, const uint8_t *bytes, float 
         qs_linear_shape(m->config, (qs_linear)i, &out, &in);
         snprintf(name, sizeof name, "%s.weight", qs_linear_path((qs_linear)i));
         QS_TRY(require(index, unit, name, out, in, &t));
-        p->linear[i] = qs_base_weight(index, t);
+        p->linear[i] = qs_model_weight(m, t);
         const bool biased = i <= QS_O ? m->config->attention_bias : m->config->mlp_bias;
         if (biased) {
             snprintf(name, sizeof name, "%s.bias", qs_linear_path((qs_linear)i));
@@ -124,24 +124,77 @@ static qs_status load_all(qs_model *m, int fd, uint8_t *bytes)
         QS_TRY(qs_base_read_small(index, fd, unit, bytes));
         QS_TRY(load_layer(m, l, bytes, &free_at));
     }
-    const float *final_norm = NULL;
     QS_TRY(qs_base_read_small(index, fd, &index->final, bytes));
-    QS_TRY(take_small(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
-                      &final_norm));
-    m->final_norm = final_norm;
-    return QS_OK;
+    return take_small(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
+                      &m->final_norm);
+}
+
+/* Replace the host's floats at *data by the same on the device. */
+static qs_status move_to_device(qs_model *m, float **data, int64_t count)
+{
+    float *host = *data, *device = NULL;
+    if (qs_device_is_host(m->device)) {
+        return QS_OK;
+    }
+    QS_TRY(QS_DEVICE_ALLOC(m->device, &device, count, QS_MEM_BASE_SMALL));
+    *data = device;
+    qs_status st = qs_queue_copy(m->queue, device, host, (size_t)count * sizeof *host);
+    if (st == QS_OK) {
+        st = qs_queue_wait(m->queue);
+    }
+    qs_mem_free(host);
+    return st;
+}
+
+/* The layers' norms and biases pointed into the host's floats. */
+static void point_to(qs_model *m, const float *host)
+{
+    for (int l = 0; l < m->config->n_layers; l++) {
+        qs_layer_params *p = &m->layers[l];
+        p->norm1 = m->small + (p->norm1 - host);
+        p->norm2 = m->small + (p->norm2 - host);
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            p->bias[i] = p->bias[i] != NULL ? m->small + (p->bias[i] - host) : NULL;
+        }
+    }
+    m->final_norm = m->small + (m->final_norm - host);
+}
+
+/* The maps on the device; the index's own where they can be read. */
+static qs_status load_maps(qs_model *m)
+{
+    enum { MAP = 256 };
+    const int64_t count = (int64_t)m->index->n_maps * MAP;
+    if (qs_device_is_host(m->device)) {
+        return QS_OK;
+    }
+    QS_TRY(QS_DEVICE_ALLOC(m->device, &m->maps, count, QS_MEM_BASE_SMALL));
+    QS_TRY(qs_queue_copy(m->queue, m->maps, m->index->maps, (size_t)count * sizeof *m->maps));
+    return qs_queue_wait(m->queue);
+}
+
+qs_weight qs_model_weight(const qs_model *m, const qs_base_tensor *tensor)
+{
+    qs_weight w = qs_base_weight(m->index, tensor);
+    if (w.map != NULL && m->maps != NULL) {
+        w.map = m->maps + (w.map - m->index->maps);
+    }
+    return w;
 }
 
 qs_status qs_model_load_params(qs_model *m)
 {
     qs_status st = QS_OK;
     const qs_base_index *index = m->index;
+    const int64_t half = m->config->head_dim / 2;
+    const float *host = NULL;
     uint8_t *bytes = NULL;
     int64_t count = small_count(&index->final);
     int fd = -1;
     for (int u = 0; u < index->n_units; u++) {
         count += small_count(&index->units[u]);
     }
+    QS_GOTO(load_maps(m));
     QS_GOTO(QS_ALLOC(&m->small, count, QS_MEM_BASE_SMALL));
     QS_GOTO(QS_ALLOC(&m->layers, m->config->n_layers, QS_MEM_BASE_SMALL));
     QS_GOTO(QS_ALLOC(&bytes, largest_small(index), QS_MEM_WORK));
@@ -152,7 +205,12 @@ qs_status qs_model_load_params(qs_model *m)
         goto done;
     }
     QS_GOTO(load_all(m, fd, bytes));
+    host = m->small;
+    QS_GOTO(move_to_device(m, &m->small, count));
+    point_to(m, host);
     QS_GOTO(make_rope_tables(m));
+    QS_GOTO(move_to_device(m, &m->rope_cos, m->shape.max_tokens * half));
+    QS_GOTO(move_to_device(m, &m->rope_sin, m->shape.max_tokens * half));
 done:
     if (fd >= 0) {
         close(fd);

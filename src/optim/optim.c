@@ -37,7 +37,7 @@ double qs_clip_scale(double clip, double norm)
     return clip > 0 ? fmin(1.0, clip / (norm + 1e-6)) : 1.0;
 }
 
-qs_status qs_optim_create(qs_optim **out, int64_t count)
+qs_status qs_optim_create(qs_optim **out, qs_device *device, int64_t count)
 {
     *out = NULL;
     qs_optim *optim = calloc(1, sizeof *optim);
@@ -45,10 +45,18 @@ qs_status qs_optim_create(qs_optim **out, int64_t count)
         return QS_FAIL(QS_ERR_MEMORY, "no memory for the optimizer");
     }
     qs_status st = QS_OK;
+    optim->device = device;
     optim->count = count;
-    QS_GOTO(QS_ALLOC(&optim->master, count, QS_MEM_OPTIM));
-    QS_GOTO(QS_ALLOC(&optim->m, count, QS_MEM_OPTIM));
-    QS_GOTO(QS_ALLOC(&optim->v, count, QS_MEM_OPTIM));
+    for (int i = 0; i < 3; i++) {
+        QS_GOTO(qs_mirror_create(device, &optim->mirror[i], (size_t)count * sizeof(float),
+                                 QS_MEM_OPTIM));
+    }
+    optim->master = optim->mirror[0].host;
+    optim->m = optim->mirror[1].host;
+    optim->v = optim->mirror[2].host;
+    optim->d_master = optim->mirror[0].device;
+    optim->d_m = optim->mirror[1].device;
+    optim->d_v = optim->mirror[2].device;
     *out = optim;
     optim = NULL;
 done:
@@ -59,11 +67,27 @@ done:
 void qs_optim_destroy(qs_optim *optim)
 {
     if (optim) {
-        qs_mem_free(optim->master);
-        qs_mem_free(optim->m);
-        qs_mem_free(optim->v);
+        for (int i = 0; i < 3; i++) {
+            qs_mirror_destroy(optim->device, &optim->mirror[i]);
+        }
         free(optim);
     }
+}
+
+qs_status qs_optim_push(qs_optim *optim, qs_queue *queue)
+{
+    for (int i = 0; i < 3; i++) {
+        QS_TRY(qs_mirror_push(queue, &optim->mirror[i], 0, optim->mirror[i].bytes));
+    }
+    return qs_queue_wait(queue);
+}
+
+qs_status qs_optim_pull(qs_optim *optim, qs_queue *queue)
+{
+    for (int i = 0; i < 3; i++) {
+        QS_TRY(qs_mirror_pull(queue, &optim->mirror[i], 0, optim->mirror[i].bytes));
+    }
+    return qs_queue_wait(queue);
 }
 
 qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
@@ -80,7 +104,7 @@ qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, con
         .bias_correction1 = 1 - pow(cfg->optim.beta1, t),
         .bias_correction2 = 1 - pow(cfg->optim.beta2, t),
     };
-    QS_TRY(ops->adamw(queue, &args, optim->count, grad, optim->master, optim->m, optim->v));
+    QS_TRY(ops->adamw(queue, &args, optim->count, grad, optim->d_master, optim->d_m, optim->d_v));
     optim->step++;
     return QS_OK;
 }

@@ -17,15 +17,23 @@ double qs_lr_at(const qs_config *cfg, int64_t step, int64_t steps);
 double qs_clip_scale(double clip, double norm);
 
 typedef struct {
-    int64_t count; /* elements of this rank's share, padding included */
-    float *master, *m, *v;
-    int64_t step; /* updates done */
+    qs_device *device;
+    int64_t count;               /* elements of this rank's share, padding included */
+    float *master, *m, *v;       /* [count] on the host: what checkpoints save and load */
+    float *d_master, *d_m, *d_v; /* [count] on the device: what steps update; on the CPU the same */
+    qs_mirror mirror[3];         /* the two sides of master, m and v */
+    int64_t step;                /* updates done */
 } qs_optim;
 
-qs_status qs_optim_create(qs_optim **out, int64_t count);
+qs_status qs_optim_create(qs_optim **out, qs_device *device, int64_t count);
 void qs_optim_destroy(qs_optim *optim);
 
-/** One update with the reduced gradient `grad` [count]. */
+/** Bring the host's side to the device after it was written / the device's to the host before it is
+ * read. Both wait. */
+qs_status qs_optim_push(qs_optim *optim, qs_queue *queue);
+qs_status qs_optim_pull(qs_optim *optim, qs_queue *queue);
+
+/** One update with the reduced gradient `grad` [count], on the device. */
 qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
                         double lr, double grad_scale, const float *grad);
 

@@ -146,9 +146,12 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
                                   .max_targets = options->dump_logits != NULL
                                                      ? tokens
                                                      : qs_data_most_targets(data, micro_batch),
-                                  .group = group};
+                                  .group = group,
+                                  .logit_rows = options->dump_logits != NULL ? tokens : 0,
+                                  .head_chunk_rows = s->index->head_chunk_rows};
     qs_batch **batches = NULL;
     qs_eval_result result;
+    QS_GOTO(qs_session_connect(s, &shape, false));
     QS_GOTO(qs_session_build(s, &shape));
     QS_GOTO(qs_comm_agree(s->comm, qs_batches_create(&batches, group, tokens)));
     if (options->dump_logits != NULL) {

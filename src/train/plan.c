@@ -16,84 +16,98 @@ static size_t batch_bytes(const qs_model_shape *shape)
     return (size_t)(shape->group * shape->max_tokens) * per_token;
 }
 
-/* Scratch of the kernels. */
-static size_t kernel_bytes(const qs_session *s, const qs_model_shape *shape)
-{
-    const qs_hf_config *model = &s->index->config;
-    qs_ops_limits limits = {.threads = qs_queue_threads(s->queue),
-                            .tokens = shape->max_tokens,
-                            .documents = shape->max_tokens,
-                            .loss_rows = shape->max_targets,
-                            .head_dim = model->head_dim,
-                            .dropout = s->config.lora.dropout > 0};
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        int64_t out = 0, in = 0;
-        qs_linear_shape(model, (qs_linear)i, &out, &in);
-        limits.widest = out > limits.widest ? out : limits.widest;
-        limits.widest = in > limits.widest ? in : limits.widest;
-    }
-    return s->ops->scratch_bytes(&limits);
-}
-
-/* Rows of the embedding on their way: those wanted, those asked of this rank, and a mark per token
- * of the vocabulary. */
-static size_t embed_bytes(const qs_session *s, const qs_model_shape *shape)
-{
-    const qs_hf_config *model = &s->index->config;
-    const size_t row = (size_t)model->hidden * qs_dtype_bytes(model->dtype) + 2 * sizeof(int32_t);
-    return (size_t)model->vocab * sizeof(int32_t) + 2 * (size_t)shape->max_tokens * row;
-}
-
 qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
                                    const qs_model_shape *shape, int64_t slots)
 {
     const int nranks = qs_comm_nranks(s->comm);
     const qs_lora_layout *layout = &s->layout;
-    const qs_model_bytes model = qs_model_plan(&s->index->config, layout, shape);
+    const bool is_host = qs_device_is_host(s->device);
+    const qs_ops_limits limits = qs_session_limits(s, shape);
+    const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
+    const qs_model_bytes model = qs_model_plan(&s->index->config, layout, s->ops, shape);
+    const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, nranks, &options);
     const size_t shard = (size_t)(layout->n_layers * qs_lora_shard_width(layout, nranks));
-    qs_memory_plan plan = {0};
-    plan.bytes[QS_MEM_BASE_SHARD] = qs_fsdp_shard_bytes(s->index, 0, nranks);
-    plan.bytes[QS_MEM_BASE_GATHER] = qs_fsdp_gather_bytes(s->index, nranks);
-    plan.bytes[QS_MEM_BASE_SMALL] = model.small_bytes;
-    plan.bytes[QS_MEM_LORA] = (size_t)(layout->n_layers * layout->per_layer) * sizeof(float);
-    plan.bytes[QS_MEM_LORA_GRAD] = qs_grads_bytes(layout, nranks, slots, shape->group);
-    plan.bytes[QS_MEM_OPTIM] = 3 * shard * sizeof(float);
-    plan.bytes[QS_MEM_ACTIVATION] = model.activation_bytes;
-    plan.bytes[QS_MEM_WORK] = model.work_bytes + kernel_bytes(s, shape) + embed_bytes(s, shape);
-    plan.bytes[QS_MEM_DATA] =
+    qs_memory_plan plan = {.space = is_host ? QS_MEM_HOST : QS_MEM_DEVICE};
+    size_t *device = plan.bytes[plan.space], *host = plan.bytes[QS_MEM_HOST];
+
+    device[QS_MEM_BASE_SHARD] += fsdp.device_shard_bytes;
+    device[QS_MEM_BASE_GATHER] += fsdp.gather_bytes;
+    device[QS_MEM_BASE_SMALL] += model.small_bytes;
+    device[QS_MEM_LORA] += qs_session_lora_bytes(s);
+    device[QS_MEM_LORA_GRAD] += qs_grads_bytes(layout, nranks, slots, shape->group);
+    device[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
+    device[QS_MEM_ACTIVATION] += model.activation_bytes;
+    device[QS_MEM_WORK] +=
+        model.work_bytes + s->ops->scratch_bytes(&limits) + fsdp.embed_device_bytes;
+    device[QS_MEM_DATA] += model.input_bytes;
+
+    host[QS_MEM_BASE_SHARD] += fsdp.host_shard_bytes;
+    host[QS_MEM_ACTIVATION] += model.host_activation_bytes;
+    host[QS_MEM_WORK] += fsdp.embed_host_bytes;
+    host[QS_MEM_DATA] +=
         index_bytes(train) + batch_bytes(shape) + (eval != NULL ? index_bytes(eval) : 0);
-    for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
-        plan.total_bytes += plan.bytes[c];
+    if (!is_host) { /* the other side of the mirrors */
+        host[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
+        host[QS_MEM_DATA] += model.input_bytes;
+    }
+    for (int space = 0; space < QS_MEM_SPACE_COUNT; space++) {
+        for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
+            plan.total_bytes[space] += plan.bytes[space][c];
+        }
     }
     return plan;
 }
 
-void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
+static void print_space(const qs_memory_plan *plan, qs_mem_space space, const char *title,
+                        bool measured)
 {
-    printf("%-28s %12s%s\n", "memory of rank 0", "plan MiB", measured ? "     peak MiB" : "");
+    printf("%-28s %12s%s\n", title, "plan MiB", measured ? "     peak MiB" : "");
     for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
-        printf("  %-26s %12.1f", qs_mem_class_name((qs_mem_class)c), (double)plan->bytes[c] / MIB);
+        printf("  %-26s %12.1f", qs_mem_class_name((qs_mem_class)c),
+               (double)plan->bytes[space][c] / MIB);
         if (measured) {
-            printf(" %12.1f", (double)qs_mem_peak_bytes((qs_mem_class)c) / MIB);
+            printf(" %12.1f", (double)qs_mem_peak_bytes(space, (qs_mem_class)c) / MIB);
         }
         printf("\n");
     }
-    printf("  %-26s %12.1f", "total", (double)plan->total_bytes / MIB);
+    printf("  %-26s %12.1f", "total", (double)plan->total_bytes[space] / MIB);
     if (measured) {
-        printf(" %12.1f", (double)qs_mem_peak_total_bytes() / MIB);
+        printf(" %12.1f", (double)qs_mem_peak_total_bytes(space) / MIB);
     }
     printf("\n");
+}
+
+void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
+{
+    if (plan->space == QS_MEM_DEVICE) {
+        print_space(plan, QS_MEM_DEVICE, "device memory of rank 0", measured);
+        print_space(plan, QS_MEM_HOST, "host memory of rank 0", measured);
+    } else {
+        print_space(plan, QS_MEM_HOST, "memory of rank 0", measured);
+    }
     fflush(stdout);
 }
 
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, int64_t limit_bytes)
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
+                               int64_t limit_bytes)
 {
-    if (limit_bytes == 0 || plan->total_bytes <= (size_t)limit_bytes) {
-        return QS_OK;
+    const size_t needed = plan->total_bytes[plan->space];
+    size_t free_bytes = 0, total_bytes = 0;
+    qs_device_memory(device, &free_bytes, &total_bytes);
+    if (limit_bytes > 0 && needed > (size_t)limit_bytes) {
+        return QS_FAIL(QS_ERR_MEMORY,
+                       "memory.device_limit is %lld bytes, a rank would need %zu: lower "
+                       "train.micro_batch or train.gather_group, set train.recompute: full, or use "
+                       "more ranks",
+                       (long long)limit_bytes, needed);
     }
-    return QS_FAIL(QS_ERR_MEMORY,
-                   "memory.device_limit is %lld bytes, a rank would need %zu: lower "
-                   "train.micro_batch or train.gather_group, set train.recompute: full, or use "
-                   "more ranks",
-                   (long long)limit_bytes, plan->total_bytes);
+    if (total_bytes > 0 && needed > free_bytes) {
+        return QS_FAIL(
+            QS_ERR_MEMORY,
+            "%s: a rank would need %zu bytes of device memory, %zu of %zu are free: lower "
+            "train.micro_batch or train.gather_group, set train.recompute: full or "
+            "memory.offload: [activations, weights, embedding], or use more ranks",
+            qs_device_name(device), needed, free_bytes, total_bytes);
+    }
+    return QS_OK;
 }

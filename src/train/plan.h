@@ -7,19 +7,23 @@
 #include "train/session.h"
 
 typedef struct {
-    size_t bytes[QS_MEM_CLASS_COUNT];
-    size_t total_bytes;
+    size_t bytes[QS_MEM_SPACE_COUNT][QS_MEM_CLASS_COUNT];
+    size_t total_bytes[QS_MEM_SPACE_COUNT];
+    qs_mem_space space; /* where it computes: the device's memory, or on the CPU the host's */
 } qs_memory_plan;
 
 /** Bytes that rank 0, which has the largest share, will hold for training with `shape` and `slots`
- * micro-batches a step; `eval` may be NULL. */
+ * micro-batches a step; `eval` may be NULL. Buffers that are the host's alone (tokens, tables) are
+ * listed apart where the device has memory of its own. */
 qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
                                    const qs_model_shape *shape, int64_t slots);
 
 /** Print the table: class, planned MiB and, if `measured`, the peak that this process reached. */
 void qs_memory_plan_print(const qs_memory_plan *plan, bool measured);
 
-/** QS_ERR_MEMORY if the plan is above `limit_bytes` (0: no limit), naming what to change. */
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, int64_t limit_bytes);
+/** QS_ERR_MEMORY if what the plan takes where it computes is above `limit_bytes` (0: no limit) or
+ * above what `device` has free, naming what to change. */
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
+                               int64_t limit_bytes);
 
 #endif

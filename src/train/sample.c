@@ -225,8 +225,12 @@ static qs_status prepare(sampler *s)
     }
     const int64_t longest = qs_data_longest(s->data, 1); /* rank 0 prints any prompt */
     tokens = tokens > longest ? tokens : longest;
-    s->shape = (qs_model_shape){
-        .max_tokens = tokens, .max_targets = s->most, .group = 1, .recompute = QS_RECOMPUTE_FULL};
+    s->shape = (qs_model_shape){.max_tokens = tokens,
+                                .max_targets = s->most,
+                                .group = 1,
+                                .recompute = QS_RECOMPUTE_FULL,
+                                .logit_rows = s->most,
+                                .head_chunk_rows = session->index->head_chunk_rows};
     QS_TRY(qs_decode_table_read(&s->table, s->data->path));
     QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
     QS_TRY(QS_ALLOC(&s->logits, s->count * session->index->config.vocab, QS_MEM_WORK));
@@ -250,6 +254,7 @@ static qs_status sample_with(sampler *s)
 {
     bool alive = true;
     QS_TRY(qs_comm_agree(s->session->comm, prepare(s)));
+    QS_TRY(qs_session_connect(s->session, &s->shape, false));
     QS_TRY(qs_session_build(s->session, &s->shape));
     for (int64_t i = 0; i < s->new_tokens && alive; i++) {
         QS_TRY(extend_all(s));

@@ -11,13 +11,48 @@
 
 enum { AUTO_GROUP_MAX = 4 };
 
-static qs_status check_device(const qs_config *config)
+/* One kind of device on all ranks: bits differ between kinds. */
+static qs_status check_same_device(const qs_session *s)
 {
-    if (config->device == QS_DEVICE_CUDA) {
-        return QS_FAIL(QS_ERR_ENVIRONMENT,
-                       "device: cuda: this build has no GPU plugin; use device: auto or cpu");
+    const int64_t is_host = qs_device_is_host(s->device);
+    int64_t both[2] = {is_host, !is_host};
+    QS_TRY(qs_comm_max_i64(s->comm, both, 2));
+    if (both[0] != 0 && both[1] != 0) {
+        return qs_comm_agree(
+            s->comm, QS_FAIL(QS_ERR_DISAGREE,
+                             "device: auto finds a GPU on some hosts only; set device: cpu, "
+                             "or cuda to see what the others lack (qshard doctor)"));
     }
     return QS_OK;
+}
+
+static qs_status open_device(qs_session *s)
+{
+    const qs_config *config = &s->config;
+    int threads = 1;
+    QS_TRY(qs_comm_agree(s->comm,
+                         qs_backend_open(&s->backend, (qs_device_kind)config->device,
+                                         qs_comm_local_rank(s->comm), qs_comm_local_nranks(s->comm),
+                                         config->allow_shared_device)));
+    s->device = s->backend.device;
+    s->ops = s->backend.ops;
+    QS_TRY(check_same_device(s));
+    s->config.device = qs_device_is_host(s->device) ? QS_DEVICE_CPU : QS_DEVICE_CUDA;
+    QS_TRY(qs_comm_threads(s->comm, (int)config->cpu.threads, &threads));
+    return qs_comm_agree(s->comm, qs_queue_create_on(s->device, &s->queue, threads));
+}
+
+static void describe(const qs_session *s)
+{
+    qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), kernels %s",
+                s->config.base, s->index->config.n_layers, (long long)s->index->config.hidden,
+                (long long)s->index->config.vocab, qs_comm_nranks(s->comm), qs_comm_name(s->comm),
+                s->ops->name);
+    if (qs_device_is_host(s->device)) {
+        qs_log_info("cpu: %d threads a rank", qs_queue_threads(s->queue));
+    } else {
+        qs_log_info("%s: %s", qs_device_name(s->device), qs_device_description(s->device));
+    }
 }
 
 qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
@@ -25,17 +60,9 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     memset(s, 0, sizeof *s);
     s->config = *config;
     s->comm = comm;
-    s->ops = qs_ops_cpu();
-    QS_TRY(qs_comm_agree(comm, check_device(config)));
-    int threads = 1;
-    QS_TRY(qs_comm_threads(comm, (int)config->cpu.threads, &threads));
-    QS_TRY(qs_comm_agree(comm, qs_queue_create(&s->queue, threads)));
+    QS_TRY(open_device(s));
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
-    qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), %d threads each, "
-                "kernels %s",
-                config->base, s->index->config.n_layers, (long long)s->index->config.hidden,
-                (long long)s->index->config.vocab, qs_comm_nranks(comm), qs_comm_name(comm),
-                threads, s->ops->name);
+    describe(s);
     return QS_OK;
 }
 
@@ -46,10 +73,10 @@ static qs_status read_peft(qs_session *s, const char *dir)
     qs_peft *peft = NULL;
     QS_TRY(qs_peft_settings(dir, &s->config));
     QS_TRY(qs_lora_layout_make(&s->layout, &s->index->config, &s->config));
-    QS_TRY(QS_ALLOC(&s->lora, s->layout.n_layers * s->layout.per_layer, QS_MEM_LORA));
+    QS_TRY(QS_ALLOC(&s->adapter, s->layout.n_layers * s->layout.per_layer, QS_MEM_LORA));
     QS_GOTO(qs_peft_open(&peft, dir, &s->layout));
     for (int l = 0; l < s->layout.n_layers; l++) {
-        QS_GOTO(qs_peft_read_layer(peft, l, s->lora + (int64_t)l * s->layout.per_layer));
+        QS_GOTO(qs_peft_read_layer(peft, l, s->adapter + (int64_t)l * s->layout.per_layer));
     }
 done:
     qs_peft_close(peft);
@@ -87,7 +114,7 @@ static qs_status check_fit(const qs_session *s, const char *path)
 static qs_status read_checkpoint(qs_session *s, const char *step_dir)
 {
     qs_config trained;
-    QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->lora));
+    QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter));
     s->config.lora = trained.lora;
     return check_fit(s, step_dir);
 }
@@ -132,9 +159,103 @@ qs_status qs_session_load_adapter(qs_session *s, const char *path)
     return QS_OK;
 }
 
+/* ---- what is built for a shape ---- */
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape)
+{
+    const qs_hf_config *model = &s->index->config;
+    qs_ops_limits limits = {.threads = qs_queue_threads(s->queue),
+                            .tokens = shape->max_tokens,
+                            .documents = shape->max_tokens,
+                            .loss_rows = shape->max_targets,
+                            .n_heads = model->n_heads,
+                            .n_kv_heads = model->n_kv_heads,
+                            .head_dim = model->head_dim,
+                            .dropout = s->config.lora.dropout > 0,
+                            .lora_rank = s->layout.lora_rank,
+                            .n_linears = QS_LINEAR_COUNT,
+                            .hidden = model->hidden,
+                            .head_rows = s->index->head_chunk_rows};
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        qs_linear_shape(model, (qs_linear)i, &limits.out[i], &limits.in[i]);
+        limits.widest = larger(limits.widest, larger(limits.out[i], limits.in[i]));
+    }
+    return limits;
+}
+
+qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape)
+{
+    const bool apart = !qs_device_is_host(s->device); /* the CPU's memory is the host's anyway */
+    const uint32_t offload = apart ? s->config.memory.offload : 0;
+    return (qs_fsdp_options){.ops = s->ops,
+                             .max_tokens = shape->max_tokens,
+                             .offload_layers = (offload & QS_OFFLOAD_WEIGHTS) != 0,
+                             .offload_vocabulary = (offload & QS_OFFLOAD_EMBEDDING) != 0};
+}
+
+static int64_t lora_count(const qs_session *s)
+{
+    return s->layout.n_layers * s->layout.per_layer;
+}
+
+static int64_t send_count(const qs_session *s)
+{
+    const int64_t width = qs_lora_shard_width(&s->layout, qs_comm_nranks(s->comm));
+    return s->ops->act_dtype == QS_F32 ? 0 : s->layout.n_layers * width;
+}
+
+size_t qs_session_lora_bytes(const qs_session *s)
+{
+    return (size_t)(lora_count(s) + send_count(s)) * qs_dtype_bytes(s->ops->act_dtype);
+}
+
+/* Room for the LoRA vector on the device, and what was loaded into it. */
+static qs_status prepare_lora(qs_session *s, bool trained)
+{
+    const size_t element = qs_dtype_bytes(s->ops->act_dtype);
+    const size_t bytes = (size_t)lora_count(s) * element;
+    if (trained) {
+        QS_TRY(qs_device_alloc(s->device, &s->lora_send, (size_t)send_count(s) * element,
+                               QS_MEM_LORA));
+    } else if (s->adapter == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(qs_device_alloc(s->device, &s->lora, bytes, QS_MEM_LORA));
+    if (s->adapter == NULL) {
+        return QS_OK;
+    }
+    void *rounded = NULL;
+    QS_TRY(qs_mem_alloc(&rounded, bytes, QS_MEM_LORA));
+    qs_f32_store(rounded, s->ops->act_dtype, s->adapter, lora_count(s));
+    qs_status st = qs_queue_copy(s->queue, s->lora, rounded, bytes);
+    if (st == QS_OK) {
+        st = qs_queue_wait(s->queue);
+    }
+    qs_mem_free(rounded);
+    return st;
+}
+
+qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained)
+{
+    const qs_ops_limits limits = qs_session_limits(s, shape);
+    QS_TRY(qs_comm_agree(s->comm, qs_backend_comm(&s->device_comm, &s->backend, s->comm)));
+    qs_status st = s->ops->open(s->queue, &limits);
+    s->ops_open = st == QS_OK;
+    if (st == QS_OK) {
+        st = prepare_lora(s, trained);
+    }
+    return qs_comm_agree(s->comm, st);
+}
+
 qs_status qs_session_build(qs_session *s, const qs_model_shape *shape)
 {
-    QS_TRY(qs_fsdp_create(&s->fsdp, s->index, s->comm, s->queue));
+    const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
+    QS_TRY(qs_fsdp_create(&s->fsdp, s->index, s->device_comm, s->queue, &options));
     return qs_comm_agree(s->comm, qs_model_create(&s->model, s->index, s->fsdp, s->ops, s->queue,
                                                   &s->layout, s->lora, shape));
 }
@@ -143,9 +264,18 @@ void qs_session_close(qs_session *s)
 {
     qs_model_destroy(s->model);
     qs_fsdp_destroy(s->fsdp);
-    qs_mem_free(s->lora);
+    if (s->device != NULL) {
+        qs_device_free(s->device, s->lora);
+        qs_device_free(s->device, s->lora_send);
+    }
+    qs_mem_free(s->adapter);
     qs_base_index_free(s->index);
+    if (s->ops_open) {
+        s->ops->close(s->queue);
+    }
+    qs_backend_comm_destroy(s->device_comm, s->comm);
     qs_queue_destroy(s->queue);
+    qs_backend_close(&s->backend);
     memset(s, 0, sizeof *s);
 }
 

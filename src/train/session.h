@@ -3,6 +3,7 @@
 #ifndef QS_TRAIN_SESSION_H
 #define QS_TRAIN_SESSION_H
 
+#include "backend/backend.h"
 #include "comm/comm.h"
 #include "config/config.h"
 #include "data/data.h"
@@ -10,18 +11,24 @@
 #include "model/model.h"
 
 typedef struct {
-    qs_config config; /* adapter settings may come from the adapter itself */
-    qs_comm *comm;    /* borrowed */
+    qs_config config;     /* adapter settings may come from the adapter itself */
+    qs_comm *comm;        /* over the host's memory; borrowed */
+    qs_comm *device_comm; /* over the device's memory; on the CPU the same */
+    qs_backend backend;
+    qs_device *device;
     qs_queue *queue;
     const qs_ops *ops;
+    bool ops_open;
     qs_base_index *index;
     qs_lora_layout layout;
-    float *lora; /* [n_layers * per_layer] the whole LoRA vector; NULL: base only */
+    float *adapter;  /* [n_layers * per_layer] as loaded, on the host; NULL: none was */
+    void *lora;      /* the same in the ops' act_dtype on the device; NULL: base only */
+    void *lora_send; /* [n_layers * shard_width] of that type: scratch of the gather, or NULL */
     qs_fsdp *fsdp;
     qs_model *model;
 } qs_session;
 
-/** Check device and threads, open the base. Collective. */
+/** Choose the device, the same kind on all ranks, and threads; open the base. Collective. */
 qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm);
 
 /** Load an adapter: a PEFT directory, a checkpoint step-N, or a run directory (its newest
@@ -29,8 +36,19 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
  * Collective. */
 qs_status qs_session_load_adapter(qs_session *s, const char *path);
 
-/** Load this rank's shares and make the model. Collective. */
+/** Start the communicator of the device, prepare the operations for `shape`, and make room for the
+ * LoRA vector where there is an adapter to train (`trained`) or one was loaded. Collective. */
+qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained);
+
+/** Load this rank's shares and make the model. Collective, after qs_session_connect. */
 qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
+
+/** What the operations and the sharded base are asked for by a model of `shape`: for the plan. */
+qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape);
+qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape);
+
+/** Bytes of s->lora and s->lora_send in training. */
+size_t qs_session_lora_bytes(const qs_session *s);
 
 void qs_session_close(qs_session *s);
 

@@ -71,6 +71,7 @@ static qs_status open_inputs(run *r)
 {
     const qs_config *cfg = r->cfg;
     QS_TRY(qs_session_open(&r->session, cfg, r->comm));
+    r->config.device = r->session.config.device; /* what auto stands for: recorded */
     const int64_t vocab = r->session.index->config.vocab;
     QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
     if (cfg->data_eval[0] != '\0') {
@@ -97,6 +98,9 @@ static void shape_run(run *r)
         .group = qs_session_group(r->cfg, r->sampler.slots, r->nranks),
         .recompute = r->cfg->train.recompute,
         .backward = true,
+        .head_chunk_rows = r->session.index->head_chunk_rows,
+        .offload = !qs_device_is_host(r->session.device) &&
+                   (r->cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0,
     };
     if (r->eval_data != NULL) {
         r->shape.max_tokens = larger(r->shape.max_tokens, qs_data_longest(r->eval_data, micro));
@@ -116,11 +120,10 @@ static qs_status allocate(run *r)
 {
     const qs_lora_layout *layout = &r->session.layout;
     const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
-    QS_TRY(QS_ALLOC(&r->session.lora, layout->n_layers * layout->per_layer, QS_MEM_LORA));
     QS_TRY(QS_ALLOC(&r->slot_sums, slots.end - slots.begin, QS_MEM_WORK));
-    QS_TRY(qs_optim_create(&r->optim, shard_count(r)));
-    QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, r->comm, r->session.queue,
-                           r->sampler.slots, r->shape.group));
+    QS_TRY(qs_optim_create(&r->optim, r->session.device, shard_count(r)));
+    QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, r->session.device_comm,
+                           r->session.queue, r->sampler.slots, r->shape.group));
     return qs_batches_create(&r->batches, r->shape.group, r->shape.max_tokens);
 }
 
@@ -191,13 +194,15 @@ static qs_status resume_or_init(run *r)
                                      r->cfg->output));
     }
     if (step < 0) {
-        return qs_comm_agree(r->comm, init_lora(r));
+        QS_TRY(qs_comm_agree(r->comm, init_lora(r)));
+        return qs_optim_push(r->optim, r->session.queue);
     }
     yaml = qs_config_dump(r->cfg);
     const qs_ckpt_meta expect = meta_of(r, yaml);
     qs_ckpt_meta loaded;
     QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->optim, &loaded,
                          r->comm));
+    QS_GOTO(qs_optim_push(r->optim, r->session.queue));
     r->step = loaded.step;
     r->tokens_seen = loaded.tokens_seen;
     qs_log_info("%s: resuming after step %" PRId64, r->cfg->output, r->step);
@@ -208,8 +213,9 @@ done:
 
 static qs_status gather_lora(run *r)
 {
-    return qs_lora_gather(&r->session.layout, r->comm, r->session.queue, r->optim->master,
-                          r->session.lora);
+    qs_session *s = &r->session;
+    return qs_lora_gather_as(&s->layout, s->ops, s->device_comm, s->queue, r->optim->d_master,
+                             s->lora_send, s->lora);
 }
 
 /* ---- one step ---- */
@@ -263,17 +269,22 @@ static qs_status run_passes(run *r, float loss_scale)
 static qs_status dump_grads(run *r, const float *shard)
 {
     qs_status st = QS_OK;
-    const qs_lora_layout *layout = &r->session.layout;
-    float *full = NULL;
-    QS_GOTO(
-        qs_comm_agree(r->comm, QS_ALLOC(&full, layout->n_layers * layout->per_layer, QS_MEM_WORK)));
-    QS_GOTO(qs_lora_gather(layout, r->comm, r->session.queue, shard, full));
+    const qs_session *s = &r->session;
+    const qs_lora_layout *layout = &s->layout;
+    qs_mirror full = {0};
+    QS_GOTO(qs_comm_agree(
+        r->comm, qs_mirror_create(s->device, &full,
+                                  (size_t)(layout->n_layers * layout->per_layer) * sizeof(float),
+                                  QS_MEM_WORK)));
+    QS_GOTO(qs_lora_gather(layout, s->device_comm, s->queue, shard, full.device));
+    QS_GOTO(qs_mirror_pull(s->queue, &full, 0, full.bytes));
+    QS_GOTO(qs_queue_wait(s->queue));
     if (r->rank == 0) {
-        st = qs_peft_write_tensors(r->options->dump_grads, layout, full);
+        st = qs_peft_write_tensors(r->options->dump_grads, layout, full.host);
     }
     st = qs_comm_agree(r->comm, st);
 done:
-    qs_mem_free(full);
+    qs_mirror_destroy(s->device, &full);
     return st;
 }
 
@@ -337,7 +348,7 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     m->step_time_s = qs_time_s() - start;
     m->gather_s = qs_fsdp_get_stats(r->session.fsdp).wait_s - waited;
     m->compute_s = m->step_time_s - m->gather_s - m->reduce_s;
-    m->peak_bytes = qs_mem_peak_total_bytes();
+    m->peak_bytes = qs_mem_peak_total_bytes(r->plan.space);
     return QS_OK;
 }
 
@@ -379,8 +390,9 @@ static qs_status report_ranks(run *r)
         .data_bytes = r->train_data->bytes_read,
         .gathered_bytes = stats.gathered_bytes,
         .received_bytes = qs_comm_received_bytes(r->comm),
-        .base_bytes = qs_mem_peak_bytes(QS_MEM_BASE_SHARD) + qs_mem_peak_bytes(QS_MEM_BASE_GATHER),
-        .peak_bytes = qs_mem_peak_total_bytes(),
+        .base_bytes = qs_mem_peak_bytes(r->plan.space, QS_MEM_BASE_SHARD) +
+                      qs_mem_peak_bytes(r->plan.space, QS_MEM_BASE_GATHER),
+        .peak_bytes = qs_mem_peak_total_bytes(r->plan.space),
         .rss_bytes = qs_mem_peak_rss_bytes(),
     };
     return keep_going(r, qs_metrics_ranks(r->metrics, r->step, &mine, r->comm));
@@ -393,6 +405,11 @@ static qs_status save(run *r, qs_status *last_save)
     char *yaml = qs_config_dump(r->cfg);
     qs_ckpt_meta meta = meta_of(r, yaml);
     r->optim->step = r->step;
+    *last_save = qs_comm_agree(r->comm, qs_optim_pull(r->optim, r->session.queue));
+    if (*last_save != QS_OK) {
+        free(yaml);
+        return *last_save;
+    }
     *last_save = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->optim, r->comm);
     free(yaml);
     if (*last_save == QS_ERR_IO_FULL) {
@@ -453,8 +470,17 @@ static qs_status missed_evaluation(run *r)
  * the next start. */
 static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bool *stop)
 {
+    const int64_t *profiled = r->options->profile_steps;
+    if (r->step + 1 == profiled[0]) {
+        qs_device_profile(r->session.device, true);
+    }
+    qs_range_begin(r->session.queue, "step %" PRId64, r->step + 1);
     QS_TRY(train_step(r, &r->last));
+    qs_range_end(r->session.queue);
     r->step++;
+    if (r->step == profiled[1]) {
+        qs_device_profile(r->session.device, false);
+    }
     r->tokens_seen += r->last.all_tokens;
     QS_TRY(keep_going(r, qs_metrics_step(r->metrics, &r->last)));
     show(r, &r->last);
@@ -529,8 +555,8 @@ static qs_status dump_order(const run *r)
 static qs_status finish(run *r)
 {
     const double seconds = qs_time_s() - r->started_s;
-    qs_status st =
-        qs_metrics_summary(r->metrics, r->step, seconds, r->nranks, qs_mem_peak_total_bytes());
+    qs_status st = qs_metrics_summary(r->metrics, r->step, seconds, r->nranks,
+                                      qs_mem_peak_total_bytes(r->plan.space));
     QS_TRY(qs_comm_agree(r->comm, st));
     QS_TRY(qs_run_dir_finish(&r->run_dir, r->comm));
     if (r->rank == 0) {
@@ -540,9 +566,22 @@ static qs_status finish(run *r)
     return QS_OK;
 }
 
+/* The plan, with room for the alignment of some hundred buffers and for what --dump-grads gathers.
+ */
+static size_t reserve_bytes(const run *r)
+{
+    const size_t alignment = 1 << 20;
+    const qs_lora_layout *layout = &r->session.layout;
+    const size_t gradient = (size_t)(layout->n_layers * layout->per_layer) * sizeof(float);
+    return r->plan.total_bytes[QS_MEM_DEVICE] + alignment +
+           (r->options->dump_grads != NULL ? gradient : 0);
+}
+
 /* Load, resume, train, finish: what needs the run directory. */
 static qs_status run_training(run *r)
 {
+    QS_TRY(qs_comm_agree(r->comm, qs_device_reserve(r->session.device, reserve_bytes(r))));
+    QS_TRY(qs_session_connect(&r->session, &r->shape, true));
     QS_TRY(qs_comm_agree(r->comm, allocate(r)));
     QS_TRY(qs_session_build(&r->session, &r->shape));
     qs_grads_attach(r->grads, r->session.fsdp);
@@ -563,10 +602,12 @@ static qs_status run_all(run *r)
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);
     }
-    if (r->options->dry_run && r->rank == 0) {
+    const qs_status fits =
+        qs_memory_plan_check(&r->plan, r->session.device, r->cfg->memory.device_limit);
+    if (r->rank == 0 && (r->options->dry_run || fits != QS_OK)) {
         qs_memory_plan_print(&r->plan, false);
     }
-    QS_TRY(qs_comm_agree(r->comm, qs_memory_plan_check(&r->plan, r->cfg->memory.device_limit)));
+    QS_TRY(qs_comm_agree(r->comm, fits));
     if (r->options->dry_run) {
         return qs_comm_agree(r->comm, check_init(r));
     }

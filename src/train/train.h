@@ -15,6 +15,8 @@ typedef struct {
                                or NULL */
     const char
         *dump_order; /* text: sequence indices per step, one line a step, then stop; or NULL */
+    int64_t
+        profile_steps[2]; /* first and last step that an attached profiler sees, from 1; 0: none */
 } qs_train_options;
 
 /** Train. Collective. QS_REQUEUE after a stop signal, when everything is saved. */

@@ -54,8 +54,9 @@ static qs_status step(qs_comm *comm)
     qs_lora_layout layout = fx_lora(3, LORA_CHUNKS);
     fx_base base;
     fx_base_make(&base, QS_BF16);
+    const qs_fsdp_options options = fx_options(40);
     QS_GOTO(qs_queue_create(&queue, 1));
-    QS_GOTO(qs_fsdp_create_from(&f, &base.index, comm, queue, fx_fill, &base));
+    QS_GOTO(qs_fsdp_create_from(&f, &base.index, comm, queue, &options, fx_fill, &base));
     QS_GOTO(qs_grads_create(&grads, &layout, qs_ops_cpu(), comm, queue, SLOTS, GROUP));
     qs_grads_attach(grads, f);
     for (int i = 0; i < 2; i++) {

@@ -1,0 +1,67 @@
+# The plugin for NVIDIA GPUs, libqshard_cuda.so: device, kernels, communicator. Built where nvcc is found, and loaded at run
+# time by programs that do not know CUDA, so that one build runs with and without a GPU.
+#
+#   QSHARD_CUDA                 AUTO, ON (an error without nvcc) or OFF
+#   QSHARD_CUDA_ARCHITECTURES   machine code for these cards; the last one, virtual, lets the driver compile for newer ones
+set(QSHARD_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 100-real 120-real 100-virtual
+    CACHE STRING "GPUs that the plugin is built for, as CMAKE_CUDA_ARCHITECTURES")
+
+set(QSHARD_HAVE_CUDA OFF)
+if(NOT QSHARD_CUDA STREQUAL "OFF")
+    include(CheckLanguage)
+    if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS /usr/local/cuda/bin/nvcc)
+        set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+    endif()
+    if(NOT CMAKE_CUDA_COMPILER)
+        check_language(CUDA)
+    endif()
+    if(CMAKE_CUDA_COMPILER)
+        set(CMAKE_CUDA_ARCHITECTURES ${QSHARD_CUDA_ARCHITECTURES})
+        enable_language(CUDA)
+        find_package(CUDAToolkit REQUIRED)
+        set(QSHARD_HAVE_CUDA ON)
+    elseif(QSHARD_CUDA STREQUAL "ON")
+        message(FATAL_ERROR "QSHARD_CUDA=ON, but no nvcc is found: put it into PATH, or set CUDACXX to its path")
+    endif()
+endif()
+
+if(QSHARD_HAVE_CUDA)
+    if(CUDAToolkit_VERSION VERSION_LESS 12.4)
+        message(FATAL_ERROR "CUDA ${CUDAToolkit_VERSION} is too old: 12.4 or later is needed (QSHARD_CUDA=OFF builds without)")
+    endif()
+    file(GLOB QSHARD_CUDA_SOURCES CONFIGURE_DEPENDS kernels/cuda/*.cu kernels/cuda/*.c)
+    list(APPEND QSHARD_CUDA_SOURCES src/device/device_cuda.c src/backend/plugin_cuda.c)
+
+    # NCCL carries what several ranks say to each other; one rank needs none.
+    find_library(NCCL_LIBRARY nccl HINTS ${CUDAToolkit_LIBRARY_DIR})
+    find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+    set(QSHARD_HAVE_NCCL OFF)
+    if(NCCL_LIBRARY AND NCCL_INCLUDE_DIR AND NOT QSHARD_KERNELS_ONLY
+       AND EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/comm/comm_nccl.c)
+        set(QSHARD_HAVE_NCCL ON)
+        list(APPEND QSHARD_CUDA_SOURCES src/comm/comm_nccl.c)
+    else()
+        list(APPEND QSHARD_CUDA_SOURCES src/backend/no_nccl.c)
+    endif()
+
+    add_library(qshard_cuda MODULE ${QSHARD_CUDA_SOURCES})
+    target_include_directories(qshard_cuda PRIVATE src ${CMAKE_CURRENT_SOURCE_DIR})
+    target_include_directories(qshard_cuda SYSTEM PRIVATE ${RANDOM123_INCLUDE_DIR} ${CUDAToolkit_INCLUDE_DIRS})
+    target_link_libraries(qshard_cuda PRIVATE qshard_flags CUDA::cudart_static CUDA::cublasLt)
+    if(QSHARD_HAVE_NCCL)
+        target_include_directories(qshard_cuda SYSTEM PRIVATE ${NCCL_INCLUDE_DIR})
+        target_link_libraries(qshard_cuda PRIVATE ${NCCL_LIBRARY})
+    endif()
+    # As on the CPU, a*b+c is fused only where the source says fmaf.
+    target_compile_options(qshard_cuda PRIVATE
+        $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;-Xcompiler=-Wall,-Wextra,-Wno-enum-compare,-ffp-contract=off,-fno-math-errno>)
+    target_compile_definitions(qshard_cuda PRIVATE
+        "QSHARD_CUDA_ARCHITECTURES=\"${QSHARD_CUDA_ARCHITECTURES}\"")
+    set_target_properties(qshard_cuda PROPERTIES
+        CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
+        C_VISIBILITY_PRESET hidden CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden
+        LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}
+        BUILD_RPATH "${CUDAToolkit_LIBRARY_DIR}" INSTALL_RPATH "${CUDAToolkit_LIBRARY_DIR}"
+        INSTALL_RPATH_USE_LINK_PATH ON)
+    install(TARGETS qshard_cuda LIBRARY DESTINATION lib/qshard) # where the program looks for it
+endif()

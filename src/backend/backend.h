@@ -1,0 +1,45 @@
+/* Where a run computes: a device, the operations on it, and what its ranks talk over. Chosen once at
+ * the start; everything above asks the three and never which kind they are. */
+#ifndef QS_BACKEND_BACKEND_H
+#define QS_BACKEND_BACKEND_H
+
+#include <stdbool.h>
+
+#include "comm/comm.h"
+#include "config/config.h"
+#include "device/device.h"
+#include "kernels/ops.h"
+
+typedef struct {
+    qs_device *device;
+    const qs_ops *ops;
+    const struct qs_plugin *plugin; /* NULL: the CPU */
+} qs_backend;
+
+/** Open the device for rank `local_rank` of the `local_nranks` on this host. `kind` is the
+ * configuration's: QS_DEVICE_AUTO takes a GPU where there is one with room for every local rank, and
+ * says in the log why not otherwise; QS_DEVICE_CUDA insists. One GPU for each rank, unless
+ * `allow_shared`. Not collective, but the ranks of a host decide alike; hosts may differ, so agree on
+ * qs_device_name afterwards.
+ * \return QS_ERR_ENVIRONMENT with what is missing. */
+qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, int local_rank, int local_nranks,
+                          bool allow_shared);
+
+/** Close the device: its buffers and queues are gone. A zeroed backend is fine. */
+void qs_backend_close(qs_backend *backend);
+
+/** The communicator for the device's memory over the ranks of `host`: `host` itself on the CPU, else
+ * the plugin's, which is to be destroyed before `host`. Collective. */
+qs_status qs_backend_comm(qs_comm **out, const qs_backend *backend, qs_comm *host);
+
+/** Destroy what qs_backend_comm gave, unless it is `host` itself. */
+void qs_backend_comm_destroy(qs_comm *comm, const qs_comm *host);
+
+/** Why no GPU can be used, one line; NULL if one can. */
+const char *qs_backend_cuda_missing(void);
+
+/** For qshard doctor: the plugin's file and versions, "" where none is loaded; number of GPUs. */
+const char *qs_backend_cuda_description(void);
+int qs_backend_cuda_devices(void);
+
+#endif

@@ -1,0 +1,44 @@
+/* The table that libqshard_cuda.so hands to the program. */
+#include <stdio.h>
+#include <string.h>
+
+#include "backend/plugin.h"
+#include "comm/comm_nccl.h"
+#include "device/device_cuda.h"
+
+__attribute__((visibility("default"))) const qs_plugin *qs_plugin_get(void);
+
+static const char *description(void)
+{
+    static char text[256];
+    char gemm[64];
+    qs_cuda_gemm_version(gemm, sizeof gemm);
+    snprintf(text, sizeof text, "%s; code for %s", gemm, QSHARD_CUDA_ARCHITECTURES);
+    return text;
+}
+
+static qs_status device_open(qs_device **out, int index)
+{
+    QS_TRY(qs_device_cuda_open(out, index));
+    char *line = (*out)->description;
+    const size_t length = strlen(line), capacity = sizeof(*out)->description;
+    char gemm[64];
+    qs_cuda_gemm_version(gemm, sizeof gemm);
+    snprintf(line + length, capacity - length, ", %s", gemm);
+    return QS_OK;
+}
+
+const qs_plugin *qs_plugin_get(void)
+{
+    static const qs_plugin plugin = {
+        .abi = QS_PLUGIN_ABI,
+        .name = "cuda",
+        .description = description,
+        .probe = qs_device_cuda_probe,
+        .device_open = device_open,
+        .ops = qs_ops_cuda,
+        .comm_create = qs_comm_nccl_create,
+        .gemm = qs_cuda_gemm,
+    };
+    return &plugin;
+}

@@ -1,0 +1,178 @@
+"""The CUDA backend as a user meets it: the same program with device: cuda. Where there is no GPU its kernels, device layer
+and communicator run on the CPU (tests/emulator), so what is shown here is what the program computes, never how fast."""
+import os
+import re
+import unittest
+
+import numpy as np
+import support
+
+EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
+# Emulated kernels are slow: a few short steps of five slots, and no evaluation but the one that is tested.
+SMALL = {"train__steps": 3, "train__global_batch": 5, "train__micro_batch": 1, "train__save_every": 0,
+         "train__eval_every": 0, "data__eval": ""}
+
+
+def on_gpu(**more):
+    """The environment of a run on the emulated card."""
+    return {"QSHARD_PLUGIN": EMULATED, **more}
+
+
+def losses(output):
+    return [line["loss"] for line in support.metrics(output) if "loss" in line]
+
+
+@unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+class Training(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+        cls.reference = os.path.join(cls.folder, "reference")
+        cls.log = cls.train("reference").stdout
+        cls.curve = support.curve(cls.reference)
+        cls.adapter = support.adapter_digest(cls.reference)
+
+    @classmethod
+    def train(cls, name, environment=None, options=(), **how):
+        how = {**SMALL, "device": "cuda", **how}
+        return support.train(os.path.join(cls.folder, name), environment=on_gpu(**(environment or {})),
+                             options=("--allow-shared-device", *options), **how)
+
+    def same_as_reference(self, name, **how):
+        self.train(name, **how)
+        output = os.path.join(self.folder, name)
+        self.assertEqual(support.curve(output), self.curve)
+        self.assertEqual(support.adapter_digest(output), self.adapter)
+
+    def test_loss_is_the_cpus(self):
+        """bf16 against fp32: 5e-3 of the loss at every step."""
+        output = os.path.join(self.folder, "cpu")
+        support.train(output, device="cpu", **SMALL)
+        mine, cpus = losses(self.reference), losses(output)
+        self.assertEqual(len(mine), SMALL["train__steps"])
+        self.assertNotEqual(mine, cpus)  # else this ran on the CPU
+        for step, (a, b) in enumerate(zip(mine, cpus)):
+            self.assertLess(abs(a - b), 5e-3 * b, f"step {step + 1}: {a} instead of {b}")
+
+    def test_gradients_are_the_cpus(self):
+        grads = {}
+        for device in ("cpu", "cuda"):
+            path = os.path.join(self.folder, f"{device}.safetensors")
+            support.train(os.path.join(self.folder, "unused"), environment=on_gpu(), device=device,
+                          options=("--dump-grads", path), **SMALL)
+            grads[device] = support.read_safetensors(path)
+        self.assertEqual(sorted(grads["cuda"]), sorted(grads["cpu"]))
+        for name, want in grads["cpu"].items():
+            got, want = grads["cuda"][name].astype(np.float64), want.astype(np.float64)
+            if np.any(want):  # A's gradient is zero as long as B is
+                self.assertLess(np.linalg.norm(got - want), 3e-2 * np.linalg.norm(want), name)
+            else:
+                self.assertFalse(np.any(got), name)
+
+    def test_same_bits_again_and_with_other_schedules_of_the_threads(self):
+        """The emulator runs the threads of a block in another order: a missing barrier would change bits."""
+        self.same_as_reference("again")
+        self.same_as_reference("seed", environment={"QSHARD_EMULATOR_SEED": "7"})
+
+    def test_same_bits_on_any_number_of_ranks(self):
+        for ranks in (1, 2, 3):
+            with self.subTest(ranks=ranks):
+                self.same_as_reference(f"ranks-{ranks}", ranks=ranks)
+
+    def test_same_bits_with_recompute_groups_and_offload(self):
+        for name, how in {"selective": {"train__recompute": "selective"},
+                          "none": {"train__recompute": "none", "train__gather_group": 2},
+                          "offload": {"memory__offload": "[activations, weights, embedding]"},
+                          "offload-2": {"memory__offload": "[activations, weights]", "ranks": 2,
+                                        "train__gather_group": 2}}.items():
+            with self.subTest(name):
+                self.same_as_reference(name, **how)
+
+    def test_resume_gives_the_undisturbed_bits(self):
+        """Stopped by the clock after a step, continued on another number of ranks."""
+        name = "resumed"
+        self.train(name, expect=75, train__max_time=0.001)
+        self.same_as_reference(name, ranks=2)
+
+    def test_a_run_does_not_change_the_kind_of_device(self):
+        self.train("kind", expect=75, train__max_time=0.001)
+        done = self.train("kind", device="cpu", expect=8)
+        self.assertIn("error[E802]", done.stderr)
+
+    def test_peak_is_the_plan(self):
+        """Every class of device memory reaches what --dry-run promised, within 3 %."""
+        table = re.search(r"device memory of rank 0.*?\n(.*?)\n\s*total\s+([\d.]+)\s+([\d.]+)", self.log, re.S)
+        self.assertIsNotNone(table, self.log)
+        plan, peak = float(table[2]), float(table[3])
+        self.assertGreater(peak, 0)
+        self.assertLess(abs(peak - plan), 0.03 * plan, table[0])
+        dry = self.train("dry", options=("--dry-run",)).stdout
+        self.assertIn(f"{plan:.1f}", dry)
+
+    def test_evaluation_and_samples_with_the_trained_adapter(self):
+        result = {}
+        for device in ("cpu", "cuda"):
+            done = support.qshard("eval", support.TINY_YAML, *support.settings(support.tiny(), "none", device=device),
+                                  "--adapter", self.reference, **on_gpu())
+            result[device] = float(done.stdout.split()[1])
+        self.assertLess(abs(result["cuda"] - result["cpu"]), 5e-3 * result["cpu"])
+        self.assertNotEqual(result["cuda"], result["cpu"])
+
+
+@unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+class Refusals(unittest.TestCase):
+    """What is missing is named before anything is loaded, with the documented exit code on all ranks."""
+
+    def refuse(self, expect, words, environment=None, **how):
+        output = os.path.join(support.scratch(), "run")
+        done = support.train(output, expect=expect, environment=on_gpu(**(environment or {})),
+                             **{**SMALL, "device": "cuda", **how})
+        lines = [line for line in done.stderr.splitlines() if "error[" in line]
+        self.assertEqual(len(lines), 1, done.stderr)
+        for word in words:
+            self.assertIn(word, lines[0])
+        return done
+
+    def test_no_device(self):
+        self.refuse(8, ["error[E801]", "device: cuda"], {"QSHARD_EMULATOR_DEVICES": "0"})
+
+    def test_old_driver(self):
+        self.refuse(8, ["error[E801]", "driver", "11.4"], {"QSHARD_EMULATOR_DRIVER": "11040"})
+
+    def test_unsupported_card(self):
+        self.refuse(8, ["error[E801]", "7.5"], {"QSHARD_EMULATOR_CAPABILITY": "7.5"})
+
+    def test_no_plugin(self):
+        self.refuse(8, ["error[E801]", "/nonexistent.so"], {"QSHARD_PLUGIN": "/nonexistent.so"})
+
+    def test_more_ranks_than_devices(self):
+        done = self.refuse(8, ["error[E801]", "--allow-shared-device"], ranks=2)
+        self.assertEqual(done.stderr.count("error["), 1)
+
+    def test_auto_goes_on_without_a_device(self):
+        output = os.path.join(support.scratch(), "run")
+        done = support.train(output, environment=on_gpu(QSHARD_EMULATOR_DEVICES="0"), device="auto", **SMALL)
+        self.assertIn("kernels strict", done.stderr + done.stdout)
+
+    def test_memory_that_does_not_fit(self):
+        done = self.refuse(7, ["error[E700]", "offload", "micro_batch"], {"QSHARD_EMULATOR_MEMORY": "2000000"})
+        self.assertIn("device memory of rank 0", done.stdout)
+
+    def test_a_limit_of_ones_own(self):
+        self.refuse(7, ["error[E700]", "memory.device_limit"], memory__device_limit=1000000)
+
+    def test_a_device_that_fails(self):
+        """Errors of the card come up at the next wait, with CUDA's words."""
+        for what in ("cudaMemcpyAsync:40", "cudaStreamSynchronize:12", "cudaEventRecord:30"):
+            with self.subTest(what):
+                self.refuse(9, ["error[E900]"], {"QSHARD_EMULATOR_FAIL": what})
+
+    def test_a_peer_that_fails(self):
+        output = os.path.join(support.scratch(), "run")
+        done = support.train(output, expect=6, ranks=2, options=("--allow-shared-device",), device="cuda",
+                             environment=on_gpu(QSHARD_EMULATOR_NCCL_FAIL="9"), **SMALL)
+        self.assertIn("error[E600]", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
