@@ -42,7 +42,7 @@ Test(hf_config, missing_keys_take_the_defaults_of_the_class)
     cr_expect_eq(c.rope_theta, 10000.0);
     cr_expect_eq(c.rope_type, QS_ROPE_DEFAULT);
     cr_expect_eq(c.dtype, QS_F32);
-    cr_expect_not(c.tied || c.attention_bias || c.mlp_bias || c.bnb_4bit);
+    cr_expect_not(c.tied || c.bias[QS_Q] || c.bias[QS_DOWN] || c.bnb_4bit);
 }
 
 Test(hf_config, both_spellings_mean_the_same)
@@ -71,7 +71,10 @@ Test(hf_config, biases_and_tied_heads_are_read)
                                 "\"tie_word_embeddings\":true,\"num_key_value_heads\":2,"
                                 "\"head_dim\":20")),
                  QS_OK, "%s", qs_error_text());
-    cr_assert(c.attention_bias && c.mlp_bias && c.tied);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        cr_assert(c.bias[i]);
+    }
+    cr_assert(c.tied);
     int64_t out, in;
     qs_linear_shape(&c, QS_K, &out, &in);
     cr_assert(out == 40 && in == 64);
@@ -80,6 +83,92 @@ Test(hf_config, biases_and_tied_heads_are_read)
     qs_linear_shape(&c, QS_DOWN, &out, &in);
     cr_assert(out == 64 && in == 160);
     cr_assert_str_eq(qs_linear_path(QS_GATE), "mlp.gate_proj");
+}
+
+/* ---- other architectures ---- */
+
+static const char *as(const char *type, const char *class_name, const char *extra)
+{
+    static char text[1024];
+    snprintf(text, sizeof text,
+             "{\"model_type\":\"%s\",\"architectures\":[\"%s\"],\"hidden_size\":64,"
+             "\"intermediate_size\":160,\"num_hidden_layers\":3,\"num_attention_heads\":4,"
+             "\"num_key_value_heads\":2,\"vocab_size\":320,\"torch_dtype\":\"bfloat16\"%s%s}",
+             type, class_name, extra[0] != '\0' ? "," : "", extra);
+    return text;
+}
+
+Test(hf_config, windows_of_mistral_are_on_every_layer)
+{
+    qs_hf_config c;
+    const char *class_name = "MistralForCausalLM";
+    cr_assert_eq(parse(&c, as("mistral", class_name, "\"sliding_window\":7,\"head_dim\":24")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.window == 7 && c.windowed[0] && c.windowed[2] && c.head_dim == 24);
+    cr_assert(!c.bias[QS_Q] && !c.bias[QS_DOWN] && !c.qk_norm);
+    cr_assert_eq(parse(&c, as("mistral", class_name, "\"sliding_window\":null")), QS_OK);
+    cr_assert(c.window == 0 && !c.windowed[0]);
+    cr_assert_eq(parse(&c, as("mistral", class_name, "")), QS_OK);
+    cr_assert_eq(c.window, 4096); /* the default of the class */
+}
+
+Test(hf_config, windows_of_qwen_are_on_the_upper_layers)
+{
+    qs_hf_config v4, v5;
+    const char *class_name = "Qwen2ForCausalLM";
+    cr_assert_eq(parse(&v4, as("qwen2", class_name,
+                               "\"use_sliding_window\":true,\"sliding_window\":5,"
+                               "\"max_window_layers\":1")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(v4.window == 5 && !v4.windowed[0] && v4.windowed[1] && v4.windowed[2]);
+    cr_assert(v4.bias[QS_Q] && v4.bias[QS_K] && v4.bias[QS_V] && !v4.bias[QS_O] && !v4.bias[QS_UP]);
+    cr_assert_eq(parse(&v5, as("qwen2", class_name,
+                               "\"use_sliding_window\":true,\"sliding_window\":5,"
+                               "\"max_window_layers\":1,\"layer_types\":[\"full_attention\","
+                               "\"sliding_attention\",\"sliding_attention\"]")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    /* As most checkpoints have it: a number that is not used. */
+    cr_assert_eq(
+        parse(&v4, as("qwen2", class_name, "\"use_sliding_window\":false,\"sliding_window\":5")),
+        QS_OK);
+    cr_assert(v4.window == 0 && !v4.windowed[2]);
+}
+
+Test(hf_config, qwen3_norms_its_heads_and_has_a_width_of_its_own)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, as("qwen3", "Qwen3ForCausalLM", "\"attention_bias\":true")), QS_OK, "%s",
+                 qs_error_text());
+    cr_assert(c.qk_norm && c.head_dim == 128 && c.bias[QS_O] && !c.bias[QS_GATE]);
+}
+
+typedef struct {
+    const char *type, *class_name, *extra, *named;
+} arch_refusal;
+
+Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
+{
+    static const arch_refusal r[] = {
+        {"mistral", "LlamaForCausalLM", "", "MistralForCausalLM"},
+        {"mistral", "MistralForCausalLM", "\"attention_bias\":true", "attention_bias"},
+        {"mistral", "MistralForCausalLM", "\"sliding_window\":0", "sliding_window"},
+        {"mistral", "MistralForCausalLM", "\"sliding_window\":-3", "sliding_window"},
+        {"qwen2", "Qwen2ForCausalLM", "\"use_mrope\":true", "use_mrope"},
+        {"qwen2", "Qwen2ForCausalLM", "\"layer_types\":[\"full_attention\"]", "layer_types"},
+        {"qwen2", "Qwen2ForCausalLM",
+         "\"layer_types\":[\"full_attention\",\"sliding_attention\",\"full_attention\"]",
+         "sliding_attention"},
+        {"qwen2", "Qwen2ForCausalLM", "\"use_sliding_window\":1", "use_sliding_window"},
+        {"qwen3", "Qwen3ForCausalLM", "\"mlp_bias\":true", "mlp_bias"},
+        {"gemma2", "Gemma2ForCausalLM", "", "\"llama\", \"mistral\", \"qwen2\", \"qwen3\""},
+    };
+    for (size_t i = 0; i < sizeof r / sizeof *r; i++) {
+        qs_hf_config c;
+        qs_error_clear();
+        cr_assert_neq(parse(&c, as(r[i].type, r[i].class_name, r[i].extra)), QS_OK, "%zu", i);
+        cr_assert_not_null(strstr(qs_error_text(), r[i].named), "%zu: %s", i, qs_error_text());
+    }
 }
 
 Test(hf_config, bitsandbytes_config_is_recognized)
@@ -175,7 +264,7 @@ ParameterizedTestParameters(hf_config, whole_texts_are_refused)
         {"[]", QS_ERR_INPUT_FORMAT, "object"},
         {"{", QS_ERR_INPUT_FORMAT, "JSON"},
         {"{}", QS_ERR_INPUT_VALUE, "model_type"},
-        {"{\"model_type\":\"qwen2\"}", QS_ERR_INPUT_UNKNOWN, "qwen2"},
+        {"{\"model_type\":\"gpt2\"}", QS_ERR_INPUT_UNKNOWN, "qwen2"},
         {"{\"model_type\":\"llama\",\"vocab_size\":NaN}", QS_ERR_INPUT_FORMAT, "JSON"},
         {"{\"model_type\":\"llama\",\"rope_theta\":Infinity}", QS_ERR_INPUT_FORMAT, "JSON"},
         {"{\"model_type\":\"llama\",\"model_type\":\"llama\"}", QS_ERR_INPUT_FORMAT, "duplicate"},

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "hf/hf_arch.h"
 #include "hf/json.h"
 
 static const char *const used_keys[] = {
@@ -38,6 +39,7 @@ static const char *const used_keys[] = {
     "quantization_config",
     "attention_dropout",
     "layer_types",
+    "use_mrope",
     "is_encoder_decoder",
     "add_cross_attention",
 };
@@ -111,6 +113,13 @@ static const char *const harmless_keys[] = {
     "use_cache",
 };
 
+/* Of architectures with windowed layers; null, as for absent ones, is fine everywhere. */
+static const char *const window_keys[] = {
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+};
+
 static const char *const rope_keys[] = {
     "rope_type",
     "type",
@@ -180,54 +189,66 @@ static qs_status expect_false(const json_t *root, const char *key, const char *p
     return on ? refuse(path, key, "true", "false") : QS_OK;
 }
 
-static qs_status check_keys(const json_t *root, const char *path)
+static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const char *path)
 {
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)(uintptr_t)root, key, value)
     {
-        if (!json_is_null(value) && !listed(used_keys, COUNT(used_keys), key) &&
+        const bool windowed =
+            arch->window != QS_WINDOW_NEVER && listed(window_keys, COUNT(window_keys), key);
+        if (!json_is_null(value) && !windowed && !listed(used_keys, COUNT(used_keys), key) &&
             !listed(harmless_keys, COUNT(harmless_keys), key)) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: key \"%.100s\" is not known for model_type \"llama\"; if it does "
+                           "%s: key \"%.100s\" is not known for model_type \"%s\"; if it does "
                            "not change the maths, remove it from a copy of the file",
-                           path, key);
+                           path, key, arch->model_type);
         }
     }
     return QS_OK;
 }
 
-static qs_status check_architecture(qs_hf_config *out, const json_t *root, const char *path)
+static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, const char *path)
 {
     const char *type = NULL;
+    char known[160];
     const json_t *list = given(root, "architectures");
     QS_TRY(qs_json_text(root, "model_type", &type, path));
-    if (strcmp(type, "llama") != 0) {
-        return refuse(path, "model_type", type, "\"llama\"");
+    *out = qs_hf_arch_find(type);
+    if (*out == NULL) {
+        qs_hf_arch_names(known, sizeof known);
+        return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
+                       "%s: \"model_type\" = %.100s is not supported; these are: %s", path, type,
+                       known);
     }
-    strcpy(out->model_type, "llama");
     for (size_t i = 0; i < json_array_size(list); i++) {
         const char *name = json_string_value(json_array_get(list, i));
-        if (name == NULL || strcmp(name, "LlamaForCausalLM") != 0) {
-            return refuse(path, "architectures", name != NULL ? name : "?", "LlamaForCausalLM");
+        if (name == NULL || strcmp(name, (*out)->class_name) != 0) {
+            return refuse(path, "architectures", name != NULL ? name : "?", (*out)->class_name);
         }
     }
     return QS_OK;
 }
 
-static qs_status parse_sizes(qs_hf_config *out, const json_t *root, const char *path)
+static qs_status parse_sizes(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                             const char *path)
 {
     int64_t layers, heads, kv_heads, head_dim;
     double eps;
-    QS_TRY(get_i64(root, "num_hidden_layers", 1, 1000, 32, &layers, path));
-    QS_TRY(get_i64(root, "num_attention_heads", 1, 4096, 32, &heads, path));
-    QS_TRY(get_i64(root, "num_key_value_heads", 1, heads, heads, &kv_heads, path));
-    QS_TRY(get_i64(root, "hidden_size", 1, 1 << 20, 4096, &out->hidden, path));
-    QS_TRY(get_i64(root, "intermediate_size", 1, 1 << 22, 11008, &out->ffn_hidden, path));
-    QS_TRY(get_i64(root, "vocab_size", 1, 1 << 22, 32000, &out->vocab, path));
-    QS_TRY(get_i64(root, "max_position_embeddings", 1, 1 << 30, 2048, &out->max_position, path));
+    QS_TRY(get_i64(root, "num_hidden_layers", 1, QS_LAYERS_MAX, arch->n_layers, &layers, path));
+    QS_TRY(get_i64(root, "num_attention_heads", 1, 4096, arch->n_heads, &heads, path));
+    QS_TRY(get_i64(root, "num_key_value_heads", 1, heads,
+                   arch->n_kv_heads > 0 ? arch->n_kv_heads : heads, &kv_heads, path));
+    QS_TRY(get_i64(root, "hidden_size", 1, 1 << 20, arch->hidden, &out->hidden, path));
+    QS_TRY(
+        get_i64(root, "intermediate_size", 1, 1 << 22, arch->ffn_hidden, &out->ffn_hidden, path));
+    QS_TRY(get_i64(root, "vocab_size", 1, 1 << 22, arch->vocab, &out->vocab, path));
+    QS_TRY(get_i64(root, "max_position_embeddings", 1, 1 << 30, arch->max_position,
+                   &out->max_position, path));
     QS_TRY(get_f64(root, "rms_norm_eps", DBL_MIN, 1e-2, 1e-6, &eps, path));
-    if (out->hidden % heads != 0) {
+    const int64_t usual = arch->head_dim > 0 ? arch->head_dim : out->hidden / heads;
+    const bool divides = given(root, "head_dim") == NULL && arch->head_dim == 0;
+    if (out->hidden % heads != 0 && (divides || arch->window == QS_WINDOW_NEVER)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: \"hidden_size\" = %lld is not a multiple of \"num_attention_heads\" = "
                        "%lld",
@@ -239,7 +260,7 @@ static qs_status parse_sizes(qs_hf_config *out, const json_t *root, const char *
                        "\"num_key_value_heads\" = %lld",
                        path, (long long)heads, (long long)kv_heads);
     }
-    QS_TRY(get_i64(root, "head_dim", 2, 1024, out->hidden / heads, &head_dim, path));
+    QS_TRY(get_i64(root, "head_dim", 2, 1024, usual, &head_dim, path));
     if (head_dim % 2 != 0 || head_dim > 1024) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: \"head_dim\" = %lld; rotary embeddings need an even number up to 1024",
@@ -253,15 +274,82 @@ static qs_status parse_sizes(qs_hf_config *out, const json_t *root, const char *
     return QS_OK;
 }
 
+static qs_status parse_biases(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                              const char *path)
+{
+    bool attention = false, mlp = false;
+    QS_TRY(get_bool(root, "attention_bias", false, &attention, path));
+    QS_TRY(get_bool(root, "mlp_bias", false, &mlp, path));
+    if (arch->bias != QS_BIAS_BY_KEY && attention) {
+        return refuse(path, "attention_bias", "true", "for this model_type false");
+    }
+    if ((arch->bias != QS_BIAS_BY_KEY || arch->qk_norm) && mlp) {
+        return refuse(path, "mlp_bias", "true", "for this model_type false");
+    }
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        out->bias[i] = i <= QS_O ? attention : mlp;
+    }
+    if (arch->bias == QS_BIAS_QKV) {
+        out->bias[QS_Q] = out->bias[QS_K] = out->bias[QS_V] = true;
+    }
+    return QS_OK;
+}
+
+/* Which layers are windowed: layer_types (transformers 5) says it layer by layer and must then
+ * agree with the rule that transformers 4 applies. */
+static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const char *path)
+{
+    const json_t *types = given(root, "layer_types");
+    if (types == NULL) {
+        return QS_OK;
+    }
+    for (size_t l = 0; l < json_array_size(types); l++) {
+        const char *type = json_string_value(json_array_get(types, l));
+        const bool full = type != NULL && strcmp(type, "full_attention") == 0;
+        const bool sliding = type != NULL && strcmp(type, "sliding_attention") == 0;
+        if (!full && (!sliding || out->window == 0)) {
+            return refuse(path, "layer_types", type != NULL ? type : "?",
+                          out->window > 0 ? "\"full_attention\" or \"sliding_attention\""
+                                          : "\"full_attention\"");
+        }
+        if (l < QS_LAYERS_MAX) {
+            out->windowed[l] = sliding;
+        }
+    }
+    if (json_array_size(types) != (size_t)out->n_layers) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"layer_types\" is no list of %d entries", path,
+                       out->n_layers);
+    }
+    return QS_OK;
+}
+
+static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                              const char *path)
+{
+    bool on = arch->window == QS_WINDOW_ALL;
+    int64_t from = 0;
+    if (arch->window == QS_WINDOW_UPPER) {
+        QS_TRY(get_bool(root, "use_sliding_window", false, &on, path));
+        QS_TRY(get_i64(root, "max_window_layers", 0, 1 << 20, arch->window_layers, &from, path));
+    }
+    const json_t *window = json_object_get(root, "sliding_window");
+    if (on && !json_is_null(window)) { /* null: none; absent: the default */
+        QS_TRY(
+            get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window, path));
+        for (int l = 0; l < out->n_layers; l++) {
+            out->windowed[l] = l >= from;
+        }
+    }
+    return parse_layer_types(out, root, path);
+}
+
 static qs_status parse_switches(qs_hf_config *out, const json_t *root, const char *path)
 {
     double dropout;
-    const json_t *layers = given(root, "layer_types");
     const json_t *act = given(root, "hidden_act");
     QS_TRY(get_bool(root, "tie_word_embeddings", false, &out->tied, path));
-    QS_TRY(get_bool(root, "attention_bias", false, &out->attention_bias, path));
-    QS_TRY(get_bool(root, "mlp_bias", false, &out->mlp_bias, path));
     QS_TRY(expect_false(root, "rope_interleaved", path));
+    QS_TRY(expect_false(root, "use_mrope", path));
     QS_TRY(expect_false(root, "is_encoder_decoder", path));
     QS_TRY(expect_false(root, "add_cross_attention", path));
     QS_TRY(get_f64(root, "attention_dropout", 0.0, 1.0, 0.0, &dropout, path));
@@ -272,12 +360,6 @@ static qs_status parse_switches(qs_hf_config *out, const json_t *root, const cha
                                                  strcmp(json_string_value(act), "swish") != 0))) {
         return refuse(path, "hidden_act", json_is_string(act) ? json_string_value(act) : "?",
                       "\"silu\"");
-    }
-    for (size_t i = 0; i < json_array_size(layers); i++) {
-        const char *type = json_string_value(json_array_get(layers, i));
-        if (type == NULL || strcmp(type, "full_attention") != 0) {
-            return refuse(path, "layer_types", type != NULL ? type : "?", "\"full_attention\"");
-        }
     }
     return QS_OK;
 }
@@ -443,10 +525,15 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     if (!json_is_object(root)) {
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
     }
-    QS_TRY(check_architecture(out, root, path));
-    QS_TRY(check_keys(root, path));
-    QS_TRY(parse_sizes(out, root, path));
+    const qs_hf_arch *arch = NULL;
+    QS_TRY(find_architecture(&arch, root, path));
+    strcpy(out->model_type, arch->model_type);
+    out->qk_norm = arch->qk_norm;
+    QS_TRY(check_keys(arch, root, path));
+    QS_TRY(parse_sizes(out, arch, root, path));
+    QS_TRY(parse_biases(out, arch, root, path));
     QS_TRY(parse_switches(out, root, path));
+    QS_TRY(parse_window(out, arch, root, path));
     QS_TRY(parse_dtype(out, root, path));
     QS_TRY(parse_rope(out, root, path));
     return parse_quantization(out, root, path);

@@ -1,5 +1,5 @@
-/* config.json of a Hugging Face checkpoint, for the model family that is supported (Llama), in
- * both spellings (transformers 4 and 5). What is not known is refused by name, never ignored. */
+/* config.json of a Hugging Face checkpoint, for the architectures that are supported (hf_arch.c),
+ * in both spellings (transformers 4 and 5). What is not known is refused by name, never ignored. */
 #ifndef QS_HF_HF_CONFIG_H
 #define QS_HF_HF_CONFIG_H
 
@@ -10,19 +10,24 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
-enum { QS_HEAD_DIM_MAX = 1024 };
+enum { QS_HEAD_DIM_MAX = 1024, QS_LAYERS_MAX = 1000 };
+
+/** The seven linears of a layer, in the order that units and the LoRA vector use. */
+typedef enum { QS_Q, QS_K, QS_V, QS_O, QS_GATE, QS_UP, QS_DOWN, QS_LINEAR_COUNT } qs_linear;
 
 typedef enum { QS_ROPE_DEFAULT, QS_ROPE_LLAMA3, QS_ROPE_LINEAR } qs_rope_type;
 
 typedef struct {
-    char model_type[32]; /* "llama" */
+    char model_type[32]; /* "llama", "mistral", ... */
     int n_layers, n_heads, n_kv_heads, head_dim;
     int64_t hidden, ffn_hidden, vocab;
     int64_t max_position;
     float rms_norm_eps;
-    bool tied;           /* head = embedding table */
-    bool attention_bias; /* q, k, v and o have a bias */
-    bool mlp_bias;
+    bool tied;                    /* head = embedding table */
+    bool bias[QS_LINEAR_COUNT];   /* the linear has one */
+    bool qk_norm;                 /* RMSNorm over each head of q and k, before RoPE */
+    int64_t window;               /* keys that a query of a windowed layer sees; 0: no such layer */
+    bool windowed[QS_LAYERS_MAX]; /* [n_layers] */
     double rope_theta;
     qs_rope_type rope_type;
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
@@ -38,9 +43,6 @@ qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, 
 /** Inverse frequencies of RoPE [head_dim / 2], with scaling: fp32 values, rounded as transformers
  * rounds them. */
 void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq);
-
-/** The seven linears of a layer, in the order that units and the LoRA vector use. */
-typedef enum { QS_Q, QS_K, QS_V, QS_O, QS_GATE, QS_UP, QS_DOWN, QS_LINEAR_COUNT } qs_linear;
 
 /** "self_attn.q_proj" ... "mlp.down_proj". */
 const char *qs_linear_path(qs_linear linear);

@@ -44,6 +44,12 @@ static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts
 {
     const int64_t t = m->shape.max_tokens;
     acts->rstd1 = take_floats(block, t);
+    if (m->config->qk_norm) {
+        acts->q_in = take_acts(m, block, t, m->q_width);
+        acts->k_in = take_acts(m, block, t, m->kv_width);
+        acts->rstd_q = take_floats(block, t * m->config->n_heads);
+        acts->rstd_k = take_floats(block, t * m->config->n_kv_heads);
+    }
     acts->q = take_acts(m, block, t, m->q_width);
     acts->k = take_acts(m, block, t, m->kv_width);
     acts->v = take_acts(m, block, t, m->kv_width);
@@ -137,6 +143,10 @@ static void carve_work(qs_model *m, arena *block)
         w->d_o = take_acts(m, block, t, m->q_width);
         w->d_q = take_bordered(m, block, t, m->q_width);
         w->d_k = take_bordered(m, block, t, m->kv_width);
+        if (m->config->qk_norm) {
+            w->d_q_in = take_acts(m, block, t, m->q_width);
+            w->d_k_in = take_acts(m, block, t, m->kv_width);
+        }
         w->d_v = take_bordered(m, block, t, m->kv_width);
         w->delta = take_floats(block, t * m->config->n_heads);
         w->lora = take_acts(m, block, t, lora_rank);

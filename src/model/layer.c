@@ -1,7 +1,7 @@
 /* One decoder layer, forward and backward, for one micro-batch.
  *
- *   x -> norm1 -> q k v -> RoPE -> attention -> o_proj -> + x = x2 -> norm2 -> gate up -> SwiGLU ->
- * down -> + x2
+ *   x -> norm1 -> q k v (-> norm of each head of q and k) -> RoPE -> attention -> o_proj -> + x =
+ * x2 -> norm2 -> gate up -> SwiGLU -> down -> + x2
  *
  * The backward needs q, k, v, o, lse, x2, gate, up and the A x of every adapter; the two norm
  * outputs and the SwiGLU output are cheap and always computed again. What else is computed again is
@@ -52,13 +52,17 @@ static void count_linear(const qs_layer_call *call, qs_linear linear, double lau
     }
 }
 
-/* Query-key pairs that the causal mask lets through. */
-static double attention_pairs(const qs_batch *batch)
+/* Query-key pairs that mask and window let through. */
+static double attention_pairs(const qs_layer_call *call)
 {
+    const qs_batch *batch = call->batch;
+    const qs_hf_config *cfg = call->model->config;
     double pairs = 0;
     for (int d = 0; d < batch->n_docs; d++) {
-        double n = batch->cu_seqlens[d + 1] - batch->cu_seqlens[d];
-        pairs += n * (n + 1) / 2;
+        const double n = batch->cu_seqlens[d + 1] - batch->cu_seqlens[d];
+        const double w = cfg->windowed[call->layer] ? (double)cfg->window : n;
+        const double ramp = n < w ? n : w; /* queries that see all before them */
+        pairs += ramp * (ramp + 1) / 2 + (n - ramp) * w;
     }
     return pairs;
 }
@@ -175,6 +179,36 @@ static qs_status rotate(const qs_layer_call *call, qs_mat *x, int heads, bool in
                         call->input->device.position, inverse);
 }
 
+/* A matrix of heads as one of rows a head: for the norm of each. Only without a border. */
+static qs_mat by_head(const qs_layer_call *call, void *data, int heads)
+{
+    return qs_model_mat(call->model, data, call->batch->n_tokens * heads,
+                        call->model->config->head_dim, 0);
+}
+
+/* RMSNorm over each head of q or k (Qwen3): `in` to `out`. */
+static qs_status head_norm(const qs_layer_call *call, void *in, const float *w, int heads,
+                           float *rstd, void *out)
+{
+    const qs_model *m = call->model;
+    const qs_mat x = by_head(call, in, heads);
+    qs_mat y = by_head(call, out, heads);
+    return m->ops->rmsnorm_forward(m->queue, &x, w, m->config->rms_norm_eps, rstd, &y);
+}
+
+/* Its backward: d_out to d_in, which describes what the linear behind it goes on with. */
+static qs_status head_norm_backward(const qs_layer_call *call, void *in, const float *w, int heads,
+                                    const float *rstd, void *d_out, void *d_in, qs_mat *d_linear)
+{
+    const qs_model *m = call->model;
+    const qs_mat dy = by_head(call, d_out, heads), x = by_head(call, in, heads);
+    qs_mat dx = by_head(call, d_in, heads);
+    QS_TRY(qs_queue_zero(m->queue, d_in, (size_t)(dx.rows * dx.cols) * m->act_bytes));
+    QS_TRY(m->ops->rmsnorm_backward(m->queue, &dy, &x, w, rstd, &dx));
+    *d_linear = tokens_by(call, d_in, (int64_t)heads * m->config->head_dim);
+    return QS_OK;
+}
+
 static qs_attention_shape attention_shape(const qs_layer_call *call)
 {
     const qs_hf_config *cfg = call->model->config;
@@ -182,6 +216,7 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
                                 .n_kv_heads = cfg->n_kv_heads,
                                 .head_dim = cfg->head_dim,
                                 .scale = 1.0f / __builtin_sqrtf((float)cfg->head_dim),
+                                .window = cfg->windowed[call->layer] ? (int)cfg->window : 0,
                                 .cu_seqlens = call->input->device.cu_seqlens,
                                 .n_docs = call->batch->n_docs,
                                 .longest = call->input->longest};
@@ -194,9 +229,16 @@ static qs_status attention_half(const qs_layer_call *call)
     qs_layer_acts *acts = call->acts;
     qs_mat norm;
     QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1, &norm));
-    QS_TRY(linear_forward(call, QS_Q, &norm, NULL, acts->q));
-    QS_TRY(linear_forward(call, QS_K, &norm, NULL, acts->k));
+    const qs_layer_params *p = params_of(call);
+    const bool normed = p->q_norm != NULL;
+    QS_TRY(linear_forward(call, QS_Q, &norm, NULL, normed ? acts->q_in : acts->q));
+    QS_TRY(linear_forward(call, QS_K, &norm, NULL, normed ? acts->k_in : acts->k));
     QS_TRY(linear_forward(call, QS_V, &norm, NULL, acts->v));
+    if (normed) {
+        const qs_hf_config *cfg = m->config;
+        QS_TRY(head_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
+        QS_TRY(head_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
+    }
 
     qs_attention_shape shape = attention_shape(call);
     qs_mat q = tokens_by(call, acts->q, m->q_width);
@@ -206,7 +248,7 @@ static qs_status attention_half(const qs_layer_call *call)
     QS_TRY(rotate(call, &q, m->config->n_heads, false));
     QS_TRY(rotate(call, &k, m->config->n_kv_heads, false));
     QS_TRY(m->ops->attention_forward(m->queue, &shape, &q, &k, &v, &o, acts->lse));
-    m->flops += 4.0 * attention_pairs(call->batch) * (double)m->q_width;
+    m->flops += 4.0 * attention_pairs(call) * (double)m->q_width;
     return linear_forward(call, QS_O, &o, acts->x, acts->x2);
 }
 
@@ -284,17 +326,27 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
                  k = tokens_by(call, acts->k, m->kv_width);
     const qs_mat v = tokens_by(call, acts->v, m->kv_width), o = bordered(call, acts->o, m->q_width);
     qs_mat d_o = tokens_by(call, work->d_o, m->q_width);
-    qs_mat d_q = bordered(call, work->d_q, m->q_width);
-    qs_mat d_k = bordered(call, work->d_k, m->kv_width);
+    const qs_layer_params *p = params_of(call);
+    const bool normed = p->q_norm != NULL;
+    qs_mat d_q =
+        normed ? tokens_by(call, work->d_q, m->q_width) : bordered(call, work->d_q, m->q_width);
+    qs_mat d_k =
+        normed ? tokens_by(call, work->d_k, m->kv_width) : bordered(call, work->d_k, m->kv_width);
     qs_mat d_v = bordered(call, work->d_v, m->kv_width);
     QS_TRY(linear_backward(call, QS_O, &o, dx, &d_o, false, grad));
 
     const qs_attention_shape shape = attention_shape(call);
     QS_TRY(m->ops->attention_backward(m->queue, &shape, &q, &k, &v, &o, acts->lse, &d_o,
                                       work->delta, &d_q, &d_k, &d_v));
-    m->flops += 8.0 * attention_pairs(call->batch) * (double)m->q_width;
+    m->flops += 8.0 * attention_pairs(call) * (double)m->q_width;
     QS_TRY(rotate(call, &d_q, m->config->n_heads, true));
     QS_TRY(rotate(call, &d_k, m->config->n_kv_heads, true));
+    if (normed) {
+        QS_TRY(head_norm_backward(call, acts->q_in, p->q_norm, m->config->n_heads, acts->rstd_q,
+                                  work->d_q, work->d_q_in, &d_q));
+        QS_TRY(head_norm_backward(call, acts->k_in, p->k_norm, m->config->n_kv_heads, acts->rstd_k,
+                                  work->d_k, work->d_k_in, &d_k));
+    }
 
     qs_mat norm, d_norm = tokens_by(call, work->d_norm, m->config->hidden);
     qs_mat *wanted = call->layer > 0 ? &d_norm : NULL;

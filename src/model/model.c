@@ -23,10 +23,13 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
     qs_model_bytes bytes = {0};
     set_widths(&m);
     qs_model_carve(&m, &bytes.activation_bytes, &bytes.work_bytes);
-    const int64_t biases =
-        (config->attention_bias ? m.q_width + 2 * m.kv_width + config->hidden : 0) +
-        (config->mlp_bias ? 2 * config->ffn_hidden + config->hidden : 0);
-    const int64_t norms = 2 * config->hidden;
+    int64_t biases = 0;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        int64_t out = 0, in = 0;
+        qs_linear_shape(config, (qs_linear)i, &out, &in);
+        biases += config->bias[i] ? out : 0;
+    }
+    const int64_t norms = 2 * config->hidden + (config->qk_norm ? 2 * config->head_dim : 0);
     const int64_t floats =
         config->n_layers * (norms + biases) + config->hidden + shape->max_tokens * config->head_dim;
     bytes.small_bytes =

@@ -11,6 +11,7 @@ typedef struct {
     qs_weight linear[QS_LINEAR_COUNT];
     const float *bias[QS_LINEAR_COUNT]; /* [out] or NULL */
     const float *norm1, *norm2;         /* [hidden] */
+    const float *q_norm, *k_norm;       /* [head_dim] or NULL */
 } qs_layer_params;
 
 /** What the forward of one layer leaves for its backward, for one micro-batch. Which of the
@@ -20,6 +21,9 @@ typedef struct {
 typedef struct {
     void *x;                   /* [T, hidden] input */
     float *rstd1, *rstd2;      /* [T] */
+    void *q_in, *k_in;         /* [T, q width], [T, kv width] before the norm of the heads, where
+                                  there is one; else NULL */
+    float *rstd_q, *rstd_k;    /* [T, heads] of that norm */
     void *q, *k, *v;           /* after RoPE */
     void *o;                   /* [T, q width + border] attention output */
     float *lse;                /* [n_heads, T] */
@@ -30,18 +34,19 @@ typedef struct {
 
 /** Scratch shared by all layers and micro-batches. */
 typedef struct {
-    void *norm;      /* [T, hidden + border] */
-    void *act;       /* [T, ffn + border] */
-    void *d_act;     /* [T, ffn + border] */
-    void *d_norm;    /* [T, hidden] */
-    void *d_o;       /* [T, q width] */
-    void *d_q;       /* [T, q width + border] */
-    void *d_k, *d_v; /* [T, kv width + border] */
-    float *delta;    /* [n_heads, T] */
-    void *lora;      /* [T, lora_rank] */
-    void *rows;      /* [R, hidden] */
-    void *d_rows;    /* [R, hidden] */
-    float *logits;   /* [logit_rows, head_chunk_rows] */
+    void *norm;            /* [T, hidden + border] */
+    void *act;             /* [T, ffn + border] */
+    void *d_act;           /* [T, ffn + border] */
+    void *d_norm;          /* [T, hidden] */
+    void *d_o;             /* [T, q width] */
+    void *d_q;             /* [T, q width + border]; no border where heads are normed */
+    void *d_q_in, *d_k_in; /* [T, q width], [T, kv width] where they are */
+    void *d_k, *d_v;       /* [T, kv width + border] */
+    float *delta;          /* [n_heads, T] */
+    void *lora;            /* [T, lora_rank] */
+    void *rows;            /* [R, hidden] */
+    void *d_rows;          /* [R, hidden] */
+    float *logits;         /* [logit_rows, head_chunk_rows] */
 } qs_model_work;
 
 /** What the operations read of a micro-batch, one array behind the other in a mirror, and the

@@ -88,6 +88,12 @@ static qs_status load_layer(qs_model *m, int layer, const uint8_t *bytes, float 
                       &p->norm1));
     QS_TRY(take_small(index, unit, "post_attention_layernorm.weight", m->config->hidden, bytes,
                       free_at, &p->norm2));
+    if (m->config->qk_norm) {
+        QS_TRY(take_small(index, unit, "self_attn.q_norm.weight", m->config->head_dim, bytes,
+                          free_at, &p->q_norm));
+        QS_TRY(take_small(index, unit, "self_attn.k_norm.weight", m->config->head_dim, bytes,
+                          free_at, &p->k_norm));
+    }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         char name[64];
         int64_t out = 0, in = 0;
@@ -96,8 +102,7 @@ static qs_status load_layer(qs_model *m, int layer, const uint8_t *bytes, float 
         snprintf(name, sizeof name, "%s.weight", qs_linear_path((qs_linear)i));
         QS_TRY(require(index, unit, name, out, in, &t));
         p->linear[i] = qs_model_weight(m, t);
-        const bool biased = i <= QS_O ? m->config->attention_bias : m->config->mlp_bias;
-        if (biased) {
+        if (m->config->bias[i]) {
             snprintf(name, sizeof name, "%s.bias", qs_linear_path((qs_linear)i));
             QS_TRY(take_small(index, unit, name, out, bytes, free_at, &p->bias[i]));
         }
@@ -153,6 +158,8 @@ static void point_to(qs_model *m, const float *host)
         qs_layer_params *p = &m->layers[l];
         p->norm1 = m->small + (p->norm1 - host);
         p->norm2 = m->small + (p->norm2 - host);
+        p->q_norm = p->q_norm != NULL ? m->small + (p->q_norm - host) : NULL;
+        p->k_norm = p->k_norm != NULL ? m->small + (p->k_norm - host) : NULL;
         for (int i = 0; i < QS_LINEAR_COUNT; i++) {
             p->bias[i] = p->bias[i] != NULL ? m->small + (p->bias[i] - host) : NULL;
         }

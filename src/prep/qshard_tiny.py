@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a small Llama checkpoint and a small instruction data set from a seed: for tests, and to try a machine out.
+"""Makes a small checkpoint (Llama, Mistral, Qwen) and a small instruction data set from a seed: for tests, and to try a machine out.
 
     qshard_tiny.py OUT --layers 4 --examples 512
 
@@ -76,8 +76,23 @@ def safetensors_bytes(tensors):
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------------------
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def has_bias(config, linear):
+    """Qwen2 has biases on q, k and v without a key that says so."""
+    if config["model_type"] == "qwen2":
+        return linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return config.get("attention_bias" if linear.startswith("self_attn") else "mlp_bias", False)
+
+
 def tensor_shapes(config):
-    """{name: shape} of a Llama checkpoint, biases and head included where the config has them."""
+    """{name: shape} of a checkpoint, biases, norms of heads and own head included where the config has them."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     linears = {
@@ -94,9 +109,12 @@ def tensor_shapes(config):
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[prefix + norm + ".weight"] = (hidden,)
+        if config["model_type"] == "qwen3":
+            for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+                shapes[prefix + norm + ".weight"] = (head_dim,)
         for name, shape in linears.items():
             shapes[prefix + name + ".weight"] = shape
-            if config["attention_bias" if name.startswith("self_attn") else "mlp_bias"]:
+            if has_bias(config, name):
                 shapes[prefix + name + ".bias"] = shape[:1]
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
@@ -117,7 +135,7 @@ def make_tensor(seed, name, shape):
 def make_config(options):
     """The config.json of the checkpoint; every key that a reader may ask for is there."""
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [CLASSES[options.arch]],
         "attention_bias": options.attention_bias,
         "attention_dropout": 0.0,
         "bos_token_id": 1,
@@ -129,7 +147,7 @@ def make_config(options):
         "intermediate_size": options.ffn,
         "max_position_embeddings": options.max_position,
         "mlp_bias": options.mlp_bias,
-        "model_type": "llama",
+        "model_type": options.arch,
         "num_attention_heads": options.heads,
         "num_hidden_layers": options.layers,
         "num_key_value_heads": options.kv_heads,
@@ -143,6 +161,16 @@ def make_config(options):
         "use_cache": True,
         "vocab_size": options.vocab,
     }
+    if options.arch == "mistral":
+        config["sliding_window"] = options.window
+    elif options.arch in ("qwen2", "qwen3"):
+        config["use_sliding_window"] = options.window is not None
+        config["sliding_window"] = options.window
+        config["max_window_layers"] = options.window_layers
+    for key in {"llama": (), "qwen3": ("mlp_bias", "pretraining_tp")}.get(
+        options.arch, ("attention_bias", "mlp_bias", "pretraining_tp")
+    ):
+        del config[key]  # no keys of these classes
     if options.rope_scaling == "llama3":
         # Borders at 8 and 32 positions: wavelengths of even a short head lie below, between and above them.
         config["rope_scaling"] = {
@@ -276,6 +304,9 @@ def make_parser():
     parser.add_argument("--rope-scaling", choices=["none", "llama3"], default="none", help="[%(default)s]")
     parser.add_argument("--tied", action="store_true", default=True, help="the head is the embedding [default]")
     parser.add_argument("--untied", action="store_false", dest="tied", help="the head has its own weights")
+    parser.add_argument("--arch", choices=sorted(CLASSES), default="llama", help="model_type [%(default)s]")
+    parser.add_argument("--window", type=int, help="attention sees the last WINDOW positions (mistral, qwen2, qwen3)")
+    parser.add_argument("--window-layers", type=int, default=0, help="qwen: layers below it see all [%(default)s]")
     parser.add_argument("--attention-bias", action="store_true", help="q, k, v and o have biases")
     parser.add_argument("--mlp-bias", action="store_true", help="gate, up and down have biases")
     parser.add_argument("--seed", type=int, default=1, help="[%(default)s]")
@@ -288,6 +319,13 @@ def check(options):
     for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "max_position", "examples"):
         if getattr(options, name) < 1:
             raise PrepError(202, "--" + name.replace("_", "-"), f"is {getattr(options, name)}; it must be at least 1")
+    if options.window is not None and (options.window < 1 or options.arch == "llama"):
+        what = f"is {options.window}; it must be at least 1, and --arch one of mistral, qwen2 and qwen3"
+        raise PrepError(202, "--window", what)
+    if (options.attention_bias and options.arch not in ("llama", "qwen3")) or (
+        options.mlp_bias and options.arch != "llama"
+    ):
+        raise PrepError(202, "--arch", f"is {options.arch}, which has no such biases to choose")
     if not 0 <= options.seed < 2**63:
         raise PrepError(202, "--seed", f"is {options.seed}; it must be at least 0 and less than 2^63")
     if options.heads % options.kv_heads:

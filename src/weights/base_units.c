@@ -64,17 +64,12 @@ static qs_status start_unit(const qs_base_index *index, qs_base_unit *unit, char
     return unit->tensors == NULL || name == NULL ? no_memory(index) : QS_OK;
 }
 
-static bool has_bias(const qs_hf_config *config, int linear)
-{
-    return linear <= QS_O ? config->attention_bias : config->mlp_bias;
-}
-
 static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int layer)
 {
     static const char *const tensor = "model.layers.%lld.%s.%s";
     int64_t rows, columns;
     QS_TRY(
-        start_unit(index, unit, formatted("layers.%lld", layer, "", ""), 2 * QS_LINEAR_COUNT + 2));
+        start_unit(index, unit, formatted("layers.%lld", layer, "", ""), 2 * QS_LINEAR_COUNT + 4));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(&index->config, (qs_linear)i, &rows, &columns);
         char *name = formatted(tensor, layer, qs_linear_path((qs_linear)i), "weight");
@@ -84,8 +79,13 @@ static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int 
                index->config.hidden, 0));
     QS_TRY(add(index, unit, formatted(tensor, layer, "post_attention_layernorm", "weight"),
                QS_TENSOR_SMALL, index->config.hidden, 0));
+    static const char *const head_norms[] = {"self_attn.q_norm", "self_attn.k_norm"};
+    for (int i = 0; i < 2 && index->config.qk_norm; i++) {
+        QS_TRY(add(index, unit, formatted(tensor, layer, head_norms[i], "weight"), QS_TENSOR_SMALL,
+                   index->config.head_dim, 0));
+    }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        if (has_bias(&index->config, i)) {
+        if (index->config.bias[i]) {
             qs_linear_shape(&index->config, (qs_linear)i, &rows, &columns);
             char *name = formatted(tensor, layer, qs_linear_path((qs_linear)i), "bias");
             QS_TRY(add(index, unit, name, QS_TENSOR_SMALL, rows, 0));

@@ -41,6 +41,15 @@ class Golden(unittest.TestCase):
     def test_biases(self):
         self.check("biases")
 
+    def test_mistral(self):
+        self.check("mistral")
+
+    def test_qwen2(self):
+        self.check("qwen2")
+
+    def test_qwen3(self):
+        self.check("qwen3")
+
 
 class Derivative(unittest.TestCase):
     """Central differences of the printed loss, over all adapters at once: no other program is involved."""

@@ -118,6 +118,48 @@ CASES = {
             seed=103,
             micro_batch=1,
         ),
+        # A window of 7 positions on every layer, and heads wider than hidden / heads.
+        Case(
+            name="mistral",
+            model=(
+                "--arch mistral --window 7 --hidden 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 24 --ffn 160 "
+                "--vocab 320 --untied --seed 14"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 2)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=106,
+        ),
+        # Biases on q, k and v; the second layer sees 5 positions, the first all.
+        Case(
+            name="qwen2",
+            model=(
+                "--arch qwen2 --window 5 --window-layers 1 --hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 "
+                "--vocab 320 --seed 15"
+            ).split(),
+            sequences=[[(25, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=107,
+        ),
+        # A norm over each head of q and k, of a width of its own.
+        Case(
+            name="qwen3",
+            model="--arch qwen3 --hidden 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 24 --ffn 160 --vocab 320 --seed 16".split(),
+            sequences=[[(25, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=108,
+        ),
         # A bitsandbytes checkpoint, tests/golden/bnb_tiny_plain: no double quantization, k_proj at 16 bits. `model` is
         # what it was made from.
         Case(

@@ -1,0 +1,42 @@
+/* The architectures that are supported: one row says in what a family differs from Llama. The rows
+ * are read where config.json is parsed; everything else asks the parsed configuration. */
+#ifndef QS_HF_HF_ARCH_H
+#define QS_HF_HF_ARCH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/** Which linears have a bias. */
+typedef enum {
+    QS_BIAS_BY_KEY, /* attention_bias: q, k, v, o; mlp_bias: gate, up, down */
+    QS_BIAS_NEVER,
+    QS_BIAS_QKV, /* always q, k and v */
+} qs_bias_rule;
+
+/** Which layers see a window of the last positions only. */
+typedef enum {
+    QS_WINDOW_NEVER,
+    QS_WINDOW_ALL,   /* all, when sliding_window is a number */
+    QS_WINDOW_UPPER, /* those from max_window_layers on, when use_sliding_window is true */
+} qs_window_rule;
+
+typedef struct {
+    const char *model_type; /* "mistral" */
+    const char *class_name; /* "MistralForCausalLM" */
+    qs_bias_rule bias;
+    bool qk_norm; /* RMSNorm over each head of q and k, before RoPE */
+    qs_window_rule window;
+    /* What a missing key means: the defaults of the class in transformers. 0: as for Llama, that is
+     * heads for kv_heads, hidden / heads for head_dim. */
+    int64_t hidden, ffn_hidden, vocab, max_position, window_default;
+    int n_layers, n_heads, n_kv_heads, head_dim, window_layers;
+} qs_hf_arch;
+
+/** The row of `model_type`; NULL if there is none. */
+const qs_hf_arch *qs_hf_arch_find(const char *model_type);
+
+/** "\"llama\", \"mistral\", ...": all rows, for messages. */
+void qs_hf_arch_names(char *out, size_t capacity);
+
+#endif
