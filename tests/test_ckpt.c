@@ -92,7 +92,8 @@ static void plan_init(plan *p, int64_t step)
                              .config_yaml = p->yaml,
                              .base_sha256 = "aa",
                              .data_content = "bb",
-                             .tokens_seen = 1000 + step};
+                             .tokens_seen = 1000 + step,
+                             .device = "a card"};
 }
 
 static void each_element(const plan *p, qs_optim *o, int rank, int nranks, bool *equal)
@@ -152,7 +153,7 @@ static qs_status load_body(team_member *me)
     QS_GOTO(qs_ckpt_load(run_dir, step, &p->meta, &p->layout, o, &found, me->comm));
     each_element(p, o, me->rank, me->nranks, &equal);
     if (!equal || o->step != step || found.step != step || found.tokens_seen != 1000 + step ||
-        strcmp(found.run_id, "run-1") != 0) {
+        strcmp(found.run_id, "run-1") != 0 || strcmp(found.device, "a card") != 0) {
         QS_GOTO(QS_FAIL(QS_ERR_BUG, "rank %d of %d: another state", me->rank, me->nranks));
     }
 done:

@@ -1,5 +1,5 @@
-/* Where a run computes: a device, the operations on it, and what its ranks talk over. Chosen once at
- * the start; everything above asks the three and never which kind they are. */
+/* Where a run computes: a device, the operations on it, and what its ranks talk over. Chosen once
+ * at the start; everything above asks the three and never which kind they are. */
 #ifndef QS_BACKEND_BACKEND_H
 #define QS_BACKEND_BACKEND_H
 
@@ -17,19 +17,18 @@ typedef struct {
 } qs_backend;
 
 /** Open the device for rank `local_rank` of the `local_nranks` on this host. `kind` is the
- * configuration's: QS_DEVICE_AUTO takes a GPU where there is one with room for every local rank, and
- * says in the log why not otherwise; QS_DEVICE_CUDA insists. One GPU for each rank, unless
- * `allow_shared`. Not collective, but the ranks of a host decide alike; hosts may differ, so agree on
- * qs_device_name afterwards.
- * \return QS_ERR_ENVIRONMENT with what is missing. */
+ * configuration's: QS_DEVICE_AUTO takes a GPU where there is one with room for every local rank,
+ * and says in the log why not otherwise; QS_DEVICE_CUDA insists. One GPU for each rank, unless
+ * `allow_shared`. Not collective, but the ranks of a host decide alike; hosts may differ, so agree
+ * on qs_device_name afterwards. \return QS_ERR_ENVIRONMENT with what is missing. */
 qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, int local_rank, int local_nranks,
                           bool allow_shared);
 
 /** Close the device: its buffers and queues are gone. A zeroed backend is fine. */
 void qs_backend_close(qs_backend *backend);
 
-/** The communicator for the device's memory over the ranks of `host`: `host` itself on the CPU, else
- * the plugin's, which is to be destroyed before `host`. Collective. */
+/** The communicator for the device's memory over the ranks of `host`: `host` itself on the CPU,
+ * else the plugin's, which is to be destroyed before `host`. Collective. */
 qs_status qs_backend_comm(qs_comm **out, const qs_backend *backend, qs_comm *host);
 
 /** Destroy what qs_backend_comm gave, unless it is `host` itself. */

@@ -24,8 +24,8 @@ typedef struct qs_plugin {
     /** What it was built with and for, one line. */
     const char *(*description)(void);
 
-    /** Look whether this machine can run it. Returns the number of devices that can, 0 if none; then
-     * `why` is one line that says why and what to do. Makes no context on a device. */
+    /** Look whether this machine can run it. Returns the number of devices that can, 0 if none;
+     * then `why` is one line that says why and what to do. Makes no context on a device. */
     int (*probe)(char *why, size_t capacity);
 
     /** Open device `index` of those that the process sees; qs_device_close closes it. */

@@ -13,6 +13,7 @@ typedef struct {
     char base_sha256[65];
     char data_content[33];
     int64_t tokens_seen;
+    char device[192];
     int n_layers;
     int64_t out[QS_LINEAR_COUNT], in[QS_LINEAR_COUNT];
 } qs_ckpt_record;

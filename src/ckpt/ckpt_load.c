@@ -227,6 +227,7 @@ static qs_status load_here(const char *run_dir, int64_t step, const qs_ckpt_meta
         optim->step = s.manifest.step;
         *meta_out = (qs_ckpt_meta){.step = s.manifest.step, .tokens_seen = s.record.tokens_seen};
         snprintf(meta_out->run_id, sizeof meta_out->run_id, "%s", s.manifest.run_id);
+        snprintf(meta_out->device, sizeof meta_out->device, "%s", s.record.device);
         memcpy(meta_out->base_sha256, s.record.base_sha256, sizeof meta_out->base_sha256);
         memcpy(meta_out->data_content, s.record.data_content, sizeof meta_out->data_content);
     }

@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "backend/backend.h"
 #include "base/cores.h"
 #include "cli/cli_impl.h"
 #include "kernels/cpu/isa.h"
@@ -109,7 +110,35 @@ static void look_at_limits(void)
              "ulimit -l unlimited, if ranks talk over InfiniBand or the like", "%" PRIu64 " KiB",
              (uint64_t)locked.rlim_cur / 1024);
     }
-    line(FINE, "GPU", NULL, "not built: this program computes on the CPU");
+}
+
+/* Without a GPU nothing is wrong, unless the machine has one. */
+static void look_at_gpus(void)
+{
+    const char *why = qs_backend_cuda_missing();
+    const char *plugin = qs_backend_cuda_description();
+    if (*plugin) {
+        line(FINE, "GPU plugin", NULL, "%s", plugin);
+    }
+    if (why) {
+        bool wanted = access("/dev/nvidia0", F_OK) == 0;
+        line(wanted ? NOTE : FINE, "GPU", "runs compute on the CPU until then", "none is used: %s",
+             why);
+        return;
+    }
+    for (int i = 0; i < qs_backend_cuda_devices(); i++) {
+        qs_backend backend;
+        size_t free_bytes = 0, total_bytes = 0;
+        if (qs_backend_open(&backend, QS_DEVICE_CUDA, i, i + 1, false) != QS_OK) {
+            line(BROKEN, "GPU", "nvidia-smi shows what it does", "%d: %s", i, qs_error_text());
+            qs_error_clear();
+            continue;
+        }
+        qs_device_memory(backend.device, &free_bytes, &total_bytes);
+        line(FINE, "GPU", NULL, "%d: %s; %.1f GiB free", i, qs_device_description(backend.device),
+             (double)free_bytes / GIB);
+        qs_backend_close(&backend);
+    }
 }
 
 /* ---- libraries and launcher ---- */
@@ -237,6 +266,7 @@ qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm)
     look_at_cpu();
     look_at_memory();
     look_at_limits();
+    look_at_gpus();
     look_at_mpi(comm);
     look_at_hdf5();
     look_at_launcher();

@@ -293,12 +293,14 @@ static void abort_nccl(comm_nccl *c)
 {
     pthread_t thread;
     struct timespec until;
-    if (pthread_create(&thread, NULL, run_abort, c->nccl) == 0) {
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_sec += ABORT_LIMIT_S;
-        if (pthread_timedjoin_np(thread, NULL, &until) == 0) {
-            return;
-        }
+    if (pthread_create(&thread, NULL, run_abort, c->nccl) != 0) {
+        run_abort(c->nccl);
+        return;
+    }
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += ABORT_LIMIT_S;
+    if (pthread_timedjoin_np(thread, NULL, &until) == 0) {
+        return;
     }
     const qs_status st = c->broken != QS_OK ? c->broken : QS_ERR_PEER;
     (void)QS_FAIL(st, "NCCL: ncclCommAbort has not returned; %s", advice(QS_ERR_PEER));

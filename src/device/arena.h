@@ -1,5 +1,5 @@
-/* Who holds which bytes of a region: a list of blocks in the order of their addresses, and first fit
- * among the gaps. Arithmetic on numbers only: the region may be a GPU's memory, which the host
+/* Who holds which bytes of a region: a list of blocks in the order of their addresses, and first
+ * fit among the gaps. Arithmetic on numbers only: the region may be a GPU's memory, which the host
  * cannot touch. Blocks are few (hundreds) and made before the first step, so lists are searched.
  *
  *     base                                                    base + bytes

@@ -69,6 +69,12 @@ void qs_device_host_free(qs_device *device, void *ptr)
     }
 }
 
+void qs_device_set_watch(qs_device *device, qs_status (*watch)(void *ctx), void *ctx)
+{
+    device->watch = watch;
+    device->watch_ctx = ctx;
+}
+
 qs_status qs_queue_create(qs_queue **out, int threads)
 {
     return qs_queue_create_on(qs_device_cpu(), out, threads);

@@ -1,9 +1,9 @@
 /* An NVIDIA GPU as a device: memory, queues that are streams, marks that are events.
  *
- * Memory comes from one arena once qs_device_reserve was called, from cudaMalloc before. Every block
- * is known by its address, so that what is freed can be uncounted. Events are a ring of a queue: a
- * mark is a number, and one that has left the ring is answered by the oldest mark still in it, which
- * lies behind it and so waits for it too. */
+ * Memory comes from one arena once qs_device_reserve was called, from cudaMalloc before. Every
+ * block is known by its address, so that what is freed can be uncounted. Events are a ring of a
+ * queue: a mark is a number, and one that has left the ring is answered by the oldest mark still in
+ * it, which lies behind it and so waits for it too. */
 #include "device/device_cuda.h"
 
 #include <cuda_profiler_api.h>
@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if __has_include(<nvtx3/nvToolsExt.h>)
 #include <nvtx3/nvToolsExt.h>
 #define HAVE_NVTX 1
@@ -19,6 +20,7 @@
 #define HAVE_NVTX 0
 #endif
 
+#include "base/timer.h"
 #include "device/arena.h"
 #include "device/cuda_archs.h"
 
@@ -26,8 +28,11 @@
 
 enum { EVENTS = 64, LEAST_CAPABILITY = 80 };
 
-/* Room for rounding blocks up to the arena's alignment, which plans need not know: 16,384 blocks. */
+/* Room for rounding blocks up to the arena's alignment, which plans need not know: 16,384 blocks.
+ */
 static const size_t ARENA_SLACK = (size_t)4 << 20;
+
+static const double WATCH_PERIOD_S = 0.05, SPIN_S = 1e-3;
 
 typedef struct {
     qs_device base;
@@ -55,7 +60,8 @@ static const qs_device_ops cuda_ops;
 
 #define QS_CUDA(call) check((call), #call, __FILE__, __LINE__)
 
-/* CUDA also keeps the error for cudaGetLastError, where the next launch would find it: taken away. */
+/* CUDA also keeps the error for cudaGetLastError, where the next launch would find it: taken away.
+ */
 static qs_status check(cudaError_t error, const char *call, const char *file, int line)
 {
     if (error == cudaSuccess) {
@@ -493,6 +499,57 @@ static void *queue_native(const qs_queue *base)
     return (void *)((const cuda_queue *)base)->stream;
 }
 
+static qs_status zero(qs_queue *base, void *ptr, size_t bytes)
+{
+    cuda_queue *queue = (cuda_queue *)base;
+    QS_TRY(make_current((cuda_device *)base->device));
+    return QS_CUDA(cudaMemsetAsync(ptr, 0, bytes, queue->stream));
+}
+
+/* What NCCL has under way never ends when a peer is lost, so whoever watches over it is asked
+ * between looks; the first millisecond spins, since most waits are short. */
+static qs_status watched_wait(const cuda_queue *queue, cudaEvent_t event)
+{
+    const qs_device *device = queue->base.device;
+    const struct timespec pause = {.tv_nsec = 20000};
+    const double begun_s = qs_time_s();
+    double asked_s = begun_s;
+    for (;;) {
+        const cudaError_t error =
+            event != NULL ? cudaEventQuery(event) : cudaStreamQuery(queue->stream);
+        if (error != cudaErrorNotReady) {
+            return check_work(error, __FILE__, __LINE__);
+        }
+        (void)cudaGetLastError(); /* "not ready" is kept there like an error */
+        const double now_s = qs_time_s();
+        if (now_s - asked_s > WATCH_PERIOD_S) {
+            asked_s = now_s;
+            QS_TRY(device->watch(device->watch_ctx));
+        }
+        if (now_s - begun_s > SPIN_S) {
+            (void)nanosleep(&pause, NULL);
+        }
+    }
+}
+
+/* The host waits for `event`, or for all of the queue if it is NULL. */
+static qs_status host_wait(const cuda_queue *queue, cudaEvent_t event)
+{
+    if (queue->base.device->watch != NULL) {
+        return watched_wait(queue, event);
+    }
+    return check_work(event != NULL ? cudaEventSynchronize(event)
+                                    : cudaStreamSynchronize(queue->stream),
+                      __FILE__, __LINE__);
+}
+
+static qs_status wait_empty(qs_queue *base)
+{
+    const cuda_queue *queue = (const cuda_queue *)base;
+    QS_TRY(host_wait(queue, NULL));
+    return queue->failed;
+}
+
 static bool is_pageable(const void *ptr)
 {
     struct cudaPointerAttributes attributes;
@@ -503,31 +560,14 @@ static bool is_pageable(const void *ptr)
     return attributes.type == cudaMemoryTypeUnregistered;
 }
 
-/* For pageable memory CUDA promises nothing about when the call returns ("might be synchronous"), so
- * the host waits. What should be asynchronous uses pinned memory. */
+/* For pageable memory CUDA promises nothing about when the call returns ("might be synchronous"),
+ * so the host waits. What should be asynchronous uses pinned memory. */
 static qs_status copy(qs_queue *base, void *to, const void *from, size_t bytes)
 {
     cuda_queue *queue = (cuda_queue *)base;
     QS_TRY(make_current((cuda_device *)base->device));
     QS_TRY(QS_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, queue->stream)));
-    if (is_pageable(to) || is_pageable(from)) {
-        return check_work(cudaStreamSynchronize(queue->stream), __FILE__, __LINE__);
-    }
-    return QS_OK;
-}
-
-static qs_status zero(qs_queue *base, void *ptr, size_t bytes)
-{
-    cuda_queue *queue = (cuda_queue *)base;
-    QS_TRY(make_current((cuda_device *)base->device));
-    return QS_CUDA(cudaMemsetAsync(ptr, 0, bytes, queue->stream));
-}
-
-static qs_status wait_empty(qs_queue *base)
-{
-    cuda_queue *queue = (cuda_queue *)base;
-    QS_TRY(check_work(cudaStreamSynchronize(queue->stream), __FILE__, __LINE__));
-    return queue->failed;
+    return is_pageable(to) || is_pageable(from) ? host_wait(queue, NULL) : QS_OK;
 }
 
 static uint64_t record(qs_queue *base)
@@ -551,8 +591,8 @@ static cudaEvent_t event_of(const cuda_queue *queue, uint64_t number)
 
 static qs_status wait_for(qs_queue *base, uint64_t number)
 {
-    cuda_queue *queue = (cuda_queue *)base;
-    QS_TRY(check_work(cudaEventSynchronize(event_of(queue, number)), __FILE__, __LINE__));
+    const cuda_queue *queue = (const cuda_queue *)base;
+    QS_TRY(host_wait(queue, event_of(queue, number)));
     return queue->failed;
 }
 

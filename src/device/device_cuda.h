@@ -4,7 +4,8 @@
 
 #include "device/device_impl.h"
 
-/** Cards that the build has code for (cmake/cuda.cmake); where it does not say, all that can be used. */
+/** Cards that the build has code for (cmake/cuda.cmake); where it does not say, all that can be
+ * used. */
 #ifndef QSHARD_CUDA_ARCHITECTURES
 #define QSHARD_CUDA_ARCHITECTURES "80-virtual"
 #endif

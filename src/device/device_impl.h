@@ -40,6 +40,8 @@ typedef struct {
 struct qs_device {
     const qs_device_ops *ops;
     char description[192];
+    qs_status (*watch)(void *ctx); /* NULL: none */
+    void *watch_ctx;
 };
 
 /** First member of every queue. */

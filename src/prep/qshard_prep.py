@@ -1,45 +1,63 @@
 #!/usr/bin/env python3
-"""qshard-prep: JSON lines to the token file that `qshard train`, `eval` and `sample` read.
+"""qshard-prep: training data to the token file that `qshard train`, `eval` and `sample` read."""
 
-    qshard_prep.py --model HF_DIR data.jsonl -o train.h5 --eval-out eval.h5 --eval-fraction 0.05
-    qshard_prep.py --model HF_DIR data.jsonl --preview 2
-
-Formats (told by the keys of a record, or --format):
-  messages  {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, written with the model's chat
-            template; learned are the assistant's turns with the token that closes them
-  alpaca    {"instruction", "input", "output"}; learned are the output and the end of text
-  text      {"text"}; everything is learned
-One pass, in order, and the same bytes for the same input. docs/data.md tells the rest.
-"""
-
+import argparse
 import hashlib
+import json
 import os
 import sys
-from collections import Counter
 
-from qprep import errors
-from qprep.errors import BadRecord, OneLineParser, PrepError, run
+import numpy as np
+
+from qprep import errors, predecessor
+from qprep.chat import ROLES
+from qprep.errors import OneLineParser, PrepError, run
 from qprep.files import finished, read_json, refuse_existing
+from qprep.formats import ALL_FORMATS, FORMATS
+from qprep.packing import METHODS
+from qprep.pipeline import read_documents
 from qprep.preview import show
-from qprep.records import FORMATS, Counts, read_records
-from qprep.template import ChatTemplate, load_template
-from qprep.tokenfile import arrange, write_token_file
-from qprep.tokens import Document, Example, Tokenizer
+from qprep.template import TURNS
+from qprep.tokenfile import arrange, ranges, write_token_file
+from qprep.tokens import Documents, Tokenizer
 
-BATCH = 1024  # records that are encoded together, on all cores
+DESCRIPTION = "Makes the token files that qshard train, eval and sample read."
+FORMATS_HELP = """\
+formats, told by the keys of the first record or by --format:
+  messages    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], "tools": [...]}
+  sharegpt    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}], "system": ...}
+              both are written with the model's chat template; the assistant's turns are learned
+  alpaca      {"instruction", "input", "output"}: the output is learned
+  completion  {"prompt", "completion"}, texts or lists of messages: the completion is learned
+  text        {"text"}: everything is learned
+  tokens      {"input_ids", "labels"} with masks: what its labels say
+  megatron    PREFIX of PREFIX.idx and PREFIX.bin: everything is learned
+  fsdp_qlora:alpaca, :alpaca_sample, :guanaco, :sql, :orca_math, :dummy
+              the data sets of fsdp_qlora's train.py with its text, mask and choice of samples
 
-# The wording of Stanford Alpaca's training data, which models tuned on it expect.
-ALPACA_HEAD = "Below is an instruction that describes a task"
-ALPACA_INPUT = ", paired with an input that provides further context"
-ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n"
+examples:
+  qshard-prep --model HF_DIR data.jsonl --preview 2
+  qshard-prep --model HF_DIR data.jsonl -o train.h5 --seq-len 2048 --pack --eval-out eval.h5 --eval-fraction 0.05
+  qshard-prep --model HF_DIR --format fsdp_qlora:dummy -o dummy.h5
+
+One pass, in order, and the same bytes for the same input. Exit codes: 0 done, 2 usage, 3 bad input, 4 output."""
 
 
 def parse_options(argv):
     parser = OneLineParser(
-        prog="qshard-prep", description="JSON lines to token files", allow_abbrev=False
+        prog="qshard-prep",
+        description=DESCRIPTION,
+        epilog=FORMATS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("data", nargs="+", metavar="DATA.jsonl", help="one JSON object a line")
+    add(
+        "data",
+        nargs="*",
+        metavar="DATA",
+        help="JSON lines or one JSON array; for megatron the PREFIX of .idx and .bin",
+    )
     add(
         "--model",
         required=True,
@@ -47,21 +65,75 @@ def parse_options(argv):
         help="model directory: tokenizer.json, config.json, chat template",
     )
     add("-o", "--output", metavar="TRAIN.h5", help="token file to write")
-    add("--eval-out", metavar="EVAL.h5", help="token file of the held-out part")
+    add("--overwrite", action="store_true", help="replace existing outputs")
     add(
-        "--eval-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="part of the documents held out, 0..0.9",
+        "--preview",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N sequences, what is not learned dimmed or in ⟦⟧",
     )
-    add("--seed", type=int, default=42, help="chooses the held-out documents (default 42)")
+
+    add = parser.add_argument_group("records").add_argument
     add(
         "--format",
-        choices=("auto", *FORMATS),
+        choices=("auto", *ALL_FORMATS),
         default="auto",
-        help="kind of the records (default: by their keys)",
+        metavar="NAME",
+        help="kind of the records, see below (default: by their keys)",
     )
+    add("--on-bad-record", choices=("stop", "skip"), default="stop", help="(default stop)")
+    add(
+        "--prompts",
+        action="store_true",
+        help="prompts for `qshard sample`: nothing learned, open for an answer",
+    )
+    add(
+        "--samples",
+        type=int,
+        metavar="N",
+        help=f"fsdp_qlora's alpaca_sample, orca_math, dummy: how many (default {predecessor.SAMPLES})",
+    )
+    add("--jobs", type=int, default=0, metavar="N", help="processes (default: all cores, if it pays)")
+
+    add = parser.add_argument_group("what is learned").add_argument
+    add(
+        "--train-roles",
+        type=roles_of,
+        metavar="ROLES",
+        help=f"of a conversation: some of {','.join(ROLES)} (default assistant)",
+    )
+    add(
+        "--turns",
+        choices=TURNS,
+        help="of a conversation: all learned turns in one document, each in its own, or only the last; auto (default): "
+        "all, and each where the template changes what it wrote before",
+    )
+    add("--train-on-inputs", action="store_true", help="learn prompts and frames as well")
+    add(
+        "--eos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="the learned end-of-text token behind a document: where nothing closes it (auto), always, or never",
+    )
+
+    add = parser.add_argument_group("chat template").add_argument
+    add("--chat-template", metavar="FILE", help="Jinja file to use instead of the model's own")
+    add(
+        "--template-arg",
+        type=variable_of,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the template, as enable_thinking=false; the value is JSON or a text",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="write alpaca and completion records with the chat template instead of as plain text",
+    )
+
+    add = parser.add_argument_group("lengths").add_argument
     add(
         "--seq-len",
         type=int,
@@ -73,7 +145,7 @@ def parse_options(argv):
         "--long",
         choices=("truncate", "drop", "split"),
         default="truncate",
-        help="documents longer than --seq-len: keep the beginning, leave out, or (text only) cut in pieces",
+        help="documents longer than --seq-len: keep the beginning, leave out, or (text and tokens) cut in pieces",
     )
     add(
         "--pack",
@@ -81,52 +153,78 @@ def parse_options(argv):
         help="documents share sequences; attention still ends at their borders",
     )
     add(
-        "--prompts",
-        action="store_true",
-        help="prompts for `qshard sample`: nothing learned, open for an answer",
+        "--pack-by",
+        choices=METHODS,
+        help="pack in the order of the input (default), or each into the fullest sequence with room, longest first",
     )
+
+    add = parser.add_argument_group("held-out part").add_argument
+    add("--eval-out", metavar="EVAL.h5", help="token file of the held-out part")
     add(
-        "--preview",
-        type=int,
-        default=0,
-        metavar="N",
-        help="print N sequences, what is not learned dimmed or in ⟦⟧",
+        "--eval-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="part of the records held out, 0..0.9",
     )
-    add("--on-bad-record", choices=("stop", "skip"), default="stop", help="(default stop)")
-    add("--chat-template", metavar="FILE", help="Jinja file to use instead of the model's own")
-    add("--overwrite", action="store_true", help="replace existing outputs")
+    add("--seed", type=int, default=42, help="chooses the held-out records (default 42)")
     options = parser.parse_args(argv)
+    options.pack_by = options.pack_by or ("order" if options.pack else None)
+    options.pack = options.pack_by is not None
     check_options(options)
     return options
 
 
+def roles_of(text):
+    roles = tuple(text.split(","))
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(ROLES)}")
+    return roles
+
+
+def variable_of(text):
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with the name of a free variable")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
 def check_options(options):
     """Whatever can be known to be wrong before any file is read."""
+    predecessor.need_no_data(options)
     if not options.output and not options.preview:
         raise PrepError(
             errors.USAGE, "qshard-prep", "nothing to do: give -o TRAIN.h5 or --preview N"
         )
-    if not 2 <= options.seq_len <= 1 << 20:
-        raise PrepError(errors.USAGE, "--seq-len", f"is {options.seq_len}, must be 2..{1 << 20}")
-    if options.preview < 0:
-        raise PrepError(errors.USAGE, "--preview", f"is {options.preview}, must not be negative")
+    for name, value, low, high in (
+        ("--seq-len", options.seq_len, 2, 1 << 20),
+        ("--preview", options.preview, 0, 1 << 30),
+        ("--jobs", options.jobs, 0, 1024),
+        ("--samples", 1 if options.samples is None else options.samples, 1, 1 << 40),
+        ("--seed", options.seed, 0, (1 << 63) - 1),
+        ("--eval-fraction", options.eval_fraction, 0.0, 0.9),
+    ):
+        if not low <= value <= high:
+            raise PrepError(errors.USAGE, name, f"is {value}, must be {low}..{high}")
     if bool(options.eval_out) != (options.eval_fraction != 0.0):
         raise PrepError(
             errors.CONFIG_PAIR,
             "--eval-out",
             "goes with an --eval-fraction above 0, and only with it",
         )
-    if not 0.0 <= options.eval_fraction <= 0.9:
-        raise PrepError(
-            errors.USAGE, "--eval-fraction", f"is {options.eval_fraction}, must be 0..0.9"
-        )
     if options.eval_out and not options.output:
         raise PrepError(errors.CONFIG_PAIR, "--eval-out", "needs -o for the other part")
-    if options.prompts and (options.eval_out or options.pack or options.long != "truncate"):
+    if options.prompts:
+        check_prompts(options)
+    if options.train_on_inputs and (options.train_roles or options.turns):
         raise PrepError(
             errors.CONFIG_PAIR,
-            "--prompts",
-            "goes with none of --eval-out, --pack, --long: a prompt is one whole sequence",
+            "--train-on-inputs",
+            "learns everything, so it goes with neither --train-roles nor --turns",
         )
     outputs = [path for path in (options.output, options.eval_out) if path]
     if len({os.path.abspath(path) for path in outputs}) != len(outputs):
@@ -135,127 +233,31 @@ def check_options(options):
         refuse_existing(path, options.overwrite, options.data)
 
 
-class Builder:
-    """Makes an Example of a record: its text and which characters of it are learned."""
-
-    def __init__(self, options, tokenizer):
-        self.options = options
-        self.tokenizer = tokenizer
-        self.source, specials = load_template(options.model, options.chat_template)
-        self.template = None
-        if self.source is not None:
-            self.template = ChatTemplate(self.source, specials, tokenizer.special_texts())
-        self.forms = set()
-
-    def __call__(self, form, record):
-        self.forms.add(form)
-        if form != "messages" and not self.options.prompts and self.tokenizer.eos is None:
-            raise PrepError(
-                errors.INPUT_VALUE,
-                self.options.model,
-                "names no eos_token, which has to end a document; "
-                "add it to tokenizer_config.json",
-            )
-        return getattr(self, form)(record)
-
-    def messages(self, record):
-        if self.template is None:
-            raise PrepError(
-                errors.INPUT_MISSING,
-                self.options.model,
-                "the model has no chat template, which records "
-                "with messages need; give --chat-template FILE",
-            )
-        if self.options.long == "split":
+def check_prompts(options):
+    """A prompt is one whole sequence of which nothing is learned."""
+    for name, given in (
+        ("--eval-out", options.eval_out),
+        ("--pack", options.pack),
+        ("--long", options.long != "truncate"),
+        ("--eos", options.eos != "auto"),
+        ("--train-roles", options.train_roles),
+        ("--turns", options.turns),
+        ("--train-on-inputs", options.train_on_inputs),
+    ):
+        if given:
             raise PrepError(
                 errors.CONFIG_PAIR,
-                "--long",
-                "split is for text only; a piece of a conversation is none",
+                "--prompts",
+                f"does not go with {name}: a prompt is one whole sequence of which nothing is learned",
             )
-        messages, tools = record["messages"], record.get("tools")
-        if self.options.prompts:
-            while messages and messages[-1]["role"] == "assistant":
-                messages = messages[:-1]  # the answer that the model is asked for
-            if not messages:
-                raise BadRecord("no message to answer; a prompt needs a user message")
-            return Example(self.template.prompt(messages, tools), [], False, False)
-        text, spans = self.template.conversation(messages, tools)
-        return Example(text, spans, False, False)
-
-    def alpaca(self, record):
-        if self.options.long == "split":
-            raise PrepError(
-                errors.CONFIG_PAIR, "--long", "split is for text only; a piece of an answer is none"
-            )
-        given = record.get("input") or ""
-        prompt = ALPACA_HEAD + (ALPACA_INPUT if given else "") + ALPACA_TAIL
-        prompt += f"### Instruction:\n{record['instruction']}\n\n"
-        prompt += f"### Input:\n{given}\n\n" if given else ""
-        prompt += "### Response:"
-        if self.options.prompts:
-            return Example(prompt, [], True, False)
-        text = prompt + record["output"]
-        return Example(text, [(len(prompt), len(text))], True, True)
-
-    def text(self, record):
-        text = record["text"]
-        if self.options.prompts:
-            return Example(text, [], True, False)
-        return Example(text, [(0, len(text))], True, True)
-
-    def template_sha256(self):
-        """The template's hash if it shaped the data, else empty."""
-        used = self.source is not None and "messages" in self.forms
-        return hashlib.sha256(self.source.encode("utf-8")).hexdigest() if used else ""
 
 
-def read_documents(options, tokenizer, builder, counts):
-    """All documents of the input, shortened as asked, and a Counter of what was done to them."""
-    done, documents, batch = Counter(), [], []
-
-    def flush():
-        encoded, straddling = tokenizer.encode(batch)
-        done["straddling"] += straddling
-        for document in encoded:
-            documents.extend(fit(document, options, done))
-        batch.clear()
-
-    for example in read_records(
-        options.data, options.format, options.on_bad_record == "skip", counts, builder
-    ):
-        done["without an assistant turn"] += not (example.spans or options.prompts)
-        batch.append(example)
-        if len(batch) == BATCH:
-            flush()
-    flush()
-    return documents, done
-
-
-def fit(document, options, done):
-    """The document as none, one or several that fit into seq_len and, but for prompts, teach something."""
-    length, limit = len(document.tokens), options.seq_len
-    if length > limit and (options.prompts or options.long == "drop"):
-        done["dropped, too long"] += 1
-        return
-    step = limit if options.long == "split" else max(length, 1)
-    done["split" if options.long == "split" else "truncated"] += length > limit
-    for begin in range(0, max(length, 1), step):
-        piece = Document(
-            document.tokens[begin : begin + limit], document.learned[begin : begin + limit]
-        )
-        if not options.prompts and not piece.learned[1:].any():
-            done["dropped, nothing to learn"] += 1
-        elif len(piece.tokens) == 0:
-            done["dropped, empty"] += 1
-        else:
-            yield piece
-
-
-def check_usable(options, documents, counts, done):
+def check_usable(options, outcome):
     """Training on nothing is refused, with the reason."""
-    if documents:
+    if len(outcome.documents):
         return
-    where = ", ".join(options.data)
+    counts, done = outcome.counts, outcome.done
+    where = ", ".join(options.data) or options.format
     if not counts.records:
         raise PrepError(
             errors.INPUT_VALUE,
@@ -265,8 +267,9 @@ def check_usable(options, documents, counts, done):
         )
     if options.prompts:
         reason = f"every prompt is empty or longer than --seq-len={options.seq_len}; raise it"
-    elif done["without an assistant turn"] == counts.records:
-        reason = "no record has an assistant message"
+    elif done["without a turn to learn"] == counts.records:
+        roles = " or ".join(options.train_roles or ("assistant",))
+        reason = f"no record has an {roles} message" if roles[0] in "aeiou" else f"no record has a {roles} message"
     elif done["truncated"] or done["dropped, too long"]:
         reason = f"what is to be learned lies behind --seq-len={options.seq_len}; raise it"
     else:
@@ -279,21 +282,33 @@ def check_usable(options, documents, counts, done):
 
 
 def split_off(documents, fraction, seed):
-    """(kept, held out), each in the order of the input. Chosen by hash, so the choice does not depend on a library."""
+    """(kept, held out), each in the order of the input. All documents of a record go to one side. Chosen by hash, so the
+    choice does not depend on a library."""
     if not fraction:
-        return documents, []
-    count = max(1, round(len(documents) * fraction))
-    if count >= len(documents):
+        return documents, None
+    records, record_of = np.unique(documents.groups, return_inverse=True)
+    count = max(1, round(len(records) * fraction))
+    if count >= len(records):
         raise PrepError(
-            errors.INPUT_VALUE, "--eval-fraction", f"leaves nothing of {len(documents)} documents"
+            errors.INPUT_VALUE, "--eval-fraction", f"leaves nothing of {len(records)} records"
         )
     order = sorted(
-        range(len(documents)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest()
+        range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest()
     )
-    held = set(order[:count])
-    return (
-        [d for i, d in enumerate(documents) if i not in held],
-        [d for i, d in enumerate(documents) if i in held],
+    held = np.zeros(len(records), dtype=bool)
+    held[order[:count]] = True
+    held = held[record_of]
+    return selected(documents, ~held), selected(documents, held)
+
+
+def selected(documents, which):
+    ends = np.cumsum(documents.lengths)
+    taken = ranges((ends - documents.lengths)[which], ends[which])
+    return Documents(
+        documents.tokens[taken],
+        documents.learned[taken],
+        documents.lengths[which],
+        documents.groups[which],
     )
 
 
@@ -328,17 +343,17 @@ def main(argv):
             f"is {options.seq_len}, but the model knows {limit} positions",
         )
     tokenizer = Tokenizer(options.model)
-    builder = Builder(options, tokenizer)
-    counts = Counts()
-    documents, done = read_documents(options, tokenizer, builder, counts)
-    check_usable(options, documents, counts, done)
-    kept, held = split_off(documents, options.eval_fraction, options.seed)
+    outcome, told = read_documents(options, tokenizer)
+    if told:
+        print(told)
+    check_usable(options, outcome)
+    kept, held = split_off(outcome.documents, options.eval_fraction, options.seed)
 
     table = tokenizer.decode_table()
-    arrays = arrange(kept, options.seq_len, options.pack)
+    arrays = arrange(kept, options.seq_len, options.pack_by)
     parts = [(options.output, arrays)] if options.output else []
-    if held:
-        parts.append((options.eval_out, arrange(held, options.seq_len, options.pack)))
+    if held is not None:
+        parts.append((options.eval_out, arrange(held, options.seq_len, options.pack_by)))
     write_outputs(
         options,
         parts,
@@ -348,11 +363,12 @@ def main(argv):
             "seq_len": options.seq_len,
             "packed": int(options.pack),
             "tokenizer_sha256": tokenizer.sha256,
-            "template_sha256": builder.template_sha256(),
-            "source": ", ".join(os.path.basename(path) for path in options.data),
+            "template_sha256": outcome.template_sha256,
+            "source": ", ".join(os.path.basename(path) for path in options.data) or options.format,
         },
     )
-    notes = [f"{n} {what}" for what, n in done.items() if n]
+    counts = outcome.counts
+    notes = [f"{n} {what}" for what, n in outcome.done.items() if n]
     print(
         f"{counts.records} records of {counts.lines} lines ({counts.empty} empty, {counts.bad} bad skipped)"
         + (": " + ", ".join(notes) if notes else "")

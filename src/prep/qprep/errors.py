@@ -29,6 +29,7 @@ class PrepError(Exception):
     def __init__(self, code, where, what):
         super().__init__(f"error[E{code}] {where}: {what}")
         self.code = code
+        self.args_of = (code, where, what)  # to make it anew in another process
 
     @property
     def exit_code(self):

@@ -1,20 +1,37 @@
-"""Reads JSON-lines files strictly and tells what kind of example a record is.
+"""Reads JSON-lines files strictly.
 
-A line is one JSON object in UTF-8. What is wrong with a line is an error with FILE:LINE, or, with `--on-bad-record=skip`,
-is counted. Empty lines are counted and never an error; a byte-order mark at the start of a file and CRLF are accepted.
+A line is one JSON object in UTF-8; a file that is one JSON array of objects is accepted as well. What is wrong with a
+record is a BadRecord, to which the caller adds FILE:LINE. A byte-order mark at the start of a file and CRLF are accepted.
 """
 
 import json
 import os
+import re
 from dataclasses import dataclass
 
 from . import errors
 from .errors import BadRecord, PrepError, quoted
 
 LINE_LIMIT_BYTES = 64 << 20
+ARRAY_LIMIT_BYTES = 2 << 30  # a JSON array is read whole
 DEPTH_LIMIT = 64
-FORMATS = ("messages", "alpaca", "text")
-ROLES = ("system", "user", "assistant", "tool")
+SPACE = " \t\r\n"
+SPACE_RUN = re.compile(f"[{SPACE}]*")
+MARK = b"\xef\xbb\xbf"
+
+# How files begin that people hand over although they are no text, and what to do with them.
+OTHER_KINDS = (
+    (b"\x1f\x8b", "is compressed with gzip; unpack it with gunzip"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it with unzstd"),
+    (b"\xfd7zXZ\0", "is compressed with xz; unpack it with unxz"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"PAR1", "is a Parquet file; convert it to JSON lines, as pandas.read_parquet and to_json do"),
+    (b"ARROW1", "is an Arrow file; convert it to JSON lines"),
+    (b"\x89HDF", "is an HDF5 file; qshard-prep reads JSON lines"),
+    (b"MMIDIDX", "is a Megatron index; give --format megatron and the name without .idx"),
+    (b"\xff\xfe", "is UTF-16; convert it to UTF-8 with iconv"),
+    (b"\xfe\xff", "is UTF-16; convert it to UTF-8 with iconv"),
+)
 
 
 @dataclass
@@ -26,79 +43,157 @@ class Counts:
     bad: int = 0
     records: int = 0
 
+    def add(self, other):
+        self.lines += other.lines
+        self.empty += other.empty
+        self.bad += other.bad
+        self.records += other.records
 
-def read_records(paths, form, skip_bad, counts, build):
-    """Yields build(format, record) for every usable line of `paths`, in order; build may raise BadRecord as well.
 
-    With form "auto" the first usable record decides, and the others must be of the same kind: a file of mixed kinds is
-    more often a mistake than meant.
-    """
+def raw_records(paths):
+    """Yields (path, line number, bytes or text) of every line of `paths`, or of every element of an array, in order."""
     for path in paths:
-        for number, line in enumerate(raw_lines(path), start=1):
-            counts.lines += 1
-            try:
-                text = clean_line(line, first=number == 1)
-                if not text:
-                    counts.empty += 1
-                    continue
-                record = parse_object(text)
-                kind = recognise(record) if form == "auto" else form
-                check_record(record, kind)
-                built = build(kind, record)
-            except BadRecord as error:
-                if not skip_bad:
-                    raise PrepError(
-                        errors.INPUT_VALUE,
-                        f"{path}:{number}",
-                        f"{error} (or give --on-bad-record=skip)",
-                    ) from error
-                counts.bad += 1
-                continue
-            form = kind
-            counts.records += 1
-            yield built
+        if starts_with_bracket(path):
+            yield from array_elements(path)
+        else:
+            for number, line in enumerate(raw_lines(path), start=1):
+                yield path, number, line
+
+
+def opened(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        hint = f"cannot read: {error.strerror}"
+        if os.path.isdir(path):
+            hint = "is a folder; name a file"
+        raise PrepError(errors.INPUT_MISSING, path, hint) from error
+
+
+def starts_with_bracket(path):
+    """Whether the file is a JSON array; refuses what is known to be no text."""
+    with opened(path) as file:
+        try:
+            head = file.read(4096)
+        except OSError as error:
+            raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error.strerror}") from error
+    for magic, what in OTHER_KINDS:
+        if head.startswith(magic):
+            raise PrepError(errors.INPUT_FORMAT, path, what)
+    return head.removeprefix(MARK).lstrip(SPACE.encode()).startswith(b"[")
 
 
 def raw_lines(path):
     """The lines of a file as bytes, never more than the limit in memory. A longer line comes cut, one byte too long."""
-    try:
-        with open(path, "rb") as file:
+    with opened(path) as file:
+        try:
+            first = True
             while line := file.readline(LINE_LIMIT_BYTES + 1):
-                yield line
+                yield line.removeprefix(MARK) if first else line
+                first = False
                 while len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
                     line = file.readline(LINE_LIMIT_BYTES + 1)  # the rest of it
-    except OSError as error:
-        hint = (
-            "is a folder; name a file" if os.path.isdir(path) else f"cannot read: {error.strerror}"
-        )
-        raise PrepError(errors.INPUT_MISSING, path, hint) from error
+        except OSError as error:
+            raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error.strerror}") from error
 
 
-def clean_line(line, first):
-    """Bytes of a line to text without the line's end; BadRecord where it is not clean UTF-8."""
-    if len(line) > LINE_LIMIT_BYTES:
-        raise BadRecord(f"the line is longer than {LINE_LIMIT_BYTES >> 20} MiB; cut the record")
-    if first and line.startswith(b"\xef\xbb\xbf"):
-        line = line[3:]
-    line = line.strip(b" \t\r\n")
-    if b"\0" in line:
-        raise BadRecord(
-            f"NUL at byte {line.index(0) + 1}; the file is binary, UTF-16 or damaged: convert it to UTF-8"
+def array_elements(path):
+    """The elements of a file that is one JSON array, as text with the line that they begin on."""
+    size = os.path.getsize(path)
+    if size > ARRAY_LIMIT_BYTES:
+        raise PrepError(
+            errors.INPUT_FORMAT,
+            path,
+            f"is a JSON array of {size} bytes, more than {ARRAY_LIMIT_BYTES}; "
+            "convert it to JSON lines with jq -c '.[]'",
         )
+    with opened(path) as file:
+        data = file.read()
     try:
-        return line.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRecord(
-            f"not UTF-8 at byte {error.start + 1} (0x{line[error.start]:02x}); convert the file"
+        raise PrepError(
+            errors.INPUT_VALUE,
+            f"{path}:{data.count(10, 0, error.start) + 1}",
+            f"not UTF-8 at byte {error.start + 1} of the file "
+            f"(0x{data[error.start]:02x}); convert the file",
         ) from error
+    del data
+    scan = json.JSONDecoder().raw_decode
+    at = skip_space(text, skip_space(text, 0) + 1)
+    number, counted = 1, 0
+    while not text.startswith("]", at):
+        number += text.count("\n", counted, at)
+        counted = at
+        try:
+            end = scan(text, at)[1]
+        except (ValueError, RecursionError) as error:
+            raise PrepError(
+                errors.INPUT_VALUE,
+                f"{path}:{number}",
+                f"the file is a JSON array, and this element is not JSON: {reason(error)}; correct it",
+            ) from error
+        yield path, number, text[at:end]
+        at = skip_space(text, end)
+        if text.startswith(",", at):
+            at = skip_space(text, at + 1)
+        elif not text.startswith("]", at):
+            break
+    number += text.count("\n", counted, at)
+    if not text.startswith("]", at) or skip_space(text, at + 1) != len(text):
+        found = "its end" if at >= len(text) else quoted(text[at : at + 8])
+        raise PrepError(
+            errors.INPUT_VALUE,
+            f"{path}:{number}",
+            f"the file is a JSON array, but after an element comes {found} instead of , or ] and nothing more; "
+            "correct it, or write one object a line",
+        )
+
+
+def skip_space(text, at):
+    return SPACE_RUN.match(text, at).end()
+
+
+def reason(error):
+    if isinstance(error, RecursionError):
+        return f"nested deeper than {DEPTH_LIMIT}"
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def parse_record(raw):
+    """The object on a line, or None where the line is empty."""
+    text = clean_line(raw)
+    return parse_object(text) if text else None
+
+
+def clean_line(raw):
+    """A line to text without the line's end; BadRecord where it is not clean UTF-8."""
+    if len(raw) > LINE_LIMIT_BYTES:
+        raise BadRecord(f"the line is longer than {LINE_LIMIT_BYTES >> 20} MiB; cut the record")
+    if isinstance(raw, bytes):
+        raw = raw.strip(SPACE.encode())
+        try:
+            raw = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRecord(
+                f"not UTF-8 at byte {error.start + 1} (0x{raw[error.start]:02x}); convert the file"
+            ) from error
+    if "\0" in raw:
+        place = len(raw[: raw.index("\0")].encode("utf-8")) + 1
+        raise BadRecord(
+            f"NUL at byte {place}; the file is binary, UTF-16 or damaged: convert it to UTF-8"
+        )
+    return raw
 
 
 def parse_object(text):
-    """One JSON object: no duplicate keys, no NaN, no deep nesting."""
+    """One JSON object: no duplicate keys, no NaN, no deep nesting, no text that is not Unicode."""
     if text.count("[") + text.count("{") > DEPTH_LIMIT and depth_of(text) > DEPTH_LIMIT:
         raise BadRecord(f"nested deeper than {DEPTH_LIMIT}; flatten the record")
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=no_constant)
+        value = DECODER.decode(text)
+    except BadRecord:
+        raise
     except json.JSONDecodeError as error:
         if text.startswith("["):
             raise BadRecord(
@@ -107,8 +202,12 @@ def parse_object(text):
         raise BadRecord(
             f"not JSON at column {error.colno}: {error.msg}; correct the line"
         ) from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise BadRecord("holds a number of thousands of digits; write it as text") from error
     if not isinstance(value, dict):
-        raise BadRecord(f"a JSON {type(value).__name__}, not an object; write one object a line")
+        raise BadRecord(f"a JSON {kind_of(value)}, not an object; write one object a line")
+    if "\\u" in text:  # only an escape can write a NUL or half a surrogate pair
+        check_strings(value, "")
     return value
 
 
@@ -130,6 +229,27 @@ def depth_of(text):
     return deepest
 
 
+def check_strings(value, name):
+    """Every string of a record can be written as UTF-8 and holds no NUL."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise BadRecord(f'the field "{name}" holds a NUL character; remove it')
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRecord(
+                f'the field "{name}" holds half a surrogate pair (character {error.start + 1}); '
+                "remove it"
+            ) from error
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            check_strings(key, "a key")
+            check_strings(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            check_strings(inner, f"{name}[{i}]")
+
+
 def unique_keys(pairs):
     value = dict(pairs)
     if len(value) != len(pairs):
@@ -143,66 +263,32 @@ def no_constant(name):
     raise BadRecord(f"{name} is not JSON; write null or leave the field out")
 
 
-def recognise(record):
-    """The format of a record, by its keys."""
-    if "messages" in record:
-        return "messages"
-    if "instruction" in record:
-        return "alpaca"
-    if "text" in record:
-        return "text"
-    raise BadRecord(
-        f"no format has the keys {quoted(', '.join(map(str, record)))}; known: messages, "
-        "instruction+output, text (or convert the file)"
-    )
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_constant)
+
+JSON_KINDS = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    int: "number",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+}
 
 
-def check_record(record, form):
-    """The fields that `form` needs are there and are usable text."""
-    if form == "messages":
-        check_messages(record.get("messages"))
-    elif form == "alpaca":
-        check_text(record, "instruction", needed=True)
-        check_text(record, "input", needed=False)
-        check_text(record, "output", needed=True)
-    else:
-        check_text(record, "text", needed=True)
+def kind_of(value):
+    """The JSON name of a value's type."""
+    return JSON_KINDS.get(type(value), type(value).__name__)
 
 
-def check_messages(messages):
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord('the field "messages" must be a list of at least one message')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRecord(f"messages[{i}] is not an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise BadRecord(
-                f'messages[{i}]: role is {quoted(role)}, must be one of {", ".join(ROLES)}'
-            )
-        # An assistant that calls a tool may have nothing to say.
-        silent = (
-            role == "assistant" and message.get("tool_calls") and message.get("content") is None
-        )
-        if not silent:
-            check_text(message, "content", needed=True, name=f"messages[{i}].content")
-
-
-def check_text(record, key, needed, name=None):
+def text_field(record, key, name=None, default=None):
+    """The string `record[key]`; `default`, if one is given, where it is missing or null."""
     value = record.get(key)
-    if value is None and not needed:
-        return
+    if isinstance(value, str):
+        return value
     name = name or key
+    if value is None and default is not None:
+        return default
     if key not in record:
         raise BadRecord(f'the field "{name}" is missing; add it')
-    if not isinstance(value, str):
-        raise BadRecord(f'the field "{name}" is a JSON {type(value).__name__}, must be a string')
-    if "\0" in value:
-        raise BadRecord(f'the field "{name}" holds a NUL character; remove it')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRecord(
-            f'the field "{name}" holds half a surrogate pair (character {error.start + 1}); '
-            "remove it"
-        ) from error
+    raise BadRecord(f'the field "{name}" is a JSON {kind_of(value)}, must be a string')

@@ -1,12 +1,19 @@
-"""Renders chat templates and finds what the assistant said.
+"""Renders chat templates and finds what each turn said.
 
 A chat template is a Jinja program that a model brings along; it runs in Jinja's sandbox, without files or network. The
-text that carries loss is found in one of two ways:
-  {% generation %}  where the template marks it itself, the marks are taken;
+text that carries loss is found in one of three ways:
+  {% generation %}  where the template marks every assistant turn itself, the marks are taken;
   prefixes          otherwise the conversation is rendered up to each assistant turn, once without that turn but with
                     the generation prompt, once with it. What the second text has more is the turn.
-Prefixes need a template that never changes what it has already said. That is checked, not assumed: a template which
-does (some drop the reasoning of earlier turns) is refused with its reason instead of giving a wrong mask.
+  stand-ins         of users, systems and tools the words are learned, not the frame: the words are replaced by others,
+                    and what differs in the rendered text is theirs.
+Prefixes need a template that never changes what it has already said. That is checked, not assumed. A template which
+does (Qwen3's drops the reasoning of earlier turns) gets one document a turn instead, each rendered as the model will see
+it when it has to say that turn; where even that is contradictory, the record is refused instead of giving a wrong mask.
+
+Rendering is most of the work, so what was found for one conversation is kept as a plan for all that have the same
+sequence of roles: the constant text around the contents, and where in it the learned parts lie. A plan is used only if
+the text that it gives is the text that the template gives.
 """
 
 import datetime
@@ -18,8 +25,16 @@ import jinja2.ext
 import jinja2.sandbox
 
 from . import errors
+from .chat import is_trained
 from .errors import BadRecord, PrepError, one_line
 from .files import read_json
+
+PLANS_LIMIT = 4096
+TURNS = ("auto", "all", "each", "last")
+
+
+class Inconsistent(BadRecord):
+    """The template writes a turn differently, depending on what follows."""
 
 
 class Generation(jinja2.ext.Extension):
@@ -61,64 +76,158 @@ def split_marks(marked):
 class ChatTemplate:
     """The chat template of a model directory, ready to render."""
 
-    def __init__(self, source, special_tokens, end_tokens):
-        """`special_tokens`: bos_token etc. for the template; `end_tokens`: literals that may close a turn."""
+    def __init__(self, source, special_tokens, end_tokens, roles=("assistant",), turns="auto", variables=None):
+        """`special_tokens`: bos_token etc. for the template; `end_tokens`: literals that may close a turn; `roles`: who
+        is learned; `turns`: one of TURNS; `variables`: further variables of the template, as enable_thinking."""
         self.source = source
-        self.special_tokens = special_tokens
-        self.end_tokens = end_tokens
-        self.marks_itself = "{% generation %}" in source or "{%- generation" in source
+        self.variables = {**special_tokens, **(variables or {})}
+        self.end_tokens = tuple(token for token in end_tokens if token)
+        self.roles = roles
+        self.turns = turns
+        self.plans = {}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
         )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
+        environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = run_date().strftime
         try:
             self.program = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise PrepError(
                 errors.INPUT_FORMAT, "chat template", f"is not valid Jinja: {error}"
             ) from error
 
-    def render(self, messages, tools=None, generation_prompt=False):
+    def marked(self, messages, tools=None, generation_prompt=False):
         """The conversation as text with Generation's marks in it."""
         try:
             return self.program.render(
                 messages=messages,
                 tools=tools,
                 add_generation_prompt=generation_prompt,
-                **self.special_tokens,
+                **self.variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise BadRecord(
                 f"the model's chat template refuses the messages: {one_line(error)}"
             ) from error
 
+    def render(self, messages, tools=None, generation_prompt=False):
+        text = self.marked(messages, tools, generation_prompt)
+        return split_marks(text)[0] if "\0" in text else text
+
     def prompt(self, messages, tools=None):
         """The text that the model is to continue with an assistant turn."""
-        return split_marks(self.render(messages, tools, generation_prompt=True))[0]
+        return self.render(messages, tools, generation_prompt=True)
 
-    def conversation(self, messages, tools=None):
-        """(text, spans): the whole conversation and the [begin, end) characters of the assistant's turns."""
-        text, spans = split_marks(self.render(messages, tools))
-        if self.marks_itself:
-            return text, [span for span in spans if span[0] < span[1]]
-        return text, [
-            self.turn_span(text, messages, i, tools)
+    def documents(self, messages, tools=None):
+        """[(text, spans), ...]: the conversation as one document, or as one for each learned turn, with the
+        [begin, end) characters that are learned."""
+        if tools is not None or any(len(message) != 2 for message in messages):
+            return self.found(messages, tools)
+        key = tuple([message["role"] for message in messages])
+        plan = self.plans.get(key, False)
+        if plan is False:
+            plan = self.make_plan(key)
+            if len(self.plans) < PLANS_LIMIT:
+                self.plans[key] = plan
+        if plan is not None:
+            planned = [fill(document, messages) for document in plan]
+            if all(
+                self.render(messages[: document[0]]) == text
+                for document, (text, _) in zip(plan, planned)
+            ):
+                return planned
+        return self.found(messages, tools)
+
+    def make_plan(self, roles):
+        """The plan for conversations of these roles, or None where stand-ins do not show it. See `fill`."""
+        contents = [f"\ue000{i}\ue001" for i in range(len(roles))]
+        try:
+            found = self.found([{"role": r, "content": c} for r, c in zip(roles, contents)], None)
+        except BadRecord:
+            return None
+        plan = []
+        for text, spans in found:
+            pieces, rest, starts, at = [], text, [0], 0
+            for content in contents:
+                before, mark, after = rest.partition(content)
+                if not mark:
+                    break
+                pieces.append(before)
+                at += len(before) + len(mark)
+                starts.append(at)
+                rest = after
+            pieces.append(rest)
+            if "\ue000" in "".join(pieces):
+                return None
+            borders = [place(border, pieces, starts) for span in spans for border in span]
+            if None in borders:
+                return None
+            plan.append((len(pieces) - 1, pieces, borders))
+        return plan
+
+    def found(self, messages, tools):
+        """As `documents`, by rendering as often as it takes."""
+        learned = [
+            i
             for i, message in enumerate(messages)
-            if message["role"] == "assistant"
+            if message["role"] in self.roles and is_trained(message)
         ]
+        if not learned:
+            return [(self.render(messages, tools), [])]
+        if self.turns == "last":
+            learned = learned[-1:]
+        if self.turns != "each":
+            try:
+                return [self.conversation(messages, tools, learned)]
+            except Inconsistent:
+                if self.turns == "all":
+                    raise
+        return [self.conversation(messages[: i + 1], tools, [i]) for i in learned]
+
+    def conversation(self, messages, tools=None, learned=None):
+        """(text, spans): the whole conversation and the [begin, end) characters of the turns `learned`."""
+        assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if learned is None:
+            learned = assistants
+        text, marks = split_marks(self.marked(messages, tools))
+        marks = [mark for mark in marks if mark[0] < mark[1]]
+        # Marks count only if there is one for every assistant turn: a template that marks some has its reasons, but
+        # the others would stay unlearned without a word.
+        marks = dict(zip(assistants, marks)) if len(marks) == len(assistants) else {}
+        spans = []
+        for i in learned:
+            if i in marks:
+                spans.append(marks[i])
+            elif messages[i]["role"] == "assistant":
+                spans.append(self.turn_span(text, messages, i, tools))
+            else:
+                spans.append(self.words_span(text, messages, i, tools))
+        return text, [span for span in spans if span[0] < span[1]]
 
     def turn_span(self, text, messages, i, tools):
+        """What an assistant turn adds to the text behind the generation prompt."""
         before = self.render(messages[:i], tools, generation_prompt=True)
         last = i + 1 == len(messages)
         after = text if last else self.render(messages[: i + 1], tools)
-        if not after.startswith(before) or not text.startswith(after):
-            raise BadRecord(
-                f"the chat template renders messages[{i}] differently once more follows, so its part cannot be told; "
-                "use a template with {% generation %} or split the conversation"
+        if not after.startswith(before):
+            raise Inconsistent(
+                f"the chat template writes messages[{i}] differently from what its generation prompt announces, so the "
+                "part to learn cannot be told; give --chat-template FILE, a template that marks it with {% generation %}"
+            )
+        if not text.startswith(after):
+            raise Inconsistent(
+                f"the chat template writes messages[{i}] differently once more follows, so its part cannot be told; "
+                "give --turns each or last, or a template with {% generation %} by --chat-template"
             )
         return len(before), len(before) + self.closed_length(after[len(before) :])
 
@@ -127,6 +236,65 @@ class ChatTemplate:
         ends = [turn.rfind(token) + len(token) for token in self.end_tokens if token in turn]
         end = max(ends, default=len(turn))
         return end if not turn[end:].strip() else len(turn)
+
+    def words_span(self, text, messages, i, tools):
+        """The content of a message as it stands in the text, and the special token right behind it."""
+        before = self.without(messages, i, tools, "\ue000")
+        if before is None or not text.startswith(before[0]) or not text.endswith(before[1]):
+            raise Inconsistent(
+                f"the chat template does not write the content of messages[{i}], or not just once, so the "
+                f"role {messages[i]['role']} cannot be learned; leave it out of --train-roles"
+            )
+        begin, end = len(before[0]), len(text) - len(before[1])
+        if begin > end:
+            raise Inconsistent(f"the chat template drops words of messages[{i}]; leave the role out of --train-roles")
+        for token in self.end_tokens:
+            if text.startswith(token, end):
+                return begin, end + len(token)
+        return begin, end
+
+    def without(self, messages, i, tools, stand_in):
+        """(before, after) the content of messages[i], which is rendered as `stand_in`; None where that is ambiguous."""
+        changed = [*messages[:i], {**messages[i], "content": stand_in}, *messages[i + 1 :]]
+        pieces = self.render(changed, tools).split(stand_in)
+        return pieces if len(pieces) == 2 else None
+
+    def is_closed(self, text, end):
+        """Whether a turn that ends at `end` is closed by a special token, there or right behind it."""
+        if text.endswith(self.end_tokens, 0, end):
+            return True
+        behind = text[end:].lstrip()
+        return behind.startswith(self.end_tokens)
+
+
+def place(border, pieces, starts):
+    """(k, offset): the border lies `offset` characters into pieces[k]; None where it lies inside a content."""
+    for k, (start, piece) in enumerate(zip(starts, pieces)):
+        if start <= border <= start + len(piece):
+            return k, border - start
+    return None
+
+
+def fill(document, messages):
+    """(text, spans) of one document of a plan, (number of messages, pieces around contents, borders of spans)."""
+    count, pieces, borders = document
+    parts, starts, at = [pieces[0]], [0], len(pieces[0])
+    for k in range(count):
+        content = messages[k]["content"]
+        at += len(content)
+        starts.append(at)
+        parts.append(content)
+        parts.append(pieces[k + 1])
+        at += len(pieces[k + 1])
+    ends = iter([starts[k] + offset for k, offset in borders])
+    return "".join(parts), list(zip(ends, ends))
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Jinja's own `tojson` escapes for HTML; templates are written for this one."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def raise_exception(message):

@@ -10,23 +10,31 @@ import h5py
 import numpy as np
 import xxhash
 
+from .packing import packed
+
 IGNORED = -100
 
 
-def arrange(documents, seq_len, pack):
-    """The arrays of a token file. With `pack`, documents share a sequence, greedily and in order.
+def arrange(documents, seq_len, method=None):
+    """The arrays of a token file. With a `method` of packing.METHODS documents share sequences.
 
     A document's first token is never predicted from the document before it, so its label is always IGNORED.
     """
-    lengths = np.array([len(document.tokens) for document in documents], dtype=np.int64)
+    lengths, tokens, learned = documents.lengths, documents.tokens, documents.learned
+    counts = np.ones(len(lengths), dtype=np.int64)
+    if method:
+        order, counts = packed(lengths, seq_len, method)
+        if (order[1:] < order[:-1]).any():
+            ends = np.cumsum(lengths)
+            taken = ranges((ends - lengths)[order], ends[order])
+            tokens, learned, lengths = tokens[taken], learned[taken], lengths[order]
     doc_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = np.concatenate([document.tokens for document in documents]).astype("<u4")
-    learned = np.concatenate([document.learned for document in documents])
+    seq_offsets = doc_offsets[np.concatenate([[0], np.cumsum(counts)])]
+    learned = learned.copy()
     learned[doc_offsets[:-1]] = False
-    seq_offsets = packed_borders(doc_offsets, seq_len) if pack else doc_offsets
     before = np.concatenate([[0], np.cumsum(learned)])  # learned tokens before position i
     return {
-        "tokens": tokens,
+        "tokens": tokens.astype("<u4"),
         "labels": np.where(learned, tokens.astype("<i4"), IGNORED).astype("<i4"),
         "seq_offsets": seq_offsets.astype("<i8"),
         "doc_offsets": doc_offsets.astype("<i8"),
@@ -34,13 +42,13 @@ def arrange(documents, seq_len, pack):
     }
 
 
-def packed_borders(doc_offsets, seq_len):
-    """Sequence borders: a document joins the sequence before it if both fit into seq_len."""
-    borders = [0]
-    for begin, end in zip(doc_offsets[:-1], doc_offsets[1:]):
-        if end - borders[-1] > seq_len and begin > borders[-1]:
-            borders.append(int(begin))
-    return np.array(borders + [int(doc_offsets[-1])], dtype=np.int64)
+def ranges(begins, ends):
+    """The numbers of all [begin, end), one range after the other; a slice where they are one range."""
+    if len(begins) == 0 or (begins[1:] == ends[:-1]).all():
+        return slice(int(begins[0]), int(ends[-1])) if len(begins) else slice(0, 0)
+    lengths = ends - begins
+    shift = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
+    return np.arange(lengths.sum()) + shift
 
 
 def write_token_file(path, arrays, decode_table, attributes):

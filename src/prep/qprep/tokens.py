@@ -1,13 +1,21 @@
 """Text to token ids with a mask of what is learned, by the model's own tokenizer.json.
 
-The whole text of an example is encoded at once and the mask follows from each token's place in the text, so the ids are
-those that any other program gets for that text. A token that reaches over the border of a learned part is not learned.
+The ids are those that the tokenizer gives for the whole text of an example, and the mask follows from each token's place
+in the text. A token that reaches over the border of a learned part is not learned.
+
+Most of the time goes into the tokenizer, so what it has encoded is kept. Byte-level BPE never joins what its pre-tokenizer
+has cut, and that cuts a text at special tokens and before most words. Where that is certain (`cutter_of`), a text is taken
+as chunks of about a word, and only chunks that have not come up yet are encoded. Other tokenizers encode whole texts. That
+both ways give the same ids is tested, and checked again on the first texts of every run.
 """
 
 import hashlib
 import json
 import os
+import re
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 import tokenizers
@@ -28,14 +36,40 @@ class Example:
     spans: list  # [begin, end) characters that are learned
     with_bos: bool  # put the tokenizer's own first token in front: chat templates write theirs, plain text does not
     with_eos: bool  # end the document with a learned end-of-text token
+    prompt: str = None  # learned is what comes after as many tokens as this text has, instead of `spans`
+    group: int = 0  # number of the record that it was made of
 
 
 @dataclass
-class Document:
-    """One encoded document."""
+class Encoded:
+    """One document that was tokens from the start."""
 
     tokens: np.ndarray  # uint32
     learned: np.ndarray  # bool, per token
+    group: int = 0
+
+
+@dataclass
+class Documents:
+    """Encoded documents, back to back."""
+
+    tokens: np.ndarray  # uint32
+    learned: np.ndarray  # bool, per token
+    lengths: np.ndarray  # int64, tokens of each document
+    groups: np.ndarray  # int64, number of the record that a document was made of
+
+    def __len__(self):
+        return len(self.lengths)
+
+
+def joined(parts):
+    """Documents one after the other as one Documents; `parts` may be empty."""
+    return Documents(
+        np.concatenate([part.tokens for part in parts] or [np.zeros(0, "<u4")]),
+        np.concatenate([part.learned for part in parts] or [np.zeros(0, bool)]),
+        np.concatenate([part.lengths for part in parts] or [np.zeros(0, np.int64)]),
+        np.concatenate([part.groups for part in parts] or [np.zeros(0, np.int64)]),
+    )
 
 
 class Tokenizer:
@@ -67,9 +101,13 @@ class Tokenizer:
         self.check_ids(model_dir)
         self.eos = self.find_eos(model_dir)
         whole = [i for i in self.rust.encode("", add_special_tokens=True).ids if i != self.eos]
-        self.bos = np.array(whole, dtype=np.uint32)
+        self.bos = whole
         # Special tokens are added here, and offsets must cover the whole text, spaces included.
         self.rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+        self.cut = cutter_of(self.rust, self.description)  # text -> chunks, or None
+        self.added = {t.content: i for i, t in self.rust.get_added_tokens_decoder().items()}
+        self.known = {}  # chunk -> ids
+        self.compared = 0  # texts that were encoded both ways
 
     def check_ids(self, model_dir):
         config = os.path.join(model_dir, "config.json")
@@ -97,6 +135,10 @@ class Tokenizer:
         eos = eos[0] if isinstance(eos, list) and eos else eos
         return eos if isinstance(eos, int) and 0 <= eos < self.vocab_size else None
 
+    def eos_text(self):
+        """The literal text of the token that ends a document; None where there is no such token."""
+        return None if self.eos is None else self.rust.id_to_token(self.eos)
+
     def special_texts(self):
         """Literal texts of the special tokens."""
         return [
@@ -106,23 +148,31 @@ class Tokenizer:
         ]
 
     def encode(self, examples):
-        """Documents of `examples`, and how many tokens reached over the border of a learned part."""
-        encoded = self.rust.encode_batch(
-            [example.text for example in examples], add_special_tokens=False
-        )
-        documents, straddling = [], 0
-        for example, encoding in zip(examples, encoded):
-            tokens = np.array(encoding.ids, dtype=np.uint32)
-            learned, over = learned_mask(encoding, example)
-            if example.with_bos:
-                tokens = np.concatenate([self.bos, tokens])
-                learned = np.concatenate([np.zeros(len(self.bos), dtype=bool), learned])
-            if example.with_eos:
-                tokens = np.append(tokens, np.uint32(self.eos))
-                learned = np.append(learned, True)
-            documents.append(Document(tokens, learned))
-            straddling += over
-        return documents, straddling
+        """Documents of `examples` (Example or Encoded), and how many tokens reached over the border of a learned part."""
+        texts = [example for example in examples if isinstance(example, Example)]
+        prompts = [example.prompt for example in texts if example.prompt is not None]
+        pieces = Pieces(self, [example.text for example in texts] + prompts)
+        ids, ranges, lengths, straddling = [], [], [], 0
+        for example in examples:
+            begin = len(ids)
+            if isinstance(example, Encoded):
+                ids.extend(example.tokens.tolist())
+                changes = np.flatnonzero(np.diff(example.learned, prepend=False, append=False))
+                ranges.extend((begin + changes).reshape(-1, 2).tolist())
+            else:
+                if example.with_bos:
+                    ids.extend(self.bos)
+                straddling += pieces.append(example, ids, ranges)
+                if example.with_eos:
+                    ranges.append((len(ids), len(ids) + 1))
+                    ids.append(self.eos)
+            lengths.append(len(ids) - begin)
+        learned = np.zeros(len(ids), dtype=bool)
+        for first, last in ranges:
+            learned[first:last] = True
+        groups = np.array([example.group for example in examples], dtype=np.int64)
+        lengths = np.array(lengths, dtype=np.int64)
+        return Documents(np.array(ids, dtype="<u4"), learned, lengths, groups), straddling
 
     def decode_table(self):
         """(offsets, bytes): the bytes that each id stands for."""
@@ -137,18 +187,194 @@ class Tokenizer:
         return offsets, np.frombuffer(b"".join(pieces), dtype=np.uint8)
 
 
-def learned_mask(encoding, example):
-    """(mask, straddling count) of the tokens that lie inside the example's spans."""
-    if example.spans == [(0, len(example.text))]:
-        return np.ones(len(encoding.ids), dtype=bool), 0
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    begin, end = offsets[:, 0], offsets[:, 1]
-    learned, straddling = np.zeros(len(begin), dtype=bool), 0
-    for first, last in example.spans:
-        inside = (begin >= first) & (end <= last) & (begin < last) & (end > first)
-        straddling += int(np.count_nonzero((begin < last) & (end > first) & ~inside))
-        learned |= inside
-    return learned, straddling
+class Pieces:
+    """The texts of a batch, cut into pieces whose ids one after the other are the text's."""
+
+    def __init__(self, tokenizer, texts):
+        self.rust = tokenizer.rust
+        self.encodings = {}
+        self.known = {}
+        self.cuts = {text: [text] for text in texts}
+        if tokenizer.cut:
+            self.take_chunks(tokenizer, texts)
+        if not tokenizer.cut:
+            self.encodings = dict(
+                zip(self.cuts, self.rust.encode_batch(list(self.cuts), add_special_tokens=False))
+            )
+            self.known = {text: encoding.ids for text, encoding in self.encodings.items()}
+
+    def take_chunks(self, tokenizer, texts):
+        """Cuts the texts and learns what is new. Gives up cutting for good if it changed one of the first texts."""
+        if len(tokenizer.known) > KNOWN_LIMIT:
+            tokenizer.known.clear()
+        self.known = tokenizer.known
+        self.cuts = {text: tokenizer.cut(text) for text in texts}
+        new = set(chain.from_iterable(self.cuts.values())) - self.known.keys()
+        self.learn(tokenizer.added, sorted(new))
+        sample = texts[: max(COMPARED_TEXTS - tokenizer.compared, 0)]
+        tokenizer.compared += len(sample)
+        whole = self.rust.encode_batch(sample, add_special_tokens=False)
+        if any(encoding.ids != self.ids(text) for text, encoding in zip(sample, whole)):
+            tokenizer.cut = None
+            self.cuts = {text: [text] for text in texts}
+
+    def learn(self, added, chunks):
+        """Encodes chunks, many in one text: an added token between two keeps them apart, and a call each would cost more
+        than the encoding."""
+        separator, number = next(iter(added.items()))
+        self.known.update((chunk, [added[chunk]]) for chunk in chunks if chunk in added)
+        chunks = [chunk for chunk in chunks if chunk not in added]
+        groups = [chunks[i : i + JOINED_CHUNKS] for i in range(0, len(chunks), JOINED_CHUNKS)]
+        texts = [separator.join(group) for group in groups]
+        for group, encoding in zip(groups, self.rust.encode_batch_fast(texts, add_special_tokens=False)):
+            ids = encoding.ids
+            ends = [i for i, token in enumerate(ids) if token == number] + [len(ids)]
+            begins = [0] + [end + 1 for end in ends[:-1]]
+            if len(ends) == len(group):  # else the separator was not taken as one: nothing is learned, nothing equal
+                self.known.update((c, ids[b:e]) for c, b, e in zip(group, begins, ends))
+            else:
+                self.known.update((c, self.rust.encode(c, add_special_tokens=False).ids) for c in group)
+
+    def ids(self, text):
+        return list(chain.from_iterable([self.known[piece] for piece in self.cuts[text]]))
+
+    def append(self, example, ids, ranges):
+        """Appends the example's ids and the ranges of them that are learned; returns the straddling tokens."""
+        pieces = self.cuts[example.text]
+        found = [self.known[piece] for piece in pieces]
+        begin, straddling = len(ids), 0
+        ids.extend(chain.from_iterable(found))
+        if example.prompt is not None:
+            # Both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
+            begin += len(self.ids(example.prompt))
+            if begin < len(ids):
+                ranges.append((begin, len(ids)))
+        elif example.spans == [(0, len(example.text))]:
+            ranges.append((begin, len(ids)))
+        elif example.spans:
+            ends = list(accumulate(map(len, pieces)))
+            counts = list(accumulate(map(len, found), initial=begin))
+            for first, last in example.spans:
+                begin_before, begin_until = self.place(first, pieces, ends, counts)
+                end_before, end_until = self.place(last, pieces, ends, counts)
+                straddling += begin_until - begin_before + end_until - end_before
+                if begin_until < end_before:
+                    ranges.append((begin_until, end_before))
+        return straddling
+
+    def place(self, border, pieces, ends, counts):
+        """As `tokens_around`, in the whole text; `ends[k]` is the end of piece k, `counts[k]` the tokens before it."""
+        k = bisect_right(ends, border)
+        begin = ends[k - 1] if k else 0
+        if begin == border:
+            return counts[k], counts[k]
+        piece = pieces[k]
+        if piece not in self.encodings:
+            self.encodings[piece] = self.rust.encode(piece, add_special_tokens=False)
+        before, until = tokens_around(self.encodings[piece], border - begin)
+        return counts[k] + before, counts[k] + until
+
+
+def tokens_around(encoding, border):
+    """(number of tokens that end at or before the character `border`, number of those that begin before it). Where the
+    numbers differ, a token reaches over the border."""
+    k = encoding.char_to_token(border)
+    if k is None:  # no token stands for this character
+        offsets = encoding.offsets
+        return sum(end <= border for _, end in offsets), sum(begin < border for begin, _ in offsets)
+    until = k
+    while until < len(encoding) and encoding.token_to_chars(until)[0] < border:
+        until += 1
+    return k, until
+
+
+KNOWN_LIMIT = 1 << 20  # chunks that are kept
+JOINED_CHUNKS = 256
+COMPARED_TEXTS = 64
+
+# Where the two families of byte-level BPE cut in any case, written for `findall`. A run of white space W before a word S
+# is what has to be looked at. GPT-2 takes the last space of W to S, or else sets its last character apart, and W never
+# joins what comes before it. Before digits, some cut first, so there W and S stay together.
+# Llama 3 and Qwen end a token behind the last line break of W, and marks take the line breaks behind them in.
+SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+WORD = SPACE.replace("[", "[^", 1)
+NO_DIGIT = "[!-/:-~]"
+GPT2_CHUNKS = re.compile(
+    f" ?{WORD}+|{SPACE}+(?= {NO_DIGIT})|{SPACE}+(?={SPACE}{NO_DIGIT})|{SPACE}(?={NO_DIGIT})|{SPACE}+{WORD}*"
+)
+BREAKS = rf"(?:(?<=[^A-Za-z0-9]){SPACE}*[\r\n]+)?"
+LLAMA3_CHUNKS = re.compile(
+    rf" ?{WORD}+{BREAKS}|{SPACE}*[\r\n]+|{SPACE}+(?= {WORD})|{SPACE}+{WORD}*{BREAKS}"
+)
+# Llama 3's and Qwen's regular expression, which differ only in how many digits make a token. GPT-2's is in ByteLevel.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def cutter_of(rust, description):
+    """The function that cuts a text into chunks which can be encoded alone; None where that is not certain: added tokens
+    that take in their neighbours, other pre-tokenizers than the known ones, merges left out at random."""
+    added = list(rust.get_added_tokens_decoder().values())
+    model = description.get("model")
+    chunks = chunks_of(description.get("pre_tokenizer"))
+    safe = (
+        chunks
+        and added
+        and not any(t.lstrip or t.rstrip or t.single_word or t.normalized or not t.content for t in added)
+        and isinstance(model, dict)
+        and model.get("type") == "BPE"
+        and not model.get("dropout")
+        and kinds_of(description.get("normalizer"), "normalizers") <= {"NFC"}
+    )
+    if not safe:
+        return None
+    longest_first = sorted((token.content for token in added), key=len, reverse=True)
+    split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+    find = chunks.findall
+
+    def cut(text):
+        parts = split(text)  # text, added token, text, ...
+        if len(parts) == 1:
+            return find(text)
+        pieces = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                pieces.append(part)
+            elif part:
+                pieces.extend(find(part))
+        return pieces
+
+    return cut
+
+
+def chunks_of(pre_tokenizer):
+    """The regular expression that finds chunks for a pre-tokenizer, or None where it is not one of the known ones."""
+    if not isinstance(pre_tokenizer, dict):
+        return None
+    steps = [pre_tokenizer]
+    if pre_tokenizer.get("type") == "Sequence":
+        steps = pre_tokenizer.get("pretokenizers", [])
+    last = steps[-1] if steps else {}
+    if len(steps) > 2 or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if last.get("use_regex", True):
+        return GPT2_CHUNKS if len(steps) == 1 or steps[0].get("type") == "Digits" else None
+    first = steps[0]
+    pattern = first.get("pattern", {})
+    if first.get("type") != "Split" or not isinstance(pattern, dict):
+        return None
+    known = pattern.get("Regex", "").replace("{1,3}", "") == LLAMA3_PATTERN
+    return LLAMA3_CHUNKS if known and first.get("behavior") == "Isolated" and not first.get("invert") else None
+
+
+def kinds_of(step, key):
+    """The types of a step of tokenizer.json, or of the steps that it is a sequence of."""
+    if not isinstance(step, dict):
+        return set()
+    if step.get("type") != "Sequence":
+        return {step.get("type")}
+    return set().union(*(kinds_of(inner, key) for inner in step.get(key, [])))
 
 
 def bytes_of_token(path, decoder):

@@ -1,0 +1,376 @@
+"""The formats of records: how each becomes the text of documents, and which part of it is learned.
+
+A format is told by the keys of a record (`recognise`) or by --format. `Builder` makes the documents of a record: Examples
+of text for the tokenizer, or Encoded where the record holds tokens.
+"""
+
+import hashlib
+
+import numpy as np
+
+from . import errors, predecessor
+from .chat import from_sharegpt, messages_of, tools_of
+from .errors import BadRecord, PrepError, quoted
+from .records import kind_of, text_field
+from .template import ChatTemplate, load_template
+from .tokenfile import IGNORED
+from .tokens import Encoded, Example
+
+MEGATRON = "megatron"
+FORMATS = ("messages", "sharegpt", "alpaca", "completion", "text", "tokens")
+ALL_FORMATS = (*FORMATS, MEGATRON, *predecessor.FORMATS)
+
+# The wording of Stanford Alpaca's training data, which models tuned on it expect.
+ALPACA_HEAD = "Below is an instruction that describes a task"
+ALPACA_INPUT = ", paired with an input that provides further context"
+ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n"
+
+# Masks of pre-tokenized records: 1 where a token is learned.
+LOSS_MASKS = ("loss_mask", "label_mask", "completion_mask", "assistant_masks", "assistant_mask")
+
+
+def recognise(record):
+    """(format, the key that told it) of a record."""
+    for key, form in (
+        ("messages", "messages"),
+        ("conversations", "sharegpt"),
+        ("input_ids", "tokens"),
+        ("instruction", "alpaca"),
+    ):
+        if key in record:
+            return form, key
+    if "chosen" in record or "rejected" in record:
+        raise BadRecord(
+            "preference pairs (chosen, rejected) are not for supervised training; keep the chosen answers as completion"
+        )
+    if "prompt" in record:
+        return "completion", "prompt"
+    if "text" in record:
+        return "text", "text"
+    raise BadRecord(
+        f"no format has the keys {quoted(', '.join(map(str, record)))}; known: messages, conversations, "
+        "instruction+output, prompt+completion, text, input_ids (or name the format with --format)"
+    )
+
+
+def alpaca_prompt(instruction, given):
+    prompt = ALPACA_HEAD + (ALPACA_INPUT if given else "") + ALPACA_TAIL
+    prompt += f"### Instruction:\n{instruction}\n\n"
+    return prompt + (f"### Input:\n{given}\n\n" if given else "") + "### Response:"
+
+
+def either(record, first, second, default=None):
+    """The text of one of two names of a field."""
+    if record.get(first) is not None and record.get(second) is not None:
+        raise BadRecord(f'has the fields "{first}" and "{second}", which mean the same; keep one')
+    return text_field(record, second if record.get(second) is not None else first, default=default)
+
+
+class Builder:
+    """Makes the documents of a record."""
+
+    def __init__(self, options, tokenizer):
+        self.options = options
+        self.tokenizer = tokenizer
+        self.roles = tuple(options.train_roles or ("assistant",))
+        self.source, specials = load_template(options.model, options.chat_template)
+        self.template = None
+        if self.source is not None:
+            self.template = ChatTemplate(
+                self.source,
+                specials,
+                tokenizer.special_texts(),
+                self.roles,
+                options.turns or "auto",
+                dict(options.template_arg),
+            )
+        self.eos_text = tokenizer.eos_text()
+        self.used_template = False  # whether the template shaped the data
+        self.separated = 0  # conversations that became one document a turn
+
+    def __call__(self, form, record):
+        """The documents of a record; BadRecord where it is not usable."""
+        if form in predecessor.FORMATS:
+            return [self.of_predecessor(form, record)]
+        return getattr(self, form)(record)
+
+    def check_form(self, form):
+        """Refuses options that have no meaning for the format, before the first record is built."""
+        options = self.options
+        chat = form in ("messages", "sharegpt") or options.chat or form == "completion"
+
+        def refuse(name, why):
+            raise PrepError(errors.CONFIG_PAIR, name, f"{why}; the format is {form}")
+
+        if options.chat and form not in ("alpaca", "completion"):
+            refuse("--chat", "writes alpaca and completion records with the chat template")
+        for name, given in (("--train-roles", options.train_roles), ("--turns", options.turns)):
+            if given and not chat:
+                refuse(name, "is for conversations")
+        if options.long == "split" and form not in ("text", "tokens", MEGATRON):
+            refuse("--long", "split is for text and tokens: a piece of an answer is none")
+        if form in (*predecessor.FORMATS, MEGATRON, "tokens") and options.train_on_inputs:
+            refuse("--train-on-inputs", "does not go with a format that says itself what is learned")
+        if form in predecessor.FORMATS and options.eos != "auto":
+            refuse("--eos", "is fixed to what the predecessor did")
+        if form == MEGATRON and options.prompts:
+            refuse("--prompts", "cannot be cut out of documents of tokens")
+        if options.samples is not None and form not in predecessor.FORMATS:
+            refuse("--samples", "is for the fsdp_qlora formats")
+        if form in ("messages", "sharegpt") or options.chat:
+            self.need_template()
+
+    def need_template(self):
+        if self.template is None:
+            raise PrepError(
+                errors.INPUT_MISSING,
+                self.options.model,
+                "the model has no chat template, which conversations need; give --chat-template FILE",
+            )
+        self.used_template = True
+
+    def need_eos(self):
+        if self.tokenizer.eos is None:
+            raise PrepError(
+                errors.INPUT_VALUE,
+                self.options.model,
+                "names no eos_token, which has to end a document; add it to tokenizer_config.json, "
+                "or give --eos never",
+            )
+        return True
+
+    # --- conversations
+
+    def messages(self, record):
+        return self.conversation(messages_of(record.get("messages")), tools_of(record))
+
+    def sharegpt(self, record):
+        return self.conversation(from_sharegpt(record), tools_of(record))
+
+    def conversation(self, messages, tools):
+        if self.options.prompts:
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]  # the answer that the model is asked for
+            if not messages:
+                raise BadRecord("no message to answer; a prompt needs a user message")
+            return [Example(self.template.prompt(messages, tools), [], False, False)]
+        if self.options.train_on_inputs:
+            text = self.template.render(messages, tools)
+            spans = [(0, len(text))]
+            return [Example(text, spans, False, self.chat_eos(text, spans, True))]
+        found = self.template.documents(messages, tools)
+        self.separated += len(found) > 1 and self.options.turns != "each"
+        ends_open = messages[-1]["role"] in self.roles
+        return [
+            Example(text, spans, False, self.chat_eos(text, spans, ends_open))
+            for text, spans in found
+        ]
+
+    def chat_eos(self, text, spans, ends_with_learned):
+        """Whether the end-of-text token is put behind a rendered conversation: by default where the template does not
+        close the last learned turn with any special token."""
+        rule = self.options.eos
+        if rule == "never" or not spans:
+            return False
+        if rule == "always":
+            return self.need_eos() and not text.rstrip().endswith(self.eos_text)
+        end = spans[-1][1]
+        if self.template.is_closed(text, end) or text[end:].strip() or not ends_with_learned:
+            return False
+        return self.need_eos()
+
+    # --- plain text
+
+    def plain_eos(self, text):
+        """Whether the end-of-text token is put behind plain text: unless it stands there already."""
+        if self.options.eos == "never" or self.options.prompts:
+            return False
+        return self.need_eos() and not text.endswith(self.eos_text)
+
+    def answered(self, prompt, answer):
+        """A document of a prompt and its learned answer."""
+        if self.options.prompts:
+            return [Example(prompt, [], True, False)]
+        text = prompt + answer
+        begin = 0 if self.options.train_on_inputs else len(prompt)
+        return [Example(text, [(begin, len(text))], True, self.plain_eos(text))]
+
+    def alpaca(self, record):
+        instruction = text_field(record, "instruction")
+        given = either(record, "input", "context", default="")
+        output = either(record, "output", "response")
+        for key in ("system", "history"):
+            if record.get(key):
+                raise BadRecord(
+                    f'the field "{key}" has no place in the alpaca prompt; convert the record to messages, or remove it'
+                )
+        if self.options.chat:
+            question = f"{instruction}\n\n{given}" if given else instruction
+            return self.conversation(exchange(question, output), None)
+        return self.answered(alpaca_prompt(instruction, given), output)
+
+    def completion(self, record):
+        prompt = record.get("prompt")
+        answer = "response" if record.get("completion") is None and "response" in record else "completion"
+        if isinstance(prompt, list):
+            return self.completed_messages(record, answer)
+        prompt = text_field(record, "prompt")
+        output = "" if self.options.prompts else text_field(record, answer)
+        if self.options.chat:
+            return self.conversation(exchange(prompt, output), None)
+        for name, given in (("--train-roles", self.options.train_roles), ("--turns", self.options.turns)):
+            if given:
+                raise PrepError(
+                    errors.CONFIG_PAIR, name, "is for conversations; the prompts are plain text (or give --chat)"
+                )
+        return self.answered(prompt, output)
+
+    def completed_messages(self, record, answer):
+        """A prompt and a completion that are lists of messages: only the completion is learned."""
+        self.need_template()
+        before = [{**message, "train": False} for message in messages_of(record["prompt"], "prompt")]
+        if self.options.prompts:
+            return self.conversation(messages_of(record["prompt"], "prompt"), tools_of(record))
+        if not isinstance(record.get(answer), list):
+            raise BadRecord(
+                f'the field "{answer}" is a JSON {kind_of(record.get(answer))}, must be a list of messages as "prompt" is'
+            )
+        return self.conversation(before + messages_of(record[answer], answer), tools_of(record))
+
+    def text(self, record):
+        text = text_field(record, "text")
+        if self.options.prompts:
+            return [Example(text, [], True, False)]
+        return [Example(text, [(0, len(text))], True, self.plain_eos(text))]
+
+    def of_predecessor(self, form, record):
+        prompt, text = predecessor.build(form, record)
+        if self.options.prompts:
+            return Example(prompt, [], True, False)
+        self.need_eos()
+        return Example(text, [], True, True, prompt=prompt)
+
+    # --- tokens
+
+    def tokens(self, record):
+        ids = self.ids_of(record)
+        count = len(ids)
+        learned = np.ones(count, dtype=bool)
+        labels = numbers_of(record, "labels", count)
+        if labels is not None:
+            labels = as_array(labels, "labels")
+            wrong = np.flatnonzero((labels != IGNORED) & (labels != ids))
+            if len(wrong):
+                i = int(wrong[0])
+                raise BadRecord(
+                    f"labels[{i}] is {labels[i]}, must be {IGNORED} or input_ids[{i}], which is {ids[i]}; "
+                    "labels stand at their own token, they are not shifted"
+                )
+            learned = labels != IGNORED
+        for key in LOSS_MASKS:
+            mask = mask_of(record, key, count)
+            learned = learned if mask is None else learned & mask
+        ids, learned, borders = self.without_padding(record, ids, learned)
+        pieces = []
+        for begin, end in zip(borders[:-1], borders[1:]):
+            pieces.append(self.with_end(ids[begin:end], learned[begin:end]))
+        if self.options.prompts:
+            first = int(np.argmax(learned)) if labels is not None and learned.any() else len(ids)
+            return [Encoded(ids[:first], np.zeros(first, dtype=bool))]
+        return pieces
+
+    def ids_of(self, record):
+        ids = numbers_of(record, "input_ids", None)
+        if ids is None:
+            raise BadRecord('the field "input_ids" is missing; add it')
+        if not ids:
+            raise BadRecord('the field "input_ids" is empty; leave the record out')
+        size = self.tokenizer.vocab_size
+        if min(ids) < 0 or max(ids) >= size:
+            i = next(i for i, value in enumerate(ids) if not 0 <= value < size)
+            raise BadRecord(
+                f"input_ids[{i}] is {quoted(ids[i], 24)}, must be 0..{size - 1}, the tokenizer's ids; "
+                "the record was made with another tokenizer"
+            )
+        return np.array(ids, dtype=np.int64)
+
+    def without_padding(self, record, ids, learned):
+        """(ids, learned, borders): padding removed, and the borders of documents where position_ids begin anew."""
+        count = len(ids)
+        positions = numbers_of(record, "position_ids", count)
+        kept = mask_of(record, "attention_mask", count)
+        begin, end = 0, count
+        if kept is not None:
+            where = np.flatnonzero(kept)
+            if not len(where):
+                raise BadRecord('the field "attention_mask" is 0 everywhere; leave the record out')
+            begin, end = int(where[0]), int(where[-1]) + 1
+            if not kept[begin:end].all():
+                i = begin + int(np.argmin(kept[begin:end]))
+                raise BadRecord(
+                    f"attention_mask[{i}] is 0 between ones; only padding at an end can be left out"
+                )
+        borders = [0, end - begin]
+        if positions is not None:
+            positions = as_array(positions, "position_ids")[begin:end]
+            fresh = np.flatnonzero(positions == 0)
+            expected = np.arange(end - begin) - np.repeat(
+                fresh, np.diff(np.append(fresh, end - begin))
+            ) if len(fresh) and fresh[0] == 0 else None
+            if expected is None or (positions != expected).any():
+                raise BadRecord(
+                    "position_ids must count 0, 1, 2, ... and begin anew at every document of the record"
+                )
+            borders = [*fresh.tolist(), end - begin]
+        return ids[begin:end].astype("<u4"), learned[begin:end], borders
+
+    def with_end(self, ids, learned):
+        """The document as it is, or with the end-of-text token that --eos always asks for."""
+        if self.options.eos == "always" and self.need_eos() and ids[-1] != self.tokenizer.eos:
+            ids, learned = np.append(ids, np.uint32(self.tokenizer.eos)), np.append(learned, True)
+        return Encoded(ids, learned)
+
+    def template_sha256(self):
+        """The template's hash if it shaped the data, else empty."""
+        used = self.source is not None and self.used_template
+        return hashlib.sha256(self.source.encode("utf-8")).hexdigest() if used else ""
+
+
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def numbers_of(record, key, count):
+    """The list of whole numbers `record[key]`, None where it is missing or null."""
+    values = record.get(key)
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise BadRecord(f'the field "{key}" is a JSON {kind_of(values)}, must be a list of numbers')
+    if set(map(type, values)) - {int}:
+        i = next(i for i, value in enumerate(values) if type(value) is not int)
+        raise BadRecord(f"{key}[{i}] is a JSON {kind_of(values[i])}, must be a whole number")
+    if count is not None and len(values) != count:
+        raise BadRecord(f'the field "{key}" has {len(values)} entries, but input_ids has {count}')
+    return values
+
+
+def mask_of(record, key, count):
+    """A list of 0 and 1 (or false and true) as an array of bool, None where it is missing or null."""
+    values = record.get(key)
+    if isinstance(values, list) and values and set(map(type, values)) == {bool}:
+        record = {key: list(map(int, values))}
+    values = numbers_of(record, key, count)
+    if values is None:
+        return None
+    if set(values) - {0, 1}:
+        i = next(i for i, value in enumerate(values) if value not in (0, 1))
+        raise BadRecord(f"{key}[{i}] is {quoted(values[i], 24)}, must be 0 or 1")
+    return np.array(values, dtype=bool)
+
+
+def as_array(values, key):
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError as error:
+        raise BadRecord(f"{key} holds a number of more than 64 bits; correct it") from error
