@@ -2,9 +2,10 @@
  *
  * Within a document queries and keys are cut into blocks of QS_ATTENTION_BLOCK. A task owns one
  * block (of queries for the output and dQ, of keys for dK and dV) of some heads that share their
- * keys, and goes over the blocks of the other kind in ascending order. So nothing is added from
- * two threads, and nothing depends on how many there are (Dao 2023, arXiv:2307.08691, without the
- * atomics). Operands are packed once for all products of a task that use them. */
+ * keys, and goes over the blocks of the other kind in ascending order, leaving out those that lie
+ * after it or outside of its window. So nothing is added from two threads, and nothing depends on
+ * how many there are (Dao 2023, arXiv:2307.08691, without the atomics). Operands are packed once
+ * for all products of a task that use them. */
 #ifndef QS_KERNELS_CPU_ATTENTION_IMPL_H
 #define QS_KERNELS_CPU_ATTENTION_IMPL_H
 

@@ -1,0 +1,119 @@
+/* What an opened queue carries: one allocation of the device, cut into the scratch that each group
+ * of operations asked for, and the products' handle and plans. */
+#include "kernels/cuda/ops_cuda.h"
+
+#include <stdlib.h>
+
+enum { ALIGNMENT = 256, PIECES = 8 };
+
+typedef struct {
+    size_t bytes[PIECES];
+    size_t at[PIECES];
+    size_t total;
+} pieces;
+
+static size_t product(int64_t a, int64_t b, size_t element)
+{
+    return (size_t)(a > 0 ? a : 0) * (size_t)(b > 0 ? b : 0) * element;
+}
+
+static pieces pieces_of(const qs_ops_limits *l)
+{
+    pieces p = {.bytes = {
+                    qs_cuda_decoded_bytes(l),
+                    qs_cuda_single_bytes(l),
+                    product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(float)),
+                    product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(uint16_t)),
+                    qs_cuda_attention_scratch(l),
+                    qs_cuda_lora_scratch(l),
+                    qs_cuda_lora_sum_scratch(l),
+                    qs_cuda_gemm_workspace_bytes(),
+                }};
+    for (int i = 0; i < PIECES; i++) {
+        p.at[i] = p.total;
+        p.total += (p.bytes[i] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    }
+    return p;
+}
+
+size_t qs_cuda_scratch_bytes(const qs_ops_limits *limits)
+{
+    return pieces_of(limits).total;
+}
+
+/* NULL for a piece that nobody asked for, so that its use shows. */
+static void *piece(const qs_cuda_context *context, const pieces *p, int i)
+{
+    return p->bytes[i] > 0 ? (char *)context->block + p->at[i] : NULL;
+}
+
+static void hand_out(qs_cuda_context *context, const pieces *p)
+{
+    context->decoded = piece(context, p, 0);
+    context->single = piece(context, p, 1);
+    context->logits = piece(context, p, 2);
+    context->probabilities = piece(context, p, 3);
+    context->attention = piece(context, p, 4);
+    context->lora = piece(context, p, 5);
+    context->lora_sum = piece(context, p, 6);
+    context->gemm_workspace = piece(context, p, 7);
+    context->single_bytes = p->bytes[1];
+    context->attention_bytes = p->bytes[4];
+    context->lora_bytes = p->bytes[5];
+    context->lora_sum_bytes = p->bytes[6];
+    context->gemm_workspace_bytes = p->bytes[7];
+}
+
+static void context_free(qs_queue *q, qs_cuda_context *context)
+{
+    qs_cuda_gemm_close(context);
+    qs_device_free(qs_queue_device(q), context->block);
+    free(context);
+}
+
+qs_status qs_cuda_open(qs_queue *q, const qs_ops_limits *limits)
+{
+    if (q->kernels != NULL) {
+        return QS_FAIL(QS_ERR_BUG, "the operations of a queue were opened twice");
+    }
+    if (limits->n_linears > QS_OPS_LINEARS_MAX) {
+        return QS_FAIL(QS_ERR_BUG, "%d linears in a unit; %d fit", limits->n_linears,
+                       QS_OPS_LINEARS_MAX);
+    }
+    qs_cuda_context *context = calloc(1, sizeof *context);
+    if (context == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "memory: the operations of a queue cannot be opened");
+    }
+    context->limits = *limits;
+    const pieces p = pieces_of(limits);
+    qs_status st = qs_device_alloc(qs_queue_device(q), &context->block, p.total, QS_MEM_WORK);
+    if (st == QS_OK) {
+        hand_out(context, &p);
+        st = qs_cuda_gemm_open(q, context);
+    }
+    if (st != QS_OK) {
+        context_free(q, context);
+        return st;
+    }
+    q->kernels = context;
+    return QS_OK;
+}
+
+void qs_cuda_close(qs_queue *q)
+{
+    if (q->kernels != NULL) {
+        /* What is under way may still use the scratch; an error of it is not lost, it was or will
+         * be found by whoever waits for its result. */
+        (void)qs_queue_wait(q);
+        context_free(q, q->kernels);
+        q->kernels = NULL;
+    }
+}
+
+qs_cuda_context *qs_cuda_context_of(qs_queue *q)
+{
+    if (q->kernels == NULL) {
+        (void)QS_FAIL(QS_ERR_BUG, "an operation on a queue whose operations were not opened");
+    }
+    return q->kernels;
+}

@@ -1,0 +1,189 @@
+/* What touches every element once: RoPE, SwiGLU, addition. bf16 in and out, fp32 between, one
+ * rounding at the end; the same operations in the same order as kernels/cpu/elementwise.c, so that
+ * RoPE and addition give the CPU's bits, rounded.
+ *
+ * Memory-bound. Bytes an element: rope 4 (tables stay in the caches: a token's rows of them serve
+ * all its heads), swiglu forward 6, backward 10, add 6. A thread moves 8 elements of each matrix in
+ * pieces of 16 bytes; where an address or a length does not allow that, one element.
+ *
+ * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): rope 44-48, swiglu forward 31-38,
+ * backward 40-48, add 26-32. No shared memory, no spills. */
+#include "kernels/cuda/vector.cuh"
+
+namespace
+{
+
+/* ---- rotary embedding (Su et al. 2021, arXiv:2104.09864) ---- */
+
+struct rope_call {
+    qs_rows_of<qs_bf16> x;
+    int half;
+    const float *cos, *sin;
+    const int32_t *position;
+    float sign;
+};
+
+template <int WIDTH>
+__global__ void __launch_bounds__(QS_ROW_THREADS) rope_kernel(rope_call c, qs_row_tiles tiles)
+{
+    qs_for_groups<1>(tiles, [&](int64_t t, int64_t group) {
+        const qs_rope_pair pair = qs_rope_pair_at(group, c.half, WIDTH);
+        const int64_t angle = (int64_t)c.position[t] * c.half + pair.angle;
+        qs_bf16 *row = c.x.data + t * c.x.stride;
+        float a[WIDTH], b[WIDTH], cos[WIDTH], sin[WIDTH];
+        qs_load<WIDTH>(a, row + pair.low);
+        qs_load<WIDTH>(b, row + pair.high);
+        qs_load<WIDTH>(cos, c.cos + angle);
+        qs_load<WIDTH>(sin, c.sin + angle);
+        for (int i = 0; i < WIDTH; i++) {
+            const float s = c.sign * sin[i], low = a[i], high = b[i];
+            a[i] = low * cos[i] - high * s;
+            b[i] = high * cos[i] + low * s;
+        }
+        qs_store<WIDTH>(row + pair.low, a);
+        qs_store<WIDTH>(row + pair.high, b);
+    });
+}
+
+/* ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) and addition: rows of up to five matrices ---- */
+
+struct rows_call {
+    qs_rows_of<const qs_bf16> a, b, c;
+    qs_rows_of<qs_bf16> y, z;
+};
+
+__device__ __forceinline__ float sigmoid(float x)
+{
+    return 1.0f / (1.0f + expf(-x));
+}
+
+/* One kernel an operation, all alike: load a group of each input, `OP::apply` element by element,
+ * store. A thread has read all of its elements before it writes the first, and nobody else reads
+ * them: outputs may lie where inputs lie. */
+
+struct swiglu_forward_op {
+    enum { INPUTS = 2, OUTPUTS = 1 };
+    __device__ __forceinline__ static void apply(float gate, float up, float, float *act, float *)
+    {
+        *act = gate * sigmoid(gate) * up;
+    }
+};
+
+/* d silu(g) / dg = s + g s (1 - s), s = sigmoid(g). */
+struct swiglu_backward_op {
+    enum { INPUTS = 3, OUTPUTS = 2 };
+    __device__ __forceinline__ static void apply(float gate, float up, float dact, float *dgate,
+                                                 float *dup)
+    {
+        const float s = sigmoid(gate);
+        *dgate = dact * up * (s + gate * s * (1.0f - s));
+        *dup = dact * (gate * s);
+    }
+};
+
+struct add_op {
+    enum { INPUTS = 2, OUTPUTS = 1 };
+    __device__ __forceinline__ static void apply(float x, float y, float, float *sum, float *)
+    {
+        *sum = y + x;
+    }
+};
+
+template <typename OP, int WIDTH>
+__global__ void __launch_bounds__(QS_ROW_THREADS) rows_kernel(rows_call m, qs_row_tiles tiles)
+{
+    qs_for_groups<WIDTH>(tiles, [&](int64_t t, int64_t column) {
+        float a[WIDTH], b[WIDTH], c[WIDTH], y[WIDTH], z[WIDTH];
+        qs_load<WIDTH>(a, m.a.data + t * m.a.stride + column);
+        qs_load<WIDTH>(b, m.b.data + t * m.b.stride + column);
+        if constexpr (OP::INPUTS == 3) {
+            qs_load<WIDTH>(c, m.c.data + t * m.c.stride + column);
+        }
+        for (int i = 0; i < WIDTH; i++) {
+            OP::apply(a[i], b[i], OP::INPUTS == 3 ? c[i] : 0.0f, &y[i], &z[i]);
+        }
+        qs_store<WIDTH>(m.y.data + t * m.y.stride + column, y);
+        if constexpr (OP::OUTPUTS == 2) {
+            qs_store<WIDTH>(m.z.data + t * m.z.stride + column, z);
+        }
+    });
+}
+
+/* `mats` are a, b, c, y, z of rows_call; the absent ones NULL. */
+template <typename OP>
+qs_status for_rows(qs_queue *q, const qs_mat *const mats[5], const char *name)
+{
+    const int64_t rows = mats[0]->rows, cols = mats[0]->cols;
+    if (rows == 0 || cols == 0) {
+        return QS_OK;
+    }
+    bool vectors = true;
+    rows_call call = {};
+    qs_rows_of<const qs_bf16> *const in[3] = {&call.a, &call.b, &call.c};
+    qs_rows_of<qs_bf16> *const out[2] = {&call.y, &call.z};
+    for (int i = 0; i < 5; i++) {
+        if (mats[i] == NULL) {
+            continue;
+        }
+        vectors = vectors && qs_mat_is_vectors(mats[i]);
+        if (i < 3) {
+            *in[i] = qs_rows<const qs_bf16>(mats[i]);
+        } else {
+            *out[i - 3] = qs_rows<qs_bf16>(mats[i]);
+        }
+    }
+    const qs_row_tiles tiles = qs_row_tiles_make(rows, vectors ? cols / QS_VECTOR : cols);
+    if (vectors) {
+        QS_LAUNCH((rows_kernel<OP, QS_VECTOR>), qs_row_grid(tiles), QS_ROW_THREADS, 0,
+                  qs_cuda_stream(q), call, tiles);
+    } else {
+        QS_LAUNCH((rows_kernel<OP, 1>), qs_row_grid(tiles), QS_ROW_THREADS, 0, qs_cuda_stream(q),
+                  call, tiles);
+    }
+    return qs_cuda_launched(name);
+}
+
+} // namespace
+
+extern "C" qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim,
+                                  const float *cos, const float *sin, const int32_t *position,
+                                  bool inverse)
+{
+    const int half = head_dim / 2;
+    if (x->rows == 0 || n_heads == 0 || half == 0) {
+        return QS_OK;
+    }
+    const rope_call call = {qs_rows<qs_bf16>(x), half, cos, sin, position, inverse ? -1.0f : 1.0f};
+    const bool vectors = qs_mat_is_vectors(x) && qs_rows_are_vectors(cos, half, half) &&
+                         qs_rows_are_vectors(sin, half, half);
+    const int width = vectors ? QS_VECTOR : 1;
+    const qs_row_tiles tiles = qs_row_tiles_make(x->rows, (int64_t)n_heads * (half / width));
+    if (vectors) {
+        QS_LAUNCH((rope_kernel<QS_VECTOR>), qs_row_grid(tiles), QS_ROW_THREADS, 0,
+                  qs_cuda_stream(q), call, tiles);
+    } else {
+        QS_LAUNCH((rope_kernel<1>), qs_row_grid(tiles), QS_ROW_THREADS, 0, qs_cuda_stream(q), call,
+                  tiles);
+    }
+    return qs_cuda_launched("rope");
+}
+
+extern "C" qs_status qs_cuda_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
+                                            qs_mat *act)
+{
+    const qs_mat *const mats[5] = {gate, up, NULL, act, NULL};
+    return for_rows<swiglu_forward_op>(q, mats, "swiglu_forward");
+}
+
+extern "C" qs_status qs_cuda_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
+                                             const qs_mat *dact, qs_mat *dgate, qs_mat *dup)
+{
+    const qs_mat *const mats[5] = {gate, up, dact, dgate, dup};
+    return for_rows<swiglu_backward_op>(q, mats, "swiglu_backward");
+}
+
+extern "C" qs_status qs_cuda_add(qs_queue *q, const qs_mat *x, qs_mat *y)
+{
+    const qs_mat *const mats[5] = {x, y, NULL, y, NULL};
+    return for_rows<add_op>(q, mats, "add");
+}

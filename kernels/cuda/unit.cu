@@ -1,0 +1,519 @@
+/* From the bytes of a gathered unit to bf16 matrices.
+ *
+ * A layer that has arrived is decoded once, all its linears in one launch, and used by every
+ * micro-batch of the group (unit_open); its adapters are copied to the borders (core/border.h) by a
+ * second launch. A weight outside of an opened unit is decoded, or copied, call by call.
+ *
+ * A weight is W = round(code * absmax) to its own type (Dettmers et al. 2023, arXiv:2305.14314,
+ * app. E), then bf16: the same bits as qs_weight_decode, rounded. One rounding for bf16 and fp32
+ * weights, two for fp16.
+ *
+ * decode_kernel is bound by memory: reads 0.5 + 1/64 + 4/16384 B (nested; else 0.5 + 1/16), writes
+ * 2 B a weight; a Llama-3-70B layer, 856 M weights, 2.15 GB: 0.64 ms at 3.35 TB/s, 0.50 ms at 4.3.
+ * A block owns a quantum: its 256 absmax are computed once, one a thread, while the codes are on
+ * their way (8 independent 32-bit loads a thread: 8 KB in flight a block); the 16 values lie in
+ * shared memory, in different banks, so that any 32 look-ups take one cycle. About 6 instructions a
+ * weight: shift, mask, look-up, product, half a conversion, and the store's share.
+ *
+ * Registers on sm_80, 86, 89, 90a, 100, 120; no spills:
+ *     decode_kernel     48 everywhere, 1100 bytes of shared memory: 5 blocks a multiprocessor
+ *     raw_kernel 1, 8   22 23 23 19 22 22, 24 22 22 24 22 22
+ *     border_kernel     32 32 32 32 32 34
+ */
+#include "kernels/cuda/cuda_impl.cuh"
+
+#include "kernels/cuda/core/border.h"
+#include "kernels/cuda/core/f16.h"
+#include "kernels/cuda/core/nf4_decode.h"
+
+extern "C" {
+#include "quant/nf4.h"
+}
+
+static_assert((int)QS_DECODE_QUANTUM == (int)QS_NF4_QUANTUM, "a block decodes a quantum");
+static_assert((int)QS_DECODE_BLOCK == (int)QS_NF4_BLOCK, "64 elements share an absmax");
+static_assert((int)QS_DECODE_BLOCKS == (int)QS_DECODE_THREADS, "a thread computes one absmax");
+
+/* ---- NF4 ---- */
+
+typedef struct {
+    qs_bf16 *matrix;
+    const float *map;
+    int64_t out, stride;
+    uint32_t in;
+    uint32_t quantum, quanta;      /* of the unit: the tensor's first, and how many */
+    uint32_t step_rows, step_cols; /* QS_DECODE_SPAN elements further on */
+    float offset;
+    bool f16;
+} decode_linear;
+
+typedef struct {
+    qs_decode_unit unit;
+    float code[16];
+    int count;
+    decode_linear linear[QS_OPS_LINEARS_MAX];
+} decode_job;
+
+/* 8 elements of a row that has 16-byte groups. */
+static __device__ __forceinline__ void store_group(qs_bf16 *to, const float value[QS_DECODE_GROUP])
+{
+    uint4 packed;
+    packed.x = qs_cvt_bf16x2(value[0], value[1]);
+    packed.y = qs_cvt_bf16x2(value[2], value[3]);
+    packed.z = qs_cvt_bf16x2(value[4], value[5]);
+    packed.w = qs_cvt_bf16x2(value[6], value[7]);
+    *reinterpret_cast<uint4 *>(to) = packed;
+}
+
+/* 8 elements wherever they lie: rows may end in between, and the tensor too. */
+static __device__ void store_ragged(const decode_linear *linear, qs_decode_cell cell,
+                                    const float value[QS_DECODE_GROUP])
+{
+    for (int i = 0; i < QS_DECODE_GROUP && cell.row < linear->out; i++) {
+        linear->matrix[cell.row * linear->stride + cell.col] = qs_bf16_round(value[i]);
+        cell = qs_decode_cell_step(cell, 0, 1, linear->in);
+    }
+}
+
+/* Decode the words of a thread, one a step, from `cell` on. WHOLE: rows hold whole groups. */
+template <bool F16, bool WHOLE>
+static __device__ __forceinline__ void
+decode_words(const decode_linear *linear, qs_decode_cell cell, const uint32_t word[QS_DECODE_STEPS],
+             const float *code, const float *absmax)
+{
+#pragma unroll
+    for (int step = 0; step < QS_DECODE_STEPS; step++) {
+        const int first = step * QS_DECODE_SPAN + (int)threadIdx.x * QS_DECODE_GROUP;
+        const float scale = absmax[first / QS_DECODE_BLOCK];
+        float value[QS_DECODE_GROUP];
+#pragma unroll
+        for (int i = 0; i < QS_DECODE_GROUP; i++) {
+            value[i] = qs_decode_value(code[qs_decode_nibble(word[step], i)], scale, F16);
+        }
+        if constexpr (!WHOLE) {
+            store_ragged(linear, cell, value);
+        } else if (cell.row < linear->out) {
+            store_group(linear->matrix + cell.row * linear->stride + cell.col, value);
+        }
+        cell = qs_decode_cell_step(cell, linear->step_rows, linear->step_cols, linear->in);
+    }
+}
+
+__global__ void __launch_bounds__(QS_DECODE_THREADS) decode_kernel(const decode_job job)
+{
+    __shared__ float code[16];
+    __shared__ float absmax[QS_DECODE_BLOCKS];
+    __shared__ qs_decode_cell start;
+
+    int which = 0;
+    uint32_t local = blockIdx.x; /* quantum of the linear */
+    while (local >= job.linear[which].quanta) {
+        local -= job.linear[which].quanta;
+        which++;
+    }
+    const decode_linear *linear = &job.linear[which];
+    const qs_decode_place place = qs_decode_place_of(&job.unit, linear->quantum + local);
+
+    const uint32_t *packed = reinterpret_cast<const uint32_t *>(job.unit.base + place.packed);
+    uint32_t word[QS_DECODE_STEPS];
+#pragma unroll
+    for (int step = 0; step < QS_DECODE_STEPS; step++) {
+        word[step] = __ldg(packed + step * QS_DECODE_THREADS + threadIdx.x);
+    }
+    const float *absmax32 = reinterpret_cast<const float *>(job.unit.base + place.absmax32);
+    if (job.unit.nested) {
+        const uint8_t index = job.unit.base[place.absmax8 + threadIdx.x];
+        absmax[threadIdx.x] =
+            qs_decode_absmax(__ldg(linear->map + index), __ldg(absmax32), linear->offset);
+    } else {
+        absmax[threadIdx.x] = __ldg(absmax32 + threadIdx.x);
+    }
+    if (threadIdx.x < 16) {
+        code[threadIdx.x] = job.code[threadIdx.x];
+    }
+    if (threadIdx.x == QS_DECODE_THREADS - 1) {
+        start = qs_decode_cell_of((int64_t)local * QS_DECODE_QUANTUM, linear->in);
+    }
+    __syncthreads(); /* code, absmax and start are read by all */
+
+    const qs_decode_cell cell =
+        qs_decode_cell_after(start, threadIdx.x * QS_DECODE_GROUP, linear->in);
+    const bool whole = linear->in % QS_DECODE_GROUP == 0;
+    if (whole && !linear->f16) {
+        decode_words<false, true>(linear, cell, word, code, absmax);
+    } else if (whole) {
+        decode_words<true, true>(linear, cell, word, code, absmax);
+    } else if (!linear->f16) {
+        decode_words<false, false>(linear, cell, word, code, absmax);
+    } else {
+        decode_words<true, false>(linear, cell, word, code, absmax);
+    }
+}
+
+/* ---- raw ---- */
+
+typedef struct {
+    qs_decode_unit unit;
+    qs_bf16 *matrix;
+    int64_t out, stride;
+    uint32_t in;
+    uint32_t quantum, quanta;
+    uint32_t quantum_elems;
+    qs_dtype dtype;
+} raw_job;
+
+enum { RAW_THREADS = 256 };
+
+static __device__ __forceinline__ float raw_load(const uint8_t *from, uint32_t i, qs_dtype dtype)
+{
+    if (dtype == QS_F32) {
+        return reinterpret_cast<const float *>(from)[i];
+    }
+    if (dtype == QS_BF16) {
+        return qs_bf16_to_f32(reinterpret_cast<const qs_bf16 *>(from)[i]);
+    }
+    return qs_f16_to_f32(reinterpret_cast<const qs_f16 *>(from)[i]);
+}
+
+/* A block copies quanta; GROUP elements a thread and step: 8 if groups of bf16 stay whole, else 1.
+ */
+template <int GROUP> __global__ void __launch_bounds__(RAW_THREADS) raw_kernel(const raw_job job)
+{
+    for (uint32_t local = blockIdx.x; local < job.quanta; local += gridDim.x) {
+        const uint8_t *from = job.unit.base + qs_decode_raw_place(&job.unit, job.quantum + local);
+        const qs_decode_cell start = qs_decode_cell_of((int64_t)local * job.quantum_elems, job.in);
+        for (uint32_t i = threadIdx.x * GROUP; i < job.quantum_elems; i += RAW_THREADS * GROUP) {
+            const qs_decode_cell cell = qs_decode_cell_after(start, i, job.in);
+            if (cell.row >= job.out) {
+                break;
+            }
+            qs_bf16 *to = job.matrix + cell.row * job.stride + cell.col;
+            if (GROUP == 1) {
+                *to = qs_bf16_round(raw_load(from, i, job.dtype));
+            } else {
+                *reinterpret_cast<uint4 *>(to) =
+                    *reinterpret_cast<const uint4 *>(from + (uint64_t)i * sizeof(qs_bf16));
+            }
+        }
+    }
+}
+
+/* ---- borders ---- */
+
+typedef struct {
+    qs_bf16 *matrix;
+    const qs_bf16 *a, *b;
+    int64_t out, in, cells;
+    int rank;
+} border_linear;
+
+typedef struct {
+    int64_t border, cells;
+    int count;
+    border_linear linear[QS_OPS_LINEARS_MAX];
+} border_job;
+
+enum { BORDER_THREADS = 256 };
+
+/* Borders are one percent of a layer, so each cell is written by itself. */
+__global__ void __launch_bounds__(BORDER_THREADS) border_kernel(const border_job job)
+{
+    const int64_t step = (int64_t)gridDim.x * BORDER_THREADS;
+    for (int64_t i = (int64_t)blockIdx.x * BORDER_THREADS + threadIdx.x; i < job.cells; i += step) {
+        int which = 0;
+        int64_t local = i;
+        while (local >= job.linear[which].cells) {
+            local -= job.linear[which].cells;
+            which++;
+        }
+        const border_linear *linear = &job.linear[which];
+        const qs_border_cell cell =
+            qs_border_cell_at(local, linear->out, linear->in, job.border, linear->rank);
+        qs_bf16 value = {0};
+        if (cell.source == QS_BORDER_B) {
+            value = linear->b[cell.from];
+        } else if (cell.source == QS_BORDER_A) {
+            value = linear->a[cell.from];
+        }
+        linear->matrix[cell.at] = value;
+    }
+}
+
+/* ---- host: what the kernels are told ---- */
+
+static qs_decode_unit decode_unit(const qs_unit_view *unit)
+{
+    const qs_unit_layout *l = &unit->layout;
+    qs_decode_unit out;
+    out.base = unit->base;
+    out.message_bytes = l->message_bytes;
+    out.packed_at = l->packed_at;
+    out.absmax8_at = l->absmax8_at;
+    out.absmax32_at = l->absmax32_at;
+    out.raw_at = l->raw_at;
+    out.nf4_per_rank = (uint32_t)qs_hd_max(l->nf4_per_rank, 1);
+    out.raw_per_rank = (uint32_t)qs_hd_max(l->raw_per_rank, 1);
+    out.raw_quantum_bytes = qs_raw_quantum_bytes(&l->size);
+    out.nested = l->size.absmax8_per_quantum != 0;
+    return out;
+}
+
+static decode_linear decode_linear_of(const qs_weight *w, void *matrix, int64_t stride)
+{
+    decode_linear out;
+    out.matrix = (qs_bf16 *)matrix;
+    out.map = w->map;
+    out.out = w->out;
+    out.stride = stride;
+    out.in = (uint32_t)w->in;
+    out.quantum = (uint32_t)w->quantum;
+    out.quanta = (uint32_t)qs_nf4_quanta(w->out * w->in);
+    out.step_rows = QS_DECODE_SPAN / out.in;
+    out.step_cols = QS_DECODE_SPAN % out.in;
+    out.offset = w->offset;
+    out.f16 = w->dtype == QS_F16;
+    return out;
+}
+
+/* Decode the NF4 weights among the jobs. */
+static qs_status decode_launch(qs_queue *q, const qs_unit_view *unit, decode_job *job)
+{
+    uint32_t quanta = 0;
+    for (int i = 0; i < job->count; i++) {
+        quanta += job->linear[i].quanta;
+    }
+    if (quanta == 0) {
+        return QS_OK;
+    }
+    job->unit = decode_unit(unit);
+    memcpy(job->code, qs_nf4_code, sizeof job->code);
+    QS_LAUNCH(decode_kernel, quanta, QS_DECODE_THREADS, 0, qs_cuda_stream(q), *job);
+    return qs_cuda_launched("decode_kernel");
+}
+
+static qs_status raw_launch(qs_queue *q, const qs_unit_view *unit, const qs_weight *w, void *matrix,
+                            int64_t stride)
+{
+    const int64_t elems = unit->layout.size.raw_quantum_elems;
+    raw_job job;
+    job.unit = decode_unit(unit);
+    job.matrix = (qs_bf16 *)matrix;
+    job.out = w->out;
+    job.stride = stride;
+    job.in = (uint32_t)w->in;
+    job.quantum = (uint32_t)w->quantum;
+    job.quanta = (uint32_t)qs_hd_ceil_div(w->out * w->in, elems);
+    job.quantum_elems = (uint32_t)elems;
+    job.dtype = w->dtype;
+    if (job.quanta == 0) {
+        return QS_OK;
+    }
+    const bool whole =
+        w->dtype == QS_BF16 && w->in % 8 == 0 && elems % 8 == 0 && (uintptr_t)unit->base % 16 == 0;
+    if (whole) {
+        QS_LAUNCH(raw_kernel<8>, qs_cuda_grid(job.quanta), RAW_THREADS, 0, qs_cuda_stream(q), job);
+    } else {
+        QS_LAUNCH(raw_kernel<1>, qs_cuda_grid(job.quanta), RAW_THREADS, 0, qs_cuda_stream(q), job);
+    }
+    return qs_cuda_launched("raw_kernel");
+}
+
+/* ---- sizes ---- */
+
+enum { PIECE_ALIGN = 256 };
+
+static size_t matrix_bytes(int64_t elems)
+{
+    return (size_t)qs_hd_round_up(elems * (int64_t)sizeof(qs_bf16), PIECE_ALIGN);
+}
+
+extern "C" size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits)
+{
+    const int64_t border = qs_border_width(limits->lora_rank);
+    size_t total = 0;
+    for (int i = 0; i < limits->n_linears; i++) {
+        total += matrix_bytes(qs_border_elems(limits->out[i], limits->in[i], border));
+    }
+    return total;
+}
+
+extern "C" size_t qs_cuda_single_bytes(const qs_ops_limits *limits)
+{
+    size_t most = matrix_bytes(qs_border_elems(limits->head_rows, limits->hidden, 0));
+    for (int i = 0; i < limits->n_linears; i++) {
+        const size_t bytes = matrix_bytes(qs_border_elems(limits->out[i], limits->in[i], 0));
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+extern "C" int64_t qs_cuda_border(int lora_rank)
+{
+    return qs_border_width(lora_rank);
+}
+
+/* ---- one weight ---- */
+
+extern "C" const qs_cuda_linear *qs_cuda_opened(const qs_cuda_context *context,
+                                                const qs_unit_view *unit, const qs_weight *w)
+{
+    if (context->open_base == NULL || context->open_base != unit->base) {
+        return NULL;
+    }
+    for (int i = 0; i < context->n_linears; i++) {
+        const qs_cuda_linear *linear = &context->linears[i];
+        if (linear->kind == w->kind && linear->quantum == w->quantum && linear->out == w->out &&
+            linear->in == w->in) {
+            return linear;
+        }
+    }
+    return NULL;
+}
+
+/* The stored bytes, if they are the matrix already: bf16, in one message, rows on 16 bytes. */
+static const void *stored_in_place(const qs_unit_view *unit, const qs_weight *w)
+{
+    const qs_unit_layout *l = &unit->layout;
+    if (w->kind != QS_WEIGHT_RAW || w->dtype != QS_BF16 || w->in % 8 != 0 || w->out == 0) {
+        return NULL;
+    }
+    const int64_t last = w->quantum + (w->out * w->in - 1) / l->size.raw_quantum_elems;
+    const uint8_t *first = qs_unit_raw_quantum(unit, w->quantum);
+    if (w->quantum / l->raw_per_rank != last / l->raw_per_rank || (uintptr_t)first % 16 != 0) {
+        return NULL;
+    }
+    return first;
+}
+
+extern "C" qs_status qs_cuda_weight_matrix(qs_queue *q, const qs_unit_view *unit,
+                                           const qs_weight *w, const void **matrix, int64_t *stride)
+{
+    const qs_cuda_context *context = qs_cuda_context_of(q);
+    if (context == NULL) {
+        return QS_ERR_BUG;
+    }
+    const qs_cuda_linear *opened = qs_cuda_opened(context, unit, w);
+    if (opened != NULL) {
+        *matrix = opened->matrix;
+        *stride = opened->stride;
+        return QS_OK;
+    }
+    *matrix = stored_in_place(unit, w);
+    *stride = w->in;
+    if (*matrix != NULL) {
+        return QS_OK;
+    }
+    if (matrix_bytes(qs_border_elems(w->out, w->in, 0)) > context->single_bytes) {
+        return QS_FAIL(QS_ERR_BUG, "weight of %lld x %lld is larger than the limits say",
+                       (long long)w->out, (long long)w->in);
+    }
+    *matrix = context->single;
+    *stride = qs_border_stride(w->in, 0);
+    if (w->kind == QS_WEIGHT_RAW) {
+        return raw_launch(q, unit, w, context->single, *stride);
+    }
+    decode_job job;
+    job.count = 1;
+    job.linear[0] = decode_linear_of(w, context->single, *stride);
+    return decode_launch(q, unit, &job);
+}
+
+/* ---- a unit ---- */
+
+/* Give each linear its piece of the decoded scratch. */
+static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int count)
+{
+    const int64_t border = qs_border_width(context->limits.lora_rank);
+    size_t at = 0;
+    if (count > QS_OPS_LINEARS_MAX) {
+        return QS_FAIL(QS_ERR_BUG, "a unit of %d linears", count);
+    }
+    for (int i = 0; i < count; i++) {
+        qs_cuda_linear *linear = &context->linears[i];
+        linear->kind = w[i].kind;
+        linear->quantum = w[i].quantum;
+        linear->out = w[i].out;
+        linear->in = w[i].in;
+        linear->stride = qs_border_stride(w[i].in, border);
+        linear->matrix = (uint8_t *)context->decoded + at;
+        linear->bordered = false;
+        at += matrix_bytes(qs_border_elems(w[i].out, w[i].in, border));
+    }
+    if (at > qs_cuda_decoded_bytes(&context->limits)) {
+        return QS_FAIL(QS_ERR_BUG, "a unit of %zu decoded bytes is larger than the limits say", at);
+    }
+    return QS_OK;
+}
+
+static qs_status decode_linears(qs_queue *q, const qs_cuda_context *context,
+                                const qs_unit_view *unit, const qs_weight *w, int count)
+{
+    decode_job job;
+    job.count = 0;
+    for (int i = 0; i < count; i++) {
+        const qs_cuda_linear *linear = &context->linears[i];
+        if (w[i].kind == QS_WEIGHT_NF4) {
+            job.linear[job.count++] = decode_linear_of(&w[i], linear->matrix, linear->stride);
+        } else {
+            QS_TRY(raw_launch(q, unit, &w[i], linear->matrix, linear->stride));
+        }
+    }
+    return decode_launch(q, unit, &job);
+}
+
+static qs_status fill_borders(qs_queue *q, qs_cuda_context *context, const qs_lora *lora, int count)
+{
+    border_job job;
+    job.border = qs_border_width(context->limits.lora_rank);
+    job.cells = 0;
+    job.count = 0;
+    for (int i = 0; i < count; i++) {
+        qs_cuda_linear *linear = &context->linears[i];
+        if (lora[i].a == NULL || lora[i].rank > job.border) {
+            continue;
+        }
+        border_linear *to = &job.linear[job.count++];
+        to->matrix = (qs_bf16 *)linear->matrix;
+        to->a = (const qs_bf16 *)lora[i].a;
+        to->b = (const qs_bf16 *)lora[i].b;
+        to->out = linear->out;
+        to->in = linear->in;
+        to->rank = lora[i].rank;
+        to->cells = qs_border_cells(linear->out, linear->in, job.border);
+        job.cells += to->cells;
+        linear->bordered = true;
+    }
+    if (job.cells == 0) {
+        return QS_OK;
+    }
+    QS_LAUNCH(border_kernel, qs_cuda_grid(qs_hd_ceil_div(job.cells, BORDER_THREADS)),
+              BORDER_THREADS, 0, qs_cuda_stream(q), job);
+    return qs_cuda_launched("border_kernel");
+}
+
+extern "C" qs_status qs_cuda_unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                       const qs_lora *lora, int count)
+{
+    qs_cuda_context *context = qs_cuda_context_of(q);
+    if (context == NULL) {
+        return QS_ERR_BUG;
+    }
+    qs_cuda_unit_close(q);
+    QS_TRY(place_linears(context, w, count));
+    QS_TRY(decode_linears(q, context, unit, w, count));
+    if (lora != NULL) {
+        QS_TRY(fill_borders(q, context, lora, count));
+    }
+    context->n_linears = count;
+    context->open_base = unit->base;
+    return QS_OK;
+}
+
+extern "C" void qs_cuda_unit_close(qs_queue *q)
+{
+    qs_cuda_context *context = qs_cuda_context_of(q);
+    if (context != NULL) {
+        context->open_base = NULL;
+        context->n_linears = 0;
+    }
+}
