@@ -66,9 +66,21 @@ keep() {
         mv "$file.part" "$file"
 }
 
+# The plugin for this machine's GPU alone, or none: machine code for all GPUs takes minutes.
+gpu_options() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+    if [ -n "$capability" ] && [ "$capability" -ge 80 ]; then
+        echo "-DQSHARD_CUDA=AUTO -DQSHARD_CUDA_ARCHITECTURES=$capability-real"
+    else
+        echo -DQSHARD_CUDA=OFF
+    fi
+}
+
 build() {
-    local start=$SECONDS
-    if ! { cmake --preset release && cmake --build --preset release; } >build/release.log 2>&1; then
+    local start=$SECONDS options
+    read -r -a options <<<"$(gpu_options)"
+    if ! { cmake --preset release "${options[@]}" && cmake --build --preset release; } >build/release.log 2>&1; then
         tail -n 20 build/release.log >&2
         echo "quickstart.sh: the build failed; the whole output is in build/release.log" >&2
         exit 70

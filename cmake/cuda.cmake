@@ -55,8 +55,9 @@ if(QSHARD_HAVE_CUDA)
     # As on the CPU, a*b+c is fused only where the source says fmaf.
     target_compile_options(qshard_cuda PRIVATE
         $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;-Xcompiler=-Wall,-Wextra,-Wno-enum-compare,-ffp-contract=off,-fno-math-errno>)
+    list(JOIN QSHARD_CUDA_ARCHITECTURES " " QSHARD_CUDA_LIST)
     target_compile_definitions(qshard_cuda PRIVATE
-        "QSHARD_CUDA_ARCHITECTURES=\"${QSHARD_CUDA_ARCHITECTURES}\"")
+        $<$<COMPILE_LANGUAGE:C>:QSHARD_CUDA_ARCHITECTURES="${QSHARD_CUDA_LIST}">)
     set_target_properties(qshard_cuda PROPERTIES
         CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
         C_VISIBILITY_PRESET hidden CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden

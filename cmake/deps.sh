@@ -65,6 +65,7 @@ find_missing() {
     need Random123 librandom123-dev random123 random123 header_exists Random123/philox.h
     need 'Python 3.9 with venv' 'python3 python3-venv' python python python_has_venv
     if [ "$1" = test ]; then
+        need 'a C++ compiler' 'build-essential' gcc gcc command -v "${CXX:-c++}"
         need Criterion libcriterion-dev criterion criterion pkg-config --exists criterion
         need 'ip (two virtual hosts)' iproute2 iproute2 iproute2 command -v ip
     fi

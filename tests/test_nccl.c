@@ -66,3 +66,53 @@ Test(nccl, abort_ends_waiting_ranks_with_the_code, .timeout = 120)
     cr_assert_eq(run.code, 4, "exit %d\n%s", run.code, run.output);
     cr_assert_eq(count_in(&run, "error[E401] out/base.h5: no space left\n"), 1, "%s", run.output);
 }
+
+/* ---- NCCL fails: QSHARD_EMULATOR_NCCL_FAIL ---- */
+
+static void run_failing(mpirun_result *run, const char *setting, const char *name)
+{
+    shell(run, 60, "env %s mpirun -np 3 %s %s", setting, case_path("nccl"), name);
+}
+
+Test(nccl, a_failing_exchange_is_exit_6, .timeout = 200)
+{
+    static const char *const settings[] = {"2@1", "2", "async:3@0", "async:1"};
+    static const char *const names[] = {"all_gather", "all_to_all_v"};
+    for (int i = 0; i < 4; i++) {
+        char setting[96];
+        snprintf(setting, sizeof setting, "QSHARD_EMULATOR_NCCL_FAIL=%s", settings[i]);
+        mpirun_result run;
+        run_failing(&run, setting, names[i % 2]);
+        cr_assert_eq(run.code, 6, "%s: exit %d\n%s", setting, run.code, run.output);
+        cr_assert_geq(count_in(&run, "error[E600] nccl"), 1, "%s:\n%s", setting, run.output);
+        cr_assert_geq(count_in(&run, "remote process exited"), 1, "%s:\n%s", setting, run.output);
+    }
+}
+
+Test(nccl, a_start_that_fails_is_exit_6_and_one_line, .timeout = 120)
+{
+    mpirun_result run;
+    run_failing(&run, "QSHARD_EMULATOR_NCCL_FAIL=init", "all");
+    cr_assert_eq(run.code, 6, "exit %d\n%s", run.code, run.output);
+    cr_assert_eq(count_in(&run, "error["), 1, "%s", run.output);
+    cr_assert_eq(count_in(&run, "error[E600] ncclCommInitRankConfig: unhandled system error"), 1,
+                 "%s", run.output);
+}
+
+/* Rank 1 has failed and says nothing to the others' NCCL. */
+Test(nccl, a_peer_that_does_not_come_is_waited_for_no_longer_than_the_limit, .timeout = 120)
+{
+    mpirun_result run;
+    run_failing(&run, "QSHARD_NCCL_TIMEOUT=1 QSHARD_EMULATOR_NCCL_FAIL=init@1", "all");
+    cr_assert_eq(run.code, 6, "exit %d\n%s", run.code, run.output);
+    cr_assert_geq(count_in(&run, "of 3 has waited 1 s for the others"), 1, "%s", run.output);
+}
+
+Test(nccl, different_libraries_are_exit_8_and_one_line, .timeout = 120)
+{
+    mpirun_result run;
+    run_failing(&run, "QSHARD_EMULATOR_NCCL_VERSION=22501@2", "all");
+    cr_assert_eq(run.code, 8, "exit %d\n%s", run.code, run.output);
+    cr_assert_eq(count_in(&run, "error["), 1, "%s", run.output);
+    cr_assert_eq(count_in(&run, "NCCL 2.25.1"), 1, "%s", run.output);
+}

@@ -37,9 +37,10 @@ enum { ABORT_LIMIT_S = 5 };
 
 typedef struct {
     qs_comm base;
-    qs_comm *host;    /* borrowed */
-    ncclComm_t nccl;  /* NULL with one rank */
-    qs_status broken; /* the first failure: what every later call returns */
+    qs_comm *host;     /* borrowed */
+    qs_device *device; /* borrowed: its waits ask us whether a peer is lost; NULL: not yet */
+    ncclComm_t nccl;   /* NULL with one rank */
+    qs_status broken;  /* the first failure: what every later call returns */
     double limit_s;
 } comm_nccl;
 
@@ -329,6 +330,9 @@ static void close_nccl(comm_nccl *c)
 static void nccl_destroy(qs_comm *comm)
 {
     comm_nccl *c = (comm_nccl *)comm;
+    if (c->device != NULL) {
+        qs_device_set_watch(c->device, NULL, NULL);
+    }
     if (c->nccl != NULL) {
         close_nccl(c);
     }
@@ -459,6 +463,11 @@ static qs_status start(comm_nccl *c)
     return qs_comm_agree(c->host, st);
 }
 
+static qs_status watch(void *ctx)
+{
+    return check(ctx);
+}
+
 qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device)
 {
     *out = NULL;
@@ -467,6 +476,8 @@ qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device)
     QS_GOTO(qs_comm_agree(host, make(&c, host, device)));
     if (host->nranks > 1) {
         QS_GOTO(start(c));
+        c->device = device;
+        qs_device_set_watch(device, watch, c);
     }
     c->base.received_bytes = host->received_bytes;
     *out = &c->base;

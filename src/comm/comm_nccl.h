@@ -18,9 +18,9 @@
  *         was not agreed on: the other ranks did not come; only qs_comm_abort is left. */
 qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device);
 
-/** Has NCCL found a lost peer or a broken link meanwhile? Every collective asks first. A wait for a
- * queue does not, and would wait for ever: who waits long calls this between looks at the queue.
- * QS_OK for any other communicator. */
+/** Has NCCL found a lost peer or a broken link meanwhile? Every collective asks first, and so does
+ * a wait for a queue of the device (qs_device_set_watch), which would never end otherwise. QS_OK
+ * for any other communicator. */
 qs_status qs_comm_nccl_check(qs_comm *comm);
 
 /** "NCCL 2.28.9", the library at hand. */

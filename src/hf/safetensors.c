@@ -324,7 +324,7 @@ static int by_dtype_then_name(const void *a, const void *b)
     return order != 0 ? order : strcmp(x->name, y->name);
 }
 
-static size_t item_bytes(const qs_st_item *item)
+size_t qs_st_item_bytes(const qs_st_item *item)
 {
     size_t bytes = qs_dtype_bytes(item->dtype);
     for (int i = 0; i < item->rank; i++) {
@@ -351,7 +351,7 @@ static char *header_text(const qs_st_item *const *sorted, int64_t count, size_t 
     size_t at = 0;
     json_t *root = json_pack("{s:{s:s}}", "__metadata__", "format", "pt");
     for (int64_t i = 0; i < count; i++) {
-        size_t end = at + item_bytes(sorted[i]);
+        size_t end = at + qs_st_item_bytes(sorted[i]);
         json_object_set_new(root, sorted[i]->name, entry_of(sorted[i], at, end));
         at = end;
     }
@@ -370,44 +370,63 @@ static char *header_text(const qs_st_item *const *sorted, int64_t count, size_t 
     return padded;
 }
 
+qs_status qs_st_arrange(qs_st_arranged *out, const char *path, const qs_st_item *items,
+                        int64_t count)
+{
+    *out = (qs_st_arranged){.sorted = calloc((size_t)count + 1, sizeof *out->sorted)};
+    if (out->sorted == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for %lld entries", path, (long long)count);
+    }
+    out->file_bytes = 8;
+    for (int64_t i = 0; i < count; i++) {
+        out->sorted[i] = &items[i];
+        out->file_bytes += qs_st_item_bytes(&items[i]);
+    }
+    qsort(out->sorted, (size_t)count, sizeof *out->sorted, by_dtype_then_name);
+    out->header = header_text(out->sorted, count, &out->header_bytes);
+    out->file_bytes += out->header_bytes;
+    return out->header != NULL ? QS_OK
+                               : QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its header", path);
+}
+
+void qs_st_arranged_free(qs_st_arranged *arranged)
+{
+    free(arranged->header);
+    free(arranged->sorted);
+    *arranged = (qs_st_arranged){0};
+}
+
+void qs_st_put_header(const qs_st_arranged *arranged, uint8_t *out)
+{
+    for (int i = 0; i < 8; i++) {
+        out[i] = (uint8_t)((uint64_t)arranged->header_bytes >> 8 * i);
+    }
+    memcpy(out + 8, arranged->header, arranged->header_bytes);
+}
+
 qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count)
 {
     qs_status st = QS_OK;
-    char *header = NULL;
     uint8_t *image = NULL;
-    size_t header_bytes = 0;
-    const qs_st_item **sorted = calloc((size_t)count + 1, sizeof *sorted);
-    if (sorted == NULL) {
-        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for %lld entries", path, (long long)count));
-    }
-    size_t total = 8;
-    for (int64_t i = 0; i < count; i++) {
-        sorted[i] = &items[i];
-        total += item_bytes(&items[i]);
-    }
-    qsort(sorted, (size_t)count, sizeof *sorted, by_dtype_then_name);
-    header = header_text(sorted, count, &header_bytes);
-    total += header_bytes;
-    image = header == NULL ? NULL : malloc(total);
+    qs_st_arranged arranged = {0};
+    QS_GOTO(qs_st_arrange(&arranged, path, items, count));
+    image = malloc(arranged.file_bytes);
     if (image == NULL) {
-        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for an image of %zu bytes", path, total));
+        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for an image of %zu bytes", path,
+                        arranged.file_bytes));
     }
-    for (int i = 0; i < 8; i++) {
-        image[i] = (uint8_t)((uint64_t)header_bytes >> 8 * i);
-    }
-    memcpy(image + 8, header, header_bytes);
-    uint8_t *at = image + 8 + header_bytes;
+    qs_st_put_header(&arranged, image);
+    uint8_t *at = image + 8 + arranged.header_bytes;
     for (int64_t i = 0; i < count; i++) {
-        size_t bytes = item_bytes(sorted[i]);
+        size_t bytes = qs_st_item_bytes(arranged.sorted[i]);
         if (bytes > 0) {
-            memcpy(at, sorted[i]->data, bytes);
+            memcpy(at, arranged.sorted[i]->data, bytes);
         }
         at += bytes;
     }
-    QS_GOTO(qs_io_write_file(path, image, total));
+    QS_GOTO(qs_io_write_file(path, image, arranged.file_bytes));
 done:
     free(image);
-    free(header);
-    free(sorted);
+    qs_st_arranged_free(&arranged);
     return st;
 }

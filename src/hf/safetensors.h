@@ -87,4 +87,19 @@ typedef struct {
  * format pt), through qs_io_write_file. */
 qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count);
 
+/** The same file, written piece by piece: for tensors that do not fit into memory. */
+typedef struct qs_st_writer qs_st_writer;
+
+/** Create the file with its full size and its header; `items` without data, borrowed until it is
+ * closed. QS_ERR_OUTPUT_TAKEN if `path` exists. */
+qs_status qs_st_writer_open(qs_st_writer **out, const char *path, const qs_st_item *items,
+                            int64_t count);
+/** The next `bytes` of item number `item`. Items may take turns. */
+qs_status qs_st_writer_put(qs_st_writer *writer, int64_t item, const void *data, size_t bytes);
+/** Sync, read everything back, close. QS_ERR_BUG if an item is not complete. The writer is freed in
+ * any case, the file stays. */
+qs_status qs_st_writer_close(qs_st_writer *writer);
+/** Close after a failure elsewhere; NULL is fine. */
+void qs_st_writer_abandon(qs_st_writer *writer);
+
 #endif

@@ -187,15 +187,19 @@ static qs_status write_and_sync(int fd, const void *data, size_t bytes, const ch
     return qs_io_fsync(fd, path);
 }
 
-qs_status qs_io_write_new(const char *path, const void *data, size_t bytes)
+qs_status qs_io_create(const char *path, int *fd)
 {
-    int fd = open_retrying(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (fd < 0 && errno == EEXIST) {
+    *fd = open_retrying(path, O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (*fd < 0 && errno == EEXIST) {
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; it is left as it is", path);
     }
-    if (fd < 0) {
-        return output_failed(path, "creating", errno);
-    }
+    return *fd >= 0 ? QS_OK : output_failed(path, "creating", errno);
+}
+
+qs_status qs_io_write_new(const char *path, const void *data, size_t bytes)
+{
+    int fd = -1;
+    QS_TRY(qs_io_create(path, &fd));
     qs_status st = write_and_sync(fd, data, bytes, path);
     qs_status closed = qs_io_close(fd, path);
     st = st != QS_OK ? st : closed;

@@ -11,6 +11,9 @@
 
 #include "base/status.h"
 
+/** Create a file, which must not exist, for writing and reading back. */
+qs_status qs_io_create(const char *path, int *fd);
+
 /** Write all of `data` at `offset` of an open file; `path` is for messages. */
 qs_status qs_io_write_all(int fd, const void *data, size_t bytes, int64_t offset, const char *path);
 

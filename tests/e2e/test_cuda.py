@@ -140,7 +140,7 @@ class Refusals(unittest.TestCase):
         self.refuse(8, ["error[E801]", "driver", "11.4"], {"QSHARD_EMULATOR_DRIVER": "11040"})
 
     def test_unsupported_card(self):
-        self.refuse(8, ["error[E801]", "7.5"], {"QSHARD_EMULATOR_CAPABILITY": "7.5"})
+        self.refuse(8, ["error[E801]", "sm_75", "sm_80"], {"QSHARD_EMULATOR_CAPABILITY": "7.5"})
 
     def test_no_plugin(self):
         self.refuse(8, ["error[E801]", "/nonexistent.so"], {"QSHARD_PLUGIN": "/nonexistent.so"})

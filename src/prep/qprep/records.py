@@ -195,17 +195,14 @@ def parse_object(text):
     except BadRecord:
         raise
     except json.JSONDecodeError as error:
-        if text.startswith("["):
-            raise BadRecord(
-                "a JSON array, not one object a line; convert it with jq -c '.[]'"
-            ) from error
         raise BadRecord(
             f"not JSON at column {error.colno}: {error.msg}; correct the line"
         ) from error
     except ValueError as error:  # a number of more digits than Python converts
         raise BadRecord("holds a number of thousands of digits; write it as text") from error
     if not isinstance(value, dict):
-        raise BadRecord(f"a JSON {kind_of(value)}, not an object; write one object a line")
+        hint = " (jq -c '.[]' does)" if isinstance(value, list) else ""
+        raise BadRecord(f"a JSON {kind_of(value)}, not an object; write one object a line{hint}")
     if "\\u" in text:  # only an escape can write a NUL or half a surrogate pair
         check_strings(value, "")
     return value

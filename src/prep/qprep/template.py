@@ -239,7 +239,7 @@ class ChatTemplate:
 
     def words_span(self, text, messages, i, tools):
         """The content of a message as it stands in the text, and the special token right behind it."""
-        before = self.without(messages, i, tools, "\ue000")
+        before = self.without(messages, i, tools, "\ue002")
         if before is None or not text.startswith(before[0]) or not text.endswith(before[1]):
             raise Inconsistent(
                 f"the chat template does not write the content of messages[{i}], or not just once, so the "

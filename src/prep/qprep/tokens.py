@@ -381,10 +381,7 @@ def bytes_of_token(path, decoder):
     """The function from a vocabulary entry to its bytes, by the kind of decoder in tokenizer.json."""
     kinds = decoder_kinds(decoder)
     if "ByteLevel" in kinds:
-        table = byte_level_table()
-        return lambda token: (
-            bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
-        )
+        return byte_level_bytes
     if kinds & {"Metaspace", "ByteFallback", "Replace"}:
         return metaspace_bytes
     raise PrepError(
@@ -402,13 +399,26 @@ def decoder_kinds(decoder):
 
 
 def byte_level_table():
-    """Byte-level BPE writes each byte as a printable character: itself where printable, else 256, 257, ..."""
+    """Byte-level BPE writes each byte as a printable character: itself where printable, else 256, 257, ... This is the
+    table for str.translate, from these characters to those of Latin-1, and from all other of Latin-1 to none of it."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {
-        **{chr(byte): byte for byte in printable},
-        **{chr(256 + i): byte for i, byte in enumerate(others)},
+        **{byte: byte for byte in printable},
+        **{byte: 0x2603 for byte in others},
+        **{256 + i: byte for i, byte in enumerate(others)},
     }
+
+
+BYTE_LEVEL = byte_level_table()
+
+
+def byte_level_bytes(token):
+    """The bytes of a token of byte-level BPE; of one that is not written in its alphabet, the text."""
+    try:
+        return token.translate(BYTE_LEVEL).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode("utf-8")
 
 
 def metaspace_bytes(token):
