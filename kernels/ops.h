@@ -73,11 +73,15 @@ typedef struct {
     float *w_target; /* [rows, hidden] W[target]; NULL likewise */
 } qs_head_state;
 
+/** How parameters follow gradients (kernels/update_rule.h). */
+typedef enum { QS_OPTIM_ADAMW, QS_OPTIM_ADAM, QS_OPTIM_SGD, QS_OPTIM_ADADELTA } qs_optim_kind;
+
 typedef struct {
+    qs_optim_kind kind;
     double lr, beta1, beta2, eps, weight_decay;
     double grad_scale;                         /* clip factor */
     double bias_correction1, bias_correction2; /* 1 - beta^t */
-} qs_adamw_args;
+} qs_update_args;
 
 enum { QS_OPS_LINEARS_MAX = 8 };
 
@@ -210,10 +214,10 @@ typedef struct {
     /** x += y for `count` elements: an addition of the slot tree. */
     qs_status (*accumulate)(qs_queue *q, float *x, const float *y, int64_t count);
 
-    /** AdamW on `count` elements (Loshchilov & Hutter 2019, arXiv:1711.05101), decoupled decay, as
-     * torch.optim.AdamW. */
-    qs_status (*adamw)(qs_queue *q, const qs_adamw_args *args, int64_t count, const float *grad,
-                       float *master, float *m, float *v);
+    /** One update of `count` elements with the gradient `grad`, by the rule of args->kind, as
+     * torch.optim computes it. m and v are the rule's two moments. */
+    qs_status (*update)(qs_queue *q, const qs_update_args *args, int64_t count, const float *grad,
+                        float *master, float *m, float *v);
 
     /** First level of NF4: `count` elements of `dtype` (fp32, bf16 or fp16) that start on a block
      * to packed [(count + 1) / 2] and absmax [ceil(count / 64)]; *zero_blocks [1] is their number

@@ -347,7 +347,7 @@ static const bad_file BAD[] = {
     {B "optim: {betas: [0.9, \"0.9\"]}\n", QS_ERR_CONFIG_VALUE, "quoted"},
     {B "optim: {betas: [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]}\n", QS_ERR_CONFIG_VALUE,
      "more than 16 items"},
-    {B "optim: {name: sgd}\n", QS_ERR_CONFIG_VALUE, "allowed: adamw"},
+    {B "optim: {name: lion}\n", QS_ERR_CONFIG_VALUE, "allowed: adamw | adam | sgd | adadelta"},
     {B "optim: {schedule: cosin}\n", QS_ERR_CONFIG_VALUE, "constant | linear | cosine"},
     {B "optim: {warmup: 1.5}\n", QS_ERR_CONFIG_PAIR, "whole number"},
     {B "optim: {warmup: 100}\n", QS_ERR_CONFIG_PAIR, "leaves nothing of train.steps=100"},

@@ -190,8 +190,8 @@ static void optim_ops(qs_queue *q, uint64_t out[3])
     for (int i = 0; i < COUNT; i++) {
         v[i] = fabsf(v[i]);
     }
-    qs_adamw_args a = {1e-3, 0.9, 0.999, 1e-8, 0.1, 0.7, 0.19, 0.002};
-    cr_assert_eq(ops->adamw(q, &a, COUNT - 3, y, x, m, v), QS_OK);
+    qs_update_args a = {QS_OPTIM_ADAMW, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.7, 0.19, 0.002};
+    cr_assert_eq(ops->update(q, &a, COUNT - 3, y, x, m, v), QS_OK);
     out[2] = hash(v, COUNT * 4, hash(m, COUNT * 4, hash(x, COUNT * 4, 0)));
     free(x);
     free(y);

@@ -88,7 +88,7 @@ const qs_ops *qs_ops_cpu(void)
         .head_finish = qs_cpu_head_finish,
         .square_sums = qs_cpu_square_sums,
         .accumulate = qs_cpu_accumulate,
-        .adamw = qs_cpu_adamw,
+        .update = qs_cpu_update,
         .nf4_quantize_blocks = qs_cpu_nf4_quantize_blocks,
         .nf4_quantize_absmax = qs_cpu_nf4_quantize_absmax,
     };

@@ -221,6 +221,17 @@ static uint32_t config_of(const cublasLtMatmulAlgo_t *algo,
     return status == CUBLAS_STATUS_SUCCESS ? value : 0;
 }
 
+/* The same for those that the library keeps in 16 bits. */
+static uint32_t short_config_of(const cublasLtMatmulAlgo_t *algo,
+                                cublasLtMatmulAlgoConfigAttributes_t attribute)
+{
+    uint16_t value = 0;
+    size_t written = 0;
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoConfigGetAttribute(algo, attribute, &value, sizeof value, &written);
+    return status == CUBLAS_STATUS_SUCCESS ? value : 0;
+}
+
 static bool adds_in_order(const cublasLtMatmulAlgo_t *algo)
 {
     const uint32_t scheme = config_of(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
@@ -233,7 +244,7 @@ static void log_choice(const plan_key *key, const cublasLtMatmulHeuristicResult_
     const cublasLtMatmulAlgo_t *algo = &result->algo;
     qs_log_debug(
         "gemm m=%lld n=%lld k=%lld %c%c%s %s: algorithm %u tile %u stages %u split_k %u "
-        "reduction %u swizzle %u option %u cluster %u workspace %zu",
+        "reduction %u swizzle %u option %u inner %u cluster %u workspace %zu",
         (long long)key->m, (long long)key->n, (long long)key->k, key->a_transposed ? 't' : 'n',
         key->b_transposed ? 't' : 'n', key->has_c0 ? "+c" : "", key->c_is_f32 ? "f32" : "bf16",
         config_of(algo, CUBLASLT_ALGO_CONFIG_ID), config_of(algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
@@ -342,6 +353,7 @@ qs_status qs_cuda_gemm(qs_queue *q, const qs_gemm_call *call)
         return without_product(q, call);
     }
     gemm_state *state = context->gemm;
+    const cudaStream_t stream = (cudaStream_t)qs_queue_native(q); /* makes its device current */
     const plan_key key = key_of(call);
     const size_t workspace_bytes = context->gemm_workspace_bytes;
     descriptors d;

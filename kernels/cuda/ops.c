@@ -34,7 +34,7 @@ const qs_ops *qs_ops_cuda(void)
         .head_finish = qs_cuda_head_finish,
         .square_sums = qs_cuda_square_sums,
         .accumulate = qs_cuda_accumulate,
-        .adamw = qs_cuda_adamw,
+        .update = qs_cuda_update,
         .nf4_quantize_blocks = qs_cuda_nf4_quantize_blocks,
         .nf4_quantize_absmax = qs_cuda_nf4_quantize_absmax,
     };

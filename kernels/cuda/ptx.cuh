@@ -77,7 +77,7 @@ template <int N> __device__ __forceinline__ void qs_cp_async_wait()
 }
 
 /** Two floats rounded to nearest even bf16 in one instruction, `low` in the lower half:
- * qs_bf16_pair of core/bf16.h but for the bits of a NaN. */
+ * qs_bf16_pair of core/bf16.h but for a NaN, which becomes 0x7fff. */
 __device__ __forceinline__ uint32_t qs_round_pair(float low, float high)
 {
     uint32_t pair;
@@ -91,15 +91,6 @@ __device__ __forceinline__ float qs_exp2(float x)
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-/** Two floats to one word of two bf16, `low` in the lower half: qs_bf16_pair in one instruction,
- * but any NaN becomes 0x7fff. */
-__device__ __forceinline__ uint32_t qs_cvt_bf16x2(float low, float high)
-{
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
 }
 
 #endif

@@ -58,10 +58,10 @@ typedef struct {
 static __device__ __forceinline__ void store_group(qs_bf16 *to, const float value[QS_DECODE_GROUP])
 {
     uint4 packed;
-    packed.x = qs_cvt_bf16x2(value[0], value[1]);
-    packed.y = qs_cvt_bf16x2(value[2], value[3]);
-    packed.z = qs_cvt_bf16x2(value[4], value[5]);
-    packed.w = qs_cvt_bf16x2(value[6], value[7]);
+    packed.x = qs_round_pair(value[0], value[1]);
+    packed.y = qs_round_pair(value[2], value[3]);
+    packed.z = qs_round_pair(value[4], value[5]);
+    packed.w = qs_round_pair(value[6], value[7]);
     *reinterpret_cast<uint4 *>(to) = packed;
 }
 

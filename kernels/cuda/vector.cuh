@@ -53,8 +53,8 @@ __device__ __forceinline__ void qs_unpack_bf16(float out[QS_VECTOR], uint4 words
 
 __device__ __forceinline__ uint4 qs_pack_bf16(const float in[QS_VECTOR])
 {
-    return make_uint4(qs_bf16_pair(in[0], in[1]), qs_bf16_pair(in[2], in[3]),
-                      qs_bf16_pair(in[4], in[5]), qs_bf16_pair(in[6], in[7]));
+    return make_uint4(qs_round_pair(in[0], in[1]), qs_round_pair(in[2], in[3]),
+                      qs_round_pair(in[4], in[5]), qs_round_pair(in[6], in[7]));
 }
 
 __device__ __forceinline__ void qs_load_vector(float out[QS_VECTOR], const qs_bf16 *from)

@@ -20,6 +20,8 @@ enum {
 
 typedef enum { QS_RECOMPUTE_FULL, QS_RECOMPUTE_SELECTIVE, QS_RECOMPUTE_NONE } qs_recompute;
 typedef enum { QS_SCHEDULE_CONSTANT, QS_SCHEDULE_LINEAR, QS_SCHEDULE_COSINE } qs_schedule;
+/** In the order of qs_optim_kind (kernels/ops.h). */
+typedef enum { QS_NAME_ADAMW, QS_NAME_ADAM, QS_NAME_SGD, QS_NAME_ADADELTA } qs_optimizer;
 typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT } qs_gemm_kind;
 /** Bits of memory.offload. */
@@ -48,6 +50,7 @@ typedef struct {
         char init[QS_PATH_MAX]; /* PEFT directory to continue from, or "" */
     } lora;
     struct {
+        int name; /* qs_optimizer */
         double lr, beta1, beta2, eps, weight_decay, clip; /* clip 0: off */
         int schedule;                                     /* qs_schedule */
         double warmup; /* < 1: fraction of the steps, else steps */

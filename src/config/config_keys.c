@@ -197,10 +197,12 @@ const qs_key qs_keys[] = {
      .meaning = "PEFT directory to continue from; \"\": start anew"},
 
     {.name = "optim.name",
-     .type = QS_KEY_ONLY,
+     .type = QS_KEY_ENUM,
+     .offset = AT(optim.name),
      .preset = "adamw",
-     .names = {"adamw"},
-     .meaning = "optimizer (AdamW: arXiv:1711.05101)"},
+     .names = {"adamw", "adam", "sgd", "adadelta"},
+     .meaning = "optimizer; adam, sgd and adadelta add weight_decay to the gradient, rho of adadelta is "
+                "the first of betas"},
     {.name = "optim.lr",
      .type = QS_KEY_F64,
      .offset = AT(optim.lr),

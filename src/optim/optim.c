@@ -94,7 +94,8 @@ qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, con
                         double lr, double grad_scale, const float *grad)
 {
     double t = (double)(optim->step + 1);
-    qs_adamw_args args = {
+    qs_update_args args = {
+        .kind = (qs_optim_kind)cfg->optim.name,
         .lr = lr,
         .beta1 = cfg->optim.beta1,
         .beta2 = cfg->optim.beta2,
@@ -104,7 +105,7 @@ qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, con
         .bias_correction1 = 1 - pow(cfg->optim.beta1, t),
         .bias_correction2 = 1 - pow(cfg->optim.beta2, t),
     };
-    QS_TRY(ops->adamw(queue, &args, optim->count, grad, optim->d_master, optim->d_m, optim->d_v));
+    QS_TRY(ops->update(queue, &args, optim->count, grad, optim->d_master, optim->d_m, optim->d_v));
     optim->step++;
     return QS_OK;
 }

@@ -144,7 +144,8 @@ Test(twin_optim, accumulate_has_the_cpus_bits)
 
 enum { GRAD, MASTER, M, V, ARRAYS };
 
-static void adamw_of(const tw_backend *b, int64_t count, int64_t shift, double weight_decay)
+static void update_of(const tw_backend *b, qs_optim_kind kind, int64_t count, int64_t shift,
+                      double weight_decay)
 {
     enum { STEPS = 4 };
     const int64_t all = count + shift + 1;
@@ -158,7 +159,8 @@ static void adamw_of(const tw_backend *b, int64_t count, int64_t shift, double w
         device[a] = tw_upload(b, host[a], (size_t)all * sizeof(float));
     }
     for (int step = 1; step <= STEPS; step++) {
-        const qs_adamw_args args = {.lr = 2e-4 * step,
+        const qs_update_args args = {.kind = kind,
+                                    .lr = 2e-4 * step,
                                     .beta1 = 0.9,
                                     .beta2 = 0.999,
                                     .eps = 1e-8,
@@ -166,12 +168,12 @@ static void adamw_of(const tw_backend *b, int64_t count, int64_t shift, double w
                                     .grad_scale = step == 2 ? 0.37 : 1.0,
                                     .bias_correction1 = 1.0 - pow(0.9, step),
                                     .bias_correction2 = 1.0 - pow(0.999, step)};
-        ok(b, b->ops->adamw(b->queue, &args, count, device[GRAD] + shift, device[MASTER] + shift,
+        ok(b, b->ops->update(b->queue, &args, count, device[GRAD] + shift, device[MASTER] + shift,
                             device[M] + shift, device[V] + shift));
-        ok(b, qs_ops_cpu()->adamw(b->cpu_queue, &args, count, host[GRAD] + shift,
+        ok(b, qs_ops_cpu()->update(b->cpu_queue, &args, count, host[GRAD] + shift,
                                   host[MASTER] + shift, host[M] + shift, host[V] + shift));
     }
-    const char *const names[ARRAYS] = {"adamw: gradient", "adamw: master", "adamw: m", "adamw: v"};
+    const char *const names[ARRAYS] = {"gradient", "master", "m", "v"};
     for (int a = 0; a < ARRAYS; a++) {
         assert_bits(b, device[a], host[a], all, names[a]);
         free(host[a]);
@@ -179,15 +181,17 @@ static void adamw_of(const tw_backend *b, int64_t count, int64_t shift, double w
     }
 }
 
-static void adamw_counts(const tw_backend *b)
+static void update_counts(const tw_backend *b)
 {
-    for (size_t k = 0; k < COUNT_OF(FLAT); k++) {
-        adamw_of(b, FLAT[k].count, FLAT[k].shift, 0.0);
-        adamw_of(b, FLAT[k].count, FLAT[k].shift, 0.01);
+    for (int kind = QS_OPTIM_ADAMW; kind <= QS_OPTIM_ADADELTA; kind++) {
+        for (size_t k = 0; k < COUNT_OF(FLAT); k++) {
+            update_of(b, (qs_optim_kind)kind, FLAT[k].count, FLAT[k].shift, 0.0);
+            update_of(b, (qs_optim_kind)kind, FLAT[k].count, FLAT[k].shift, 0.01);
+        }
     }
 }
 
-Test(twin_optim, adamw_has_the_cpus_bits)
+Test(twin_optim, every_update_rule_has_the_cpus_bits)
 {
-    on_backends(adamw_counts);
+    on_backends(update_counts);
 }

@@ -621,6 +621,16 @@ Test(twin_rows, copies_rows_of_bytes_from_any_address)
 
 /* ---- conversion ---- */
 
+/* A NaN must stay one; which, is the instruction's affair. */
+static void same_nans(uint16_t *got, const uint16_t *want, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (isnan(qs_f32_from_bf16(got[i])) && isnan(qs_f32_from_bf16(want[i]))) {
+            got[i] = want[i];
+        }
+    }
+}
+
 static void convert_of(const tw_backend *b, int64_t count, int64_t from, int64_t to)
 {
     static const uint32_t odd[] = {0x00000000, 0x80000000, 0x3f808000, 0x3f818000, 0x3f807fff,
@@ -639,6 +649,9 @@ static void convert_of(const tw_backend *b, int64_t count, int64_t from, int64_t
     ok(b, b->ops->convert(b->queue, x_device + from, count, out + (size_t)to * size));
     qs_f32_store(want + (size_t)to * size, b->ops->act_dtype, x + from, count);
     uint8_t *got = tw_read(b, out, bytes);
+    if (size == sizeof(uint16_t)) {
+        same_nans((uint16_t *)got, (const uint16_t *)want, bytes / size);
+    }
     cr_assert_arr_eq(got, want, bytes, "%s: %lld elements from %lld to %lld", b->name,
                      (long long)count, (long long)from, (long long)to);
     free(got);
