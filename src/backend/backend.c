@@ -3,6 +3,8 @@
 #include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #include "backend/plugin.h"
 #include "base/log.h"
@@ -68,8 +70,21 @@ static bool cannot_serve(int local_nranks, bool allow_shared, char *why, size_t 
     return false;
 }
 
-static qs_status open_cuda(qs_backend *out, int local_rank)
+/* NCCL takes two ranks with one host and one card for a mistake. Where that is wanted each rank is a
+ * host of its own; a value that is set already is the user's. */
+static void stand_apart(int local_rank)
 {
+    char host[256] = "", id[300];
+    (void)gethostname(host, sizeof host - 1);
+    snprintf(id, sizeof id, "%s-%d", host, local_rank);
+    (void)setenv("NCCL_HOSTID", id, 0);
+}
+
+static qs_status open_cuda(qs_backend *out, int local_rank, int local_nranks)
+{
+    if (found.devices < local_nranks) {
+        stand_apart(local_rank);
+    }
     QS_TRY(found.plugin->device_open(&out->device, local_rank % found.devices));
     out->ops = found.plugin->ops();
     out->plugin = found.plugin;
@@ -86,7 +101,7 @@ qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, int local_rank, 
     }
     find_once();
     if (!cannot_serve(local_nranks, allow_shared, why, sizeof why)) {
-        return open_cuda(out, local_rank);
+        return open_cuda(out, local_rank, local_nranks);
     }
     if (kind == QS_DEVICE_CUDA) {
         return QS_FAIL(QS_ERR_ENVIRONMENT,

@@ -154,6 +154,21 @@ static qs_status check(comm_nccl *c)
     return note(c, nccl_status(c->nccl, state, "NCCL", __LINE__));
 }
 
+/* Ends what spins on the GPU for a peer that is gone, without which the device could not be closed.
+ */
+static void abort_nccl(comm_nccl *c);
+
+/* After the first failure NCCL's kernels may spin for ever, and whatever frees memory would wait for
+ * them: they are ended here, not when the communicator is destroyed, which comes last. */
+static qs_status give_up_if_failed(comm_nccl *c, qs_status st)
+{
+    if (note(c, st) != QS_OK && c->nccl != NULL) {
+        abort_nccl(c);
+        c->nccl = NULL;
+    }
+    return st;
+}
+
 /* ---- collectives ---- */
 
 static bool is_on_host(const qs_queue *queue)
@@ -194,7 +209,7 @@ static qs_status nccl_all_gather(qs_comm *comm, const void *send, void *recv, si
     if (bytes_per_rank == 0) { /* on all ranks */
         return QS_OK;
     }
-    return note(c, issue_all_gather(c, send, recv, bytes_per_rank, queue));
+    return give_up_if_failed(c, issue_all_gather(c, send, recv, bytes_per_rank, queue));
 }
 
 typedef struct {
@@ -249,7 +264,7 @@ static qs_status nccl_all_to_all_v(qs_comm *comm, const void *send, const size_t
     if (send_bytes[me] > 0) { /* places of empty pieces need not lie in the buffer */
         QS_TRY(copy_own(queue, x.recv + recv_at[me], x.send + send_at[me], send_bytes[me]));
     }
-    return c->nccl != NULL ? note(c, issue_exchange(c, &x, queue)) : QS_OK;
+    return c->nccl != NULL ? give_up_if_failed(c, issue_exchange(c, &x, queue)) : QS_OK;
 }
 
 /* ---- what the host says to its peers ---- */
@@ -288,8 +303,7 @@ static void *run_abort(void *nccl)
     return NULL;
 }
 
-/* Ends what spins on the GPU for a peer that is gone, without which the device could not be closed.
- * ncclCommAbort has been seen to hang itself (nccl#863, nccl#992): then the whole job ends here. */
+/* ncclCommAbort has been seen to hang itself (nccl#863, nccl#992): then the whole job ends here. */
 static void abort_nccl(comm_nccl *c)
 {
     pthread_t thread;
@@ -456,16 +470,13 @@ static qs_status start(comm_nccl *c)
         c->nccl = NULL; /* neither abort nor destroy is sure to return; the process is to end */
         return st;
     }
-    if (note(c, st) != QS_OK && c->nccl != NULL) {
-        abort_nccl(c);
-        c->nccl = NULL;
-    }
-    return qs_comm_agree(c->host, st);
+    return qs_comm_agree(c->host, give_up_if_failed(c, st));
 }
 
+/* Asked while the host waits for the GPU. */
 static qs_status watch(void *ctx)
 {
-    return check(ctx);
+    return give_up_if_failed(ctx, check(ctx));
 }
 
 qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device)

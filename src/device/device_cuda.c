@@ -60,12 +60,26 @@ static const qs_device_ops cuda_ops;
 
 #define QS_CUDA(call) check((call), #call, __FILE__, __LINE__)
 
+/* Errors that an earlier kernel left behind, which every later call then returns. */
+static bool is_of_earlier_work(cudaError_t error)
+{
+    return error == cudaErrorIllegalAddress || error == cudaErrorLaunchFailure ||
+           error == cudaErrorLaunchTimeout || error == cudaErrorECCUncorrectable ||
+           error == cudaErrorMisalignedAddress || error == cudaErrorIllegalInstruction ||
+           error == cudaErrorHardwareStackError;
+}
+
+static qs_status check_work(cudaError_t error, const char *file, int line);
+
 /* CUDA also keeps the error for cudaGetLastError, where the next launch would find it: taken away.
  */
 static qs_status check(cudaError_t error, const char *call, const char *file, int line)
 {
     if (error == cudaSuccess) {
         return QS_OK;
+    }
+    if (is_of_earlier_work(error)) {
+        return check_work(error, file, line);
     }
     (void)cudaGetLastError();
     return qs_error_set(error == cudaErrorMemoryAllocation ? QS_ERR_MEMORY : QS_ERR_DEVICE, file,
@@ -573,6 +587,7 @@ static qs_status copy(qs_queue *base, void *to, const void *from, size_t bytes)
 static uint64_t record(qs_queue *base)
 {
     cuda_queue *queue = (cuda_queue *)base;
+    (void)make_current((cuda_device *)base->device);
     queue->marks++;
     const qs_status st =
         QS_CUDA(cudaEventRecord(queue->events[queue->marks % EVENTS], queue->stream));
@@ -601,6 +616,7 @@ static qs_status after(qs_queue *base, qs_event event)
     cuda_queue *queue = (cuda_queue *)base;
     const cuda_queue *other = (const cuda_queue *)event.queue;
     QS_TRY(other->failed);
+    QS_TRY(make_current((cuda_device *)base->device));
     return QS_CUDA(cudaStreamWaitEvent(queue->stream, event_of(other, event.number), 0));
 }
 

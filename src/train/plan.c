@@ -4,6 +4,10 @@
 
 static const double MIB = 1048576.0;
 
+/* What a GPU has to hold beside the plan: code that is loaded when it is first called, and the
+ * buffers of NCCL where there are peers. */
+static const size_t CODE_BYTES = (size_t)256 << 20, NCCL_BYTES = (size_t)1 << 30;
+
 static size_t index_bytes(const qs_data *data)
 {
     return (size_t)(data->n_sequences + 1) * (2 * sizeof(int64_t) + sizeof(uint32_t)) +
@@ -27,7 +31,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     const qs_model_bytes model = qs_model_plan(&s->index->config, layout, s->ops, shape);
     const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, nranks, &options);
     const size_t shard = (size_t)(layout->n_layers * qs_lora_shard_width(layout, nranks));
-    qs_memory_plan plan = {.space = is_host ? QS_MEM_HOST : QS_MEM_DEVICE};
+    qs_memory_plan plan = {.space = is_host ? QS_MEM_HOST : QS_MEM_DEVICE, .peers = nranks > 1};
     size_t *device = plan.bytes[plan.space], *host = plan.bytes[QS_MEM_HOST];
 
     device[QS_MEM_BASE_SHARD] += fsdp.device_shard_bytes;
@@ -101,13 +105,14 @@ qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *devi
                        "more ranks",
                        (long long)limit_bytes, needed);
     }
-    if (total_bytes > 0 && needed > free_bytes) {
+    const size_t beside = CODE_BYTES + (plan->peers ? NCCL_BYTES : 0);
+    if (total_bytes > 0 && needed + beside > free_bytes) {
         return QS_FAIL(
             QS_ERR_MEMORY,
-            "%s: a rank would need %zu bytes of device memory, %zu of %zu are free: lower "
-            "train.micro_batch or train.gather_group, set train.recompute: full or "
+            "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of %zu "
+            "are free: lower train.micro_batch or train.gather_group, set train.recompute: full or "
             "memory.offload: [activations, weights, embedding], or use more ranks",
-            qs_device_name(device), needed, free_bytes, total_bytes);
+            qs_device_name(device), needed, beside, free_bytes, total_bytes);
     }
     return QS_OK;
 }

@@ -10,6 +10,7 @@ typedef struct {
     size_t bytes[QS_MEM_SPACE_COUNT][QS_MEM_CLASS_COUNT];
     size_t total_bytes[QS_MEM_SPACE_COUNT];
     qs_mem_space space; /* where it computes: the device's memory, or on the CPU the host's */
+    bool peers;         /* more than one rank */
 } qs_memory_plan;
 
 /** Bytes that rank 0, which has the largest share, will hold for training with `shape` and `slots`
