@@ -253,7 +253,8 @@ static void log_choice(const plan_key *key, const cublasLtMatmulHeuristicResult_
         config_of(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME),
         config_of(algo, CUBLASLT_ALGO_CONFIG_CTA_SWIZZLING),
         config_of(algo, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION),
-        config_of(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID), result->workspaceSize);
+        short_config_of(algo, CUBLASLT_ALGO_CONFIG_INNER_SHAPE_ID),
+        short_config_of(algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID), result->workspaceSize);
 }
 
 /* The library's best that passes: its list is a function of the shape, the card and its version. */
@@ -367,7 +368,7 @@ qs_status qs_cuda_gemm(qs_queue *q, const qs_gemm_call *call)
     return QS_LT(cublasLtMatmul(state->handle, &d.product, &call->alpha, call->b, &d.first, call->a,
                                 &d.second, &beta, apart ? call->c0 : call->c, apart ? &d.c0 : &d.c,
                                 call->c, &d.c, &algo, context->gemm_workspace, workspace_bytes,
-                                (cudaStream_t)qs_queue_native(q)));
+                                stream));
 }
 
 qs_status qs_cuda_gemm_open(qs_queue *q, qs_cuda_context *context)
