@@ -1,0 +1,609 @@
+/* A libnccl over MPI, for what src/comm/comm_nccl.c calls. The ranks of the communicator are those
+ * of MPI_COMM_WORLD; one rank needs no MPI.
+ *
+ * A call runs the stream's earlier work, copies what is to be sent aside, and starts to exchange it
+ * at once: ranks that call in the same order cannot wait for each other crosswise, whatever their
+ * streams have run by then. What arrives is put aside as well, and written to where it belongs when
+ * somebody waits for the stream (or a later call uses the same memory), so that whoever does not
+ * wait reads 0xff.
+ *
+ * A non-blocking communicator is in progress until its exchange has arrived, and at least once: who
+ * calls the next one before is refused, as NCCL does.
+ *
+ *   QSHARD_EMULATOR_NCCL_FAIL     n: the n-th exchange returns ncclRemoteError; async:n: it seems
+ * to begin, then ncclCommGetAsyncError says so; init: the communicator cannot be made. With @r
+ * behind it on rank r alone. QSHARD_EMULATOR_NCCL_VERSION  22809 or 22809@r: what ncclGetVersion
+ * says
+ */
+#include <mpi.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "emulator_c.h"
+#include "nccl.h"
+
+enum { TAG = 7, POISON = 0xff };
+static const size_t CHUNK_BYTES = (size_t)1 << 30; /* MPI counts in int */
+static const char ID_TEXT[] = "qshard emulator";
+
+/** What goes to a peer or comes from it. */
+typedef struct {
+    char *at;    /* device memory */
+    char *aside; /* host memory */
+    size_t bytes;
+    int peer;
+    bool send;
+} piece;
+
+/** Everything of a call, or of a group of calls. */
+typedef struct exchange {
+    ncclComm_t comm;
+    struct exchange *older; /* of the communicator */
+    cudaStream_t stream;
+    piece *pieces;
+    int n_pieces, capacity;
+    MPI_Request *requests;
+    int *expected; /* bytes of each request */
+    int n_requests;
+    bool arrived;
+} exchange;
+
+struct ncclComm {
+    int rank, nranks;
+    bool blocking;
+    MPI_Comm mpi;        /* MPI_COMM_NULL: one rank */
+    MPI_Request joining; /* of the duplicate that mpi is to be */
+    exchange *current;   /* those that streams still have, the last one first */
+    bool destroyed;      /* freed with the last of them */
+    bool was_polled;     /* since the last call */
+    ncclResult_t failed;
+};
+
+/* A group of calls of this thread. */
+static _Thread_local int group_depth;
+static _Thread_local exchange *group;
+static _Thread_local ncclResult_t group_failed;
+
+/* ---- settings ---- */
+
+static int world_rank(void)
+{
+    int initialized = 0, rank = 0;
+    MPI_Initialized(&initialized);
+    if (initialized) {
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    }
+    return rank;
+}
+
+/* The variable's text, if it means this rank: "text" or "text@rank". */
+static const char *setting(const char *name)
+{
+    const char *text = getenv(name);
+    if (text == NULL || *text == '\0') {
+        return NULL;
+    }
+    const char *at = strchr(text, '@');
+    return at == NULL || atoi(at + 1) == world_rank() ? text : NULL;
+}
+
+/* Counts the exchanges of this process. */
+static ncclResult_t injected(ncclComm_t comm)
+{
+    static long calls;
+    const char *text = setting("QSHARD_EMULATOR_NCCL_FAIL");
+    calls++;
+    if (text == NULL) {
+        return ncclSuccess;
+    }
+    const bool later = strncmp(text, "async:", 6) == 0;
+    if (atol(later ? text + 6 : text) != calls) {
+        return ncclSuccess;
+    }
+    comm->failed = ncclRemoteError;
+    return later ? ncclInProgress : ncclRemoteError;
+}
+
+/* ---- an exchange ---- */
+
+static void *allocate(size_t count, size_t bytes)
+{
+    void *out = calloc(count > 0 ? count : 1, bytes);
+    if (out == NULL) {
+        fprintf(stderr, "emulator: no memory for an exchange of NCCL\n");
+        abort();
+    }
+    return out;
+}
+
+static void add(exchange *x, piece p)
+{
+    if (x->n_pieces == x->capacity) {
+        x->capacity = 2 * x->capacity + 8;
+        x->pieces = realloc(x->pieces, (size_t)x->capacity * sizeof *x->pieces);
+        if (x->pieces == NULL) {
+            abort();
+        }
+    }
+    p.aside = allocate(p.bytes, 1);
+    x->pieces[x->n_pieces++] = p;
+}
+
+static void exchange_free(exchange *x)
+{
+    for (int i = 0; i < x->n_pieces; i++) {
+        free(x->pieces[i].aside);
+    }
+    free(x->pieces);
+    free(x->requests);
+    free(x->expected);
+    free(x);
+}
+
+/* What is sent is read before anything is poisoned: it may lie within what is received. */
+static void take_aside(void *ctx)
+{
+    exchange *x = ctx;
+    for (int i = 0; i < x->n_pieces; i++) {
+        if (x->pieces[i].send) {
+            memcpy(x->pieces[i].aside, x->pieces[i].at, x->pieces[i].bytes);
+        }
+    }
+    for (int i = 0; i < x->n_pieces; i++) {
+        if (!x->pieces[i].send && x->pieces[i].peer != x->comm->rank) {
+            memset(x->pieces[i].at, POISON, x->pieces[i].bytes);
+        }
+    }
+}
+
+/* What a rank sends to itself: its sends meet its receives in their order. */
+static void pass_to_self(exchange *x)
+{
+    const int me = x->comm->rank;
+    int send = -1;
+    for (int i = 0; i < x->n_pieces; i++) {
+        piece *to = &x->pieces[i];
+        if (to->send || to->peer != me) {
+            continue;
+        }
+        do {
+            send++;
+        } while (send < x->n_pieces && (!x->pieces[send].send || x->pieces[send].peer != me));
+        if (send == x->n_pieces || x->pieces[send].bytes != to->bytes) {
+            fprintf(stderr, "emulator: rank %d receives from itself what it does not send\n", me);
+            abort();
+        }
+        memcpy(to->aside, x->pieces[send].aside, to->bytes);
+    }
+}
+
+static int chunks_of(size_t bytes)
+{
+    return (int)((bytes + CHUNK_BYTES - 1) / CHUNK_BYTES);
+}
+
+static void start(exchange *x)
+{
+    int n = 0;
+    for (int i = 0; i < x->n_pieces; i++) {
+        n += chunks_of(x->pieces[i].bytes);
+    }
+    x->requests = allocate((size_t)n, sizeof *x->requests);
+    x->expected = allocate((size_t)n, sizeof *x->expected);
+    for (int i = 0; i < x->n_pieces; i++) {
+        const piece *p = &x->pieces[i];
+        for (size_t at = 0; at < p->bytes && p->peer != x->comm->rank; at += CHUNK_BYTES) {
+            const size_t rest = p->bytes - at;
+            const int bytes = (int)(rest < CHUNK_BYTES ? rest : CHUNK_BYTES);
+            MPI_Request *request = &x->requests[x->n_requests];
+            x->expected[x->n_requests++] = p->send ? 0 : bytes;
+            if (p->send) {
+                MPI_Isend(p->aside + at, bytes, MPI_BYTE, p->peer, TAG, x->comm->mpi, request);
+            } else {
+                MPI_Irecv(p->aside + at, bytes, MPI_BYTE, p->peer, TAG, x->comm->mpi, request);
+            }
+        }
+    }
+}
+
+/* Has everything come? Pieces that are longer than what is received end the program in MPI, shorter
+ * ones here. */
+static bool has_arrived(exchange *x, bool wait)
+{
+    if (x->arrived || x->n_requests == 0) {
+        return true;
+    }
+    int arrived = 1;
+    MPI_Status *statuses = allocate((size_t)x->n_requests, sizeof *statuses);
+    if (wait) {
+        MPI_Waitall(x->n_requests, x->requests, statuses);
+    } else {
+        MPI_Testall(x->n_requests, x->requests, &arrived, statuses);
+    }
+    for (int i = 0; arrived && i < x->n_requests; i++) {
+        int bytes = 0;
+        MPI_Get_count(&statuses[i], MPI_BYTE, &bytes);
+        if (x->expected[i] > 0 && bytes != x->expected[i]) {
+            fprintf(stderr, "emulator: rank %d wants %d bytes of rank %d and gets %d\n",
+                    x->comm->rank, x->expected[i], statuses[i].MPI_SOURCE, bytes);
+            abort();
+        }
+    }
+    free(statuses);
+    x->arrived = arrived != 0;
+    return x->arrived;
+}
+
+/* Wait for what comes, and put it where it belongs. */
+static void deliver(exchange *x)
+{
+    has_arrived(x, true);
+    for (int i = 0; i < x->n_pieces; i++) {
+        if (!x->pieces[i].send) {
+            memcpy(x->pieces[i].at, x->pieces[i].aside, x->pieces[i].bytes);
+        }
+    }
+}
+
+static void comm_free(ncclComm_t comm)
+{
+    if (comm->current == NULL) {
+        free(comm);
+    }
+}
+
+static void forget(exchange *x)
+{
+    ncclComm_t comm = x->comm;
+    exchange **at = &comm->current;
+    while (*at != x) {
+        at = &(*at)->older;
+    }
+    *at = x->older;
+    exchange_free(x);
+    if (comm->destroyed) {
+        comm_free(comm);
+    }
+}
+
+static void arrive(void *ctx)
+{
+    deliver(ctx);
+    forget(ctx);
+}
+
+static bool overlap(const piece *a, const piece *b)
+{
+    return a->at < b->at + b->bytes && b->at < a->at + a->bytes;
+}
+
+/* Does `x` touch what an exchange that has not been delivered is to write? */
+static bool needs(const exchange *x, const exchange *earlier)
+{
+    for (int i = 0; i < x->n_pieces; i++) {
+        for (int k = 0; k < earlier->n_pieces; k++) {
+            if (!earlier->pieces[k].send && overlap(&x->pieces[i], &earlier->pieces[k])) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* Run what stands before `x` on its stream. */
+static void catch_up(const exchange *x)
+{
+    qs_emulator_advance(x->stream);
+    for (const exchange *e = x->comm->current; e != NULL; e = e->older) {
+        if (e->stream == x->stream && needs(x, e)) {
+            qs_emulator_force(x->stream);
+            return;
+        }
+    }
+}
+
+static ncclResult_t run(exchange *x)
+{
+    ncclComm_t comm = x->comm;
+    const ncclResult_t bad = injected(comm);
+    if (bad != ncclSuccess) {
+        exchange_free(x);
+        return bad;
+    }
+    catch_up(x);
+    qs_emulator_access(take_aside, x);
+    pass_to_self(x);
+    start(x);
+    x->older = comm->current;
+    comm->current = x;
+    comm->was_polled = false;
+    if (comm->blocking) {
+        has_arrived(x, true);
+    }
+    const ncclResult_t taken = comm->blocking ? ncclSuccess : ncclInProgress;
+    qs_emulator_push_arrival(x->stream, arrive, x);
+    return taken;
+}
+
+/* ---- groups ---- */
+
+ncclResult_t ncclGroupStart(void)
+{
+    group_depth++;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclGroupEnd(void)
+{
+    if (group_depth == 0) {
+        return ncclInvalidUsage;
+    }
+    if (--group_depth > 0) {
+        return ncclSuccess;
+    }
+    exchange *x = group;
+    const ncclResult_t failed = group_failed;
+    group = NULL;
+    group_failed = ncclSuccess;
+    if (x == NULL) {
+        return failed;
+    }
+    if (failed != ncclSuccess) {
+        exchange_free(x);
+        return failed;
+    }
+    return run(x);
+}
+
+static ncclResult_t refuse(ncclResult_t why)
+{
+    group_failed = why;
+    return why;
+}
+
+/* Is the communicator free for another call, and is it the group's? */
+static ncclResult_t enter(ncclComm_t comm, cudaStream_t stream, ncclDataType_t type)
+{
+    ncclResult_t state = ncclSuccess;
+    if (comm == NULL || (type != ncclUint8 && type != ncclInt8)) {
+        return refuse(ncclInvalidArgument);
+    }
+    if (comm->failed != ncclSuccess) {
+        return refuse(comm->failed);
+    }
+    if (!comm->was_polled && !comm->blocking) {
+        state = ncclInProgress;
+    } else {
+        ncclCommGetAsyncError(comm, &state);
+    }
+    if (state == ncclInProgress) {
+        return refuse(ncclInvalidArgument); /* NCCL: used before the last call was through */
+    }
+    if (group == NULL) {
+        group = allocate(1, sizeof *group);
+        group->comm = comm;
+        group->stream = stream;
+    }
+    return group->comm == comm && group->stream == stream ? ncclSuccess : refuse(ncclInvalidUsage);
+}
+
+/* In NCCL a call within a group succeeds, and the group's end says what became of it. */
+static ncclResult_t leave(ncclResult_t entered)
+{
+    const bool alone = group_depth == 1;
+    const ncclResult_t ended = ncclGroupEnd();
+    return alone ? ended : entered;
+}
+
+static bool is_peer(ncclComm_t comm, int peer)
+{
+    return peer >= 0 && peer < comm->nranks;
+}
+
+ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataType_t type,
+                           ncclComm_t comm, cudaStream_t stream)
+{
+    ncclGroupStart();
+    const ncclResult_t entered = enter(comm, stream, type);
+    for (int r = 0; entered == ncclSuccess && r < comm->nranks; r++) {
+        add(group, (piece){.at = (char *)send, .bytes = count, .peer = r, .send = true});
+        add(group, (piece){.at = (char *)recv + (size_t)r * count, .bytes = count, .peer = r});
+    }
+    return leave(entered);
+}
+
+ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type,
+                           int root, ncclComm_t comm, cudaStream_t stream)
+{
+    ncclGroupStart();
+    ncclResult_t entered = enter(comm, stream, type);
+    if (entered == ncclSuccess && !is_peer(comm, root)) {
+        entered = refuse(ncclInvalidArgument);
+    }
+    for (int r = 0; entered == ncclSuccess && comm->rank == root && r < comm->nranks; r++) {
+        add(group, (piece){.at = (char *)send, .bytes = count, .peer = r, .send = true});
+    }
+    if (entered == ncclSuccess) {
+        add(group, (piece){.at = recv, .bytes = count, .peer = root});
+    }
+    return leave(entered);
+}
+
+static ncclResult_t send_or_receive(piece p, ncclDataType_t type, ncclComm_t comm,
+                                    cudaStream_t stream)
+{
+    ncclGroupStart();
+    ncclResult_t entered = enter(comm, stream, type);
+    if (entered == ncclSuccess && !is_peer(comm, p.peer)) {
+        entered = refuse(ncclInvalidArgument);
+    }
+    if (entered == ncclSuccess) {
+        add(group, p);
+    }
+    return leave(entered);
+}
+
+ncclResult_t ncclSend(const void *send, size_t count, ncclDataType_t type, int peer,
+                      ncclComm_t comm, cudaStream_t stream)
+{
+    const piece p = {.at = (char *)send, .bytes = count, .peer = peer, .send = true};
+    return send_or_receive(p, type, comm, stream);
+}
+
+ncclResult_t ncclRecv(void *recv, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
+                      cudaStream_t stream)
+{
+    const piece p = {.at = recv, .bytes = count, .peer = peer};
+    return send_or_receive(p, type, comm, stream);
+}
+
+/* ---- communicators ---- */
+
+ncclResult_t ncclGetVersion(int *version)
+{
+    const char *text = setting("QSHARD_EMULATOR_NCCL_VERSION");
+    *version = text != NULL ? atoi(text) : NCCL_VERSION_CODE;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
+{
+    memset(id, 0, sizeof *id);
+    memcpy(id->internal, ID_TEXT, sizeof ID_TEXT);
+    return ncclSuccess;
+}
+
+static ncclResult_t join(ncclComm_t comm)
+{
+    int initialized = 0, size = 1, rank = 0;
+    MPI_Initialized(&initialized);
+    if (comm->nranks == 1) {
+        return ncclSuccess;
+    }
+    if (initialized) {
+        MPI_Comm_size(MPI_COMM_WORLD, &size);
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    }
+    if (size != comm->nranks || rank != comm->rank) {
+        return ncclInvalidUsage;
+    }
+    MPI_Comm_idup(MPI_COMM_WORLD, &comm->mpi, &comm->joining);
+    if (comm->blocking) {
+        MPI_Wait(&comm->joining, MPI_STATUS_IGNORE);
+    }
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int nranks, ncclUniqueId id, int rank,
+                                    ncclConfig_t *config)
+{
+    *out = NULL;
+    if (nranks < 1 || rank < 0 || rank >= nranks || strcmp(id.internal, ID_TEXT) != 0) {
+        return ncclInvalidArgument;
+    }
+    const char *fail = setting("QSHARD_EMULATOR_NCCL_FAIL");
+    if (fail != NULL && strncmp(fail, "init", 4) == 0) {
+        return ncclSystemError;
+    }
+    ncclComm_t comm = allocate(1, sizeof *comm);
+    comm->rank = rank;
+    comm->nranks = nranks;
+    comm->blocking = config == NULL || config->blocking != 0; /* undefined: 1 */
+    comm->mpi = MPI_COMM_NULL;
+    comm->joining = MPI_REQUEST_NULL;
+    const ncclResult_t joined = join(comm);
+    if (joined != ncclSuccess) {
+        free(comm);
+        return joined;
+    }
+    *out = comm;
+    return comm->blocking ? ncclSuccess : ncclInProgress;
+}
+
+ncclResult_t ncclCommInitRank(ncclComm_t *out, int nranks, ncclUniqueId id, int rank)
+{
+    return ncclCommInitRankConfig(out, nranks, id, rank, NULL);
+}
+
+ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
+{
+    const bool first_look = !comm->was_polled;
+    int arrived = 1;
+    comm->was_polled = true;
+    *state = comm->failed;
+    if (comm->failed != ncclSuccess) {
+        return ncclSuccess;
+    }
+    if (first_look && !comm->blocking) {
+        *state = ncclInProgress;
+        return ncclSuccess;
+    }
+    if (comm->joining != MPI_REQUEST_NULL) {
+        MPI_Test(&comm->joining, &arrived, MPI_STATUS_IGNORE);
+    } else if (comm->current != NULL) {
+        arrived = has_arrived(comm->current, false);
+    }
+    *state = arrived ? ncclSuccess : ncclInProgress;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommFinalize(ncclComm_t comm)
+{
+    while (comm->current != NULL) {
+        qs_emulator_force(comm->current->stream);
+    }
+    comm->was_polled = false;
+    return comm->blocking ? ncclSuccess : ncclInProgress;
+}
+
+ncclResult_t ncclCommDestroy(ncclComm_t comm)
+{
+    if (comm == NULL) {
+        return ncclSuccess;
+    }
+    ncclCommFinalize(comm);
+    if (comm->mpi != MPI_COMM_NULL && comm->joining == MPI_REQUEST_NULL) {
+        int finalized = 0;
+        MPI_Finalized(&finalized);
+        if (!finalized) {
+            MPI_Comm_free(&comm->mpi);
+        }
+    }
+    comm->destroyed = true;
+    comm_free(comm);
+    return ncclSuccess;
+}
+
+/* No word to MPI, which may be busy in another thread; what is on its way stays where it is. */
+ncclResult_t ncclCommAbort(ncclComm_t comm)
+{
+    (void)comm;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommCount(const ncclComm_t comm, int *count)
+{
+    *count = comm->nranks;
+    return ncclSuccess;
+}
+
+ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank)
+{
+    *rank = comm->rank;
+    return ncclSuccess;
+}
+
+const char *ncclGetErrorString(ncclResult_t result)
+{
+    static const char *const texts[] = {
+        "no error",         "unhandled cuda error", "unhandled system error", "internal error",
+        "invalid argument", "invalid usage",        "remote process exited",  "in progress"};
+    return (unsigned)result < sizeof texts / sizeof *texts ? texts[result] : "unknown result code";
+}
+
+const char *ncclGetLastError(ncclComm_t comm)
+{
+    return comm != NULL && comm->failed != ncclSuccess ? "an emulated failure" : "";
+}
