@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""Whole runs on the device against whole runs on the CPU: stage train of tests/gpu.sh, which sets QSHARD (the program),
+QSHARD_INPUTS (small models and token files, made by tests/gpu_deps.sh) and, under emulation, QSHARD_PLUGIN.
+
+    train_checks.py WORK --log FILE
+
+Prints one line a check, for the report; the programs' own output goes to FILE. Needs the standard library alone.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+EMULATED = os.environ.get("QSHARD_GPU_MODE") == "emulated"
+SHORT = os.environ.get("QSHARD_GPU_SHORT", "0") != "0"
+LOSS_LIMIT = 5e-3  # bf16 products and activations against fp32 ones
+PLAN_LIMIT = 0.03
+RUN_LIMIT_S = 300
+NUMBERS = re.compile(r'"(step|loss|eval_loss|lr|grad_norm)": ([^,}]+)')
+TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
+
+# Ranks that share a card must look like different hosts to NCCL, which refuses two ranks on one GPU otherwise; then
+# only the network carries what they say, and the loopback device will do.
+SHARED = ["bash", "-c", 'export NCCL_HOSTID="rank$OMPI_COMM_WORLD_RANK"; exec "$@"', "rank"]
+SHARED_ENVIRONMENT = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+
+
+class Failed(Exception):
+    """A check that did not hold; the text says how."""
+
+
+class NotHere(Exception):
+    """A check that cannot be made; the text says why."""
+
+
+class Bench:
+    """Where runs happen, and what became of the checks."""
+
+    def __init__(self, work, log):
+        self.work, self.log = work, open(log, "w", encoding="utf-8")
+        self.program, self.inputs = os.environ["QSHARD"], os.environ["QSHARD_INPUTS"]
+        self.checks = self.failures = 0
+
+    def say(self, text):
+        print(text, flush=True)
+
+    def cannot(self, name, reason):
+        self.say(f"- not run: {name}: {reason}")
+
+    def check(self, name, function, *arguments, **settings):
+        """Runs the function, whose text is the detail of the line; True if it did not fail."""
+        self.checks += 1
+        started = time.monotonic()
+        try:
+            detail = function(*arguments, **settings)
+        except NotHere as why:
+            self.checks -= 1
+            self.cannot(name, why)
+            return False
+        except (Failed, OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
+            self.failures += 1
+            self.say(f"- FAILED: {name}: {type(error).__name__ if not isinstance(error, Failed) else ''}{error}")
+            return False
+        self.say(f"- ok: {name}{': ' + detail if detail else ''} ({time.monotonic() - started:.0f} s)")
+        return True
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+    def command(self, arguments, ranks):
+        words = [self.program, *map(str, arguments)]
+        return words if ranks is None else ["mpirun", "-np", str(ranks), *SHARED, *words]
+
+    def environment(self, ranks):
+        return {**os.environ, **(SHARED_ENVIRONMENT if ranks is not None else {})}
+
+    def qshard(self, *arguments, ranks=None, expect=0):
+        """Runs the program; its output. Failed if it does not leave with `expect`."""
+        command = self.command(arguments, ranks)
+        done = subprocess.run(command, cwd=self.work, env=self.environment(ranks), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=RUN_LIMIT_S)
+        self.log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+        self.log.flush()
+        if done.returncode != expect:
+            lines = [line for line in done.stdout.splitlines() if line.startswith("error[")] or done.stdout.splitlines()
+            raise Failed(f"exit {done.returncode}, not {expect}: {lines[-1] if lines else 'no output'}"[:400])
+        return done.stdout
+
+    def train(self, case, name, device, ranks=None, options=(), **settings):
+        """One run into WORK/name; returns (folder, output)."""
+        output = os.path.join(self.work, name)
+        shutil.rmtree(output, ignore_errors=True)
+        words = case.words(output, device=device, **settings)
+        return output, self.qshard("train", *words, *options, ranks=ranks)
+
+
+class Case:
+    """A model with its data and settings."""
+
+    def __init__(self, name, model, yaml, settings):
+        self.name, self.model, self.yaml, self.settings = name, model, yaml, settings
+
+    def words(self, output, **more):
+        values = {**self.settings, "output": output}
+        values.update({key.replace("__", "."): value for key, value in more.items()})
+        return [self.yaml, *(word for key, value in values.items() for word in ("--set", f"{key}={value}"))]
+
+
+def tiny_case(bench):
+    folder = os.path.join(bench.inputs, "tiny")
+    steps = 4 if EMULATED else 40
+    return Case("tiny", folder, os.path.join(ROOT, "inputs", "tiny.yaml"), {
+        "base": os.path.join(bench.work, "tiny.h5"), "data.train": os.path.join(folder, "train.h5"),
+        "data.eval": os.path.join(folder, "eval.h5"), "train.steps": steps, "train.save_every": steps // 4,
+        "train.eval_every": 0})
+
+
+def oracle_case(bench, name, folder, model):
+    base = os.path.join(bench.work, name + ".h5")
+    steps = (4 if SHORT else 10) if EMULATED else 50
+    return Case(name, model, os.path.join(folder, "run.yaml"), {
+        "base": base, "data.train": os.path.join(folder, "train.h5"), "data.eval": os.path.join(folder, "eval.h5"),
+        "lora.init": os.path.join(folder, "adapter"), "train.steps": steps, "train.save_every": max(1, steps // 4)})
+
+
+def quantize(bench, case):
+    rows = ["--head-chunk-rows", "128"] if case.name != "smollm2" else []
+    out = bench.qshard("quantize", case.model, "-o", case.settings["base"], *rows)
+    return out.splitlines()[-1].split(": ", 1)[1].split(",")[0]
+
+
+# --- what runs leave ----------------------------------------------------------------------------------------------------
+def lines_of(output):
+    with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
+def curve(output):
+    """What must not depend on how it was computed, as printed: 17 digits, so the bits."""
+    return [tuple(NUMBERS.findall(line)) for line in lines_of(output)]
+
+
+def losses(output, key="loss"):
+    return [line[key] for line in map(json.loads, lines_of(output)) if key in line]
+
+
+def same_curve(first, second):
+    one, two = curve(first), curve(second)
+    if one != two:
+        at = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
+        raise Failed(f"lines {at + 1} differ: {one[at:at + 1]} and {two[at:at + 1]}"[:400])
+    return len(one)
+
+
+def adapter_sha256(bench, output):
+    target = output + "-adapter"
+    shutil.rmtree(target, ignore_errors=True)
+    bench.qshard("export", output, "-o", target)
+    with open(os.path.join(target, "adapter_model.safetensors"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def planned_and_peak(text):
+    match = TOTAL.search(text)
+    if match is None:
+        raise Failed("the output has no table of the device's memory")
+    return float(match.group(1)), float(match.group(2))
+
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+def near_cpu(bench, case):
+    cpu, _ = bench.train(case, f"{case.name}-cpu", "cpu")
+    try:
+        device, _ = bench.train(case, f"{case.name}-cuda", "cuda")
+    except Failed as error:
+        if "head_dim" in str(error) and not str(error).startswith("exit 70"):  # 70 is a bug, not a refusal
+            raise NotHere(f"refused: {error}") from error
+        raise
+    parts = []
+    for key in ("loss", "eval_loss"):
+        ours, theirs = losses(device, key), losses(cpu, key)
+        if len(ours) != len(theirs) or not ours:
+            raise Failed(f"{len(ours)} values of {key}, the CPU has {len(theirs)}")
+        worst = max(abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in zip(ours, theirs))
+        parts.append(f"{key} off by {worst:.2e} at most in {len(ours)}")
+        if not worst <= LOSS_LIMIT:
+            raise Failed(f"{parts[-1]}; the limit is {LOSS_LIMIT}")
+    moved = abs(losses(cpu)[-1] - losses(cpu)[0])
+    return f"{', '.join(parts)}; the CPU's loss moves by {moved:.3f}"
+
+
+def same_bits(bench, case, name, ranks=None, options=(), **settings):
+    """The same bits as the first run of the case on the device."""
+    output, _ = bench.train(case, name, "cuda", ranks=ranks, options=options, **settings)
+    reference = os.path.join(bench.work, f"{case.name}-cuda")
+    steps = same_curve(reference, output)
+    if adapter_sha256(bench, output) != adapter_sha256(bench, reference):
+        raise Failed("the adapters differ")
+    return f"{steps} lines and the adapter"
+
+
+def plan_is_kept(bench, case, name, **settings):
+    _, text = bench.train(case, name, "cuda", **settings)
+    plan, peak = planned_and_peak(text)
+    if not abs(peak - plan) <= PLAN_LIMIT * plan + 0.05:  # printed to 0.1 MiB
+        raise Failed(f"peak {peak} MiB, plan {plan} MiB")
+    return f"plan {plan} MiB, peak {peak} MiB"
+
+
+def killed_and_resumed(bench, case):
+    """SIGKILL as soon as the first checkpoint stands, then again from there."""
+    output = os.path.join(bench.work, "killed")
+    shutil.rmtree(output, ignore_errors=True)
+    words = case.words(output, device="cuda")
+    process = subprocess.Popen(bench.command(["train", *words], None), cwd=bench.work, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + RUN_LIMIT_S
+    while process.poll() is None and not any_checkpoint(output) and time.monotonic() < limit:
+        time.sleep(0.002)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not any_checkpoint(output):
+        raise Failed("no checkpoint appeared")
+    text = bench.qshard("train", *words)
+    steps = same_curve(os.path.join(bench.work, f"{case.name}-cuda"), output)
+    resumed = re.search(r"resuming after step (\d+)", text)
+    if not alive or resumed is None:
+        raise Failed("the run ended before it could be killed" if not alive else "it did not resume")
+    return f"{steps} lines, resumed after step {resumed.group(1)}"
+
+
+def any_checkpoint(output):
+    return os.path.isdir(output) and any(
+        re.fullmatch(r"step-\d+", name) is not None for name in os.listdir(output))
+
+
+def too_small(bench, case):
+    output = os.path.join(bench.work, "limited")
+    text = bench.qshard("train", *case.words(output, device="cuda", memory__device_limit=100000), expect=7)
+    errors = [line for line in text.splitlines() if line.startswith("error[")]
+    if len(errors) != 1:
+        raise Failed(f"{len(errors)} error lines")
+    if "plan MiB" not in text:
+        raise Failed("the table is not shown")
+    return "exit 7 with the table and one line"
+
+
+def make_smollm2(bench, model):
+    folder = os.path.join(bench.work, "smollm2-inputs")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "tests", "oracle", "make_inputs.py"), "smollm2", folder,
+                           "--model", model], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Failed((done.stderr.strip().splitlines() or ["make_inputs.py failed"])[-1])
+    return folder
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------------
+def check_losses(bench):
+    """Returns the case that the other checks vary, None if it does not run. The tiny one has dropout."""
+    cases = [] if SHORT else [tiny_case(bench)]
+    for name in ("tiny2",) if SHORT else ("tiny2", "odd", "biases"):
+        folder = os.path.join(bench.inputs, name)
+        cases.append(oracle_case(bench, name, folder, os.path.join(folder, "model")))
+    for case in cases:
+        if bench.check(f"base of {case.name}", quantize, bench, case):
+            bench.check(f"losses of {case.name} near the CPU's", near_cpu, bench, case)
+    ran = os.path.exists(os.path.join(bench.work, f"{cases[0].name}-cuda", "metrics.jsonl"))
+    return cases[0] if ran else None
+
+
+def check_smollm2(bench):
+    model = os.environ.get("QSHARD_SMOLLM2", "")
+    if EMULATED:
+        bench.cannot("SmolLM2", "emulated kernels would take hours")
+    elif not os.path.exists(os.path.join(model, "config.json")):
+        bench.cannot("SmolLM2", "QSHARD_SMOLLM2 names no folder with the model")
+    else:
+        try:
+            folder = make_smollm2(bench, model)
+        except Failed as error:
+            bench.cannot("SmolLM2", f"its token files cannot be made: {error}")
+            return
+        case = oracle_case(bench, "smollm2", folder, model)
+        if bench.check("base of SmolLM2", quantize, bench, case):
+            bench.check("losses of SmolLM2 near the CPU's", near_cpu, bench, case)
+            bench.check("SmolLM2 again", same_bits, bench, case, "smollm2-again")
+
+
+def check_variants(bench, case):
+    bench.check("the same bits again", same_bits, bench, case, "again")
+    modes = ("none",) if SHORT else ("selective", "none")
+    for mode in modes:
+        bench.check(f"the same bits with recompute: {mode}", same_bits, bench, case, f"recompute-{mode}",
+                    train__recompute=mode)
+    offloads = ("[activations, weights, embedding]",) if SHORT else (
+        "[activations]", "[weights]", "[embedding]", "[activations, weights, embedding]")
+    for what in offloads:
+        bench.check(f"the same bits with memory.offload: {what}", same_bits, bench, case, "offload",
+                    memory__offload=what)
+    for mode in ("full", *modes):
+        bench.check(f"peak memory beside the plan, recompute: {mode}", plan_is_kept, bench, case, "plan",
+                    train__recompute=mode)
+    bench.check("too little memory is said before loading", too_small, bench, case)
+    bench.check("killed and resumed", killed_and_resumed, bench, case)
+
+
+def check_ranks(bench, case):
+    if shutil.which("mpirun") is None:
+        bench.cannot("several ranks on one GPU", "no mpirun")
+        return
+    words = case.words(os.path.join(bench.work, "no-nccl"), device="cuda")
+    done = subprocess.run(bench.command(["train", *words, "--allow-shared-device", "--dry-run"], 2), cwd=bench.work,
+                          env=bench.environment(2), capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False)
+    if "built without NCCL" in done.stdout + done.stderr:
+        bench.cannot("several ranks on one GPU", "the plugin was built without NCCL")
+        return
+    for ranks in (2,) if SHORT else (2, 3):
+        bench.check(f"the same bits on {ranks} ranks of one GPU", same_bits, bench, case, f"ranks-{ranks}", ranks,
+                    ("--allow-shared-device",))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("work")
+    parser.add_argument("--log", required=True)
+    options = parser.parse_args()
+    bench = Bench(options.work, options.log)
+    case = check_losses(bench)
+    if case is None:
+        bench.cannot("bits, memory, offload, ranks, resume", "the first model did not train")
+    else:
+        check_variants(bench, case)
+        check_ranks(bench, case)
+    check_smollm2(bench)
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
