@@ -101,7 +101,10 @@ static const bad_call CALLS[] = {
     {"Train run.yaml", 2, "did you mean \"train\"?"},
     {"--verison", 2, "--version"},
     {"-v", 2, "unknown option -v"},
-    {"merge x -o y", 2, "unknown command"},
+    {"merge run", 2, "merge needs -o HF_DIR"},
+    {"merge nowhere -o x", 3, "nowhere: No such file"},
+    {"merge empty -o x", 3, "empty: not a checkpoint"},
+    {"merge run --original", 2, "--original needs a value"},
     {"train", 2, "an argument is missing; usage: qshard train"},
     {"train a.yaml b.yaml", 2, "\"b.yaml\" is one argument too many"},
     {"train a.yaml b.yaml c.yaml", 2, "one argument too many"},
@@ -231,8 +234,8 @@ Test(cli, bad_configuration_gives_one_line_and_code_2)
 
 Test(cli, help_and_version_go_to_standard_output)
 {
-    static const char *const commands[] = {"quantize", "train",   "eval",  "sample",
-                                           "export",   "inspect", "check", "doctor"};
+    static const char *const commands[] = {"quantize", "train",   "eval",  "sample", "export",
+                                           "merge",    "inspect", "check", "doctor"};
     cr_assert_eq(run("--help 2>/dev/null"), 0);
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
         cr_assert_not_null(strstr(output, commands[i]), "%s", output);

@@ -18,6 +18,7 @@ typedef struct {
     const char *sets[QS_CLI_SETS_MAX];
     int n_sets;
     const char *output, *adapter, *prompts, *base_name;
+    const char *base, *original, *dtype, *shard_size;
     const char *dump_grads, *dump_order, *dump_logits;
     int64_t tokens, head_chunk_rows, threads;
     qs_resume resume;
@@ -45,18 +46,19 @@ void qs_cli_command_help(const qs_cli_command *command);
 /** Option lists; each ends in an empty row. */
 extern const struct argp_option qs_cli_train_options[], qs_cli_eval_options[],
     qs_cli_sample_options[], qs_cli_quantize_options[], qs_cli_export_options[],
-    qs_cli_plain_options[];
+    qs_cli_merge_options[], qs_cli_plain_options[];
 
 qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_check(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_inspect(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm);
 
-/** What a path given to check, inspect or export is. */
+/** What a path given to check, inspect, export or merge is. */
 typedef enum {
     QS_PATH_UNKNOWN,
     QS_PATH_CHECKPOINT, /* directory with manifest.json */
@@ -71,5 +73,8 @@ typedef enum {
 
 /** Find out what `path` is; QS_PATH_UNKNOWN is an error naming what there could be. */
 qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind);
+
+/** A checkpoint directory as given, or the newest one of a run. */
+qs_status qs_cli_find_step(const char *path, char *out, size_t capacity);
 
 #endif

@@ -11,33 +11,8 @@
 #include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
 #include "store/h5.h"
-#include "store/manifest.h"
 
 enum { PATH_ROOM = QS_PATH_MAX + 64, NAME_ROOM = 1024, INDEX_BYTES_MAX = 64 << 20 };
-
-/* A checkpoint directory as given, or the newest one of a run. */
-static qs_status find_step(const char *path, char *out, size_t capacity)
-{
-    qs_path_kind kind;
-    int64_t step = -1;
-    int count = 0;
-    QS_TRY(qs_cli_path_kind(path, &kind));
-    if (kind == QS_PATH_CHECKPOINT) {
-        snprintf(out, capacity, "%s", path);
-        return QS_OK;
-    }
-    if (kind != QS_PATH_RUN) {
-        return QS_FAIL(QS_ERR_INPUT_FORMAT,
-                       "%s: neither a checkpoint (step-N) nor a run directory; name one of them",
-                       path);
-    }
-    QS_TRY(qs_manifest_list(path, &step, 1, &count));
-    if (count == 0) {
-        return QS_FAIL(QS_ERR_CHECKPOINT, "%s: the run has no checkpoint; train it first", path);
-    }
-    qs_manifest_step_dir(out, capacity, path, step);
-    return QS_OK;
-}
 
 /* The base model's directory as it was given to quantize; false if base.h5 is not at hand. */
 static bool name_from_base(const char *base, char *out, size_t capacity)
@@ -127,7 +102,7 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     qs_config cfg;
     qs_lora_layout layout;
     float *vector = NULL;
-    QS_TRY(find_step(args->words[0], step_dir, sizeof step_dir));
+    QS_TRY(qs_cli_find_step(args->words[0], step_dir, sizeof step_dir));
     QS_TRY(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector));
     if (args->fold_scaling) {
         fold_scaling(&cfg, &layout, vector);

@@ -27,6 +27,10 @@ enum {
     KEY_SHARED_DEVICE,
     KEY_PROFILE_STEPS,
     KEY_FOLD,
+    KEY_BASE,
+    KEY_ORIGINAL,
+    KEY_DTYPE,
+    KEY_SHARD_SIZE,
     KEY_QUIET,
     KEY_VERBOSE,
 };
@@ -97,6 +101,20 @@ const struct argp_option qs_cli_export_options[] = {
      "Hub id or path of the base model, for tools that load it from there", 2},
     {"fold-scaling", KEY_FOLD, NULL, 0,
      "Multiply rslora's part of the scale into lora_B, for tools that know alpha / r only", 3},
+    COMMON};
+
+const struct argp_option qs_cli_merge_options[] = {
+    {"output", 'o', "DIR", 0, "The Hugging Face checkpoint to write; must not exist", 1},
+    {"base", KEY_BASE, "FILE", 0,
+     "The base under the adapter; default: the run's own, needed for a PEFT directory", 2},
+    {"original", KEY_ORIGINAL, "HF_DIR", 0,
+     "Add the adapter to the weights of the checkpoint that the base was made from; default: to "
+     "the dequantized base, which training computed with",
+     2},
+    {"dtype", KEY_DTYPE, "bf16|f16|f32", 0, "Type of all weights; default: as config.json says", 3},
+    {"shard-size", KEY_SHARD_SIZE, "SIZE", 0, "Weights of a file, for example 500M (default 5G)",
+     3},
+    {"threads", KEY_THREADS, "N", 0, "Threads; default: the cores of this rank", 4},
     COMMON};
 
 const struct argp_option qs_cli_plain_options[] = {COMMON};
@@ -205,6 +223,18 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
         break;
     case KEY_BASE_NAME:
         out->base_name = text;
+        break;
+    case KEY_BASE:
+        out->base = text;
+        break;
+    case KEY_ORIGINAL:
+        out->original = text;
+        break;
+    case KEY_DTYPE:
+        out->dtype = text;
+        break;
+    case KEY_SHARD_SIZE:
+        out->shard_size = text;
         break;
     case KEY_DUMP_GRADS:
         out->dump_grads = text;

@@ -1,4 +1,4 @@
-/* What a path is, by what it holds and not by its name. */
+/* What a path is, by what it holds and not by its name; and the newest checkpoint of a run. */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -7,6 +7,7 @@
 
 #include "cli/cli_impl.h"
 #include "store/h5.h"
+#include "store/manifest.h"
 
 static bool holds(const char *dir, const char *name)
 {
@@ -82,4 +83,27 @@ qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind)
         return QS_OK;
     }
     return kind_of_h5(path, kind);
+}
+
+qs_status qs_cli_find_step(const char *path, char *out, size_t capacity)
+{
+    qs_path_kind kind;
+    int64_t step = -1;
+    int count = 0;
+    QS_TRY(qs_cli_path_kind(path, &kind));
+    if (kind == QS_PATH_CHECKPOINT) {
+        snprintf(out, capacity, "%s", path);
+        return QS_OK;
+    }
+    if (kind != QS_PATH_RUN) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT,
+                       "%s: neither a checkpoint (step-N) nor a run directory; name one of them",
+                       path);
+    }
+    QS_TRY(qs_manifest_list(path, &step, 1, &count));
+    if (count == 0) {
+        return QS_FAIL(QS_ERR_CHECKPOINT, "%s: the run has no checkpoint; train it first", path);
+    }
+    qs_manifest_step_dir(out, capacity, path, step);
+    return QS_OK;
 }

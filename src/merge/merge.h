@@ -1,7 +1,7 @@
 /* An adapter added to the weights that it was trained over, written as a Hugging Face checkpoint.
  *
- *   W' = round(W + scale * B A)      W: what base.h5 decodes to (what training computed with), or the
- *                                    weights of the original checkpoint; sums in fp32, one rounding
+ *   W' = round(W + scale * B A)      W: what base.h5 decodes to (what training computed with), or
+ * the weights of the original checkpoint; sums in fp32, one rounding
  *
  * Tensors without an adapter are copied bit by bit where their type stays the same. One unit of the
  * base is in memory at a time, never a model. */
@@ -14,7 +14,7 @@ typedef struct {
     const char *base;     /* base.h5 */
     const char *output;   /* the directory to make */
     const char *original; /* checkpoint directory to take the weights from; NULL: the base */
-    int dtype;            /* qs_dtype of all weights; -1: as config.json says */
+    int dtype;            /* qs_dtype of all weights; -1: as config.json says, else as stored */
     int64_t shard_bytes;  /* tensors of a file have at most so many bytes, or it holds one tensor */
     int threads;
     const char *adapter; /* for messages, and the PEFT directory to read if `vector` is NULL */
@@ -29,7 +29,8 @@ typedef struct {
     int64_t bytes;           /* of tensors */
     qs_dtype dtype;
     double seconds;
-    char source[QS_PATH_MAX];       /* where tokenizer and generation files were looked for, or "" */
+    size_t peak_bytes;
+    char source[QS_PATH_MAX]; /* where tokenizer and generation files were looked for, or "" */
     char copied[512], missing[512]; /* their names, each with a blank in front */
 } qs_merge_report;
 

@@ -34,13 +34,13 @@ typedef struct {
     int64_t bytes;
 
     /* what is in memory */
-    int unit;           /* -1: none */
-    uint8_t *message;   /* the unit's quanta */
-    uint8_t *small;     /* its small bytes */
-    int layer;          /* -1: none */
-    float *segment;     /* that layer's adapter weights, where they come from a PEFT directory */
-    float *wide;        /* rows of a tensor */
-    uint8_t *in, *out;  /* the same as read and as written */
+    int unit;          /* -1: none */
+    uint8_t *message;  /* the unit's quanta */
+    uint8_t *small;    /* its small bytes */
+    int layer;         /* -1: none */
+    float *segment;    /* that layer's adapter weights, where they come from a PEFT directory */
+    float *wide;       /* rows of a tensor */
+    uint8_t *in, *out; /* the same as read and as written */
     int64_t piece_elems;
 } qs_merge_job;
 
@@ -77,6 +77,9 @@ qs_status qs_merge_check_original(qs_merge_job *job);
 
 /** Write config.json of the result into `dir`. */
 qs_status qs_merge_put_config(const qs_merge_job *job, const char *dir);
+
+/** Whether config.json says which type the weights have. */
+bool qs_merge_names_dtype(const qs_merge_job *job);
 
 /** Write model.safetensors.index.json into `dir`. */
 qs_status qs_merge_put_index(const qs_merge_job *job, const char *dir);

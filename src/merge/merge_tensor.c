@@ -97,8 +97,8 @@ typedef struct {
     const uint8_t *stored; /* NULL: NF4 */
     qs_dtype stored_dtype;
     /* adapter */
-    const float *a;  /* [lora_rank, columns]; NULL: none */
-    const float *b;  /* [rows, lora_rank] */
+    const float *a; /* [lora_rank, columns]; NULL: none */
+    const float *b; /* [rows, lora_rank] */
     int lora_rank;
     float scale;
     /* to */
@@ -171,8 +171,9 @@ static bool compute_rows(const piece *p, int64_t begin, int64_t end)
 static bool compute_piece(const piece *p, int threads)
 {
     int bad = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : bad)                 \
-    if (p->rows > GROUP_ROWS)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)                                    \
+    reduction(|                                                                                    \
+              : bad) if (p->rows > GROUP_ROWS)
     for (int64_t begin = 0; begin < p->rows; begin += GROUP_ROWS) {
         int64_t end = begin + GROUP_ROWS < p->rows ? begin + GROUP_ROWS : p->rows;
         bad |= !compute_rows(p, begin, end);

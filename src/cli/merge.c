@@ -1,0 +1,147 @@
+/* qshard merge: an adapter and the weights under it as one Hugging Face checkpoint. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cores.h"
+#include "base/mem.h"
+#include "ckpt/ckpt_impl.h"
+#include "cli/cli_impl.h"
+#include "merge/merge.h"
+
+enum { PATH_ROOM = QS_PATH_MAX + 64 };
+#define MIB (1024.0 * 1024.0)
+static const int64_t default_shard_bytes = INT64_C(5) << 30;
+
+/* "5G", "500M", "2T", "4096": whole numbers of bytes; 1G is 2^30. */
+static qs_status parse_size(const char *text, int64_t *out)
+{
+    static const char units[] = "KMGT";
+    char *end;
+    long long value = strtoll(text, &end, 10);
+    const char *unit = *end != '\0' ? strchr(units, *end) : NULL;
+    int shift = unit != NULL ? 10 * (int)(unit - units + 1) : 0;
+    bool number = text[0] >= '1' && text[0] <= '9' && value > 0;
+    if (!number || (unit == NULL ? *end != '\0' : end[1] != '\0') || value > INT64_MAX >> shift) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "--shard-size: \"%.40s\" is no size; give bytes, or a whole number with K, "
+                       "M, G or T, for example 5G",
+                       text);
+    }
+    *out = value << shift;
+    return QS_OK;
+}
+
+static qs_status parse_dtype(const char *text, int *out)
+{
+    static const struct {
+        const char *name;
+        qs_dtype dtype;
+    } known[] = {{"bf16", QS_BF16}, {"f16", QS_F16}, {"f32", QS_F32}};
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(text, known[i].name) == 0) {
+            *out = (int)known[i].dtype;
+            return QS_OK;
+        }
+    }
+    return QS_FAIL(QS_ERR_USAGE, "--dtype: \"%.40s\" is not known; allowed: bf16 | f16 | f32",
+                   text);
+}
+
+static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_merge_options *out)
+{
+    *out = (qs_merge_options){.base = args->base,
+                              .output = args->output,
+                              .original = args->original,
+                              .dtype = -1,
+                              .shard_bytes = default_shard_bytes,
+                              .adapter = args->words[0]};
+    out->threads = qs_threads_for_rank(qs_comm_local_nranks(comm), qs_comm_local_rank(comm),
+                                       (int)args->threads);
+    if (args->output == NULL) {
+        return QS_FAIL(QS_ERR_USAGE, "merge needs -o HF_DIR; see qshard merge --help");
+    }
+    if (args->dtype != NULL) {
+        QS_TRY(parse_dtype(args->dtype, &out->dtype));
+    }
+    return args->shard_size != NULL ? parse_size(args->shard_size, &out->shard_bytes) : QS_OK;
+}
+
+/* The hash of the base that the checkpoint was trained on. */
+static qs_status read_base_hash(const char *step_dir, char out[65])
+{
+    qs_manifest m;
+    qs_ckpt_record record;
+    QS_TRY(qs_manifest_read(step_dir, &m));
+    qs_status st = qs_ckpt_record_parse(&record, m.meta_json, step_dir);
+    if (st == QS_OK) {
+        snprintf(out, 65, "%s", record.base_sha256);
+        qs_ckpt_record_free(&record);
+    }
+    qs_manifest_free(&m);
+    return st;
+}
+
+static qs_status merge_checkpoint(qs_merge_options *o, const char *path, qs_merge_report *report)
+{
+    char step_dir[PATH_ROOM], base_sha256[65];
+    qs_config config;
+    qs_lora_layout layout;
+    float *vector = NULL;
+    QS_TRY(qs_cli_find_step(path, step_dir, sizeof step_dir));
+    QS_TRY(read_base_hash(step_dir, base_sha256));
+    QS_TRY(qs_ckpt_read_lora(step_dir, &config, &layout, &vector));
+    o->adapter = step_dir;
+    o->vector = vector;
+    o->layout = &layout;
+    o->base_sha256 = base_sha256;
+    o->base = o->base != NULL ? o->base : config.base;
+    qs_status st = qs_merge(o, report);
+    qs_mem_free(vector);
+    return st;
+}
+
+static qs_status merge_adapter(const qs_merge_options *o, qs_merge_report *report)
+{
+    if (o->base == NULL) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "%s: a PEFT directory does not say which base.h5 it belongs "
+                       "to; give it with --base",
+                       o->adapter);
+    }
+    return qs_merge(o, report);
+}
+
+static void print_report(const qs_merge_options *o, const char *adapter, const qs_merge_report *r)
+{
+    printf("%s: %s over %s, %lld of %lld tensors merged, %s, %.1f MiB in %d file%s, %.1f s, peak "
+           "%.1f MiB\n",
+           o->output, adapter, o->original != NULL ? o->original : "the dequantized base",
+           (long long)r->merged, (long long)r->tensors, qs_dtype_name(r->dtype),
+           (double)r->bytes / MIB, r->files, r->files == 1 ? "" : "s", r->seconds,
+           (double)r->peak_bytes / MIB);
+    if (r->source[0] == '\0') {
+        printf(
+            "  not there  the checkpoint that the base was made from; copy the tokenizer's files "
+            "by hand, or give --original\n");
+        return;
+    }
+    printf("  copied    %s from %s\n", r->copied[0] != '\0' ? r->copied : " nothing", r->source);
+    if (r->missing[0] != '\0') {
+        printf("  not there %s\n", r->missing);
+    }
+}
+
+qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm)
+{
+    const char *path = args->words[0];
+    qs_merge_options options;
+    qs_merge_report report;
+    qs_path_kind kind;
+    QS_TRY(read_options(args, comm, &options));
+    QS_TRY(qs_cli_path_kind(path, &kind));
+    QS_TRY(kind == QS_PATH_ADAPTER ? merge_adapter(&options, &report)
+                                   : merge_checkpoint(&options, path, &report));
+    print_report(&options, path, &report);
+    return QS_OK;
+}

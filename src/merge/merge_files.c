@@ -1,0 +1,189 @@
+/* What a checkpoint directory holds beside its weights: config.json, the index, and copies of the
+ * tokenizer's files. */
+#include <errno.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "hf/json.h"
+#include "merge/merge_impl.h"
+#include "store/io.h"
+
+enum { PATH_ROOM = QS_PATH_MAX + 128, COPY_BYTES_MAX = 256 << 20, CONFIG_BYTES_MAX = 1 << 20 };
+
+static qs_status no_memory(const char *path)
+{
+    return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
+}
+
+static qs_status write_text(const char *dir, const char *name, const char *text)
+{
+    char path[PATH_ROOM];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return text != NULL ? qs_io_write_new(path, text, strlen(text)) : no_memory(path);
+}
+
+/* ---- config.json ---- */
+
+/* As short as brings every number back: 1e-5 for what 17 digits call 1.0000000000000001e-05. */
+static size_t shortest_precision(const json_t *root)
+{
+    size_t digits = 8;
+    for (bool same = false; digits < 17 && !same; digits += !same) {
+        char *text = json_dumps(root, JSON_REAL_PRECISION(digits));
+        json_t *again = text != NULL ? json_loads(text, 0, NULL) : NULL;
+        same = again != NULL && json_equal(root, again);
+        json_decref(again);
+        free(text);
+    }
+    return digits;
+}
+
+/* The type under the name that the source uses: "torch_dtype" (transformers 4), "dtype" (5) or
+ * both; a file that leaves it out gets the older one, which both read. */
+static void set_dtype(json_t *root, qs_dtype dtype)
+{
+    static const char *const names[] = {
+        [QS_F32] = "float32", [QS_BF16] = "bfloat16", [QS_F16] = "float16"};
+    bool now = json_object_get(root, "dtype") != NULL;
+    if (now) {
+        json_object_set_new(root, "dtype", json_string(names[dtype]));
+    }
+    if (!now || json_object_get(root, "torch_dtype") != NULL) {
+        json_object_set_new(root, "torch_dtype", json_string(names[dtype]));
+    }
+}
+
+qs_status qs_merge_put_config(const qs_merge_job *job, const char *dir)
+{
+    json_t *root = NULL;
+    QS_TRY(qs_json_parse(&root, job->config_text, strlen(job->config_text), "config.json"));
+    json_object_del(root, "quantization_config");
+    set_dtype(root, job->dtype);
+    size_t digits = shortest_precision(root);
+    char *text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
+    json_decref(root);
+    qs_status st = write_text(dir, "config.json", text);
+    free(text);
+    return st;
+}
+
+bool qs_merge_names_dtype(const qs_merge_job *job)
+{
+    json_t *root = json_loads(job->config_text, 0, NULL); /* has been parsed before */
+    const json_t *old = json_object_get(root, "torch_dtype");
+    const json_t *now = json_object_get(root, "dtype");
+    bool named = json_is_string(old) || json_is_string(now);
+    json_decref(root);
+    return named;
+}
+
+/* ---- the index ---- */
+
+void qs_merge_file_name(const qs_merge_job *job, int file, char *out, size_t capacity)
+{
+    if (job->n_files == 1) {
+        snprintf(out, capacity, "model.safetensors");
+    } else {
+        snprintf(out, capacity, "model-%05d-of-%05d.safetensors", file + 1, job->n_files);
+    }
+}
+
+qs_status qs_merge_put_index(const qs_merge_job *job, const char *dir)
+{
+    json_t *map = json_object();
+    for (int i = 0; i < job->n_tensors; i++) {
+        char name[64];
+        qs_merge_file_name(job, job->tensors[i].file, name, sizeof name);
+        json_object_set_new(map, job->tensors[i].name, json_string(name));
+    }
+    json_t *root = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)job->bytes,
+                             "weight_map", map);
+    char *text = root != NULL ? json_dumps(root, JSON_INDENT(2)) : NULL;
+    json_decref(root);
+    qs_status st = write_text(dir, "model.safetensors.index.json", text);
+    free(text);
+    return st;
+}
+
+/* ---- companions ---- */
+
+/* Whether `dir` still holds the checkpoint that the base was made from, as far as config.json
+ * tells. */
+static bool is_source(const qs_merge_job *job, const char *dir)
+{
+    char path[PATH_ROOM];
+    void *text = NULL;
+    size_t bytes = 0;
+    json_t *theirs = NULL, *ours = NULL;
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    bool same = strlen(dir) < QS_PATH_MAX &&
+                qs_io_read_file(path, CONFIG_BYTES_MAX, &text, &bytes) == QS_OK &&
+                qs_json_parse(&theirs, text, bytes, path) == QS_OK &&
+                qs_json_parse(&ours, job->index->config_text, strlen(job->index->config_text),
+                              path) == QS_OK &&
+                json_equal(theirs, ours);
+    qs_error_clear(); /* a checkpoint that has gone is no error here */
+    json_decref(theirs);
+    json_decref(ours);
+    free(text);
+    return same;
+}
+
+static void note(char *list, size_t capacity, const char *name)
+{
+    size_t used = strlen(list);
+    snprintf(list + used, capacity - used, " %s", name);
+}
+
+static qs_status copy_one(const char *from, const char *to, const char *name, bool *found)
+{
+    char source[PATH_ROOM], target[PATH_ROOM];
+    void *data = NULL;
+    size_t bytes = 0;
+    snprintf(source, sizeof source, "%s/%s", from, name);
+    snprintf(target, sizeof target, "%s/%s", to, name);
+    *found = access(source, F_OK) == 0;
+    if (!*found) {
+        return QS_OK;
+    }
+    QS_TRY(qs_io_read_file(source, COPY_BYTES_MAX, &data, &bytes));
+    qs_status st = qs_io_write_new(target, data, bytes);
+    free(data);
+    return st;
+}
+
+qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
+                                   qs_merge_report *report)
+{
+    static const char *const names[] = {"tokenizer.json",
+                                        "tokenizer_config.json",
+                                        "special_tokens_map.json",
+                                        "added_tokens.json",
+                                        "vocab.json",
+                                        "merges.txt",
+                                        "tokenizer.model",
+                                        "chat_template.jinja",
+                                        "chat_template.json",
+                                        "generation_config.json"};
+    const char *from = job->options->original;
+    if (from == NULL && is_source(job, job->index->source_path)) {
+        from = job->index->source_path;
+    }
+    snprintf(report->source, sizeof report->source, "%s", from != NULL ? from : "");
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        bool found = false;
+        if (from != NULL) {
+            QS_TRY(copy_one(from, dir, names[i], &found));
+        }
+        if (found) {
+            note(report->copied, sizeof report->copied, names[i]);
+        } else {
+            note(report->missing, sizeof report->missing, names[i]);
+        }
+    }
+    return QS_OK;
+}
