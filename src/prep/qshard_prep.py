@@ -229,8 +229,9 @@ def check_options(options):
     outputs = [path for path in (options.output, options.eval_out) if path]
     if len({os.path.abspath(path) for path in outputs}) != len(outputs):
         raise PrepError(errors.CONFIG_PAIR, "--eval-out", "is the same file as -o; name another")
+    inputs = [name + end for name in options.data for end in ("", ".idx", ".bin")]
     for path in outputs:
-        refuse_existing(path, options.overwrite, options.data)
+        refuse_existing(path, options.overwrite, inputs)
 
 
 def check_prompts(options):

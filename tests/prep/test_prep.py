@@ -8,25 +8,9 @@ import unittest
 import h5py
 import numpy as np
 import xxhash
-from support import SPECIALS, FolderTest, byte_alphabet, make_model, tool
+from support import BYTE, END, HE, SPECIALS, FolderTest, byte_alphabet, ids, make_model, prep, tool
 
 from qprep.tokenfile import IGNORED
-
-BYTE = 3  # id of byte 0 in the toy model
-END = 2  # <|im_end|>
-HE = 259
-
-
-def ids(text):
-    """Ids of plain text in the toy model, which has one merge."""
-    out = []
-    for byte in text.encode("utf-8"):
-        if out and out[-1] == BYTE + ord("h") and byte == ord("e"):
-            out[-1] = HE
-        else:
-            out.append(BYTE + byte)
-    return out
-
 
 def talk(question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -36,18 +20,6 @@ class Prep(FolderTest):
     def setUp(self):
         super().setUp()
         self.model = make_model(self.folder)
-
-    def prep(self, records, *options, expect=0):
-        data = records if isinstance(records, str) else self.write_records("data.jsonl", records)
-        result = tool("qshard_prep.py", "--model", self.model, data, "-o", self.path("out.h5"), *options)
-        if expect is not None:
-            self.assertEqual(result.returncode, expect, result.stderr)
-        return result
-
-    def load(self, name="out.h5"):
-        with h5py.File(self.path(name), "r") as file:
-            return ({key: file[key][()] for key in file},
-                    {key: v.decode() if isinstance(v, bytes) else v for key, v in file.attrs.items()})
 
     def learned(self, data):
         """Texts of the runs of learned labels."""
@@ -216,7 +188,7 @@ class Prep(FolderTest):
         data = self.write_records("d.jsonl", records)
         held = {}
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-            result = tool("qshard_prep.py", "--model", self.model, data, "-o", self.path(f"{name}.h5"), "--eval-out",
+            result = prep("--model", self.model, data, "-o", self.path(f"{name}.h5"), "--eval-out",
                           self.path(f"{name}e.h5"), "--eval-fraction", "0.1", "--seed", seed)
             self.assertEqual(result.returncode, 0, result.stderr)
             train, test = self.load(f"{name}.h5")[0], self.load(f"{name}e.h5")[0]
@@ -288,7 +260,11 @@ class Prep(FolderTest):
 
     def test_wrong_usage_is_one_line_and_code_2(self):
         for options in (["--frmat", "text"], ["--seq-len", "many"], ["--seq-len", "1"], ["--eval-fraction", "0.5"],
-                        ["--eval-out", "e.h5"], ["--prompts", "--pack"], ["--format", "sharegpt"]):
+                        ["--eval-out", "e.h5"], ["--prompts", "--pack"], ["--format", "csv"], ["--train-roles", "human"], ["--turns", "some"],
+                        ["--template-arg", "x"], ["--template-arg", "messages=1"], ["--samples", "0"], ["--jobs", "-1"],
+                        ["--format", "fsdp_qlora:dummy"], ["--train-on-inputs", "--turns", "all"], ["--seed", "-1"],
+                        ["--format", "text", "--turns", "all"], ["--format", "text", "--train-roles", "user"],
+                        ["--chat"], ["--samples", "3"], ["--long", "split"], ["--prompts", "--eos", "never"]):
             self.assert_one_error(self.prep([talk("a", "b")], *options, expect=None), 2)
         self.assert_nothing_written()
 
@@ -318,7 +294,7 @@ class Prep(FolderTest):
         self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "--chat-template")
         template = self.write("own.jinja", "{% for m in messages %}{{ m.content }}|{% endfor %}")
         self.prep([talk("a", "b")], "--chat-template", template)
-        self.assertEqual(self.decode(self.load()[0], 0), "a|b|")
+        self.assertEqual(self.decode(self.load()[0], 0), "a|b|<|im_end|>")
 
     def test_a_missing_or_broken_tokenizer_is_named(self):
         self.write("tokenizer.json", "{}")

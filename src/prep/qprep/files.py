@@ -16,7 +16,7 @@ from .errors import PrepError
 def refuse_existing(path, overwrite=False, inputs=()):
     """Checks an output path before the work starts: it must not be an input, nor be there unless `overwrite`."""
     for name in inputs:
-        if os.path.exists(path) and os.path.samefile(path, name):
+        if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
             raise PrepError(
                 errors.CONFIG_PAIR, path, "is both input and output; name another output"
             )

@@ -156,8 +156,8 @@ class Builder:
             return [Example(self.template.prompt(messages, tools), [], False, False)]
         if self.options.train_on_inputs:
             text = self.template.render(messages, tools)
-            spans = [(0, len(text))]
-            return [Example(text, spans, False, self.chat_eos(text, spans, True))]
+            spoken = [(0, len(text.rstrip()))]
+            return [Example(text, [(0, len(text))], False, self.chat_eos(text, spoken, True))]
         found = self.template.documents(messages, tools)
         self.separated += len(found) > 1 and self.options.turns != "each"
         ends_open = messages[-1]["role"] in self.roles

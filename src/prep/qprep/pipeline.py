@@ -142,7 +142,7 @@ def read_documents(options, tokenizer):
     form, told, before = options.format, None, []
     if form == "auto":
         form, told, before = detect(source, options.on_bad_record == "skip")
-    elif form in predecessor.FORMATS:
+    elif form in predecessor.CHOOSING:
         rows = [row for row in source if row[2].strip()]
         source = iter(
             predecessor.chosen(form, rows, options.seed, options.samples, ", ".join(options.data))

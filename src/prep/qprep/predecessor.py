@@ -20,6 +20,7 @@ FORMATS = (
     "fsdp_qlora:dummy",
 )
 DUMMY = "fsdp_qlora:dummy"
+CHOOSING = ("fsdp_qlora:alpaca_sample", "fsdp_qlora:sql", "fsdp_qlora:orca_math")  # take a part of their rows
 SAMPLES = 512  # train.py's dataset_samples
 SQL_HELD_OUT = 1000
 ORCA_SEED = 42
@@ -80,9 +81,7 @@ def chosen(form, rows, seed, samples, where):
                 'give the whole validation split, or --format completion with "prompt" and "completion"',
             )
         return [rows[i] for i in shuffled(len(rows), seed)[SQL_HELD_OUT:]]
-    if form == "fsdp_qlora:orca_math":
-        return [rows[i] for i in shuffled(len(rows), ORCA_SEED)[:count]]
-    return rows
+    return [rows[i] for i in shuffled(len(rows), ORCA_SEED)[:count]]
 
 
 def shuffled(count, seed):

@@ -122,7 +122,8 @@ def array_elements(path):
     scan = json.JSONDecoder().raw_decode
     at = skip_space(text, skip_space(text, 0) + 1)
     number, counted = 1, 0
-    while not text.startswith("]", at):
+    done = text.startswith("]", at)
+    while not done:
         number += text.count("\n", counted, at)
         counted = at
         try:
@@ -135,10 +136,8 @@ def array_elements(path):
             ) from error
         yield path, number, text[at:end]
         at = skip_space(text, end)
-        if text.startswith(",", at):
-            at = skip_space(text, at + 1)
-        elif not text.startswith("]", at):
-            break
+        done = not text.startswith(",", at)
+        at = at if done else skip_space(text, at + 1)
     number += text.count("\n", counted, at)
     if not text.startswith("]", at) or skip_space(text, at + 1) != len(text):
         found = "its end" if at >= len(text) else quoted(text[at : at + 8])

@@ -106,13 +106,14 @@ class Tokenizer:
         self.rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self.cut = cutter_of(self.rust, self.description)  # text -> chunks, or None
         self.added = {t.content: i for i, t in self.rust.get_added_tokens_decoder().items()}
-        self.known = {}  # chunk -> ids
+        self.known = Known()
+        self.byte_lengths = None
         self.compared = 0  # texts that were encoded both ways
 
     def check_ids(self, model_dir):
         config = os.path.join(model_dir, "config.json")
         model_vocab = read_json(config).get("vocab_size")
-        if not isinstance(model_vocab, int) or not 0 < model_vocab <= LARGEST_ID:
+        if type(model_vocab) is not int or not 0 < model_vocab <= LARGEST_ID:
             raise PrepError(
                 errors.INPUT_VALUE, config, f"vocab_size={model_vocab} must be 1..{LARGEST_ID}"
             )
@@ -148,31 +149,40 @@ class Tokenizer:
         ]
 
     def encode(self, examples):
-        """Documents of `examples` (Example or Encoded), and how many tokens reached over the border of a learned part."""
-        texts = [example for example in examples if isinstance(example, Example)]
-        prompts = [example.prompt for example in texts if example.prompt is not None]
-        pieces = Pieces(self, [example.text for example in texts] + prompts)
-        ids, ranges, lengths, straddling = [], [], [], 0
-        for example in examples:
-            begin = len(ids)
-            if isinstance(example, Encoded):
-                ids.extend(example.tokens.tolist())
-                changes = np.flatnonzero(np.diff(example.learned, prepend=False, append=False))
-                ranges.extend((begin + changes).reshape(-1, 2).tolist())
-            else:
-                if example.with_bos:
-                    ids.extend(self.bos)
-                straddling += pieces.append(example, ids, ranges)
-                if example.with_eos:
-                    ranges.append((len(ids), len(ids) + 1))
-                    ids.append(self.eos)
-            lengths.append(len(ids) - begin)
-        learned = np.zeros(len(ids), dtype=bool)
-        for first, last in ranges:
-            learned[first:last] = True
+        """Documents of `examples`, all Example or all Encoded, and how many tokens reached over the border of a learned
+        part."""
         groups = np.array([example.group for example in examples], dtype=np.int64)
-        lengths = np.array(lengths, dtype=np.int64)
-        return Documents(np.array(ids, dtype="<u4"), learned, lengths, groups), straddling
+        if examples and isinstance(examples[0], Encoded):
+            lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
+            tokens = np.concatenate([example.tokens for example in examples]).astype("<u4")
+            learned = np.concatenate([example.learned for example in examples])
+            return Documents(tokens, learned, lengths, groups), 0
+        prompts = [example.prompt for example in examples if example.prompt is not None]
+        pieces = Pieces(self, [example.text for example in examples] + prompts)
+        ranges, straddling = pieces.learned_ranges(examples)
+        borders = np.array(pieces.text_borders[: len(examples) + 1], dtype=np.int64)
+        tokens, begins, ends = pieces.tokens(borders[-1]), borders[:-1], borders[1:]
+        learned = covered(len(tokens), ranges)
+        with_bos = np.array([example.with_bos for example in examples], dtype=bool)
+        with_eos = np.array([example.with_eos for example in examples], dtype=bool)
+        lengths = ends - begins
+        if with_eos.any():
+            at = ends[with_eos]
+            tokens, learned = np.insert(tokens, at, self.eos), np.insert(learned, at, True)
+            begins = begins + np.cumsum(with_eos) - with_eos
+            lengths = lengths + with_eos
+        if with_bos.any() and self.bos:
+            at = np.repeat(begins[with_bos], len(self.bos))
+            tokens = np.insert(tokens, at, np.tile(self.bos, int(with_bos.sum())))
+            learned = np.insert(learned, at, False)
+            lengths = lengths + len(self.bos) * with_bos
+        return Documents(tokens.astype("<u4"), learned, lengths, groups), straddling
+
+    def lengths(self):
+        """Bytes that each id stands for."""
+        if self.byte_lengths is None:
+            self.byte_lengths = np.diff(self.decode_table()[0])
+        return self.byte_lengths
 
     def decode_table(self):
         """(offsets, bytes): the bytes that each id stands for."""
@@ -187,92 +197,170 @@ class Tokenizer:
         return offsets, np.frombuffer(b"".join(pieces), dtype=np.uint8)
 
 
+def covered(count, ranges):
+    """An array of bool that is true inside the [begin, end) of `ranges`."""
+    edges = np.array(ranges, dtype=np.int64).reshape(-1, 2)
+    steps = np.bincount(edges[:, 0], minlength=count + 1) - np.bincount(edges[:, 1], minlength=count + 1)
+    return np.cumsum(steps)[:count] > 0
+
+
+class Known:
+    """Texts that have been encoded: the ids of the text with number k are flat[starts[k] : starts[k + 1]]."""
+
+    def __init__(self):
+        self.number = {}
+        self.flat = np.zeros(1 << 12, dtype=np.uint32)
+        self.starts = np.zeros(1 << 12, dtype=np.int64)
+
+    def add(self, texts, ids):
+        first, begin = len(self.number), int(self.starts[len(self.number)])
+        self.number.update(zip(texts, range(first, first + len(texts))))
+        ends = begin + np.cumsum([len(some) for some in ids], dtype=np.int64)
+        self.starts = with_room(self.starts, first + len(texts) + 1)
+        self.starts[first + 1 : first + 1 + len(texts)] = ends
+        self.flat = with_room(self.flat, int(self.starts[first + len(texts)]))
+        self.flat[begin : self.starts[first + len(texts)]] = list(chain.from_iterable(ids))
+
+
+def with_room(array, count):
+    """`array`, or a longer copy, so that it has `count` elements."""
+    if count <= len(array):
+        return array
+    longer = np.zeros(max(count, 2 * len(array)), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
 class Pieces:
     """The texts of a batch, cut into pieces whose ids one after the other are the text's."""
 
     def __init__(self, tokenizer, texts):
         self.rust = tokenizer.rust
         self.encodings = {}
-        self.known = {}
-        self.cuts = {text: [text] for text in texts}
         if tokenizer.cut:
-            self.take_chunks(tokenizer, texts)
+            if len(tokenizer.known.number) > KNOWN_LIMIT:
+                tokenizer.known = Known()
+            self.known = tokenizer.known
+            self.lay_out([tokenizer.cut(text) for text in texts], tokenizer)
+            self.compare(tokenizer, texts)
         if not tokenizer.cut:
-            self.encodings = dict(
-                zip(self.cuts, self.rust.encode_batch(list(self.cuts), add_special_tokens=False))
-            )
-            self.known = {text: encoding.ids for text, encoding in self.encodings.items()}
+            self.known = Known()
+            self.lay_out([[text] for text in texts], tokenizer)
 
-    def take_chunks(self, tokenizer, texts):
-        """Cuts the texts and learns what is new. Gives up cutting for good if it changed one of the first texts."""
-        if len(tokenizer.known) > KNOWN_LIMIT:
-            tokenizer.known.clear()
-        self.known = tokenizer.known
-        self.cuts = {text: tokenizer.cut(text) for text in texts}
-        new = set(chain.from_iterable(self.cuts.values())) - self.known.keys()
-        self.learn(tokenizer.added, sorted(new))
+    def lay_out(self, cuts, tokenizer):
+        """Numbers the pieces of all texts and finds where their tokens lie."""
+        self.cuts = cuts
+        flat = list(chain.from_iterable(cuts))
+        numbers = list(map(self.known.number.get, flat))
+        if None in numbers:
+            self.learn(sorted({p for p, n in zip(flat, numbers) if n is None}), tokenizer)
+            numbers = list(map(self.known.number.get, flat))
+        self.numbers = np.array(numbers, dtype=np.int64)
+        starts = self.known.starts
+        self.lengths = starts[self.numbers + 1] - starts[self.numbers]
+        self.first_pieces = list(accumulate(map(len, cuts), initial=0))
+        # Tokens before each piece of the batch, and before each text.
+        self.before = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
+        self.text_borders = [self.before[first] for first in self.first_pieces]
+
+    def learn(self, pieces, tokenizer):
+        """Encodes pieces: texts one by one, but chunks many in one text, as a call each would cost more than the encoding.
+        Words stand in a text as they do in any, and the lengths of its tokens tell which are whose; what is no word, or
+        does not come out even, is kept apart by an added token."""
+        if not tokenizer.cut:
+            encodings = self.rust.encode_batch(pieces, add_special_tokens=False)
+            self.encodings.update(zip(pieces, encodings))
+            self.known.add(pieces, [encoding.ids for encoding in encodings])
+            return
+        added = tokenizer.added
+        own = [piece for piece in pieces if piece in added]
+        self.known.add(own, [[added[piece]] for piece in own])
+        words = [piece for piece in pieces if PLAIN_WORD.fullmatch(piece)]
+        others = [piece for piece in pieces if not PLAIN_WORD.fullmatch(piece) and piece not in added]
+        groups = [words[i : i + JOINED_CHUNKS] for i in range(0, len(words), JOINED_CHUNKS)]
+        for group, ids in zip(groups, self.encode_fast(["".join(group) for group in groups])):
+            found = split_by_lengths(group, np.array(ids, dtype=np.int64), tokenizer.lengths())
+            if found is None:
+                others.extend(group)
+            else:
+                self.known.add(group, found)
+        separator, number = next(iter(added.items()))
+        groups = [others[i : i + JOINED_CHUNKS] for i in range(0, len(others), JOINED_CHUNKS)]
+        for group, ids in zip(groups, self.encode_fast([separator.join(group) for group in groups])):
+            ends = [i for i, token in enumerate(ids) if token == number] + [len(ids)]
+            begins = [0] + [end + 1 for end in ends[:-1]]
+            found = [ids[b:e] for b, e in zip(begins, ends)]
+            if len(found) != len(group):  # the separator was not taken as one
+                found = [self.rust.encode(p, add_special_tokens=False).ids for p in group]
+            self.known.add(group, found)
+
+    def encode_fast(self, texts):
+        encodings = self.rust.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def compare(self, tokenizer, texts):
+        """Gives up cutting, for good, if it changed the ids of one of the first texts."""
         sample = texts[: max(COMPARED_TEXTS - tokenizer.compared, 0)]
         tokenizer.compared += len(sample)
         whole = self.rust.encode_batch(sample, add_special_tokens=False)
-        if any(encoding.ids != self.ids(text) for text, encoding in zip(sample, whole)):
+        want = list(chain.from_iterable([encoding.ids for encoding in whole]))
+        lengths = [end - begin for begin, end in zip(self.text_borders, self.text_borders[1:])]
+        same = lengths[: len(sample)] == [len(encoding.ids) for encoding in whole]
+        if not same or self.tokens(len(want)).tolist() != want:
             tokenizer.cut = None
-            self.cuts = {text: [text] for text in texts}
 
-    def learn(self, added, chunks):
-        """Encodes chunks, many in one text: an added token between two keeps them apart, and a call each would cost more
-        than the encoding."""
-        separator, number = next(iter(added.items()))
-        self.known.update((chunk, [added[chunk]]) for chunk in chunks if chunk in added)
-        chunks = [chunk for chunk in chunks if chunk not in added]
-        groups = [chunks[i : i + JOINED_CHUNKS] for i in range(0, len(chunks), JOINED_CHUNKS)]
-        texts = [separator.join(group) for group in groups]
-        for group, encoding in zip(groups, self.rust.encode_batch_fast(texts, add_special_tokens=False)):
-            ids = encoding.ids
-            ends = [i for i, token in enumerate(ids) if token == number] + [len(ids)]
-            begins = [0] + [end + 1 for end in ends[:-1]]
-            if len(ends) == len(group):  # else the separator was not taken as one: nothing is learned, nothing equal
-                self.known.update((c, ids[b:e]) for c, b, e in zip(group, begins, ends))
-            else:
-                self.known.update((c, self.rust.encode(c, add_special_tokens=False).ids) for c in group)
+    def tokens(self, count):
+        """The first `count` tokens of all texts."""
+        starts = self.known.starts[self.numbers]
+        before = np.array(self.before[:-1], dtype=np.int64)
+        places = np.repeat(starts - before, self.lengths)[:count]
+        return self.known.flat[places + np.arange(len(places))]
 
-    def ids(self, text):
-        return list(chain.from_iterable([self.known[piece] for piece in self.cuts[text]]))
+    def learned_ranges(self, examples):
+        """([begin, end) in the tokens of all texts, how many tokens straddle); the texts begin with the examples'."""
+        ranges, straddling, prompt = [], 0, len(examples)
+        for k, example in enumerate(examples):
+            begin, end = self.text_borders[k], self.text_borders[k + 1]
+            if example.prompt is not None:
+                # Both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
+                begin += self.text_borders[prompt + 1] - self.text_borders[prompt]
+                prompt += 1
+                if begin < end:
+                    ranges.append((begin, end))
+            elif example.spans == [(0, len(example.text))]:
+                ranges.append((begin, end))
+            elif example.spans:
+                ends = list(accumulate(map(len, self.cuts[k])))
+                for first, last in example.spans:
+                    begin_before, begin_until = self.place(first, k, ends)
+                    end_before, end_until = self.place(last, k, ends)
+                    straddling += begin_until - begin_before + end_until - end_before
+                    if begin_until < end_before:
+                        ranges.append((begin_until, end_before))
+        return ranges, straddling
 
-    def append(self, example, ids, ranges):
-        """Appends the example's ids and the ranges of them that are learned; returns the straddling tokens."""
-        pieces = self.cuts[example.text]
-        found = [self.known[piece] for piece in pieces]
-        begin, straddling = len(ids), 0
-        ids.extend(chain.from_iterable(found))
-        if example.prompt is not None:
-            # Both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
-            begin += len(self.ids(example.prompt))
-            if begin < len(ids):
-                ranges.append((begin, len(ids)))
-        elif example.spans == [(0, len(example.text))]:
-            ranges.append((begin, len(ids)))
-        elif example.spans:
-            ends = list(accumulate(map(len, pieces)))
-            counts = list(accumulate(map(len, found), initial=begin))
-            for first, last in example.spans:
-                begin_before, begin_until = self.place(first, pieces, ends, counts)
-                end_before, end_until = self.place(last, pieces, ends, counts)
-                straddling += begin_until - begin_before + end_until - end_before
-                if begin_until < end_before:
-                    ranges.append((begin_until, end_before))
-        return straddling
-
-    def place(self, border, pieces, ends, counts):
-        """As `tokens_around`, in the whole text; `ends[k]` is the end of piece k, `counts[k]` the tokens before it."""
-        k = bisect_right(ends, border)
-        begin = ends[k - 1] if k else 0
+    def place(self, border, k, ends):
+        """As `tokens_around`, for a character of text k whose pieces end at the characters `ends`."""
+        i = bisect_right(ends, border)
+        tokens = self.before[self.first_pieces[k] + i]
+        begin = ends[i - 1] if i else 0
         if begin == border:
-            return counts[k], counts[k]
-        piece = pieces[k]
+            return tokens, tokens
+        piece = self.cuts[k][i]
         if piece not in self.encodings:
             self.encodings[piece] = self.rust.encode(piece, add_special_tokens=False)
         before, until = tokens_around(self.encodings[piece], border - begin)
-        return counts[k] + before, counts[k] + until
+        return tokens + before, tokens + until
+
+
+def split_by_lengths(words, ids, lengths):
+    """The ids of each word of a text, from the bytes that its tokens stand for; None where they do not end with the words."""
+    ends = np.cumsum([len(word.encode("utf-8")) for word in words])
+    tokens_end = np.cumsum(lengths[ids])
+    last = np.searchsorted(tokens_end, ends)
+    if not len(ids) or last[-1] != len(ids) - 1 or (tokens_end[last] != ends).any():
+        return None
+    return [part.tolist() for part in np.split(ids, last[:-1] + 1)]
 
 
 def tokens_around(encoding, border):
@@ -303,6 +391,7 @@ GPT2_CHUNKS = re.compile(
     f" ?{WORD}+|{SPACE}+(?= {NO_DIGIT})|{SPACE}+(?={SPACE}{NO_DIGIT})|{SPACE}(?={NO_DIGIT})|{SPACE}+{WORD}*"
 )
 BREAKS = rf"(?:(?<=[^A-Za-z0-9]){SPACE}*[\r\n]+)?"
+PLAIN_WORD = re.compile(f" {WORD}+")  # a chunk of both, wherever it stands behind a word
 LLAMA3_CHUNKS = re.compile(
     rf" ?{WORD}+{BREAKS}|{SPACE}*[\r\n]+|{SPACE}+(?= {WORD})|{SPACE}+{WORD}*{BREAKS}"
 )
