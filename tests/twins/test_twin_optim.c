@@ -160,18 +160,18 @@ static void update_of(const tw_backend *b, qs_optim_kind kind, int64_t count, in
     }
     for (int step = 1; step <= STEPS; step++) {
         const qs_update_args args = {.kind = kind,
-                                    .lr = 2e-4 * step,
-                                    .beta1 = 0.9,
-                                    .beta2 = 0.999,
-                                    .eps = 1e-8,
-                                    .weight_decay = weight_decay,
-                                    .grad_scale = step == 2 ? 0.37 : 1.0,
-                                    .bias_correction1 = 1.0 - pow(0.9, step),
-                                    .bias_correction2 = 1.0 - pow(0.999, step)};
+                                     .lr = 2e-4 * step,
+                                     .beta1 = 0.9,
+                                     .beta2 = 0.999,
+                                     .eps = 1e-8,
+                                     .weight_decay = weight_decay,
+                                     .grad_scale = step == 2 ? 0.37 : 1.0,
+                                     .bias_correction1 = 1.0 - pow(0.9, step),
+                                     .bias_correction2 = 1.0 - pow(0.999, step)};
         ok(b, b->ops->update(b->queue, &args, count, device[GRAD] + shift, device[MASTER] + shift,
-                            device[M] + shift, device[V] + shift));
+                             device[M] + shift, device[V] + shift));
         ok(b, qs_ops_cpu()->update(b->cpu_queue, &args, count, host[GRAD] + shift,
-                                  host[MASTER] + shift, host[M] + shift, host[V] + shift));
+                                   host[MASTER] + shift, host[M] + shift, host[V] + shift));
     }
     const char *const names[ARRAYS] = {"gradient", "master", "m", "v"};
     for (int a = 0; a < ARRAYS; a++) {
