@@ -73,13 +73,13 @@ ParameterizedTest(adamw_case *c, adamw, follows_the_paper_over_steps)
     for (int step = 1; step <= 5; step++) {
         float *grad = fx_random(c->count, 10 + (uint64_t)step);
         qs_update_args a = {.lr = 1e-2,
-                           .beta1 = 0.9,
-                           .beta2 = 0.999,
-                           .eps = 1e-8,
-                           .weight_decay = c->weight_decay,
-                           .grad_scale = c->grad_scale,
-                           .bias_correction1 = 1.0 - pow(0.9, step),
-                           .bias_correction2 = 1.0 - pow(0.999, step)};
+                            .beta1 = 0.9,
+                            .beta2 = 0.999,
+                            .eps = 1e-8,
+                            .weight_decay = c->weight_decay,
+                            .grad_scale = c->grad_scale,
+                            .bias_correction1 = 1.0 - pow(0.9, step),
+                            .bias_correction2 = 1.0 - pow(0.999, step)};
         cr_assert_eq(qs_ops_cpu()->update(queue, &a, c->count, grad, p, m, v), QS_OK);
         for (int64_t i = 0; i < c->count; i++) {
             double g = (double)grad[i] * c->grad_scale;

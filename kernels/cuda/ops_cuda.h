@@ -140,7 +140,7 @@ qs_status qs_cuda_head_finish(qs_queue *q, qs_head_state *state, float scale, fl
 qs_status qs_cuda_square_sums(qs_queue *q, const float *x, int64_t chunks, double *out);
 qs_status qs_cuda_accumulate(qs_queue *q, float *x, const float *y, int64_t count);
 qs_status qs_cuda_update(qs_queue *q, const qs_update_args *args, int64_t count, const float *grad,
-                        float *master, float *m, float *v);
+                         float *master, float *m, float *v);
 qs_status qs_cuda_nf4_quantize_blocks(qs_queue *q, const void *x, qs_dtype dtype, int64_t count,
                                       uint8_t *packed, float *absmax, int64_t *zero_blocks);
 qs_status qs_cuda_nf4_quantize_absmax(qs_queue *q, const float *absmax, int64_t n_blocks,

@@ -149,9 +149,9 @@ extern "C" qs_status qs_cuda_accumulate(qs_queue *q, float *x, const float *y, i
 extern "C" qs_status qs_cuda_update(qs_queue *q, const qs_update_args *args, int64_t count,
                                     const float *grad, float *master, float *m, float *v)
 {
-    const qs_update_rule rule = qs_update_rule_make(
-        args->lr, args->beta1, args->beta2, args->eps, args->weight_decay, args->grad_scale,
-        args->bias_correction1, args->bias_correction2);
+    const qs_update_rule rule =
+        qs_update_rule_make(args->lr, args->beta1, args->beta2, args->eps, args->weight_decay,
+                            args->grad_scale, args->bias_correction1, args->bias_correction2);
     switch (args->kind) {
     case QS_OPTIM_ADAMW:
         return update<QS_OPTIM_ADAMW>(q, rule, count, grad, master, m, v);

@@ -70,8 +70,8 @@ static bool cannot_serve(int local_nranks, bool allow_shared, char *why, size_t 
     return false;
 }
 
-/* NCCL takes two ranks with one host and one card for a mistake. Where that is wanted each rank is a
- * host of its own; a value that is set already is the user's. */
+/* NCCL takes two ranks with one host and one card for a mistake. Where that is wanted each rank is
+ * a host of its own; a value that is set already is the user's. */
 static void stand_apart(int local_rank)
 {
     char host[256] = "", id[300];

@@ -22,7 +22,8 @@ typedef struct {
     char base_sha256[65];    /* hashes_sha256 of base.h5 */
     char data_content[33];
     int64_t tokens_seen;
-    char device[192]; /* what computed: qs_device_description; "" in checkpoints before it was kept */
+    char device[192]; /* what computed: qs_device_description; "" in checkpoints before it was kept
+                       */
 } qs_ckpt_meta;
 
 /** Save. Collective. On QS_ERR_IO_FULL nothing has changed and

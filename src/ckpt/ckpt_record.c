@@ -34,11 +34,10 @@ static json_t *lora_object(const qs_lora_layout *layout)
 
 char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout)
 {
-    json_t *root =
-        json_pack("{s:s, s:s, s:s, s:I, s:s, s:o}", "config", meta->config_yaml, "base_sha256",
-                  meta->base_sha256, "data_xxh3", meta->data_content, "tokens_seen",
-                  (json_int_t)meta->tokens_seen, "device", meta->device, "lora",
-                  lora_object(layout));
+    json_t *root = json_pack("{s:s, s:s, s:s, s:I, s:s, s:o}", "config", meta->config_yaml,
+                             "base_sha256", meta->base_sha256, "data_xxh3", meta->data_content,
+                             "tokens_seen", (json_int_t)meta->tokens_seen, "device", meta->device,
+                             "lora", lora_object(layout));
     char *text = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     return text;

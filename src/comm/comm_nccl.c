@@ -158,8 +158,8 @@ static qs_status check(comm_nccl *c)
  */
 static void abort_nccl(comm_nccl *c);
 
-/* After the first failure NCCL's kernels may spin for ever, and whatever frees memory would wait for
- * them: they are ended here, not when the communicator is destroyed, which comes last. */
+/* After the first failure NCCL's kernels may spin for ever, and whatever frees memory would wait
+ * for them: they are ended here, not when the communicator is destroyed, which comes last. */
 static qs_status give_up_if_failed(comm_nccl *c, qs_status st)
 {
     if (note(c, st) != QS_OK && c->nccl != NULL) {

@@ -50,7 +50,7 @@ typedef struct {
         char init[QS_PATH_MAX]; /* PEFT directory to continue from, or "" */
     } lora;
     struct {
-        int name; /* qs_optimizer */
+        int name;                                         /* qs_optimizer */
         double lr, beta1, beta2, eps, weight_decay, clip; /* clip 0: off */
         int schedule;                                     /* qs_schedule */
         double warmup; /* < 1: fraction of the steps, else steps */

@@ -201,8 +201,9 @@ const qs_key qs_keys[] = {
      .offset = AT(optim.name),
      .preset = "adamw",
      .names = {"adamw", "adam", "sgd", "adadelta"},
-     .meaning = "optimizer; adam, sgd and adadelta add weight_decay to the gradient, rho of adadelta is "
-                "the first of betas"},
+     .meaning =
+         "optimizer; adam, sgd and adadelta add weight_decay to the gradient, rho of adadelta is "
+         "the first of betas"},
     {.name = "optim.lr",
      .type = QS_KEY_F64,
      .offset = AT(optim.lr),

@@ -109,7 +109,8 @@ qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *devi
     if (total_bytes > 0 && needed + beside > free_bytes) {
         return QS_FAIL(
             QS_ERR_MEMORY,
-            "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of %zu "
+            "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of "
+            "%zu "
             "are free: lower train.micro_batch or train.gather_group, set train.recompute: full or "
             "memory.offload: [activations, weights, embedding], or use more ranks",
             qs_device_name(device), needed, beside, free_bytes, total_bytes);

@@ -173,8 +173,7 @@ static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
         .step = r->step, .config_yaml = config_yaml, .tokens_seen = r->tokens_seen};
     snprintf(meta.run_id, sizeof meta.run_id, "%s", r->run_dir.run_id);
     snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
-    snprintf(meta.device, sizeof meta.device, "%s",
-             qs_device_description(r->session.device));
+    snprintf(meta.device, sizeof meta.device, "%s", qs_device_description(r->session.device));
     snprintf(meta.data_content, sizeof meta.data_content, "%s", r->train_data->content);
     return meta;
 }
@@ -209,9 +208,10 @@ static qs_status resume_or_init(run *r)
     r->tokens_seen = loaded.tokens_seen;
     qs_log_info("%s: resuming after step %" PRId64, r->cfg->output, r->step);
     if (loaded.device[0] != '\0' && strcmp(loaded.device, expect.device) != 0) {
-        qs_log_warn("%s: the checkpoint was computed by: %s; now: %s. The run goes on, but not with "
-                    "the bits of an undisturbed one",
-                    r->cfg->output, loaded.device, expect.device);
+        qs_log_warn(
+            "%s: the checkpoint was computed by: %s; now: %s. The run goes on, but not with "
+            "the bits of an undisturbed one",
+            r->cfg->output, loaded.device, expect.device);
     }
 done:
     free(yaml);
