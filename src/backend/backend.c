@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "backend/plugin.h"
@@ -52,19 +53,65 @@ int qs_backend_cuda_devices(void)
     return found.devices;
 }
 
-/* One line on why the GPUs cannot serve this host's ranks; false if they can. */
-static bool cannot_serve(int local_nranks, bool allow_shared, char *why, size_t capacity)
+/* ---- who has which card ---- */
+
+/* The card that a rank would take. */
+typedef struct {
+    uint8_t id[16];
+    int32_t present, number; /* of GPUs that the rank sees; which of them */
+} card;
+
+typedef struct {
+    card mine;
+    int sharing;     /* ranks that would take this one's card, itself included */
+    bool any_shared; /* on any rank */
+} cards;
+
+/* All ranks tell each other which card they would take. */
+static qs_status compare_cards(cards *out, qs_comm *host)
 {
-    if (found.devices == 0) {
+    const int nranks = qs_comm_nranks(host);
+    qs_status st = QS_OK;
+    *out = (cards){.mine.present = found.devices};
+    if (found.devices > 0) {
+        out->mine.number = qs_comm_local_rank(host) % found.devices;
+        st = found.plugin->card_id(out->mine.number, out->mine.id);
+    }
+    card *all = calloc((size_t)nranks, sizeof *all);
+    if (st == QS_OK && all == NULL) {
+        st = QS_FAIL(QS_ERR_MEMORY, "memory: the list of GPUs cannot be allocated");
+    }
+    st = qs_comm_agree(host, st);
+    if (st == QS_OK) {
+        st = qs_comm_all_gather_now(host, &out->mine, all, sizeof *all);
+    }
+    for (int r = 0; st == QS_OK && r < nranks; r++) {
+        for (int other = 0; other < nranks; other++) {
+            const bool same = all[r].present > 0 && all[other].present > 0 &&
+                              memcmp(all[r].id, all[other].id, sizeof all[r].id) == 0;
+            out->any_shared = out->any_shared || (same && r != other);
+            out->sharing += same && r == qs_comm_rank(host);
+        }
+    }
+    free(all);
+    return st;
+}
+
+/* One line on why this rank cannot have a GPU; false if it can. */
+static bool cannot_serve(const cards *c, const qs_comm *host, bool allow_shared, char *why,
+                         size_t capacity)
+{
+    if (c->mine.present == 0) {
         snprintf(why, capacity, "%s", found.why);
         return true;
     }
-    if (found.devices < local_nranks && !allow_shared) {
-        snprintf(why, capacity,
-                 "%d ranks on this host see %d GPU%s: start as many ranks as GPUs, or let the job "
-                 "see more (CUDA_VISIBLE_DEVICES, the scheduler's --gpus); --allow-shared-device "
-                 "lets ranks share one, which is slow",
-                 local_nranks, found.devices, found.devices == 1 ? "" : "s");
+    if (c->any_shared && !allow_shared) {
+        snprintf(
+            why, capacity,
+            "%d ranks on this host see %d GPU%s, and ranks would share one: start as many ranks "
+            "as GPUs, or let the job see more (CUDA_VISIBLE_DEVICES, the scheduler's "
+            "--gpus-per-task); --allow-shared-device lets ranks share one, which is slow",
+            qs_comm_local_nranks(host), c->mine.present, c->mine.present == 1 ? "" : "s");
         return true;
     }
     return false;
@@ -80,28 +127,36 @@ static void stand_apart(int local_rank)
     (void)setenv("NCCL_HOSTID", id, 0);
 }
 
-static qs_status open_cuda(qs_backend *out, int local_rank, int local_nranks)
+/* ---- open, close ---- */
+
+qs_status qs_backend_open_gpu(qs_backend *out, int index)
 {
-    if (found.devices < local_nranks) {
-        stand_apart(local_rank);
+    *out = (qs_backend){.device = qs_device_cpu(), .ops = qs_ops_cpu()};
+    find_once();
+    if (index >= found.devices) {
+        return QS_FAIL(QS_ERR_ENVIRONMENT, "GPU %d: there are %d", index, found.devices);
     }
-    QS_TRY(found.plugin->device_open(&out->device, local_rank % found.devices));
+    QS_TRY(found.plugin->device_open(&out->device, index));
     out->ops = found.plugin->ops();
     out->plugin = found.plugin;
     return QS_OK;
 }
 
-qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, int local_rank, int local_nranks,
-                          bool allow_shared)
+qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, bool allow_shared)
 {
     char why[1024] = "";
+    cards taken;
     *out = (qs_backend){.device = qs_device_cpu(), .ops = qs_ops_cpu()};
     if (kind == QS_DEVICE_CPU) {
         return QS_OK;
     }
     find_once();
-    if (!cannot_serve(local_nranks, allow_shared, why, sizeof why)) {
-        return open_cuda(out, local_rank, local_nranks);
+    QS_TRY(compare_cards(&taken, host));
+    if (!cannot_serve(&taken, host, allow_shared, why, sizeof why)) {
+        if (taken.sharing > 1) {
+            stand_apart(qs_comm_local_rank(host));
+        }
+        return qs_backend_open_gpu(out, taken.mine.number);
     }
     if (kind == QS_DEVICE_CUDA) {
         return QS_FAIL(QS_ERR_ENVIRONMENT,

@@ -16,13 +16,17 @@ typedef struct {
     const struct qs_plugin *plugin; /* NULL: the CPU */
 } qs_backend;
 
-/** Open the device for rank `local_rank` of the `local_nranks` on this host. `kind` is the
- * configuration's: QS_DEVICE_AUTO takes a GPU where there is one with room for every local rank,
- * and says in the log why not otherwise; QS_DEVICE_CUDA insists. One GPU for each rank, unless
- * `allow_shared`. Not collective, but the ranks of a host decide alike; hosts may differ, so agree
- * on qs_device_name afterwards. \return QS_ERR_ENVIRONMENT with what is missing. */
-qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, int local_rank, int local_nranks,
-                          bool allow_shared);
+/** Open the device of this rank. `kind` is the configuration's: QS_DEVICE_AUTO takes GPUs where
+ * every rank has one of its own, and says in the log why not otherwise; QS_DEVICE_CUDA insists. A
+ * rank takes the GPU of its number on the host, among those that it sees: all of the host's under
+ * mpirun, its own alone where a scheduler gives each task one (--gpus-per-task). Whether two ranks
+ * have taken the same card is seen by the cards' ids; that is refused, unless `allow_shared`.
+ * Collective over `host`; hosts without a GPU beside others with one are the caller's to refuse.
+ * \return QS_ERR_ENVIRONMENT with what is missing, on some ranks or on all. */
+qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, bool allow_shared);
+
+/** Open GPU `index` of those that this process can use, alone. Not collective. */
+qs_status qs_backend_open_gpu(qs_backend *out, int index);
 
 /** Close the device: its buffers and queues are gone. A zeroed backend is fine. */
 void qs_backend_close(qs_backend *backend);

@@ -15,7 +15,7 @@
 struct qs_comm;
 
 /** Changes whenever a struct or a call that crosses the border does. */
-#define QS_PLUGIN_ABI "qshard-plugin-1"
+#define QS_PLUGIN_ABI "qshard-plugin-2"
 
 typedef struct qs_plugin {
     const char *abi;  /* QS_PLUGIN_ABI: the first member, checked before anything else is read */
@@ -27,6 +27,10 @@ typedef struct qs_plugin {
     /** Look whether this machine can run it. Returns the number of devices that can, 0 if none;
      * then `why` is one line that says why and what to do. Makes no context on a device. */
     int (*probe)(char *why, size_t capacity);
+
+    /** 16 bytes that no other card in the world has, for device `index` of those that can be used.
+     */
+    qs_status (*card_id)(int index, uint8_t id[16]);
 
     /** Open device `index` of those that the process sees; qs_device_close closes it. */
     qs_status (*device_open)(qs_device **out, int index);

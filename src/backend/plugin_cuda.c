@@ -35,6 +35,7 @@ const qs_plugin *qs_plugin_get(void)
         .name = "cuda",
         .description = description,
         .probe = qs_device_cuda_probe,
+        .card_id = qs_device_cuda_card_id,
         .device_open = device_open,
         .ops = qs_ops_cuda,
         .comm_create = qs_comm_nccl_create,

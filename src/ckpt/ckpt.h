@@ -46,6 +46,10 @@ qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *ex
  * 0 only; never below 2 while newer ones do not verify. */
 qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_every);
 
+/** The hash (hashes_sha256) of the base that the checkpoint in `step_dir` was trained on. Not
+ * collective. */
+qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65]);
+
 /** Read the whole LoRA vector of a checkpoint directory (step-N) without a communicator: for
  * export, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees
  * *vector with qs_mem_free. */

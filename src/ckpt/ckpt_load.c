@@ -242,6 +242,20 @@ qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *ex
     return qs_comm_agree(comm, load_here(run_dir, step, expect, layout, optim, meta_out, comm));
 }
 
+qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65])
+{
+    qs_manifest manifest;
+    qs_ckpt_record record;
+    QS_TRY(qs_manifest_read(step_dir, &manifest));
+    qs_status st = qs_ckpt_record_parse(&record, manifest.meta_json, step_dir);
+    if (st == QS_OK) {
+        snprintf(out, 65, "%s", record.base_sha256);
+        qs_ckpt_record_free(&record);
+    }
+    qs_manifest_free(&manifest);
+    return st;
+}
+
 qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout *layout,
                             float **vector)
 {

@@ -129,7 +129,7 @@ static void look_at_gpus(void)
     for (int i = 0; i < qs_backend_cuda_devices(); i++) {
         qs_backend backend;
         size_t free_bytes = 0, total_bytes = 0;
-        if (qs_backend_open(&backend, QS_DEVICE_CUDA, i, i + 1, false) != QS_OK) {
+        if (qs_backend_open_gpu(&backend, i) != QS_OK) {
             line(BROKEN, "GPU", "nvidia-smi shows what it does", "%d: %s", i, qs_error_text());
             qs_error_clear();
             continue;

@@ -5,7 +5,7 @@
 
 #include "base/cores.h"
 #include "base/mem.h"
-#include "ckpt/ckpt_impl.h"
+#include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
 #include "merge/merge.h"
 
@@ -67,21 +67,6 @@ static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_m
     return args->shard_size != NULL ? parse_size(args->shard_size, &out->shard_bytes) : QS_OK;
 }
 
-/* The hash of the base that the checkpoint was trained on. */
-static qs_status read_base_hash(const char *step_dir, char out[65])
-{
-    qs_manifest m;
-    qs_ckpt_record record;
-    QS_TRY(qs_manifest_read(step_dir, &m));
-    qs_status st = qs_ckpt_record_parse(&record, m.meta_json, step_dir);
-    if (st == QS_OK) {
-        snprintf(out, 65, "%s", record.base_sha256);
-        qs_ckpt_record_free(&record);
-    }
-    qs_manifest_free(&m);
-    return st;
-}
-
 static qs_status merge_checkpoint(qs_merge_options *o, const char *path, qs_merge_report *report)
 {
     char step_dir[PATH_ROOM], base_sha256[65];
@@ -89,7 +74,7 @@ static qs_status merge_checkpoint(qs_merge_options *o, const char *path, qs_merg
     qs_lora_layout layout;
     float *vector = NULL;
     QS_TRY(qs_cli_find_step(path, step_dir, sizeof step_dir));
-    QS_TRY(read_base_hash(step_dir, base_sha256));
+    QS_TRY(qs_ckpt_read_base_hash(step_dir, base_sha256));
     QS_TRY(qs_ckpt_read_lora(step_dir, &config, &layout, &vector));
     o->adapter = step_dir;
     o->vector = vector;

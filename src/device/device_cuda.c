@@ -205,6 +205,18 @@ static int number_of(int wanted)
     return -1;
 }
 
+qs_status qs_device_cuda_card_id(int index, uint8_t id[QS_CARD_ID_BYTES])
+{
+    struct cudaDeviceProp properties;
+    const int number = number_of(index);
+    if (number < 0) {
+        return QS_FAIL(QS_ERR_ENVIRONMENT, "GPU %d was asked for, but there are fewer", index);
+    }
+    QS_TRY(QS_CUDA(cudaGetDeviceProperties(&properties, number)));
+    memcpy(id, properties.uuid.bytes, QS_CARD_ID_BYTES);
+    return QS_OK;
+}
+
 static qs_status describe(cuda_device *device)
 {
     struct cudaDeviceProp properties;

@@ -15,6 +15,12 @@
  * `why`. No context is made. */
 int qs_device_cuda_probe(char *why, size_t capacity);
 
+enum { QS_CARD_ID_BYTES = 16 };
+
+/** What tells GPU `index` of those that can be used from every other card there is (NVIDIA's UUID),
+ * whatever number a process sees it under. No context is made. */
+qs_status qs_device_cuda_card_id(int index, uint8_t id[QS_CARD_ID_BYTES]);
+
 /** Open GPU `index` of those that can be used. */
 qs_status qs_device_cuda_open(qs_device **out, int index);
 

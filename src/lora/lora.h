@@ -38,6 +38,11 @@ qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, co
 qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int64_t *out_features,
                                    const int64_t *in_features, const qs_config *cfg);
 
+/** Check that a layout that came with an adapter is one for `model`; `adapter` and `base` are their
+ * paths, for the message. \return QS_ERR_INPUT_TENSOR. */
+qs_status qs_lora_layout_check(const qs_lora_layout *layout, const qs_hf_config *model,
+                               const char *adapter, const char *base);
+
 /** Weights in all: n_layers * used. */
 int64_t qs_lora_count(const qs_lora_layout *layout);
 

@@ -101,3 +101,25 @@ void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, 
     snprintf(out, capacity, "base_model.model.model.layers.%d.%s.lora_%c.weight", layer,
              qs_linear_path(linear), which);
 }
+
+qs_status qs_lora_layout_check(const qs_lora_layout *layout, const qs_hf_config *model,
+                               const char *adapter, const char *base)
+{
+    if (layout->n_layers != model->n_layers) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                       "%s: has adapters for %d layers, but %s has %d; it belongs to another model",
+                       adapter, layout->n_layers, base, model->n_layers);
+    }
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        int64_t out = 0, in = 0;
+        qs_linear_shape(model, (qs_linear)i, &out, &in);
+        if (layout->out[i] != out || layout->in[i] != in) {
+            return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                           "%s: %s is [%lld, %lld], but in %s [%lld, %lld]; it belongs to another "
+                           "model",
+                           adapter, qs_linear_path((qs_linear)i), (long long)layout->out[i],
+                           (long long)layout->in[i], base, (long long)out, (long long)in);
+        }
+    }
+    return QS_OK;
+}

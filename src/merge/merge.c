@@ -50,28 +50,6 @@ static qs_status open_base(qs_merge_job *job)
                                   job->options->base, strerror(errno));
 }
 
-/* A checkpoint's layout was made for some model; it must be this one. */
-static qs_status check_layout(const qs_merge_options *o, const qs_hf_config *model)
-{
-    if (o->layout->n_layers != model->n_layers) {
-        return QS_FAIL(QS_ERR_INPUT_TENSOR,
-                       "%s: has adapters for %d layers, but %s has %d; it belongs to another model",
-                       o->adapter, o->layout->n_layers, o->base, model->n_layers);
-    }
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        int64_t out, in;
-        qs_linear_shape(model, (qs_linear)i, &out, &in);
-        if (o->layout->out[i] != out || o->layout->in[i] != in) {
-            return QS_FAIL(QS_ERR_INPUT_TENSOR,
-                           "%s: %s is [%lld, %lld], but in %s [%lld, %lld]; it belongs to another "
-                           "model",
-                           o->adapter, qs_linear_path((qs_linear)i), (long long)o->layout->out[i],
-                           (long long)o->layout->in[i], o->base, (long long)out, (long long)in);
-        }
-    }
-    return QS_OK;
-}
-
 static qs_status open_adapter(qs_merge_job *job)
 {
     const qs_merge_options *o = job->options;
@@ -83,7 +61,7 @@ static qs_status open_adapter(qs_merge_job *job)
         return qs_peft_open(&job->peft, o->adapter, &job->layout);
     }
     job->layout = *o->layout;
-    QS_TRY(check_layout(o, &job->index->config));
+    QS_TRY(qs_lora_layout_check(&job->layout, &job->index->config, o->adapter, o->base));
     if (strcmp(o->base_sha256, job->index->hashes_sha256) != 0) {
         return QS_FAIL(QS_ERR_INPUT_HASH,
                        "%s: was trained on a base with hash %.12s..., %s has %.12s...; give the "

@@ -30,10 +30,8 @@ static qs_status open_device(qs_session *s)
 {
     const qs_config *config = &s->config;
     int threads = 1;
-    QS_TRY(qs_comm_agree(s->comm,
-                         qs_backend_open(&s->backend, (qs_device_kind)config->device,
-                                         qs_comm_local_rank(s->comm), qs_comm_local_nranks(s->comm),
-                                         config->allow_shared_device)));
+    QS_TRY(qs_comm_agree(s->comm, qs_backend_open(&s->backend, (qs_device_kind)config->device,
+                                                  s->comm, config->allow_shared_device)));
     s->device = s->backend.device;
     s->ops = s->backend.ops;
     QS_TRY(check_same_device(s));
@@ -83,32 +81,6 @@ done:
     return st;
 }
 
-/* The adapter's shapes are those of the model that it was trained on: they must be this model's,
- * too. */
-static qs_status check_fit(const qs_session *s, const char *path)
-{
-    const qs_hf_config *model = &s->index->config;
-    if (s->layout.n_layers != model->n_layers) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: adapter of %d layers, but %s has %d; give the base "
-                       "that it was trained on",
-                       path, s->layout.n_layers, s->index->path, model->n_layers);
-    }
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        int64_t out = 0, in = 0;
-        qs_linear_shape(model, (qs_linear)i, &out, &in);
-        if (s->layout.targeted[i] && (s->layout.out[i] != out || s->layout.in[i] != in)) {
-            return QS_FAIL(QS_ERR_INPUT_VALUE,
-                           "%s: adapter of a %s of [%lld, %lld], but %s has [%lld, %lld]; give the "
-                           "base that it was trained on",
-                           path, qs_linear_path((qs_linear)i), (long long)s->layout.out[i],
-                           (long long)s->layout.in[i], s->index->path, (long long)out,
-                           (long long)in);
-        }
-    }
-    return QS_OK;
-}
-
 /* A checkpoint carries the configuration that it was trained with; only the adapter's part is
  * taken. */
 static qs_status read_checkpoint(qs_session *s, const char *step_dir)
@@ -116,7 +88,7 @@ static qs_status read_checkpoint(qs_session *s, const char *step_dir)
     qs_config trained;
     QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter));
     s->config.lora = trained.lora;
-    return check_fit(s, step_dir);
+    return qs_lora_layout_check(&s->layout, &s->index->config, step_dir, s->index->path);
 }
 
 static bool has_file(const char *dir, const char *name)

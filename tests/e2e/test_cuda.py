@@ -2,6 +2,7 @@
 and communicator run on the CPU (tests/emulator), so what is shown here is what the program computes, never how fast."""
 import os
 import re
+import subprocess
 import unittest
 
 import numpy as np
@@ -78,6 +79,18 @@ class Training(unittest.TestCase):
         for ranks in (1, 2, 3):
             with self.subTest(ranks=ranks):
                 self.same_as_reference(f"ranks-{ranks}", ranks=ranks)
+
+    def test_a_gpu_for_each_task_as_schedulers_give_them(self):
+        """--gpus-per-task=1: every rank sees one card, another one, and calls it number 0."""
+        output = os.path.join(self.folder, "tasks")
+        settings = support.settings(support.tiny(), output, device="cuda", **SMALL)
+        own_card = 'CUDA_VISIBLE_DEVICES=$OMPI_COMM_WORLD_RANK exec "$@"'
+        done = subprocess.run(["timeout", "240", "mpirun", "-np", "2", "sh", "-c", own_card, "task", support.QSHARD, "train",
+                               support.TINY_YAML, *settings], env=support.environment(**on_gpu()), capture_output=True,
+                              text=True, stdin=subprocess.DEVNULL)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        self.assertEqual(support.curve(output), self.curve)
+        self.assertEqual(support.adapter_digest(output), self.adapter)
 
     def test_same_bits_with_recompute_groups_and_offload(self):
         for name, how in {"selective": {"train__recompute": "selective"},

@@ -140,6 +140,18 @@ cudaError_t cudaGetDevice(int *number)
     return failed;
 }
 
+/* Which card a process means by `number`: the entry of CUDA_VISIBLE_DEVICES, as a scheduler sets it
+ * for each rank. How many it sees is QSHARD_EMULATOR_DEVICES alone. */
+static int physical_number(int number)
+{
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    for (int i = 0; visible != NULL && i < number; i++) {
+        visible = strchr(visible, ',');
+        visible = visible != NULL ? visible + 1 : NULL;
+    }
+    return visible != NULL && *visible >= '0' && *visible <= '9' ? atoi(visible) : number;
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int number)
 {
     lock guard(emu::mutex);
@@ -167,6 +179,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int number)
     prop->canMapHostMemory = 1;
     prop->concurrentKernels = 1;
     prop->pciBusID = number + 1;
+    prop->uuid.bytes[0] = (char)(1 + physical_number(number));
     prop->asyncEngineCount = 2;
     prop->unifiedAddressing = 1;
     prop->memoryBusWidth = 5120;

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "backend/backend.h"
+#include "tests/team.h"
 
 static const char *emulated_path(void)
 {
@@ -30,17 +31,45 @@ static void use_emulator(const char *devices)
     setenv("QSHARD_EMULATOR_DEVICES", devices, 1);
 }
 
+/* What two ranks of one host are to find. */
+typedef struct {
+    qs_device_kind kind;
+    bool allow_shared;
+    qs_status status;
+    const char *name; /* of the device */
+} opening;
+
+static qs_status open_body(team_member *me)
+{
+    const opening *o = me->ctx;
+    qs_backend b;
+    const qs_status st = qs_backend_open(&b, o->kind, me->comm, o->allow_shared);
+    if (st == QS_OK) {
+        TEAM_CHECK(strcmp(qs_device_name(b.device), o->name) == 0, "on %s",
+                   qs_device_name(b.device));
+        TEAM_CHECK((b.ops->act_dtype == QS_BF16) == (strcmp(o->name, "cuda") == 0), "other ops");
+    }
+    qs_backend_close(&b);
+    return st;
+}
+
+static void both_ranks(opening o, const char *text)
+{
+    team_member members[2];
+    team_run(members, 2, open_body, &o);
+    for (int r = 0; r < 2; r++) {
+        cr_assert_eq(members[r].st, o.status, "rank %d: status %d, '%s'", r, (int)members[r].st,
+                     members[r].text);
+        cr_assert(strstr(members[r].text, text) != NULL, "'%s' is not in '%s'", text,
+                  members[r].text);
+    }
+}
+
 Test(backend, every_local_rank_gets_a_gpu_of_its_own)
 {
     use_emulator("2");
-    for (int rank = 0; rank < 2; rank++) {
-        qs_backend b;
-        cr_assert_eq(qs_backend_open(&b, QS_DEVICE_CUDA, rank, 2, false), QS_OK, "%s",
-                     qs_error_text());
-        cr_assert_str_eq(qs_device_name(b.device), "cuda");
-        cr_assert_eq(b.ops->act_dtype, QS_BF16);
-        qs_backend_close(&b);
-    }
+    both_ranks((opening){QS_DEVICE_CUDA, false, QS_OK, "cuda"}, "");
+    both_ranks((opening){QS_DEVICE_AUTO, false, QS_OK, "cuda"}, "");
     cr_assert_null(qs_backend_cuda_missing());
     cr_assert_eq(qs_backend_cuda_devices(), 2);
     cr_assert(strstr(qs_backend_cuda_description(), "libqshard_emulated.so") != NULL);
@@ -49,17 +78,21 @@ Test(backend, every_local_rank_gets_a_gpu_of_its_own)
 Test(backend, more_ranks_than_gpus_is_an_error_that_names_both_numbers)
 {
     use_emulator("1");
-    qs_backend b;
-    assert_failed(qs_backend_open(&b, QS_DEVICE_CUDA, 0, 2, false), QS_ERR_ENVIRONMENT,
-                  "2 ranks on this host see 1 GPU:");
-    cr_assert(strstr(qs_error_text(), "--allow-shared-device") != NULL);
-    qs_error_clear();
-    cr_assert_eq(qs_backend_open(&b, QS_DEVICE_AUTO, 0, 2, false), QS_OK);
-    cr_assert_str_eq(qs_device_name(b.device), "cpu");
-    qs_backend_close(&b);
-    cr_assert_eq(qs_backend_open(&b, QS_DEVICE_CUDA, 1, 2, true), QS_OK, "%s", qs_error_text());
-    cr_assert_str_eq(qs_device_name(b.device), "cuda");
-    qs_backend_close(&b);
+    both_ranks((opening){QS_DEVICE_CUDA, false, QS_ERR_ENVIRONMENT, ""},
+               "2 ranks on this host see 1 GPU,");
+    both_ranks((opening){QS_DEVICE_CUDA, false, QS_ERR_ENVIRONMENT, ""}, "--allow-shared-device");
+    both_ranks((opening){QS_DEVICE_AUTO, false, QS_OK, "cpu"}, "");
+    both_ranks((opening){QS_DEVICE_CUDA, true, QS_OK, "cuda"}, "");
+}
+
+/* One rank alone. */
+static qs_status open_alone(qs_backend *b, qs_device_kind kind)
+{
+    qs_comm *host = NULL;
+    cr_assert_eq(qs_comm_self_create(&host), QS_OK);
+    const qs_status st = qs_backend_open(b, kind, host, false);
+    qs_comm_destroy(host);
+    return st;
 }
 
 typedef struct {
@@ -72,13 +105,13 @@ static void check_missing(const missing *m)
     use_emulator("1");
     setenv(m->variable, m->value, 1);
     qs_backend b;
-    cr_assert_eq(qs_backend_open(&b, QS_DEVICE_AUTO, 0, 1, false), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(open_alone(&b, QS_DEVICE_AUTO), QS_OK, "%s", qs_error_text());
     cr_assert_str_eq(qs_device_name(b.device), "cpu");
     qs_backend_close(&b);
-    assert_failed(qs_backend_open(&b, QS_DEVICE_CUDA, 0, 1, false), QS_ERR_ENVIRONMENT, m->text);
+    assert_failed(open_alone(&b, QS_DEVICE_CUDA), QS_ERR_ENVIRONMENT, m->text);
     cr_assert(strstr(qs_backend_cuda_missing(), m->text) != NULL);
     qs_backend_close(&b);
-    cr_assert_eq(qs_backend_open(&b, QS_DEVICE_CPU, 0, 1, false), QS_OK);
+    cr_assert_eq(open_alone(&b, QS_DEVICE_CPU), QS_OK);
     cr_assert_str_eq(qs_device_name(b.device), "cpu");
 }
 
@@ -114,7 +147,7 @@ Test(backend, the_cpu_talks_over_the_hosts_communicator)
     qs_backend b;
     qs_comm *host = NULL, *comm = NULL;
     cr_assert_eq(qs_comm_self_create(&host), QS_OK);
-    cr_assert_eq(qs_backend_open(&b, QS_DEVICE_CPU, 0, 1, false), QS_OK);
+    cr_assert_eq(open_alone(&b, QS_DEVICE_CPU), QS_OK);
     cr_assert_eq(qs_backend_comm(&comm, &b, host), QS_OK);
     cr_assert_eq(comm, host);
     qs_backend_comm_destroy(comm, host);

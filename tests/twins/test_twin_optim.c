@@ -11,34 +11,6 @@
 
 enum { CHUNK = 4096 };
 
-/* Runs `body(b)` on every backend. */
-static void on_backends(void (*body)(const tw_backend *b))
-{
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int count = tw_backends(backends);
-    const qs_ops_limits limits = {.threads = 2,
-                                  .tokens = 64,
-                                  .documents = 4,
-                                  .loss_rows = 8,
-                                  .widest = 64,
-                                  .n_heads = 1,
-                                  .n_kv_heads = 1,
-                                  .head_dim = 64,
-                                  .hidden = 64,
-                                  .head_rows = 64};
-    for (int i = 0; i < count; i++) {
-        tw_open(&backends[i], &limits);
-        body(&backends[i]);
-        backends[i].ops->close(backends[i].queue);
-    }
-    tw_backends_close(backends, count);
-}
-
-static void ok(const tw_backend *b, qs_status status)
-{
-    cr_assert_eq(status, QS_OK, "%s: %s", b->name, qs_error_text());
-}
-
 /* Floats from denormal to huge, so that the order of a sum shows. */
 static float *wide(int64_t count, uint64_t seed)
 {
@@ -71,7 +43,7 @@ static void square_sums_of(const tw_backend *b, int64_t chunks, int64_t shift)
     }
     float *x_device = tw_upload(b, x, (size_t)(count + shift) * sizeof *x);
     double *out = tw_upload(b, filled, (size_t)(chunks + 1) * sizeof *out);
-    ok(b, b->ops->square_sums(b->queue, x_device + shift, chunks, out));
+    tw_ok(b, b->ops->square_sums(b->queue, x_device + shift, chunks, out));
     double *got = tw_read(b, out, (size_t)(chunks + 1) * sizeof *got);
     for (int64_t c = 0; c <= chunks; c++) { /* the last is nobody's */
         cr_assert_eq(memcmp(&got[c], &want[c], sizeof *got), 0,
@@ -97,7 +69,7 @@ static void square_sums_counts(const tw_backend *b)
 
 Test(twin_optim, square_sums_add_in_element_order)
 {
-    on_backends(square_sums_counts);
+    tw_on_backends(square_sums_counts);
 }
 
 /* ---- element by element ---- */
@@ -127,8 +99,8 @@ static void accumulate_counts(const tw_backend *b)
         float *x = wide(all, 32), *y = wide(all, 33);
         float *x_device = tw_upload(b, x, (size_t)all * sizeof *x);
         float *y_device = tw_upload(b, y, (size_t)all * sizeof *y);
-        ok(b, b->ops->accumulate(b->queue, x_device + shift, y_device + shift, count));
-        ok(b, qs_ops_cpu()->accumulate(b->cpu_queue, x + shift, y + shift, count));
+        tw_ok(b, b->ops->accumulate(b->queue, x_device + shift, y_device + shift, count));
+        tw_ok(b, qs_ops_cpu()->accumulate(b->cpu_queue, x + shift, y + shift, count));
         assert_bits(b, x_device, x, all, "accumulate");
         free(x);
         free(y);
@@ -139,7 +111,7 @@ static void accumulate_counts(const tw_backend *b)
 
 Test(twin_optim, accumulate_has_the_cpus_bits)
 {
-    on_backends(accumulate_counts);
+    tw_on_backends(accumulate_counts);
 }
 
 enum { GRAD, MASTER, M, V, ARRAYS };
@@ -168,10 +140,10 @@ static void update_of(const tw_backend *b, qs_optim_kind kind, int64_t count, in
                                      .grad_scale = step == 2 ? 0.37 : 1.0,
                                      .bias_correction1 = 1.0 - pow(0.9, step),
                                      .bias_correction2 = 1.0 - pow(0.999, step)};
-        ok(b, b->ops->update(b->queue, &args, count, device[GRAD] + shift, device[MASTER] + shift,
-                             device[M] + shift, device[V] + shift));
-        ok(b, qs_ops_cpu()->update(b->cpu_queue, &args, count, host[GRAD] + shift,
-                                   host[MASTER] + shift, host[M] + shift, host[V] + shift));
+        tw_ok(b, b->ops->update(b->queue, &args, count, device[GRAD] + shift,
+                                device[MASTER] + shift, device[M] + shift, device[V] + shift));
+        tw_ok(b, qs_ops_cpu()->update(b->cpu_queue, &args, count, host[GRAD] + shift,
+                                      host[MASTER] + shift, host[M] + shift, host[V] + shift));
     }
     const char *const names[ARRAYS] = {"gradient", "master", "m", "v"};
     for (int a = 0; a < ARRAYS; a++) {
@@ -193,5 +165,5 @@ static void update_counts(const tw_backend *b)
 
 Test(twin_optim, every_update_rule_has_the_cpus_bits)
 {
-    on_backends(update_counts);
+    tw_on_backends(update_counts);
 }

@@ -11,34 +11,6 @@
 
 enum { GUARD = 16 }; /* bytes behind each output that must stay */
 
-/* Runs `body(b)` on every backend. */
-static void on_backends(void (*body)(const tw_backend *b))
-{
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int count = tw_backends(backends);
-    const qs_ops_limits limits = {.threads = 2,
-                                  .tokens = 64,
-                                  .documents = 4,
-                                  .loss_rows = 8,
-                                  .widest = 64,
-                                  .n_heads = 1,
-                                  .n_kv_heads = 1,
-                                  .head_dim = 64,
-                                  .hidden = 64,
-                                  .head_rows = 64};
-    for (int i = 0; i < count; i++) {
-        tw_open(&backends[i], &limits);
-        body(&backends[i]);
-        backends[i].ops->close(backends[i].queue);
-    }
-    tw_backends_close(backends, count);
-}
-
-static void ok(const tw_backend *b, qs_status status)
-{
-    cr_assert_eq(status, QS_OK, "%s: %s", b->name, qs_error_text());
-}
-
 /* An output of `bytes`, filled with 0xEE, its guard too. */
 static uint8_t *filled(size_t bytes)
 {
@@ -134,9 +106,9 @@ static void blocks_of(const tw_backend *b, blocks_case k)
     uint8_t *packed_device = upload_filled(b, packed_bytes + k.packed_shift);
     uint8_t *absmax_device = upload_filled(b, absmax_bytes);
     int64_t *zero_device = tw_upload(b, &(int64_t){77}, sizeof *zero_device); /* overwritten */
-    ok(b, b->ops->nf4_quantize_blocks(b->queue, (uint8_t *)raw_device + k.x_shift * size, k.dtype,
-                                      k.count, packed_device + k.packed_shift,
-                                      (float *)(void *)absmax_device, zero_device));
+    tw_ok(b, b->ops->nf4_quantize_blocks(b->queue, (uint8_t *)raw_device + k.x_shift * size,
+                                         k.dtype, k.count, packed_device + k.packed_shift,
+                                         (float *)(void *)absmax_device, zero_device));
     assert_bytes(b, packed_device, packed, packed_bytes + k.packed_shift, "packed", k.count);
     assert_bytes(b, absmax_device, absmax, absmax_bytes, "absmax", k.count);
     int64_t *got_zero = tw_read(b, zero_device, sizeof *got_zero);
@@ -171,7 +143,7 @@ static void blocks_cases(const tw_backend *b)
 
 Test(twin_quantize, first_level_has_the_cpus_bytes)
 {
-    on_backends(blocks_cases);
+    tw_on_backends(blocks_cases);
 }
 
 /* ---- second level ---- */
@@ -214,8 +186,8 @@ static void absmax_of(const tw_backend *b, int64_t n_blocks, float offset)
     memcpy(absmax32, want32, nested);
     float *x_device = tw_upload(b, x, small * sizeof *x);
     uint8_t *absmax8_device = upload_filled(b, small), *absmax32_device = upload_filled(b, nested);
-    ok(b, b->ops->nf4_quantize_absmax(b->queue, x_device, n_blocks, offset, absmax8_device,
-                                      (float *)(void *)absmax32_device));
+    tw_ok(b, b->ops->nf4_quantize_absmax(b->queue, x_device, n_blocks, offset, absmax8_device,
+                                         (float *)(void *)absmax32_device));
     assert_bytes(b, absmax8_device, absmax8, small, "absmax8", n_blocks);
     assert_bytes(b, absmax32_device, absmax32, nested, "absmax32", n_blocks);
     free(want32);
@@ -240,5 +212,5 @@ static void absmax_cases(const tw_backend *b)
 
 Test(twin_quantize, second_level_has_the_cpus_bytes)
 {
-    on_backends(absmax_cases);
+    tw_on_backends(absmax_cases);
 }

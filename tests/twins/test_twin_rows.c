@@ -18,34 +18,6 @@
 static const double FP32_SLACK = 1e-5;
 static const double ONE_ROUNDING = TW_BF16 + 1e-5;
 
-/* Runs `body(b)` on every backend. */
-static void on_backends(void (*body)(const tw_backend *b))
-{
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int count = tw_backends(backends);
-    const qs_ops_limits limits = {.threads = 2,
-                                  .tokens = 64,
-                                  .documents = 4,
-                                  .loss_rows = 8,
-                                  .widest = 64,
-                                  .n_heads = 1,
-                                  .n_kv_heads = 1,
-                                  .head_dim = 64,
-                                  .hidden = 64,
-                                  .head_rows = 64};
-    for (int i = 0; i < count; i++) {
-        tw_open(&backends[i], &limits);
-        body(&backends[i]);
-        backends[i].ops->close(backends[i].queue);
-    }
-    tw_backends_close(backends, count);
-}
-
-static void ok(const tw_backend *b, qs_status status)
-{
-    cr_assert_eq(status, QS_OK, "%s: %s", b->name, qs_error_text());
-}
-
 /* Rows and columns below, at and past vectors, warps' and blocks' shares, and the shapes that take
  * the longer plans of RMSNorm. Odd columns or an odd pad go element by element. */
 typedef struct {
@@ -145,10 +117,10 @@ static void norm_forward_shapes(const tw_backend *b)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
         norm_case n = norm_make(b, SHAPES[k]);
-        ok(b, b->ops->rmsnorm_forward(b->queue, &n.x.device, n.w_device, 1e-5F, n.rstd_device,
-                                      &n.y.device));
-        ok(b,
-           qs_ops_cpu()->rmsnorm_forward(b->cpu_queue, &n.x.host, n.w, 1e-5F, n.rstd, &n.y.host));
+        tw_ok(b, b->ops->rmsnorm_forward(b->queue, &n.x.device, n.w_device, 1e-5F, n.rstd_device,
+                                         &n.y.device));
+        tw_ok(b, qs_ops_cpu()->rmsnorm_forward(b->cpu_queue, &n.x.host, n.w, 1e-5F, n.rstd,
+                                               &n.y.host));
         assert_close(b, &n.y.device, &n.y.host, ONE_ROUNDING, 0.0, "rmsnorm_forward");
         float *rstd = tw_read(b, n.rstd_device, (size_t)SHAPES[k].rows * sizeof *rstd);
         tw_assert_close(b, rstd, n.rstd, SHAPES[k].rows, FP32_SLACK, 0.0, "rstd");
@@ -170,17 +142,17 @@ static void norm_forward_shapes(const tw_backend *b)
 
 Test(twin_rows, rmsnorm_forward)
 {
-    on_backends(norm_forward_shapes);
+    tw_on_backends(norm_forward_shapes);
 }
 
 static void norm_backward_shapes(const tw_backend *b)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
         norm_case n = norm_make(b, SHAPES[k]);
-        ok(b, b->ops->rmsnorm_backward(b->queue, &n.dy.device, &n.x.device, n.w_device,
-                                       n.rstd_device, &n.y.device));
-        ok(b, qs_ops_cpu()->rmsnorm_backward(b->cpu_queue, &n.dy.host, &n.x.host, n.w, n.rstd,
-                                             &n.y.host));
+        tw_ok(b, b->ops->rmsnorm_backward(b->queue, &n.dy.device, &n.x.device, n.w_device,
+                                          n.rstd_device, &n.y.device));
+        tw_ok(b, qs_ops_cpu()->rmsnorm_backward(b->cpu_queue, &n.dy.host, &n.x.host, n.w, n.rstd,
+                                                &n.y.host));
         /* terms of up to 3 x 3 cancel: their fp32 rest is absolute */
         assert_close(b, &n.y.device, &n.y.host, ONE_ROUNDING, 9 * FP32_SLACK, "rmsnorm_backward");
         norm_free(b, &n);
@@ -189,7 +161,7 @@ static void norm_backward_shapes(const tw_backend *b)
 
 Test(twin_rows, rmsnorm_backward)
 {
-    on_backends(norm_backward_shapes);
+    tw_on_backends(norm_backward_shapes);
 }
 
 /* The same values at another stride or address, in another number of rows, again: the same bits. */
@@ -215,14 +187,14 @@ static void norm_bits_of(const tw_backend *b, int64_t cols)
             tw_free(b, padded[m].device.data);
             padded[m].device.data = tw_upload_as_act(b, padded[m].host.data, rows * stride);
             out[m] = tw_mat_make(b, rows, cols, pads[k], 1.0F, 0);
-            ok(b, qs_queue_zero(b->queue, out[m].device.data,
-                                (size_t)(rows * stride) * qs_dtype_bytes(act)));
+            tw_ok(b, qs_queue_zero(b->queue, out[m].device.data,
+                                   (size_t)(rows * stride) * qs_dtype_bytes(act)));
         }
         float *rstd = tw_upload(b, qs_mat_f32(&x.host), (size_t)rows * sizeof *rstd);
-        ok(b, b->ops->rmsnorm_forward(b->queue, &padded[0].device, w_device, 1e-6F, rstd,
-                                      &out[0].device));
-        ok(b, b->ops->rmsnorm_backward(b->queue, &padded[1].device, &padded[0].device, w_device,
-                                       rstd, &out[1].device));
+        tw_ok(b, b->ops->rmsnorm_forward(b->queue, &padded[0].device, w_device, 1e-6F, rstd,
+                                         &out[0].device));
+        tw_ok(b, b->ops->rmsnorm_backward(b->queue, &padded[1].device, &padded[0].device, w_device,
+                                          rstd, &out[1].device));
         for (int m = 0; m < 2; m++) {
             float *got = tw_mat_read(b, &out[m].device);
             if (first[m] == NULL) {
@@ -256,7 +228,7 @@ static void norm_bits(const tw_backend *b)
 
 Test(twin_rows, rmsnorm_bits_depend_on_the_row_alone)
 {
-    on_backends(norm_bits);
+    tw_on_backends(norm_bits);
 }
 
 static void norm_too_wide(const tw_backend *b)
@@ -275,7 +247,7 @@ static void norm_too_wide(const tw_backend *b)
 
 Test(twin_rows, rmsnorm_says_which_rows_are_too_long)
 {
-    on_backends(norm_too_wide);
+    tw_on_backends(norm_too_wide);
 }
 
 /* ---- RoPE ---- */
@@ -294,9 +266,10 @@ static void rope_of(const tw_backend *b, int64_t rows, int heads, int head_dim, 
     float *cos_device = tw_upload(b, cos, (size_t)(POSITIONS * half) * sizeof *cos);
     float *sin_device = tw_upload(b, sin, (size_t)(POSITIONS * half) * sizeof *sin);
     int32_t *position_device = tw_upload(b, position, (size_t)rows * sizeof *position);
-    ok(b, b->ops->rope(b->queue, &x.device, heads, head_dim, cos_device, sin_device,
-                       position_device, inverse));
-    ok(b, qs_ops_cpu()->rope(b->cpu_queue, &x.host, heads, head_dim, cos, sin, position, inverse));
+    tw_ok(b, b->ops->rope(b->queue, &x.device, heads, head_dim, cos_device, sin_device,
+                          position_device, inverse));
+    tw_ok(b,
+          qs_ops_cpu()->rope(b->cpu_queue, &x.host, heads, head_dim, cos, sin, position, inverse));
     assert_rounded(b, &x.device, &x.host, "rope");
     tw_free(b, cos_device);
     tw_free(b, sin_device);
@@ -324,7 +297,7 @@ static void rope_shapes(const tw_backend *b)
 
 Test(twin_rows, rope_has_the_cpus_bits_rounded)
 {
-    on_backends(rope_shapes);
+    tw_on_backends(rope_shapes);
 }
 
 /* ---- SwiGLU and addition ---- */
@@ -355,8 +328,8 @@ static void swiglu_forward_shapes(const tw_backend *b)
         tw_mat up = tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 4.0F, 13);
         tw_mat act = tw_mat_make(b, s.rows, s.cols, s.pad, 4.0F, 14);
         spread(b, &gate);
-        ok(b, b->ops->swiglu_forward(b->queue, &gate.device, &up.device, &act.device));
-        ok(b, qs_ops_cpu()->swiglu_forward(b->cpu_queue, &gate.host, &up.host, &act.host));
+        tw_ok(b, b->ops->swiglu_forward(b->queue, &gate.device, &up.device, &act.device));
+        tw_ok(b, qs_ops_cpu()->swiglu_forward(b->cpu_queue, &gate.host, &up.host, &act.host));
         assert_close(b, &act.device, &act.host, ONE_ROUNDING, TINY, "swiglu_forward");
         tw_mat_free(b, &gate);
         tw_mat_free(b, &up);
@@ -366,7 +339,7 @@ static void swiglu_forward_shapes(const tw_backend *b)
 
 Test(twin_rows, swiglu_forward)
 {
-    on_backends(swiglu_forward_shapes);
+    tw_on_backends(swiglu_forward_shapes);
 }
 
 /* alias 0: outputs of their own; 1: dgate lies where dact does; 2: dup does. */
@@ -379,10 +352,10 @@ static void swiglu_backward_of(const tw_backend *b, shape s, int alias)
                      tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 1.0F, 19)};
     spread(b, &gate);
     tw_mat *dgate = alias == 1 ? &dact : &own[0], *dup = alias == 2 ? &dact : &own[1];
-    ok(b, b->ops->swiglu_backward(b->queue, &gate.device, &up.device, &dact.device, &dgate->device,
-                                  &dup->device));
-    ok(b, qs_ops_cpu()->swiglu_backward(b->cpu_queue, &gate.host, &up.host, &dact.host,
-                                        &dgate->host, &dup->host));
+    tw_ok(b, b->ops->swiglu_backward(b->queue, &gate.device, &up.device, &dact.device,
+                                     &dgate->device, &dup->device));
+    tw_ok(b, qs_ops_cpu()->swiglu_backward(b->cpu_queue, &gate.host, &up.host, &dact.host,
+                                           &dgate->host, &dup->host));
     /* s + g s (1 - s) cancels near g = -1.28: a few fp32 ulp of 4 s are left, times 4 */
     assert_close(b, &dgate->device, &dgate->host, ONE_ROUNDING, 4e-6, "dgate");
     assert_close(b, &dup->device, &dup->host, ONE_ROUNDING, TINY, "dup");
@@ -404,7 +377,7 @@ static void swiglu_backward_shapes(const tw_backend *b)
 
 Test(twin_rows, swiglu_backward_also_where_its_input_lies)
 {
-    on_backends(swiglu_backward_shapes);
+    tw_on_backends(swiglu_backward_shapes);
 }
 
 static void add_shapes(const tw_backend *b)
@@ -413,8 +386,8 @@ static void add_shapes(const tw_backend *b)
         const shape s = SHAPES[k];
         tw_mat x = tw_mat_make(b, s.rows, s.cols, s.pad, 1.0F, 20);
         tw_mat y = tw_mat_make(b, s.rows, s.cols, 3 * s.pad, 1.0F, 21);
-        ok(b, b->ops->add(b->queue, &x.device, &y.device));
-        ok(b, qs_ops_cpu()->add(b->cpu_queue, &x.host, &y.host));
+        tw_ok(b, b->ops->add(b->queue, &x.device, &y.device));
+        tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x.host, &y.host));
         assert_rounded(b, &y.device, &y.host, "add");
         tw_mat_free(b, &x);
         tw_mat_free(b, &y);
@@ -423,7 +396,7 @@ static void add_shapes(const tw_backend *b)
 
 Test(twin_rows, add_has_the_cpus_bits_rounded)
 {
-    on_backends(add_shapes);
+    tw_on_backends(add_shapes);
 }
 
 /* Columns that start in the middle of a vector, beside others that must stay. */
@@ -434,8 +407,8 @@ static void add_to_columns(const tw_backend *b)
         const qs_mat x_part = columns_from(&x.device, by);
         const qs_mat x_host = columns_from(&x.host, by);
         qs_mat y_part = columns_from(&y.device, by), y_host = columns_from(&y.host, by);
-        ok(b, b->ops->add(b->queue, &x_part, &y_part));
-        ok(b, qs_ops_cpu()->add(b->cpu_queue, &x_host, &y_host));
+        tw_ok(b, b->ops->add(b->queue, &x_part, &y_part));
+        tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x_host, &y_host));
         assert_rounded(b, &y.device, &y.host, "add to columns");
         tw_mat_free(b, &x);
         tw_mat_free(b, &y);
@@ -444,7 +417,7 @@ static void add_to_columns(const tw_backend *b)
 
 Test(twin_rows, columns_may_start_anywhere)
 {
-    on_backends(add_to_columns);
+    tw_on_backends(add_to_columns);
 }
 
 /* ---- gather and scatter ---- */
@@ -459,8 +432,8 @@ static void gather_of(const tw_backend *b, qs_dtype dtype, shape s)
         index[i] = (int32_t)((i * 17 + 28) % TABLE); /* the last row, repeats, no order */
     }
     int32_t *index_device = tw_upload(b, index, (size_t)s.rows * sizeof *index);
-    ok(b, b->ops->gather_rows(b->queue, &x.device, index_device, &y.device));
-    ok(b, qs_ops_cpu()->gather_rows(b->cpu_queue, &x.host, index, &y.host));
+    tw_ok(b, b->ops->gather_rows(b->queue, &x.device, index_device, &y.device));
+    tw_ok(b, qs_ops_cpu()->gather_rows(b->cpu_queue, &x.host, index, &y.host));
     assert_rounded(b, &y.device, &y.host, "gather_rows");
     for (int64_t i = 0; i < s.rows; i++) { /* and the CPU's are the table's */
         cr_assert_arr_eq(qs_mat_f32(&y.host) + i * y.host.stride,
@@ -485,7 +458,7 @@ static void gather_shapes(const tw_backend *b)
 
 Test(twin_rows, gather_takes_rows_of_any_type)
 {
-    on_backends(gather_shapes);
+    tw_on_backends(gather_shapes);
 }
 
 /* The CPU's gather reads what is not fp32, too. */
@@ -521,8 +494,8 @@ static void scatter_of(const tw_backend *b, shape s, int every)
     tw_mat x = tw_mat_make(b, count, s.cols, s.pad, 1.0F, 26);
     tw_mat y = tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 1.0F, 27);
     int32_t *index_device = tw_upload(b, index, (size_t)count * sizeof *index);
-    ok(b, b->ops->scatter_rows(b->queue, &x.device, index_device, &y.device));
-    ok(b, qs_ops_cpu()->scatter_rows(b->cpu_queue, &x.host, index, &y.host));
+    tw_ok(b, b->ops->scatter_rows(b->queue, &x.device, index_device, &y.device));
+    tw_ok(b, qs_ops_cpu()->scatter_rows(b->cpu_queue, &x.host, index, &y.host));
     assert_rounded(b, &y.device, &y.host, "scatter_rows");
     int64_t at = 0;
     for (int64_t row = 0; row < s.rows; row++) { /* and the CPU's are what the contract says */
@@ -549,7 +522,7 @@ static void scatter_shapes(const tw_backend *b)
 
 Test(twin_rows, scatter_zeroes_every_other_row)
 {
-    on_backends(scatter_shapes);
+    tw_on_backends(scatter_shapes);
 }
 
 /* ---- copies of bytes ---- */
@@ -577,12 +550,12 @@ static void copy_of(const tw_backend *b, bool pinned, size_t row_bytes, int64_t 
     int64_t *at_device = tw_upload(b, at, (size_t)count * sizeof *at);
     void *from = NULL;
     if (pinned) {
-        ok(b, qs_device_host_alloc(b->device, &from, base_bytes, QS_MEM_WORK));
+        tw_ok(b, qs_device_host_alloc(b->device, &from, base_bytes, QS_MEM_WORK));
         memcpy(from, base, base_bytes);
     } else {
         from = tw_upload(b, base, base_bytes);
     }
-    ok(b, b->ops->copy_rows(b->queue, from, at_device, count, row_bytes, out + shift));
+    tw_ok(b, b->ops->copy_rows(b->queue, from, at_device, count, row_bytes, out + shift));
     uint8_t *got = tw_read(b, out, out_bytes + shift + 1);
     cr_assert_arr_eq(got, want, out_bytes + shift + 1, "%s: %lld rows of %zu bytes, shift %zu",
                      b->name, (long long)count, row_bytes, shift);
@@ -616,7 +589,7 @@ static void copy_sizes(const tw_backend *b)
 
 Test(twin_rows, copies_rows_of_bytes_from_any_address)
 {
-    on_backends(copy_sizes);
+    tw_on_backends(copy_sizes);
 }
 
 /* ---- conversion ---- */
@@ -646,7 +619,7 @@ static void convert_of(const tw_backend *b, int64_t count, int64_t from, int64_t
     memset(want, 0xEE, bytes);
     float *x_device = tw_upload(b, x, (size_t)(count + from) * sizeof *x);
     uint8_t *out = tw_upload(b, want, bytes);
-    ok(b, b->ops->convert(b->queue, x_device + from, count, out + (size_t)to * size));
+    tw_ok(b, b->ops->convert(b->queue, x_device + from, count, out + (size_t)to * size));
     qs_f32_store(want + (size_t)to * size, b->ops->act_dtype, x + from, count);
     uint8_t *got = tw_read(b, out, bytes);
     if (size == sizeof(uint16_t)) {
@@ -674,5 +647,5 @@ static void convert_counts(const tw_backend *b)
 
 Test(twin_rows, convert_rounds_to_nearest_even)
 {
-    on_backends(convert_counts);
+    tw_on_backends(convert_counts);
 }

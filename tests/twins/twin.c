@@ -79,6 +79,33 @@ void tw_open(const tw_backend *b, const qs_ops_limits *limits)
     cr_assert_eq(b->ops->open(b->queue, limits), QS_OK, "%s: %s", b->name, qs_error_text());
 }
 
+void tw_on_backends(void (*body)(const tw_backend *b))
+{
+    tw_backend backends[TW_BACKENDS_MAX];
+    const int count = tw_backends(backends);
+    const qs_ops_limits limits = {.threads = 2,
+                                  .tokens = 64,
+                                  .documents = 4,
+                                  .loss_rows = 8,
+                                  .widest = 64,
+                                  .n_heads = 1,
+                                  .n_kv_heads = 1,
+                                  .head_dim = 64,
+                                  .hidden = 64,
+                                  .head_rows = 64};
+    for (int i = 0; i < count; i++) {
+        tw_open(&backends[i], &limits);
+        body(&backends[i]);
+        backends[i].ops->close(backends[i].queue);
+    }
+    tw_backends_close(backends, count);
+}
+
+void tw_ok(const tw_backend *b, qs_status status)
+{
+    cr_assert_eq(status, QS_OK, "%s: %s", b->name, qs_error_text());
+}
+
 /* ---- memory ---- */
 
 static void *host_bytes(size_t bytes)

@@ -32,6 +32,13 @@ void tw_backends_close(tw_backend *backends, int count);
 
 bool tw_is_cpu(const tw_backend *b);
 
+/** Run `body(b)` on every backend, opened for small calls: for operations that take nothing from
+ * the limits. */
+void tw_on_backends(void (*body)(const tw_backend *b));
+
+/** Assert that an operation succeeded, naming the backend. */
+void tw_ok(const tw_backend *b, qs_status status);
+
 /** ops->open with `limits` on the backend's queue, asserting success; close with b->ops->close. */
 void tw_open(const tw_backend *b, const qs_ops_limits *limits);
 

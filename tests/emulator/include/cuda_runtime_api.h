@@ -52,8 +52,13 @@ typedef struct CUevent_st *cudaEvent_t;
 
 /* ---- devices ---- */
 
+typedef struct CUuuid_st {
+    char bytes[16];
+} cudaUUID_t;
+
 struct cudaDeviceProp {
     char name[256];
+    cudaUUID_t uuid;
     size_t totalGlobalMem;
     size_t sharedMemPerBlock;
     int regsPerBlock;
