@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Times whole steps of `qshard train` at Llama-3-8B's shape: stage bench of tests/gpu.sh.
 
-    bench_step.py WORK --base BASE.h5 --build DIR --csv STEP.csv --ops OPS.csv [--small]
+    bench_step.py WORK --base BASE.h5 --build DIR --csv STEP.csv --ops OPS.csv --log FILE [--small] [--tokens T]...
 
 A run a row: tokens of the one sequence of a step, recompute mode, tokens/s (median of the steps behind the first two),
 share of the large matrix product that bench_ops measured, planned and reached device memory. Standard library alone.
 """
 import argparse
+import itertools
 import json
 import os
 import re
@@ -17,9 +18,8 @@ import sys
 from make_model import config_of, linears_of
 
 RANK, STEPS, WARM = 16, 7, 2
-CASES = {False: [(512, "none"), (512, "full"), (4096, "none"), (4096, "selective"), (4096, "full"), (16384, "none"),
-                 (16384, "selective"), (16384, "full")],
-         True: [(24, "none"), (24, "full")]}
+LENGTHS = {False: (512, 4096, 16384), True: (24,)}
+MODES = ("none", "selective", "full")
 TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
 PLANNED = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+)", re.MULTILINE | re.DOTALL)
 
@@ -90,13 +90,14 @@ def main():
     for name in ("--base", "--build", "--csv", "--ops", "--log"):
         parser.add_argument(name, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--tokens", type=int, action="append", help="lengths T, instead of the usual ones")
     options = parser.parse_args()
     config, matmul, failed = config_of(options.small), measured_matmul(options.ops), 0
     print("| T | recompute | tokens/s | ms a step | share of matmul | plan GiB | peak GiB | |")
     print("|---|---|---|---|---|---|---|---|")
     with open(options.log, "w", encoding="utf-8") as log, open(options.csv, "w", encoding="utf-8") as csv:
         csv.write("tokens,recompute,tokens_per_s,step_s,matmul_share,plan_mib,peak_mib\n")
-        for length, mode in CASES[options.small]:
+        for length, mode in itertools.product(options.tokens or LENGTHS[options.small], MODES):
             try:
                 cells, why = one_case(options, config, length, mode, log)
             except (RuntimeError, OSError, AttributeError, statistics.StatisticsError) as error:

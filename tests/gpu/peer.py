@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """transformers + peft (+ bitsandbytes) at the shape and lengths of stage bench, on the same card: stage peer of tests/gpu.sh.
 
-    peer.py [--step STEP.csv] [--small] [--seconds S]
+    peer.py [--step STEP.csv] [--small] [--tokens T]... [--seconds S]
 
 LoRA of rank 16 on the seven linears of Llama-3-8B's shape with made-up weights, one sequence a step, AdamW on the adapter,
 PyTorch's own attention, gradient checkpointing on and off. The base is NF4 with double quantization where bitsandbytes is
@@ -126,7 +126,7 @@ def measure(options, device):
     print("| T | checkpointing | tokens/s | ms a step | peak GiB | |")
     print("|---|---|---|---|---|---|")
     started, best = time.monotonic(), {}
-    for length in LENGTHS[options.small]:
+    for length in options.tokens or LENGTHS[options.small]:
         for checkpointing in (False, True):
             name = "on" if checkpointing else "off"
             if time.monotonic() - started > options.seconds:
@@ -149,6 +149,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--step", help="what stage bench measured")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--tokens", type=int, action="append", help="lengths T, instead of the usual ones")
     parser.add_argument("--seconds", type=float, default=400.0, help="start no case after this long")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,13 +5,17 @@
 : >"$part"
 need_gpu
 need_built "${plugin##*/}"
-small=()
+small=() lengths=()
 [ "$mode" = cuda ] && [ "$short" = 0 ] || small=(--small)
+for tokens in ${QSHARD_GPU_TOKENS:-}; do
+    lengths+=(--tokens "$tokens")
+done
 [ "$mode" = cuda ] || say "Small shapes, emulated: these figures only show that the programs work."
 
 # ---- operations ----
 if [ -x "$build/bench_ops" ]; then
-    check "bench_ops" "$build/bench_ops" "$plugin" ${small[@]+"${small[@]}"} --csv "$report/ops.csv" || true
+    check "bench_ops" "$build/bench_ops" "$plugin" ${small[@]+"${small[@]}"} \
+        ${lengths[@]+"${lengths[@]}"} --csv "$report/ops.csv" || true
     say ""
     say "$(sed -n 's/^# //p' "$report/bench.bench_ops.log")"
     say ""
@@ -54,6 +58,6 @@ rm -rf "$work/model"
 say ""
 checks=$((checks + 1))
 "$python" tests/gpu/bench_step.py "$work" --base "$work/base.h5" --build "$build" --csv "$report/step.csv" \
-    --ops "$report/ops.csv" --log "$report/bench.step.log" ${small[@]+"${small[@]}"} | tee -a "$part"
+    --ops "$report/ops.csv" --log "$report/bench.step.log" ${small[@]+"${small[@]}"} ${lengths[@]+"${lengths[@]}"} | tee -a "$part"
 [ "${PIPESTATUS[0]}" = 0 ] || failures=$((failures + 1))
 finish

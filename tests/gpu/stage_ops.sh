@@ -7,20 +7,39 @@ need_gpu
 need_built "${plugin##*/}"
 export QSHARD_TWIN=$mode
 
-# A test that finds no GPU passes on nothing: that counts as a failure here.
-twin() { # PROGRAM
-    "$1" --ascii || return 1
-    ! grep -h 'not here' "$report/$stage.${1##*/}.log"
+# All programs at once; what hangs is ended, so that the others still report.
+limit=${QSHARD_GPU_TEST_S:-120}
+one() { # PROGRAM
+    local started=$SECONDS code=0
+    timeout -k 5 "$limit" "$1" --ascii >"$report/ops.${1##*/}.out" 2>&1 || code=$?
+    echo "$code $((SECONDS - started))" >"$report/ops.${1##*/}.code"
+}
+export -f one
+export report limit
+# What a program did; one that finds no GPU passes on nothing, which counts as a failure here.
+did() { # PROGRAM
+    local code seconds
+    read -r code seconds <"$report/ops.${1##*/}.code"
+    cat "$report/ops.${1##*/}.out"
+    [ "$code" != 124 ] || echo "error: not finished in $limit s"
+    echo "took $seconds s"
+    [ "$code" = 0 ] && ! grep -q 'not here' "$report/ops.${1##*/}.out"
 }
 shopt -s nullglob
-tests=("$build"/tests/twins/test_{twin,core}_*)
+tests=()
+for test in "$build"/tests/twins/test_{twin,core}_*; do
+    [ -x "$test" ] && [ -f "$test" ] && tests+=("$test")
+done
+rm -f "$report"/ops.*.{code,out}
 if [ "${#tests[@]}" = 0 ]; then
     cannot "the twin tests" "not built: see the build stage"
+else
+    printf '%s\n' "${tests[@]}" | xargs -P "$(($(nproc) / 2 + 1))" -I{} bash -c 'one "$@"' - {}
 fi
 for test in ${tests[@]+"${tests[@]}"}; do
-    [ -x "$test" ] && [ -f "$test" ] || continue
-    check "${test##*/}" twin "$test" || true
+    check "${test##*/}" did "$test" || true
 done
+rm -f "$report"/ops.*.{code,out}
 say ""
 say "$(grep -h '\[====\]' "$report"/ops.test_*.log 2>/dev/null |
     awk '{t += $4; p += $7; f += $10} END {printf "%d tests: %d passed, %d failed", t, p, f}')"

@@ -14,10 +14,13 @@ missing=$(modules_missing | paste -sd ' ')
 [ -z "$missing" ] || refuse "python3 has no $missing"
 "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("bitsandbytes") is None)' ||
     cannot "bitsandbytes" "python3 does not have it: the peer's base is bf16, which spares it the decoding"
-small=()
-[ "$mode" = cuda ] && [ "$short" = 0 ] || small=(--small)
+options=()
+[ "$mode" = cuda ] && [ "$short" = 0 ] || options=(--small)
+for tokens in ${QSHARD_GPU_TOKENS:-}; do
+    options+=(--tokens "$tokens")
+done
 checks=1
-"$python" tests/gpu/peer.py --step "$report/step.csv" ${small[@]+"${small[@]}"} 2>"$report/peer.stderr.log" | tee -a "$part"
+"$python" tests/gpu/peer.py --step "$report/step.csv" ${options[@]+"${options[@]}"} 2>"$report/peer.stderr.log" | tee -a "$part"
 code=${PIPESTATUS[0]}
 if [ "$code" = 77 ]; then
     exit 77
