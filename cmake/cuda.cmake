@@ -34,6 +34,8 @@ if(NOT QSHARD_CUDA STREQUAL "OFF")
             list(FILTER QSHARD_CUDA_ARCHITECTURES EXCLUDE REGEX "^1[0-9][0-9]")
         endif()
     endif()
+    # Hopper's attention is made of instructions that only "90a" has.
+    list(TRANSFORM QSHARD_CUDA_ARCHITECTURES REPLACE "^90(-real)?$" "90a-real")
     if(CMAKE_CUDA_COMPILER)
         set(CMAKE_CUDA_ARCHITECTURES ${QSHARD_CUDA_ARCHITECTURES})
         enable_language(CUDA)

@@ -31,20 +31,14 @@
  *   dK     256    64   16    96 KB    242     240   241   240   236
  *   dV     256    64   32    96 KB    241     241   245   243   242
  */
-#include "kernels/cuda/attention.cuh"
-
-typedef struct {
-    qs_attention_launch launch;
-    qs_head_rows q, k, v, o, d_o, dq, dk, dv;
-    const float *lse; /* [n_heads, rows] */
-    float *delta;
-} backward_args;
+#include "kernels/cuda/attention_backward.cuh"
+#include "kernels/cuda/attention_hopper.cuh"
 
 /* ---- delta: rowsum(dO * O) ---- */
 
 /* A warp a row and head; lanes take pairs of elements, so that a load of the warp is one line. */
 static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
-    delta_kernel(const backward_args args)
+    delta_kernel(const qs_backward_args args)
 {
     const qs_attention_launch &l = args.launch;
     const int lane = (int)threadIdx.x % QS_WARP;
@@ -77,44 +71,11 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
 
 /* ---- dQ: queries stay, keys pass ---- */
 
-/* Scores to P = exp(scale s - lse), 0 where nothing is visible. `lse` in units of log2. */
-template <int MT, int NT>
-static __device__ __forceinline__ void
-weights_of_rows(float (&scores)[MT][NT][4], const float (&lse)[MT][2], float scale,
-                const int *bounds, int row, int key, bool all)
-{
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[m][n][i] = qs_exp2(fmaf(scores[m][n][i], scale, -lse[m][i / 2]));
-            }
-        }
-    }
-    if (all) {
-        return;
-    }
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = qs_thread_row(m, i / 2);
-                if (!qs_attention_within(bounds[at], row + at, key + qs_thread_col(n) + i % 2)) {
-                    scores[m][n][i] = 0.0f;
-                }
-            }
-        }
-    }
-}
-
 /* MT * 64 queries of one head against BC keys at a time. Shared memory: queries, dO, and two stages
  * of keys and values. */
 template <int D, int MT, int BC>
-static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dq_kernel(const backward_args args)
+static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
+    dq_kernel(const qs_backward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     QS_DYNAMIC_SHARED(qs_bf16, queries);
@@ -172,8 +133,8 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dq_kernel(const b
         }
         float p[MT][BC / 8][4], ds[MT][BC / 8][4];
         qs_product_of_rows<D>(p, queries + within * D, keys);
-        weights_of_rows(p, lse, l.scale * QS_LOG2_E, bounds + within, row, key,
-                        view == QS_ATTENTION_ALL);
+        qs_weights_of_rows(p, lse, l.scale * QS_LOG2_E, bounds + within, row, key,
+                           view == QS_ATTENTION_ALL);
         qs_product_of_rows<D>(ds, d_out + within * D, values);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -195,76 +156,14 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dq_kernel(const b
 
 /* ---- dK and dV: keys stay, the queries of all heads that share them pass ---- */
 
-/* A block goes over heads and, within a head, over tiles of queries. */
-typedef struct {
-    int head, query;
-} dkv_step;
-
-static __device__ __forceinline__ void step_on(dkv_step *step, qs_attention_span span, int size)
-{
-    step->query += size;
-    if (step->query >= span.end * size) {
-        step->query = span.begin * size;
-        step->head++;
-    }
-}
-
 template <int D, int BQ>
-static __device__ __forceinline__ void load_step(qs_bf16 *stage, const backward_args &args,
-                                                 dkv_step step)
+static __device__ __forceinline__ void load_step(qs_bf16 *stage, const qs_backward_args &args,
+                                                 qs_dkv_step step)
 {
     const qs_attention_launch &l = args.launch;
     qs_tile_load<D, BQ>(stage, qs_head_rows_at(args.q, step.head, l.dim), step.query, l);
     qs_tile_load<D, BQ>(stage + BQ * D, qs_head_rows_at(args.d_o, step.head, l.dim), step.query, l);
     qs_cp_async_commit();
-}
-
-/* This thread's number of a step: lse of a query in units of log2, or delta. Behind the last row
- * P = exp2(0 - infinity) = 0. */
-template <int BQ>
-static __device__ __forceinline__ float load_stat(const backward_args &args, dkv_step step)
-{
-    const int i = (int)threadIdx.x, query = step.query + i % BQ;
-    if (i >= 2 * BQ || query >= args.launch.rows) {
-        return i < BQ ? INFINITY : 0.0f;
-    }
-    const int64_t at = step.head * (int64_t)args.launch.rows + query;
-    return i < BQ ? args.lse[at] * QS_LOG2_E : args.delta[at];
-}
-
-/* Scores of keys (rows) and queries (columns) to P. */
-template <int MT, int NT>
-static __device__ __forceinline__ void weights_of_cols(float (&scores)[MT][NT][4], const float *lse,
-                                                       float scale, const int *bounds, int row,
-                                                       int query, bool all)
-{
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int col = qs_thread_col(n) + i % 2;
-                scores[m][n][i] = qs_exp2(fmaf(scores[m][n][i], scale, -lse[col]));
-            }
-        }
-    }
-    if (all) {
-        return;
-    }
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = qs_thread_row(m, i / 2);
-                if (!qs_attention_within(row + at, bounds[at], query + qs_thread_col(n) + i % 2)) {
-                    scores[m][n][i] = 0.0f;
-                }
-            }
-        }
-    }
 }
 
 /* dV += P^T dO. */
@@ -303,7 +202,8 @@ add_dk(float (&dk)[MT][D / 8][4], const float (&p)[MT][NT][4], const qs_bf16 *va
 /* MT * 64 keys of one kv head against BQ queries at a time. Shared memory: keys, values, and two
  * stages of queries and dO, each with lse and delta. */
 template <int D, int MT, int BQ, bool DK, bool DV>
-static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dkv_kernel(const backward_args args)
+static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
+    dkv_kernel(const qs_backward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     QS_DYNAMIC_SHARED(qs_bf16, keys);
@@ -326,9 +226,9 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dkv_kernel(const 
     __syncthreads();
     const qs_attention_span span = qs_attention_tiles(row0, bounds[last - row0], BQ);
     const int last_head = (block.head + 1) * l.heads_per_kv - 1;
-    dkv_step step = {block.head * l.heads_per_kv, span.begin * BQ};
+    qs_dkv_step step = {block.head * l.heads_per_kv, span.begin * BQ};
     load_step<D, BQ>(stages, args, step);
-    float stat = load_stat<BQ>(args, step);
+    float stat = qs_load_stat<BQ>(args, step);
 
     const int within = (int)threadIdx.x / QS_WARP * MT * 16, row = row0 + within;
     float dk[MT][DK ? D / 8 : 1][4], dv[MT][DV ? D / 8 : 1][4];
@@ -343,11 +243,11 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dkv_kernel(const 
         }
         qs_cp_async_wait<0>();
         __syncthreads(); /* all copies have come, and nobody reads the other stage any more */
-        step_on(&step, span, BQ);
+        qs_step_on(&step, span, BQ);
         more = step.head <= last_head;
         if (more) {
             load_step<D, BQ>(stages + (1 - stage) * 2 * BQ * D, args, step);
-            stat = load_stat<BQ>(args, step);
+            stat = qs_load_stat<BQ>(args, step);
         }
         const qs_attention_view view =
             qs_attention_view_of_queries(row, row + MT * 16 - 1, bounds[within],
@@ -357,8 +257,8 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dkv_kernel(const 
         }
         float p[MT][BQ / 8][4];
         qs_product_of_rows<D>(p, keys + within * D, queries);
-        weights_of_cols(p, stats[stage], l.scale * QS_LOG2_E, bounds + within, row, query,
-                        view == QS_ATTENTION_ALL);
+        qs_weights_of_cols(p, stats[stage], l.scale * QS_LOG2_E, bounds + within, row, query,
+                           view == QS_ATTENTION_ALL);
         if constexpr (DV) {
             add_dv<D>(dv, p, queries + BQ * D);
         }
@@ -387,7 +287,7 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS) dkv_kernel(const 
 
 /* ---- launches ---- */
 
-static qs_status launch_delta(qs_queue *q, const backward_args *args)
+static qs_status launch_delta(qs_queue *q, const qs_backward_args *args)
 {
     const int64_t warps = (int64_t)args->launch.rows * args->launch.n_heads;
     QS_LAUNCH(delta_kernel, (unsigned)qs_hd_ceil_div(warps, QS_ATTENTION_WARPS),
@@ -395,7 +295,7 @@ static qs_status launch_delta(qs_queue *q, const backward_args *args)
     return qs_cuda_launched("attention_backward: delta");
 }
 
-template <int D, int MT, int BC> static qs_status launch_dq(qs_queue *q, backward_args args)
+template <int D, int MT, int BC> static qs_status launch_dq(qs_queue *q, qs_backward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     const size_t bytes = (size_t)(2 * own + 4 * BC) * D * sizeof(qs_bf16);
@@ -409,7 +309,7 @@ template <int D, int MT, int BC> static qs_status launch_dq(qs_queue *q, backwar
 }
 
 template <int D, int MT, int BQ, bool DK, bool DV>
-static qs_status launch_dkv(qs_queue *q, backward_args args)
+static qs_status launch_dkv(qs_queue *q, qs_backward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS, kept = DK ? 2 : 1;
     const size_t bytes = (size_t)(kept * own + 4 * BQ) * D * sizeof(qs_bf16);
@@ -424,7 +324,7 @@ static qs_status launch_dkv(qs_queue *q, backward_args args)
     return qs_cuda_launched("attention_backward: dk, dv");
 }
 
-static qs_status launch_gradients(qs_queue *q, const backward_args &args)
+static qs_status launch_gradients(qs_queue *q, const qs_backward_args &args)
 {
     switch (qs_attention_padded_dim(args.launch.dim)) {
     case 32:
@@ -462,7 +362,7 @@ extern "C" qs_status qs_cuda_attention_backward(qs_queue *q, const qs_attention_
                                                 const qs_mat *d_o, float *delta, qs_mat *dq,
                                                 qs_mat *dk, qs_mat *dv)
 {
-    backward_args args = {};
+    qs_backward_args args = {};
     QS_TRY(qs_attention_launch_make(shape, qm, &args.launch));
     if (qm->rows == 0) {
         return QS_OK;
@@ -477,5 +377,6 @@ extern "C" qs_status qs_cuda_attention_backward(qs_queue *q, const qs_attention_
     args.lse = lse;
     args.delta = delta;
     QS_TRY(launch_delta(q, &args));
-    return launch_gradients(q, args);
+    return qs_hopper_serves(&args.launch) ? qs_hopper_attention_gradients(q, &args)
+                                          : launch_gradients(q, args);
 }

@@ -24,109 +24,14 @@
  *    192    64   32    72 KB    205     168   167   168   167
  *    256    64   32    96 KB    238     239   243   246   252
  */
-#include "kernels/cuda/attention.cuh"
-
-typedef struct {
-    qs_attention_launch launch;
-    qs_head_rows q, k, v, o;
-    float *lse; /* [n_heads, rows] */
-} forward_args;
-
-/* Pairs that are not visible get minus infinity. */
-template <int MT, int NT>
-static __device__ __forceinline__ void hide(float (&scores)[MT][NT][4], const int *bounds, int row,
-                                            int key)
-{
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int query = row + qs_thread_row(m, i / 2);
-                const int at = key + qs_thread_col(n) + i % 2;
-                if (!qs_attention_within(bounds[qs_thread_row(m, i / 2)], query, at)) {
-                    scores[m][n][i] = -INFINITY;
-                }
-            }
-        }
-    }
-}
-
-/* The largest score of each row, of the four threads that share it. */
-template <int NT>
-static __device__ __forceinline__ float row_max(const float (&scores)[NT][4], int half)
-{
-    float most = -INFINITY;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-        most = fmaxf(most, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    }
-    most = fmaxf(most, __shfl_xor_sync(QS_ALL_LANES, most, 1));
-    return fmaxf(most, __shfl_xor_sync(QS_ALL_LANES, most, 2));
-}
-
-/* Scores to weights relative to the new maximum; what was summed before is scaled down. `sum` is
- * this thread's share. A row that has seen no key yet has maximum minus infinity and stays empty.
- */
-template <int D, int MT, int NT>
-static __device__ __forceinline__ void softmax_step(float (&scores)[MT][NT][4],
-                                                    float (&out)[MT][D / 8][4], float (&max)[MT][2],
-                                                    float (&sum)[MT][2], float scale)
-{
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float most = fmaxf(max[m][half], row_max(scores[m], half));
-            const float shift = most == -INFINITY ? 0.0f : most * scale;
-            const float by = qs_exp2(fmaf(max[m][half], scale, -shift));
-            max[m][half] = most;
-            float added = 0.0f;
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    scores[m][n][i] = qs_exp2(fmaf(scores[m][n][i], scale, -shift));
-                    added += scores[m][n][i];
-                }
-            }
-            sum[m][half] = fmaf(sum[m][half], by, added);
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                out[m][n][2 * half] *= by;
-                out[m][n][2 * half + 1] *= by;
-            }
-        }
-    }
-}
-
-/* Sums over the four threads of a row; lse; and the factor of the output. */
-template <int MT>
-static __device__ __forceinline__ void finish(const float (&max)[MT][2], float (&sum)[MT][2],
-                                              float *lse, int row, const qs_attention_launch &l)
-{
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float total = sum[m][half];
-            total += __shfl_xor_sync(QS_ALL_LANES, total, 1);
-            total += __shfl_xor_sync(QS_ALL_LANES, total, 2);
-            const int query = row + qs_thread_row(m, half);
-            if (query < l.rows && threadIdx.x % 4 == 0) {
-                lse[query] = fmaf(max[m][half], l.scale, logf(total));
-            }
-            sum[m][half] = 1.0f / total;
-        }
-    }
-}
+#include "kernels/cuda/attention_forward.cuh"
+#include "kernels/cuda/attention_hopper.cuh"
 
 /* MT * 64 queries of one head against BC keys at a time. Shared memory: the queries, then two
  * stages of keys and values, of which one is filled while the other is used. */
 template <int D, int MT, int BC>
 static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
-    forward_kernel(const forward_args args)
+    forward_kernel(const qs_forward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     QS_DYNAMIC_SHARED(qs_bf16, queries);
@@ -152,7 +57,7 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
     qs_cp_async_commit();
 
     const int within = (int)threadIdx.x / QS_WARP * MT * 16, row = row0 + within;
-    float max[MT][2], sum[MT][2], out[MT][D / 8][4];
+    float max[MT][2], sum[MT][2], by[MT][2], out[MT][D / 8][4];
     qs_zero(out);
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -182,19 +87,20 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
         float scores[MT][BC / 8][4];
         qs_product_of_rows<D>(scores, queries + within * D, keys);
         if (view == QS_ATTENTION_PART) {
-            hide(scores, bounds + within, row, key);
+            qs_hide(scores, bounds + within, row, key);
         }
-        softmax_step<D>(scores, out, max, sum, l.scale * QS_LOG2_E);
+        qs_softmax_step(scores, max, sum, by, l.scale * QS_LOG2_E);
+        qs_scale_rows(out, by);
         uint32_t weights[MT][BC / 16][4];
         qs_as_left(weights, scores);
         qs_sum_of_rows<D>(out, weights, values);
     }
-    finish(max, sum, args.lse + (int64_t)block.head * l.rows, row, l);
+    qs_finish_rows(max, sum, args.lse + (int64_t)block.head * l.rows, row, l);
     qs_rows_store<D>(out, sum, queries + within * D, qs_head_rows_at(args.o, block.head, l.dim),
                      row, l);
 }
 
-template <int D, int MT, int BC> static qs_status launch(qs_queue *q, forward_args *args)
+template <int D, int MT, int BC> static qs_status launch(qs_queue *q, qs_forward_args *args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     const size_t bytes = (size_t)(own + 4 * BC) * D * sizeof(qs_bf16);
@@ -211,7 +117,7 @@ extern "C" qs_status qs_cuda_attention_forward(qs_queue *q, const qs_attention_s
                                                const qs_mat *qm, const qs_mat *km, const qs_mat *vm,
                                                qs_mat *o, float *lse)
 {
-    forward_args args = {};
+    qs_forward_args args = {};
     QS_TRY(qs_attention_launch_make(shape, qm, &args.launch));
     if (qm->rows == 0) {
         return QS_OK;
@@ -223,6 +129,9 @@ extern "C" qs_status qs_cuda_attention_forward(qs_queue *q, const qs_attention_s
     args.lse = lse;
     args.launch.aligned = qs_attention_aligned(qm) && qs_attention_aligned(km) &&
                           qs_attention_aligned(vm) && qs_attention_aligned(o);
+    if (qs_hopper_serves(&args.launch)) {
+        return qs_hopper_attention_forward(q, &args);
+    }
     switch (qs_attention_padded_dim(shape->head_dim)) {
     case 32:
         return launch<32, 2, 64>(q, &args);

@@ -18,6 +18,12 @@
     extern __shared__ __align__(128) unsigned char qs_dynamic_shared_[];                           \
     type *name = reinterpret_cast<type *>(qs_dynamic_shared_)
 
+/** The same, aligned for tiles in panels (core/wgmma.h): where a kernel has no static shared memory
+ * before it, it begins there. */
+#define QS_DYNAMIC_SHARED_PANELS(type, name)                                                       \
+    extern __shared__ __align__(1024) unsigned char qs_dynamic_panels_[];                          \
+    type *name = reinterpret_cast<type *>(qs_dynamic_panels_)
+
 /** d[16 x 8] += a[16 x 16] b[16 x 8], bf16 in, fp32 sums: mma.m16n8k16 row.col. Fragments as PTX
  * lays them out: with g = lane / 4 and t = lane % 4,
  *     a[0] = A[g][2t..]  a[1] = A[g + 8][2t..]  a[2] = A[g][2t + 8..]  a[3] = A[g + 8][2t + 8..]
@@ -92,5 +98,132 @@ __device__ __forceinline__ float qs_exp2(float x)
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+/* ---- Hopper: products of a warpgroup (sm_90a) ---- */
+
+/** Is this pass of the compiler for a card with wgmma? Kernels that need it are empty elsewhere and
+ * not launched there. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+static constexpr bool QS_WGMMA = true;
+#else
+static constexpr bool QS_WGMMA = false;
+#endif
+
+/** An address in shared memory, as descriptors have it. */
+__device__ __forceinline__ uint32_t qs_shared_address(const void *shared)
+{
+    return (uint32_t)__cvta_generic_to_shared(shared);
+}
+
+/** What this thread has written to shared memory is there for the products of warpgroups, after the
+ * barrier that follows. */
+__device__ __forceinline__ void qs_fence_shared_for_wgmma()
+{
+    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+/** Before products: registers that they take are written. */
+__device__ __forceinline__ void qs_wgmma_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void qs_wgmma_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+/** Wait until at most N groups of products are under way. What they computed is there after
+ * qs_wgmma_keep on it. */
+template <int N> __device__ __forceinline__ void qs_wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
+}
+
+/** The compiler does not know that products write their sums later than it sees: tell it that they
+ * have changed here. */
+template <int NT> __device__ __forceinline__ void qs_wgmma_keep(float (&d)[NT][4])
+{
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+    }
+}
+
+#define QS_D1_(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define QS_D4_(d, n) QS_D1_(d, n), QS_D1_(d, n + 1), QS_D1_(d, n + 2), QS_D1_(d, n + 3)
+#define QS_D8_(d, n) QS_D4_(d, n), QS_D4_(d, n + 4)
+
+/** Start d[64 x N] (+)= A[64 x 16] B[16 x N], bf16 in, fp32 sums, of the four warps of a warpgroup:
+ * wgmma.m64nNk16. `add` 0: d is written, not added to. Each warp holds 16 rows of d, as N / 8 tiles
+ * of qs_mma_bf16. a and b are descriptors (core/wgmma.h): A k-major, B [N, 16] k-major (MN 0) or
+ * [16, N] mn-major (MN 1). */
+template <int N, int MN>
+__device__ __forceinline__ void qs_wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add)
+{
+    static_assert(N == 64 || N == 128, "a number of columns that is written out here");
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if constexpr (N == 64) {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "setp.ne.b32 p, %34, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "%32, %33, p, 1, 1, 0, %35;\n}\n"
+            : QS_D8_(d, 0)
+            : "l"(a), "l"(b), "r"(add), "n"(MN));
+    } else {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "setp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+            "%64, %65, p, 1, 1, 0, %67;\n}\n"
+            : QS_D8_(d, 0), QS_D8_(d, 8)
+            : "l"(a), "l"(b), "r"(add), "n"(MN));
+    }
+#endif
+}
+
+/** The same with A in registers, as qs_mma_bf16 takes it: each warp its 16 rows. B is mn-major. */
+template <int N>
+__device__ __forceinline__ void qs_wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,
+                                         int add)
+{
+    static_assert(N == 64 || N == 128, "a number of columns that is written out here");
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if constexpr (N == 64) {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "setp.ne.b32 p, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+            : QS_D8_(d, 0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+    } else {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "setp.ne.b32 p, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+            "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+            : QS_D8_(d, 0), QS_D8_(d, 8)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+    }
+#endif
+}
+
+#undef QS_D8_
+#undef QS_D4_
+#undef QS_D1_
 
 #endif

@@ -1,8 +1,8 @@
 /* From the bytes of a gathered unit to bf16 matrices.
  *
- * A layer that has arrived is decoded once, all its linears in one launch, and used by every
- * micro-batch of the group (unit_open); its adapters are copied to the borders (core/border.h) by a
- * second launch. A weight outside of an opened unit is decoded, or copied, call by call.
+ * A layer that has arrived is decoded once, all its linears and their adapters' borders
+ * (core/border.h) in one launch, and used by every micro-batch of the group (unit_open). A weight
+ * outside of an opened unit is decoded, or copied, call by call.
  *
  * A weight is W = round(code * absmax) to its own type (Dettmers et al. 2023, arXiv:2305.14314,
  * app. E), then bf16: the same bits as qs_weight_decode, rounded. One rounding for bf16 and fp32
@@ -18,7 +18,6 @@
  * Registers on sm_80, 86, 89, 90a, 100, 120; no spills:
  *     decode_kernel     48 everywhere, 1100 bytes of shared memory: 5 blocks a multiprocessor
  *     raw_kernel 1, 8   22 23 23 19 22 22, 24 22 22 24 22 22
- *     border_kernel     32 32 32 32 32 34
  */
 #include "kernels/cuda/cuda_impl.cuh"
 
@@ -33,6 +32,53 @@ extern "C" {
 static_assert((int)QS_DECODE_QUANTUM == (int)QS_NF4_QUANTUM, "a block decodes a quantum");
 static_assert((int)QS_DECODE_BLOCK == (int)QS_NF4_BLOCK, "64 elements share an absmax");
 static_assert((int)QS_DECODE_BLOCKS == (int)QS_DECODE_THREADS, "a thread computes one absmax");
+
+/* ---- borders ---- */
+
+typedef struct {
+    qs_bf16 *matrix;
+    const qs_bf16 *a, *b;
+    int64_t out, in, cells;
+    int rank;
+} border_linear;
+
+typedef struct {
+    int64_t border, cells;
+    int count;
+    border_linear linear[QS_OPS_LINEARS_MAX];
+} border_job;
+
+enum { BORDER_CELLS = 16 * QS_DECODE_THREADS }; /* of a block */
+
+static __device__ __forceinline__ void fill_cell(const border_job &job, int64_t local)
+{
+    int which = 0;
+    while (local >= job.linear[which].cells) {
+        local -= job.linear[which].cells;
+        which++;
+    }
+    const border_linear *linear = &job.linear[which];
+    const qs_border_cell cell =
+        qs_border_cell_at(local, linear->out, linear->in, job.border, linear->rank);
+    qs_bf16 value = {0};
+    if (cell.source == QS_BORDER_B) {
+        value = linear->b[cell.from];
+    } else if (cell.source == QS_BORDER_A) {
+        value = linear->a[cell.from];
+    }
+    linear->matrix[cell.at] = value;
+}
+
+/* Borders are one percent of a layer, so each cell is written by itself. */
+static __device__ __forceinline__ void fill_border(const border_job &job, uint32_t block)
+{
+    const int64_t first = (int64_t)block * BORDER_CELLS + threadIdx.x;
+    for (int i = 0; i < BORDER_CELLS; i += QS_DECODE_THREADS) {
+        if (first + i < job.cells) {
+            fill_cell(job, first + i);
+        }
+    }
+}
 
 /* ---- NF4 ---- */
 
@@ -51,7 +97,9 @@ typedef struct {
     qs_decode_unit unit;
     float code[16];
     int count;
+    uint32_t quanta; /* of all linears */
     decode_linear linear[QS_OPS_LINEARS_MAX];
+    border_job border;
 } decode_job;
 
 /* 8 elements of a row that has 16-byte groups. */
@@ -99,12 +147,17 @@ decode_words(const decode_linear *linear, qs_decode_cell cell, const uint32_t wo
     }
 }
 
+/* A block a quantum, then blocks for the borders. */
 __global__ void __launch_bounds__(QS_DECODE_THREADS) decode_kernel(const decode_job job)
 {
     __shared__ float code[16];
     __shared__ float absmax[QS_DECODE_BLOCKS];
     __shared__ qs_decode_cell start;
 
+    if (blockIdx.x >= job.quanta) {
+        fill_border(job.border, blockIdx.x - job.quanta);
+        return;
+    }
     int which = 0;
     uint32_t local = blockIdx.x; /* quantum of the linear */
     while (local >= job.linear[which].quanta) {
@@ -198,47 +251,6 @@ template <int GROUP> __global__ void __launch_bounds__(RAW_THREADS) raw_kernel(c
     }
 }
 
-/* ---- borders ---- */
-
-typedef struct {
-    qs_bf16 *matrix;
-    const qs_bf16 *a, *b;
-    int64_t out, in, cells;
-    int rank;
-} border_linear;
-
-typedef struct {
-    int64_t border, cells;
-    int count;
-    border_linear linear[QS_OPS_LINEARS_MAX];
-} border_job;
-
-enum { BORDER_THREADS = 256 };
-
-/* Borders are one percent of a layer, so each cell is written by itself. */
-__global__ void __launch_bounds__(BORDER_THREADS) border_kernel(const border_job job)
-{
-    const int64_t step = (int64_t)gridDim.x * BORDER_THREADS;
-    for (int64_t i = (int64_t)blockIdx.x * BORDER_THREADS + threadIdx.x; i < job.cells; i += step) {
-        int which = 0;
-        int64_t local = i;
-        while (local >= job.linear[which].cells) {
-            local -= job.linear[which].cells;
-            which++;
-        }
-        const border_linear *linear = &job.linear[which];
-        const qs_border_cell cell =
-            qs_border_cell_at(local, linear->out, linear->in, job.border, linear->rank);
-        qs_bf16 value = {0};
-        if (cell.source == QS_BORDER_B) {
-            value = linear->b[cell.from];
-        } else if (cell.source == QS_BORDER_A) {
-            value = linear->a[cell.from];
-        }
-        linear->matrix[cell.at] = value;
-    }
-}
-
 /* ---- host: what the kernels are told ---- */
 
 static qs_decode_unit decode_unit(const qs_unit_view *unit)
@@ -275,19 +287,20 @@ static decode_linear decode_linear_of(const qs_weight *w, void *matrix, int64_t 
     return out;
 }
 
-/* Decode the NF4 weights among the jobs. */
+/* Decode the NF4 weights of the job, and fill its borders. */
 static qs_status decode_launch(qs_queue *q, const qs_unit_view *unit, decode_job *job)
 {
-    uint32_t quanta = 0;
+    job->quanta = 0;
     for (int i = 0; i < job->count; i++) {
-        quanta += job->linear[i].quanta;
+        job->quanta += job->linear[i].quanta;
     }
-    if (quanta == 0) {
+    const int64_t blocks = job->quanta + qs_hd_ceil_div(job->border.cells, BORDER_CELLS);
+    if (blocks == 0) {
         return QS_OK;
     }
     job->unit = decode_unit(unit);
     memcpy(job->code, qs_nf4_code, sizeof job->code);
-    QS_LAUNCH(decode_kernel, quanta, QS_DECODE_THREADS, 0, qs_cuda_stream(q), *job);
+    QS_LAUNCH(decode_kernel, (unsigned)blocks, QS_DECODE_THREADS, 0, qs_cuda_stream(q), *job);
     return qs_cuda_launched("decode_kernel");
 }
 
@@ -415,6 +428,7 @@ extern "C" qs_status qs_cuda_weight_matrix(qs_queue *q, const qs_unit_view *unit
     decode_job job;
     job.count = 1;
     job.linear[0] = decode_linear_of(w, context->single, *stride);
+    job.border.cells = 0;
     return decode_launch(q, unit, &job);
 }
 
@@ -445,8 +459,32 @@ static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int
     return QS_OK;
 }
 
-static qs_status decode_linears(qs_queue *q, const qs_cuda_context *context,
-                                const qs_unit_view *unit, const qs_weight *w, int count)
+/* Those of the adapters that fit; `lora` NULL: none. */
+static void plan_borders(qs_cuda_context *context, const qs_lora *lora, int count, border_job *job)
+{
+    job->border = qs_border_width(context->limits.lora_rank);
+    job->cells = 0;
+    job->count = 0;
+    for (int i = 0; lora != NULL && i < count; i++) {
+        qs_cuda_linear *linear = &context->linears[i];
+        if (lora[i].a == NULL || lora[i].rank > job->border) {
+            continue;
+        }
+        border_linear *to = &job->linear[job->count++];
+        to->matrix = (qs_bf16 *)linear->matrix;
+        to->a = (const qs_bf16 *)lora[i].a;
+        to->b = (const qs_bf16 *)lora[i].b;
+        to->out = linear->out;
+        to->in = linear->in;
+        to->rank = lora[i].rank;
+        to->cells = qs_border_cells(linear->out, linear->in, job->border);
+        job->cells += to->cells;
+        linear->bordered = true;
+    }
+}
+
+static qs_status decode_linears(qs_queue *q, qs_cuda_context *context, const qs_unit_view *unit,
+                                const qs_weight *w, const qs_lora *lora, int count)
 {
     decode_job job;
     job.count = 0;
@@ -458,37 +496,8 @@ static qs_status decode_linears(qs_queue *q, const qs_cuda_context *context,
             QS_TRY(raw_launch(q, unit, &w[i], linear->matrix, linear->stride));
         }
     }
+    plan_borders(context, lora, count, &job.border);
     return decode_launch(q, unit, &job);
-}
-
-static qs_status fill_borders(qs_queue *q, qs_cuda_context *context, const qs_lora *lora, int count)
-{
-    border_job job;
-    job.border = qs_border_width(context->limits.lora_rank);
-    job.cells = 0;
-    job.count = 0;
-    for (int i = 0; i < count; i++) {
-        qs_cuda_linear *linear = &context->linears[i];
-        if (lora[i].a == NULL || lora[i].rank > job.border) {
-            continue;
-        }
-        border_linear *to = &job.linear[job.count++];
-        to->matrix = (qs_bf16 *)linear->matrix;
-        to->a = (const qs_bf16 *)lora[i].a;
-        to->b = (const qs_bf16 *)lora[i].b;
-        to->out = linear->out;
-        to->in = linear->in;
-        to->rank = lora[i].rank;
-        to->cells = qs_border_cells(linear->out, linear->in, job.border);
-        job.cells += to->cells;
-        linear->bordered = true;
-    }
-    if (job.cells == 0) {
-        return QS_OK;
-    }
-    QS_LAUNCH(border_kernel, qs_cuda_grid(qs_hd_ceil_div(job.cells, BORDER_THREADS)),
-              BORDER_THREADS, 0, qs_cuda_stream(q), job);
-    return qs_cuda_launched("border_kernel");
 }
 
 extern "C" qs_status qs_cuda_unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
@@ -500,10 +509,7 @@ extern "C" qs_status qs_cuda_unit_open(qs_queue *q, const qs_unit_view *unit, co
     }
     qs_cuda_unit_close(q);
     QS_TRY(place_linears(context, w, count));
-    QS_TRY(decode_linears(q, context, unit, w, count));
-    if (lora != NULL) {
-        QS_TRY(fill_borders(q, context, lora, count));
-    }
+    QS_TRY(decode_linears(q, context, unit, w, lora, count));
     context->n_linears = count;
     context->open_base = unit->base;
     return QS_OK;

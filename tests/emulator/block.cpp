@@ -169,6 +169,7 @@ void run_threads()
         state_of(self) = EXITED;
         exited++;
         cp_async_drop();
+        wgmma_drop();
 
         context *mine = self->where;
         thread *t = after(self);
@@ -285,8 +286,10 @@ void block_prepare(const launch_shape &shape, uint64_t order)
     }
     link_warps(order);
     cp_async_prepare(n_threads);
+    wgmma_prepare(n_threads);
 
-    /* 128 more, for the alignment that QS_DYNAMIC_SHARED promises. */
+    /* 128 more, for the alignment that QS_DYNAMIC_SHARED promises (QS_DYNAMIC_SHARED_PANELS only
+     * looks at addresses that count from 0 here). */
     shared_memory.resize(shape.shared_bytes + 128);
     const uintptr_t at = (uintptr_t)shared_memory.data();
     dynamic_shared = shared_memory.data() + (128 - at % 128) % 128;

@@ -23,6 +23,9 @@ const char *running_kernel();
 void cp_async_drop();
 /** Make room for the copies of so many threads. */
 void cp_async_prepare(unsigned threads);
+/** The same for products of warpgroups. */
+void wgmma_drop();
+void wgmma_prepare(unsigned threads);
 
 /** Number of a thread in its block. */
 unsigned thread_number(const thread *t);

@@ -17,6 +17,7 @@ extern "C" {
 #include "kernels/cuda/ops_cuda.h"
 }
 #include "kernels/cuda/core/bf16.h"
+#include "kernels/cuda/core/wgmma.h"
 #include "kernels/cuda/ptx.cuh"
 
 #define CHECK(condition)                                                                           \
@@ -512,6 +513,130 @@ void cp_async_arrives_at_its_wait()
     }
 }
 
+/* ---- warpgroups: d = a b^T, then d += a b, a from shared memory and from registers ---- */
+
+enum { WG_N = 128, WG_FENCE = 1, WG_SHARED_FENCE = 2 };
+
+__device__ __forceinline__ void load_panel(qs_bf16 *tile, const qs_bf16 *from, int rows)
+{
+    for (int i = (int)threadIdx.x; i < rows * 8; i += 128) {
+        qs_cp_async_16(tile + qs_panel_chunk(rows, i / 8, i % 8) * 8, from + i * 8, true);
+    }
+}
+
+/* a [64, 64], b [N, 64], c [64, N]: d [64, N] = a b^T + a c; d2 the same, a in registers in the
+ * second product. early: d before the wait. */
+__global__ void wgmma_kernel(const qs_bf16 *a, const qs_bf16 *b, const qs_bf16 *c, int fences,
+                             float *d, float *d2, uint32_t *early)
+{
+    QS_DYNAMIC_SHARED_PANELS(qs_bf16, tile_a);
+    qs_bf16 *tile_b = tile_a + 64 * 64, *tile_c = tile_b + WG_N * 64;
+    load_panel(tile_a, a, 64);
+    load_panel(tile_b, b, WG_N);
+    load_panel(tile_c, c, 64); /* columns 0..63, and the other panel behind them */
+    load_panel(tile_c + 64 * 64, c + 64 * 64, 64);
+    qs_cp_async_commit();
+    qs_cp_async_wait<0>();
+    if ((fences & WG_SHARED_FENCE) != 0) {
+        qs_fence_shared_for_wgmma();
+    }
+    __syncthreads();
+    const unsigned lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    float sum[WG_N / 8][4], sum2[WG_N / 8][4];
+    if ((fences & WG_FENCE) != 0) {
+        qs_wgmma_fence();
+    }
+    for (int k = 0; k < 4; k++) {
+        const uint64_t left =
+            qs_wgmma_k_major(qs_shared_address(tile_a) + qs_panel_k_major_at(64, 0, k));
+        const uint64_t right =
+            qs_wgmma_k_major(qs_shared_address(tile_b) + qs_panel_k_major_at(WG_N, 0, k));
+        qs_wgmma<WG_N, 0>(sum, left, right, k > 0);
+        qs_wgmma<WG_N, 0>(sum2, left, right, k > 0);
+    }
+    qs_wgmma_commit();
+    memcpy(early + threadIdx.x, &sum[0][0], 4);
+    for (int k = 0; k < 4; k++) {
+        const uint64_t right =
+            qs_wgmma_mn_major(qs_shared_address(tile_c) + qs_panel_mn_major_at(k), 64);
+        uint32_t fragment[4];
+        for (unsigned part = 0; part < 4; part++) {
+            const unsigned r = row + part % 2 * 8;
+            const unsigned column = (unsigned)k * 16 + lane % 4 * 2 + part / 2 * 8;
+            memcpy(&fragment[part], a + r * 64 + column, 4);
+        }
+        qs_wgmma<WG_N, 1>(
+            sum, qs_wgmma_k_major(qs_shared_address(tile_a) + qs_panel_k_major_at(64, 0, k)), right,
+            1);
+        qs_wgmma<WG_N>(sum2, fragment, right, 1);
+    }
+    qs_wgmma_commit();
+    qs_wgmma_wait<0>();
+    qs_wgmma_keep(sum);
+    qs_wgmma_keep(sum2);
+    for (unsigned n = 0; n < WG_N / 8; n++) {
+        for (unsigned i = 0; i < 4; i++) {
+            const unsigned at = (row + i / 2 * 8) * WG_N + n * 8 + lane % 4 * 2 + i % 2;
+            d[at] = sum[n][i];
+            d2[at] = sum2[n][i];
+        }
+    }
+}
+
+struct wgmma_job {
+    std::vector<qs_bf16> a, b, c;
+    float *d, *d2;
+    uint32_t *early;
+};
+
+/* c lies as two panels of 64 columns: [2][64][64]. */
+wgmma_job run_wgmma(int fences)
+{
+    wgmma_job job = {std::vector<qs_bf16>(64 * 64),   std::vector<qs_bf16>(WG_N * 64),
+                     std::vector<qs_bf16>(64 * WG_N), device<float>(64 * WG_N),
+                     device<float>(64 * WG_N),        device<uint32_t>(128)};
+    for (std::vector<qs_bf16> *matrix : {&job.a, &job.b, &job.c}) {
+        for (qs_bf16 &x : *matrix) {
+            x = random_bf16();
+        }
+    }
+    QS_LAUNCH(wgmma_kernel, 1, 128, (64 * 64 + WG_N * 64 + 64 * WG_N) * sizeof(qs_bf16), nullptr,
+              upload(job.a), upload(job.b), upload(job.c), fences, job.d, job.d2, job.early);
+    CUDA(cudaDeviceSynchronize());
+    return job;
+}
+
+void wgmma_is_the_product()
+{
+    const wgmma_job job = run_wgmma(WG_FENCE | WG_SHARED_FENCE);
+    const std::vector<float> d = download(job.d, 64 * WG_N), d2 = download(job.d2, 64 * WG_N);
+    for (size_t i = 0; i < 64; i++) {
+        for (size_t j = 0; j < WG_N; j++) {
+            double want = 0.0;
+            for (size_t k = 0; k < 64; k++) {
+                const double left = qs_bf16_to_f32(job.a[i * 64 + k]);
+                want += left * qs_bf16_to_f32(job.b[j * 64 + k]);
+                want += left * qs_bf16_to_f32(job.c[(j / 64 * 64 + k) * 64 + j % 64]);
+            }
+            CHECK(fabs(d[i * WG_N + j] - want) <= 1e-5 * (1.0 + fabs(want)));
+            CHECK(d2[i * WG_N + j] == d[i * WG_N + j]);
+        }
+    }
+    for (uint32_t bits : download(job.early, 128)) {
+        CHECK(bits == ALL); /* nothing is there before the wait */
+    }
+}
+
+void die_without_wgmma_fence()
+{
+    run_wgmma(WG_SHARED_FENCE);
+}
+
+void die_without_shared_fence()
+{
+    run_wgmma(WG_FENCE);
+}
+
 /* ---- streams ---- */
 
 __global__ void set_kernel(int *x, int value)
@@ -892,6 +1017,9 @@ const test tests[] = {
     TEST(mma_is_the_product, "", nullptr),
     TEST(ldmatrix_is_as_documented, "", nullptr),
     TEST(cp_async_arrives_at_its_wait, "", nullptr),
+    TEST(wgmma_is_the_product, "", nullptr),
+    TEST(die_without_wgmma_fence, "", "without a qs_wgmma_fence"),
+    TEST(die_without_shared_fence, "", "without a qs_fence_shared_for_wgmma"),
     TEST(a_missing_wait_is_seen, "", nullptr),
     TEST(a_wait_keeps_its_mark, "", nullptr),
     TEST(eager_streams_run_at_once, "QSHARD_EMULATOR_EAGER=1", nullptr),

@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "emulator.h"
+#include "kernels/cuda/core/wgmma.h"
 
 namespace emu
 {
@@ -165,6 +166,7 @@ struct pending_copy {
 struct copies {
     std::vector<pending_copy> pending; /* oldest first */
     unsigned group;                    /* number of the open group */
+    bool unfenced;                     /* some have arrived that wgmma was not told of */
 };
 
 std::vector<copies> of_thread;
@@ -188,6 +190,7 @@ void cp_async_drop()
     copies &c = mine();
     c.pending.clear();
     c.group = 0;
+    c.unfenced = false;
 }
 
 void cp_async_16(void *shared, const void *global, bool valid)
@@ -218,6 +221,189 @@ void cp_async_wait(int open_groups)
         }
     }
     c.pending.erase(c.pending.begin(), c.pending.begin() + (long)done);
+    c.unfenced = c.unfenced || done > 0;
+}
+
+/* ---- wgmma: each warp computes its 16 rows, at the wait ---- */
+
+namespace
+{
+
+constexpr int MOST_COLUMNS = 128;
+
+struct product {
+    float *d;
+    float before[MOST_COLUMNS / 2]; /* this lane's sums, or zeros */
+    int n;
+    bool a_in_registers, b_mn_major;
+    uint32_t a[4];
+    uint64_t a_descriptor, b_descriptor;
+    bool goes_on; /* adds to what an earlier product, still under way, writes */
+    unsigned group;
+};
+
+struct products {
+    std::vector<product> pending; /* oldest first */
+    unsigned group;               /* number of the open group */
+    bool fenced;
+};
+
+std::vector<products> products_of_thread;
+
+products &my_products()
+{
+    return products_of_thread[thread_number(self)];
+}
+
+float shared_element(uint64_t descriptor, bool mn_major, int mn, int k)
+{
+    uint16_t bits;
+    memcpy(&bits, dynamic_shared + qs_wgmma_byte(descriptor, mn_major, mn, k), sizeof bits);
+    return low_half(bits);
+}
+
+/* The left operand of the warp, whose lanes ask for the same product. */
+void gather_a(float a[M][K], const product *const of_lane[LANES], int first_row)
+{
+    if (!of_lane[0]->a_in_registers) {
+        for (int i = 0; i < M; i++) {
+            for (int k = 0; k < K; k++) {
+                a[i][k] = shared_element(of_lane[0]->a_descriptor, false, first_row + i, k);
+            }
+        }
+        return;
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        for (int part = 0; part < 4; part++) {
+            const int row = lane / 4 + part % 2 * 8, column = lane % 4 * 2 + part / 2 * 8;
+            a[row][column] = low_half(of_lane[lane]->a[part]);
+            a[row][column + 1] = high_half(of_lane[lane]->a[part]);
+        }
+    }
+}
+
+void finish_product(const product *const of_lane[LANES], int first_row)
+{
+    const product *p = of_lane[0];
+    float a[M][K], b[K][N], d[M][N];
+    gather_a(a, of_lane, first_row);
+    for (int tile = 0; tile < p->n / N; tile++) {
+        for (int k = 0; k < K; k++) {
+            for (int j = 0; j < N; j++) {
+                b[k][j] = shared_element(p->b_descriptor, p->b_mn_major, tile * N + j, k);
+            }
+        }
+        for (int lane = 0; lane < LANES; lane++) {
+            for (int part = 0; part < 4; part++) {
+                d[lane / 4 + part / 2 * 8][lane % 4 * 2 + part % 2] =
+                    of_lane[lane]->before[tile * 4 + part];
+            }
+        }
+        multiply(d, a, b);
+        for (int lane = 0; lane < LANES; lane++) {
+            for (int part = 0; part < 4; part++) {
+                of_lane[lane]->d[tile * 4 + part] =
+                    d[lane / 4 + part / 2 * 8][lane % 4 * 2 + part % 2];
+            }
+        }
+    }
+}
+
+bool same(const product &x, const product &y)
+{
+    return x.n == y.n && x.a_in_registers == y.a_in_registers && x.b_mn_major == y.b_mn_major &&
+           x.a_descriptor == y.a_descriptor && x.b_descriptor == y.b_descriptor;
+}
+
+/* The first products of all lanes; a sum that a later one adds to goes on from the earlier. */
+void finish_wgmma(const uint64_t *values)
+{
+    products *of_lane[LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+        of_lane[lane] = (products *)(uintptr_t)values[lane];
+        if (of_lane[lane]->pending.size() != of_lane[0]->pending.size() ||
+            !same(of_lane[lane]->pending[0], of_lane[0]->pending[0])) {
+            die("wgmma: the lanes of a warp ask for different products");
+        }
+    }
+    const product *first[LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+        first[lane] = &of_lane[lane]->pending[0];
+    }
+    finish_product(first, (int)(thread_number(self) / LANES % 4) * M);
+}
+
+} // namespace
+
+void wgmma_prepare(unsigned threads)
+{
+    if (products_of_thread.size() < threads) {
+        products_of_thread.resize(threads);
+    }
+}
+
+void wgmma_drop()
+{
+    products &p = my_products();
+    if (!p.pending.empty()) {
+        die("the thread ends with products of wgmma under way");
+    }
+    p.group = 0;
+    p.fenced = false;
+}
+
+void fence_shared_for_wgmma()
+{
+    mine().unfenced = false;
+}
+
+void wgmma_fence()
+{
+    my_products().fenced = true;
+}
+
+void wgmma(float *d, int n, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor,
+           bool b_mn_major, bool add)
+{
+    products &p = my_products();
+    if (!p.fenced) {
+        die("wgmma without a qs_wgmma_fence since the last wait");
+    }
+    if (mine().unfenced) {
+        die("wgmma without a qs_fence_shared_for_wgmma since copies arrived");
+    }
+    product now = {d,     {},     n, a != nullptr, b_mn_major, {}, a_descriptor, b_descriptor,
+                   false, p.group};
+    if (a != nullptr) {
+        memcpy(now.a, a, sizeof now.a);
+    }
+    for (const product &other : p.pending) {
+        now.goes_on = now.goes_on || (add && other.d == d);
+    }
+    if (add && !now.goes_on) {
+        memcpy(now.before, d, (size_t)n / 2 * sizeof *d);
+    }
+    p.pending.push_back(now);
+    memset(d, 0xff, (size_t)n / 2 * sizeof *d);
+}
+
+void wgmma_commit()
+{
+    my_products().group++;
+}
+
+void wgmma_wait(int open_groups)
+{
+    products &p = my_products();
+    p.fenced = false;
+    while (!p.pending.empty() && p.pending[0].group + (unsigned)open_groups < p.group) {
+        product &now = p.pending[0];
+        if (now.goes_on) {
+            memcpy(now.before, now.d, (size_t)now.n / 2 * sizeof *now.d);
+        }
+        meet(meeting::wgmma, (uintptr_t)&p, finish_wgmma);
+        p.pending.erase(p.pending.begin());
+    }
 }
 
 } // namespace emu

@@ -39,7 +39,7 @@ extern unsigned char *dynamic_shared;
 
 /* ---- meeting points ---- */
 
-enum class meeting { shuffle, vote, sync, mma, ldmatrix, ldmatrix_trans };
+enum class meeting { shuffle, vote, sync, mma, ldmatrix, ldmatrix_trans, wgmma };
 
 /** __syncthreads: every thread of the block. */
 void barrier();
@@ -59,6 +59,14 @@ void ldmatrix_x4(uint32_t r[4], const void *row, bool transposed);
 void cp_async_16(void *shared, const void *global, bool valid);
 void cp_async_commit();
 void cp_async_wait(int open_groups);
+void fence_shared_for_wgmma();
+void wgmma_fence();
+/** d [16 rows of the warp, n] (+)= A [64, 16] B [16, n]; `a`: A's fragment, or nullptr for the
+ * descriptor. */
+void wgmma(float *d, int n, const uint32_t *a, uint64_t a_descriptor, uint64_t b_descriptor,
+           bool b_mn_major, bool add);
+void wgmma_commit();
+void wgmma_wait(int open_groups);
 
 /* ---- launches ---- */
 

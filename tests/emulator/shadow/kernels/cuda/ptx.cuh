@@ -13,6 +13,8 @@
 
 #define QS_DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(emu::dynamic_shared)
 
+#define QS_DYNAMIC_SHARED_PANELS(type, name) QS_DYNAMIC_SHARED(type, name)
+
 /** fp32 sums: starting from d, the 16 products are added in order of k, each rounded to nearest (a
  * tensor core adds several at a time and truncates). */
 static inline void qs_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])
@@ -58,6 +60,53 @@ static inline float qs_exp2(float x)
 {
     const float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;
+}
+
+/* ---- Hopper: products of a warpgroup ---- */
+
+static constexpr bool QS_WGMMA = true;
+
+/** Dynamic shared memory begins at 0. */
+static inline uint32_t qs_shared_address(const void *shared)
+{
+    return (uint32_t)(reinterpret_cast<const unsigned char *>(shared) - emu::dynamic_shared);
+}
+
+static inline void qs_fence_shared_for_wgmma()
+{
+    emu::fence_shared_for_wgmma();
+}
+
+static inline void qs_wgmma_fence()
+{
+    emu::wgmma_fence();
+}
+
+static inline void qs_wgmma_commit()
+{
+    emu::wgmma_commit();
+}
+
+template <int N> static inline void qs_wgmma_wait()
+{
+    emu::wgmma_wait(N);
+}
+
+template <int NT> static inline void qs_wgmma_keep(float (&)[NT][4])
+{
+}
+
+/** Operands in shared memory are read at the wait; d holds NaN until then. */
+template <int N, int MN>
+static inline void qs_wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add)
+{
+    emu::wgmma(&d[0][0], N, nullptr, a, b, MN != 0, add != 0);
+}
+
+template <int N>
+static inline void qs_wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int add)
+{
+    emu::wgmma(&d[0][0], N, a, 0, b, true, add != 0);
 }
 
 #endif

@@ -1,0 +1,115 @@
+/* What the two backward kernels of attention share: P out of scores, from either side, and the way
+ * of a block of keys over the queries of several heads. */
+#ifndef QS_KERNELS_CUDA_ATTENTION_BACKWARD_CUH
+#define QS_KERNELS_CUDA_ATTENTION_BACKWARD_CUH
+
+#include "kernels/cuda/attention.cuh"
+
+typedef struct {
+    qs_attention_launch launch;
+    qs_head_rows q, k, v, o, d_o, dq, dk, dv;
+    const float *lse; /* [n_heads, rows] */
+    float *delta;
+} qs_backward_args;
+
+/** Scores to P = exp(scale s - lse), 0 where nothing is visible. `lse` in units of log2. */
+template <int MT, int NT>
+__device__ __forceinline__ void qs_weights_of_rows(float (&scores)[MT][NT][4],
+                                                   const float (&lse)[MT][2], float scale,
+                                                   const int *bounds, int row, int key, bool all)
+{
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                scores[m][n][i] = qs_exp2(fmaf(scores[m][n][i], scale, -lse[m][i / 2]));
+            }
+        }
+    }
+    if (all) {
+        return;
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = qs_thread_row(m, i / 2);
+                if (!qs_attention_within(bounds[at], row + at, key + qs_thread_col(n) + i % 2)) {
+                    scores[m][n][i] = 0.0f;
+                }
+            }
+        }
+    }
+}
+
+/** A block goes over heads and, within a head, over tiles of queries. */
+typedef struct {
+    int head, query;
+} qs_dkv_step;
+
+__device__ __forceinline__ void qs_step_on(qs_dkv_step *step, qs_attention_span span, int size)
+{
+    step->query += size;
+    if (step->query >= span.end * size) {
+        step->query = span.begin * size;
+        step->head++;
+    }
+}
+
+/** This thread's number of a step: lse of a query in units of log2, or delta. Behind the last row
+ * P = exp2(0 - infinity) = 0. */
+template <int BQ>
+__device__ __forceinline__ float qs_load_stat(const qs_backward_args &args, qs_dkv_step step)
+{
+    const int i = (int)threadIdx.x, query = step.query + i % BQ;
+    if (i >= 2 * BQ || query >= args.launch.rows) {
+        return i < BQ ? INFINITY : 0.0f;
+    }
+    const int64_t at = step.head * (int64_t)args.launch.rows + query;
+    return i < BQ ? args.lse[at] * QS_LOG2_E : args.delta[at];
+}
+
+/** Scores of keys (rows) and queries (columns) to P. */
+template <int MT, int NT>
+__device__ __forceinline__ void qs_weights_of_cols(float (&scores)[MT][NT][4], const float *lse,
+                                                   float scale, const int *bounds, int row,
+                                                   int query, bool all)
+{
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int col = qs_thread_col(n) + i % 2;
+                scores[m][n][i] = qs_exp2(fmaf(scores[m][n][i], scale, -lse[col]));
+            }
+        }
+    }
+    if (all) {
+        return;
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = qs_thread_row(m, i / 2);
+                if (!qs_attention_within(row + at, bounds[at], query + qs_thread_col(n) + i % 2)) {
+                    scores[m][n][i] = 0.0f;
+                }
+            }
+        }
+    }
+}
+
+/** dQ, dK and dV on a card with warpgroup products (attention_backward_hopper.cu), for what it
+ * takes; delta is there already. */
+qs_status qs_hopper_attention_gradients(qs_queue *q, const qs_backward_args *args);
+
+#endif

@@ -1,0 +1,294 @@
+/* Attention's gradients for Hopper: attention_backward.cu with the products of warpgroups (wgmma).
+ * The same two passes, one with queries that stay (dQ), one with keys that stay (dK, dV), and
+ * nothing added from two blocks: the same bits every time.
+ *
+ * A block has 128 rows that stay, 64 a warpgroup. For dQ tiles of 128 keys pass, for dK and dV
+ * tiles of 64 queries, of one head that shares the keys after the other. Pairs that are not visible
+ * are hidden, not left out.
+ *
+ * Bound: 14 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
+ *
+ *   head_dim   shared memory      registers on sm_90a (none spilled)
+ *               dQ   dK, dV        dQ   dK, dV
+ *      64       97     66 KB      223   190
+ *     128      193    130 KB      255   242
+ */
+#include "kernels/cuda/attention_backward.cuh"
+#include "kernels/cuda/attention_hopper.cuh"
+
+enum {
+    KEYS = 128,   /* that pass, for dQ */
+    QUERIES = 64, /* that pass, for dK and dV */
+};
+
+/* ---- dQ: queries stay, keys pass ---- */
+
+/* Shared memory: queries, dO, two stages of keys and values, the first key of each query. */
+template <int D> static constexpr size_t dq_shared_bytes()
+{
+    return (size_t)(2 * QS_HOPPER_OWN + 4 * KEYS) * D * sizeof(qs_bf16) +
+           QS_HOPPER_OWN * sizeof(int);
+}
+
+/* dS = P (dP - delta of the row), into `ds`. */
+template <int NT>
+static __device__ __forceinline__ void
+gradients_of_rows(float (&ds)[1][NT][4], const float (&p)[1][NT][4], const float (&delta)[1][2])
+{
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - delta[0][i / 2]);
+        }
+    }
+}
+
+template <int D>
+static __device__ __forceinline__ void load_keys(qs_bf16 *stage, qs_head_rows k, qs_head_rows v,
+                                                 int key, const qs_attention_launch &l)
+{
+    qs_panel_load<D, KEYS>(stage, k, key, l);
+    qs_panel_load<D, KEYS>(stage + KEYS * D, v, key, l);
+    qs_cp_async_commit();
+}
+
+template <int D> static __device__ __forceinline__ void dq_block(const qs_backward_args &args)
+{
+    QS_DYNAMIC_SHARED_PANELS(qs_bf16, queries);
+    qs_bf16 *d_out = queries + QS_HOPPER_OWN * D, *stages = d_out + QS_HOPPER_OWN * D;
+    int *bounds = reinterpret_cast<int *>(stages + 4 * KEYS * D);
+    const qs_attention_launch &l = args.launch;
+    const qs_attention_block block = qs_attention_block_at(blockIdx.x, l.tiles, l.n_heads, true);
+    const int row0 = block.tile * QS_HOPPER_OWN;
+    const int last = (int)qs_hd_min(row0 + QS_HOPPER_OWN, l.rows) - 1;
+    const int kv_head = block.head / l.heads_per_kv;
+    const qs_head_rows k = qs_head_rows_at(args.k, kv_head, l.dim);
+    const qs_head_rows v = qs_head_rows_at(args.v, kv_head, l.dim);
+
+    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
+        bounds[i] = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window,
+                                           (int)qs_hd_min(row0 + i, last));
+    }
+    qs_panel_load<D, QS_HOPPER_OWN>(queries, qs_head_rows_at(args.q, block.head, l.dim), row0, l);
+    qs_panel_load<D, QS_HOPPER_OWN>(d_out, qs_head_rows_at(args.d_o, block.head, l.dim), row0, l);
+    __syncthreads();
+    const qs_attention_span span = qs_attention_tiles(bounds[0], last, KEYS);
+    load_keys<D>(stages, k, v, span.begin * KEYS, l);
+
+    const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
+    const int group_row = within / QS_WGMMA_ROWS * QS_WGMMA_ROWS;
+    const uint32_t own_queries = qs_shared_address(queries), own_d_out = qs_shared_address(d_out);
+    const uint32_t tiles = qs_shared_address(stages), tile_bytes = KEYS * D * sizeof(qs_bf16);
+    float lse[1][2], delta[1][2], dq[1][D / 8][4];
+    qs_zero(dq);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int query = row + qs_thread_row(0, half);
+        const int64_t at = block.head * (int64_t)l.rows + query;
+        lse[0][half] = query < l.rows ? args.lse[at] * QS_LOG2_E : INFINITY;
+        delta[0][half] = query < l.rows ? args.delta[at] : 0.0f;
+    }
+    for (int tile = span.begin; tile < span.end; tile++) {
+        const int stage = (tile - span.begin) % 2, key = tile * KEYS;
+        const uint32_t keys = tiles + (uint32_t)stage * 2 * tile_bytes, values = keys + tile_bytes;
+        float p[1][KEYS / 8][4], ds[1][KEYS / 8][4];
+        uint32_t left[1][KEYS / 16][4];
+        qs_cp_async_wait<0>();
+        qs_fence_shared_for_wgmma();
+        qs_wgmma_wait<0>(); /* dq of the tile before */
+        qs_wgmma_keep(dq[0]);
+        __syncthreads(); /* all copies have come, and nobody reads the other stage any more */
+        if (tile + 1 < span.end) {
+            load_keys<D>(stages + (1 - stage) * 2 * KEYS * D, k, v, key + KEYS, l);
+        }
+        qs_wgmma_fence();
+        qs_panel_scores<D, KEYS>(p, own_queries, group_row, keys);
+        qs_wgmma_commit();
+        qs_panel_scores<D, KEYS>(ds, own_d_out, group_row, values);
+        qs_wgmma_commit();
+        qs_wgmma_wait<1>();
+        qs_wgmma_keep(p[0]);
+        const qs_attention_view view = qs_attention_view_of_keys(
+            row, row + 15, bounds[within], bounds[within + 15], key, key + KEYS - 1);
+        qs_weights_of_rows(p, lse, l.scale * QS_LOG2_E, bounds + within, row, key,
+                           view == QS_ATTENTION_ALL);
+        qs_wgmma_wait<0>();
+        qs_wgmma_keep(ds[0]);
+        gradients_of_rows(ds, p, delta);
+        qs_as_left(left, ds);
+        qs_wgmma_fence();
+        qs_panel_sums<D>(dq, left, keys);
+        qs_wgmma_commit();
+    }
+    qs_wgmma_wait<0>();
+    qs_wgmma_keep(dq[0]);
+    __syncthreads(); /* of queries nothing is read any more */
+    const float by[1][2] = {{l.scale, l.scale}};
+    qs_panel_store<D>(dq, by, queries, within, qs_head_rows_at(args.dq, block.head, l.dim), row, l);
+}
+
+template <int D>
+static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
+    dq_kernel(const qs_backward_args args)
+{
+    if constexpr (QS_WGMMA) {
+        dq_block<D>(args);
+    }
+}
+
+/* ---- dK and dV: keys stay, the queries of all heads that share them pass ---- */
+
+/* Shared memory: keys, values, two stages of queries and dO, each with lse and delta; the last
+ * query of each key. */
+template <int D> static constexpr size_t dkv_shared_bytes()
+{
+    return (size_t)(2 * QS_HOPPER_OWN + 4 * QUERIES) * D * sizeof(qs_bf16) +
+           4 * QUERIES * sizeof(float) + QS_HOPPER_OWN * sizeof(int);
+}
+
+template <int D>
+static __device__ __forceinline__ void load_queries(qs_bf16 *stage, const qs_backward_args &args,
+                                                    qs_dkv_step step)
+{
+    const qs_attention_launch &l = args.launch;
+    qs_panel_load<D, QUERIES>(stage, qs_head_rows_at(args.q, step.head, l.dim), step.query, l);
+    qs_panel_load<D, QUERIES>(stage + QUERIES * D, qs_head_rows_at(args.d_o, step.head, l.dim),
+                              step.query, l);
+    qs_cp_async_commit();
+}
+
+/* dS = P (dP - delta of the column), into `ds`. */
+template <int NT>
+static __device__ __forceinline__ void
+gradients_of_cols(float (&ds)[1][NT][4], const float (&p)[1][NT][4], const float *delta)
+{
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - delta[qs_thread_col(n) + i % 2]);
+        }
+    }
+}
+
+template <int D> static __device__ __forceinline__ void dkv_block(const qs_backward_args &args)
+{
+    QS_DYNAMIC_SHARED_PANELS(qs_bf16, keys);
+    qs_bf16 *values = keys + QS_HOPPER_OWN * D, *stages = values + QS_HOPPER_OWN * D;
+    float *stats = reinterpret_cast<float *>(stages + 4 * QUERIES * D); /* [2][lse, delta] */
+    int *bounds = reinterpret_cast<int *>(stats + 4 * QUERIES);
+    const qs_attention_launch &l = args.launch;
+    const qs_attention_block block =
+        qs_attention_block_at(blockIdx.x, l.tiles, l.n_kv_heads, false);
+    const int row0 = block.tile * QS_HOPPER_OWN;
+    const int last = (int)qs_hd_min(row0 + QS_HOPPER_OWN, l.rows) - 1;
+
+    qs_panel_load<D, QS_HOPPER_OWN>(keys, qs_head_rows_at(args.k, block.head, l.dim), row0, l);
+    qs_panel_load<D, QS_HOPPER_OWN>(values, qs_head_rows_at(args.v, block.head, l.dim), row0, l);
+    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
+        bounds[i] = qs_attention_last_query(l.cu_seqlens, l.n_docs, l.window,
+                                            (int)qs_hd_min(row0 + i, last));
+    }
+    __syncthreads();
+    const qs_attention_span span = qs_attention_tiles(row0, bounds[last - row0], QUERIES);
+    const int last_head = (block.head + 1) * l.heads_per_kv - 1;
+    qs_dkv_step step = {block.head * l.heads_per_kv, span.begin * QUERIES};
+    load_queries<D>(stages, args, step);
+    float stat = qs_load_stat<QUERIES>(args, step);
+
+    const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
+    const int group_row = within / QS_WGMMA_ROWS * QS_WGMMA_ROWS;
+    const uint32_t own_keys = qs_shared_address(keys), own_values = qs_shared_address(values);
+    const uint32_t tiles = qs_shared_address(stages), tile_bytes = QUERIES * D * sizeof(qs_bf16);
+    float dk[1][D / 8][4], dv[1][D / 8][4];
+    qs_zero(dk);
+    qs_zero(dv);
+    bool more = true;
+    for (int stage = 0; more; stage = 1 - stage) {
+        const int query = step.query;
+        const uint32_t queries = tiles + (uint32_t)stage * 2 * tile_bytes;
+        const uint32_t d_out = queries + tile_bytes;
+        float *lse = stats + stage * 2 * QUERIES, *delta = lse + QUERIES;
+        float p[1][QUERIES / 8][4], ds[1][QUERIES / 8][4];
+        uint32_t weights[1][QUERIES / 16][4], left[1][QUERIES / 16][4];
+        if (threadIdx.x < 2 * QUERIES) {
+            lse[threadIdx.x] = stat;
+        }
+        qs_cp_async_wait<0>();
+        qs_fence_shared_for_wgmma();
+        qs_wgmma_wait<0>(); /* dk and dv of the step before */
+        qs_wgmma_keep(dk[0]);
+        qs_wgmma_keep(dv[0]);
+        __syncthreads(); /* all copies have come, and nobody reads the other stage any more */
+        qs_step_on(&step, span, QUERIES);
+        more = step.head <= last_head;
+        if (more) {
+            load_queries<D>(stages + (1 - stage) * 2 * QUERIES * D, args, step);
+            stat = qs_load_stat<QUERIES>(args, step);
+        }
+        qs_wgmma_fence();
+        qs_panel_scores<D, QUERIES>(p, own_keys, group_row, queries);
+        qs_wgmma_commit();
+        qs_panel_scores<D, QUERIES>(ds, own_values, group_row, d_out);
+        qs_wgmma_commit();
+        qs_wgmma_wait<1>();
+        qs_wgmma_keep(p[0]);
+        const qs_attention_view view = qs_attention_view_of_queries(
+            row, row + 15, bounds[within], bounds[within + 15], query, query + QUERIES - 1);
+        qs_weights_of_cols(p, lse, l.scale * QS_LOG2_E, bounds + within, row, query,
+                           view == QS_ATTENTION_ALL);
+        qs_as_left(weights, p);
+        qs_wgmma_fence();
+        qs_panel_sums<D>(dv, weights, d_out);
+        qs_wgmma_commit();
+        qs_wgmma_wait<1>();
+        qs_wgmma_keep(ds[0]);
+        gradients_of_cols(ds, p, delta);
+        qs_as_left(left, ds);
+        qs_wgmma_fence();
+        qs_panel_sums<D>(dk, left, queries);
+        qs_wgmma_commit();
+    }
+    qs_wgmma_wait<0>();
+    qs_wgmma_keep(dk[0]);
+    qs_wgmma_keep(dv[0]);
+    __syncthreads(); /* of keys and values nothing is read any more */
+    const float one[1][2] = {{1.0f, 1.0f}}, by[1][2] = {{l.scale, l.scale}};
+    qs_panel_store<D>(dv, one, values, within, qs_head_rows_at(args.dv, block.head, l.dim), row, l);
+    qs_panel_store<D>(dk, by, keys, within, qs_head_rows_at(args.dk, block.head, l.dim), row, l);
+}
+
+template <int D>
+static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
+    dkv_kernel(const qs_backward_args args)
+{
+    if constexpr (QS_WGMMA) {
+        dkv_block<D>(args);
+    }
+}
+
+/* ---- launches ---- */
+
+template <int D> static qs_status launch(qs_queue *q, qs_backward_args args)
+{
+    static_assert(dq_shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
+    static_assert(dkv_shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
+    static_assert(2 * QUERIES <= QS_HOPPER_THREADS, "a thread a number of a step");
+    args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, QS_HOPPER_OWN);
+    const unsigned tiles = (unsigned)args.launch.tiles;
+    QS_TRY(qs_attention_prepare(dq_kernel<D>, dq_shared_bytes<D>()));
+    QS_LAUNCH(dq_kernel<D>, tiles * (unsigned)args.launch.n_heads, QS_HOPPER_THREADS,
+              dq_shared_bytes<D>(), qs_cuda_stream(q), args);
+    QS_TRY(qs_cuda_launched("attention_backward: dq"));
+    QS_TRY(qs_attention_prepare(dkv_kernel<D>, dkv_shared_bytes<D>()));
+    QS_LAUNCH(dkv_kernel<D>, tiles * (unsigned)args.launch.n_kv_heads, QS_HOPPER_THREADS,
+              dkv_shared_bytes<D>(), qs_cuda_stream(q), args);
+    return qs_cuda_launched("attention_backward: dk, dv");
+}
+
+qs_status qs_hopper_attention_gradients(qs_queue *q, const qs_backward_args *args)
+{
+    return qs_attention_padded_dim(args->launch.dim) == 64 ? launch<64>(q, *args)
+                                                           : launch<128>(q, *args);
+}

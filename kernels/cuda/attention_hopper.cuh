@@ -1,0 +1,105 @@
+/* What attention's kernels for Hopper share: tiles in panels (core/wgmma.h), the two products that
+ * are made of them, and the way of results to memory.
+ *
+ * A block is two warpgroups, each with 64 rows of the block's own tile of 128. Their sums lie in
+ * registers exactly as those of qs_mma_bf16 do, 16 rows a warp, so that masks, softmax and
+ * gradients are the same code as on other cards. All threads copy; tiles come and are read in step,
+ * a barrier each. */
+#ifndef QS_KERNELS_CUDA_ATTENTION_HOPPER_CUH
+#define QS_KERNELS_CUDA_ATTENTION_HOPPER_CUH
+
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/core/wgmma.h"
+
+enum {
+    QS_HOPPER_THREADS = 256,
+    QS_HOPPER_OWN = 128,               /* rows of a block's own tile */
+    QS_HOPPER_SHARED_MAX = 227 * 1024, /* of a block */
+};
+
+/** Can these kernels serve `launch` on the current device? */
+static inline bool qs_hopper_serves(const qs_attention_launch *launch)
+{
+    int device = 0, major = 0;
+    const int width = qs_attention_padded_dim(launch->dim);
+    return launch->aligned && (width == 64 || width == 128) &&
+           cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           major == 9;
+}
+
+/** All threads of the block: start copying rows [row, row + ROWS) to a tile; zeros behind the last
+ * row and behind the head's width. A thread stays in its column. */
+template <int D, int ROWS>
+__device__ __forceinline__ void qs_panel_load(qs_bf16 *tile, qs_head_rows from, int row,
+                                              const qs_attention_launch &launch)
+{
+    const int chunks = D / 8, step = QS_HOPPER_THREADS / chunks;
+    static_assert(step % 8 == 0 && ROWS % step == 0, "chunks are exchanged alike in each turn");
+    const int chunk = (int)threadIdx.x % chunks, first = (int)threadIdx.x / chunks;
+    const int rows = chunk * 8 < launch.dim ? launch.rows - row : 0;
+    const qs_bf16 *source = from.data + (int64_t)(row + first) * from.stride + chunk * 8;
+    qs_bf16 *target = tile + qs_panel_chunk(ROWS, first, chunk) * 8;
+#pragma unroll
+    for (int r = 0; r < ROWS; r += step) {
+        qs_cp_async_16(target + r * QS_PANEL_COLS, source, first + r < rows);
+        source += step * from.stride;
+    }
+}
+
+/** One warp: write its 16 rows of sums, times by[0][half], to rows [row, ...) of `to`, through rows
+ * [within, within + 16) of `tile`, which nobody reads any more. */
+template <int D>
+__device__ __forceinline__ void
+qs_panel_store(const float (&acc)[1][D / 8][4], const float (&by)[1][2], qs_bf16 *tile, int within,
+               qs_head_rows to, int row, const qs_attention_launch &launch)
+{
+    const int lane = (int)threadIdx.x % QS_WARP, chunks = D / 8;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = qs_panel_chunk(QS_HOPPER_OWN, within + half * 8 + lane / 4, n) * 8;
+            *reinterpret_cast<uint32_t *>(tile + at + lane % 4 * 2) = qs_round_pair(
+                acc[0][n][2 * half] * by[0][half], acc[0][n][2 * half + 1] * by[0][half]);
+        }
+    }
+    __syncwarp();
+    for (int i = lane; i < 16 * chunks; i += QS_WARP) {
+        const int r = i / chunks, chunk = i % chunks;
+        if (row + r < launch.rows && chunk * 8 < launch.dim) {
+            *reinterpret_cast<uint4 *>(to.data + (row + r) * to.stride + chunk * 8) =
+                *reinterpret_cast<const uint4 *>(
+                    tile + qs_panel_chunk(QS_HOPPER_OWN, within + r, chunk) * 8);
+        }
+    }
+    __syncwarp();
+}
+
+/** Start acc = rows [row, row + 64) of the block's own tile `a` times the N rows of tile `b`, both
+ * over D: scores. */
+template <int D, int N>
+__device__ __forceinline__ void qs_panel_scores(float (&acc)[1][N / 8][4], uint32_t a, int row,
+                                                uint32_t b)
+{
+#pragma unroll
+    for (int k = 0; k < D / QS_WGMMA_K; k++) {
+        qs_wgmma<N, 0>(acc[0], qs_wgmma_k_major(a + qs_panel_k_major_at(QS_HOPPER_OWN, row, k)),
+                       qs_wgmma_k_major(b + qs_panel_k_major_at(N, 0, k)), k > 0);
+    }
+}
+
+/** Start acc += `left` [64, 16 KT] times the 16 KT rows of tile `b`: weighted sums of rows. */
+template <int D, int KT>
+__device__ __forceinline__ void qs_panel_sums(float (&acc)[1][D / 8][4],
+                                              const uint32_t (&left)[1][KT][4], uint32_t b)
+{
+#pragma unroll
+    for (int k = 0; k < KT; k++) {
+        qs_wgmma<D>(acc[0], left[0][k],
+                    qs_wgmma_mn_major(b + qs_panel_mn_major_at(k), KT * QS_WGMMA_K), 1);
+    }
+}
+
+#endif
