@@ -201,9 +201,9 @@ ParameterizedTestParameters(hf_config, unsupported_is_refused_by_name)
         {"\"attention_dropout\":0.1", QS_ERR_INPUT_UNKNOWN, "attention_dropout"},
         {"\"partial_rotary_factor\":0.5", QS_ERR_INPUT_UNKNOWN, "partial_rotary_factor"},
         {"\"torch_dtype\":\"float64\"", QS_ERR_INPUT_UNKNOWN, "float64"},
-        {"\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2}", QS_ERR_INPUT_UNKNOWN, "yarn"},
-        {"\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":2,\"beta_fast\":3}",
-         QS_ERR_INPUT_UNKNOWN, "beta_fast"},
+        {"\"rope_scaling\":{\"rope_type\":\"dynamic\",\"factor\":2}", QS_ERR_INPUT_UNKNOWN,
+         "dynamic"},
+
         {"\"quantization_config\":{\"quant_method\":\"gptq\"}", QS_ERR_INPUT_UNKNOWN, "gptq"},
         {"\"quantization_config\":{\"quant_method\":\"bitsandbytes\",\"load_in_8bit\":true}",
          QS_ERR_INPUT_UNKNOWN, "load_in_4bit"},
@@ -245,6 +245,15 @@ ParameterizedTestParameters(hf_config, values_out_of_range_are_refused)
         {"\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,"
          "\"high_freq_factor\":4,\"original_max_position_embeddings\":8192}",
          QS_ERR_INPUT_VALUE, "high_freq_factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"yarn\"}", QS_ERR_INPUT_VALUE, "factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":2,\"beta_fast\":3}",
+         QS_ERR_INPUT_VALUE, "\"beta_fast\" belongs to rope_type \"yarn\""},
+        {"\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":2,\"speed\":3}",
+         QS_ERR_INPUT_UNKNOWN, "speed"},
+        {"\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2,\"beta_fast\":1,\"beta_slow\":3}",
+         QS_ERR_INPUT_VALUE, "beta_fast"},
+        {"\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2,\"truncate\":1}",
+         QS_ERR_INPUT_VALUE, "truncate"},
         {"\"rope_scaling\":7", QS_ERR_INPUT_VALUE, "rope_scaling"},
     };
     return cr_make_param_array(refusal, r, sizeof r / sizeof *r);
@@ -332,4 +341,33 @@ Test(hf_config, rope_frequencies_follow_their_formulas)
     double turns = 1000.0 * f[4] / (2.0 * acos(-1.0)); /* wavelength 628: between */
     double smooth = (turns - 1.0) / 3.0;
     cr_assert_float_eq(scaled[4], (1.0 - smooth) * f[4] / 8.0 + smooth * f[4], 1e-9);
+}
+
+/* Qwen2.5's, with a head of 16: 10000^(-i / 8) turns 1000 10000^(-i / 8) / 2 pi times; borders at
+ * the pairs of 32 turns and of 1. */
+Test(hf_config, yarn_keeps_fast_frequencies_and_divides_slow_ones)
+{
+    qs_hf_config c;
+    double plain[8], scaled[8];
+    cr_assert_eq(parse(&c, with("")), QS_OK);
+    qs_hf_rope_frequencies(&c, plain);
+    cr_assert_eq(c.rope_magnitude, 1.0);
+    cr_assert_eq(parse(&c, with("\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4.0,"
+                                "\"original_max_position_embeddings\":1000}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_float_eq(c.rope_magnitude, 0.1 * log(4.0) + 1.0, 1e-15);
+    qs_hf_rope_frequencies(&c, scaled);
+    /* 8 log(1000 / 64 pi) / log(10000) = 1.39, rounded down; 8 log(1000 / 2 pi) / log(10000)
+     * = 4.40, rounded up */
+    const double low = 1.0, high = 5.0;
+    for (int i = 0; i < 8; i++) {
+        const double ramp = fmin(fmax((i - low) / (high - low), 0.0), 1.0);
+        const double want = plain[i] / 4.0 * ramp + plain[i] * (1.0 - ramp);
+        cr_assert_float_eq(scaled[i], want, 1e-6 * want, "frequency %d is %g, not %g", i, scaled[i],
+                           want);
+    }
+    cr_assert_eq(parse(&c, with("\"rope_scaling\":{\"type\":\"yarn\",\"factor\":40,\"mscale\":1.0,"
+                                "\"mscale_all_dim\":0.5}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_float_eq(c.rope_magnitude, (0.1 * log(40.0) + 1.0) / (0.05 * log(40.0) + 1.0), 1e-15);
 }

@@ -129,6 +129,24 @@ static const char *const rope_keys[] = {
     "high_freq_factor",
     "original_max_position_embeddings",
     "partial_rotary_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+};
+
+/* Of those the ones that one type alone has. */
+static const struct {
+    const char *key;
+    qs_rope_type type;
+    const char *name;
+} own_rope_keys[] = {
+    {"low_freq_factor", QS_ROPE_LLAMA3, "llama3"}, {"high_freq_factor", QS_ROPE_LLAMA3, "llama3"},
+    {"attention_factor", QS_ROPE_YARN, "yarn"},    {"beta_fast", QS_ROPE_YARN, "yarn"},
+    {"beta_slow", QS_ROPE_YARN, "yarn"},           {"mscale", QS_ROPE_YARN, "yarn"},
+    {"mscale_all_dim", QS_ROPE_YARN, "yarn"},      {"truncate", QS_ROPE_YARN, "yarn"},
 };
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
@@ -389,8 +407,10 @@ static qs_status parse_dtype(qs_hf_config *out, const json_t *root, const char *
 
 static qs_status parse_rope_type(qs_hf_config *out, const json_t *rope, const char *path)
 {
-    static const char *const names[] = {
-        [QS_ROPE_DEFAULT] = "default", [QS_ROPE_LLAMA3] = "llama3", [QS_ROPE_LINEAR] = "linear"};
+    static const char *const names[] = {[QS_ROPE_DEFAULT] = "default",
+                                        [QS_ROPE_LLAMA3] = "llama3",
+                                        [QS_ROPE_LINEAR] = "linear",
+                                        [QS_ROPE_YARN] = "yarn"};
     const char *key = given(rope, "rope_type") != NULL ? "rope_type" : "type";
     const char *name = "default";
     if (given(rope, key) != NULL) {
@@ -402,7 +422,7 @@ static qs_status parse_rope_type(qs_hf_config *out, const json_t *rope, const ch
             return QS_OK;
         }
     }
-    return refuse(path, "rope_type", name, "\"default\", \"linear\" or \"llama3\"");
+    return refuse(path, "rope_type", name, "\"default\", \"linear\", \"llama3\" or \"yarn\"");
 }
 
 static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, const char *path)
@@ -415,13 +435,11 @@ static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, co
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: RoPE key \"%.100s\" is not known", path, key);
         }
     }
-    bool low_high =
-        given(rope, "low_freq_factor") != NULL || given(rope, "high_freq_factor") != NULL;
-    if (low_high && out->rope_type != QS_ROPE_LLAMA3) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: \"low_freq_factor\" and \"high_freq_factor\" belong to rope_type "
-                       "\"llama3\"",
-                       path);
+    for (size_t i = 0; i < COUNT(own_rope_keys); i++) {
+        if (given(rope, own_rope_keys[i].key) != NULL && out->rope_type != own_rope_keys[i].type) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" belongs to rope_type \"%s\"", path,
+                           own_rope_keys[i].key, own_rope_keys[i].name);
+        }
     }
     if (out->rope_type == QS_ROPE_DEFAULT && out->rope_factor != 1.0) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
@@ -431,20 +449,8 @@ static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, co
     return QS_OK;
 }
 
-static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const char *path)
+static qs_status parse_llama3(qs_hf_config *out, const json_t *rope, const char *path)
 {
-    if (!json_is_object(rope)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" is not an object", path);
-    }
-    QS_TRY(parse_rope_type(out, rope, path));
-    if (out->rope_type != QS_ROPE_DEFAULT && given(rope, "factor") == NULL) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: RoPE \"factor\" is missing", path);
-    }
-    QS_TRY(get_f64(rope, "factor", 1.0, 1e6, 1.0, &out->rope_factor, path));
-    QS_TRY(check_rope_keys(out, rope, path));
-    if (out->rope_type != QS_ROPE_LLAMA3) {
-        return QS_OK;
-    }
     QS_TRY(qs_json_f64(rope, "low_freq_factor", 1e-6, 1e6, &out->rope_low_freq_factor, path));
     QS_TRY(qs_json_f64(rope, "high_freq_factor", 1e-6, 1e6, &out->rope_high_freq_factor, path));
     QS_TRY(qs_json_i64(rope, "original_max_position_embeddings", 1, 1 << 30,
@@ -455,6 +461,52 @@ static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const
                        out->rope_high_freq_factor, out->rope_low_freq_factor);
     }
     return QS_OK;
+}
+
+static double yarn_magnitude(double factor, double mscale)
+{
+    return factor <= 1.0 ? 1.0 : 0.1 * mscale * log(factor) + 1.0;
+}
+
+/* 0 for mscale, as for the betas, means that it is not given, as in transformers. */
+static qs_status parse_yarn(qs_hf_config *out, const json_t *rope, const char *path)
+{
+    double mscale, all_dim;
+    QS_TRY(get_i64(rope, "original_max_position_embeddings", 1, 1 << 30, out->max_position,
+                   &out->rope_original_max_position, path));
+    QS_TRY(get_f64(rope, "beta_fast", 0.0, 1e6, 32.0, &out->rope_beta_fast, path));
+    QS_TRY(get_f64(rope, "beta_slow", 0.0, 1e6, 1.0, &out->rope_beta_slow, path));
+    out->rope_beta_fast = out->rope_beta_fast != 0.0 ? out->rope_beta_fast : 32.0;
+    out->rope_beta_slow = out->rope_beta_slow != 0.0 ? out->rope_beta_slow : 1.0;
+    QS_TRY(get_bool(rope, "truncate", true, &out->rope_truncate, path));
+    QS_TRY(get_f64(rope, "mscale", 0.0, 1e6, 0.0, &mscale, path));
+    QS_TRY(get_f64(rope, "mscale_all_dim", 0.0, 1e6, 0.0, &all_dim, path));
+    const double fallback =
+        mscale != 0.0 && all_dim != 0.0
+            ? yarn_magnitude(out->rope_factor, mscale) / yarn_magnitude(out->rope_factor, all_dim)
+            : yarn_magnitude(out->rope_factor, 1.0);
+    QS_TRY(get_f64(rope, "attention_factor", 1e-6, 1e6, fallback, &out->rope_magnitude, path));
+    if (out->rope_theta <= 1.0) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_theta\" = %g, but yarn needs more than 1",
+                       path, out->rope_theta);
+    }
+    if (out->rope_beta_fast < out->rope_beta_slow) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"beta_fast\" = %g is below \"beta_slow\" = %g",
+                       path, out->rope_beta_fast, out->rope_beta_slow);
+    }
+    return QS_OK;
+}
+
+static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const char *path)
+{
+    if (out->rope_type != QS_ROPE_DEFAULT && given(rope, "factor") == NULL) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: RoPE \"factor\" is missing", path);
+    }
+    QS_TRY(get_f64(rope, "factor", 1.0, 1e6, 1.0, &out->rope_factor, path));
+    QS_TRY(check_rope_keys(out, rope, path));
+    return out->rope_type == QS_ROPE_LLAMA3 ? parse_llama3(out, rope, path)
+           : out->rope_type == QS_ROPE_YARN ? parse_yarn(out, rope, path)
+                                            : QS_OK;
 }
 
 /* transformers 4: rope_theta and rope_scaling at top level; 5: both inside rope_parameters. */
@@ -469,9 +521,8 @@ static qs_status parse_rope(qs_hf_config *out, const json_t *root, const char *p
                        path);
     }
     const json_t *rope = parameters != NULL ? parameters : scaling;
-    out->rope_factor = 1.0;
-    if (rope != NULL) {
-        QS_TRY(parse_rope_scaling(out, rope, path));
+    if (rope != NULL && !json_is_object(rope)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" is not an object", path);
     }
     const json_t *inner = given(rope, "rope_theta");
     const json_t *outer = given(root, "rope_theta");
@@ -483,7 +534,15 @@ static qs_status parse_rope(qs_hf_config *out, const json_t *root, const char *p
     QS_TRY(get_f64(holder, "rope_theta", 1e-3, 1e12, 10000.0, &out->rope_theta, path));
     holder = given(rope, "partial_rotary_factor") != NULL ? rope : root;
     QS_TRY(get_f64(holder, "partial_rotary_factor", 0.0, 1.0, 1.0, &partial, path));
-    return partial == 1.0 ? QS_OK : refuse(path, "partial_rotary_factor", "a number below 1", "1");
+    if (partial != 1.0) {
+        return refuse(path, "partial_rotary_factor", "a number below 1", "1");
+    }
+    out->rope_factor = out->rope_magnitude = 1.0;
+    if (rope == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(parse_rope_type(out, rope, path));
+    return parse_rope_scaling(out, rope, path);
 }
 
 static qs_status parse_quantization(qs_hf_config *out, const json_t *root, const char *path)
@@ -567,6 +626,33 @@ static float llama3_scaled(const qs_hf_config *cfg, float frequency)
     return (1.0F - smooth) * frequency / factor + smooth * frequency;
 }
 
+/* The frequency, counted from the highest, that makes so many turns over the original positions. */
+static double yarn_border(const qs_hf_config *cfg, double turns)
+{
+    const double original = (double)cfg->rope_original_max_position;
+    return cfg->head_dim * log(original / (turns * 6.28318530717958647692)) /
+           (2.0 * log(cfg->rope_theta));
+}
+
+/* Frequencies of many turns stay, those of few are divided by the factor, between them the two are
+ * blended (YaRN: Peng et al. 2023, arXiv:2309.00071). `period` is 1 / frequency. */
+static float yarn_scaled(const qs_hf_config *cfg, int i, float period)
+{
+    double low = yarn_border(cfg, cfg->rope_beta_fast);
+    double high = yarn_border(cfg, cfg->rope_beta_slow);
+    if (cfg->rope_truncate) {
+        low = floor(low);
+        high = ceil(high);
+    }
+    low = fmax(low, 0.0);
+    high = fmin(high, cfg->head_dim - 1);
+    high += low == high ? 0.001 : 0.0;
+    const float ramp = ((float)i - (float)low) / (float)(high - low);
+    const float keep = 1.0F - fminf(fmaxf(ramp, 0.0F), 1.0F);
+    const float divided = 1.0F / ((float)cfg->rope_factor * period), kept = 1.0F / period;
+    return divided * (1.0F - keep) + kept * keep;
+}
+
 /* Rounded to fp32 after each operation, as transformers does: an ulp of a frequency, times a
  * position in the hundreds, is an error in every attention score that is larger than all other fp32
  * errors of the step together. */
@@ -574,11 +660,14 @@ void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
 {
     for (int i = 0; i < cfg->head_dim / 2; i++) {
         const float exponent = (float)(2 * i) / (float)cfg->head_dim;
-        float f = 1.0F / (float)pow(cfg->rope_theta, (double)exponent);
+        const float period = (float)pow(cfg->rope_theta, (double)exponent);
+        float f = 1.0F / period;
         if (cfg->rope_type == QS_ROPE_LINEAR) {
             f /= (float)cfg->rope_factor;
         } else if (cfg->rope_type == QS_ROPE_LLAMA3) {
             f = llama3_scaled(cfg, f);
+        } else if (cfg->rope_type == QS_ROPE_YARN) {
+            f = yarn_scaled(cfg, i, period);
         }
         inv_freq[i] = (double)f;
     }

@@ -15,7 +15,7 @@ enum { QS_HEAD_DIM_MAX = 1024, QS_LAYERS_MAX = 1000 };
 /** The seven linears of a layer, in the order that units and the LoRA vector use. */
 typedef enum { QS_Q, QS_K, QS_V, QS_O, QS_GATE, QS_UP, QS_DOWN, QS_LINEAR_COUNT } qs_linear;
 
-typedef enum { QS_ROPE_DEFAULT, QS_ROPE_LLAMA3, QS_ROPE_LINEAR } qs_rope_type;
+typedef enum { QS_ROPE_DEFAULT, QS_ROPE_LLAMA3, QS_ROPE_LINEAR, QS_ROPE_YARN } qs_rope_type;
 
 typedef struct {
     char model_type[32]; /* "llama", "mistral", ... */
@@ -32,7 +32,10 @@ typedef struct {
     qs_rope_type rope_type;
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int64_t rope_original_max_position;
-    qs_dtype dtype; /* of the checkpoint */
+    double rope_beta_fast, rope_beta_slow; /* turns of a frequency that yarn keeps, and divides */
+    bool rope_truncate;                    /* yarn's borders are whole numbers */
+    double rope_magnitude;                 /* of cosine and sine; 1 but for yarn */
+    qs_dtype dtype;                        /* of the checkpoint */
     /* quantization_config of a bitsandbytes checkpoint */
     bool bnb_4bit;
 } qs_hf_config;

@@ -16,6 +16,7 @@ static qs_status make_rope_tables(qs_model *m)
 {
     const int half = m->config->head_dim / 2;
     const int64_t positions = m->shape.max_tokens;
+    const float magnitude = (float)m->config->rope_magnitude;
     double inv_freq[QS_HEAD_DIM_MAX / 2];
     QS_TRY(QS_ALLOC(&m->rope_cos, positions * half, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&m->rope_sin, positions * half, QS_MEM_BASE_SMALL));
@@ -23,8 +24,8 @@ static qs_status make_rope_tables(qs_model *m)
     for (int64_t p = 0; p < positions; p++) {
         for (int i = 0; i < half; i++) {
             const float angle = (float)p * (float)inv_freq[i];
-            m->rope_cos[p * half + i] = (float)cos((double)angle);
-            m->rope_sin[p * half + i] = (float)sin((double)angle);
+            m->rope_cos[p * half + i] = (float)cos((double)angle) * magnitude;
+            m->rope_sin[p * half + i] = (float)sin((double)angle) * magnitude;
         }
     }
     return QS_OK;

@@ -180,6 +180,14 @@ def make_config(options):
             "original_max_position_embeddings": 32,
             "rope_type": "llama3",
         }
+    if options.rope_scaling == "yarn":
+        # Between 1 and 4 turns over 32 positions: some pairs of a short head lie above, between and below.
+        config["rope_scaling"] = {
+            "beta_fast": 4.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_type": "yarn",
+        }
     return config
 
 
@@ -301,7 +309,7 @@ def make_parser():
     parser.add_argument("--ffn", type=int, default=352, help="width inside the MLP [%(default)s]")
     parser.add_argument("--vocab", type=int, default=320, help="rows of the embedding [%(default)s]")
     parser.add_argument("--max-position", type=int, default=2048, help="longest sequence [%(default)s]")
-    parser.add_argument("--rope-scaling", choices=["none", "llama3"], default="none", help="[%(default)s]")
+    parser.add_argument("--rope-scaling", choices=["none", "llama3", "yarn"], default="none", help="[%(default)s]")
     parser.add_argument("--tied", action="store_true", default=True, help="the head is the embedding [default]")
     parser.add_argument("--untied", action="store_false", dest="tied", help="the head has its own weights")
     parser.add_argument("--arch", choices=sorted(CLASSES), default="llama", help="model_type [%(default)s]")

@@ -50,6 +50,9 @@ class Golden(unittest.TestCase):
     def test_qwen3(self):
         self.check("qwen3")
 
+    def test_yarn(self):
+        self.check("yarn")
+
 
 class Derivative(unittest.TestCase):
     """Central differences of the printed loss, over all adapters at once: no other program is involved."""

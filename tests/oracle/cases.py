@@ -160,6 +160,20 @@ CASES = {
             settings=Settings(lr=1e-3),
             seed=108,
         ),
+        # Rotary scaling with a magnitude, and frequencies that it keeps, divides and blends.
+        Case(
+            name="yarn",
+            model=(
+                "--arch qwen2 --rope-scaling yarn --hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 --vocab 320 --seed 17"
+            ).split(),
+            sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=109,
+        ),
         # A bitsandbytes checkpoint, tests/golden/bnb_tiny_plain: no double quantization, k_proj at 16 bits. `model` is
         # what it was made from.
         Case(
