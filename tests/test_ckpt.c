@@ -119,9 +119,8 @@ static void each_element(const plan *p, qs_optim *o, int rank, int nranks, bool 
 
 static qs_status make_optim(const plan *p, qs_comm *comm, qs_optim **out)
 {
-    return qs_optim_create(out, qs_device_cpu(),
-                           p->layout.n_layers *
-                               qs_lora_shard_width(&p->layout, qs_comm_nranks(comm)));
+    return qs_optim_create(out, qs_device_cpu(), &p->layout, qs_comm_rank(comm),
+                           qs_comm_nranks(comm));
 }
 
 static qs_status save_body(team_member *me)

@@ -302,7 +302,7 @@ static void make_run(qs_lora_layout *layout)
     cr_assert_eq(qs_lora_layout_make(layout, &m, &cfg), QS_OK);
     cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
     cr_assert_eq(qs_run_dir_open(&run_dir, &cfg, QS_RESUME_AUTO, false, comm), QS_OK);
-    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), layout->n_layers * layout->per_layer), QS_OK);
+    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), layout, 0, 1), QS_OK);
     char *yaml = qs_config_dump(&cfg);
     for (int step = 1; step <= 2; step++) {
         for (int layer = 0; layer < layout->n_layers; layer++) {

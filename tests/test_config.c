@@ -102,6 +102,25 @@ Test(config, epochs_alone_replace_the_default_steps)
     cr_assert_eq(parse(&c, "base: b\ntrain: {epochs: 3, steps: 100}\n"), QS_ERR_CONFIG_PAIR);
 }
 
+Test(config, sets_of_targets_have_names)
+{
+    static const struct {
+        const char *name;
+        uint32_t bits;
+    } sets[] = {{"all-linear", 0x7f},
+                {"attention", 1u << QS_Q | 1u << QS_K | 1u << QS_V | 1u << QS_O},
+                {"mlp", 1u << QS_GATE | 1u << QS_UP | 1u << QS_DOWN},
+                {"fsdp_qlora-all", 0x7f & ~(1u << QS_O)}};
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+        char text[100];
+        qs_config c;
+        snprintf(text, sizeof text, "base: b\nlora: {targets: %s}\n", sets[i].name);
+        cr_assert_eq(qs_config_parse(&c, text, strlen(text), "r", NULL, 0), QS_OK, "%s",
+                     qs_error_text());
+        cr_assert_eq(c.lora.targets, sets[i].bits, "%s", sets[i].name);
+    }
+}
+
 Test(config, targets_are_the_linears_of_a_layer_in_their_order)
 {
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
@@ -357,7 +376,8 @@ static const bad_file BAD[] = {
     {B "lora: {targets: []}\n", QS_ERR_CONFIG_VALUE, "nothing to train"},
     {B "lora: {targets: [lm_head]}\n", QS_ERR_CONFIG_VALUE, "seven linears"},
     {B "lora: {targets: [q_proj, q_proj]}\n", QS_ERR_CONFIG_VALUE, "named twice"},
-    {B "lora: {targets: q_proj}\n", QS_ERR_CONFIG_VALUE, "all-linear | ["},
+    {B "lora: {targets: q_proj}\n", QS_ERR_CONFIG_VALUE,
+     "all-linear | attention | mlp | fsdp_qlora-all | ["},
     {B "lora: {rank: 0}\n", QS_ERR_CONFIG_VALUE, "1 .. 1024"},
     {B "lora: {dropout: 1}\n", QS_ERR_CONFIG_VALUE, "0 .. 0.95"},
     {B "shard: {group: 2}\n", QS_ERR_CONFIG_VALUE, "auto | world"},

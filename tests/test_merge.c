@@ -658,7 +658,7 @@ static void make_run(const qs_hf_config *model, const char *sha)
     cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
     cr_assert_eq(qs_run_dir_open(&run_dir, &cfg, QS_RESUME_AUTO, false, comm), QS_OK);
     int64_t count = layout.n_layers * layout.per_layer;
-    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), count), QS_OK);
+    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), &layout, 0, 1), QS_OK);
     memcpy(o->master, a.vector, (size_t)count * sizeof *a.vector);
     char *text = qs_config_dump(&cfg);
     qs_ckpt_meta meta = {.step = 1, .config_yaml = text};

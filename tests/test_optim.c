@@ -1,6 +1,7 @@
 /* Schedules against their formulas; AdamW against a scalar reference in double precision. */
 #include <criterion/criterion.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/rng.h"
@@ -61,6 +62,14 @@ Test(clip, scale_is_that_of_torch)
     cr_assert_eq(qs_clip_scale(1.0, 0.0), 1.0);
 }
 
+/* One layer of `count` weights. */
+static qs_status create(qs_optim **out, int64_t count)
+{
+    const qs_lora_layout layout = {
+        .n_layers = 1, .chunks = count / QS_LORA_CHUNK, .per_layer = count};
+    return qs_optim_create(out, qs_device_cpu(), &layout, 0, 1);
+}
+
 /* torch.optim.AdamW, one element, in double */
 typedef struct {
     double w, m, v;
@@ -84,7 +93,7 @@ Test(adamw, twenty_steps_stay_with_the_double_reference)
     c.optim.weight_decay = 0.01;
     qs_optim *o = NULL;
     qs_queue *q = NULL;
-    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), N), QS_OK);
+    cr_assert_eq(create(&o, N), QS_OK);
     cr_assert_eq(qs_queue_create(&q, 2), QS_OK);
     qs_rng rng = qs_rng_make(3, 0, 0, 50, 0);
     for (int i = 0; i < N; i++) {
@@ -119,7 +128,7 @@ Test(adamw, elements_without_gradient_only_decay_and_padding_stays_zero)
     c.optim.weight_decay = 0.1;
     qs_optim *o = NULL;
     qs_queue *q = NULL;
-    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), N), QS_OK);
+    cr_assert_eq(create(&o, N), QS_OK);
     cr_assert_eq(qs_queue_create(&q, 1), QS_OK);
     o->master[0] = 2.0f;
     cr_assert_eq(qs_optim_step(o, qs_ops_cpu(), q, &c, 1e-3, 1.0, grad), QS_OK);
@@ -131,10 +140,60 @@ Test(adamw, elements_without_gradient_only_decay_and_padding_stays_zero)
     qs_optim_destroy(o);
 }
 
+/* Each rank of three updates its share of two layers; put together that is every A at one rate and
+ * every B at sixteen times it. SGD, so that the update is the rate times the gradient. */
+Test(optim, lora_plus_gives_every_b_a_rate_of_its_own)
+{
+    enum { RANKS = 3, LAYERS = 2, IN = 300, OUT = 700, LORA = 8 };
+    qs_lora_layout layout;
+    qs_config c = config(QS_SCHEDULE_CONSTANT, 0);
+    int64_t outs[QS_LINEAR_COUNT], ins[QS_LINEAR_COUNT];
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        outs[i] = OUT + i;
+        ins[i] = IN + i;
+    }
+    c.lora.rank = LORA;
+    c.lora.targets = 0x2d; /* q, v, o, up */
+    c.optim.name = QS_OPTIM_SGD;
+    c.optim.lora_plus_ratio = 16.0;
+    cr_assert_eq(qs_lora_layout_of_shapes(&layout, LAYERS, outs, ins, &c), QS_OK);
+    const int64_t width = qs_lora_shard_width(&layout, RANKS);
+    float *grad = malloc((size_t)(LAYERS * width) * sizeof *grad);
+    cr_assert_not_null(grad);
+    for (int64_t i = 0; i < LAYERS * width; i++) {
+        grad[i] = 1.0F;
+    }
+    for (int rank = 0; rank < RANKS; rank++) {
+        const qs_range mine = qs_lora_shard(&layout, rank, RANKS);
+        qs_optim *o = NULL;
+        qs_queue *q = NULL;
+        cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), &layout, rank, RANKS), QS_OK);
+        cr_assert_eq(qs_queue_create(&q, 1), QS_OK);
+        cr_assert_eq(qs_optim_step(o, qs_ops_cpu(), q, &c, 0.25, 1.0, grad), QS_OK);
+        for (int64_t i = 0; i < LAYERS * width; i++) {
+            const int64_t at = mine.begin + i % width;
+            float want = 0.0F; /* padding */
+            for (int l = 0; l < QS_LINEAR_COUNT && at < mine.end; l++) {
+                if (layout.targeted[l] && at >= layout.a_at[l] && at < layout.b_at[l]) {
+                    want = -0.25F;
+                } else if (layout.targeted[l] && at >= layout.b_at[l] &&
+                           at < layout.b_at[l] + LORA * layout.out[l]) {
+                    want = -4.0F;
+                }
+            }
+            cr_assert_eq(o->master[i], want, "rank %d element %lld: %g, not %g", rank, (long long)i,
+                         (double)o->master[i], (double)want);
+        }
+        qs_queue_destroy(q);
+        qs_optim_destroy(o);
+    }
+    free(grad);
+}
+
 Test(optim, share_of_nothing_is_allowed)
 {
     qs_optim *o = NULL;
-    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), 0), QS_OK);
+    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), &(qs_lora_layout){0}, 0, 1), QS_OK);
     qs_optim_destroy(o);
     qs_optim_destroy(NULL);
 }

@@ -52,6 +52,7 @@ typedef struct {
     struct {
         int name;                                         /* qs_optimizer */
         double lr, beta1, beta2, eps, weight_decay, clip; /* clip 0: off */
+        double lora_plus_ratio;                           /* learning rate of B over that of A */
         int schedule;                                     /* qs_schedule */
         double warmup; /* < 1: fraction of the steps, else steps */
         double min_lr_ratio;

@@ -15,6 +15,18 @@ static const char *const TARGETS[] = {"q_proj",    "k_proj",  "v_proj",   "o_pro
                                       "gate_proj", "up_proj", "down_proj"};
 enum { TARGET_COUNT = sizeof TARGETS / sizeof *TARGETS, ALL_TARGETS = (1 << TARGET_COUNT) - 1 };
 
+/* Names for sets of them: PEFT's, two of the usual recipes, and the predecessor's "all". */
+static const struct {
+    const char *name;
+    uint32_t bits;
+} TARGET_SETS[] = {
+    {"all-linear", ALL_TARGETS},
+    {"attention", 0x0f},
+    {"mlp", 0x70},
+    {"fsdp_qlora-all", ALL_TARGETS & ~(1 << 3)}, /* without o_proj */
+};
+enum { TARGET_SET_COUNT = sizeof TARGET_SETS / sizeof *TARGET_SETS };
+
 static void *field(qs_config *cfg, const qs_key *key)
 {
     return (char *)cfg + key->offset;
@@ -99,7 +111,9 @@ void qs_key_allowed(const qs_key *key, char *out, size_t capacity)
         }
         break;
     case QS_KEY_TARGETS:
-        add(out, capacity, "all-linear | ");
+        for (int i = 0; i < TARGET_SET_COUNT; i++) {
+            add(out, capacity, "%s | ", TARGET_SETS[i].name);
+        }
         add_words(TARGETS, TARGET_COUNT, ALL_TARGETS, out, capacity);
         break;
     case QS_KEY_FLAGS:
@@ -314,10 +328,15 @@ static qs_status set_targets(qs_config *cfg, const qs_key *key, const qs_value *
     if (value->list) {
         QS_TRY(read_words(key, value, where, TARGETS, TARGET_COUNT,
                           "is not one of the seven linears", &bits));
-    } else if (strcmp(value->items[0].text, "all-linear") == 0) {
-        bits = ALL_TARGETS;
     } else {
-        return refuse(key, where, value->items[0].text, "is not a known name");
+        for (int i = 0; i < TARGET_SET_COUNT; i++) {
+            if (strcmp(value->items[0].text, TARGET_SETS[i].name) == 0) {
+                bits = TARGET_SETS[i].bits;
+            }
+        }
+        if (bits == 0) {
+            return refuse(key, where, value->items[0].text, "is not a known name");
+        }
     }
     if (bits == 0) {
         return refuse(key, where, "[]", "leaves nothing to train");

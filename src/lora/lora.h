@@ -52,6 +52,18 @@ qs_range qs_lora_shard(const qs_lora_layout *layout, int rank, int nranks);
 /** Elements of a layer per rank, padded: p * 4096, the same on every rank. */
 int64_t qs_lora_shard_width(const qs_lora_layout *layout, int nranks);
 
+/** A stretch of a segment that is one A, or one B. */
+typedef struct {
+    qs_range elements;
+    bool is_b;
+} qs_lora_stretch;
+
+enum { QS_LORA_STRETCHES_MAX = 2 * QS_LINEAR_COUNT };
+
+/** The stretches of `elements` of a segment, in order; padding is in none. \return how many. */
+int qs_lora_stretches(const qs_lora_layout *layout, qs_range elements,
+                      qs_lora_stretch out[QS_LORA_STRETCHES_MAX]);
+
 /** Initial value of one element of layer `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) by counter from
  * `seed`, B = 0, padding 0. */
 void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_range elements,

@@ -75,6 +75,25 @@ static int64_t min_of(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+int qs_lora_stretches(const qs_lora_layout *layout, qs_range elements,
+                      qs_lora_stretch out[QS_LORA_STRETCHES_MAX])
+{
+    int count = 0;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        const int64_t b = layout->b_at[i];
+        const qs_range whole[2] = {{layout->a_at[i], b},
+                                   {b, b + layout->lora_rank * layout->out[i]}};
+        for (int which = 0; layout->targeted[i] && which < 2; which++) {
+            const qs_range part = {max_of(whole[which].begin, elements.begin),
+                                   min_of(whole[which].end, elements.end)};
+            if (part.begin < part.end) {
+                out[count++] = (qs_lora_stretch){part, which == 1};
+            }
+        }
+    }
+    return count;
+}
+
 /* Kaiming uniform with a = sqrt(5) in PEFT's words: U(-1/sqrt(in), 1/sqrt(in)). The counter is the
  * place in the segment, so a value does not depend on who computes it. */
 void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_range elements,

@@ -37,8 +37,12 @@ double qs_clip_scale(double clip, double norm)
     return clip > 0 ? fmin(1.0, clip / (norm + 1e-6)) : 1.0;
 }
 
-qs_status qs_optim_create(qs_optim **out, qs_device *device, int64_t count)
+qs_status qs_optim_create(qs_optim **out, qs_device *device, const qs_lora_layout *layout, int rank,
+                          int nranks)
 {
+    const qs_range mine = qs_lora_shard(layout, rank, nranks);
+    const int64_t width = qs_lora_shard_width(layout, nranks);
+    const int64_t count = layout->n_layers * width;
     *out = NULL;
     qs_optim *optim = calloc(1, sizeof *optim);
     if (!optim) {
@@ -47,6 +51,12 @@ qs_status qs_optim_create(qs_optim **out, qs_device *device, int64_t count)
     qs_status st = QS_OK;
     optim->device = device;
     optim->count = count;
+    optim->width = width;
+    optim->n_stretches = qs_lora_stretches(layout, mine, optim->stretches);
+    for (int i = 0; i < optim->n_stretches; i++) { /* from the segment's to the share's */
+        optim->stretches[i].elements.begin -= mine.begin;
+        optim->stretches[i].elements.end -= mine.begin;
+    }
     for (int i = 0; i < 3; i++) {
         QS_GOTO(qs_mirror_create(device, &optim->mirror[i], (size_t)count * sizeof(float),
                                  QS_MEM_OPTIM));
@@ -90,6 +100,31 @@ qs_status qs_optim_pull(qs_optim *optim, qs_queue *queue)
     return qs_queue_wait(queue);
 }
 
+static qs_status update(qs_optim *optim, const qs_ops *ops, qs_queue *queue,
+                        const qs_update_args *args, const float *grad, qs_range elements)
+{
+    const int64_t at = elements.begin;
+    return ops->update(queue, args, elements.end - at, grad + at, optim->d_master + at,
+                       optim->d_m + at, optim->d_v + at);
+}
+
+/* Layer by layer, each A and each B by itself, for they learn at different rates. */
+static qs_status update_stretches(qs_optim *optim, const qs_ops *ops, qs_queue *queue,
+                                  qs_update_args args, double ratio, const float *grad)
+{
+    const double lr = args.lr;
+    for (int64_t layer = 0; layer < optim->count; layer += optim->width) {
+        for (int i = 0; i < optim->n_stretches; i++) {
+            const qs_lora_stretch *stretch = &optim->stretches[i];
+            args.lr = stretch->is_b ? lr * ratio : lr;
+            QS_TRY(
+                update(optim, ops, queue, &args, grad,
+                       (qs_range){layer + stretch->elements.begin, layer + stretch->elements.end}));
+        }
+    }
+    return QS_OK;
+}
+
 qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
                         double lr, double grad_scale, const float *grad)
 {
@@ -105,7 +140,9 @@ qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, con
         .bias_correction1 = 1 - pow(cfg->optim.beta1, t),
         .bias_correction2 = 1 - pow(cfg->optim.beta2, t),
     };
-    QS_TRY(ops->update(queue, &args, optim->count, grad, optim->d_master, optim->d_m, optim->d_v));
+    const double ratio = cfg->optim.lora_plus_ratio;
+    QS_TRY(ratio == 1.0 ? update(optim, ops, queue, &args, grad, (qs_range){0, optim->count})
+                        : update_stretches(optim, ops, queue, args, ratio, grad));
     optim->step++;
     return QS_OK;
 }

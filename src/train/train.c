@@ -111,17 +111,12 @@ static void shape_run(run *r)
         qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, r->sampler.slots);
 }
 
-static int64_t shard_count(const run *r)
-{
-    return r->session.layout.n_layers * qs_lora_shard_width(&r->session.layout, r->nranks);
-}
-
 static qs_status allocate(run *r)
 {
     const qs_lora_layout *layout = &r->session.layout;
     const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
     QS_TRY(QS_ALLOC(&r->slot_sums, slots.end - slots.begin, QS_MEM_WORK));
-    QS_TRY(qs_optim_create(&r->optim, r->session.device, shard_count(r)));
+    QS_TRY(qs_optim_create(&r->optim, r->session.device, layout, r->rank, r->nranks));
     QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, r->session.device_comm,
                            r->session.queue, r->sampler.slots, r->shape.group));
     return qs_batches_create(&r->batches, r->shape.group, r->shape.max_tokens);
