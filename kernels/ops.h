@@ -105,6 +105,11 @@ typedef struct {
     const char *name;   /* "strict", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
+    /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
+     * looked at)? If not, `why` gets one line: the field, its value, what is taken. Needs neither
+     * `open` nor a device. */
+    bool (*takes)(const qs_ops_limits *limits, char *why, size_t capacity);
+
     /** Upper bound of the scratch that one calling thread (CPU) or one queue (GPU) keeps. */
     size_t (*scratch_bytes)(const qs_ops_limits *limits);
 

@@ -167,6 +167,27 @@ class Refusals(unittest.TestCase):
         done = support.train(output, environment=on_gpu(QSHARD_EMULATOR_DEVICES="0"), device="auto", **SMALL)
         self.assertIn("kernels strict", done.stderr + done.stdout)
 
+    def test_a_model_that_the_operations_do_not_take(self):
+        """head_dim 20: refused before anything is written with device: cuda, on the CPU with auto. Its vocabulary is the
+        tiny model's, so the data fit."""
+        folder = support.scratch()
+        model, base, output = (os.path.join(folder, name) for name in ("model", "odd.h5", "run"))
+        support.python(os.path.join(support.PREP, "qshard_tiny.py"), model, "--head-dim", "20", "--examples", "8")
+        support.qshard("quantize", model, "-o", base, "--head-chunk-rows", "128")
+        for ranks, shared in ((None, ()), (2, ("--allow-shared-device",))):
+            done = support.train(output, expect=2, ranks=ranks, options=shared, environment=on_gpu(),
+                                 **{**SMALL, "device": "cuda", "base": base})
+            line, = (line for line in done.stderr.splitlines() if "error[" in line)
+            for word in ("error[E203]", "device: cuda", base, "head_dim=20", "multiples of 8", "device: cpu"):
+                self.assertIn(word, line)
+            self.assertFalse(os.path.exists(output))
+        done = support.train(output, environment=on_gpu(), **{**SMALL, "device": "auto", "base": base})
+        self.assertIn(f"device: cpu, since {base}: head_dim=20", done.stderr + done.stdout)
+        self.assertIn("kernels strict", done.stderr + done.stdout)
+        on_cpu = os.path.join(folder, "cpu")
+        support.train(on_cpu, **{**SMALL, "device": "cpu", "base": base})
+        self.assertEqual(support.curve(output), support.curve(on_cpu))
+
     def test_memory_that_does_not_fit(self):
         done = self.refuse(7, ["error[E700]", "offload", "micro_batch"], {"QSHARD_EMULATOR_MEMORY": "2000000"})
         self.assertIn("device memory of rank 0", done.stdout)
