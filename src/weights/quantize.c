@@ -437,10 +437,10 @@ static qs_status run(job *j)
 
 static void cleanup(job *j, qs_status st)
 {
+    qs_h5_discard(j->file); /* open only after a failure */
     if (st != QS_OK && j->created) {
-        (void)unlink(j->temp); /* first, so that nothing is synced in vain */
+        (void)unlink(j->temp);
     }
-    (void)qs_h5_close(j->file); /* only after a failure, which has been recorded */
     if (j->fd >= 0) {
         (void)close(j->fd); /* synced unit by unit */
     }
