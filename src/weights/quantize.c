@@ -287,7 +287,7 @@ static qs_status write_units(job *j)
     for (int u = 0; u <= n_units(j); u++) {
         mine += j->owner[u] == qs_comm_rank(j->comm);
     }
-    QS_GOTO(qs_unit_batch_begin(&batch, &j->plan, j->fd, j->temp, threads));
+    QS_GOTO(qs_unit_batch_begin(&batch, &j->plan, j->fd, j->temp, j->options->backend, threads));
     for (int u = 0; u <= n_units(j); u++) {
         if (j->owner[u] == qs_comm_rank(j->comm)) {
             QS_GOTO(qs_unit_batch_write(batch, u, &j->result[u]));
