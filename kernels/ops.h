@@ -105,6 +105,11 @@ typedef struct {
     const char *name;   /* "strict", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
+    /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
+     * looked at)? If not, `why` gets one line: the field, its value, what is taken. Needs neither
+     * `open` nor a device. */
+    bool (*takes)(const qs_ops_limits *limits, char *why, size_t capacity);
+
     /** Upper bound of the scratch that one calling thread (CPU) or one queue (GPU) keeps. */
     size_t (*scratch_bytes)(const qs_ops_limits *limits);
 
@@ -221,7 +226,8 @@ typedef struct {
 
     /** First level of NF4: `count` elements of `dtype` (fp32, bf16 or fp16) that start on a block
      * to packed [(count + 1) / 2] and absmax [ceil(count / 64)]; *zero_blocks [1] is their number
-     * of all-zero blocks. The bytes of qs_nf4_quantize_blocks. */
+     * of all-zero blocks. The bytes of qs_nf4_quantize_blocks. Needs no `open`, nor does the second
+     * level. */
     qs_status (*nf4_quantize_blocks)(qs_queue *q, const void *x, qs_dtype dtype, int64_t count,
                                      uint8_t *packed, float *absmax, int64_t *zero_blocks);
     /** Second level, the bytes of qs_nf4_quantize_absmax. */

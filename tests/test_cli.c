@@ -113,6 +113,8 @@ static const bad_call CALLS[] = {
     {"train good.yaml --set", 2, "--set needs a value"},
     {"train good.yaml --set=", 2, "is empty"},
     {"train good.yaml --resume", 2, "--resume needs a value"},
+    {"quantize model -o base.h5 --device gpu", 2, "--device: \"gpu\" is not known; allowed: auto"},
+    {"train good.yaml --device cuda", 2, "unknown option --device"},
     {"train good.yaml --resume maybe", 2, "auto | must | never"},
     {"train good.yaml --prompts x", 2, "unknown option --prompts"},
     {"train good.yaml -o x", 2, "unknown option -o"},

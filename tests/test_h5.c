@@ -445,3 +445,16 @@ Test(h5, a_full_disk_shows_before_the_data_are_written)
     cr_assert_eq(placed, QS_OK);
     cr_assert_eq(closed, QS_ERR_IO_FULL, "%s", qs_error_text());
 }
+
+Test(h5, a_file_that_is_given_up_leaves_the_first_error)
+{
+    qs_h5 *file = NULL;
+    qs_h5_info large;
+    CR_OK(qs_h5_create(&file, path));
+    fill(file, &large);
+    (void)QS_FAIL(QS_ERR_INPUT_VALUE, "what went wrong");
+    cr_assert_eq(unlink(path), 0);
+    qs_h5_discard(file);
+    cr_assert_str_eq(qs_error_text(), "what went wrong");
+    qs_h5_discard(NULL);
+}

@@ -25,6 +25,14 @@ static size_t scratch_bytes(const qs_ops_limits *l)
     return (size_t)floats * sizeof(float);
 }
 
+static bool takes(const qs_ops_limits *limits, char *why, size_t capacity)
+{
+    (void)limits;
+    (void)why;
+    (void)capacity;
+    return true;
+}
+
 /* Scratch grows by itself, decoded matrices do not exist: nothing to prepare. */
 static qs_status open_queue(qs_queue *q, const qs_ops_limits *limits)
 {
@@ -60,6 +68,7 @@ const qs_ops *qs_ops_cpu(void)
     static const qs_ops table = {
         .name = "strict",
         .act_dtype = QS_F32,
+        .takes = takes,
         .scratch_bytes = scratch_bytes,
         .open = open_queue,
         .close = close_queue,

@@ -12,8 +12,10 @@
  *
  * xa is s A drop(x), bf16, whatever way was taken: each of forward and backward decides by itself.
  *
- * Roundings: Y, dX once to bf16 from an fp32 sum with residual (bias: bias + residual is rounded to
- * Y's type first; adapter apart: Y is rounded before and after); xa and s dY B to bf16; dA, dB
+ * Roundings: Y, dX once to bf16 from an fp32 sum; with a start (residual, or bias + residual
+ * rounded to Y's type, or the dX so far) some of cuBLASLt's kernels round the product to bf16, too,
+ * before they add it, as separate operations would, others do not: seen on an H200. Adapter apart:
+ * the same for its product, which starts from the rounded Y or dX. xa and s dY B to bf16; dA, dB
  * none.
  *
  * Registers on sm_80 to sm_120: bias_kernel 20 to 46, xa_kernel 30 to 32; no shared memory, no

@@ -3,7 +3,8 @@
  * (core/philox.h), so that it is never stored.
  *
  * Roundings, besides the fp32 sums of the products:
- *     drop(x) = x / (1 - p) to bf16; xa and work to bf16; y, and dx, to bf16 once more;
+ *     drop(x) = x / (1 - p) to bf16; xa and work to bf16; y, and dx, to bf16 once more, and with
+ *     some of cuBLASLt's kernels their product before it is added;
  *     the masked gradient is added from an fp32 product: no rounding between.
  *
  * dropout_kernel reads 2 and writes 2 B an element, masked_add_kernel reads 6 and writes 2 B; both

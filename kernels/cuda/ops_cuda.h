@@ -56,7 +56,8 @@ size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* unit.cu: conte
 /* ---- matrix products (gemm_lt.c: cuBLASLt) ---- */
 
 /** C[m, n] = alpha op(A)[m, k] op(B)[k, n] + C0, all row-major. A and B are bf16; a transposed one
- * lies as [k, m] or [n, k]. */
+ * lies as [k, m] or [n, k]. Sums are fp32. A bf16 C is rounded once; with C0 the product may have
+ * been rounded before C0 was added: which, is the kernel's that cuBLASLt has for the shape. */
 typedef struct {
     int64_t m, n, k;
     float alpha;

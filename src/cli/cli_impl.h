@@ -22,6 +22,7 @@ typedef struct {
     const char *dump_grads, *dump_order, *dump_logits;
     int64_t tokens, head_chunk_rows, threads;
     qs_resume resume;
+    qs_device_kind device; /* of quantize; the others' stands in the configuration */
     bool takeover, dry_run, single_quant, fold_scaling, shared_device, help, quiet, verbose;
     int64_t profile_steps[2]; /* first and last, from 1; 0: none */
 } qs_cli_args;

@@ -24,6 +24,7 @@ enum {
     KEY_RESUME,
     KEY_TAKEOVER,
     KEY_DRY_RUN,
+    KEY_DEVICE,
     KEY_SHARED_DEVICE,
     KEY_PROFILE_STEPS,
     KEY_FOLD,
@@ -93,6 +94,9 @@ const struct argp_option qs_cli_quantize_options[] = {
      "Vocabulary rows that are gathered together (default 4096)", 2},
     {"no-double-quant", KEY_SINGLE_QUANT, NULL, 0, "Keep the first-level absmax as floats", 2},
     {"threads", KEY_THREADS, "N", 0, "Threads of a rank; default: the cores it was given", 3},
+    {"device", KEY_DEVICE, "auto|cpu|cuda", 0,
+     "Where to compute (default cpu); the file is the same", 3},
+    SHARED_DEVICE,
     COMMON};
 
 const struct argp_option qs_cli_export_options[] = {
@@ -151,17 +155,35 @@ static qs_status set_steps(const char *text, int64_t steps[2])
     return QS_OK;
 }
 
-static qs_status set_resume(const char *text, qs_resume *out)
+/* One of three names; its number in the order given. */
+static qs_status one_of(const char *option, const char *text, const char *const names[3], int *out)
 {
-    static const char *const names[] = {"auto", "must", "never"}; /* in the order of qs_resume */
     for (int i = 0; i < 3; i++) {
         if (strcmp(text, names[i]) == 0) {
-            *out = (qs_resume)i;
+            *out = i;
             return QS_OK;
         }
     }
-    return QS_FAIL(QS_ERR_USAGE, "--resume: \"%.40s\" is not known; allowed: auto | must | never",
-                   text);
+    return QS_FAIL(QS_ERR_USAGE, "--%s: \"%.40s\" is not known; allowed: %s | %s | %s", option,
+                   text, names[0], names[1], names[2]);
+}
+
+static qs_status set_resume(const char *text, qs_resume *out)
+{
+    static const char *const names[] = {"auto", "must", "never"}; /* in the order of qs_resume */
+    int number = 0;
+    QS_TRY(one_of("resume", text, names, &number));
+    *out = (qs_resume)number;
+    return QS_OK;
+}
+
+static qs_status set_device(const char *text, qs_device_kind *out)
+{
+    static const char *const names[] = {"auto", "cpu", "cuda"}; /* as in qs_device_kind */
+    int number = 0;
+    QS_TRY(one_of("device", text, names, &number));
+    *out = (qs_device_kind)number;
+    return QS_OK;
 }
 
 static qs_status add_set(qs_cli_args *out, const char *text)
@@ -264,6 +286,8 @@ static qs_status take(qs_cli_args *out, int key, const char *text)
         return whole_number("threads", text, 1, 4096, &out->threads);
     case KEY_RESUME:
         return set_resume(text, &out->resume);
+    case KEY_DEVICE:
+        return set_device(text, &out->device);
     case ARGP_KEY_ARG:
         return add_word(out, text);
     default:
@@ -374,7 +398,7 @@ static struct argp argp_of(const qs_cli_command *command)
 qs_status qs_cli_parse(const qs_cli_command *command, int argc, char **argv, qs_cli_args *out)
 {
     struct argp argp = argp_of(command);
-    memset(out, 0, sizeof *out);
+    *out = (qs_cli_args){.device = QS_DEVICE_CPU};
     QS_TRY(check_words(command->options, argc, argv));
     error_t failed = argp_parse(&argp, argc, argv, ARGP_NO_ERRS | ARGP_NO_HELP, NULL, out);
     if (failed) { /* parse_one has said why; the rest was caught above */

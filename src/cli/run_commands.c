@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/backend.h"
 #include "base/log.h"
 #include "cli/cli_impl.h"
 #include "store/io.h"
@@ -72,6 +73,25 @@ qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm)
     return qs_sample_run(&options, comm);
 }
 
+/* On the device that the command line names. */
+static qs_status quantize_on_device(const qs_cli_args *args, qs_quantize_options *options,
+                                    qs_comm *comm, qs_quantize_report *report)
+{
+    qs_status st = QS_OK;
+    qs_backend backend;
+    QS_GOTO(
+        qs_comm_agree(comm, qs_backend_open(&backend, args->device, comm, args->shared_device)));
+    if (!qs_device_is_host(backend.device)) {
+        qs_log_info("%s: %s", qs_device_name(backend.device),
+                    qs_device_description(backend.device));
+    }
+    options->backend = &backend;
+    st = qs_quantize(options, comm, report);
+done:
+    qs_backend_close(&backend);
+    return st;
+}
+
 qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm)
 {
     qs_quantize_options options = {.hf_dir = args->words[0],
@@ -84,7 +104,7 @@ qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm)
             comm, QS_FAIL(QS_ERR_USAGE, "quantize needs -o BASE.h5; see qshard quantize --help"));
     }
     QS_TRY(qs_comm_threads(comm, (int)args->threads, &options.threads));
-    QS_TRY(qs_quantize(&options, comm, &report));
+    QS_TRY(quantize_on_device(args, &options, comm, &report));
     if (qs_comm_rank(comm) == 0) {
         printf("%s: %lld linears, %.1f MiB from %.1f MiB, %lld zero blocks, %.1f s, peak %.1f MiB "
                "a rank\n",

@@ -58,11 +58,12 @@ def bf16_bits(values):
 
 
 def safetensors_bytes(tensors):
-    """A safetensors file: `tensors` is {name: array}, where uint16 stands for bf16 and float32 for itself.
+    """A safetensors file: `tensors` is {name: array}, where uint16 stands for bf16 and floats for themselves.
 
     Ordered as the reference implementation does: wider types first, then by name; the header is padded to 8 bytes.
     """
-    kinds = {np.dtype(np.uint16): "BF16", np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
+    kinds = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32",
+             np.dtype(np.uint8): "U8"}
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:

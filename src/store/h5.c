@@ -439,6 +439,14 @@ qs_status qs_h5_close(qs_h5 *file)
     return st;
 }
 
+void qs_h5_discard(qs_h5 *file)
+{
+    if (file != NULL) {
+        (void)close_locked(file);
+        destroy(file);
+    }
+}
+
 qs_status qs_h5_close_image(qs_h5 *file, void **out, size_t *bytes)
 {
     uint64_t end = 0;

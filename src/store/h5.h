@@ -34,6 +34,10 @@ qs_status qs_h5_create(qs_h5 **out, const char *path);
 /** Close. For a file being written every close is checked and the file is synced. NULL is fine. */
 qs_status qs_h5_close(qs_h5 *file);
 
+/** Give up a file after a failure: nothing is synced or read back, and the recorded error stays the
+ * one to report. What lies on the disk is the caller's to remove. NULL is fine. */
+void qs_h5_discard(qs_h5 *file);
+
 /** Take the finished image of a file created with path NULL; the caller frees it. Closes `file`. */
 qs_status qs_h5_close_image(qs_h5 *file, void **image, size_t *bytes);
 

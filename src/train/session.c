@@ -26,12 +26,41 @@ static qs_status check_same_device(const qs_session *s)
     return QS_OK;
 }
 
+/* Sizes of the model alone. */
+static qs_ops_limits model_limits(const qs_hf_config *model)
+{
+    return (qs_ops_limits){.n_heads = model->n_heads,
+                           .n_kv_heads = model->n_kv_heads,
+                           .head_dim = model->head_dim,
+                           .hidden = model->hidden};
+}
+
+/* The CPU's operations take every model, a GPU's may not: said before anything is loaded. */
+static qs_status check_model_taken(qs_session *s)
+{
+    char why[256] = "";
+    const qs_ops_limits model = model_limits(&s->index->config);
+    if (s->backend.ops->takes(&model, why, sizeof why)) {
+        return QS_OK;
+    }
+    if (s->config.device == QS_DEVICE_CUDA) {
+        return QS_FAIL(
+            QS_ERR_CONFIG_PAIR,
+            "%s: %s, so not with device: cuda; device: cpu, or auto, computes without a GPU",
+            s->config.base, why);
+    }
+    qs_log_info("device: cpu, since %s: %s", s->config.base, why);
+    qs_backend_close(&s->backend);
+    return qs_backend_open(&s->backend, QS_DEVICE_CPU, s->comm, false);
+}
+
 static qs_status open_device(qs_session *s)
 {
     const qs_config *config = &s->config;
     int threads = 1;
     QS_TRY(qs_comm_agree(s->comm, qs_backend_open(&s->backend, (qs_device_kind)config->device,
                                                   s->comm, config->allow_shared_device)));
+    QS_TRY(qs_comm_agree(s->comm, check_model_taken(s)));
     s->device = s->backend.device;
     s->ops = s->backend.ops;
     QS_TRY(check_same_device(s));
@@ -58,8 +87,8 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     memset(s, 0, sizeof *s);
     s->config = *config;
     s->comm = comm;
-    QS_TRY(open_device(s));
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
+    QS_TRY(open_device(s));
     describe(s);
     return QS_OK;
 }
@@ -141,18 +170,14 @@ static int64_t larger(int64_t a, int64_t b)
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape)
 {
     const qs_hf_config *model = &s->index->config;
-    qs_ops_limits limits = {.threads = qs_queue_threads(s->queue),
-                            .tokens = shape->max_tokens,
-                            .documents = shape->max_tokens,
-                            .loss_rows = shape->max_targets,
-                            .n_heads = model->n_heads,
-                            .n_kv_heads = model->n_kv_heads,
-                            .head_dim = model->head_dim,
-                            .dropout = s->config.lora.dropout > 0,
-                            .lora_rank = s->layout.lora_rank,
-                            .n_linears = QS_LINEAR_COUNT,
-                            .hidden = model->hidden,
-                            .head_rows = s->index->head_chunk_rows};
+    qs_ops_limits limits = model_limits(model);
+    limits.threads = qs_queue_threads(s->queue);
+    limits.tokens = limits.documents = shape->max_tokens;
+    limits.loss_rows = shape->max_targets;
+    limits.dropout = s->config.lora.dropout > 0;
+    limits.lora_rank = s->layout.lora_rank;
+    limits.n_linears = QS_LINEAR_COUNT;
+    limits.head_rows = s->index->head_chunk_rows;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(model, (qs_linear)i, &limits.out[i], &limits.in[i]);
         limits.widest = larger(limits.widest, larger(limits.out[i], limits.in[i]));

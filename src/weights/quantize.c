@@ -287,7 +287,7 @@ static qs_status write_units(job *j)
     for (int u = 0; u <= n_units(j); u++) {
         mine += j->owner[u] == qs_comm_rank(j->comm);
     }
-    QS_GOTO(qs_unit_batch_begin(&batch, &j->plan, j->fd, j->temp, threads));
+    QS_GOTO(qs_unit_batch_begin(&batch, &j->plan, j->fd, j->temp, j->options->backend, threads));
     for (int u = 0; u <= n_units(j); u++) {
         if (j->owner[u] == qs_comm_rank(j->comm)) {
             QS_GOTO(qs_unit_batch_write(batch, u, &j->result[u]));
@@ -437,10 +437,10 @@ static qs_status run(job *j)
 
 static void cleanup(job *j, qs_status st)
 {
+    qs_h5_discard(j->file); /* open only after a failure */
     if (st != QS_OK && j->created) {
-        (void)unlink(j->temp); /* first, so that nothing is synced in vain */
+        (void)unlink(j->temp);
     }
-    (void)qs_h5_close(j->file); /* only after a failure, which has been recorded */
     if (j->fd >= 0) {
         (void)close(j->fd); /* synced unit by unit */
     }

@@ -6,6 +6,7 @@
 #ifndef QS_WEIGHTS_QUANTIZE_H
 #define QS_WEIGHTS_QUANTIZE_H
 
+#include "backend/backend.h"
 #include "comm/comm.h"
 
 typedef struct {
@@ -14,6 +15,7 @@ typedef struct {
     int64_t head_chunk_rows; /* 0: 4096 */
     bool double_quant;       /* default true; an import keeps what the checkpoint has */
     int threads;
+    const qs_backend *backend; /* where to compute; NULL: the CPU. The bytes are the same. */
 } qs_quantize_options;
 
 typedef struct {

@@ -1,8 +1,9 @@
 /* What the files of the quantizer share: the plan (which source tensor becomes which tensor of
- * base.h5), the work on one unit, and the import of bitsandbytes tensors. */
+ * base.h5), the quantizer proper, the work on one unit, and the import of bitsandbytes tensors. */
 #ifndef QS_WEIGHTS_QUANTIZE_IMPL_H
 #define QS_WEIGHTS_QUANTIZE_IMPL_H
 
+#include "backend/backend.h"
 #include "hf/safetensors.h"
 #include "weights/base_impl.h"
 
@@ -49,6 +50,45 @@ bool qs_bnb_present(const qs_st_dir *dir, const char *name);
 qs_status qs_bnb_read(qs_st_dir *dir, const char *name, int64_t out, int64_t in, qs_bnb_tensor *bnb,
                       void (*mark)(void *, const qs_st_tensor *), void *user);
 
+/* ---- floats to NF4 ---- */
+
+/** A piece: what is in memory of a tensor at a time. */
+enum { QS_PIECE_QUANTA = 64, QS_PIECE_BYTES = QS_PIECE_QUANTA * QS_NF4_QUANTUM * 4 };
+
+/** True if none of `count` elements of fp32, bf16 or fp16 is infinite or NaN. */
+bool qs_all_finite(const void *x, qs_dtype dtype, int64_t count);
+
+/** The quantizer of a rank: buffers for one piece, and for the absmax of one tensor. */
+typedef struct {
+    qs_device *device;
+    const qs_ops *ops;
+    qs_queue *queue;
+    qs_mirror source;      /* [at least QS_PIECE_BYTES] the caller's to fill */
+    qs_mirror packed;      /* [QS_PIECE_QUANTA, 8192] the caller's to read */
+    qs_mirror zero_blocks; /* [1] */
+    qs_mirror absmax;      /* [blocks of the largest tensor] */
+    uint8_t *absmax8;      /* [likewise], and a float for every 256: the device's memory */
+    float *absmax32;
+} qs_encoder;
+
+/** `backend` NULL: the CPU. Not collective. */
+qs_status qs_encoder_open(qs_encoder *e, const qs_backend *backend, const qs_plan *plan,
+                          int threads);
+/** A zeroed encoder is fine. */
+void qs_encoder_close(qs_encoder *e);
+
+/** First level of elements [first, first + count) of a tensor, which lie at the start of
+ * e->source.host: whole quanta of codes in e->packed.host, absmax in e->absmax.host from block
+ * first / 64 on. Synchronous. `finite`: none of the elements is infinite or NaN. */
+qs_status qs_encoder_piece(qs_encoder *e, qs_dtype dtype, int64_t first, int64_t count,
+                           int64_t *zero_blocks, bool *finite);
+
+/** Second level of the tensor whose pieces were the last, [blocks] in all. Synchronous.
+ * \param [out] absmax8   [blocks]
+ * \param [out] absmax32  [ceil(blocks / 256)] */
+qs_status qs_encoder_finish(qs_encoder *e, int64_t blocks, float *offset, uint8_t *absmax8,
+                            float *absmax32);
+
 /* ---- units ---- */
 
 /** What the owner of a unit finds out while writing it. */
@@ -66,9 +106,9 @@ void qs_unit_result_free(qs_unit_result *result);
  * unit. Not collective. */
 typedef struct qs_unit_batch qs_unit_batch;
 
-/** `plan` and `path` are borrowed until the batch is freed. */
+/** `plan` and `path` are borrowed until the batch is freed; `backend` as in qs_encoder_open. */
 qs_status qs_unit_batch_begin(qs_unit_batch **out, const qs_plan *plan, int fd, const char *path,
-                              int threads);
+                              const qs_backend *backend, int threads);
 void qs_unit_batch_free(qs_unit_batch *batch);
 
 /** Write the packed, absmax8, absmax32 and raw datasets of unit `u`; `result` is borrowed until the

@@ -2,10 +2,10 @@
  * of it back.
  *
  * A tensor is never in memory as a whole. The first level goes piece by piece; the second level
- * needs the mean of all first-level absmax, which are kept (1/16 byte per weight, for one tensor).
- * What has been written is synced and read back from the file, many units at a time where they are
- * small; the hash of a quantum is taken from the bytes read back, after they have matched what was
- * written. */
+ * needs the mean of all first-level absmax, which the encoder keeps (1/16 byte per weight, for one
+ * tensor). What has been written is synced and read back from the file, many units at a time where
+ * they are small; the hash of a quantum is taken from the bytes read back, after they have matched
+ * what was written. */
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,22 +15,18 @@
 #include "store/io.h"
 #include "weights/quantize_impl.h"
 
-enum {
-    PIECE_QUANTA = 64,
-    PIECE_BYTES = PIECE_QUANTA * QS_NF4_QUANTUM * 4,
-    BATCH_BYTES = 256 << 20,
-    WORTH_THREADS = 1 << 16, /* blocks: below, not worth starting threads */
-};
+enum { BATCH_BYTES = 256 << 20 };
 
 typedef struct {
     const qs_plan *plan;
     const qs_base_unit *unit;
     const qs_source *sources; /* [n_tensors] */
     qs_unit_result *result;
-    int fd, threads;
+    int fd;
     const char *path;
-    uint8_t *piece;        /* the batch's: source bytes, or bytes read back */
-    uint8_t *packed;       /* the batch's: [PIECE_QUANTA, 8192] */
+    qs_encoder *encoder;   /* the batch's; its buffers on the host: */
+    uint8_t *piece;        /* source bytes, or bytes read back */
+    uint8_t *packed;       /* [QS_PIECE_QUANTA, 8192] */
     uint8_t *absmax8;      /* of the whole unit, as in the file */
     float *absmax32;       /* likewise */
     uint64_t *packed_hash; /* [nf4_quanta] of the packed bytes alone */
@@ -38,9 +34,9 @@ typedef struct {
 
 struct qs_unit_batch {
     const qs_plan *plan;
-    int fd, threads;
+    int fd;
     const char *path;
-    uint8_t *piece, *packed;
+    qs_encoder encoder;
     worker *written; /* [n_written] not yet read back */
     int n_written, capacity;
     int64_t bytes;
@@ -85,31 +81,6 @@ static qs_status read_source(worker *w, int i, const qs_st_tensor *tensor, int64
 
 /* ---- NF4 from floats ---- */
 
-/* All exponent bits set: infinity or NaN. Integers, so that the loop vectorizes. */
-static bool all_finite(const float *x, int64_t count)
-{
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, &x[i], sizeof bits);
-        bad |= (bits & 0x7F800000U) == 0x7F800000U;
-    }
-    return bad == 0;
-}
-
-/* Quantum `q` of the piece: `count` elements. \return zero blocks, -1 if a value is not finite. */
-static int64_t quantize_quantum(const worker *w, qs_dtype dtype, int64_t q, int64_t count,
-                                float *absmax)
-{
-    float x[QS_NF4_QUANTUM];
-    qs_f32_load(x, w->piece + (size_t)(q * QS_NF4_QUANTUM) * qs_dtype_bytes(dtype), dtype, count);
-    if (!all_finite(x, count)) {
-        return -1;
-    }
-    return qs_nf4_quantize_blocks(x, count, w->packed + q * QS_NF4_QUANTUM_PACKED_BYTES,
-                                  absmax + q * QS_NF4_QUANTUM_BLOCKS);
-}
-
 /* The packed bytes of `n` quanta in w->packed, to the file; `first` counts within the unit. */
 static qs_status write_packed(worker *w, int64_t first, int64_t n)
 {
@@ -122,79 +93,46 @@ static qs_status write_packed(worker *w, int64_t first, int64_t n)
 }
 
 /* First level of elements [first, first + count), at most one piece. */
-static qs_status quantize_piece(worker *w, int i, int64_t first, int64_t count, float *absmax)
+static qs_status quantize_piece(worker *w, int i, int64_t first, int64_t count)
 {
     const qs_base_tensor *t = &w->unit->tensors[i];
-    int64_t size = (int64_t)qs_dtype_bytes(t->dtype);
-    int64_t quanta = qs_nf4_quanta(count);
+    const int64_t size = (int64_t)qs_dtype_bytes(t->dtype);
     int64_t zero_blocks = 0;
-    int not_finite = 0;
+    bool finite = false;
     QS_TRY(read_source(w, i, w->sources[i].data, first * size, count * size, w->piece));
-    memset(w->packed, QS_NF4_ZERO_BYTE, (size_t)(quanta * QS_NF4_QUANTUM_PACKED_BYTES));
-#pragma omp parallel for num_threads(w->threads) schedule(static)                                  \
-    reduction(+ : zero_blocks) reduction(| : not_finite)
-    for (int64_t q = 0; q < quanta; q++) {
-        int64_t left = count - q * QS_NF4_QUANTUM;
-        int64_t zero =
-            quantize_quantum(w, t->dtype, q, left < QS_NF4_QUANTUM ? left : QS_NF4_QUANTUM,
-                             absmax + first / QS_NF4_BLOCK);
-        not_finite |= zero < 0;
-        zero_blocks += zero;
-    }
-    if (not_finite != 0) {
+    QS_TRY(qs_encoder_piece(w->encoder, t->dtype, first, count, &zero_blocks, &finite));
+    if (!finite) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: tensor %s: a weight among elements %lld ... %lld is not finite",
                        qs_st_path(w->plan->dir), t->name, (long long)first,
                        (long long)(first + count - 1));
     }
     w->result->zero_blocks += zero_blocks;
-    return write_packed(w, t->quantum + first / QS_NF4_QUANTUM, quanta);
-}
-
-static float mean_of(const float *absmax, int64_t n)
-{
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; i++) {
-        sum += (double)absmax[i];
-    }
-    return (float)(sum / (double)n);
+    return write_packed(w, t->quantum + first / QS_NF4_QUANTUM, qs_nf4_quanta(count));
 }
 
 /* Second level of a whole tensor, or the copy of the first where there is none. */
-static void finish_absmax(worker *w, int i, const float *absmax, int64_t blocks)
+static qs_status finish_absmax(worker *w, int i, int64_t blocks)
 {
     const qs_base_tensor *t = &w->unit->tensors[i];
     if (!w->plan->index->nested) {
-        memcpy(w->absmax32 + t->quantum * QS_NF4_QUANTUM_BLOCKS, absmax,
-               (size_t)blocks * sizeof *absmax);
-        return;
+        memcpy(w->absmax32 + t->quantum * QS_NF4_QUANTUM_BLOCKS, w->encoder->absmax.host,
+               (size_t)blocks * sizeof(float));
+        return QS_OK;
     }
-    float offset = mean_of(absmax, blocks);
-    w->result->offset[i] = offset;
-#pragma omp parallel for num_threads(w->threads) schedule(static) if (blocks > WORTH_THREADS)
-    for (int64_t first = 0; first < blocks; first += QS_NF4_QUANTUM_BLOCKS) {
-        int64_t n = blocks - first < QS_NF4_QUANTUM_BLOCKS ? blocks - first : QS_NF4_QUANTUM_BLOCKS;
-        int64_t q = t->quantum + first / QS_NF4_QUANTUM_BLOCKS;
-        qs_nf4_quantize_absmax(absmax + first, n, offset, w->absmax8 + q * QS_NF4_QUANTUM_BLOCKS,
-                               w->absmax32 + q);
-    }
+    return qs_encoder_finish(w->encoder, blocks, &w->result->offset[i],
+                             w->absmax8 + t->quantum * QS_NF4_QUANTUM_BLOCKS,
+                             w->absmax32 + t->quantum);
 }
 
 static qs_status quantize_tensor(worker *w, int i)
 {
-    qs_status st = QS_OK;
-    float *absmax = NULL;
-    int64_t count = qs_base_tensor_count(&w->unit->tensors[i]);
-    const int64_t piece = (int64_t)PIECE_QUANTA * QS_NF4_QUANTUM;
-    QS_TRY(QS_ALLOC(&absmax, qs_nf4_quanta(count) * QS_NF4_QUANTUM_BLOCKS, QS_MEM_WORK));
+    const int64_t count = qs_base_tensor_count(&w->unit->tensors[i]);
+    const int64_t piece = (int64_t)QS_PIECE_QUANTA * QS_NF4_QUANTUM;
     for (int64_t first = 0; first < count; first += piece) {
-        int64_t n = count - first < piece ? count - first : piece;
-        QS_GOTO(quantize_piece(w, i, first, n, absmax));
+        QS_TRY(quantize_piece(w, i, first, count - first < piece ? count - first : piece));
     }
-    finish_absmax(w, i, absmax, (count + QS_NF4_BLOCK - 1) / QS_NF4_BLOCK);
-done:
-    qs_mem_free(absmax);
-    return st;
+    return finish_absmax(w, i, (count + QS_NF4_BLOCK - 1) / QS_NF4_BLOCK);
 }
 
 /* ---- NF4 from bitsandbytes ---- */
@@ -217,7 +155,7 @@ static qs_status import_absmax(worker *w, int i)
         floats = s->absmax->count;
         QS_TRY(read_source(w, i, s->absmax, 0, s->absmax->bytes, absmax32));
     }
-    if (!all_finite(absmax32, floats)) {
+    if (!qs_all_finite(absmax32, QS_F32, floats)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: tensor %s: an absmax is not finite",
                        qs_st_path(w->plan->dir), t->name);
     }
@@ -230,7 +168,7 @@ static qs_status import_tensor(worker *w, int i)
     const qs_base_tensor *t = &w->unit->tensors[i];
     int64_t count = qs_base_tensor_count(t);
     int64_t bytes = (count + 1) / 2;
-    const int64_t piece = (int64_t)PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES;
+    const int64_t piece = (int64_t)QS_PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES;
     for (int64_t first = 0; first < bytes; first += piece) {
         int64_t n = bytes - first < piece ? bytes - first : piece;
         int64_t quanta = (n + QS_NF4_QUANTUM_PACKED_BYTES - 1) / QS_NF4_QUANTUM_PACKED_BYTES;
@@ -251,7 +189,7 @@ static qs_status import_tensor(worker *w, int i)
 static int64_t raw_quanta_per_piece(const qs_base_unit *unit)
 {
     int64_t each = (int64_t)qs_raw_quantum_bytes(&unit->size);
-    return each < PIECE_BYTES ? PIECE_BYTES / each : 1;
+    return each < QS_PIECE_BYTES ? QS_PIECE_BYTES / each : 1;
 }
 
 static qs_status copy_tensor(worker *w, int i)
@@ -298,8 +236,8 @@ static qs_status compare(const worker *w, const char *dataset, const void *data,
                          int64_t at)
 {
     const uint8_t *want = data;
-    for (size_t done = 0; done < bytes; done += PIECE_BYTES) {
-        size_t n = bytes - done < PIECE_BYTES ? bytes - done : PIECE_BYTES;
+    for (size_t done = 0; done < bytes; done += QS_PIECE_BYTES) {
+        size_t n = bytes - done < QS_PIECE_BYTES ? bytes - done : QS_PIECE_BYTES;
         QS_TRY(reread(w, dataset, w->piece, n, at + (int64_t)done));
         if (memcmp(w->piece, want + done, n) != 0) {
             return differs(w, dataset, 0);
@@ -314,9 +252,9 @@ static qs_status check_packed(const worker *w)
 {
     const qs_unit_size *size = &w->unit->size;
     const int64_t each = QS_NF4_QUANTUM_PACKED_BYTES;
-    for (int64_t first = 0; first < size->nf4_quanta; first += PIECE_QUANTA) {
+    for (int64_t first = 0; first < size->nf4_quanta; first += QS_PIECE_QUANTA) {
         int64_t left = size->nf4_quanta - first;
-        int64_t n = left < PIECE_QUANTA ? left : PIECE_QUANTA;
+        int64_t n = left < QS_PIECE_QUANTA ? left : QS_PIECE_QUANTA;
         QS_TRY(
             reread(w, "packed", w->packed, (size_t)(n * each), w->unit->packed_at + first * each));
         const uint8_t *absmax8 = w->absmax8 + first * size->absmax8_per_quantum;
@@ -442,32 +380,22 @@ static qs_status write_unit(worker *w)
 
 /* ---- a batch ---- */
 
-static size_t largest_piece(const qs_plan *plan)
-{
-    size_t largest = PIECE_BYTES;
-    for (int u = 0; u < plan->index->n_units; u++) {
-        size_t raw = qs_raw_quantum_bytes(&plan->index->units[u].size);
-        largest = raw > largest ? raw : largest;
-    }
-    return largest;
-}
-
 qs_status qs_unit_batch_begin(qs_unit_batch **out, const qs_plan *plan, int fd, const char *path,
-                              int threads)
+                              const qs_backend *backend, int threads)
 {
-    qs_status st = QS_OK;
     qs_unit_batch *b = calloc(1, sizeof *b);
+    *out = NULL;
     if (b == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for quantizing", path);
     }
-    *b = (qs_unit_batch){.plan = plan, .fd = fd, .threads = threads, .path = path};
-    QS_GOTO(QS_ALLOC(&b->piece, largest_piece(plan), QS_MEM_WORK));
-    QS_GOTO(QS_ALLOC(&b->packed, PIECE_QUANTA * QS_NF4_QUANTUM_PACKED_BYTES, QS_MEM_WORK));
+    *b = (qs_unit_batch){.plan = plan, .fd = fd, .path = path};
+    qs_status st = qs_encoder_open(&b->encoder, backend, plan, threads);
+    if (st != QS_OK) {
+        qs_unit_batch_free(b);
+        return st;
+    }
     *out = b;
-    b = NULL;
-done:
-    qs_unit_batch_free(b);
-    return st;
+    return QS_OK;
 }
 
 static void forget_written(qs_unit_batch *b)
@@ -486,8 +414,7 @@ void qs_unit_batch_free(qs_unit_batch *b)
     }
     forget_written(b);
     free(b->written);
-    qs_mem_free(b->piece);
-    qs_mem_free(b->packed);
+    qs_encoder_close(&b->encoder);
     free(b);
 }
 
@@ -508,10 +435,10 @@ qs_status qs_unit_batch_write(qs_unit_batch *b, int u, qs_unit_result *result)
                   .sources = b->plan->sources[u],
                   .result = result,
                   .fd = b->fd,
-                  .threads = b->threads,
                   .path = b->path,
-                  .piece = b->piece,
-                  .packed = b->packed};
+                  .encoder = &b->encoder,
+                  .piece = b->encoder.source.host,
+                  .packed = b->encoder.packed.host};
     QS_TRY(write_unit(w));
     b->bytes += packed_bytes(w) + raw_bytes(w);
     return b->bytes < BATCH_BYTES ? QS_OK : qs_unit_batch_check(b);

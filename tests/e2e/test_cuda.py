@@ -1,5 +1,6 @@
 """The CUDA backend as a user meets it: the same program with device: cuda. Where there is no GPU its kernels, device layer
 and communicator run on the CPU (tests/emulator), so what is shown here is what the program computes, never how fast."""
+import hashlib
 import os
 import re
 import subprocess
@@ -7,11 +8,20 @@ import unittest
 
 import numpy as np
 import support
+from tensors import bf16_bits
 
 EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 # Emulated kernels are slow: a few short steps of five slots, and no evaluation but the one that is tested.
 SMALL = {"train__steps": 3, "train__global_batch": 5, "train__micro_batch": 1, "train__save_every": 0,
          "train__eval_every": 0, "data__eval": ""}
+
+
+STORED_AS = {"bf16": bf16_bits, "f16": lambda x: x.astype(np.float16), "f32": lambda x: x}
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def on_gpu(**more):
@@ -133,6 +143,81 @@ class Training(unittest.TestCase):
 
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+class Quantizing(unittest.TestCase):
+    """qshard quantize --device cuda: the file of the CPU, byte for byte."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+
+    def model(self, name, dtype, *options):
+        """A seed-made model in a dtype of its own; one linear has zero blocks."""
+        folder = os.path.join(self.folder, name)
+        support.python(os.path.join(support.PREP, "qshard_tiny.py"), folder, "--layers", "2", "--examples", "8", *options)
+        weights = os.path.join(folder, "model.safetensors")
+        tensors = support.read_safetensors(weights)
+        tensors["model.layers.1.mlp.up_proj.weight"][:, :] = 0.0
+        support.write_safetensors(weights, {key: STORED_AS[dtype](tensor) for key, tensor in tensors.items()})
+        return folder
+
+    def quantize(self, model, *options, device="cuda", ranks=None, expect=0, **environment):
+        """What the program said, and the file's SHA-256 (None if it failed)."""
+        output = os.path.join(support.scratch(), "base.h5")
+        done = support.qshard("quantize", model, "-o", output, "--device", device, "--head-chunk-rows", "100", *options,
+                              ranks=ranks, expect=expect, **on_gpu(**environment))
+        self.assertEqual(os.path.exists(output), expect == 0)
+        return done, digest(output) if expect == 0 else None
+
+    def test_the_file_is_the_cpus(self):
+        odd = ("--hidden", "72", "--heads", "3", "--kv-heads", "1", "--head-dim", "20", "--ffn", "91", "--untied")
+        wide = ("--hidden", "1040", "--heads", "8", "--ffn", "1400")  # linears of more than a piece
+        for name, dtype, shape in (("bf16", "bf16", ()), ("f16", "f16", odd), ("f32", "f32", odd), ("wide", "bf16", wide)):
+            model = self.model(name, dtype, *shape)
+            for options in ((), ("--no-double-quant",)):
+                with self.subTest(model=name, options=options):
+                    on_cpu, want = self.quantize(model, *options, device="cpu")
+                    self.assertNotIn(" 0 zero blocks", on_cpu.stdout)
+                    done, got = self.quantize(model, *options)
+                    self.assertEqual(got, want)
+                    self.assertIn("cuda: emulated", done.stderr + done.stdout)
+
+    def test_the_file_is_the_same_on_several_ranks_and_with_auto(self):
+        model = self.model("ranks", "bf16")
+        want = self.quantize(model, device="cpu")[1]
+        for device, ranks, options, environment in (
+                ("cuda", 2, (), {"QSHARD_EMULATOR_DEVICES": "2"}), ("cuda", 3, ("--allow-shared-device",), {}),
+                ("auto", None, (), {}), ("auto", 2, (), {"QSHARD_EMULATOR_DEVICES": "1"}),
+                ("auto", None, (), {"QSHARD_EMULATOR_DEVICES": "0"}), ("cuda", None, (), {"QSHARD_EMULATOR_SEED": "7"})):
+            with self.subTest(device=device, ranks=ranks, environment=environment):
+                done, got = self.quantize(model, *options, device=device, ranks=ranks, **environment)
+                self.assertEqual(got, want)
+                cpu_instead = device == "auto" and environment
+                self.assertIn("device: cpu, since" if cpu_instead else "cuda: emulated", done.stderr + done.stdout)
+
+    def test_what_is_refused(self):
+        """With one line and the code of the same failure elsewhere; nothing is left."""
+        model, bad = self.model("refused", "bf16"), self.model("infinite", "bf16")
+        weights = os.path.join(bad, "model.safetensors")
+        tensors = support.read_safetensors(weights)
+        tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.inf
+        support.write_safetensors(weights, {key: STORED_AS["bf16"](tensor) for key, tensor in tensors.items()})
+        for words, expect, source, how in (
+                (["error[E801]", "device: cuda", "no GPU is visible"], 8, model, {"QSHARD_EMULATOR_DEVICES": "0"}),
+                (["error[E801]", "--allow-shared-device"], 8, model, {"ranks": 2}),
+                (["error[E900]"], 9, model, {"QSHARD_EMULATOR_FAIL": "cudaMemcpyAsync:9"}),
+                (["error[E900]"], 9, model, {"QSHARD_EMULATOR_FAIL": "cudaStreamSynchronize:3"}),
+                (["error[E700]"], 7, model, {"QSHARD_EMULATOR_MEMORY": "1000000"}),
+                (["error[E302]", "model.layers.0.mlp.down_proj.weight", "not finite"], 3, bad, {}),
+                (["error[E302]", "model.layers.0.mlp.down_proj.weight", "not finite"], 3, bad, {"device": "cpu"}),
+                (["error[E200]", "--device", "gpu", "auto | cpu | cuda"], 2, model, {"device": "gpu"})):
+            with self.subTest(words=words, how=how):
+                done, _ = self.quantize(source, expect=expect, **how)
+                line, = (line for line in done.stderr.splitlines() if "error[" in line)
+                for word in words:
+                    self.assertIn(word, line)
+
+
+@unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
 class Refusals(unittest.TestCase):
     """What is missing is named before anything is loaded, with the documented exit code on all ranks."""
 
@@ -166,6 +251,27 @@ class Refusals(unittest.TestCase):
         output = os.path.join(support.scratch(), "run")
         done = support.train(output, environment=on_gpu(QSHARD_EMULATOR_DEVICES="0"), device="auto", **SMALL)
         self.assertIn("kernels strict", done.stderr + done.stdout)
+
+    def test_a_model_that_the_operations_do_not_take(self):
+        """head_dim 20: refused before anything is written with device: cuda, on the CPU with auto. Its vocabulary is the
+        tiny model's, so the data fit."""
+        folder = support.scratch()
+        model, base, output = (os.path.join(folder, name) for name in ("model", "odd.h5", "run"))
+        support.python(os.path.join(support.PREP, "qshard_tiny.py"), model, "--head-dim", "20", "--examples", "8")
+        support.qshard("quantize", model, "-o", base, "--head-chunk-rows", "128")
+        for ranks, shared in ((None, ()), (2, ("--allow-shared-device",))):
+            done = support.train(output, expect=2, ranks=ranks, options=shared, environment=on_gpu(),
+                                 **{**SMALL, "device": "cuda", "base": base})
+            line, = (line for line in done.stderr.splitlines() if "error[" in line)
+            for word in ("error[E203]", "device: cuda", base, "head_dim=20", "multiples of 8", "device: cpu"):
+                self.assertIn(word, line)
+            self.assertFalse(os.path.exists(output))
+        done = support.train(output, environment=on_gpu(), **{**SMALL, "device": "auto", "base": base})
+        self.assertIn(f"device: cpu, since {base}: head_dim=20", done.stderr + done.stdout)
+        self.assertIn("kernels strict", done.stderr + done.stdout)
+        on_cpu = os.path.join(folder, "cpu")
+        support.train(on_cpu, **{**SMALL, "device": "cpu", "base": base})
+        self.assertEqual(support.curve(output), support.curve(on_cpu))
 
     def test_memory_that_does_not_fit(self):
         done = self.refuse(7, ["error[E700]", "offload", "micro_batch"], {"QSHARD_EMULATOR_MEMORY": "2000000"})

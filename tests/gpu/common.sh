@@ -135,17 +135,25 @@ header_found() {
     printf '#include <%s>\n' "$1" | "${CC:-cc}" -E -x c - >/dev/null 2>&1
 }
 
-# Only what is missing is taken from the prefix, so that no library of the system is replaced by an older one.
+# Only what is missing is taken from the prefix, so that no library of the system is replaced by an older one. Programs
+# of another stage may be using the links at the same time, or another stage making them: a link that is right stays,
+# and any other is replaced at once, by renaming.
 use_prefix() {
     local links=$report/libraries library name
     [ -d "$prefix" ] || return 0
-    rm -rf "$links"
     mkdir -p "$links"
     for library in "$prefix"/lib/*.so.*; do
         name=${library##*/}
-        system_has_library "$name" || ln -s "$library" "$links/$name"
+        if system_has_library "$name"; then
+            rm -f "$links/$name"
+        elif [ "$(readlink "$links/$name")" != "$library" ]; then
+            ln -s "$library" "$links/$name.$BASHPID" && mv -fT "$links/$name.$BASHPID" "$links/$name"
+        fi
     done
-    export LD_LIBRARY_PATH=$links${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    case :${LD_LIBRARY_PATH-}: in
+    *":$links:"*) ;; # a stage inherits it
+    *) export LD_LIBRARY_PATH=$links${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} ;;
+    esac
     if ! command -v mpirun >/dev/null; then
         export PATH=$PATH:$prefix/bin OPAL_PREFIX=$prefix PMIX_INSTALL_PREFIX=$prefix
         OMPI_MCA_mca_base_component_path=$(echo "$prefix"/lib/*/openmpi/lib/openmpi3)

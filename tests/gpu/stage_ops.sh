@@ -11,7 +11,7 @@ export QSHARD_TWIN=$mode
 limit=${QSHARD_GPU_TEST_S:-120}
 one() { # PROGRAM
     local started=$SECONDS code=0
-    timeout -k 5 "$limit" "$1" --ascii >"$report/ops.${1##*/}.out" 2>&1 || code=$?
+    timeout -k 5 "$limit" "$1" --encoding=C --color=never >"$report/ops.${1##*/}.out" 2>&1 || code=$?
     echo "$code $((SECONDS - started))" >"$report/ops.${1##*/}.code"
 }
 export -f one

@@ -19,7 +19,7 @@ one() { # TOOL PROGRAM
     local name=$1.${2##*/} more=() code=0
     [ "$1" != memcheck ] || more=(--report-api-errors no) # tests ask for what must fail, and check that it did
     timeout -k 5 "$limit" "$sanitizer" --tool "$1" --target-processes all --error-exitcode 99 ${more[@]+"${more[@]}"} \
-        "$2" -j1 --ascii >"$report/sanitize.$name.log" 2>&1 || code=$?
+        "$2" -j1 --encoding=C --color=never >"$report/sanitize.$name.log" 2>&1 || code=$?
     # Tests run in processes of their own, whose findings need not reach the exit code; one summary each is printed.
     if [ "$code" = 0 ] && grep -qE '(ERROR|RACECHECK) SUMMARY: [1-9]' "$report/sanitize.$name.log"; then
         code=99

@@ -135,6 +135,23 @@ def quantize(bench, case):
     return out.splitlines()[-1].split(": ", 1)[1].split(",")[0]
 
 
+def same_base(bench, case):
+    """Quantized on the device, with and without double quantization: the CPU's file, byte for byte."""
+    rows = ["--head-chunk-rows", "128"] if case.name != "smollm2" else []
+    details = []
+    for options in ([], ["--no-double-quant"]):
+        digests = {}
+        for device in ("cpu", "cuda"):
+            output = os.path.join(bench.work, f"{case.name}-{device}.h5")
+            text = bench.qshard("quantize", case.model, "-o", output, "--device", device, *rows, *options)
+            digests[device] = sha256_of(output)
+            os.remove(output)
+        if len(set(digests.values())) > 1:
+            raise Failed(f"{' '.join(options) or 'double quantization'}: {digests}")
+        details.append(re.search(r"([0-9.]+ s), peak", text).group(1))
+    return f"the same file twice, in {' and '.join(details)}"
+
+
 # --- what runs leave ----------------------------------------------------------------------------------------------------
 def lines_of(output):
     with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
@@ -158,12 +175,19 @@ def same_curve(first, second):
     return len(one)
 
 
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def adapter_sha256(bench, output):
     target = output + "-adapter"
     shutil.rmtree(target, ignore_errors=True)
     bench.qshard("export", output, "-o", target)
-    with open(os.path.join(target, "adapter_model.safetensors"), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return sha256_of(os.path.join(target, "adapter_model.safetensors"))
 
 
 def planned_and_peak(text):
@@ -270,6 +294,7 @@ def check_losses(bench):
         cases.append(oracle_case(bench, name, folder, os.path.join(folder, "model")))
     for case in cases:
         if bench.check(f"base of {case.name}", quantize, bench, case):
+            bench.check(f"base of {case.name} quantized on the device", same_base, bench, case)
             bench.check(f"losses of {case.name} near the CPU's", near_cpu, bench, case)
     ran = os.path.exists(os.path.join(bench.work, f"{cases[0].name}-cuda", "metrics.jsonl"))
     return cases[0] if ran else None
@@ -289,6 +314,7 @@ def check_smollm2(bench):
             return
         case = oracle_case(bench, "smollm2", folder, model)
         if bench.check("base of SmolLM2", quantize, bench, case):
+            bench.check("base of SmolLM2 quantized on the device", same_base, bench, case)
             bench.check("losses of SmolLM2 near the CPU's", near_cpu, bench, case)
             bench.check("SmolLM2 again", same_bits, bench, case, "smollm2-again")
 

@@ -118,6 +118,33 @@ static inline void ad_add_values(double *limit, const qs_mat *x, double times)
     }
 }
 
+/** Add to the limit of sum = product + start what rounding the product alone can change. Some of
+ * cuBLASLt's kernels round it to the type of the result before the start (bias, residual, what was
+ * accumulated so far) is added, as PyTorch's separate operations do, others add in fp32. `start`
+ * [rows * cols]; NULL: nothing was added, the rounding is the result's own. For bf16 results. */
+static inline void ad_add_rounded_product(double *limit, const qs_mat *sum, const float *start)
+{
+    for (int64_t i = 0; start != NULL && i < sum->rows * sum->cols; i++) {
+        const float whole = qs_mat_f32(sum)[i / sum->cols * sum->stride + i % sum->cols];
+        limit[i] += AD_HALF_ULP * fabs((double)whole - (double)start[i]);
+    }
+}
+
+/** The same for a start that was itself rounded to bf16 (bias + residual); NULL: there was none. */
+static inline void ad_add_rounded_start(double *limit, const float *start, int64_t count)
+{
+    for (int64_t i = 0; start != NULL && i < count; i++) {
+        limit[i] += AD_HALF_ULP * fabs((double)start[i]);
+    }
+}
+
+static inline float *ad_zeros(int64_t count)
+{
+    float *out = calloc((size_t)count + 1, sizeof *out);
+    cr_assert_not_null(out);
+    return out;
+}
+
 static inline double *ad_limits(int64_t count)
 {
     double *limit = calloc((size_t)count + 1, sizeof *limit);

@@ -32,8 +32,9 @@ static double want_of(const gemm_case *t, const tw_mat *a, const tw_mat *b, cons
     }
     const double added = t->c0 == NO_C0 ? 0.0 : fx_at(&c0->host, row, col);
     const double want = alpha * sum + added;
+    const double rounded = fabs(want) + (t->c0 == NO_C0 ? 0.0 : fabs(alpha * sum));
     *limit = ((double)t->k + 3.0) * 0x1p-24 * (fabs(alpha) * size + fabs(added)) +
-             (t->c_dtype == QS_BF16 ? 0x1.01p-8 * fabs(want) : 0.0);
+             (t->c_dtype == QS_BF16 ? 0x1.01p-8 * rounded : 0.0);
     return want;
 }
 

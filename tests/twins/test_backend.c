@@ -7,6 +7,8 @@
 #include <unistd.h>
 
 #include "backend/backend.h"
+#include "kernels/cuda/core/attention_tiles.h"
+#include "kernels/cuda/core/norm.h"
 #include "tests/team.h"
 
 static const char *emulated_path(void)
@@ -139,6 +141,33 @@ Test(backend, with_a_driver_that_is_too_old)
 Test(backend, with_a_card_that_is_too_old)
 {
     check_missing(&(missing){"QSHARD_EMULATOR_CAPABILITY", "7.5", "device 0 is sm_75; sm_80"});
+}
+
+/* Which models the operations say they take is what the attention is compiled for. */
+Test(backend, a_model_that_a_gpu_does_not_take_is_named)
+{
+    use_emulator("1");
+    qs_backend cpu, gpu;
+    cr_assert_eq(open_alone(&cpu, QS_DEVICE_CPU), QS_OK);
+    cr_assert_eq(open_alone(&gpu, QS_DEVICE_CUDA), QS_OK, "%s", qs_error_text());
+    for (int dim = 2; dim <= 300; dim += 2) {
+        char why[256] = "", field[32];
+        const qs_ops_limits model = {.head_dim = dim, .hidden = 4096};
+        snprintf(field, sizeof field, "head_dim=%d:", dim);
+        cr_assert(cpu.ops->takes(&model, why, sizeof why));
+        if (dim % 8 == 0 && qs_attention_padded_dim(dim) > 0) {
+            cr_assert(gpu.ops->takes(&model, why, sizeof why), "%s", why);
+        } else {
+            cr_assert_not(gpu.ops->takes(&model, why, sizeof why), "%d", dim);
+            cr_assert(strstr(why, field) == why && strstr(why, "up to 256") != NULL, "%s", why);
+        }
+    }
+    const qs_ops_limits wide = {.head_dim = 128, .hidden = QS_NORM_COLS_MAX + 8};
+    char why[256] = "";
+    cr_assert(cpu.ops->takes(&wide, why, sizeof why));
+    cr_assert_not(gpu.ops->takes(&wide, why, sizeof why));
+    cr_assert(strstr(why, "hidden_size=") == why, "%s", why);
+    qs_backend_close(&gpu);
 }
 
 /* The communicator: the host's own on the CPU. */

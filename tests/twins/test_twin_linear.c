@@ -1,8 +1,8 @@
 /* Linears, with and without what a layer adds to them. The way an operation takes (bordered or
  * plain, opened or not) must not show: all meet the same limits, which are what rounding to bf16
- * can change: each result is rounded once or twice (twice where the adapter is a product of its
- * own, or bias and residual were added first), and so is each xa, each s dy B and, with dropout,
- * each drop(x). Sums are fp32 on both sides. */
+ * can change on the longest way. A result is rounded once, and once more where the adapter is a
+ * product of its own; so is a product to which something is added (ad_add_rounded_product), bias +
+ * residual, each xa, each s dy B and, with dropout, each drop(x). Sums are fp32 on both sides. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 
@@ -41,19 +41,24 @@ static void check_forward(const tw_backend *b, const frozen_case *c, const tw_un
     cr_assert_eq(qs_ops_cpu()->linear_forward(b->cpu_queue, &unit->host.view, &unit->host.weight,
                                               c->bias ? bias : NULL, &x.host, &y.host),
                  QS_OK);
-    float *want = ad_compact(&y.host);
+    float *want = ad_compact(&y.host), *start = c->bias ? ad_zeros(c->rows * c->out) : NULL;
     double *limit = ad_limits(c->rows * c->out);
-    /* fp32 out: no rounding but the sum's, 1e-5 of its terms. */
-    ad_add_values(limit, &y.host, c->f32 ? 0.0 : AD_HALF_ULP);
+    for (int64_t i = 0; c->bias && i < c->rows * c->out; i++) {
+        start[i] = bias[i % c->out];
+    }
+    /* fp32 out: no rounding but the sum's, 1e-6 of its terms. */
     ad_add_products(limit, c->rows, c->out, c->in, (ad_factor){x.host.data, x.host.stride, 1},
                     (ad_factor){unit->host.plain, 1, c->in}, 1e-6);
-    for (int64_t i = 0; i < c->rows * c->out; i++) {
-        limit[i] += c->bias && !c->f32 ? AD_HALF_ULP * fabs((double)bias[i % c->out]) : 0.0;
+    if (!c->f32) {
+        ad_add_values(limit, &y.host, AD_HALF_ULP);
+        ad_add_rounded_start(limit, start, c->rows * c->out);
+        ad_add_rounded_product(limit, &y.host, start);
     }
     ad_assert_within(b, got[0], want, limit, c->rows * c->out, "y");
     cr_assert_arr_eq(got[0], got[1], (size_t)(c->rows * c->out) * sizeof **got, "same bits twice");
     free(limit);
     free(want);
+    free(start);
     free(got[0]);
     free(got[1]);
     tw_mat_free(b, &x);
@@ -70,7 +75,7 @@ static void check_backward(const tw_backend *b, const frozen_case *c, const tw_u
     cr_assert_eq(b->ops->linear_backward(b->queue, &unit->view, &unit->weight, &dy.device,
                                          &dx.device, accumulate),
                  QS_OK, "%s: %s", b->name, qs_error_text());
-    float *got = tw_mat_read(b, &dx.device);
+    float *got = tw_mat_read(b, &dx.device), *start = accumulate ? ad_compact(&dx.host) : NULL;
     cr_assert(tw_gap_intact(b, &dx.device) && tw_gap_intact(b, &dy.device));
     cr_assert_eq(qs_ops_cpu()->linear_backward(b->cpu_queue, &unit->host.view, &unit->host.weight,
                                                &dy.host, &dx.host, accumulate),
@@ -78,11 +83,13 @@ static void check_backward(const tw_backend *b, const frozen_case *c, const tw_u
     float *want = ad_compact(&dx.host);
     double *limit = ad_limits(c->rows * c->in);
     ad_add_values(limit, &dx.host, AD_HALF_ULP);
+    ad_add_rounded_product(limit, &dx.host, start);
     ad_add_products(limit, c->rows, c->in, c->out, (ad_factor){dy.host.data, dy.host.stride, 1},
                     (ad_factor){unit->host.plain, c->in, 1}, 1e-6);
     ad_assert_within(b, got, want, limit, c->rows * c->in, "dx");
     free(limit);
     free(want);
+    free(start);
     free(got);
     tw_mat_free(b, &dy);
     tw_mat_free(b, &dx);
@@ -267,20 +274,40 @@ static void assert_mat(const layer *l, const char *name, const tw_mat *mat, cons
     free(want);
 }
 
-/* y: rounded once or twice, near |y| + |the adapter's part|; each xa once. */
-static void check_y(const layer *l, const tw_mat *start)
+/* What the product is added to, before y is overwritten: bias + residual; NULL without either. */
+static float *start_of_y(const layer *l)
+{
+    const layer_case *c = l->c;
+    float *start = c->residual == RESIDUAL        ? ad_compact(&l->residual.host)
+                   : c->residual == RESIDUAL_IS_Y ? ad_compact(&l->y.host)
+                   : c->bias                      ? ad_zeros(c->rows * c->out)
+                                                  : NULL;
+    for (int64_t i = 0; c->bias && i < c->rows * c->out; i++) {
+        start[i] += l->bias[i % c->out];
+    }
+    return start;
+}
+
+/* Roundings that the size of the adapter's part adds to, on the longest way: of xa (or s dy B), of
+ * the part as a product of its own, of the sum that it is added to and, with a start, of the frozen
+ * product in that sum. */
+static int adapter_roundings(const float *start)
+{
+    return start != NULL ? 4 : 3;
+}
+
+static void check_y(const layer *l, const float *start)
 {
     const layer_case *c = l->c;
     const double s = l->ad.host.scale;
     double *limit = ad_limits(c->rows * c->out);
     const ad_factor b = {l->ad.b, 1, c->rank};
     ad_add_values(limit, &l->y.host, 2 * AD_HALF_ULP);
-    ad_add_products(limit, c->rows, c->out, c->rank, factor(&l->xa), b, 2 * s * AD_HALF_ULP);
-    if (c->bias && start != NULL) {
-        ad_add_values(limit, &start->host, AD_HALF_ULP);
-    }
-    for (int64_t i = 0; c->bias && i < c->rows * c->out; i++) {
-        limit[i] += AD_HALF_ULP * fabs((double)l->bias[i % c->out]);
+    ad_add_rounded_product(limit, &l->y.host, start);
+    ad_add_products(limit, c->rows, c->out, c->rank, factor(&l->xa), b,
+                    adapter_roundings(start) * s * AD_HALF_ULP);
+    if (c->bias) {
+        ad_add_rounded_start(limit, start, c->rows * c->out);
     }
     ad_add_products(limit, c->rows, c->out, c->in, factor(&l->x),
                     (ad_factor){l->unit.host.plain, 1, c->in}, 1e-6);
@@ -302,15 +329,15 @@ static void check_y(const layer *l, const tw_mat *start)
     free(limit);
 }
 
-/* dx: rounded once or twice, near |dx| + |the adapter's part|; each s dy B once. */
-static void check_dx(const layer *l)
+static void check_dx(const layer *l, const float *start)
 {
     const layer_case *c = l->c;
     const double s = l->ad.host.scale / (1.0 - (double)l->ad.host.dropout);
     double *limit = ad_limits(c->rows * c->in);
     ad_add_values(limit, &l->dx.host, 2 * AD_HALF_ULP);
+    ad_add_rounded_product(limit, &l->dx.host, start);
     ad_add_products(limit, c->rows, c->in, c->rank, factor(&l->work),
-                    (ad_factor){l->ad.a, c->in, 1}, 2 * s * AD_HALF_ULP);
+                    (ad_factor){l->ad.a, c->in, 1}, adapter_roundings(start) * s * AD_HALF_ULP);
     ad_add_products(limit, c->rows, c->in, c->out, factor(&l->dy),
                     (ad_factor){l->unit.host.plain, c->in, 1}, 1e-6);
     assert_mat(l, "dx", &l->dx, limit);
@@ -422,8 +449,7 @@ static void open_layer(layer *l)
 static void check_layer(const tw_backend *b, const layer_case *c)
 {
     layer l = layer_make(b, c);
-    tw_mat start = c->residual == RESIDUAL_IS_Y ? tw_mat_make(b, c->rows, c->out, 8, 1.0F, 43)
-                                                : tw_mat_make(b, c->rows, c->out, 16, 1.0F, 44);
+    float *y_start = start_of_y(&l), *dx_start = c->dx == DX_ADD ? ad_compact(&l.dx.host) : NULL;
     size_t bytes;
     open_layer(&l);
     run_forward(&l);
@@ -441,16 +467,17 @@ static void check_layer(const tw_backend *b, const layer_case *c)
     cr_assert(tw_gap_intact(b, &l.y.device) && tw_gap_intact(b, &l.xa.device) &&
               tw_gap_intact(b, &l.dx.device));
     run_cpu(&l);
-    check_y(&l, c->residual == NO_RESIDUAL ? NULL : &start);
+    check_y(&l, y_start);
     check_gradients(&l);
     if (c->dx != NO_DX) {
-        check_dx(&l);
+        check_dx(&l, dx_start);
     }
     b->ops->unit_close(b->queue);
     b->ops->close(b->queue);
     free(first);
     free(second);
-    tw_mat_free(b, &start);
+    free(y_start);
+    free(dx_start);
     layer_free(&l);
 }
 
@@ -581,9 +608,10 @@ static void check_one_of(const tw_backend *b, const tw_unit *unit, several *s, i
     float *got = tw_mat_read(b, &y.device);
     double *limit = ad_limits(rows * w->out);
     ad_add_values(limit, &y.host, AD_HALF_ULP);
-    if (s->ad[i].host.a != NULL) {
+    if (s->ad[i].host.a != NULL) { /* as in check_y */
+        ad_add_values(limit, &y.host, AD_HALF_ULP);
         ad_add_products(limit, rows, w->out, rank, factor(&xa), (ad_factor){s->ad[i].b, 1, rank},
-                        AD_HALF_ULP);
+                        adapter_roundings(NULL) * (double)s->ad[i].host.scale * AD_HALF_ULP);
     }
     for (int64_t e = 0; e < rows * w->out; e++) {
         limit[e] += 1e-5;
@@ -627,6 +655,21 @@ Test(twin_linear, several_in_a_unit)
     tw_backends_close(backends, count);
 }
 
+/* `want` is contiguous and a product added to `start`. */
+static void assert_added(const tw_backend *b, const float *got, const qs_mat *want,
+                         const float *start, const char *what)
+{
+    const int64_t count = want->rows * want->cols;
+    double *limit = ad_limits(count);
+    ad_add_values(limit, want, AD_HALF_ULP);
+    ad_add_rounded_product(limit, want, start);
+    for (int64_t i = 0; i < count; i++) {
+        limit[i] += 1e-5;
+    }
+    ad_assert_within(b, got, qs_mat_f32(want), limit, count, what);
+    free(limit);
+}
+
 /* Without an adapter: the frozen product alone; the other linears' borders are not looked at. */
 static void check_bare(const tw_backend *b)
 {
@@ -636,6 +679,7 @@ static void check_bare(const tw_backend *b)
     const qs_lora none = {0};
     tw_mat x = tw_mat_make(b, rows, in, 8, 1.0F, 61), y = tw_mat_make(b, rows, out, 0, 1.0F, 62);
     tw_mat dy = tw_mat_make(b, rows, out, 8, 1.0F, 63), dx = tw_mat_make(b, rows, in, 0, 1.0F, 64);
+    float *y_start = ad_compact(&y.host), *dx_start = ad_compact(&dx.host);
     tw_open(b, &limits);
     cr_assert_eq(b->ops->unit_open(b->queue, &unit.view, &unit.weight, &none, 1), QS_OK);
     cr_assert_eq(b->ops->linear_lora_forward(b->queue, &unit.view, &unit.weight, NULL, &y.device,
@@ -657,12 +701,14 @@ static void check_bare(const tw_backend *b)
                                            &x.host, NULL, &dy.host, NULL, NULL, NULL, &dx.host,
                                            true),
                  QS_OK);
-    tw_assert_close(b, got_y, qs_mat_f32(&y.host), rows * out, AD_HALF_ULP, 1e-5, "y");
-    tw_assert_close(b, got_dx, qs_mat_f32(&dx.host), rows * in, AD_HALF_ULP, 1e-5, "dx");
+    assert_added(b, got_y, &y.host, y_start, "y");
+    assert_added(b, got_dx, &dx.host, dx_start, "dx");
     b->ops->unit_close(b->queue);
     b->ops->close(b->queue);
     free(got_y);
     free(got_dx);
+    free(y_start);
+    free(dx_start);
     tw_mat_free(b, &x);
     tw_mat_free(b, &y);
     tw_mat_free(b, &dy);
