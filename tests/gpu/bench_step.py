@@ -18,6 +18,7 @@ import sys
 from make_model import config_of, linears_of
 
 RANK, STEPS, WARM = 16, 7, 2
+LONG, LONG_STEPS = 16384, 5  # long steps are few and even
 LENGTHS = {False: (512, 4096, 16384), True: (24,)}
 MODES = ("none", "selective", "full")
 TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
@@ -61,15 +62,16 @@ def run(command, log):
 
 def one_case(options, config, length, mode, log):
     """A row's cells, or an exception's text."""
+    steps = LONG_STEPS if length >= LONG else STEPS
     tokens, out = os.path.join(options.work, f"tokens-{length}.h5"), os.path.join(options.work, f"run-{length}-{mode}")
     if not os.path.exists(tokens):
-        made = run([os.path.join(options.build, "make_tokens"), tokens, str(config["vocab_size"]), str(STEPS),
+        made = run([os.path.join(options.build, "make_tokens"), tokens, str(config["vocab_size"]), str(steps),
                     str(length)], log)
         if made.returncode != 0:
             raise RuntimeError("make_tokens: " + made.stdout.strip()[-200:])
     yaml = os.path.join(options.work, f"{length}-{mode}.yaml")
     with open(yaml, "w", encoding="utf-8") as file:
-        file.write(YAML.format(base=options.base, tokens=tokens, out=out, steps=STEPS, length=length, mode=mode, rank=RANK))
+        file.write(YAML.format(base=options.base, tokens=tokens, out=out, steps=steps, length=length, mode=mode, rank=RANK))
     done = run([os.path.join(options.build, "qshard"), "train", yaml], log)
     if done.returncode == 7:
         planned = PLANNED.search(done.stdout)
@@ -78,8 +80,8 @@ def one_case(options, config, length, mode, log):
         errors = [line for line in done.stdout.splitlines() if line.startswith("error[")]
         raise RuntimeError(f"exit {done.returncode}: {(errors or done.stdout.splitlines() or ['no output'])[-1][:200]}")
     with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:
-        steps = [line for line in map(json.loads, file) if "step_time_s" in line]
-    seconds = statistics.median(line["step_time_s"] for line in steps[WARM:])
+        seconds = [line["step_time_s"] for line in map(json.loads, file) if "step_time_s" in line]
+    seconds = statistics.median(seconds[WARM:])
     plan, peak = map(float, TOTAL.search(done.stdout).groups())
     return (length / seconds, seconds, plan, peak), None
 

@@ -26,11 +26,10 @@ WARM, STEPS = 2, 5
 
 
 def quantized_linear(bnb, linear, device):
-    """The linear as bitsandbytes holds it: quantized on its way to the device."""
+    """The linear as bitsandbytes holds it; `to` quantizes."""
     out = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
-                            compress_statistics=True, quant_type="nf4")
-    out.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, compress_statistics=True,
-                                   quant_type="nf4")
+                            compress_statistics=True, quant_type="nf4", device="meta")
+    out.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
     return out.to(device)
 
 
