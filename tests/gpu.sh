@@ -20,6 +20,7 @@
 #   QSHARD_GPU_REPORT   where the report goes [build/gpu-report]
 #   QSHARD_SMOLLM2      Hugging Face directory of SmolLM2-135M-Instruct, if there is one, for the train stage
 #   QSHARD_GPU_TOKENS   lengths T of stages bench and peer, in words [512 4096 16384]
+#   QSHARD_COMMIT       what the report says was tested [what git says]
 #   QSHARD_GPU_SHORT=1  fewer and smaller cases: to try the script itself
 #
 # --emulated runs the same stages without a GPU: the kernels are compiled for the CPU (tests/emulator). It proves that the

@@ -97,7 +97,7 @@ typedef struct {
     qs_decode_unit unit;
     float code[16];
     int count;
-    uint32_t quanta; /* of all linears */
+    uint32_t border_blocks;
     decode_linear linear[QS_OPS_LINEARS_MAX];
     border_job border;
 } decode_job;
@@ -147,19 +147,20 @@ decode_words(const decode_linear *linear, qs_decode_cell cell, const uint32_t wo
     }
 }
 
-/* A block a quantum, then blocks for the borders. */
+/* Blocks for the borders, which begin first because each of their threads waits for memory again
+ * and again, then a block a quantum. */
 __global__ void __launch_bounds__(QS_DECODE_THREADS) decode_kernel(const decode_job job)
 {
     __shared__ float code[16];
     __shared__ float absmax[QS_DECODE_BLOCKS];
     __shared__ qs_decode_cell start;
 
-    if (blockIdx.x >= job.quanta) {
-        fill_border(job.border, blockIdx.x - job.quanta);
+    if (blockIdx.x < job.border_blocks) {
+        fill_border(job.border, blockIdx.x);
         return;
     }
     int which = 0;
-    uint32_t local = blockIdx.x; /* quantum of the linear */
+    uint32_t local = blockIdx.x - job.border_blocks; /* quantum of the linear */
     while (local >= job.linear[which].quanta) {
         local -= job.linear[which].quanta;
         which++;
@@ -290,17 +291,18 @@ static decode_linear decode_linear_of(const qs_weight *w, void *matrix, int64_t 
 /* Decode the NF4 weights of the job, and fill its borders. */
 static qs_status decode_launch(qs_queue *q, const qs_unit_view *unit, decode_job *job)
 {
-    job->quanta = 0;
+    uint32_t quanta = 0;
     for (int i = 0; i < job->count; i++) {
-        job->quanta += job->linear[i].quanta;
+        quanta += job->linear[i].quanta;
     }
-    const int64_t blocks = job->quanta + qs_hd_ceil_div(job->border.cells, BORDER_CELLS);
-    if (blocks == 0) {
+    job->border_blocks = (uint32_t)qs_hd_ceil_div(job->border.cells, BORDER_CELLS);
+    if (job->border_blocks + quanta == 0) {
         return QS_OK;
     }
     job->unit = decode_unit(unit);
     memcpy(job->code, qs_nf4_code, sizeof job->code);
-    QS_LAUNCH(decode_kernel, (unsigned)blocks, QS_DECODE_THREADS, 0, qs_cuda_stream(q), *job);
+    QS_LAUNCH(decode_kernel, job->border_blocks + quanta, QS_DECODE_THREADS, 0, qs_cuda_stream(q),
+              *job);
     return qs_cuda_launched("decode_kernel");
 }
 

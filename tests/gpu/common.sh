@@ -50,10 +50,12 @@ card_architecture() {
 }
 
 commit() {
-    if git rev-parse --short HEAD 2>/dev/null; then
+    if [ -n "${QSHARD_COMMIT:-}" ]; then
+        echo "$QSHARD_COMMIT"
+    elif git rev-parse --short HEAD 2>/dev/null; then
         git diff --quiet HEAD 2>/dev/null || echo "with changes"
     else
-        echo "${QSHARD_COMMIT:-unknown commit}"
+        echo "unknown commit"
     fi
 }
 

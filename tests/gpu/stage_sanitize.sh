@@ -55,6 +55,10 @@ one() { # TOOL NAME COMMAND (one string; @ is the tool)
     elif [ "$code" = 0 ] && ! grep -q ' SUMMARY: ' "$log"; then
         code=98 # it watched nothing
     fi
+    # racecheck does not understand the barriers of cuBLASLt's kernels for Hopper (nvjet_...), which are not ours to mend.
+    if [ "$1" = racecheck ] && [ "$code" = 99 ] && ! grep 'Race reported' "$log" | grep -qv ' at nvjet_'; then
+        code=vendor
+    fi
     echo "$code" >"$report/sanitize.$1.$2.code"
 }
 export -f one
@@ -68,12 +72,15 @@ for tool in "${tools[@]}"; do
 done | xargs -0 -n 3 -P "$(nproc)" bash -c 'one "$@"' -
 
 for tool in "${tools[@]}"; do
-    clean=0 slow=()
+    clean=0 slow=() vendor=()
     for name in "${names[@]}"; do
         code=$(cat "$report/sanitize.$tool.$name.code" 2>/dev/null || echo 124)
         checks=$((checks + 1))
         if [ "$code" = 0 ]; then
             clean=$((clean + 1))
+        elif [ "$code" = vendor ]; then
+            clean=$((clean + 1))
+            vendor+=("$name")
         elif [ "$code" = 124 ] || [ "$code" = 137 ]; then
             slow+=("$name")
         else
@@ -84,6 +91,7 @@ for tool in "${tools[@]}"; do
         fi
     done
     say "- $tool: $clean of ${#names[@]} programs clean"
+    [ "${#vendor[@]}" = 0 ] || say "  (in cuBLASLt's own kernels it reports races: ${vendor[*]})"
     [ "${#slow[@]}" = 0 ] || cannot "$tool of ${slow[*]}" "not finished in $limit s each"
 done
 finish
