@@ -151,6 +151,35 @@ void qs_f32_store(void *dst, qs_dtype dtype, const float *src, int64_t count)
     }
 }
 
+/* All exponent bits set: infinity or NaN. Integers, so that the loops vectorize. */
+static bool finite_32(const uint8_t *x, int64_t count)
+{
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + 4 * i, sizeof bits);
+        bad |= (bits & 0x7F800000U) == 0x7F800000U;
+    }
+    return bad == 0;
+}
+
+static bool finite_16(const uint8_t *x, int64_t count, uint16_t exponent)
+{
+    uint16_t bad = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t bits;
+        memcpy(&bits, x + 2 * i, sizeof bits);
+        bad = (uint16_t)(bad | ((bits & exponent) == exponent));
+    }
+    return bad == 0;
+}
+
+bool qs_all_finite(const void *src, qs_dtype dtype, int64_t count)
+{
+    return dtype == QS_F32 ? finite_32(src, count)
+                           : finite_16(src, count, dtype == QS_BF16 ? 0x7F80 : 0x7C00);
+}
+
 float qs_f32_round(float value, qs_dtype dtype)
 {
     switch (dtype) {

@@ -3,6 +3,7 @@
 #ifndef QS_BASE_DTYPE_H
 #define QS_BASE_DTYPE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -28,6 +29,10 @@ void qs_f32_load(float *dst, const void *src, qs_dtype dtype, int64_t count);
 
 /** Convert `count` floats to `dtype` (QS_F32, QS_BF16 or QS_F16). */
 void qs_f32_store(void *dst, qs_dtype dtype, const float *src, int64_t count);
+
+/** Whether none of `count` elements of type `dtype` (QS_F32, QS_BF16 or QS_F16) at `src` (any
+ * alignment) is NaN or infinite. */
+bool qs_all_finite(const void *src, qs_dtype dtype, int64_t count);
 
 /** `value` rounded to `dtype` and widened again. */
 float qs_f32_round(float value, qs_dtype dtype);

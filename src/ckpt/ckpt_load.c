@@ -118,8 +118,14 @@ static qs_status read_pieces(const source *s, qs_h5 *file, int r, const char *na
     qs_h5_info info = {.dtype = QS_F32, .rank = 1, .dims = {s->layout->n_layers * width, 0}};
     QS_TRY(qs_h5_dataset_find(file, name, &info));
     for (int layer = 0; layer < s->layout->n_layers && begin < end; layer++) {
+        float *out = to->out + layer * to->stride + begin - to->want.begin;
         QS_TRY(qs_h5_dataset_get(file, name, &info, layer * width + begin - has.begin, end - begin,
-                                 to->out + layer * to->stride + begin - to->want.begin));
+                                 out));
+        if (!qs_all_finite(out, QS_F32, end - begin)) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: dataset \"%s\": a number of layer %d is not finite",
+                           qs_h5_path(file), name, layer);
+        }
     }
     return QS_OK;
 }

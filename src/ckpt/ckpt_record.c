@@ -73,6 +73,30 @@ static qs_status parse_shapes(const json_t *shapes, qs_ckpt_record *out, const c
     return QS_OK;
 }
 
+/* Two linears that meet have one width there. */
+static qs_status check_widths(const qs_ckpt_record *r, const char *path)
+{
+    const struct {
+        qs_linear linear;
+        int64_t is, must_be;
+    } widths[] = {
+        {QS_K, r->in[QS_K], r->in[QS_Q]},         {QS_V, r->in[QS_V], r->in[QS_Q]},
+        {QS_V, r->out[QS_V], r->out[QS_K]},       {QS_O, r->in[QS_O], r->out[QS_Q]},
+        {QS_O, r->out[QS_O], r->in[QS_Q]},        {QS_GATE, r->in[QS_GATE], r->in[QS_Q]},
+        {QS_UP, r->in[QS_UP], r->in[QS_Q]},       {QS_UP, r->out[QS_UP], r->out[QS_GATE]},
+        {QS_DOWN, r->in[QS_DOWN], r->out[QS_UP]}, {QS_DOWN, r->out[QS_DOWN], r->in[QS_Q]}};
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        if (widths[i].is != widths[i].must_be) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: lora.shapes.%s has a width of %lld where the linears around it "
+                           "have %lld",
+                           path, short_name((int)widths[i].linear), (long long)widths[i].is,
+                           (long long)widths[i].must_be);
+        }
+    }
+    return QS_OK;
+}
+
 static qs_status parse_root(const json_t *root, qs_ckpt_record *out, const char *path)
 {
     const json_t *lora = NULL, *shapes = NULL;
@@ -88,6 +112,7 @@ static qs_status parse_root(const json_t *root, qs_ckpt_record *out, const char 
     QS_TRY(qs_json_i64(lora, "layers", 1, LAYERS_MAX, &layers, path));
     QS_TRY(qs_json_object(lora, "shapes", &shapes, path));
     QS_TRY(parse_shapes(shapes, out, path));
+    QS_TRY(check_widths(out, path));
     QS_TRY(qs_json_text(root, "config", &config, path));
     out->n_layers = (int)layers;
     out->config_yaml = strdup(config);

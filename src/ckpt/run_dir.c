@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <jansson.h>
+#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,7 +84,8 @@ static void sweep(const char *dir)
 
 /* ---- run.json ---- */
 
-static qs_status read_run(const char *dir, json_t **out)
+/* `foreign`: what it is called if the file belongs to another program. */
+static qs_status read_run(const char *dir, qs_status foreign, json_t **out)
 {
     char path[PATH_ROOM];
     void *text = NULL;
@@ -95,11 +97,14 @@ static qs_status read_run(const char *dir, json_t **out)
     snprintf(path, sizeof path, "%s/run.json", dir);
     QS_GOTO(qs_io_read_file(path, RUN_JSON_MAX, &text, &bytes));
     QS_GOTO(qs_json_parse(out, text, bytes, path));
+    if (!json_is_object(*out)) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path));
+    }
     QS_GOTO(qs_json_text(*out, "format", &format, path));
     if (strcmp(format, "qshard-run") != 0) {
-        QS_GOTO(QS_FAIL(QS_ERR_OUTPUT_TAKEN,
-                        "%s: format: \"%.40s\" is not \"qshard-run\"; choose another output", path,
-                        format));
+        QS_GOTO(QS_FAIL(
+            foreign, "%s: format: \"%.40s\" is not \"qshard-run\"; it is not a run of ours%s", path,
+            format, foreign == QS_ERR_OUTPUT_TAKEN ? "; choose another output" : ""));
     }
     QS_GOTO(qs_json_i64(*out, "format_version", 1, 1, &version, path));
     QS_GOTO(qs_json_text(*out, "run_id", &run_id, path));
@@ -116,6 +121,14 @@ done:
         *out = NULL;
     }
     return st;
+}
+
+qs_status qs_run_dir_check(const char *dir)
+{
+    json_t *run = NULL;
+    QS_TRY(read_run(dir, QS_ERR_INPUT_FORMAT, &run));
+    json_decref(run);
+    return QS_OK;
 }
 
 static qs_status write_run(const char *dir, const json_t *run)
@@ -179,7 +192,7 @@ static qs_status fill_run(json_t **run, const qs_config *cfg, const char *hosts,
 
 /* ---- opening ---- */
 
-static qs_status make_directory(const char *dir)
+static qs_status make_directory(const char *dir, bool *made_parent)
 {
     char parent[QS_PATH_MAX];
     snprintf(parent, sizeof parent, "%s", dir);
@@ -193,17 +206,15 @@ static qs_status make_directory(const char *dir)
         *slash = '\0';
         if (stat(parent, &info) != 0 && errno == ENOENT) {
             QS_TRY(qs_io_mkdir(parent));
+            *made_parent = true;
         }
     }
     return qs_io_mkdir(dir);
 }
 
 /* A run that has something to lose goes on with its own configuration only. */
-static qs_status compare_config(const qs_config *cfg, bool finished)
+static qs_status compare_config(const qs_config *cfg, bool finished, int count)
 {
-    int64_t step = -1;
-    int count = 0;
-    QS_TRY(qs_manifest_list(cfg->output, &step, 1, &count));
     char path[PATH_ROOM], values[512];
     snprintf(path, sizeof path, "%s/config.yaml", cfg->output);
     struct stat info;
@@ -255,6 +266,23 @@ static qs_status check_wish(const char *dir, found what, qs_resume resume)
     return QS_OK;
 }
 
+/* A run that was there before: that it is ours, and may go on as it is wished. */
+static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume resume, json_t **json)
+{
+    int64_t step = -1;
+    int count = 0;
+    QS_TRY(read_run(cfg->output, QS_ERR_OUTPUT_TAKEN, json));
+    run->finished = json_is_true(json_object_get(*json, "finished"));
+    QS_TRY(qs_manifest_list(cfg->output, &step, 1, &count));
+    if (count == 0 && !run->finished && resume == QS_RESUME_MUST) {
+        return QS_FAIL(QS_ERR_CHECKPOINT,
+                       "%s: no checkpoint that verifies, and --resume must was given; use --resume "
+                       "auto to start anew",
+                       cfg->output);
+    }
+    return compare_config(cfg, run->finished, count);
+}
+
 static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resume, bool takeover,
                            const char *hosts, int nranks)
 {
@@ -264,12 +292,11 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
     QS_TRY(look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
     if (what == FOUND_NOTHING) {
-        QS_TRY(make_directory(cfg->output));
+        QS_TRY(make_directory(cfg->output, &run->made_parent));
+        run->made = true;
     }
     if (what == FOUND_RUN) {
-        QS_GOTO(read_run(cfg->output, &json));
-        run->finished = json_is_true(json_object_get(json, "finished"));
-        QS_GOTO(compare_config(cfg, run->finished));
+        QS_GOTO(look_at_run(run, cfg, resume, &json));
     }
     if (!run->finished) {
         QS_GOTO(qs_run_lock_take(cfg->output, takeover));
@@ -325,7 +352,7 @@ static qs_status finish_here(const qs_run_dir *run)
     json_t *json = NULL;
     char now[24];
     now_text(now);
-    QS_TRY(read_run(run->dir, &json));
+    QS_TRY(read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json));
     qs_status st = QS_OK;
     if (json_object_set_new(json, "finished", json_true()) != 0 ||
         json_object_set_new(json, "ended", json_string(now)) != 0) {
@@ -339,6 +366,24 @@ static qs_status finish_here(const qs_run_dir *run)
 qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm)
 {
     return qs_comm_agree(comm, qs_comm_rank(comm) == 0 ? finish_here(run) : QS_OK);
+}
+
+void qs_run_dir_abandon(qs_run_dir *run)
+{
+    static const char *const names[] = {"config.yaml", "run.json", "metrics.jsonl", "ranks.jsonl"};
+    char path[PATH_ROOM];
+    if (!run->made || !run->locked) {
+        return;
+    }
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        snprintf(path, sizeof path, "%s/%s", run->dir, names[i]);
+        (void)unlink(path);
+    }
+    qs_run_dir_close(run);
+    snprintf(path, sizeof path, "%s", run->dir);
+    if (rmdir(path) == 0 && run->made_parent) { /* refused while anything else is in there */
+        (void)rmdir(dirname(path));
+    }
 }
 
 void qs_run_dir_close(qs_run_dir *run)

@@ -23,20 +23,29 @@ typedef struct {
     char run_id[40]; /* of the first start; the same after every resume */
     bool finished;   /* nothing was opened: the run had finished before */
     bool locked;     /* this process holds run.lock (rank 0 only) */
+    bool made;       /* the directory was not there before (rank 0 only) */
+    bool made_parent;
 } qs_run_dir;
 
 /** Open cfg->output for writing: create it (with one parent) or recognise it as ours, take the
  * lock, write config.yaml and run.json. Collective; only rank 0 touches files.
  * \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when another process
  *          writes to it, or with QS_RESUME_NEVER when it holds a run; QS_ERR_CHECKPOINT with
- *          QS_RESUME_MUST when it holds none; QS_ERR_RESUME when its run has checkpoints of, or has
- *          finished with, another configuration.
+ *          QS_RESUME_MUST when it holds none, or none with a checkpoint; QS_ERR_RESUME when its run
+ * has checkpoints of, or has finished with, another configuration.
  */
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);
 
 /** Write into run.json that the run is finished. Collective. */
 qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm);
+
+/** Take back a directory that qs_run_dir_open has made, because the run failed before its first
+ * step was done. Any other directory stays as it is. Not collective. */
+void qs_run_dir_abandon(qs_run_dir *run);
+
+/** Whether `dir` holds the run.json of a run: QS_ERR_INPUT_FORMAT, _VALUE or _MISSING if not. */
+qs_status qs_run_dir_check(const char *dir);
 
 /** Release the lock. A zeroed struct is fine. Not collective. */
 void qs_run_dir_close(qs_run_dir *run);

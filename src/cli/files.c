@@ -33,7 +33,7 @@ static qs_status check_finite(qs_st_dir *dir, const qs_st_tensor *t, float *piec
         QS_TRY(qs_st_read_f32(dir, t, at, n, piece));
         for (int64_t i = 0; i < n; i++) {
             if (!isfinite(piece[i])) {
-                return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                return QS_FAIL(QS_ERR_INPUT_VALUE,
                                "%s: tensor \"%s\": element %" PRId64 " is not finite",
                                qs_st_path(dir), t->name, at + i);
             }
@@ -96,6 +96,7 @@ static qs_status check_checkpoint(const char *path)
 /* Every checkpoint of a run; the first bad one is the error, the others are lines of the table. */
 static qs_status check_run(const char *path)
 {
+    QS_TRY(qs_run_dir_check(path));
     int64_t *steps = calloc(QS_CKPT_STEPS_MAX, sizeof *steps);
     int count = 0, bad = 0;
     qs_status first = QS_OK;
@@ -229,6 +230,7 @@ static qs_status inspect_run(const char *path)
     size_t bytes = 0;
     int64_t steps[64];
     int count = 0;
+    QS_TRY(qs_run_dir_check(path));
     snprintf(file, sizeof file, "%s/run.json", path);
     QS_TRY(qs_io_read_file(file, 1 << 20, &text, &bytes));
     printf("%s: run\n%s\n", path, (const char *)text);

@@ -3,17 +3,19 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
+#include "ckpt/ckpt_impl.h"
 #include "cli/cli_impl.h"
 #include "store/h5.h"
 #include "store/manifest.h"
 
+/* A link counts wherever it leads: opening it says what is wrong with it. */
 static bool holds(const char *dir, const char *name)
 {
     char path[QS_PATH_MAX + 64];
+    struct stat info;
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    return access(path, F_OK) == 0;
+    return lstat(path, &info) == 0;
 }
 
 static qs_path_kind kind_of_dir(const char *dir)
@@ -102,7 +104,15 @@ qs_status qs_cli_find_step(const char *path, char *out, size_t capacity)
     }
     QS_TRY(qs_manifest_list(path, &step, 1, &count));
     if (count == 0) {
-        return QS_FAIL(QS_ERR_CHECKPOINT, "%s: the run has no checkpoint; train it first", path);
+        int64_t any = -1;
+        QS_TRY(qs_ckpt_scan(path, &any, 1, &count));
+        return count == 0
+                   ? QS_FAIL(QS_ERR_CHECKPOINT, "%s: the run has no checkpoint; train it first",
+                             path)
+                   : QS_FAIL(QS_ERR_CHECKPOINT,
+                             "%s: no checkpoint of the run verifies; qshard check %s says what is "
+                             "wrong with each",
+                             path, path);
     }
     qs_manifest_step_dir(out, capacity, path, step);
     return QS_OK;

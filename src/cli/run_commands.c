@@ -6,11 +6,9 @@
 #include "backend/backend.h"
 #include "base/log.h"
 #include "cli/cli_impl.h"
-#include "store/io.h"
 #include "train/train.h"
 #include "weights/quantize.h"
 
-enum { CONFIG_BYTES_MAX = 1 << 20 };
 #define MIB (1024.0 * 1024.0)
 
 /* Rank 0 reads the file and tells the others, which may not see it; each parses the same text. */
@@ -18,26 +16,20 @@ static qs_status load_config(const qs_cli_args *args, qs_config_need need, qs_co
                              qs_config *cfg)
 {
     const char *path = args->words[0];
-    void *data = NULL;
+    char *text = NULL;
     size_t bytes = 0;
     qs_status st = QS_OK;
     if (qs_comm_rank(comm) == 0) {
-        st = qs_io_read_file(path, CONFIG_BYTES_MAX, &data, &bytes);
-        if (st == QS_OK && memchr(data, '\0', bytes)) {
-            st = QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: holds a NUL byte; it is no YAML file", path);
-        }
+        st = qs_config_read(path, &text, &bytes);
     }
     QS_GOTO(qs_comm_agree(comm, st));
-    char *text = data;
-    st = qs_comm_bcast_text(comm, &text, 0);
-    data = text;
-    QS_GOTO(st);
+    QS_GOTO(qs_comm_bcast_text(comm, &text, 0));
     st = qs_config_parse(cfg, text, strlen(text), path, args->sets, args->n_sets);
     st = st == QS_OK ? qs_config_require(cfg, need, path) : st;
     cfg->allow_shared_device = args->shared_device;
     st = qs_comm_agree(comm, st);
 done:
-    free(data);
+    free(text);
     return st;
 }
 

@@ -3,10 +3,13 @@
 #include "config/config.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "config/config_keys.h"
 
@@ -225,6 +228,15 @@ void qs_config_defaults(qs_config *cfg)
     }
 }
 
+static qs_status check_size(size_t bytes, const char *path)
+{
+    return bytes <= FILE_MAX ? QS_OK
+                             : QS_FAIL(QS_ERR_CONFIG_VALUE,
+                                       "%s: %zu bytes are too many for a configuration; at most "
+                                       "%d are read",
+                                       path, bytes, FILE_MAX);
+}
+
 qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const char *path,
                           const char *const *sets, int n_sets)
 {
@@ -234,12 +246,7 @@ qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const 
     }
     qs_status st = QS_OK;
     qs_config_defaults(cfg);
-    if (bytes > FILE_MAX) {
-        QS_GOTO(QS_FAIL(QS_ERR_CONFIG_VALUE,
-                        "%s: %zu bytes are too many for a configuration; "
-                        "at most %d are read",
-                        path, bytes, FILE_MAX));
-    }
+    QS_GOTO(check_size(bytes, path));
     QS_GOTO(qs_config_read_yaml(cfg, text, bytes, path, seen));
     for (int i = 0; i < n_sets; i++) {
         QS_GOTO(apply_set(cfg, sets[i], seen));
@@ -255,28 +262,68 @@ done:
     return st;
 }
 
-qs_status qs_config_load(qs_config *cfg, const char *path, const char *const *sets, int n_sets)
+/* The file, opened: a pipe must not make us wait. */
+static qs_status open_file(const char *path, FILE **out)
 {
-    /* One byte more than allowed, so that qs_config_parse can tell. */
-    char *text = malloc(FILE_MAX + 1);
-    FILE *file = fopen(path, "re");
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    *out = fd >= 0 ? fdopen(fd, "r") : NULL;
+    if (*out == NULL || fstat(fd, &info) != 0) {
+        qs_status st = QS_FAIL(QS_ERR_INPUT_MISSING, "%s: %s", path, strerror(errno));
+        if (*out == NULL && fd >= 0) {
+            (void)close(fd);
+        }
+        return st;
+    }
+    return S_ISREG(info.st_mode) ? QS_OK
+                                 : QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a plain file", path);
+}
+
+/* One byte more than allowed is read, to tell. */
+static qs_status read_text(FILE *file, const char *path, char *text, size_t *bytes)
+{
+    errno = 0;
+    *bytes = fread(text, 1, FILE_MAX + 1, file);
+    if (ferror(file)) {
+        return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be read: %s", path, strerror(errno));
+    }
+    QS_TRY(check_size(*bytes, path));
+    text[*bytes] = '\0';
+    return memchr(text, '\0', *bytes) == NULL
+               ? QS_OK
+               : QS_FAIL(QS_ERR_CONFIG_VALUE,
+                         "%s: holds a NUL byte; it is no YAML file, or UTF-16 and to be saved as "
+                         "UTF-8",
+                         path);
+}
+
+qs_status qs_config_read(const char *path, char **text, size_t *bytes)
+{
     qs_status st = QS_OK;
-    if (!text) {
+    FILE *file = NULL;
+    *text = malloc(FILE_MAX + 2);
+    if (*text == NULL) {
         QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path));
     }
-    if (!file) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_MISSING, "%s: %s", path, strerror(errno)));
-    }
-    errno = 0;
-    size_t bytes = fread(text, 1, FILE_MAX + 1, file);
-    if (ferror(file)) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be read: %s", path, strerror(errno)));
-    }
-    QS_GOTO(qs_config_parse(cfg, text, bytes, path, sets, n_sets));
+    QS_GOTO(open_file(path, &file));
+    QS_GOTO(read_text(file, path, *text, bytes));
 done:
-    if (file) {
-        fclose(file);
+    if (file != NULL) {
+        fclose(file); /* read only */
     }
+    if (st != QS_OK) {
+        free(*text);
+        *text = NULL;
+    }
+    return st;
+}
+
+qs_status qs_config_load(qs_config *cfg, const char *path, const char *const *sets, int n_sets)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    QS_TRY(qs_config_read(path, &text, &bytes));
+    qs_status st = qs_config_parse(cfg, text, bytes, path, sets, n_sets);
     free(text);
     return st;
 }

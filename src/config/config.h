@@ -79,7 +79,10 @@ void qs_config_defaults(qs_config *cfg);
  * Messages name file, line, key, value, range, and for an unknown key the nearest one. */
 qs_status qs_config_load(qs_config *cfg, const char *path, const char *const *sets, int n_sets);
 
-/** The same from text. Pure: no I/O. */
+/** The text of a configuration file, NUL-terminated; the caller frees it. */
+qs_status qs_config_read(const char *path, char **text, size_t *bytes);
+
+/** The same as qs_config_load from text. Pure: no I/O. */
 qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const char *path,
                           const char *const *sets, int n_sets);
 

@@ -114,7 +114,7 @@ static qs_status add_file(qs_st_dir *dir, const char *name)
         free(path);
         return no_memory(dir->path);
     }
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe must not make us wait */
     if (fd < 0) {
         qs_status st =
             QS_FAIL(QS_ERR_INPUT_MISSING, "%s: opening failed: %s", path, strerror(errno));
@@ -259,6 +259,13 @@ done:
     return st;
 }
 
+/* A link counts wherever it leads: opening it says what is wrong with it. */
+static bool is_there(const char *path)
+{
+    struct stat info;
+    return lstat(path, &info) == 0;
+}
+
 static qs_status open_files(qs_st_dir *dir, const char *stem)
 {
     qs_status st = QS_OK;
@@ -272,10 +279,10 @@ static qs_status open_files(qs_st_dir *dir, const char *stem)
         QS_GOTO(no_memory(dir->path));
     }
     (void)snprintf(index, bytes, "%s/%s.index.json", dir->path, name);
-    if (access(single, F_OK) == 0) {
+    if (is_there(single)) {
         QS_GOTO(add_file(dir, name));
         QS_GOTO(sort_tensors(dir));
-    } else if (access(index, F_OK) == 0) {
+    } else if (is_there(index)) {
         QS_GOTO(open_index(dir, index));
     } else {
         QS_GOTO(QS_FAIL(QS_ERR_INPUT_MISSING,

@@ -76,7 +76,7 @@ static qs_status find_tensor(const qs_peft *peft, int layer, int linear, char wh
     }
     if (qs_st_to_dtype(t->dtype, &dtype) != 0 ||
         (dtype != QS_F32 && dtype != QS_F16 && dtype != QS_BF16)) {
-        return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\" is neither F32, F16 nor BF16", path,
+        return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: tensor \"%s\" is neither F32, F16 nor BF16", path,
                        name);
     }
     *out = t;
@@ -133,7 +133,7 @@ static qs_status read_tensor(qs_peft *peft, int layer, int linear, char which, f
     QS_TRY(qs_st_read_f32(peft->tensors, t, 0, t->count, out));
     for (int64_t i = 0; i < t->count; i++) {
         if (!isfinite(out[i])) {
-            return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\": element %lld is not finite",
+            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: tensor \"%s\": element %lld is not finite",
                            qs_st_path(peft->tensors), t->name, (long long)i);
         }
     }

@@ -24,6 +24,16 @@ static qs_status compare_models(const char *path, const qs_hf_config *a, const q
                  {"head_dim", a->head_dim, b->head_dim},
                  {"vocab_size", a->vocab, b->vocab},
                  {"tie_word_embeddings", a->tied, b->tied}};
+    const struct {
+        const char *key;
+        double theirs, ours;
+    } numbers[] = {{"rms_norm_eps", (double)a->rms_norm_eps, (double)b->rms_norm_eps},
+                   {"rope_theta", a->rope_theta, b->rope_theta},
+                   {"rope_type", (double)a->rope_type, (double)b->rope_type},
+                   {"rope factor", a->rope_factor, b->rope_factor},
+                   {"low_freq_factor", a->rope_low_freq_factor, b->rope_low_freq_factor},
+                   {"high_freq_factor", a->rope_high_freq_factor, b->rope_high_freq_factor},
+                   {"sliding_window", (double)a->window, (double)b->window}};
     if (strcmp(a->model_type, b->model_type) != 0) {
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: model_type is %s, the base's is %s", path,
                        a->model_type, b->model_type);
@@ -35,6 +45,14 @@ static qs_status compare_models(const char *path, const qs_hf_config *a, const q
                            "was made from",
                            path, sizes[i].key, (long long)sizes[i].theirs,
                            (long long)sizes[i].ours);
+        }
+    }
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (numbers[i].theirs != numbers[i].ours) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: %s is %g, the base's is %g; give the checkpoint that the base was "
+                           "made from",
+                           path, numbers[i].key, numbers[i].theirs, numbers[i].ours);
         }
     }
     return QS_OK;

@@ -127,27 +127,6 @@ static void add_block(const piece *p, int64_t begin, int64_t end, int64_t column
     }
 }
 
-/* Whether all of `count` stored numbers have an exponent that is not all ones. */
-static bool all_finite(const uint8_t *stored, qs_dtype dtype, int64_t count)
-{
-    bool bad = false;
-    if (dtype == QS_F32) {
-        for (int64_t i = 0; i < count; i++) {
-            uint32_t bits;
-            memcpy(&bits, stored + i * 4, sizeof bits);
-            bad |= (bits & 0x7F800000U) == 0x7F800000U;
-        }
-        return !bad;
-    }
-    const unsigned mask = dtype == QS_BF16 ? 0x7F80U : 0x7C00U;
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t bits;
-        memcpy(&bits, stored + i * 2, sizeof bits);
-        bad |= (bits & mask) == mask;
-    }
-    return !bad;
-}
-
 /* Rows [begin, end) of the piece. \return whether all of them are finite. */
 static bool compute_rows(const piece *p, int64_t begin, int64_t end)
 {
@@ -165,7 +144,7 @@ static bool compute_rows(const piece *p, int64_t begin, int64_t end)
         add_block(p, begin, end, column, left < BLOCK_COLUMNS ? left : BLOCK_COLUMNS);
     }
     qs_f32_store(out, p->dtype, p->wide + at, count);
-    return all_finite(out, p->dtype, count);
+    return qs_all_finite(out, p->dtype, count);
 }
 
 static bool compute_piece(const piece *p, int threads)

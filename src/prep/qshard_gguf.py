@@ -28,6 +28,12 @@ from qprep.files import sync_folder, write_bytes, write_json
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
+# What config.json may say (src/hf/hf_config.c).
+HEADS_MAX, WIDTH_MAX, POSITION_MAX, LAYERS_MAX = 4096, 1 << 22, 1 << 30, 1000
+
+# What damaged metadata and tensors make of the library and of the arithmetic below.
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
+
 # How each named pre-tokenizer cuts text before BPE; the key is tokenizer.ggml.pre.
 PRE_TOKENIZERS = {
     "smollm": [
@@ -73,6 +79,13 @@ class Metadata:
                 )
             return default
         return field.contents()
+
+    def count(self, key, high, default=None):
+        """A whole number in 1..high."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or not 1 <= value <= high:
+            raise PrepError(errors.INPUT_VALUE, self.path, f"{key} is {value}, must be 1..{high}")
+        return value
 
     def optional(self, key):
         return self.fields[key].contents() if key in self.fields else None
@@ -126,8 +139,8 @@ def model_config(meta, tensor_names):
             meta.path,
             "llama.rope.scaling.type is set; this converter knows unscaled RoPE only",
         )
-    heads = meta.get("llama.attention.head_count")
-    hidden = meta.get("llama.embedding_length")
+    heads = meta.count("llama.attention.head_count", HEADS_MAX)
+    hidden = meta.count("llama.embedding_length", WIDTH_MAX)
     if hidden % heads or meta.get("llama.rope.dimension_count", hidden // heads) != hidden // heads:
         raise PrepError(
             errors.INPUT_VALUE,
@@ -145,13 +158,13 @@ def model_config(meta, tensor_names):
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": meta.get("llama.feed_forward_length"),
-        "max_position_embeddings": meta.get("llama.context_length"),
+        "intermediate_size": meta.count("llama.feed_forward_length", WIDTH_MAX),
+        "max_position_embeddings": meta.count("llama.context_length", POSITION_MAX),
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": heads,
-        "num_hidden_layers": meta.get("llama.block_count"),
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv", heads),
+        "num_hidden_layers": meta.count("llama.block_count", LAYERS_MAX),
+        "num_key_value_heads": meta.count("llama.attention.head_count_kv", heads, heads),
         "rms_norm_eps": shortest_float(meta.get("llama.attention.layer_norm_rms_epsilon")),
         "rope_scaling": None,
         "rope_theta": shortest_float(meta.get("llama.rope.freq_base", 10000.0)),
@@ -387,6 +400,27 @@ def tokenizer_config(meta, tokens):
     return config, names
 
 
+def converted(source, path):
+    """What the GGUF at `path` becomes: the JSON files by name, and the weights. Messages call it `source`."""
+    try:
+        reader = gguf.GGUFReader(path)
+        meta = Metadata(source, reader)
+        config = model_config(meta, {tensor.name for tensor in reader.tensors})
+        weights = bf16_weights(source, reader, config)
+        tokens_config, specials = tokenizer_config(meta, meta.get("tokenizer.ggml.tokens"))
+        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        files = {
+            "config.json": config,
+            "generation_config.json": generation,
+            "tokenizer.json": tokenizer_json(meta),
+            "tokenizer_config.json": tokens_config,
+            "special_tokens_map.json": specials,
+        }
+    except DAMAGE as error:
+        raise PrepError(errors.INPUT_FORMAT, source, f"is not a readable GGUF: {error}") from error
+    return files, weights
+
+
 def convert(source, out_dir):
     """Writes the model directory `out_dir`, which must not exist. Returns the number of tensors."""
     parent = os.path.dirname(os.path.abspath(out_dir))
@@ -400,26 +434,11 @@ def convert(source, out_dir):
     except OSError as error:
         raise errors.write_failed(out_dir, error) from error
     try:
-        path = find_gguf(source, scratch)
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError) as error:
-            raise PrepError(
-                errors.INPUT_FORMAT, source, f"is not a readable GGUF: {error}"
-            ) from error
-        meta = Metadata(source, reader)
-        config = model_config(meta, {tensor.name for tensor in reader.tensors})
-        weights = bf16_weights(source, reader, config)
-        tokens_config, specials = tokenizer_config(meta, meta.get("tokenizer.ggml.tokens"))
-        generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
+        files, weights = converted(source, find_gguf(source, scratch))
         folder = os.path.join(scratch, "model")
         os.mkdir(folder)
-        write_json(os.path.join(folder, "config.json"), config)
-        write_json(os.path.join(folder, "generation_config.json"), generation)
-        write_json(os.path.join(folder, "tokenizer.json"), tokenizer_json(meta))
-        write_json(os.path.join(folder, "tokenizer_config.json"), tokens_config)
-        write_json(os.path.join(folder, "special_tokens_map.json"), specials)
+        for name, content in files.items():
+            write_json(os.path.join(folder, name), content)
         write_bytes(os.path.join(folder, "model.safetensors"), safetensors_bytes(weights))
         os.chmod(folder, 0o755)
         os.rename(folder, out_dir)

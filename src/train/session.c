@@ -2,7 +2,7 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
+#include <sys/stat.h>
 
 #include "base/log.h"
 #include "base/mem.h"
@@ -120,11 +120,13 @@ static qs_status read_checkpoint(qs_session *s, const char *step_dir)
     return qs_lora_layout_check(&s->layout, &s->index->config, step_dir, s->index->path);
 }
 
+/* Whether there is such a name: what is wrong with it, opening it says. */
 static bool has_file(const char *dir, const char *name)
 {
     char path[QS_PATH_MAX + 64];
+    struct stat info;
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    return access(path, R_OK) == 0;
+    return lstat(path, &info) == 0;
 }
 
 static qs_status read_adapter(qs_session *s, const char *path)

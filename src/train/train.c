@@ -643,6 +643,9 @@ qs_status qs_train_run(const qs_train_options *options, qs_comm *comm)
     qs_grads_destroy(r.grads);
     qs_optim_destroy(r.optim);
     qs_mem_free(r.slot_sums);
+    if (st != QS_OK && r.step == 0) {
+        qs_run_dir_abandon(&r.run_dir); /* nothing has been done in it */
+    }
     qs_run_dir_close(&r.run_dir);
     qs_data_close(r.train_data);
     qs_data_close(r.eval_data);

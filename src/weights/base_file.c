@@ -425,6 +425,35 @@ static int64_t first_wrong_raw(const qs_unit_layout *l, const uint8_t *message, 
     return -1;
 }
 
+static qs_status not_finite(const qs_base_index *index, const qs_base_unit *unit,
+                            const char *tensor, const char *dataset)
+{
+    return QS_FAIL(QS_ERR_INPUT_VALUE,
+                   "%s: unit %s, tensor %s: a number in %s is not finite; quantize the model again",
+                   index->path, unit->name, tensor, dataset);
+}
+
+/* A hash says that the bytes are those that were written, not that they were fit to be. */
+static qs_status check_numbers(const qs_base_index *index, const qs_base_unit *unit,
+                               const qs_unit_layout *l, const uint8_t *message, span nf4, span raw)
+{
+    int64_t floats = l->size.absmax32_per_quantum;
+    for (int64_t i = 0; i < nf4.count; i++) {
+        const uint8_t *absmax32 = message + l->absmax32_at + (size_t)(i * floats) * sizeof(float);
+        if (!qs_all_finite(absmax32, QS_F32, floats)) {
+            return not_finite(index, unit, owner_of(unit, QS_TENSOR_NF4, nf4.begin + i),
+                              "absmax32");
+        }
+    }
+    for (int64_t i = 0; i < raw.count; i++) {
+        const uint8_t *quantum = message + l->raw_at + (size_t)i * qs_raw_quantum_bytes(&l->size);
+        if (!qs_all_finite(quantum, l->size.raw_dtype, l->size.raw_quantum_elems)) {
+            return not_finite(index, unit, owner_of(unit, QS_TENSOR_RAW, raw.begin + i), "raw");
+        }
+    }
+    return QS_OK;
+}
+
 static qs_status verify_share(const qs_base_index *index, int fd, const qs_base_unit *unit,
                               const qs_unit_layout *l, const uint8_t *message, span nf4, span raw)
 {
@@ -447,6 +476,7 @@ static qs_status verify_share(const qs_base_index *index, int fd, const qs_base_
     if (wrong >= 0) {
         QS_GOTO(hash_failed(index, unit, QS_TENSOR_RAW, wrong));
     }
+    QS_GOTO(check_numbers(index, unit, l, message, nf4, raw));
 done:
     free(want);
     return st;
@@ -481,6 +511,13 @@ qs_status qs_base_read_small(const qs_base_index *index, int fd, const qs_base_u
         return QS_FAIL(QS_ERR_INPUT_HASH,
                        "%s: unit %s, small tensors do not match their hash; copy the file again",
                        index->path, unit->name);
+    }
+    for (int i = 0; i < unit->n_tensors; i++) {
+        const qs_base_tensor *t = &unit->tensors[i];
+        if (t->kind == QS_TENSOR_SMALL &&
+            !qs_all_finite(small + t->byte, t->dtype, qs_base_tensor_count(t))) {
+            return not_finite(index, unit, t->name, "small");
+        }
     }
     return QS_OK;
 }

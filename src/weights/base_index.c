@@ -166,6 +166,14 @@ static qs_status parse_tensor(qs_base_tensor *t, const json_t *entry, const char
     return QS_OK;
 }
 
+static qs_status expect_text(const json_t *object, const char *key, const char *value,
+                             const char *where, const char *path)
+{
+    const char *got = NULL;
+    QS_TRY(qs_json_text(object, key, &got, path));
+    return strcmp(got, value) == 0 ? QS_OK : wrong(path, where, key);
+}
+
 static qs_status check_places(const qs_base_unit *unit, const json_t *object, const json_t *list,
                               const char *path)
 {
@@ -174,6 +182,7 @@ static qs_status check_places(const qs_base_unit *unit, const json_t *object, co
     QS_TRY(expect_i64(object, "raw_quanta", size->raw_quanta, unit->name, path));
     QS_TRY(expect_i64(object, "raw_quantum_elems", size->raw_quantum_elems, unit->name, path));
     QS_TRY(expect_i64(object, "small_bytes", unit->small_bytes, unit->name, path));
+    QS_TRY(expect_text(object, "raw_dtype", qs_dtype_name(size->raw_dtype), unit->name, path));
     for (int i = 0; i < unit->n_tensors; i++) {
         const qs_base_tensor *t = &unit->tensors[i];
         const json_t *entry = json_array_get(list, (size_t)i);

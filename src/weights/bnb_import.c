@@ -14,7 +14,7 @@
 #include "hf/safetensors_impl.h"
 #include "weights/quantize_impl.h"
 
-enum { MAX_STATE_BYTES = 1 << 16, NAME = 512 };
+enum { MAX_STATE_BYTES = 1 << 16, NAME = 512, PATH = 1024 };
 
 static const char state_suffix[] = "quant_state.bitsandbytes__nf4";
 
@@ -55,11 +55,19 @@ static qs_status sidecar(const qs_st_dir *dir, const char *name, const char *suf
     return QS_OK;
 }
 
+/* "FILE: tensor NAME: quant_state", for the messages about its fields. */
+static const char *state_path(char out[PATH], const qs_st_dir *dir, const char *name)
+{
+    (void)snprintf(out, PATH, "%s: tensor %s: quant_state", qs_st_path(dir), name);
+    return out;
+}
+
 static qs_status expect_text(const qs_st_dir *dir, const json_t *state, const char *name,
                              const char *key, const char *wanted)
 {
     const char *text = NULL;
-    QS_TRY(qs_json_text(state, key, &text, name));
+    char path[PATH];
+    QS_TRY(qs_json_text(state, key, &text, state_path(path, dir, name)));
     return strcmp(text, wanted) == 0 ? QS_OK : unsupported(dir, name, key, text, wanted);
 }
 
@@ -67,8 +75,8 @@ static qs_status expect_number(const qs_st_dir *dir, const json_t *state, const 
                                const char *key, int64_t wanted)
 {
     int64_t got;
-    char value[32], want[32];
-    QS_TRY(qs_json_i64(state, key, INT64_MIN, INT64_MAX, &got, name));
+    char value[32], want[32], path[PATH];
+    QS_TRY(qs_json_i64(state, key, INT64_MIN, INT64_MAX, &got, state_path(path, dir, name)));
     (void)snprintf(value, sizeof value, "%lld", (long long)got);
     (void)snprintf(want, sizeof want, "%lld", (long long)wanted);
     return got == wanted ? QS_OK : unsupported(dir, name, key, value, want);
@@ -97,7 +105,8 @@ static qs_status check_shape(const qs_st_dir *dir, const json_t *state, const ch
                              int64_t out, int64_t in)
 {
     const json_t *shape = NULL;
-    QS_TRY(qs_json_array(state, "shape", &shape, name));
+    char path[PATH];
+    QS_TRY(qs_json_array(state, "shape", &shape, state_path(path, dir, name)));
     if (json_array_size(shape) != 2 || json_integer_value(json_array_get(shape, 0)) != out ||
         json_integer_value(json_array_get(shape, 1)) != in) {
         return QS_FAIL(QS_ERR_INPUT_TENSOR,
@@ -112,11 +121,12 @@ static qs_status check_state(qs_st_dir *dir, const json_t *state, const char *na
 {
     const char *text = NULL;
     double offset;
+    char path[PATH];
     QS_TRY(check_keys(dir, state, name));
     QS_TRY(expect_text(dir, state, name, "quant_type", "nf4"));
     QS_TRY(expect_number(dir, state, name, "blocksize", QS_NF4_BLOCK));
     QS_TRY(check_shape(dir, state, name, out, in));
-    QS_TRY(qs_json_text(state, "dtype", &text, name));
+    QS_TRY(qs_json_text(state, "dtype", &text, state_path(path, dir, name)));
     int dtype = qs_dtype_parse(text);
     if (dtype != (int)QS_BF16 && dtype != (int)QS_F16 && dtype != (int)QS_F32) {
         return unsupported(dir, name, "dtype", text, "bfloat16, float16 or float32");
@@ -126,7 +136,8 @@ static qs_status check_state(qs_st_dir *dir, const json_t *state, const char *na
     if (bnb->nested) {
         QS_TRY(expect_number(dir, state, name, "nested_blocksize", QS_NF4_QUANTUM_BLOCKS));
         QS_TRY(expect_text(dir, state, name, "nested_dtype", "float32"));
-        QS_TRY(qs_json_f64(state, "nested_offset", -3e38, 3e38, &offset, name));
+        QS_TRY(
+            qs_json_f64(state, "nested_offset", -3e38, 3e38, &offset, state_path(path, dir, name)));
         bnb->offset = (float)offset;
     }
     return QS_OK;
@@ -137,6 +148,7 @@ static qs_status read_state(qs_st_dir *dir, const qs_st_tensor *tensor, const ch
 {
     qs_status st = QS_OK;
     json_t *state = NULL;
+    char path[PATH];
     if (tensor->dtype != QS_ST_U8 || tensor->bytes > MAX_STATE_BYTES) {
         return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor %s: is not a text of at most %d bytes",
                        qs_st_path(dir), tensor->name, MAX_STATE_BYTES);
@@ -146,7 +158,10 @@ static qs_status read_state(qs_st_dir *dir, const qs_st_tensor *tensor, const ch
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its quant_state", name);
     }
     QS_GOTO(qs_st_read(dir, tensor, 0, tensor->bytes, text));
-    QS_GOTO(qs_json_parse(&state, text, (size_t)tensor->bytes, tensor->name));
+    QS_GOTO(qs_json_parse(&state, text, (size_t)tensor->bytes, state_path(path, dir, name)));
+    if (!json_is_object(state)) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path));
+    }
     QS_GOTO(check_state(dir, state, name, bnb, out, in));
 done:
     json_decref(state);

@@ -107,9 +107,11 @@ static void remove_stale(const job *j)
     free(copy);
 }
 
+/* A link to nothing is somebody's as well. */
 static qs_status expect_free_name(const job *j)
 {
-    if (access(j->options->output, F_OK) == 0) {
+    struct stat info;
+    if (lstat(j->options->output, &info) == 0) {
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists; choose another name or remove it",
                        j->options->output);
     }

@@ -9,35 +9,6 @@
 
 /* ---- what is no number ---- */
 
-/* All exponent bits set: infinity or NaN. Integers, so that the loops vectorize. */
-static bool finite_32(const uint8_t *x, int64_t count)
-{
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + 4 * i, sizeof bits);
-        bad |= (bits & 0x7F800000U) == 0x7F800000U;
-    }
-    return bad == 0;
-}
-
-static bool finite_16(const uint8_t *x, int64_t count, uint16_t exponent)
-{
-    uint16_t bad = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t bits;
-        memcpy(&bits, x + 2 * i, sizeof bits);
-        bad = (uint16_t)(bad | ((bits & exponent) == exponent));
-    }
-    return bad == 0;
-}
-
-bool qs_all_finite(const void *x, qs_dtype dtype, int64_t count)
-{
-    return dtype == QS_F32 ? finite_32(x, count)
-                           : finite_16(x, count, dtype == QS_BF16 ? 0x7F80 : 0x7C00);
-}
-
 /* ---- room ---- */
 
 /* Elements of the largest tensor that is to be quantized, 0 if all are NF4 already. */

@@ -55,9 +55,6 @@ qs_status qs_bnb_read(qs_st_dir *dir, const char *name, int64_t out, int64_t in,
 /** A piece: what is in memory of a tensor at a time. */
 enum { QS_PIECE_QUANTA = 64, QS_PIECE_BYTES = QS_PIECE_QUANTA * QS_NF4_QUANTUM * 4 };
 
-/** True if none of `count` elements of fp32, bf16 or fp16 is infinite or NaN. */
-bool qs_all_finite(const void *x, qs_dtype dtype, int64_t count);
-
 /** The quantizer of a rank: buffers for one piece, and for the absmax of one tensor. */
 typedef struct {
     qs_device *device;

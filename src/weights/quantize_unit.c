@@ -79,6 +79,14 @@ static qs_status read_source(worker *w, int i, const qs_st_tensor *tensor, int64
     return QS_OK;
 }
 
+static qs_status weight_not_finite(const worker *w, int i, int64_t first, int64_t count)
+{
+    return QS_FAIL(QS_ERR_INPUT_VALUE,
+                   "%s: tensor %s: a weight among elements %lld ... %lld is not finite",
+                   qs_st_path(w->plan->dir), w->unit->tensors[i].name, (long long)first,
+                   (long long)(first + count - 1));
+}
+
 /* ---- NF4 from floats ---- */
 
 /* The packed bytes of `n` quanta in w->packed, to the file; `first` counts within the unit. */
@@ -102,10 +110,7 @@ static qs_status quantize_piece(worker *w, int i, int64_t first, int64_t count)
     QS_TRY(read_source(w, i, w->sources[i].data, first * size, count * size, w->piece));
     QS_TRY(qs_encoder_piece(w->encoder, t->dtype, first, count, &zero_blocks, &finite));
     if (!finite) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: tensor %s: a weight among elements %lld ... %lld is not finite",
-                       qs_st_path(w->plan->dir), t->name, (long long)first,
-                       (long long)(first + count - 1));
+        return weight_not_finite(w, i, first, count);
     }
     w->result->zero_blocks += zero_blocks;
     return write_packed(w, t->quantum + first / QS_NF4_QUANTUM, qs_nf4_quanta(count));
@@ -156,8 +161,9 @@ static qs_status import_absmax(worker *w, int i)
         QS_TRY(read_source(w, i, s->absmax, 0, s->absmax->bytes, absmax32));
     }
     if (!qs_all_finite(absmax32, QS_F32, floats)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: tensor %s: an absmax is not finite",
-                       qs_st_path(w->plan->dir), t->name);
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: tensor %s: a number of its %s is not finite",
+                       qs_st_path(w->plan->dir), t->name,
+                       s->nested_absmax != NULL ? "nested_absmax" : "absmax");
     }
     w->result->offset[i] = t->offset;
     return QS_OK;
@@ -205,6 +211,9 @@ static qs_status copy_tensor(worker *w, int i)
         int64_t padded = (n + each - 1) / each * each;
         QS_TRY(
             read_source(w, i, w->sources[i].data, w->sources[i].first * size + first, n, w->piece));
+        if (!qs_all_finite(w->piece, t->dtype, n / size)) {
+            return weight_not_finite(w, i, first / size, n / size);
+        }
         memset(w->piece + n, 0, (size_t)(padded - n));
         for (int64_t q = 0; q < padded / each; q++) {
             hash[first / each + q] = qs_xxh3_64(w->piece + q * each, (size_t)each);
@@ -344,13 +353,16 @@ static void free_worker(worker *w)
     qs_mem_free(w->packed_hash);
 }
 
-/* Norms and biases are written by rank 0; the owner only notes what they were. */
+/* Norms and biases are written by rank 0; the owner only checks and notes what they were. */
 static qs_status note_small(worker *w, int i)
 {
     const qs_st_tensor *data = w->sources[i].data;
     uint8_t *bytes = NULL;
     QS_TRY(QS_ALLOC(&bytes, data->bytes, QS_MEM_WORK));
     qs_status st = read_source(w, i, data, 0, data->bytes, bytes);
+    if (st == QS_OK && !qs_all_finite(bytes, w->unit->tensors[i].dtype, data->count)) {
+        st = weight_not_finite(w, i, 0, data->count);
+    }
     qs_mem_free(bytes);
     return st;
 }

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 
 from . import errors
 from .errors import PrepError
@@ -77,17 +78,41 @@ def write_json(path, value, indent=2):
     write_bytes(path, (text + "\n").encode("utf-8"))
 
 
+def open_input(path):
+    """A plain file, opened for reading bytes. A pipe would make us wait, and what is read from one cannot be read again."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error.strerror}") from error
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    what = "is a folder; name a file" if stat.S_ISDIR(mode) else "is not a plain file; write the data to one"
+    raise PrepError(errors.INPUT_FORMAT, path, what)
+
+
+def unique_keys(pairs):
+    """For json: an object whose keys differ. Of two values one would be taken in silence."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {errors.quoted(twice)} appears twice")
+    return value
+
+
 def read_json(path, limit_bytes=64 << 20):
     """A JSON object from a file; every way of being bad is an error that names the file."""
     try:
-        if os.path.getsize(path) > limit_bytes:
-            raise PrepError(
-                errors.INPUT_FORMAT,
-                path,
-                f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is",
-            )
-        with open(path, "rb") as file:
-            value = json.loads(file.read().decode("utf-8"))
+        with open_input(path) as file:
+            if os.fstat(file.fileno()).st_size > limit_bytes:
+                raise PrepError(
+                    errors.INPUT_FORMAT,
+                    path,
+                    f"is larger than {limit_bytes >> 20} MiB, which no file of this kind is",
+                )
+            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error.strerror}") from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:

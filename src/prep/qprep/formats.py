@@ -73,7 +73,7 @@ class Builder:
         self.options = options
         self.tokenizer = tokenizer
         self.roles = tuple(options.train_roles or ("assistant",))
-        self.source, specials = load_template(options.model, options.chat_template)
+        self.source, path, specials = load_template(options.model, options.chat_template)
         self.template = None
         if self.source is not None:
             self.template = ChatTemplate(
@@ -83,6 +83,7 @@ class Builder:
                 self.roles,
                 options.turns or "auto",
                 dict(options.template_arg),
+                path,
             )
         self.eos_text = tokenizer.eos_text()
         self.used_template = False  # whether the template shaped the data

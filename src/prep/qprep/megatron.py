@@ -15,7 +15,7 @@ import numpy as np
 
 from . import errors
 from .errors import PrepError
-from .records import opened
+from .files import open_input
 from .tokens import Documents
 
 MAGIC = b"MMIDIDX\0\0"
@@ -53,7 +53,7 @@ class IndexedDataset:
         self.map_tokens()
 
     def read_index(self):
-        with opened(self.idx) as file:
+        with open_input(self.idx) as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(HEADER.size)
             if head[: len(MAGIC)] != MAGIC:
@@ -118,7 +118,7 @@ class IndexedDataset:
 
     def map_tokens(self):
         total = int(self.starts[-1])
-        with opened(self.bin) as file:
+        with open_input(self.bin) as file:
             size = os.fstat(file.fileno()).st_size
         if size != total * self.dtype.itemsize:
             raise bad(

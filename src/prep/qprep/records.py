@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from . import errors
 from .errors import BadRecord, PrepError, quoted
+from .files import open_input, unique_keys
 
 LINE_LIMIT_BYTES = 64 << 20
 ARRAY_LIMIT_BYTES = 2 << 30  # a JSON array is read whole
@@ -60,19 +61,9 @@ def raw_records(paths):
                 yield path, number, line
 
 
-def opened(path):
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        hint = f"cannot read: {error.strerror}"
-        if os.path.isdir(path):
-            hint = "is a folder; name a file"
-        raise PrepError(errors.INPUT_MISSING, path, hint) from error
-
-
 def starts_with_bracket(path):
     """Whether the file is a JSON array; refuses what is known to be no text."""
-    with opened(path) as file:
+    with open_input(path) as file:
         try:
             head = file.read(4096)
         except OSError as error:
@@ -85,7 +76,7 @@ def starts_with_bracket(path):
 
 def raw_lines(path):
     """The lines of a file as bytes, never more than the limit in memory. A longer line comes cut, one byte too long."""
-    with opened(path) as file:
+    with open_input(path) as file:
         try:
             first = True
             while line := file.readline(LINE_LIMIT_BYTES + 1):
@@ -107,7 +98,7 @@ def array_elements(path):
             f"is a JSON array of {size} bytes, more than {ARRAY_LIMIT_BYTES}; "
             "convert it to JSON lines with jq -c '.[]'",
         )
-    with opened(path) as file:
+    with open_input(path) as file:
         data = file.read()
     try:
         text = data.decode("utf-8-sig")
@@ -246,20 +237,18 @@ def check_strings(value, name):
             check_strings(inner, f"{name}[{i}]")
 
 
-def unique_keys(pairs):
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise BadRecord(f"the key {quoted(twice)} appears twice; keep one")
-    return value
+def unique_keys_of_record(pairs):
+    try:
+        return unique_keys(pairs)
+    except ValueError as error:
+        raise BadRecord(f"{error}; keep one") from error
 
 
 def no_constant(name):
     raise BadRecord(f"{name} is not JSON; write null or leave the field out")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys_of_record, parse_constant=no_constant)
 
 JSON_KINDS = {
     dict: "object",

@@ -27,7 +27,7 @@ import jinja2.sandbox
 from . import errors
 from .chat import is_trained
 from .errors import BadRecord, PrepError, one_line
-from .files import read_json
+from .files import open_input, read_json
 
 PLANS_LIMIT = 4096
 TURNS = ("auto", "all", "each", "last")
@@ -96,9 +96,19 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """The chat template of a model directory, ready to render."""
 
-    def __init__(self, source, special_tokens, end_tokens, roles=("assistant",), turns="auto", variables=None):
+    def __init__(
+        self,
+        source,
+        special_tokens,
+        end_tokens,
+        roles=("assistant",),
+        turns="auto",
+        variables=None,
+        path="chat template",
+    ):
         """`special_tokens`: bos_token etc. for the template; `end_tokens`: literals that may close a turn; `roles`: who
-        is learned; `turns`: one of TURNS; `variables`: further variables of the template, as enable_thinking."""
+        is learned; `turns`: one of TURNS; `variables`: further variables of the template, as enable_thinking; `path`:
+        the file that it came from."""
         self.source = source
         self.variables = {**special_tokens, **(variables or {})}
         self.end_tokens = tuple(token for token in end_tokens if token)
@@ -116,7 +126,7 @@ class ChatTemplate:
             self.context = self.program.new_context(dict(self.variables))
         except (jinja2.TemplateError, RecursionError) as error:
             raise PrepError(
-                errors.INPUT_FORMAT, "chat template", f"is not valid Jinja: {error}"
+                errors.INPUT_FORMAT, path, f"the chat template is not valid Jinja: {error}"
             ) from error
 
     def marked(self, messages, tools=None, generation_prompt=False):
@@ -332,19 +342,19 @@ def run_date():
 
 
 def load_template(model_dir, override=None):
-    """(source, special tokens) of a model directory; the source is None where the model has no template."""
+    """(source, its file, special tokens) of a model directory; the source is None where the model has no template."""
     config_path = os.path.join(model_dir, "tokenizer_config.json")
-    config = read_json(config_path) if os.path.exists(config_path) else {}
+    config = read_json(config_path) if os.path.lexists(config_path) else {}
     specials = {
         key: token_text(value)
         for key, value in config.items()
         if key.endswith("_token") and token_text(value) is not None
     }
     path = override or os.path.join(model_dir, "chat_template.jinja")
-    if override or os.path.exists(path):
+    if override or os.path.lexists(path):
         try:
-            with open(path, encoding="utf-8") as file:
-                return file.read(), specials
+            with open_input(path) as file:
+                return file.read().decode("utf-8"), path, specials
         except (OSError, UnicodeDecodeError) as error:
             raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error}") from error
     source = config.get("chat_template")
@@ -357,7 +367,7 @@ def load_template(model_dir, override=None):
         raise PrepError(
             errors.INPUT_VALUE, config_path, 'the field "chat_template" must be a string'
         )
-    return source, specials
+    return source, config_path, specials
 
 
 def token_text(value):

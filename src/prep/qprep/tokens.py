@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 
 from . import errors
-from .errors import PrepError
+from .errors import PrepError, quoted
 from .files import read_json
 from .template import token_text
 
@@ -77,7 +77,7 @@ class Tokenizer:
 
     def __init__(self, model_dir):
         self.path = os.path.join(model_dir, "tokenizer.json")
-        if not os.path.isfile(self.path):
+        if not os.path.lexists(self.path):
             raise PrepError(
                 errors.INPUT_MISSING,
                 self.path,
@@ -111,6 +111,14 @@ class Tokenizer:
         self.compared = 0  # texts that were encoded both ways
 
     def check_ids(self, model_dir):
+        known = {}
+        for token, number in self.rust.get_vocab(with_added_tokens=True).items():
+            if known.setdefault(number, token) != token:
+                raise PrepError(
+                    errors.INPUT_VALUE,
+                    self.path,
+                    f"the id {number} belongs to two tokens, {quoted(known[number])} and {quoted(token)}",
+                )
         config = os.path.join(model_dir, "config.json")
         model_vocab = read_json(config).get("vocab_size")
         if type(model_vocab) is not int or not 0 < model_vocab <= LARGEST_ID:
@@ -128,7 +136,7 @@ class Tokenizer:
     def find_eos(self, model_dir):
         """The id that ends a document: eos_token of the tokenizer, else eos_token_id of the model."""
         config_path = os.path.join(model_dir, "tokenizer_config.json")
-        if os.path.exists(config_path):
+        if os.path.lexists(config_path):
             text = token_text(read_json(config_path).get("eos_token"))
             if text is not None and self.rust.token_to_id(text) is not None:
                 return self.rust.token_to_id(text)
