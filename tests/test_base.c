@@ -5,6 +5,7 @@
 #include <criterion/parameterized.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <pty.h>
@@ -94,14 +95,14 @@ Test(status, exit_code_is_the_hundreds)
 
 static void print_twice(void)
 {
-    (void)QS_FAIL(QS_ERR_CONFIG_PAIR, "run.yaml: a\nb %d\n", 3);
+    (void)QS_FAIL(QS_ERR_CONFIG_PAIR, "run.yaml: a\nb\033 %d\n", 3);
     qs_error_print(QS_ERR_CONFIG_PAIR);
     qs_error_print(QS_ERR_CONFIG_PAIR);
 }
 
 Test(status, print_gives_exactly_one_line_once)
 {
-    cr_assert_str_eq(stderr_of(print_twice), "error[E203] run.yaml: a b 3\n");
+    cr_assert_str_eq(stderr_of(print_twice), "error[E203] run.yaml: a b  3\n");
 }
 
 static void print_first(void)
@@ -467,6 +468,29 @@ Test(dtype, f16_rounds_to_nearest_even_between_all_neighbours)
 }
 
 #if defined(__FLT16_MAX__) && defined(__x86_64__)
+/* All 16-bit patterns, one at a time between others, and the borders of float. */
+Test(dtype, not_finite_is_seen_in_every_type_and_place)
+{
+    for (int bits = 0; bits < 65536; bits++) {
+        uint16_t values[3] = {0, 0, 0};
+        values[bits % 3] = (uint16_t)bits;
+        cr_assert_eq(qs_all_finite(values, QS_BF16, 3),
+                     isfinite(qs_f32_from_bf16((uint16_t)bits)) != 0, "bf16 %04x", (unsigned)bits);
+        cr_assert_eq(qs_all_finite(values, QS_F16, 3),
+                     isfinite(qs_f32_from_f16((uint16_t)bits)) != 0, "f16 %04x", (unsigned)bits);
+    }
+    const float good[] = {0.0f, -0.0f, FLT_MAX, -FLT_MAX, FLT_MIN / 2, 1.0f};
+    cr_assert(qs_all_finite(good, QS_F32, 6));
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        float values[67] = {0};
+        values[22 * (i + 1)] = bad[i];
+        cr_assert(!qs_all_finite(values, QS_F32, 67));
+        cr_assert(qs_all_finite(values, QS_F32, 22 * (i + 1)));
+    }
+    cr_assert(qs_all_finite(bad, QS_F32, 0));
+}
+
 Test(dtype, f16_agrees_with_the_compiler)
 {
     for (uint64_t bits = 0; bits <= UINT32_MAX; bits += 1013) {

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
+#include <libgen.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -543,7 +544,7 @@ Test(run_dir, is_made_with_its_parent_and_recognised_later)
     cr_assert_gt(strlen(run.run_id), 8);
     cr_assert(!run.finished && run.locked);
     qs_run_dir_close(&run);
-    cr_assert_eq(open_as(&again, &c, QS_RESUME_MUST, false), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(open_as(&again, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
     cr_assert_str_eq(again.run_id, run.run_id);
     qs_config found;
     snprintf(path, sizeof path, "%s/config.yaml", other);
@@ -597,6 +598,24 @@ Test(run_dir, wishes_about_resuming_are_kept)
     cr_assert_eq(open_as(&run, &c, QS_RESUME_NEVER, false), QS_OK);
     qs_run_dir_close(&run);
     cr_assert_eq(open_as(&run, &c, QS_RESUME_NEVER, false), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_MUST, false), QS_ERR_CHECKPOINT, "none written yet");
+}
+
+Test(run_dir, abandoned_directory_goes_only_if_it_was_made_and_nothing_else_is_in_it)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    snprintf(c.output, sizeof c.output, "%s/new/demo", folder);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    qs_run_dir_abandon(&run);
+    cr_assert_neq(access(c.output, F_OK), 0);
+    cr_assert_neq(access(dirname(c.output), F_OK), 0, "the parent was made as well");
+    c = config();
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    qs_run_dir_abandon(&run);
+    cr_assert(exists("run.json"), "the directory was there before");
+    qs_run_dir_close(&run);
+    cr_assert(!exists("run.lock"));
 }
 
 Test(run_dir, configuration_may_change_until_there_is_a_checkpoint)

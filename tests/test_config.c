@@ -508,7 +508,7 @@ Test(config, missing_file_is_named)
     cr_assert_eq(qs_config_load(&c, "/nonexistent/run.yaml", NULL, 0), QS_ERR_INPUT_MISSING);
     cr_assert_not_null(strstr(qs_error_text(), "/nonexistent/run.yaml"));
     qs_error_clear();
-    cr_assert_eq(qs_config_load(&c, "/tmp", NULL, 0), QS_ERR_INPUT_MISSING);
+    cr_assert_eq(qs_config_load(&c, "/tmp", NULL, 0), QS_ERR_INPUT_FORMAT);
 }
 
 Test(nearest, distance_counts_edits)

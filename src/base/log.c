@@ -63,6 +63,14 @@ void qs_log_init(int rank, int nranks, qs_log_level level, bool all_ranks)
     pthread_mutex_unlock(&lock);
 }
 
+void qs_flatten(char *text, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++) {
+        unsigned char c = (unsigned char)text[i];
+        text[i] = c < 0x20 || c == 0x7F ? ' ' : text[i];
+    }
+}
+
 static void erase_progress(void)
 {
     if (progress.drawn) {
@@ -92,7 +100,9 @@ static void write_line(qs_log_level level, const char *label, const char *colour
     }
     int body = vsnprintf(line + end, room - end, format, args);
     if (body > 0) {
+        size_t begin = end;
         end = (size_t)body < room - end ? end + (size_t)body : room - 1;
+        qs_flatten(line + begin, end - begin);
     }
     line[end++] = '\n';
     pthread_mutex_lock(&lock);

@@ -7,6 +7,7 @@
 #define QS_BASE_LOG_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 typedef enum { QS_LOG_QUIET, QS_LOG_WARN, QS_LOG_INFO, QS_LOG_DEBUG } qs_log_level;
@@ -18,6 +19,10 @@ void qs_log_init(int rank, int nranks, qs_log_level level, bool all_ranks);
 void qs_log_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void qs_log_info(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void qs_log_debug(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/** Make one line of `text`: control characters, which names out of foreign files may hold, become
+ * spaces. */
+void qs_flatten(char *text, size_t bytes);
 
 /** Show progress: redrawn in place on a terminal with percentage and time left, a plain line per
  * call otherwise. `text` holds what is worth reading ("loss 2.31  lr 1.9e-4"). */

@@ -96,8 +96,9 @@ void qs_error_print(qs_status status)
     int head = snprintf(line, sizeof line, "error[E%03d] ", (int)status);
     size_t end = (size_t)head;
     for (const char *c = text; *c != '\0' && end < sizeof line - 2; c++) {
-        line[end++] = (*c == '\n' || *c == '\r') ? ' ' : *c;
+        line[end++] = *c;
     }
+    qs_flatten(line, end);
     while (line[end - 1] == ' ') {
         end--;
     }

@@ -1,6 +1,7 @@
 /* The plan of a quantization: config.json and the headers of the checkpoint decide the table of
  * units, the kind and dtype of every tensor and where its bytes come from. Every tensor of the
  * checkpoint must be accounted for. */
+#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -239,8 +240,19 @@ static qs_status detect_import(planner *p)
     return QS_OK;
 }
 
+/* The index is JSON and names the checkpoint. */
+static qs_status check_name(const char *hf_dir)
+{
+    json_t *text = json_string(hf_dir);
+    json_decref(text);
+    return text != NULL ? QS_OK
+                        : QS_FAIL(QS_ERR_CONFIG_VALUE,
+                                  "%s: the path of the checkpoint is not UTF-8; rename it", hf_dir);
+}
+
 static qs_status start_index(qs_plan *plan, const char *hf_dir, int64_t head_chunk_rows)
 {
+    QS_TRY(check_name(hf_dir));
     qs_base_index *index = calloc(1, sizeof *index);
     plan->index = index;
     if (index == NULL || (index->path = strdup(hf_dir)) == NULL ||

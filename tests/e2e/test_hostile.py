@@ -1,5 +1,5 @@
 """Bad inputs of every kind: one error line that names the file and what is wrong with it, the promised exit code on all
-ranks, and nothing written. Each row of hostile_cases.py spoils one of the good inputs, with which the same command
+ranks, and nothing written. Each row of the folder hostile/ spoils one of the good inputs, with which the same command
 passes. QSHARD_HOSTILE=REGEX takes only the rows whose names match."""
 import collections
 import concurrent.futures
@@ -12,11 +12,12 @@ import subprocess
 import tempfile
 import unittest
 
-import hostile_changes as to
-import hostile_inputs
 import support
-from hostile_cases import CASES
-from hostile_inputs import COMMANDS, command_line
+
+from hostile import changes as to
+from hostile import inputs, models, runs, settings, stores, tools  # noqa: F401  (most fill CASES)
+from hostile.case import CASES
+from hostile.inputs import COMMANDS, command_line
 
 SLOWDOWN = int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))
 LIMIT_S = 20 * SLOWDOWN  # a case takes a fraction of a second; whoever waits for a pipe would wait for ever
@@ -51,7 +52,7 @@ class Hostile(unittest.TestCase):
     def setUpClass(cls):
         cls.good = os.path.join(support.scratch("qshard-hostile-"), "good")
         os.mkdir(cls.good)
-        hostile_inputs.make_all(cls.good)
+        inputs.make_all(cls.good)
 
     def prepared(self, command):
         """A folder with copies of what the command needs."""
@@ -62,7 +63,10 @@ class Hostile(unittest.TestCase):
         return folder
 
     def run_in(self, folder, command, ranks):
-        words = ["timeout", "-k", "2", str(LIMIT_S), *command_line(COMMANDS[command], ranks)]
+        return self.run_words(folder, command_line(COMMANDS[command], ranks))
+
+    def run_words(self, folder, words):
+        words = ["timeout", "-k", "2", str(LIMIT_S), *words]
         return subprocess.run(words, cwd=folder, env=support.environment(PYTHONDONTWRITEBYTECODE="1"), stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, errors="replace")
 
@@ -92,10 +96,10 @@ class Hostile(unittest.TestCase):
         used = sorted({(case.command, case.ranks) for case in CASES}, key=str)
         self.assertEqual({command for command, _ in used}, set(COMMANDS))
         rows = [(command, ranks, nothing) for command, ranks in used]
-        manifest = hostile_inputs.STEP + "/manifest.json"
+        manifest = inputs.STEP + "/manifest.json"
         yaml = to.read(os.path.join(self.good, "run.yaml"))
         rows += [("train", 2, to.signed_base()), ("check base", None, to.signed_base()), ("check data", None, to.signed_data()),
-                 ("train", 2, to.dataset("base.h5", "index", lambda data: data)), ("resume", 2, to.signed_files(hostile_inputs.STEP)),
+                 ("train", 2, to.dataset("base.h5", "index", lambda data: data)), ("resume", 2, to.signed_files(inputs.STEP)),
                  ("export", None, to.manifest_field("step", 2, manifest)), ("quantize", 2, to.tensors("model/model.safetensors", dict)),
                  ("quantize", None, to.header_text("model/model.safetensors", lambda text: text + b"   ")),
                  ("quantize bnb", None, to.tensors("bnb/model.safetensors", dict)),
@@ -126,7 +130,7 @@ class Hostile(unittest.TestCase):
             wrong.append(f"exit {codes}, not {case.code // 100}")
         if done.returncode in CODES_OF_CRASHES or "Traceback" in done.stderr:
             wrong.append("a crash or no end")
-        lines = [line for line in done.stderr.splitlines() if "error[" in line]
+        lines = [line for line in re.split(r"[\r\n]", done.stderr) if line.startswith("error[")]
         start = f"error[E{case.code}] "
         if len(lines) != 1:
             wrong.append(f"{len(lines)} error lines")
@@ -135,6 +139,17 @@ class Hostile(unittest.TestCase):
         elif not lines[0].isprintable():
             wrong.append("the line holds control characters")
         return wrong + [done.stderr[-1500:]] if wrong else []
+
+    def test_a_model_directory_whose_name_is_not_utf8(self):
+        """Before anything is quantized, as the base has to name it."""
+        folder = self.prepared("quantize")
+        name = os.fsdecode(b"mod\xffl")
+        os.rename(os.path.join(folder, "model"), os.path.join(folder, name))
+        for ranks in (None, 2):
+            done = self.run_words(folder, support.command(("quantize", name, "-o", "out.h5"), ranks))
+            self.assertEqual(done.returncode, 2)
+            self.assertEqual(len(re.findall(r"(?m)^error\[E202\] mod.l: .*not UTF-8", done.stderr)), 1, done.stderr)
+        self.assertEqual(os.listdir(folder), [name])
 
     def test_bad_inputs_are_refused(self):
         only = os.environ.get("QSHARD_HOSTILE", "")

@@ -108,13 +108,24 @@ def flip(name, at, bit=0x10):
     return of_content(name, alter)
 
 
+def replaced(name, data, old, new):
+    if old not in data:
+        raise AssertionError(f"{name} does not hold {old!r}")
+    return data.replace(old, new, 1)
+
+
 def swap(name, old, new):
     """Replaces a text that must be there."""
-    def alter(data):
-        if old not in data:
-            raise AssertionError(f"{name} does not hold {old!r}")
-        return data.replace(old, new, 1)
-    return of_content(name, alter)
+    return of_content(name, lambda data: replaced(name, data, old, new))
+
+
+def utf16(name):
+    return of_content(name, lambda data: data.decode().encode("utf-16"))
+
+
+def word(name, at, value):
+    """A 64-bit word of a binary file."""
+    return of_content(name, lambda data: data[:at] + struct.pack("<Q", value) + data[at + 8:])
 
 
 def renamed(name, to):
@@ -197,6 +208,11 @@ def header_text(name, alter_text):
         header, body = split_safetensors(data)
         return join_safetensors(alter_text(json.dumps(header).encode()), body)
     return of_content(name, alter)
+
+
+def header_swap(name, old, new):
+    """Replaces a text of the header that must be there."""
+    return header_text(name, lambda text: replaced(name, text, old, new))
 
 
 def header_length(name, length):
@@ -362,6 +378,10 @@ def sign_manifest(text):
 
 def manifest(alter_text, name):
     return of_content(name, lambda data: sign_manifest(alter_text(data.decode())).encode())
+
+
+def manifest_swap(name, old, new):
+    return manifest(lambda text: replaced(name, text, old, new), name)
 
 
 def manifest_field(key, new, name):

@@ -8,9 +8,10 @@ import sys
 from dataclasses import dataclass
 
 import gguf
-import hostile_changes as to
 import numpy as np
 import support
+
+from hostile import changes as to
 
 MODEL_OPTIONS = ("--hidden", "64", "--ffn", "96", "--layers", "2", "--examples", "16")
 
@@ -40,7 +41,8 @@ class Command:
 
 
 def prep(*words):
-    return Command(("qshard_prep.py", "--model", "model", *words, "-o", "out.h5"), ("model", "data.jsonl", "chat.jsonl", "corpus.idx", "corpus.bin"))
+    return Command(("qshard_prep.py", "--model", "model", *words, "-o", "out.h5"),
+                   ("model", "data.jsonl", "chat.jsonl", "corpus.idx", "corpus.bin"))
 
 
 def looking_at(kind, path, needs):
@@ -65,7 +67,8 @@ COMMANDS = {
     "merge adapter": Command(("merge", "adapter", "-o", "out", "--base", "base.h5"), ("adapter", "base.h5")),
     "merge original": Command(("merge", "adapter", "-o", "out", "--base", "base.h5", "--original", "model"),
                               ("adapter", "base.h5", "model")),
-    **looking_at("model", "model", ("model",)), **looking_at("base", "base.h5", BASE), **looking_at("data", "train.h5", TRAIN),
+    **looking_at("model", "model", ("model",)), **looking_at("base", "base.h5", BASE),
+            **looking_at("data", "train.h5", TRAIN),
     **looking_at("adapter", "adapter", ("adapter",)), **looking_at("config", "run.yaml", ("run.yaml",)),
     **looking_at("run", "run", ("run",)), **looking_at("step", STEP, ("run",)),
     "inspect shard": Command(("inspect", STEP + "/rank-00000.h5"), ("run",)),
@@ -83,7 +86,8 @@ def command_line(command, ranks=None):
     if ranks is None:
         return [support.QSHARD, *command.words]
     say = '"$@"; code=$?; echo "rank left with $code" >&2; exit $code'
-    return ["mpirun", "--mca", "orte_abort_on_non_zero_status", "0", "-np", str(ranks), "sh", "-c", say, "sh", support.QSHARD,
+    return ["mpirun", "--mca", "orte_abort_on_non_zero_status", "0", "-np", str(ranks), "sh", "-c", say, "sh",
+            support.QSHARD,
             *command.words]
 
 
@@ -101,7 +105,8 @@ def make_all(folder):
     support.python(tool + "tiny.py", path("model"), *MODEL_OPTIONS)
     for name, options in (("train", ()), ("eval", ()), ("prompts", ("--prompts",))):
         source = path("model/eval.jsonl" if name == "prompts" else f"model/{name}.jsonl")
-        support.python(tool + "prep.py", "--model", path("model"), source, "-o", path(name + ".h5"), "--seq-len", "64", *options)
+        support.python(tool + "prep.py", "--model", path("model"), source, "-o", path(name + ".h5"), "--seq-len", "64",
+                       *options)
     to.write(path("run.yaml"), YAML)
     to.write(path("data.jsonl"), '{"text": "add one and two"}\n{"text": "subtract one"}\n')
     shutil.copy(path("model/eval.jsonl"), path("chat.jsonl"))
@@ -124,7 +129,8 @@ def make_shards(model, target):
     halves = {"model-00001-of-00002.safetensors": names[: len(names) // 2],
               "model-00002-of-00002.safetensors": names[len(names) // 2:]}
     for file, held in halves.items():
-        packed = {name: (header[name]["dtype"], header[name]["shape"], body[slice(*header[name]["data_offsets"])]) for name in held}
+        packed = {name: (header[name]["dtype"], header[name]["shape"],
+                         body[slice(*header[name]["data_offsets"])]) for name in held}
         to.write(os.path.join(target, file), to.pack_tensors(packed))
     weight_map = {name: file for file, held in halves.items() for name in held}
     text = json.dumps({"metadata": {"total_size": len(body)}, "weight_map": weight_map}, indent=1)
@@ -144,15 +150,19 @@ def make_gguf(path):
     hidden, heads, ffn, tokens = 32, 2, 48, ["<s>", "</s>", "h", "e", "he"]
     writer = gguf.GGUFWriter(path, "llama")
     for add, value in ((writer.add_block_count, 1), (writer.add_context_length, 64), (writer.add_embedding_length, hidden),
-                       (writer.add_feed_forward_length, ffn), (writer.add_head_count, heads), (writer.add_head_count_kv, heads),
+                       (writer.add_feed_forward_length, ffn), (writer.add_head_count, heads),
+                       (writer.add_head_count_kv, heads),
                        (writer.add_rope_freq_base, 10000.0), (writer.add_layer_norm_rms_eps, 1e-5),
-                       (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "gpt-2"), (writer.add_token_list, tokens),
-                       (writer.add_token_merges, ["h e"]), (writer.add_token_types, [3, 3, 1, 1, 1]), (writer.add_bos_token_id, 0),
+                       (writer.add_tokenizer_model, "gpt2"), (writer.add_tokenizer_pre, "gpt-2"),
+                       (writer.add_token_list, tokens),
+                       (writer.add_token_merges, ["h e"]), (writer.add_token_types, [3, 3, 1, 1, 1]),
+                       (writer.add_bos_token_id, 0),
                        (writer.add_eos_token_id, 1)):
         add(value)
     shapes = {"token_embd": (len(tokens), hidden), "blk.0.attn_norm": (hidden,), "blk.0.ffn_norm": (hidden,),
               **{f"blk.0.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")},
-              "blk.0.ffn_gate": (ffn, hidden), "blk.0.ffn_up": (ffn, hidden), "blk.0.ffn_down": (hidden, ffn), "output_norm": (hidden,)}
+              "blk.0.ffn_gate": (ffn, hidden), "blk.0.ffn_up": (ffn, hidden), "blk.0.ffn_down": (hidden, ffn),
+              "output_norm": (hidden,)}
     for name, shape in shapes.items():
         writer.add_tensor(name + ".weight", np.full(shape, 0.5, dtype=np.float32))
     writer.write_header_to_file()
