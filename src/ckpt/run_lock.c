@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -180,8 +181,9 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
         }
         owner other;
         bool readable = read_owner(path, &other);
-        if (!readable && access(path, F_OK) != 0) {
-            continue; /* released a moment ago */
+        struct stat info;
+        if (!readable && lstat(path, &info) != 0) { /* a link to nothing would never go */
+            continue;                               /* released a moment ago */
         }
         if (takeover || (readable && is_gone(&other, me))) {
             qs_log_info("%s: taken over from process %" PRId64 " on host %s", path, other.pid,

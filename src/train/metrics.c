@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "config/config.h"
@@ -77,7 +78,8 @@ static qs_status trim(qs_metrics *m, const char *path, int64_t step)
 {
     void *data = NULL;
     size_t bytes = 0, kept = 0;
-    if (access(path, F_OK) != 0) {
+    struct stat info;
+    if (lstat(path, &info) != 0) {
         return QS_OK;
     }
     QS_TRY(qs_io_read_file(path, METRICS_MAX_BYTES, &data, &bytes));

@@ -112,7 +112,8 @@ case("quantize", "the norm is missing", to.without_tensor(TENSORS, NORM), 305, f
 case("quantize", "the table is missing", to.without_tensor(TENSORS, TABLE), 305, f"model: .*{TABLE}")
 case("quantize", "a tensor too many", to.more_tensor(TENSORS, "model.layers.0.self_attn.q_norm.weight"), 305,
      "model: .*q_norm", 2)
-case("quantize", "a name that paints the terminal", to.more_tensor(TENSORS, "x\x1b[2J\nerror[E999] y"), 305, "model: tensor .x")
+case("quantize", "a name that paints the terminal", to.more_tensor(TENSORS, "x\x1b[2J\nerror[E999] y"), 305,
+     "model: tensor .x")
 case("quantize", "a tensor of a third layer", to.more_tensor(TENSORS, "model.layers.2.mlp.up_proj.weight"), 305,
      "model: .*layers.2")
 case("quantize", "a tensor is transposed", to.changed_tensor(TENSORS, UP, shape=(64, 96)), 305, f"model: .*{UP}", 2)

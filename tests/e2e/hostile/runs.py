@@ -154,11 +154,21 @@ for what, change in (("is missing", to.gone(STEP)), ("manifest is cut off", to.c
     for command in ("export", "merge run"):
         case(command, f"checkpoint {what}", change, 403,
              "run: the run has no" if "missing" in what else "run: no checkpoint of the run verifies")
-case("export", "manifest forges an error line", to.manifest_field("files/0/name", "a\nerror[E999] x", MANIFEST), 403, "run: no checkpoint")
+case("export", "manifest forges an error line", to.manifest_field("files/0/name", "a\nerror[E999] x", MANIFEST), 403,
+     "run: no checkpoint")
 SET_ASIDE = r"run/(config\.yaml|run\.json|step-00000002(\.bad)?(/.*)?)"  # a start is counted, a bad checkpoint renamed
 for what, change in (("file is damaged", to.flip(RANK1, 20000)), ("file is missing", to.gone(RANK0)),
                      ("file is cut off", to.cut(RANK1, 0.5))):
     case("resume", f"checkpoint {what}", change, 403, "run: no checkpoint that verifies", 2, SET_ASIDE)
+LOCK = "run/run.lock"
+for what, change in (("is garbage", to.put(LOCK, HTML)), ("is empty", to.empty(LOCK)), ("is a pipe", to.fifo(LOCK)),
+                     ("is a directory", to.directory(LOCK)), ("is a link to nothing", to.link(LOCK, "nowhere")),
+                     ("is of another host", to.put(LOCK, b'{"host": "x", "job": "", "pid": 1, "born": 1, "restart": 0}'))):
+    case("resume", f"run.lock {what}", change, 204, "run: .*--takeover", 2)
+METRICS = "run/metrics.jsonl"
+for what, change, code in (("is a pipe", to.fifo(METRICS), 301), ("is a directory", to.directory(METRICS), 301),
+                           ("is a link to nothing", to.link(METRICS, "nowhere"), 300)):
+    case("resume", f"metrics.jsonl {what}", change, code, METRICS, 2, STARTED)
 OTHER_BASE = to.signed_base(to.values(BASE, "units/layers.0/packed", (0, 0), 1))
 case("resume", "run is missing", to.gone("run"), 403, "run", 2)
 case("resume", "configuration has another seed", to.swap(YAML, b"seed: 42", b"seed: 43"), 802, "run.*seed", 2)

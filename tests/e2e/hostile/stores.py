@@ -6,6 +6,41 @@ from hostile import changes as to
 from hostile.case import BASE, DATA, DEEP, HTML, INF_BF16, INT64, LFS, NAN_BF16, case, not_a_file
 from hostile.changes import GONE
 
+
+def move_to_link(file, kind):
+    file.move("units/layers.0/packed", "elsewhere")
+    file["units/layers.0/packed"] = h5py.SoftLink("/elsewhere") if kind == "soft" else h5py.ExternalLink("train.h5",
+                                                                                                         "/tokens")
+
+
+def make_group(file, name):
+    del file[name]
+    file.create_group(name)
+
+
+def first_target(file, value):
+    labels = file["labels"][()]
+    file["labels"][int(np.argmax(labels >= 0))] = value
+
+
+def unallocated(name, shape, dtype):
+    """A dataset whose bytes lie nowhere, so that its size costs nothing."""
+    def alter(file):
+        if name in file:
+            del file[name]
+        file.create_dataset(name, shape=shape, dtype=dtype)
+    return alter
+
+
+def outside(name):
+    """A dataset whose bytes lie in another file."""
+    def alter(file):
+        data = file[name][()]
+        del file[name]
+        file.create_dataset(name, shape=data.shape, dtype=data.dtype, external=[("run.yaml", 0, data.nbytes)])
+    return alter
+
+
 # ---- base.h5: train, eval, sample, merge, inspect, check ----
 
 not_a_file("train", BASE, ranks=2)
@@ -81,15 +116,12 @@ case("train", "base packed is a group", to.h5(BASE, lambda file: make_group(file
      f"{BASE}: .*packed")
 
 
-def move_to_link(file, kind):
-    file.move("units/layers.0/packed", "elsewhere")
-    file["units/layers.0/packed"] = h5py.SoftLink("/elsewhere") if kind == "soft" else h5py.ExternalLink("train.h5",
-                                                                                                         "/tokens")
-
-
-def make_group(file, name):
-    del file[name]
-    file.create_group(name)
+case("train", "base packed is outside the file", to.h5(BASE, outside("units/layers.0/packed")), 301,
+     f"{BASE}: .*packed.*inside the file", 2)
+case("train", "base packed is nowhere", to.h5(BASE, unallocated("units/layers.0/packed", (7, 8192), "u1")), 301,
+     f"{BASE}: .*packed")
+case("train", "base index is of 2^40 bytes", to.h5(BASE, unallocated("index", (2**40,), "u1")), 301, f"{BASE}: .*index")
+case("train", "base maps are of 2^40 rows", to.h5(BASE, unallocated("maps", (2**40, 256), "<f4")), 301, f"{BASE}: .*maps")
 
 
 for unit, key, at in (("layers.1", "packed", (-1, 100)), ("layers.1", "absmax8", (-1, 3)), ("layers.1", "absmax32", (-1, 0)),
@@ -166,6 +198,11 @@ case("sample", "prompts have ids above the vocabulary", to.signed_data(to.values
      "prompts.h5: .*999", 2)
 
 
-def first_target(file, value):
-    labels = file["labels"][()]
-    file["labels"][int(np.argmax(labels >= 0))] = value
+for key, kind in (("tokens", "<u4"), ("doc_offsets", "<i8")):
+    case("train", f"data {key} are of 2^40 elements", to.both(to.attribute(DATA, "n_tokens", 2**40),
+                                                              to.h5(DATA, unallocated(key, (2**40,), kind))), 301, DATA, 2)
+case("train", "data tokens are outside the file", to.h5(DATA, outside("tokens")), 301, f"{DATA}: .*tokens.*inside the file")
+case("train", "data format is of 2^15 letters", to.attribute(DATA, "format", "x" * 2**15), 301, f"{DATA}: .*format")
+case("train", "data n_tokens is a list", to.attribute(DATA, "n_tokens", np.arange(4)), 301, f"{DATA}: .*n_tokens")
+
+
