@@ -46,7 +46,7 @@ for key, value in (("hidden_size", 0), ("hidden_size", -64), ("hidden_size", 2**
 for key, value, says in (("model_type", "gpt2", "gpt2"), ("architectures", ["GPT2LMHeadModel"], "GPT2LMHeadModel"),
                          ("hidden_act", "gelu", "gelu"), ("torch_dtype", "float64", "float64"),
                          ("sliding_window", 8, "sliding_window"),
-                         ("rope_scaling", {"rope_type": "yarn", "factor": 2}, "yarn"),
+                         ("rope_scaling", {"rope_type": "dynamic", "factor": 2}, "dynamic"),
                          ("auto_map", {"a": "b.c"}, "auto_map"), ("attention_dropout", 0.5, "attention_dropout"),
                          ("quantization_config", {"quant_method": "gptq"}, "gptq"), ("qk_norm\n", True, r"qk_norm")):
     config(key, value, 303, says, ranks=2 if key == "model_type" else None)
@@ -134,7 +134,9 @@ for command in ("inspect model", "check model", "merge original"):
     case(command, "safetensors header of 2^63 bytes", to.header_length(TENSORS, INT64), 301, f"{TENSORS}: .*header")
 case("merge original", "a weight was changed", to.number_in(TENSORS, NORM, b"\1\2", 3), 304, f"model: .*{NORM}")
 case("merge original", "a tensor is missing", to.without_tensor(TENSORS, UP), 305, f"model: .*{UP}")
-case("merge original", "config.json is another's", to.field(CONFIG, "rms_norm_eps", 1e-3), 302, "model")
+for key, value in (("rms_norm_eps", 1e-3), ("rope_theta", 20000.0), ("rope_scaling", {"rope_type": "linear", "factor": 2})):
+    case("merge original", f"{key} is another's", to.field(CONFIG, key, value), 302, f"{CONFIG}: rms_norm_eps, RoPE")
+case("merge original", "a size is another's", to.field(CONFIG, "num_key_value_heads", 4), 302, f"{CONFIG}: num_key_value_heads")
 
 # ---- several files and their index: quantize ----
 
