@@ -7,8 +7,6 @@
 #include "quant/nf4.h"
 #include "weights/quantize_impl.h"
 
-/* ---- what is no number ---- */
-
 /* ---- room ---- */
 
 /* Elements of the largest tensor that is to be quantized, 0 if all are NF4 already. */
