@@ -106,7 +106,11 @@ static qs_status read_run(const char *dir, qs_status foreign, json_t **out)
             foreign, "%s: format: \"%.40s\" is not \"qshard-run\"; it is not a run of ours%s", path,
             format, foreign == QS_ERR_OUTPUT_TAKEN ? "; choose another output" : ""));
     }
-    QS_GOTO(qs_json_i64(*out, "format_version", 1, 1, &version, path));
+    QS_GOTO(qs_json_i64(*out, "format_version", 0, INT32_MAX, &version, path));
+    if (version != 1) {
+        QS_GOTO(QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: format_version=%d; this program reads 1", path,
+                        (int)version));
+    }
     QS_GOTO(qs_json_text(*out, "run_id", &run_id, path));
     if (strlen(run_id) >= sizeof((qs_run_dir *)0)->run_id) {
         QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: run_id is longer than 39 letters", path));
