@@ -274,7 +274,8 @@ def number_in(name, tensor, bits, at=0):
 
 def h5(name, alter):
     def change(folder):
-        with h5py.File(os.path.join(folder, name), "r+", libver=("v110", "v110")) as file:
+        # no lock: a process that another thread is starting would hold it on
+        with h5py.File(os.path.join(folder, name), "r+", libver=("v110", "v110"), locking=False) as file:
             alter(file)
     return change
 
