@@ -90,6 +90,7 @@ THREADS(bcast_text)
 THREADS(agree)
 THREADS(received_bytes)
 THREADS(places)
+THREADS(split)
 
 /* Nothing moves by itself: an all-gather is under way, not done, until this rank polls. */
 static const char *needs_a_poll(qs_comm *comm)

@@ -102,6 +102,27 @@ Test(config, epochs_alone_replace_the_default_steps)
     cr_assert_eq(parse(&c, "base: b\ntrain: {epochs: 3, steps: 100}\n"), QS_ERR_CONFIG_PAIR);
 }
 
+Test(config, numbers_may_have_words)
+{
+    static const struct {
+        const char *text;
+        int64_t value;
+    } groups[] = {
+        {"auto", QS_SHARD_AUTO}, {"world", QS_SHARD_WORLD}, {"node", QS_SHARD_NODE}, {"8", 8}};
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
+        char text[100], line[100];
+        qs_config c;
+        snprintf(text, sizeof text, "base: b\nshard: {group: %s}\n", groups[i].text);
+        cr_assert_eq(qs_config_parse(&c, text, strlen(text), "r", NULL, 0), QS_OK, "%s",
+                     qs_error_text());
+        cr_assert_eq(c.shard.group, groups[i].value, "%s", groups[i].text);
+        char *dump = qs_config_dump(&c);
+        snprintf(line, sizeof line, "group: %s ", groups[i].text);
+        cr_assert_not_null(strstr(dump, line), "%s", dump);
+        free(dump);
+    }
+}
+
 Test(config, sets_of_targets_have_names)
 {
     static const struct {
@@ -380,7 +401,9 @@ static const bad_file BAD[] = {
      "all-linear | attention | mlp | fsdp_qlora-all | ["},
     {B "lora: {rank: 0}\n", QS_ERR_CONFIG_VALUE, "1 .. 1024"},
     {B "lora: {dropout: 1}\n", QS_ERR_CONFIG_VALUE, "0 .. 0.95"},
-    {B "shard: {group: 2}\n", QS_ERR_CONFIG_VALUE, "auto | world"},
+    {B "shard: {group: 0}\n", QS_ERR_CONFIG_VALUE, "auto | world | node | 1 .. 1000000 (ranks)"},
+    {B "shard: {group: -1}\n", QS_ERR_CONFIG_VALUE, "auto | world | node"},
+    {B "shard: {group: nodes}\n", QS_ERR_CONFIG_VALUE, "auto | world | node"},
     {B "shard: {keep_resident: 1}\n", QS_ERR_CONFIG_VALUE, "only 0"},
     {B "shard: {prefetch: 0}\n", QS_ERR_CONFIG_VALUE, "only 1"},
     {B "memory: {offload: [weight]}\n", QS_ERR_CONFIG_VALUE, "any of [activations, weights"},

@@ -14,7 +14,9 @@ qs_status qs_comm_init(qs_comm *comm, const qs_comm_ops *ops, int rank, int nran
     *comm = (qs_comm){
         .ops = ops, .rank = rank, .nranks = nranks, .local_rank = rank, .local_nranks = nranks};
     comm->scratch = calloc((size_t)nranks * QS_COMM_SCRATCH_VALUES, sizeof *comm->scratch);
-    if (comm->scratch == NULL) {
+    comm->hosts = calloc((size_t)nranks, sizeof *comm->hosts);
+    if (comm->scratch == NULL || comm->hosts == NULL) {
+        qs_comm_fini(comm);
         return QS_FAIL(QS_ERR_MEMORY, "memory: a communicator of %d ranks cannot be allocated",
                        nranks);
     }
@@ -24,7 +26,9 @@ qs_status qs_comm_init(qs_comm *comm, const qs_comm_ops *ops, int rank, int nran
 void qs_comm_fini(qs_comm *comm)
 {
     free(comm->scratch);
+    free(comm->hosts);
     comm->scratch = NULL;
+    comm->hosts = NULL;
 }
 
 static int env_int(const char *name)
@@ -54,6 +58,16 @@ void qs_comm_destroy(qs_comm *comm)
     }
 }
 
+qs_status qs_comm_split(qs_comm *comm, int color, qs_comm **out)
+{
+    *out = NULL;
+    if (comm->ops->split == NULL || color < 0) {
+        return QS_FAIL(QS_ERR_BUG, "a communicator (%s) is to be split by color %d",
+                       comm->ops->name, color);
+    }
+    return comm->ops->split(comm, color, out);
+}
+
 int qs_comm_rank(const qs_comm *comm)
 {
     return comm->rank;
@@ -74,6 +88,11 @@ int qs_comm_local_nranks(const qs_comm *comm)
     return comm->local_nranks;
 }
 
+int qs_comm_host(const qs_comm *comm)
+{
+    return comm->hosts[comm->rank];
+}
+
 const char *qs_comm_name(const qs_comm *comm)
 {
     return comm->ops->name;
@@ -84,9 +103,22 @@ uint64_t qs_comm_received_bytes(const qs_comm *comm)
     return comm->received_bytes;
 }
 
+uint64_t qs_comm_foreign_bytes(const qs_comm *comm)
+{
+    return comm->foreign_bytes;
+}
+
+static void count(qs_comm *comm, int from, size_t bytes)
+{
+    comm->received_bytes += from != comm->rank ? bytes : 0;
+    comm->foreign_bytes += comm->hosts[from] != comm->hosts[comm->rank] ? bytes : 0;
+}
+
 static void count_gathered(qs_comm *comm, size_t bytes_per_rank)
 {
-    comm->received_bytes += (uint64_t)(comm->nranks - 1) * bytes_per_rank;
+    for (int r = 0; r < comm->nranks; r++) {
+        count(comm, r, bytes_per_rank);
+    }
 }
 
 qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank,
@@ -106,7 +138,7 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
                        send_bytes[me], recv_bytes[me]);
     }
     for (int r = 0; r < comm->nranks; r++) {
-        comm->received_bytes += r != me ? recv_bytes[r] : 0;
+        count(comm, r, recv_bytes[r]);
     }
     return comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at,
                                    queue);
@@ -120,7 +152,7 @@ qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, si
 
 qs_status qs_comm_bcast(qs_comm *comm, void *data, size_t bytes, int root)
 {
-    comm->received_bytes += comm->rank != root ? bytes : 0;
+    count(comm, root, bytes);
     return comm->ops->bcast(comm, data, bytes, root);
 }
 

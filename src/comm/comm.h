@@ -35,12 +35,19 @@ int qs_comm_launched(void);
 /** Name and version of the MPI library, one line. MPI need not have started. */
 void qs_comm_mpi_version(char *out, size_t capacity);
 
+/** A communicator of the ranks that give the same `color` (from 0 on), in the order that they have
+ * here. Collective over `comm`, which must outlive it; calls on the two may alternate, in the same
+ * order on all ranks that both have. Of a communicator over the host's memory: the one over a
+ * device's is made of the part (qs_backend_comm). */
+qs_status qs_comm_split(qs_comm *comm, int color, qs_comm **out);
+
 void qs_comm_destroy(qs_comm *comm);
 
 int qs_comm_rank(const qs_comm *comm);
 int qs_comm_nranks(const qs_comm *comm);
 int qs_comm_local_rank(const qs_comm *comm);   /* within the host */
 int qs_comm_local_nranks(const qs_comm *comm); /* ranks on this host */
+int qs_comm_host(const qs_comm *comm);         /* the lowest rank on this host: a name for it */
 const char *qs_comm_name(const qs_comm *comm); /* "self", "threads", "mpi" */
 
 /** Gather every rank's shard, in rank order; asynchronous on `queue`.
@@ -92,5 +99,8 @@ void qs_comm_abort(qs_comm *comm, qs_status status);
 
 /** Bytes that this rank received from others so far (all collectives). */
 uint64_t qs_comm_received_bytes(const qs_comm *comm);
+
+/** Those of them that came from other hosts. */
+uint64_t qs_comm_foreign_bytes(const qs_comm *comm);
 
 #endif

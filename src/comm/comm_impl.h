@@ -17,6 +17,7 @@ typedef struct {
     qs_status (*all_gather_now)(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank);
     qs_status (*bcast)(qs_comm *comm, void *data, size_t bytes, int root);
     qs_status (*barrier)(qs_comm *comm);
+    qs_status (*split)(qs_comm *comm, int color, qs_comm **out);
     void (*abort)(qs_comm *comm, qs_status status);
     void (*destroy)(qs_comm *comm); /* frees the whole object */
 } qs_comm_ops;
@@ -30,7 +31,8 @@ struct qs_comm {
     const qs_comm_ops *ops;
     int rank, nranks;
     int local_rank, local_nranks;
-    uint64_t received_bytes;
+    int *hosts; /* [nranks] the lowest rank on each rank's host */
+    uint64_t received_bytes, foreign_bytes;
     int64_t *scratch; /* [nranks * QS_COMM_SCRATCH_VALUES] */
     bool agreed;      /* an error was agreed on: all ranks are leaving */
 };

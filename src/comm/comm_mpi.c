@@ -36,9 +36,10 @@ typedef struct operation {
 
 struct comm_mpi {
     qs_comm base;
-    MPI_Comm world; /* our own duplicate */
-    bool owns_mpi;  /* we called MPI_Init */
-    bool broken;    /* a call failed: MPI_Finalize could hang */
+    comm_mpi *parent; /* that it was split from, NULL: none */
+    MPI_Comm world;   /* our own duplicate, or a part of the parent's */
+    bool owns_mpi;    /* we called MPI_Init */
+    bool broken;      /* a call failed: MPI_Finalize could hang */
     operation *unused;
 };
 
@@ -63,7 +64,9 @@ static qs_status mpi_check(int code, const char *call, int line)
 /* Remember a failure, so that destroy does not wait for ranks that are gone. */
 static qs_status note(comm_mpi *c, qs_status st)
 {
-    c->broken = c->broken || st != QS_OK;
+    for (; st != QS_OK && c != NULL; c = c->parent) {
+        c->broken = true;
+    }
     return st;
 }
 
@@ -126,7 +129,9 @@ static qs_status take_operation(comm_mpi *c, size_t capacity, operation **out)
 static void release_operation(void *ctx)
 {
     operation *op = ctx;
-    op->comm->broken = op->comm->broken || !op->finished;
+    for (comm_mpi *c = op->comm; !op->finished && c != NULL; c = c->parent) {
+        c->broken = true;
+    }
     for (int i = 0; !op->finished && i < op->count; i++) {
         if (op->requests[i] != MPI_REQUEST_NULL) {
             if (i < op->receives) {
@@ -400,6 +405,8 @@ static void mpi_destroy(qs_comm *comm)
     free(c);
 }
 
+static qs_status mpi_split(qs_comm *comm, int color, qs_comm **out);
+
 static const qs_comm_ops mpi_ops = {
     .name = "mpi",
     .all_gather = mpi_all_gather,
@@ -407,6 +414,7 @@ static const qs_comm_ops mpi_ops = {
     .all_gather_now = mpi_all_gather_now,
     .bcast = mpi_bcast,
     .barrier = mpi_barrier,
+    .split = mpi_split,
     .abort = mpi_abort,
     .destroy = mpi_destroy,
 };
@@ -446,18 +454,49 @@ static qs_status find_local_ranks(comm_mpi *c)
         MPI_Comm_split_type(c->world, MPI_COMM_TYPE_SHARED, c->base.rank, MPI_INFO_NULL, &host)));
     MPI_Comm_rank(host, &c->base.local_rank);
     MPI_Comm_size(host, &c->base.local_nranks);
+    int lowest = c->base.rank;
+    QS_TRY(QS_MPI(MPI_Bcast(&lowest, 1, MPI_INT, 0, host)));
+    QS_TRY(QS_MPI(MPI_Allgather(&lowest, 1, MPI_INT, c->base.hosts, 1, MPI_INT, c->world)));
     return QS_MPI(MPI_Comm_free(&host));
 }
 
-static qs_status set_up(comm_mpi *c)
+/* What there is to know about c->world. */
+static qs_status look_around(comm_mpi *c)
 {
     int rank = 0, nranks = 1;
-    QS_TRY(QS_MPI(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN)));
-    QS_TRY(QS_MPI(MPI_Comm_dup(MPI_COMM_WORLD, &c->world)));
     QS_TRY(QS_MPI(MPI_Comm_rank(c->world, &rank)));
     QS_TRY(QS_MPI(MPI_Comm_size(c->world, &nranks)));
     QS_TRY(qs_comm_init(&c->base, &mpi_ops, rank, nranks));
     return find_local_ranks(c);
+}
+
+static qs_status set_up(comm_mpi *c)
+{
+    QS_TRY(QS_MPI(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN)));
+    QS_TRY(QS_MPI(MPI_Comm_dup(MPI_COMM_WORLD, &c->world)));
+    return look_around(c);
+}
+
+static qs_status mpi_split(qs_comm *comm, int color, qs_comm **out)
+{
+    comm_mpi *parent = (comm_mpi *)comm;
+    comm_mpi *c = calloc(1, sizeof *c);
+    if (c == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "memory: a communicator cannot be allocated");
+    }
+    c->parent = parent;
+    c->world = MPI_COMM_NULL;
+    qs_status st = QS_MPI(MPI_Comm_split(parent->world, color, comm->rank, &c->world));
+    if (st == QS_OK) {
+        st = look_around(c);
+    }
+    if (note(parent, st) != QS_OK) {
+        qs_comm_fini(&c->base);
+        free(c);
+        return st;
+    }
+    *out = &c->base;
+    return QS_OK;
 }
 
 qs_status qs_comm_mpi_create(qs_comm **out, int *argc, char ***argv)

@@ -345,7 +345,7 @@ static void nccl_destroy(qs_comm *comm)
 {
     comm_nccl *c = (comm_nccl *)comm;
     if (c->device != NULL) {
-        qs_device_set_watch(c->device, NULL, NULL);
+        qs_device_unwatch(c->device, c);
     }
     if (c->nccl != NULL) {
         close_nccl(c);
@@ -396,7 +396,10 @@ static qs_status make(comm_nccl **out, qs_comm *host, const qs_device *device)
     c->host = host;
     c->base.local_rank = host->local_rank;
     c->base.local_nranks = host->local_nranks;
-    st = st == QS_OK ? read_limit(&c->limit_s) : st;
+    if (st == QS_OK) {
+        memcpy(c->base.hosts, host->hosts, (size_t)host->nranks * sizeof *host->hosts);
+        st = read_limit(&c->limit_s);
+    }
     if (st != QS_OK) {
         qs_comm_fini(&c->base);
         free(c);
@@ -488,9 +491,8 @@ qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device)
     if (host->nranks > 1) {
         QS_GOTO(start(c));
         c->device = device;
-        qs_device_set_watch(device, watch, c);
+        QS_GOTO(qs_device_watch(device, watch, c));
     }
-    c->base.received_bytes = host->received_bytes;
     *out = &c->base;
     return QS_OK;
 done:

@@ -19,7 +19,7 @@
 qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device);
 
 /** Has NCCL found a lost peer or a broken link meanwhile? Every collective asks first, and so does
- * a wait for a queue of the device (qs_device_set_watch), which would never end otherwise. QS_OK
+ * a wait for a queue of the device (qs_device_watch), which would never end otherwise. QS_OK
  * for any other communicator. */
 qs_status qs_comm_nccl_check(qs_comm *comm);
 

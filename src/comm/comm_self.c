@@ -51,6 +51,12 @@ static qs_status self_barrier(qs_comm *comm)
     return QS_OK;
 }
 
+static qs_status self_split(qs_comm *comm, int color, qs_comm **out)
+{
+    (void)comm, (void)color;
+    return qs_comm_self_create(out);
+}
+
 static void self_abort(qs_comm *comm, qs_status status)
 {
     (void)comm;
@@ -70,6 +76,7 @@ static const qs_comm_ops self_ops = {
     .all_gather_now = self_all_gather_now,
     .bcast = self_bcast,
     .barrier = self_barrier,
+    .split = self_split,
     .abort = self_abort,
     .destroy = self_destroy,
 };

@@ -3,8 +3,9 @@
  * Every collective is an exchange of pieces (an all-gather sends one piece to everybody), and
  * exchange number n of each rank meets in round n. As with MPI nothing moves by itself: a rank
  * copies its pieces out of the others' buffers when it polls after all have posted, and its own
- * exchange is over when all others have copied theirs. One lock guards the team, copies included:
- * simple, and a rank that gives up cannot free a buffer that is being read. */
+ * exchange is over when all others have copied theirs. One lock guards the team and those split
+ * from it, copies included: simple, and a rank that gives up cannot free a buffer that is being
+ * read. */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,9 +32,15 @@ typedef struct round {
     posting by_rank[]; /* [nranks] */
 } round;
 
+/* What a team shares with those split from it. */
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t changed;
+    int teams;
+} family;
+
+typedef struct {
+    family *family;
     int nranks;
     int members;   /* communicators not yet destroyed */
     int ended_by;  /* the rank that aborted, -1 if none */
@@ -41,10 +48,12 @@ typedef struct {
     round *rounds; /* under way */
 } team;
 
-typedef struct {
+typedef struct comm_threads {
     qs_comm base;
     team *team;
     uint64_t next_round;
+    struct comm_threads *parent;          /* that it was split from, NULL: none */
+    struct comm_threads *children, *next; /* split from it; the parent's next one */
 } comm_threads;
 
 /* An exchange of one rank: ctx of the queue. */
@@ -116,14 +125,14 @@ static qs_status copy_pieces(comm_threads *c, round *r)
     }
     mine->copied = true;
     r->copied++;
-    pthread_cond_broadcast(&c->team->changed);
+    pthread_cond_broadcast(&c->team->family->changed);
     return QS_OK;
 }
 
-/* Copy what has arrived for this rank, in all rounds and not only in the one that is asked about: a
- * rank may wait for one queue while a peer waits for another, and a call of MPI moves everything
- * along, too. */
-static qs_status progress(comm_threads *c)
+/* Copy what has arrived for this rank, in all rounds of all its communicators and not only in the
+ * one that is asked about: a rank may wait for one queue while a peer waits for another, and a call
+ * of MPI moves everything along, too. */
+static qs_status progress_team(comm_threads *c)
 {
     for (round *r = c->team->rounds; r != NULL; r = r->next) {
         const posting *mine = &r->by_rank[c->base.rank];
@@ -133,6 +142,23 @@ static qs_status progress(comm_threads *c)
         }
     }
     return QS_OK;
+}
+
+static qs_status progress_tree(comm_threads *c)
+{
+    QS_TRY(progress_team(c));
+    for (comm_threads *child = c->children; child != NULL; child = child->next) {
+        QS_TRY(progress_tree(child));
+    }
+    return QS_OK;
+}
+
+static qs_status progress(comm_threads *c)
+{
+    while (c->parent != NULL) {
+        c = c->parent;
+    }
+    return progress_tree(c);
 }
 
 /* One step of an exchange; the lock is held. */
@@ -147,9 +173,9 @@ static qs_status advance(exchange *x, bool *finished)
 static qs_status poll_exchange(void *ctx, bool *finished)
 {
     exchange *x = ctx;
-    pthread_mutex_lock(&x->comm->team->lock);
+    pthread_mutex_lock(&x->comm->team->family->lock);
     qs_status st = advance(x, finished);
-    pthread_mutex_unlock(&x->comm->team->lock);
+    pthread_mutex_unlock(&x->comm->team->family->lock);
     return st;
 }
 
@@ -157,16 +183,16 @@ static void leave_round(exchange *x)
 {
     team *t = x->comm->team;
     round *r = x->round;
-    pthread_mutex_lock(&t->lock);
+    pthread_mutex_lock(&t->family->lock);
     if (r->copied < t->nranks) {
         r->broken = true;
-        pthread_cond_broadcast(&t->changed);
+        pthread_cond_broadcast(&t->family->changed);
     }
     r->by_rank[x->comm->base.rank].left = true;
     if (++r->left == t->nranks) {
         free_round(t, r);
     }
-    pthread_mutex_unlock(&t->lock);
+    pthread_mutex_unlock(&t->family->lock);
 }
 
 static void release_exchange(void *ctx)
@@ -184,16 +210,16 @@ static qs_status post(comm_threads *c, const void *send, void *recv, piece *piec
         return QS_FAIL(QS_ERR_MEMORY, "memory: a collective of %d threads cannot be allocated",
                        t->nranks);
     }
-    pthread_mutex_lock(&t->lock);
+    pthread_mutex_lock(&t->family->lock);
     round *r = find_or_add_round(t, c->next_round);
     if (r != NULL) {
         c->next_round++;
         r->by_rank[c->base.rank] = (posting){
             .posted = true, .send = send, .recv = recv, .out = pieces, .in = pieces + t->nranks};
         r->posted++;
-        pthread_cond_broadcast(&t->changed);
+        pthread_cond_broadcast(&t->family->changed);
     }
-    pthread_mutex_unlock(&t->lock);
+    pthread_mutex_unlock(&t->family->lock);
     if (r == NULL) {
         free(pieces);
         return QS_FAIL(QS_ERR_MEMORY, "memory: a collective of %d threads cannot be allocated",
@@ -208,13 +234,13 @@ static qs_status exchange_now(comm_threads *c, const void *send, void *recv, pie
     exchange x;
     QS_TRY(post(c, send, recv, pieces, &x));
     bool finished = false;
-    pthread_mutex_lock(&c->team->lock);
+    pthread_mutex_lock(&c->team->family->lock);
     qs_status st = advance(&x, &finished);
     while (st == QS_OK && !finished) {
-        pthread_cond_wait(&c->team->changed, &c->team->lock);
+        pthread_cond_wait(&c->team->family->changed, &c->team->family->lock);
         st = advance(&x, &finished);
     }
-    pthread_mutex_unlock(&c->team->lock);
+    pthread_mutex_unlock(&c->team->family->lock);
     leave_round(&x);
     return st;
 }
@@ -303,10 +329,10 @@ static void threads_abort(qs_comm *comm, qs_status status)
 {
     (void)status; /* the process goes on: a test looks at what the other ranks make of it */
     team *t = ((comm_threads *)comm)->team;
-    pthread_mutex_lock(&t->lock);
+    pthread_mutex_lock(&t->family->lock);
     t->ended_by = comm->rank;
-    pthread_cond_broadcast(&t->changed);
-    pthread_mutex_unlock(&t->lock);
+    pthread_cond_broadcast(&t->family->changed);
+    pthread_mutex_unlock(&t->family->lock);
 }
 
 static void free_team(team *t)
@@ -314,26 +340,48 @@ static void free_team(team *t)
     while (t->rounds != NULL) { /* rounds that some rank never joined */
         free_round(t, t->rounds);
     }
-    pthread_cond_destroy(&t->changed);
-    pthread_mutex_destroy(&t->lock);
+    family *f = t->family;
     free(t->gone);
     free(t);
+    pthread_mutex_lock(&f->lock);
+    const int teams = --f->teams;
+    pthread_mutex_unlock(&f->lock);
+    if (teams == 0) {
+        pthread_cond_destroy(&f->changed);
+        pthread_mutex_destroy(&f->lock);
+        free(f);
+    }
+}
+
+static void leave_parent(comm_threads *c)
+{
+    comm_threads **link = &c->parent->children;
+    while (*link != c) {
+        link = &(*link)->next;
+    }
+    *link = c->next;
 }
 
 static void threads_destroy(qs_comm *comm)
 {
-    team *t = ((comm_threads *)comm)->team;
-    pthread_mutex_lock(&t->lock);
+    comm_threads *c = (comm_threads *)comm;
+    team *t = c->team;
+    pthread_mutex_lock(&t->family->lock);
     t->gone[comm->rank] = true;
-    pthread_cond_broadcast(&t->changed);
+    if (c->parent != NULL) {
+        leave_parent(c);
+    }
+    pthread_cond_broadcast(&t->family->changed);
     int members = --t->members;
-    pthread_mutex_unlock(&t->lock);
+    pthread_mutex_unlock(&t->family->lock);
     if (members == 0) {
         free_team(t);
     }
     qs_comm_fini(comm);
     free(comm);
 }
+
+static qs_status threads_split(qs_comm *comm, int color, qs_comm **out);
 
 static const qs_comm_ops threads_ops = {
     .name = "threads",
@@ -342,24 +390,39 @@ static const qs_comm_ops threads_ops = {
     .all_gather_now = threads_all_gather_now,
     .bcast = threads_bcast,
     .barrier = threads_barrier,
+    .split = threads_split,
     .abort = threads_abort,
     .destroy = threads_destroy,
 };
 
-static team *team_create(int nranks)
+static family *family_create(void)
+{
+    family *f = calloc(1, sizeof *f);
+    if (f != NULL) {
+        pthread_mutex_init(&f->lock, NULL);
+        pthread_cond_init(&f->changed, NULL);
+    }
+    return f;
+}
+
+/* A team of the family, NULL: of a new one. */
+static team *team_create(family *f, int nranks)
 {
     team *t = calloc(1, sizeof *t);
     bool *gone = calloc((size_t)nranks, sizeof *gone);
-    if (t == NULL || gone == NULL) {
+    f = t != NULL && gone != NULL && f == NULL ? family_create() : f;
+    if (t == NULL || gone == NULL || f == NULL) {
         free(t);
         free(gone);
         return NULL;
     }
+    t->family = f;
     t->nranks = nranks;
     t->ended_by = -1;
     t->gone = gone;
-    pthread_mutex_init(&t->lock, NULL);
-    pthread_cond_init(&t->changed, NULL);
+    pthread_mutex_lock(&f->lock);
+    f->teams++;
+    pthread_mutex_unlock(&f->lock);
     return t;
 }
 
@@ -380,10 +443,10 @@ static qs_status add_member(team *t, int rank, qs_comm **out)
     return QS_OK;
 }
 
-qs_status qs_comm_threads_create(qs_comm **out, int nranks)
+static qs_status make_team(family *f, qs_comm **out, int nranks)
 {
     memset(out, 0, (size_t)nranks * sizeof *out);
-    team *t = team_create(nranks);
+    team *t = team_create(f, nranks);
     if (t == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "memory: a team of %d threads cannot be allocated", nranks);
     }
@@ -401,4 +464,56 @@ qs_status qs_comm_threads_create(qs_comm **out, int nranks)
         }
     }
     return QS_OK;
+}
+
+qs_status qs_comm_threads_create(qs_comm **out, int nranks)
+{
+    return make_team(NULL, out, nranks);
+}
+
+/* What a rank tells the others of a split: its color, and where the first of a color has put the
+ * members of the new team. */
+typedef struct {
+    int64_t color;
+    qs_comm **members;
+} splitting;
+
+/* The lowest rank of a color makes the team for all of them; each takes its own member. */
+static qs_status threads_split(qs_comm *comm, int color, qs_comm **out)
+{
+    comm_threads *parent = (comm_threads *)comm;
+    qs_status st = QS_OK;
+    splitting mine = {.color = color};
+    splitting *all = calloc((size_t)comm->nranks, sizeof *all);
+    qs_comm **members = calloc((size_t)comm->nranks, sizeof *members);
+    if (all == NULL || members == NULL) {
+        st = QS_FAIL(QS_ERR_MEMORY, "memory: a communicator cannot be allocated");
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
+    QS_GOTO(qs_comm_all_gather_now(comm, &mine, all, sizeof mine));
+    int first = -1, count = 0, index = 0;
+    for (int r = 0; r < comm->nranks; r++) {
+        const bool same = all[r].color == color;
+        first = same && first < 0 ? r : first;
+        index += same && r < comm->rank;
+        count += same;
+    }
+    if (first == comm->rank) {
+        st = make_team(parent->team->family, members, count);
+        mine.members = members;
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
+    QS_GOTO(qs_comm_all_gather_now(comm, &mine, all, sizeof mine));
+    comm_threads *child = (comm_threads *)all[first].members[index];
+    pthread_mutex_lock(&parent->team->family->lock);
+    child->parent = parent;
+    child->next = parent->children;
+    parent->children = child;
+    pthread_mutex_unlock(&parent->team->family->lock);
+    *out = &child->base;
+    st = qs_comm_barrier(comm); /* all have taken theirs out of the lists */
+done:
+    free(all);
+    free(members);
+    return st;
 }

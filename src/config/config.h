@@ -24,6 +24,8 @@ typedef enum { QS_SCHEDULE_CONSTANT, QS_SCHEDULE_LINEAR, QS_SCHEDULE_COSINE } qs
 typedef enum { QS_NAME_ADAMW, QS_NAME_ADAM, QS_NAME_SGD, QS_NAME_ADADELTA } qs_optimizer;
 typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT } qs_gemm_kind;
+/** Words of shard.group; above 0 it is a number of ranks. */
+enum { QS_SHARD_AUTO = 0, QS_SHARD_WORLD = -1, QS_SHARD_NODE = -2 };
 /** Bits of memory.offload. */
 enum { QS_OFFLOAD_ACTIVATIONS = 1, QS_OFFLOAD_WEIGHTS = 2, QS_OFFLOAD_EMBEDDING = 4 };
 
@@ -58,6 +60,7 @@ typedef struct {
         double min_lr_ratio;
     } optim;
     struct {
+        int64_t group; /* ranks, or QS_SHARD_* */
         int64_t keep_resident, prefetch;
     } shard;
     struct {

@@ -15,6 +15,7 @@
  */
 #define STEPS_MAX 1e9
 #define SECONDS_MAX 1e9
+#define RANKS_MAX 1e6
 
 const qs_key qs_keys[] = {
     {.name = "base",
@@ -263,11 +264,17 @@ const qs_key qs_keys[] = {
      .meaning = "last learning rate / optim.lr (linear and cosine)"},
 
     {.name = "shard.group",
-     .type = QS_KEY_ONLY,
+     .type = QS_KEY_I64,
+     .offset = AT(shard.group),
      .preset = "auto",
+     .high = RANKS_MAX,
      .neutral = true,
-     .names = {"auto", "world"},
-     .meaning = "ranks that share one copy of the base: all of them"},
+     .zero = "auto",
+     .names = {"world", "node"},
+     .unit = "ranks",
+     .meaning =
+         "ranks that share one copy of the base: all, those of a node, or so many; auto: a node's "
+         "if there are several and the base fits"},
     {.name = "shard.keep_resident",
      .type = QS_KEY_I64,
      .offset = AT(shard.keep_resident),

@@ -17,7 +17,6 @@ typedef enum {
     QS_KEY_BYTES,   /* int64_t, with a suffix K, M, G or T */
     QS_KEY_TARGETS, /* uint32_t, bits */
     QS_KEY_PAIR,    /* two doubles, one after the other */
-    QS_KEY_ONLY,    /* no field: one of `names`, which all mean what this build does */
     QS_KEY_FLAGS,   /* uint32_t, a bit for each of `names` */
 } qs_key_type;
 
@@ -32,9 +31,9 @@ typedef struct {
     bool above_low;     /* `low` itself is not allowed */
     bool neutral;       /* may change when a run is resumed: it changes no bit of the result */
     const char *zero;   /* word that stands for 0 ("auto"), or NULL */
-    const char *names[QS_KEY_NAMES_MAX];
-    const char *unit;    /* "steps"; "" without */
-    const char *meaning; /* for the help and the dump's comments */
+    const char *names[QS_KEY_NAMES_MAX]; /* of QS_KEY_I64: words that stand for -1, -2, ... */
+    const char *unit;                    /* "steps"; "" without */
+    const char *meaning;                 /* for the help and the dump's comments */
 } qs_key;
 
 extern const qs_key qs_keys[];

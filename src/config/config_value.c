@@ -93,7 +93,11 @@ void qs_key_allowed(const qs_key *key, char *out, size_t capacity)
         } else if (key->above_low) {
             add(out, capacity, "above %s, at most %s", low, high);
         } else if (key->zero) {
-            add(out, capacity, "%s | 1 .. %s", key->zero, high);
+            add(out, capacity, "%s | ", key->zero);
+            for (int i = 0; i < QS_KEY_NAMES_MAX && key->names[i]; i++) {
+                add(out, capacity, "%s | ", key->names[i]);
+            }
+            add(out, capacity, "1 .. %s", high);
         } else {
             add(out, capacity, "%s .. %s", low, high);
         }
@@ -105,7 +109,6 @@ void qs_key_allowed(const qs_key *key, char *out, size_t capacity)
         add(out, capacity, "a path of at most %d bytes", QS_PATH_MAX - 1);
         break;
     case QS_KEY_ENUM:
-    case QS_KEY_ONLY:
         for (int i = 0; i < QS_KEY_NAMES_MAX && key->names[i]; i++) {
             add(out, capacity, "%s%s", i ? " | " : "", key->names[i]);
         }
@@ -164,12 +167,28 @@ static int suffix_power(const char *suffix)
     return at && !suffix[1] ? (int)(at - letters) + 1 : -1;
 }
 
+/* A word that stands for a number: key->zero for 0, the names for -1, -2, ... */
+static bool find_word(const qs_key *key, const char *text, int64_t *value)
+{
+    *value = 0;
+    if (key->zero && strcmp(text, key->zero) == 0) {
+        return true;
+    }
+    for (int i = 0; i < QS_KEY_NAMES_MAX && key->names[i]; i++) {
+        *value = -(i + 1);
+        if (strcmp(text, key->names[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static qs_status set_integer(qs_config *cfg, const qs_key *key, const char *text, const char *where)
 {
     int64_t value = 0, scale = 1;
     const char *end = text;
-    if (key->zero && strcmp(text, key->zero) == 0) {
-        *(int64_t *)field(cfg, key) = 0;
+    if (find_word(key, text, &value)) {
+        *(int64_t *)field(cfg, key) = value;
         return QS_OK;
     }
     if (!scan_integer(text, &value, &end)) {
@@ -241,14 +260,11 @@ static qs_status set_name(qs_config *cfg, const qs_key *key, const char *text, c
 {
     for (int i = 0; i < QS_KEY_NAMES_MAX && key->names[i]; i++) {
         if (strcmp(text, key->names[i]) == 0) {
-            if (key->type == QS_KEY_ENUM) {
-                *(int *)field(cfg, key) = i;
-            }
+            *(int *)field(cfg, key) = i;
             return QS_OK;
         }
     }
-    return refuse(key, where, text,
-                  key->type == QS_KEY_ONLY ? "is not supported" : "is not a known name");
+    return refuse(key, where, text, "is not a known name");
 }
 
 /* Length of the UTF-8 sequence at `p` if a path may contain it, else 0: what YAML could not carry
@@ -379,7 +395,7 @@ qs_status qs_key_set(qs_config *cfg, const qs_key *key, const qs_value *value, c
     if (wants_list) {
         return set_list(cfg, key, value, where);
     }
-    bool is_text = key->type == QS_KEY_PATH || key->type == QS_KEY_ENUM || key->type == QS_KEY_ONLY;
+    bool is_text = key->type == QS_KEY_PATH || key->type == QS_KEY_ENUM;
     if (!is_text && !plain) {
         return refuse(key, where, text, "is a quoted text; write it without quotes");
     }
@@ -450,6 +466,8 @@ void qs_key_format(const qs_config *cfg, const qs_key *key, char *out, size_t ca
     case QS_KEY_BYTES:
         if (key->zero && *(const int64_t *)at == 0) {
             snprintf(out, capacity, "%s", key->zero);
+        } else if (*(const int64_t *)at < 0) {
+            snprintf(out, capacity, "%s", key->names[-1 - *(const int64_t *)at]);
         } else {
             snprintf(out, capacity, "%lld", (long long)*(const int64_t *)at);
         }
@@ -477,9 +495,6 @@ void qs_key_format(const qs_config *cfg, const qs_key *key, char *out, size_t ca
     case QS_KEY_FLAGS:
         out[0] = '\0';
         add_words(key->names, QS_KEY_NAMES_MAX, *(const uint32_t *)at, out, capacity);
-        break;
-    case QS_KEY_ONLY:
-        snprintf(out, capacity, "%s", key->preset);
         break;
     }
 }

@@ -69,10 +69,26 @@ void qs_device_host_free(qs_device *device, void *ptr)
     }
 }
 
-void qs_device_set_watch(qs_device *device, qs_status (*watch)(void *ctx), void *ctx)
+qs_status qs_device_watch(qs_device *device, qs_status (*watch)(void *ctx), void *ctx)
 {
-    device->watch = watch;
-    device->watch_ctx = ctx;
+    for (int i = 0; i < QS_DEVICE_WATCHES_MAX; i++) {
+        if (device->watches[i].watch == NULL) {
+            device->watches[i].watch = watch;
+            device->watches[i].ctx = ctx;
+            return QS_OK;
+        }
+    }
+    return QS_FAIL(QS_ERR_BUG, "a device has %d watches already", QS_DEVICE_WATCHES_MAX);
+}
+
+void qs_device_unwatch(qs_device *device, const void *ctx)
+{
+    for (int i = 0; i < QS_DEVICE_WATCHES_MAX; i++) {
+        if (device->watches[i].ctx == ctx) {
+            device->watches[i].watch = NULL;
+            device->watches[i].ctx = NULL;
+        }
+    }
 }
 
 qs_status qs_queue_create(qs_queue **out, int threads)

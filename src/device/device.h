@@ -67,10 +67,14 @@ void qs_device_host_free(qs_device *device, void *ptr);
 #define QS_HOST_ALLOC(device, pp, count, kind)                                                     \
     qs_device_host_alloc((device), (void **)(pp), (size_t)(count) * sizeof **(pp), (kind))
 
+enum { QS_DEVICE_WATCHES_MAX = 4 };
+
 /** While the host waits for a queue of the device, call `watch` some times a second; an error that
- * it returns ends the wait. For a communicator whose operations never end when a peer is lost. NULL
- * removes it. The CPU's queues poll by themselves and need none. */
-void qs_device_set_watch(qs_device *device, qs_status (*watch)(void *ctx), void *ctx);
+ * it returns ends the wait. For communicators whose operations never end when a peer is lost. The
+ * CPU's queues poll by themselves and need none. QS_ERR_BUG: too many. */
+qs_status qs_device_watch(qs_device *device, qs_status (*watch)(void *ctx), void *ctx);
+/** No longer; nothing if `ctx` is none of them. */
+void qs_device_unwatch(qs_device *device, const void *ctx);
 
 /* ---- queues ---- */
 

@@ -532,6 +532,26 @@ static qs_status zero(qs_queue *base, void *ptr, size_t bytes)
     return QS_CUDA(cudaMemsetAsync(ptr, 0, bytes, queue->stream));
 }
 
+static bool is_watched(const qs_device *device)
+{
+    for (int i = 0; i < QS_DEVICE_WATCHES_MAX; i++) {
+        if (device->watches[i].watch != NULL) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static qs_status ask_watches(const qs_device *device)
+{
+    for (int i = 0; i < QS_DEVICE_WATCHES_MAX; i++) {
+        if (device->watches[i].watch != NULL) {
+            QS_TRY(device->watches[i].watch(device->watches[i].ctx));
+        }
+    }
+    return QS_OK;
+}
+
 /* What NCCL has under way never ends when a peer is lost, so whoever watches over it is asked
  * between looks; the first millisecond spins, since most waits are short. */
 static qs_status watched_wait(const cuda_queue *queue, cudaEvent_t event)
@@ -550,7 +570,7 @@ static qs_status watched_wait(const cuda_queue *queue, cudaEvent_t event)
         const double now_s = qs_time_s();
         if (now_s - asked_s > WATCH_PERIOD_S) {
             asked_s = now_s;
-            QS_TRY(device->watch(device->watch_ctx));
+            QS_TRY(ask_watches(device));
         }
         if (now_s - begun_s > SPIN_S) {
             (void)nanosleep(&pause, NULL);
@@ -561,7 +581,7 @@ static qs_status watched_wait(const cuda_queue *queue, cudaEvent_t event)
 /* The host waits for `event`, or for all of the queue if it is NULL. */
 static qs_status host_wait(const cuda_queue *queue, cudaEvent_t event)
 {
-    if (queue->base.device->watch != NULL) {
+    if (is_watched(queue->base.device)) {
         return watched_wait(queue, event);
     }
     return check_work(event != NULL ? cudaEventSynchronize(event)

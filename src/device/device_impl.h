@@ -40,8 +40,10 @@ typedef struct {
 struct qs_device {
     const qs_device_ops *ops;
     char description[192];
-    qs_status (*watch)(void *ctx); /* NULL: none */
-    void *watch_ctx;
+    struct {
+        qs_status (*watch)(void *ctx); /* NULL: free */
+        void *ctx;
+    } watches[QS_DEVICE_WATCHES_MAX];
 };
 
 /** First member of every queue. */

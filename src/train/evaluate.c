@@ -140,7 +140,7 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
     qs_status st = QS_OK;
     const int64_t micro_batch = options->config.train.micro_batch;
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
-    const int64_t group = qs_session_group(&options->config, slots, qs_comm_nranks(s->comm));
+    const int64_t group = qs_session_group(s, slots);
     const int64_t tokens = qs_data_longest(data, micro_batch);
     const qs_model_shape shape = {.max_tokens = tokens,
                                   .max_targets = options->dump_logits != NULL

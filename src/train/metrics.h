@@ -25,6 +25,7 @@ typedef struct {
     uint64_t data_bytes;     /* of the token file */
     uint64_t gathered_bytes; /* received by gathers */
     uint64_t received_bytes; /* received in all */
+    uint64_t foreign_bytes;  /* of these, from ranks on other hosts */
     uint64_t base_bytes;     /* largest share + gather buffers of the base held at once */
     uint64_t peak_bytes;
     uint64_t rss_bytes;

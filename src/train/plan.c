@@ -29,7 +29,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     const qs_ops_limits limits = qs_session_limits(s, shape);
     const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
     const qs_model_bytes model = qs_model_plan(&s->index->config, layout, s->ops, shape);
-    const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, nranks, &options);
+    const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, qs_comm_nranks(s->shard.comm), &options);
     const size_t shard = (size_t)(layout->n_layers * qs_lora_shard_width(layout, nranks));
     qs_memory_plan plan = {.space = is_host ? QS_MEM_HOST : QS_MEM_DEVICE, .peers = nranks > 1};
     size_t *device = plan.bytes[plan.space], *host = plan.bytes[QS_MEM_HOST];

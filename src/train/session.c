@@ -90,7 +90,8 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
-    return QS_OK;
+    const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
+    return qs_shard_group_make(&s->shard, config, s->index, &options, s->device, comm);
 }
 
 /* The whole LoRA vector of a PEFT directory. */
@@ -239,10 +240,29 @@ static qs_status prepare_lora(qs_session *s, bool trained)
     return st;
 }
 
+/* What failed in a group is over for all, if the group has agreed on it; else it is this rank's
+ * alone. */
+static qs_status agree_on_group(qs_session *s, const qs_comm *group, qs_status st)
+{
+    return st == QS_OK || qs_comm_agreed(group) ? qs_comm_agree(s->comm, st) : st;
+}
+
+static qs_status connect_group(qs_session *s)
+{
+    s->base_comm = s->device_comm;
+    if (s->shard.comm == s->comm) {
+        return QS_OK;
+    }
+    s->base_comm = NULL;
+    return agree_on_group(s, s->shard.comm,
+                          qs_backend_comm(&s->base_comm, &s->backend, s->shard.comm));
+}
+
 qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained)
 {
     const qs_ops_limits limits = qs_session_limits(s, shape);
     QS_TRY(qs_comm_agree(s->comm, qs_backend_comm(&s->device_comm, &s->backend, s->comm)));
+    QS_TRY(connect_group(s));
     qs_status st = s->ops->open(s->queue, &limits);
     s->ops_open = st == QS_OK;
     if (st == QS_OK) {
@@ -254,7 +274,8 @@ qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool tr
 qs_status qs_session_build(qs_session *s, const qs_model_shape *shape)
 {
     const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
-    QS_TRY(qs_fsdp_create(&s->fsdp, s->index, s->device_comm, s->queue, &options));
+    QS_TRY(agree_on_group(s, s->base_comm,
+                          qs_fsdp_create(&s->fsdp, s->index, s->base_comm, s->queue, &options)));
     return qs_comm_agree(s->comm, qs_model_create(&s->model, s->index, s->fsdp, s->ops, s->queue,
                                                   &s->layout, s->lora, shape));
 }
@@ -272,18 +293,38 @@ void qs_session_close(qs_session *s)
     if (s->ops_open) {
         s->ops->close(s->queue);
     }
+    if (s->base_comm != s->device_comm && s->base_comm != NULL) {
+        qs_backend_comm_destroy(s->base_comm, s->shard.comm);
+    }
     qs_backend_comm_destroy(s->device_comm, s->comm);
+    qs_shard_group_destroy(&s->shard, s->comm);
     qs_queue_destroy(s->queue);
     qs_backend_close(&s->backend);
     memset(s, 0, sizeof *s);
 }
 
-int64_t qs_session_group(const qs_config *config, int64_t slots, int nranks)
+void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign)
 {
-    const int64_t per_rank = (slots + nranks - 1) / nranks;
-    int64_t group = config->train.gather_group;
+    const qs_comm *const comms[] = {s->comm, s->device_comm, s->shard.comm, s->base_comm};
+    *received = *foreign = 0;
+    for (size_t i = 0; i < sizeof comms / sizeof *comms; i++) {
+        bool seen = comms[i] == NULL;
+        for (size_t j = 0; j < i; j++) {
+            seen = seen || comms[j] == comms[i];
+        }
+        if (!seen) {
+            *received += qs_comm_received_bytes(comms[i]);
+            *foreign += qs_comm_foreign_bytes(comms[i]);
+        }
+    }
+}
+
+int64_t qs_session_group(const qs_session *s, int64_t slots)
+{
+    const int64_t per_rank = qs_shard_width(slots, qs_comm_nranks(s->comm));
+    int64_t group = s->config.train.gather_group;
     if (group == 0) {
-        group = nranks > 1 ? AUTO_GROUP_MAX : 1;
+        group = s->shard.most > 1 ? AUTO_GROUP_MAX : 1;
     }
     return group < per_rank ? group : per_rank;
 }

@@ -9,11 +9,14 @@
 #include "data/data.h"
 #include "fsdp/fsdp.h"
 #include "model/model.h"
+#include "train/shard_group.h"
 
 typedef struct {
     qs_config config;     /* adapter settings may come from the adapter itself */
     qs_comm *comm;        /* over the host's memory; borrowed */
     qs_comm *device_comm; /* over the device's memory; on the CPU the same */
+    qs_shard_group shard; /* the ranks that share one copy of the base with this one */
+    qs_comm *base_comm;   /* theirs over the device's memory; may be device_comm */
     qs_backend backend;
     qs_device *device;
     qs_queue *queue;
@@ -54,8 +57,11 @@ size_t qs_session_lora_bytes(const qs_session *s);
 
 void qs_session_close(qs_session *s);
 
+/** Bytes that this rank has received so far by all communicators, and those from other hosts. */
+void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign);
+
 /** Micro-batches per pass: the configured number, or with `auto` up to 4 when units have to be
- * gathered, else 1. */
-int64_t qs_session_group(const qs_config *config, int64_t slots, int nranks);
+ * gathered, else 1. The same on every rank. */
+int64_t qs_session_group(const qs_session *s, int64_t slots);
 
 #endif

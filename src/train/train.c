@@ -95,7 +95,7 @@ static void shape_run(run *r)
     r->shape = (qs_model_shape){
         .max_tokens = qs_data_longest(r->train_data, micro),
         .max_targets = qs_data_most_targets(r->train_data, micro),
-        .group = qs_session_group(r->cfg, r->sampler.slots, r->nranks),
+        .group = qs_session_group(&r->session, r->sampler.slots),
         .recompute = r->cfg->train.recompute,
         .backward = true,
         .head_chunk_rows = r->session.index->head_chunk_rows,
@@ -384,6 +384,8 @@ static qs_status evaluate(run *r)
 static qs_status report_ranks(run *r)
 {
     const qs_fsdp_stats stats = qs_fsdp_get_stats(r->session.fsdp);
+    uint64_t received = 0, foreign = 0;
+    qs_session_traffic(&r->session, &received, &foreign);
     const qs_rank_metrics mine = {
         .tokens = r->tokens,
         .targets = r->targets,
@@ -391,7 +393,8 @@ static qs_status report_ranks(run *r)
         .read_bytes = stats.read_bytes,
         .data_bytes = r->train_data->bytes_read,
         .gathered_bytes = stats.gathered_bytes,
-        .received_bytes = qs_comm_received_bytes(r->comm),
+        .received_bytes = received,
+        .foreign_bytes = foreign,
         .base_bytes = qs_mem_peak_bytes(r->plan.space, QS_MEM_BASE_SHARD) +
                       qs_mem_peak_bytes(r->plan.space, QS_MEM_BASE_GATHER),
         .peak_bytes = qs_mem_peak_total_bytes(r->plan.space),

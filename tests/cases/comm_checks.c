@@ -458,6 +458,43 @@ static const char *places(qs_comm *comm)
     return NULL;
 }
 
+/* Ranks by the remainder of their number; each part works like a communicator of its own, beside
+ * the whole one, in whatever state that is. */
+static const char *split(qs_comm *comm)
+{
+    const int me = qs_comm_rank(comm), n = qs_comm_nranks(comm);
+    for (int parts = 1; parts <= 3; parts++) {
+        qs_comm *part = NULL;
+        qs_queue *queue = NULL;
+        const int color = me % parts, size = (n - color + parts - 1) / parts;
+        CHECK(qs_comm_split(comm, color, &part) == QS_OK);
+        CHECK(qs_comm_rank(part) == me / parts && qs_comm_nranks(part) == size);
+        CHECK(qs_comm_local_nranks(part) == size && qs_comm_host(part) == 0);
+        CHECK(qs_queue_create(&queue, 1) == QS_OK);
+        int64_t mine[2] = {me, 0}, whole[64] = {0}, own[64] = {0};
+        /* under way on both at once, and waited for crosswise: the whole one by a blocking call */
+        CHECK(qs_comm_all_gather(part, mine, own, sizeof *mine, queue) == QS_OK);
+        CHECK(qs_comm_all_gather_now(comm, mine, whole, sizeof *mine) == QS_OK);
+        CHECK(qs_queue_wait(queue) == QS_OK);
+        for (int r = 0; r < n; r++) {
+            CHECK(whole[r] == r);
+        }
+        for (int r = 0; r < size; r++) {
+            CHECK(own[r] == color + r * parts);
+        }
+        CHECK_SUB(one_all_to_all(part, queue, 2));
+        /* an error in one part is that part's */
+        const qs_status st =
+            qs_comm_agree(part, color == 0 && me == 0 ? QS_FAIL(QS_ERR_IO, "disk") : QS_OK);
+        CHECK(st == (color == 0 ? QS_ERR_IO : QS_OK) && qs_comm_agreed(part) == (color == 0));
+        qs_error_clear();
+        CHECK(qs_comm_agree(comm, QS_OK) == QS_OK);
+        qs_queue_destroy(queue);
+        qs_comm_destroy(part);
+    }
+    return NULL;
+}
+
 const comm_check_entry comm_checks[] = {
     {"all_gather", all_gather},
     {"several_under_way", several_under_way},
@@ -473,6 +510,7 @@ const comm_check_entry comm_checks[] = {
     {"agree", agree},
     {"received_bytes", received_bytes},
     {"places", places},
+    {"split", split},
     {NULL, NULL},
 };
 

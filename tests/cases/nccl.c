@@ -334,6 +334,9 @@ static const struct {
 static qs_status run_host_checks(const place *p)
 {
     for (const comm_check_entry *e = comm_checks; e->name != NULL; e++) {
+        if (strcmp(e->name, "split") == 0) {
+            continue; /* a part is made of a part of the host's communicator */
+        }
         const char *wrong = e->run(p->comm);
         if (wrong != NULL) {
             return QS_FAIL(QS_ERR_BUG, "rank %d, %s: %s", p->rank, e->name, wrong);

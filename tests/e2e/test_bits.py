@@ -41,6 +41,23 @@ class SameBits(unittest.TestCase):
         for line in lines:
             self.assertLessEqual(line["base_bytes"], base_bound(total["read_bytes"], ranks))
 
+    def test_shard_groups(self):
+        """Each group has a copy of the base, whose bytes it reads; gathers are those of its size."""
+        total = support.metrics(self.reference, "ranks.jsonl")[-1]
+        for ranks, group in ((4, 2), (3, 1), (8, 4), (2, "node"), (2, "world")):
+            with self.subTest(ranks=ranks, group=group):
+                output = self.same_as_reference(f"group-{ranks}-{group}", ranks=ranks, shard__group=group)
+                lines = support.metrics(output, "ranks.jsonl")[-ranks:]
+                members = group if isinstance(group, int) else ranks
+                self.assertEqual(sum(line["read_bytes"] for line in lines), ranks // members * total["read_bytes"])
+                for line in lines:
+                    self.assertLessEqual(line["base_bytes"], base_bound(total["read_bytes"], members))
+                    self.assertEqual(line["gathered_bytes"] == 0, members == 1)
+
+    def test_ranks_that_are_no_multiple_of_the_group(self):
+        done = support.train(os.path.join(self.folder, "uneven"), ranks=3, shard__group=2, expect=2)
+        self.assertRegex(done.stderr, r"error\[E203\] shard.group: 2, but the run has 3 ranks")
+
     def test_threads_without_mpirun(self):
         for threads in (1, 2):
             with self.subTest(threads=threads):

@@ -1,5 +1,5 @@
-/* A libnccl over MPI, for what src/comm/comm_nccl.c calls. The ranks of the communicator are those
- * of MPI_COMM_WORLD; one rank needs no MPI.
+/* A libnccl over MPI, for what src/comm/comm_nccl.c calls. The ranks of a communicator are some or
+ * all of MPI_COMM_WORLD; one rank needs no MPI.
  *
  * A call runs the stream's earlier work, copies what is to be sent aside, and starts to exchange it
  * at once: ranks that call in the same order cannot wait for each other crosswise, whatever their
@@ -24,9 +24,15 @@
 #include "emulator_c.h"
 #include "nccl.h"
 
-enum { TAG = 7, POISON = 0xff };
+enum { TAG = 7, JOIN_TAG = 100, POISON = 0xff };
 static const size_t CHUNK_BYTES = (size_t)1 << 30; /* MPI counts in int */
-static const char ID_TEXT[] = "qshard emulator";
+#define ID_TEXT "qshard emulator"
+
+/** What ncclUniqueId holds. */
+typedef struct {
+    char text[16];
+    int maker, number; /* rank in MPI_COMM_WORLD, and how many it had made before */
+} unique_id;
 
 /** What goes to a peer or comes from it. */
 typedef struct {
@@ -470,24 +476,69 @@ ncclResult_t ncclGetVersion(int *version)
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
 {
+    static int made;
+    const unique_id mine = {.text = ID_TEXT, .maker = world_rank(), .number = made++};
     memset(id, 0, sizeof *id);
-    memcpy(id->internal, ID_TEXT, sizeof ID_TEXT);
+    memcpy(id->internal, &mine, sizeof mine);
     return ncclSuccess;
 }
 
-static ncclResult_t join(ncclComm_t comm)
+/* The ranks of MPI_COMM_WORLD that join, by their rank in the communicator: the maker of the id
+ * hears from everybody and tells everybody. */
+static void meet_members(const ncclComm_t comm, const unique_id *id, int *members)
 {
-    int initialized = 0, size = 1, rank = 0;
+    int mine[2] = {comm->rank, world_rank()};
+    if (mine[1] != id->maker) {
+        MPI_Send(mine, 2, MPI_INT, id->maker, JOIN_TAG + id->number, MPI_COMM_WORLD);
+        MPI_Recv(members, comm->nranks, MPI_INT, id->maker, JOIN_TAG + id->number, MPI_COMM_WORLD,
+                 MPI_STATUS_IGNORE);
+        return;
+    }
+    members[mine[0]] = mine[1];
+    for (int i = 1; i < comm->nranks; i++) {
+        int other[2];
+        MPI_Recv(other, 2, MPI_INT, MPI_ANY_SOURCE, JOIN_TAG + id->number, MPI_COMM_WORLD,
+                 MPI_STATUS_IGNORE);
+        members[other[0]] = other[1];
+    }
+    for (int i = 0; i < comm->nranks; i++) {
+        if (members[i] != mine[1]) {
+            MPI_Send(members, comm->nranks, MPI_INT, members[i], JOIN_TAG + id->number,
+                     MPI_COMM_WORLD);
+        }
+    }
+}
+
+/* Some ranks: they wait for each other here. */
+static void join_some(ncclComm_t comm, const unique_id *id)
+{
+    MPI_Group world, joined;
+    int *members = allocate((size_t)comm->nranks, sizeof *members);
+    meet_members(comm, id, members);
+    MPI_Comm_group(MPI_COMM_WORLD, &world);
+    MPI_Group_incl(world, comm->nranks, members, &joined);
+    MPI_Comm_create_group(MPI_COMM_WORLD, joined, JOIN_TAG + id->number, &comm->mpi);
+    MPI_Group_free(&joined);
+    MPI_Group_free(&world);
+    free(members);
+}
+
+static ncclResult_t join(ncclComm_t comm, const unique_id *id)
+{
+    int initialized = 0, size = 1;
     MPI_Initialized(&initialized);
     if (comm->nranks == 1) {
         return ncclSuccess;
     }
     if (initialized) {
         MPI_Comm_size(MPI_COMM_WORLD, &size);
-        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     }
-    if (size != comm->nranks || rank != comm->rank) {
+    if (comm->nranks > size || (comm->nranks == size && comm->rank != world_rank())) {
         return ncclInvalidUsage;
+    }
+    if (comm->nranks < size) {
+        join_some(comm, id);
+        return ncclSuccess;
     }
     MPI_Comm_idup(MPI_COMM_WORLD, &comm->mpi, &comm->joining);
     if (comm->blocking) {
@@ -500,7 +551,9 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int nranks, ncclUniqueId id
                                     ncclConfig_t *config)
 {
     *out = NULL;
-    if (nranks < 1 || rank < 0 || rank >= nranks || strcmp(id.internal, ID_TEXT) != 0) {
+    unique_id made;
+    memcpy(&made, id.internal, sizeof made);
+    if (nranks < 1 || rank < 0 || rank >= nranks || strcmp(made.text, ID_TEXT) != 0) {
         return ncclInvalidArgument;
     }
     const char *fail = setting("QSHARD_EMULATOR_NCCL_FAIL");
@@ -513,7 +566,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int nranks, ncclUniqueId id
     comm->blocking = config == NULL || config->blocking != 0; /* undefined: 1 */
     comm->mpi = MPI_COMM_NULL;
     comm->joining = MPI_REQUEST_NULL;
-    const ncclResult_t joined = join(comm);
+    const ncclResult_t joined = join(comm, &made);
     if (joined != ncclSuccess) {
         free(comm);
         return joined;

@@ -344,7 +344,7 @@ Test(twin_device, a_watched_wait_still_waits)
         int calls = 0, *out = NULL, *one = NULL;
         cr_assert_eq(QS_HOST_ALLOC(b->device, &out, COUNT, QS_MEM_WORK), QS_OK);
         cr_assert_eq(QS_DEVICE_ALLOC(b->device, &one, COUNT, QS_MEM_WORK), QS_OK);
-        qs_device_set_watch(b->device, all_is_well, &calls);
+        cr_assert_eq(qs_device_watch(b->device, all_is_well, &calls), QS_OK);
         for (int round = 0; round < 3; round++) {
             fill(out, round);
             cr_assert_eq(qs_queue_copy(b->queue, one, out, COUNT * sizeof *one), QS_OK);
@@ -354,7 +354,7 @@ Test(twin_device, a_watched_wait_still_waits)
             cr_assert_eq(qs_event_wait(qs_event_record(b->queue)), QS_OK);
             assert_filled(out, round, b->name);
         }
-        qs_device_set_watch(b->device, NULL, NULL);
+        qs_device_unwatch(b->device, &calls);
         qs_device_host_free(b->device, out);
         tw_free(b, one);
     }
@@ -477,14 +477,14 @@ Test(device_errors, a_watch_that_finds_an_error_ends_the_wait)
     cr_assert_eq(qs_queue_create_on(device, &queue, 1), QS_OK);
     cr_assert_eq(qs_device_alloc(device, &one, BYTES, QS_MEM_WORK), QS_OK);
     cr_assert_eq(qs_device_alloc(device, &two, BYTES, QS_MEM_WORK), QS_OK);
-    qs_device_set_watch(device, lose_the_peer, &calls);
+    cr_assert_eq(qs_device_watch(device, lose_the_peer, &calls), QS_OK);
     for (int i = 0; i < COPIES; i++) {
         cr_assert_eq(qs_queue_copy(queue, two, one, BYTES), QS_OK);
     }
     const qs_event mark = qs_event_record(queue);
     assert_failed(qs_event_wait(mark), QS_ERR_PEER, "the peer is gone");
     cr_assert_eq(calls, 1);
-    qs_device_set_watch(device, NULL, NULL);
+    qs_device_unwatch(device, &calls);
     cr_assert_eq(qs_event_wait(mark), QS_OK);
     qs_queue_destroy(queue);
     qs_device_close(device);

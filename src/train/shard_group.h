@@ -1,0 +1,25 @@
+/* Which ranks share one copy of the base: shard.group. */
+#ifndef QS_TRAIN_SHARD_GROUP_H
+#define QS_TRAIN_SHARD_GROUP_H
+
+#include "comm/comm.h"
+#include "config/config.h"
+#include "fsdp/fsdp.h"
+
+typedef struct {
+    qs_comm *comm; /* of this rank's group; the world's own if it is that */
+    int most;      /* ranks of the largest group, the same on every rank */
+} qs_shard_group;
+
+/** Make the group that `config` asks for. With `auto` a node's ranks if there are several nodes and
+ * the share of the base that a rank then keeps, with two gathered units, takes at most half of its
+ * memory on every rank; else all ranks. Collective over `world`, which must outlive the group.
+ * \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
+qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
+                              const qs_base_index *index, const qs_fsdp_options *options,
+                              const qs_device *device, qs_comm *world);
+
+/** Does nothing to the world's communicator. */
+void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world);
+
+#endif
