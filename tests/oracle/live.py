@@ -9,6 +9,9 @@
                                                  peft loads ADAPTER over the model as bitsandbytes quantizes it (or has
                                                  it stored); its logits for the first sequence against those of
                                                  `qshard eval --dump-logits`
+    live.py merge-load HF_DIR --data EVAL.h5 --logits LOGITS.safetensors
+                                                 transformers loads what `qshard merge` wrote; its logits in fp32 against
+                                                 those of the adapter over the base
     live.py make-bnb HF_DIR OUT [--plain] [--skip MODULE] [--weights FILE]
                                                  a bitsandbytes NF4 checkpoint, with or without double quantization
 The run's lora.init must name an adapter, as nobody else can draw the initial A. Paths in it are relative to the working
@@ -245,6 +248,19 @@ def peft_load_command(options):
     return verdict("logits of the adapter over bitsandbytes, relative L2", reached, options.tol or 1e-3)
 
 
+def merge_load_command(options):
+    from transformers import AutoModelForCausalLM
+
+    ours = read_safetensors(options.logits)["logits"]
+    model, loading = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="eager",
+                                                          output_loading_info=True)
+    wrong = {key: sorted(loading[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading[key]}
+    if wrong:
+        raise SystemExit(f"FAIL transformers finds {wrong}")
+    theirs = first_logits(model.eval(), options.data)
+    return verdict("logits of the merged model in transformers, relative L2", relative_l2(ours, theirs), options.tol or 1e-4)
+
+
 def make_bnb_command(options):
     model = bnb_model(options.model, nested=not options.plain, skip=options.skip)
     model.save_pretrained(options.out)
@@ -277,6 +293,9 @@ def main():
     load.add_argument("--data", required=True)
     load.add_argument("--logits", required=True)
     load.add_argument("--all", action="store_true", help="also report what its CPU code gives as it is")
+    merged = add("merge-load", merge_load_command, "model")
+    merged.add_argument("--data", required=True)
+    merged.add_argument("--logits", required=True)
     bnb = add("make-bnb", make_bnb_command, "model", "out")
     bnb.add_argument("--plain", action="store_true", help="without double quantization")
     bnb.add_argument("--skip", action="append", help="leave this module at 16 bits (may be repeated)")
