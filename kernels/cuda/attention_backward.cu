@@ -350,12 +350,6 @@ static qs_status launch_gradients(qs_queue *q, const qs_backward_args &args)
     }
 }
 
-extern "C" size_t qs_cuda_attention_scratch(const qs_ops_limits *limits)
-{
-    (void)limits;
-    return 0; /* all sums stay in registers */
-}
-
 extern "C" qs_status qs_cuda_attention_backward(qs_queue *q, const qs_attention_shape *shape,
                                                 const qs_mat *qm, const qs_mat *km,
                                                 const qs_mat *vm, const qs_mat *o, const float *lse,

@@ -4,36 +4,9 @@
 
 #include <stdlib.h>
 
-enum { ALIGNMENT = 256, PIECES = 8 };
-
-typedef struct {
-    size_t bytes[PIECES];
-    size_t at[PIECES];
-    size_t total;
-} pieces;
-
-static size_t product(int64_t a, int64_t b, size_t element)
+static qs_cuda_pieces pieces_of(const qs_ops_limits *limits)
 {
-    return (size_t)(a > 0 ? a : 0) * (size_t)(b > 0 ? b : 0) * element;
-}
-
-static pieces pieces_of(const qs_ops_limits *l)
-{
-    pieces p = {.bytes = {
-                    qs_cuda_decoded_bytes(l),
-                    qs_cuda_single_bytes(l),
-                    product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(float)),
-                    product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(uint16_t)),
-                    qs_cuda_attention_scratch(l),
-                    qs_cuda_lora_scratch(l),
-                    qs_cuda_lora_sum_scratch(l),
-                    qs_cuda_gemm_workspace_bytes(),
-                }};
-    for (int i = 0; i < PIECES; i++) {
-        p.at[i] = p.total;
-        p.total += (p.bytes[i] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    }
-    return p;
+    return qs_cuda_pieces_of(limits, qs_cuda_gemm_workspace_bytes());
 }
 
 size_t qs_cuda_scratch_bytes(const qs_ops_limits *limits)
@@ -42,12 +15,12 @@ size_t qs_cuda_scratch_bytes(const qs_ops_limits *limits)
 }
 
 /* NULL for a piece that nobody asked for, so that its use shows. */
-static void *piece(const qs_cuda_context *context, const pieces *p, int i)
+static void *piece(const qs_cuda_context *context, const qs_cuda_pieces *p, int i)
 {
     return p->bytes[i] > 0 ? (char *)context->block + p->at[i] : NULL;
 }
 
-static void hand_out(qs_cuda_context *context, const pieces *p)
+static void hand_out(qs_cuda_context *context, const qs_cuda_pieces *p)
 {
     context->decoded = piece(context, p, 0);
     context->single = piece(context, p, 1);
@@ -85,7 +58,7 @@ qs_status qs_cuda_open(qs_queue *q, const qs_ops_limits *limits)
         return QS_FAIL(QS_ERR_MEMORY, "memory: the operations of a queue cannot be opened");
     }
     context->limits = *limits;
-    const pieces p = pieces_of(limits);
+    const qs_cuda_pieces p = pieces_of(limits);
     qs_status st = qs_device_alloc(qs_queue_device(q), &context->block, p.total, QS_MEM_WORK);
     if (st == QS_OK) {
         hand_out(context, &p);

@@ -29,9 +29,6 @@ enum {
     MOST_PLANS = 1 << 16 /* then the library is asked at each call: slower, the same answers */
 };
 
-/* Large enough for what split-K keeps of an adapter's gradients, where k is the tokens. */
-static const size_t WORKSPACE_BYTES = (size_t)64 << 20;
-
 /* All that an algorithm depends on. Compared as bytes: no padding (asserted), cleared first. */
 typedef struct {
     int64_t m, n, k;
@@ -403,7 +400,7 @@ void qs_cuda_gemm_close(qs_cuda_context *context)
 
 size_t qs_cuda_gemm_workspace_bytes(void)
 {
-    return WORKSPACE_BYTES;
+    return QS_CUDA_GEMM_WORKSPACE_BYTES;
 }
 
 void qs_cuda_gemm_version(char *out, size_t capacity)

@@ -162,27 +162,6 @@ static qs_status masked_add_launch(qs_queue *q, const qs_lora *lora, const qs_ma
 
 /* ---- scratch: drop(x) in bf16, or as many rows of an fp32 product as fit in its place ---- */
 
-static int64_t scratch_stride(int64_t width)
-{
-    return qs_hd_round_up(width, QS_VECTOR);
-}
-
-extern "C" size_t qs_cuda_lora_scratch(const qs_ops_limits *limits)
-{
-    if (!limits->dropout) {
-        return 0;
-    }
-    const int64_t rows = qs_hd_max(limits->tokens, sizeof(float) / sizeof(qs_bf16));
-    return (size_t)(rows * scratch_stride(limits->widest)) * sizeof(qs_bf16);
-}
-
-/* The products sum over all tokens by themselves. */
-extern "C" size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits)
-{
-    (void)limits;
-    return 0;
-}
-
 /* A matrix of `width` columns in the scratch, with as many of `rows` rows as fit. */
 static qs_status scratch_matrix(qs_queue *q, int64_t rows, int64_t width, qs_dtype dtype,
                                 qs_mat *out)
@@ -191,9 +170,9 @@ static qs_status scratch_matrix(qs_queue *q, int64_t rows, int64_t width, qs_dty
     if (context == NULL) {
         return QS_ERR_BUG;
     }
-    const int64_t row_bytes = scratch_stride(width) * (int64_t)qs_dtype_bytes(dtype);
+    const int64_t row_bytes = qs_rows_stride(width) * (int64_t)qs_dtype_bytes(dtype);
     const int64_t fit = (int64_t)context->lora_bytes / row_bytes;
-    *out = {context->lora, qs_hd_min(rows, fit), width, scratch_stride(width), dtype};
+    *out = {context->lora, qs_hd_min(rows, fit), width, qs_rows_stride(width), dtype};
     if (fit == 0) {
         return QS_FAIL(QS_ERR_BUG, "dropout on %lld columns, which the limits do not know of",
                        (long long)width);

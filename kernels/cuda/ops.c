@@ -1,34 +1,12 @@
 /* The table of the CUDA operations. */
 #include "kernels/cuda/ops_cuda.h"
 
-#include <stdio.h>
-
-#include "kernels/cuda/core/attention_tiles.h"
-#include "kernels/cuda/core/norm.h"
-
-/* The attention moves pieces of 16 bytes and has a width for every head; the norm keeps a row in
- * the registers of one block of threads. */
-static bool takes(const qs_ops_limits *l, char *why, size_t capacity)
-{
-    if (l->head_dim < 8 || l->head_dim % 8 != 0 || qs_attention_padded_dim(l->head_dim) == 0) {
-        snprintf(why, capacity, "head_dim=%d: the CUDA operations take multiples of 8 up to 256",
-                 l->head_dim);
-        return false;
-    }
-    if (l->hidden > QS_NORM_COLS_MAX) {
-        snprintf(why, capacity, "hidden_size=%lld: the CUDA operations take up to %d",
-                 (long long)l->hidden, QS_NORM_COLS_MAX);
-        return false;
-    }
-    return true;
-}
-
 const qs_ops *qs_ops_cuda(void)
 {
     static const qs_ops table = {
         .name = "cuda",
         .act_dtype = QS_BF16,
-        .takes = takes,
+        .takes = qs_cuda_takes,
         .scratch_bytes = qs_cuda_scratch_bytes,
         .open = qs_cuda_open,
         .close = qs_cuda_close,

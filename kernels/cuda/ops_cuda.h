@@ -46,12 +46,35 @@ size_t qs_cuda_scratch_bytes(const qs_ops_limits *limits);
 qs_status qs_cuda_open(qs_queue *q, const qs_ops_limits *limits);
 void qs_cuda_close(qs_queue *q);
 
+/* ---- what needs no device (sizes.c): in the plugin and in the program ---- */
+
 /** Scratch that each group asks of the context, in bytes. */
-size_t qs_cuda_attention_scratch(const qs_ops_limits *limits); /* attention_backward.cu */
-size_t qs_cuda_lora_scratch(const qs_ops_limits *limits);      /* lora.cu: context->lora */
-size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits);  /* lora.cu: context->lora_sum */
-size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* unit.cu: context->decoded */
-size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* unit.cu: context->single */
+size_t qs_cuda_attention_scratch(const qs_ops_limits *limits); /* context->attention */
+size_t qs_cuda_lora_scratch(const qs_ops_limits *limits);      /* context->lora */
+size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits);  /* context->lora_sum */
+size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* context->decoded */
+size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* context->single */
+
+enum { QS_CUDA_PIECES = 8 };
+
+/** All of them, one behind the other. */
+typedef struct {
+    size_t bytes[QS_CUDA_PIECES];
+    size_t at[QS_CUDA_PIECES];
+    size_t total;
+} qs_cuda_pieces;
+qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *limits, size_t gemm_workspace_bytes);
+
+/** cuBLASLt's workspace: large enough for what split-K keeps of an adapter's gradients, where k is
+ * the tokens. */
+enum { QS_CUDA_GEMM_WORKSPACE_BYTES = 64 << 20 };
+
+bool qs_cuda_takes(const qs_ops_limits *limits, char *why, size_t capacity);
+int64_t qs_cuda_border(int lora_rank);
+
+/** The table of the CUDA operations with name, act_dtype, takes, scratch_bytes and border alone:
+ * for planning where there is no plugin. Everything else in it is NULL. */
+const qs_ops *qs_ops_cuda_sizes(void);
 
 /* ---- matrix products (gemm_lt.c: cuBLASLt) ---- */
 
@@ -94,7 +117,6 @@ const qs_cuda_linear *qs_cuda_opened(const qs_cuda_context *context, const qs_un
 
 /* ---- the operations ---- */
 
-int64_t qs_cuda_border(int lora_rank);
 qs_status qs_cuda_unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                             const qs_lora *lora, int count);
 void qs_cuda_unit_close(qs_queue *q);

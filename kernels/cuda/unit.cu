@@ -333,40 +333,6 @@ static qs_status raw_launch(qs_queue *q, const qs_unit_view *unit, const qs_weig
     return qs_cuda_launched("raw_kernel");
 }
 
-/* ---- sizes ---- */
-
-enum { PIECE_ALIGN = 256 };
-
-static size_t matrix_bytes(int64_t elems)
-{
-    return (size_t)qs_hd_round_up(elems * (int64_t)sizeof(qs_bf16), PIECE_ALIGN);
-}
-
-extern "C" size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits)
-{
-    const int64_t border = qs_border_width(limits->lora_rank);
-    size_t total = 0;
-    for (int i = 0; i < limits->n_linears; i++) {
-        total += matrix_bytes(qs_border_elems(limits->out[i], limits->in[i], border));
-    }
-    return total;
-}
-
-extern "C" size_t qs_cuda_single_bytes(const qs_ops_limits *limits)
-{
-    size_t most = matrix_bytes(qs_border_elems(limits->head_rows, limits->hidden, 0));
-    for (int i = 0; i < limits->n_linears; i++) {
-        const size_t bytes = matrix_bytes(qs_border_elems(limits->out[i], limits->in[i], 0));
-        most = bytes > most ? bytes : most;
-    }
-    return most;
-}
-
-extern "C" int64_t qs_cuda_border(int lora_rank)
-{
-    return qs_border_width(lora_rank);
-}
-
 /* ---- one weight ---- */
 
 extern "C" const qs_cuda_linear *qs_cuda_opened(const qs_cuda_context *context,
@@ -418,7 +384,7 @@ extern "C" qs_status qs_cuda_weight_matrix(qs_queue *q, const qs_unit_view *unit
     if (*matrix != NULL) {
         return QS_OK;
     }
-    if (matrix_bytes(qs_border_elems(w->out, w->in, 0)) > context->single_bytes) {
+    if (qs_border_bytes(qs_border_elems(w->out, w->in, 0)) > context->single_bytes) {
         return QS_FAIL(QS_ERR_BUG, "weight of %lld x %lld is larger than the limits say",
                        (long long)w->out, (long long)w->in);
     }
@@ -453,7 +419,7 @@ static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int
         linear->stride = qs_border_stride(w[i].in, border);
         linear->matrix = (uint8_t *)context->decoded + at;
         linear->bordered = false;
-        at += matrix_bytes(qs_border_elems(w[i].out, w[i].in, border));
+        at += qs_border_bytes(qs_border_elems(w[i].out, w[i].in, border));
     }
     if (at > qs_cuda_decoded_bytes(&context->limits)) {
         return QS_FAIL(QS_ERR_BUG, "a unit of %zu decoded bytes is larger than the limits say", at);

@@ -15,6 +15,8 @@
 #ifndef QS_KERNELS_CUDA_CORE_BORDER_H
 #define QS_KERNELS_CUDA_CORE_BORDER_H
 
+#include <stddef.h>
+
 #include "kernels/cuda/core/hd.h"
 
 enum { QS_BORDER_ALIGN = 8 };
@@ -33,6 +35,12 @@ QS_HD int64_t qs_border_stride(int64_t in, int64_t border)
 QS_HD int64_t qs_border_elems(int64_t out, int64_t in, int64_t border)
 {
     return (out + border) * qs_border_stride(in, border);
+}
+
+/** Bytes that a matrix of `elems` takes of a scratch: the next one starts on 256 again. */
+QS_HD size_t qs_border_bytes(int64_t elems)
+{
+    return (size_t)qs_hd_round_up(elems * (int64_t)sizeof(uint16_t), 256);
 }
 
 /** True if a matrix of `cols` columns has a border behind them that the products can use: free

@@ -15,6 +15,12 @@ enum {
     QS_VECTOR = 8, /* elements a thread moves at once: 16 bytes of bf16 */
 };
 
+/** Elements from row to row of a scratch whose rows hold `cols`: each starts on a vector. */
+QS_HD int64_t qs_rows_stride(int64_t cols)
+{
+    return qs_hd_round_up(cols, QS_VECTOR);
+}
+
 typedef struct {
     int64_t rows, groups; /* groups of a row */
     int log2;             /* of the groups of a row that a tile holds */

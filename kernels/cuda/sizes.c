@@ -1,0 +1,125 @@
+/* What the CUDA operations answer without a device: which models they take, how wide a border is,
+ * and how much scratch an opened queue has. Part of the plugin, and of the program as well, which
+ * plans runs for GPUs that the machine at hand does not have: one formula for both. */
+#include "kernels/cuda/ops_cuda.h"
+
+#include <stdio.h>
+
+#include "kernels/cuda/core/attention_tiles.h"
+#include "kernels/cuda/core/bf16.h"
+#include "kernels/cuda/core/border.h"
+#include "kernels/cuda/core/norm.h"
+#include "kernels/cuda/core/rows.h"
+
+enum { ALIGNMENT = 256 };
+
+/* The attention moves pieces of 16 bytes and has a width for every head; the norm keeps a row in
+ * the registers of one block of threads. */
+bool qs_cuda_takes(const qs_ops_limits *l, char *why, size_t capacity)
+{
+    if (l->head_dim < 8 || l->head_dim % 8 != 0 || qs_attention_padded_dim(l->head_dim) == 0) {
+        snprintf(why, capacity, "head_dim=%d: the CUDA operations take multiples of 8 up to 256",
+                 l->head_dim);
+        return false;
+    }
+    if (l->hidden > QS_NORM_COLS_MAX) {
+        snprintf(why, capacity, "hidden_size=%lld: the CUDA operations take up to %d",
+                 (long long)l->hidden, QS_NORM_COLS_MAX);
+        return false;
+    }
+    return true;
+}
+
+int64_t qs_cuda_border(int lora_rank)
+{
+    return qs_border_width(lora_rank);
+}
+
+/* ---- scratch, group by group ---- */
+
+size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits)
+{
+    const int64_t border = qs_border_width(limits->lora_rank);
+    size_t total = 0;
+    for (int i = 0; i < limits->n_linears; i++) {
+        total += qs_border_bytes(qs_border_elems(limits->out[i], limits->in[i], border));
+    }
+    return total;
+}
+
+size_t qs_cuda_single_bytes(const qs_ops_limits *limits)
+{
+    size_t most = qs_border_bytes(qs_border_elems(limits->head_rows, limits->hidden, 0));
+    for (int i = 0; i < limits->n_linears; i++) {
+        const size_t bytes = qs_border_bytes(qs_border_elems(limits->out[i], limits->in[i], 0));
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+size_t qs_cuda_attention_scratch(const qs_ops_limits *limits)
+{
+    (void)limits;
+    return 0; /* all sums stay in registers */
+}
+
+size_t qs_cuda_lora_scratch(const qs_ops_limits *limits)
+{
+    const int64_t least = sizeof(float) / sizeof(qs_bf16); /* room for one row of an fp32 product */
+    if (!limits->dropout) {
+        return 0;
+    }
+    const int64_t rows = qs_hd_max(limits->tokens, least);
+    return (size_t)(rows * qs_rows_stride(limits->widest)) * sizeof(qs_bf16);
+}
+
+size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits)
+{
+    (void)limits;
+    return 0; /* the products sum over all tokens by themselves */
+}
+
+/* ---- the whole ---- */
+
+static size_t product(int64_t a, int64_t b, size_t element)
+{
+    return (size_t)(a > 0 ? a : 0) * (size_t)(b > 0 ? b : 0) * element;
+}
+
+qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *l, size_t gemm_workspace_bytes)
+{
+    qs_cuda_pieces p = {.bytes = {
+                            qs_cuda_decoded_bytes(l),
+                            qs_cuda_single_bytes(l),
+                            product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(float)),
+                            product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(uint16_t)),
+                            qs_cuda_attention_scratch(l),
+                            qs_cuda_lora_scratch(l),
+                            qs_cuda_lora_sum_scratch(l),
+                            gemm_workspace_bytes,
+                        }};
+    for (int i = 0; i < QS_CUDA_PIECES; i++) {
+        p.at[i] = p.total;
+        p.total += (p.bytes[i] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    }
+    return p;
+}
+
+/* ---- the table ---- */
+
+static size_t scratch_bytes(const qs_ops_limits *limits)
+{
+    return qs_cuda_pieces_of(limits, QS_CUDA_GEMM_WORKSPACE_BYTES).total;
+}
+
+const qs_ops *qs_ops_cuda_sizes(void)
+{
+    static const qs_ops table = {
+        .name = "cuda",
+        .act_dtype = QS_BF16,
+        .takes = qs_cuda_takes,
+        .scratch_bytes = scratch_bytes,
+        .border = qs_cuda_border,
+    };
+    return &table;
+}
