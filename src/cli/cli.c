@@ -28,6 +28,8 @@ static const qs_cli_command COMMANDS[] = {
     {"merge", "CKPT_OR_RUN_OR_PEFT_DIR -o HF_DIR",
      "Write adapter and base together as a Hugging Face checkpoint.", qs_cli_merge_options, 1,
      false, qs_cli_merge, false},
+    {"plan", "RUN.yaml", "Forecast memory and step time of a run on GPUs that need not be here.",
+     qs_cli_plan_options, 1, false, qs_cli_plan, false},
     {"inspect", "PATH", "Show what a file or directory holds.", qs_cli_plain_options, 1, false,
      qs_cli_inspect, false},
     {"check", "PATH", "Verify a file or directory against its hashes and rules.",

@@ -9,7 +9,7 @@
 #include "comm/comm.h"
 #include "config/config.h"
 
-enum { QS_CLI_WORDS_MAX = 2, QS_CLI_SETS_MAX = 128 };
+enum { QS_CLI_WORDS_MAX = 2, QS_CLI_SETS_MAX = 128, QS_CLI_LINKS_MAX = 2 };
 
 /** The options of all commands; a command's own list says which of them it takes. */
 typedef struct {
@@ -21,6 +21,10 @@ typedef struct {
     const char *base, *original, *dtype, *shard_size;
     const char *dump_grads, *dump_order, *dump_logits;
     int64_t tokens, head_chunk_rows, threads;
+    const char *gpu;
+    int64_t gpus, per_node;
+    double link_gbps[QS_CLI_LINKS_MAX]; /* in a node, between nodes; 0: not given */
+    int n_links;
     qs_resume resume;
     qs_device_kind device; /* of quantize; the others' stands in the configuration */
     bool takeover, dry_run, single_quant, fold_scaling, shared_device, help, quiet, verbose;
@@ -47,7 +51,7 @@ void qs_cli_command_help(const qs_cli_command *command);
 /** Option lists; each ends in an empty row. */
 extern const struct argp_option qs_cli_train_options[], qs_cli_eval_options[],
     qs_cli_sample_options[], qs_cli_quantize_options[], qs_cli_export_options[],
-    qs_cli_merge_options[], qs_cli_plain_options[];
+    qs_cli_merge_options[], qs_cli_plan_options[], qs_cli_plain_options[];
 
 qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm);
@@ -55,6 +59,7 @@ qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_plan(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_check(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_inspect(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm);

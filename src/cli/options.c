@@ -32,6 +32,10 @@ enum {
     KEY_ORIGINAL,
     KEY_DTYPE,
     KEY_SHARD_SIZE,
+    KEY_GPU,
+    KEY_GPUS,
+    KEY_PER_NODE,
+    KEY_LINK,
     KEY_QUIET,
     KEY_VERBOSE,
 };
@@ -121,6 +125,18 @@ const struct argp_option qs_cli_merge_options[] = {
     {"threads", KEY_THREADS, "N", 0, "Threads; default: the cores of this rank", 4},
     COMMON};
 
+const struct argp_option qs_cli_plan_options[] = {
+    SET,
+    {"gpu", KEY_GPU, "GPU", 0,
+     "Kind of GPU, for example H100 or RTX4090; default: a line for each kind that is known", 2},
+    {"gpus", KEY_GPUS, "N", 0, "GPUs, a rank each (default 1)", 2},
+    {"per-node", KEY_PER_NODE, "N", 0, "GPUs of a node (default 8, or all if they are fewer)", 2},
+    {"link", KEY_LINK, "GBPS", 0,
+     "10^9 bytes a second that a GPU gets from the others of its node; given again: that a node "
+     "gets from the others; default: what is usual for the kind, and 20 between nodes",
+     3},
+    COMMON};
+
 const struct argp_option qs_cli_plain_options[] = {COMMON};
 
 /* ---- one option ---- */
@@ -136,6 +152,23 @@ static qs_status whole_number(const char *option, const char *text, int64_t low,
                        option, text, (long long)low, (long long)high);
     }
     *out = value;
+    return QS_OK;
+}
+
+/* The first is inside a node, the second between nodes. */
+static qs_status add_link(qs_cli_args *out, const char *text)
+{
+    char *end;
+    const double gbps = strtod(text, &end);
+    if (end == text || *end || !(gbps > 0) || gbps > 1e6) {
+        return QS_FAIL(QS_ERR_USAGE, "--link: \"%.40s\" is no rate in 10^9 bytes a second", text);
+    }
+    if (out->n_links == QS_CLI_LINKS_MAX) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "--link is given more than %d times: inside a node, between nodes",
+                       QS_CLI_LINKS_MAX);
+    }
+    out->link_gbps[out->n_links++] = gbps;
     return QS_OK;
 }
 
@@ -258,6 +291,9 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
     case KEY_SHARD_SIZE:
         out->shard_size = text;
         break;
+    case KEY_GPU:
+        out->gpu = text;
+        break;
     case KEY_DUMP_GRADS:
         out->dump_grads = text;
         break;
@@ -284,6 +320,12 @@ static qs_status take(qs_cli_args *out, int key, const char *text)
         return whole_number("head-chunk-rows", text, 1, 1 << 22, &out->head_chunk_rows);
     case KEY_THREADS:
         return whole_number("threads", text, 1, 4096, &out->threads);
+    case KEY_GPUS:
+        return whole_number("gpus", text, 1, 65536, &out->gpus);
+    case KEY_PER_NODE:
+        return whole_number("per-node", text, 1, 65536, &out->per_node);
+    case KEY_LINK:
+        return add_link(out, text);
     case KEY_RESUME:
         return set_resume(text, &out->resume);
     case KEY_DEVICE:

@@ -184,6 +184,31 @@ done:
     return st;
 }
 
+/* ---- on paper ---- */
+
+/* One sequence stands for all: they are alike. */
+qs_status qs_data_assume(qs_data **out, int64_t seq_len)
+{
+    qs_status st = QS_OK;
+    qs_data *d = NULL;
+    QS_TRY(create(&d, "assumed"));
+    d->seq_len = d->n_tokens = seq_len;
+    d->n_sequences = d->n_docs = 1;
+    d->n_targets = seq_len - 1; /* the last token predicts nothing */
+    QS_GOTO(QS_ALLOC(&d->seq_offsets, 2, QS_MEM_DATA));
+    QS_GOTO(QS_ALLOC(&d->doc_offsets, 2, QS_MEM_DATA));
+    QS_GOTO(QS_ALLOC(&d->seq_first_doc, 2, QS_MEM_DATA));
+    QS_GOTO(QS_ALLOC(&d->seq_targets, 1, QS_MEM_DATA));
+    d->seq_offsets[1] = d->doc_offsets[1] = seq_len;
+    d->seq_first_doc[1] = 1;
+    d->seq_targets[0] = (uint32_t)d->n_targets;
+    *out = d;
+    d = NULL;
+done:
+    qs_data_close(d);
+    return st;
+}
+
 /* ---- order ---- */
 
 int64_t qs_data_order(const qs_data *data, uint64_t seed, int64_t epoch, int64_t position)

@@ -31,6 +31,11 @@ qs_status qs_data_open(qs_data **out, const char *path, int64_t model_vocab, int
                        qs_comm *comm);
 void qs_data_close(qs_data *data);
 
+/** Data on paper, for planning before there is a file: the index of full sequences of `seq_len`
+ * tokens, a document each, with loss wherever there can be any. Nothing can be read from it.
+ * qs_data_close frees it. Not collective. */
+qs_status qs_data_assume(qs_data **out, int64_t seq_len);
+
 /** One micro-batch: the tokens of up to `micro_batch` whole sequences, back to back, never padded.
  */
 typedef struct {

@@ -19,6 +19,8 @@
 
 typedef struct qs_fsdp qs_fsdp;
 
+enum { QS_GATHER_BUFFERS = 2 }; /* units that are whole on a rank at a time */
+
 typedef struct {
     uint64_t gathered_bytes; /* received from others by gathers */
     uint64_t read_bytes;     /* of base.h5, by this rank */

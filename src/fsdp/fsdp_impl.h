@@ -47,8 +47,6 @@ typedef struct {
     uint64_t used;     /* when it was last acquired, for the choice of a victim */
 } qs_gather_buffer;
 
-enum { QS_GATHER_BUFFERS = 2 };
-
 struct qs_fsdp {
     const qs_base_index *index;
     qs_fsdp_options options;

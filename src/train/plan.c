@@ -20,18 +20,43 @@ static size_t batch_bytes(const qs_model_shape *shape)
     return (size_t)(shape->group * shape->max_tokens) * per_token;
 }
 
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs_data *eval,
+                             int64_t slots)
+{
+    const qs_config *cfg = &s->config;
+    const int64_t micro = cfg->train.micro_batch;
+    qs_model_shape shape = {
+        .max_tokens = qs_data_longest(train, micro),
+        .max_targets = qs_data_most_targets(train, micro),
+        .group = qs_session_group(s, slots),
+        .recompute = cfg->train.recompute,
+        .backward = true,
+        .head_chunk_rows = s->index->head_chunk_rows,
+        .offload = s->apart && (cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0,
+    };
+    if (eval != NULL) {
+        shape.max_tokens = larger(shape.max_tokens, qs_data_longest(eval, micro));
+        shape.max_targets = larger(shape.max_targets, qs_data_most_targets(eval, micro));
+    }
+    return shape;
+}
+
 qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
                                    const qs_model_shape *shape, int64_t slots)
 {
-    const int nranks = qs_comm_nranks(s->comm);
+    const int nranks = s->nranks;
     const qs_lora_layout *layout = &s->layout;
-    const bool is_host = qs_device_is_host(s->device);
     const qs_ops_limits limits = qs_session_limits(s, shape);
     const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
     const qs_model_bytes model = qs_model_plan(&s->index->config, layout, s->ops, shape);
-    const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, qs_comm_nranks(s->shard.comm), &options);
+    const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, s->shard.nranks, &options);
     const size_t shard = (size_t)(layout->n_layers * qs_lora_shard_width(layout, nranks));
-    qs_memory_plan plan = {.space = is_host ? QS_MEM_HOST : QS_MEM_DEVICE, .peers = nranks > 1};
+    qs_memory_plan plan = {.space = s->apart ? QS_MEM_DEVICE : QS_MEM_HOST, .peers = nranks > 1};
     size_t *device = plan.bytes[plan.space], *host = plan.bytes[QS_MEM_HOST];
 
     device[QS_MEM_BASE_SHARD] += fsdp.device_shard_bytes;
@@ -50,7 +75,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     host[QS_MEM_WORK] += fsdp.embed_host_bytes;
     host[QS_MEM_DATA] +=
         index_bytes(train) + batch_bytes(shape) + (eval != NULL ? index_bytes(eval) : 0);
-    if (!is_host) { /* the other side of the mirrors */
+    if (s->apart) { /* the other side of the mirrors */
         host[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
         host[QS_MEM_DATA] += model.input_bytes;
     }
@@ -92,6 +117,11 @@ void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
     fflush(stdout);
 }
 
+size_t qs_memory_plan_needed(const qs_memory_plan *plan)
+{
+    return plan->total_bytes[plan->space] + CODE_BYTES + (plan->peers ? NCCL_BYTES : 0);
+}
+
 qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
                                int64_t limit_bytes)
 {
@@ -105,15 +135,15 @@ qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *devi
                        "more ranks",
                        (long long)limit_bytes, needed);
     }
-    const size_t beside = CODE_BYTES + (plan->peers ? NCCL_BYTES : 0);
-    if (total_bytes > 0 && needed + beside > free_bytes) {
+    if (total_bytes > 0 && qs_memory_plan_needed(plan) > free_bytes) {
         return QS_FAIL(
             QS_ERR_MEMORY,
             "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of "
             "%zu "
             "are free: lower train.micro_batch or train.gather_group, set train.recompute: full or "
             "memory.offload: [activations, weights, embedding], or use more ranks",
-            qs_device_name(device), needed, beside, free_bytes, total_bytes);
+            qs_device_name(device), needed, qs_memory_plan_needed(plan) - needed, free_bytes,
+            total_bytes);
     }
     return QS_OK;
 }

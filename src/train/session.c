@@ -57,16 +57,16 @@ static qs_status check_model_taken(qs_session *s)
 static qs_status open_device(qs_session *s)
 {
     const qs_config *config = &s->config;
-    int threads = 1;
     QS_TRY(qs_comm_agree(s->comm, qs_backend_open(&s->backend, (qs_device_kind)config->device,
                                                   s->comm, config->allow_shared_device)));
     QS_TRY(qs_comm_agree(s->comm, check_model_taken(s)));
     s->device = s->backend.device;
     s->ops = s->backend.ops;
     QS_TRY(check_same_device(s));
-    s->config.device = qs_device_is_host(s->device) ? QS_DEVICE_CPU : QS_DEVICE_CUDA;
-    QS_TRY(qs_comm_threads(s->comm, (int)config->cpu.threads, &threads));
-    return qs_comm_agree(s->comm, qs_queue_create_on(s->device, &s->queue, threads));
+    s->apart = !qs_device_is_host(s->device);
+    s->config.device = s->apart ? QS_DEVICE_CUDA : QS_DEVICE_CPU;
+    QS_TRY(qs_comm_threads(s->comm, (int)config->cpu.threads, &s->threads));
+    return qs_comm_agree(s->comm, qs_queue_create_on(s->device, &s->queue, s->threads));
 }
 
 static void describe(const qs_session *s)
@@ -87,6 +87,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     memset(s, 0, sizeof *s);
     s->config = *config;
     s->comm = comm;
+    s->nranks = qs_comm_nranks(comm);
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
@@ -174,7 +175,7 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
 {
     const qs_hf_config *model = &s->index->config;
     qs_ops_limits limits = model_limits(model);
-    limits.threads = qs_queue_threads(s->queue);
+    limits.threads = s->threads;
     limits.tokens = limits.documents = shape->max_tokens;
     limits.loss_rows = shape->max_targets;
     limits.dropout = s->config.lora.dropout > 0;
@@ -190,8 +191,7 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
 
 qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape)
 {
-    const bool apart = !qs_device_is_host(s->device); /* the CPU's memory is the host's anyway */
-    const uint32_t offload = apart ? s->config.memory.offload : 0;
+    const uint32_t offload = s->apart ? s->config.memory.offload : 0; /* the CPU's is the host's */
     return (qs_fsdp_options){.ops = s->ops,
                              .max_tokens = shape->max_tokens,
                              .offload_layers = (offload & QS_OFFLOAD_WEIGHTS) != 0,
@@ -205,7 +205,7 @@ static int64_t lora_count(const qs_session *s)
 
 static int64_t send_count(const qs_session *s)
 {
-    const int64_t width = qs_lora_shard_width(&s->layout, qs_comm_nranks(s->comm));
+    const int64_t width = qs_lora_shard_width(&s->layout, s->nranks);
     return s->ops->act_dtype == QS_F32 ? 0 : s->layout.n_layers * width;
 }
 
@@ -321,7 +321,7 @@ void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *forei
 
 int64_t qs_session_group(const qs_session *s, int64_t slots)
 {
-    const int64_t per_rank = qs_shard_width(slots, qs_comm_nranks(s->comm));
+    const int64_t per_rank = qs_shard_width(slots, s->nranks);
     int64_t group = s->config.train.gather_group;
     if (group == 0) {
         group = s->shard.most > 1 ? AUTO_GROUP_MAX : 1;

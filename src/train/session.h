@@ -11,8 +11,12 @@
 #include "model/model.h"
 #include "train/shard_group.h"
 
+/** The plan of a run (plan.h) looks at config, index, layout, ops and numbers alone, no object that
+ * a device or other ranks are behind, so that it can be made for a run that nobody has started. */
 typedef struct {
     qs_config config;     /* adapter settings may come from the adapter itself */
+    int nranks, threads;  /* ranks, and threads of each */
+    bool apart;           /* the device has memory of its own: it is no CPU */
     qs_comm *comm;        /* over the host's memory; borrowed */
     qs_comm *device_comm; /* over the device's memory; on the CPU the same */
     qs_shard_group shard; /* the ranks that share one copy of the base with this one */

@@ -19,24 +19,43 @@ static size_t free_bytes(const qs_device *device, const qs_comm *world)
     return free;
 }
 
+/* What a rank keeps of the base that `nranks` share, and its two units. */
+static size_t kept_bytes(const qs_base_index *index, const qs_fsdp_options *options, int nranks)
+{
+    const qs_fsdp_bytes bytes = qs_fsdp_plan(index, nranks, options);
+    return bytes.device_shard_bytes + bytes.host_shard_bytes + bytes.gather_bytes;
+}
+
+static bool is_tight(size_t needed, size_t there)
+{
+    return needed > there / 2;
+}
+
 /* What `auto` stands for on several hosts. */
 static qs_status choose(int64_t *group, const qs_base_index *index, const qs_fsdp_options *options,
                         const qs_device *device, qs_comm *world)
 {
-    const qs_fsdp_bytes alone = qs_fsdp_plan(index, qs_comm_local_nranks(world), options);
-    const qs_fsdp_bytes shared = qs_fsdp_plan(index, qs_comm_nranks(world), options);
-    const size_t needed = alone.device_shard_bytes + alone.host_shard_bytes + alone.gather_bytes;
+    const size_t needed = kept_bytes(index, options, qs_comm_local_nranks(world));
     const size_t there = free_bytes(device, world);
-    int64_t tight = needed > there / 2;
+    int64_t tight = is_tight(needed, there);
     QS_TRY(qs_comm_max_i64(world, &tight, 1));
     *group = tight != 0 ? QS_SHARD_WORLD : QS_SHARD_NODE;
     qs_log_info(
         "shard.group: auto is %s: a rank would keep %.2f GiB of the base and two units in a "
         "node's group, %.2f in the world's; %.2f are free, half of which may be taken",
         tight != 0 ? "world" : "node", (double)needed / GIB,
-        (double)(shared.device_shard_bytes + shared.host_shard_bytes + shared.gather_bytes) / GIB,
-        (double)there / GIB);
+        (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB, (double)there / GIB);
     return QS_OK;
+}
+
+static qs_status check_multiple(int64_t group, int nranks)
+{
+    return group <= 0 || nranks % group == 0
+               ? QS_OK
+               : QS_FAIL(QS_ERR_CONFIG_PAIR,
+                         "shard.group: %lld, but the run has %d ranks, which is no multiple of it; "
+                         "start another number of ranks, or set world, node or auto",
+                         (long long)group, nranks);
 }
 
 static int color_of(int64_t group, const qs_comm *world)
@@ -50,7 +69,7 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
 {
     const int nranks = qs_comm_nranks(world);
     int64_t group = config->shard.group, other_host = qs_comm_host(world) != 0;
-    *out = (qs_shard_group){.comm = world, .most = nranks};
+    *out = (qs_shard_group){.comm = world, .nranks = nranks, .most = nranks};
     QS_TRY(qs_comm_max_i64(world, &other_host, 1));
     if (other_host == 0 && group <= 0) {
         return QS_OK; /* one node: all words mean the same */
@@ -58,22 +77,35 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     if (group == QS_SHARD_AUTO) {
         QS_TRY(choose(&group, index, options, device, world));
     }
-    if (group > 0 && nranks % group != 0) {
-        return qs_comm_agree(
-            world, QS_FAIL(QS_ERR_CONFIG_PAIR,
-                           "shard.group: %lld, but the run has %d ranks, which is no multiple of "
-                           "it; start another number of ranks, or set world, node or auto",
-                           (long long)group, nranks));
-    }
+    QS_TRY(qs_comm_agree(world, check_multiple(group, nranks)));
     if (group == QS_SHARD_WORLD || group == nranks) {
         return QS_OK;
     }
     QS_TRY(qs_comm_split(world, color_of(group, world), &out->comm));
-    int64_t most = qs_comm_nranks(out->comm);
+    out->nranks = qs_comm_nranks(out->comm);
+    int64_t most = out->nranks;
     QS_TRY(qs_comm_max_i64(world, &most, 1));
     out->most = (int)most;
     qs_log_info("shard.group: the base is shared by groups of %s%d rank%s",
                 group == QS_SHARD_NODE ? "at most " : "", out->most, out->most == 1 ? "" : "s");
+    return QS_OK;
+}
+
+qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
+                                const qs_base_index *index, const qs_fsdp_options *options,
+                                size_t free_bytes_each, int nranks, int per_node)
+{
+    int64_t group = config->shard.group;
+    QS_TRY(check_multiple(group, nranks));
+    if (group == QS_SHARD_AUTO) {
+        group = is_tight(kept_bytes(index, options, per_node), free_bytes_each) ? QS_SHARD_WORLD
+                                                                                : QS_SHARD_NODE;
+    }
+    const int64_t size = group == QS_SHARD_WORLD  ? nranks
+                         : group == QS_SHARD_NODE ? per_node
+                                                  : group;
+    const int ranks = size < nranks ? (int)size : nranks;
+    *out = (qs_shard_group){.nranks = ranks, .most = ranks};
     return QS_OK;
 }
 

@@ -8,6 +8,7 @@
 
 typedef struct {
     qs_comm *comm; /* of this rank's group; the world's own if it is that */
+    int nranks;    /* of it */
     int most;      /* ranks of the largest group, the same on every rank */
 } qs_shard_group;
 
@@ -18,6 +19,12 @@ typedef struct {
 qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
                               const qs_device *device, qs_comm *world);
+
+/** The same on paper, for rank 0 of `nranks` ranks, `per_node` on each node, with `free_bytes` for
+ * each: comm is NULL. Not collective. */
+qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
+                                const qs_base_index *index, const qs_fsdp_options *options,
+                                size_t free_bytes, int nranks, int per_node);
 
 /** Does nothing to the world's communicator. */
 void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world);

@@ -21,11 +21,13 @@
 #include "ckpt/run_dir.h"
 #include "store/io.h"
 #include "train/evaluate.h"
+#include "train/forecast.h"
 #include "train/metrics.h"
 #include "train/plan.h"
 #include "train/sampler.h"
 #include "train/session.h"
 
+enum { WARM_UP_STEPS = 2 };  /* of a start: products choose their algorithms, files enter caches */
 enum { NOT_FINITE_MAX = 3 }; /* skipped updates in a row before the run stops */
 
 /* Everything that a run holds. */
@@ -53,6 +55,8 @@ typedef struct {
     int64_t lines_lost;      /* metrics that a full disk swallowed */
     double started_s;
     qs_step_metrics last;
+    int64_t steps_done; /* of this start */
+    double timed_s;     /* of those behind the warm-up */
 } run;
 
 /* ---- setting up ---- */
@@ -82,31 +86,10 @@ static qs_status open_inputs(run *r)
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
 }
 
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-/* The largest micro-batch of either file decides the room. */
 static void shape_run(run *r)
 {
-    const int64_t micro = r->cfg->train.micro_batch;
     r->sampler = qs_sampler_make(r->cfg, r->train_data);
-    r->shape = (qs_model_shape){
-        .max_tokens = qs_data_longest(r->train_data, micro),
-        .max_targets = qs_data_most_targets(r->train_data, micro),
-        .group = qs_session_group(&r->session, r->sampler.slots),
-        .recompute = r->cfg->train.recompute,
-        .backward = true,
-        .head_chunk_rows = r->session.index->head_chunk_rows,
-        .offload = !qs_device_is_host(r->session.device) &&
-                   (r->cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0,
-    };
-    if (r->eval_data != NULL) {
-        r->shape.max_tokens = larger(r->shape.max_tokens, qs_data_longest(r->eval_data, micro));
-        r->shape.max_targets =
-            larger(r->shape.max_targets, qs_data_most_targets(r->eval_data, micro));
-    }
+    r->shape = qs_plan_shape(&r->session, r->train_data, r->eval_data, r->sampler.slots);
     r->plan =
         qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, r->sampler.slots);
 }
@@ -483,6 +466,7 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
     QS_TRY(train_step(r, &r->last));
     qs_range_end(r->session.queue);
     r->step++;
+    r->timed_s += ++r->steps_done > WARM_UP_STEPS ? r->last.step_time_s : 0;
     if (r->step == profiled[1]) {
         qs_device_profile(r->session.device, false);
     }
@@ -557,6 +541,26 @@ static qs_status dump_order(const run *r)
                : QS_FAIL(QS_ERR_IO, "%s: could not be written", r->options->dump_order);
 }
 
+/* What `qshard plan` would have said of this run, beside what it did: on cards that the table
+ * knows, each with one rank. */
+static void compare_with_forecast(const run *r)
+{
+    const qs_gpu_kind *kind = qs_gpu_kind_of(qs_device_description(r->session.device));
+    const int64_t timed = r->steps_done - WARM_UP_STEPS;
+    if (kind == NULL || timed < 1 || r->cfg->allow_shared_device) {
+        return;
+    }
+    const qs_links links = qs_links_usual(kind, qs_comm_local_nranks(r->comm));
+    const qs_step_work work =
+        qs_step_work_make(&r->session, r->train_data, &r->shape, r->sampler.slots);
+    const qs_forecast f = qs_forecast_make(&work, kind, &links);
+    qs_log_info("a step took %.1f ms (mean of %" PRId64
+                "); forecast for %s: %.1f ms (compute %.1f, "
+                "waiting for gathers %.1f, reduce %.1f)",
+                1e3 * r->timed_s / (double)timed, timed, kind->name, 1e3 * f.step_s,
+                1e3 * f.compute_s, 1e3 * f.gather_waited_s, 1e3 * f.reduce_s);
+}
+
 static qs_status finish(run *r)
 {
     const double seconds = qs_time_s() - r->started_s;
@@ -567,6 +571,7 @@ static qs_status finish(run *r)
     if (r->rank == 0) {
         qs_memory_plan_print(&r->plan, true);
     }
+    compare_with_forecast(r);
     qs_log_info("%s: done: %" PRId64 " steps in %.1f s", r->cfg->output, r->step, seconds);
     return QS_OK;
 }

@@ -30,7 +30,7 @@
 #include "store/io.h"
 #include "weights/quantize_impl.h"
 
-enum { DEFAULT_CHUNK_ROWS = 4096, STALE_AFTER_S = 600, METADATA_BYTES = 4 << 20 };
+enum { STALE_AFTER_S = 600, METADATA_BYTES = 4 << 20 };
 
 typedef struct {
     const qs_quantize_options *options;
@@ -414,7 +414,7 @@ static qs_status alloc_results(job *j)
 static qs_status prepare(job *j)
 {
     const qs_quantize_options *o = j->options;
-    int64_t rows = o->head_chunk_rows == 0 ? DEFAULT_CHUNK_ROWS : o->head_chunk_rows;
+    int64_t rows = o->head_chunk_rows == 0 ? QS_DEFAULT_CHUNK_ROWS : o->head_chunk_rows;
     if (rows < 1 || rows > 1 << 22) {
         return QS_FAIL(QS_ERR_USAGE, "head_chunk_rows = %lld is outside 1 ... %d", (long long)rows,
                        1 << 22);

@@ -8,6 +8,7 @@
 
 #include "backend/backend.h"
 #include "comm/comm.h"
+#include "weights/base_file.h"
 
 typedef struct {
     const char *hf_dir;
@@ -28,5 +29,10 @@ typedef struct {
 /** Collective. QS_ERR_OUTPUT_TAKEN if the output exists. */
 qs_status qs_quantize(const qs_quantize_options *options, qs_comm *comm,
                       qs_quantize_report *report);
+
+/** The index that qshard quantize would give the checkpoint in HF_DIR with its default options, as
+ * far as config.json says it: every linear NF4, double quantization. No weights are looked at; for
+ * planning. Not collective; free with qs_base_index_free. */
+qs_status qs_base_index_expected(qs_base_index **out, const char *hf_dir);
 
 #endif

@@ -7,6 +7,8 @@
 #include "hf/safetensors.h"
 #include "weights/base_impl.h"
 
+enum { QS_DEFAULT_CHUNK_ROWS = 4096 }; /* of the vocabulary */
+
 /** Where the bytes of one tensor of base.h5 come from. */
 typedef struct {
     const qs_st_tensor *data;   /* floats; packed codes if absmax is set */

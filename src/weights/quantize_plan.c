@@ -10,6 +10,7 @@
 #include "hf/safetensors_impl.h"
 #include "qshard_version.h"
 #include "store/io.h"
+#include "weights/quantize.h"
 #include "weights/quantize_impl.h"
 
 enum { MAX_CONFIG_BYTES = 1 << 20, MAX_MAPS = 4096 };
@@ -268,6 +269,14 @@ static qs_status start_index(qs_plan *plan, const char *hf_dir, int64_t head_chu
     return qs_base_make_units(index);
 }
 
+/* Number the quanta of every unit, once kinds and dtypes are known. */
+static void place_units(qs_plan *plan)
+{
+    for (int u = 0; u <= plan->index->n_units; u++) {
+        qs_base_place(plan->index, qs_plan_unit(plan, u), qs_base_raw_elems(plan->index, u));
+    }
+}
+
 static qs_status fill(planner *p, const char *hf_dir, int64_t head_chunk_rows, bool double_quant)
 {
     qs_plan *plan = p->plan;
@@ -283,10 +292,23 @@ static qs_status fill(planner *p, const char *hf_dir, int64_t head_chunk_rows, b
     QS_TRY(plan_units(p));
     QS_TRY(check_leftovers(p));
     index->nested = p->nested_seen >= 0 ? p->nested_seen == 1 : double_quant;
-    for (int u = 0; u <= index->n_units; u++) {
-        qs_base_place(index, qs_plan_unit(plan, u), qs_base_raw_elems(index, u));
-    }
+    place_units(plan);
     return QS_OK;
+}
+
+qs_status qs_base_index_expected(qs_base_index **out, const char *hf_dir)
+{
+    qs_plan plan = {0};
+    qs_status st = start_index(&plan, hf_dir, QS_DEFAULT_CHUNK_ROWS);
+    *out = NULL;
+    if (st == QS_OK) {
+        plan.index->nested = true;
+        place_units(&plan);
+        *out = plan.index;
+        plan.index = NULL;
+    }
+    qs_plan_free(&plan);
+    return st;
 }
 
 qs_status qs_plan_make(qs_plan *plan, const char *hf_dir, int64_t head_chunk_rows,

@@ -6,6 +6,7 @@
  *   QSHARD_EMULATOR_PROTECT=1   device memory is out of the host's reach: see memory.cpp
  *   QSHARD_EMULATOR_MEMORY      bytes of the device (default 8 GiB)
  *   QSHARD_EMULATOR_DEVICES     how many (default 1); 0: no device; -1: the driver is too old
+ *   QSHARD_EMULATOR_NAME        what the card is called (default emulated)
  *   QSHARD_EMULATOR_CAPABILITY  compute capability (default 9.0)
  *   QSHARD_EMULATOR_DRIVER      the driver's CUDA version (default 13000)
  *   QSHARD_EMULATOR_FAIL=function:n   the n-th call of the function fails; a launch is
@@ -160,7 +161,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *prop, int number)
         return failed;
     }
     *prop = cudaDeviceProp();
-    snprintf(prop->name, sizeof prop->name, "emulated");
+    snprintf(prop->name, sizeof prop->name, "%s", text("QSHARD_EMULATOR_NAME", "emulated"));
     prop->totalGlobalMem = config().memory_bytes;
     prop->sharedMemPerBlock = 48 << 10;
     prop->sharedMemPerBlockOptin = 227 << 10;

@@ -1,0 +1,246 @@
+/* qshard plan: what a run would hold and how long its steps would take, on GPUs that need not be
+ * here. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/cores.h"
+#include "cli/cli_impl.h"
+#include "train/outlook.h"
+
+#define GIB 1073741824.0
+enum { USUAL_PER_NODE = 8 };
+
+/* A plan that is being printed. */
+typedef struct {
+    const char *path; /* of the configuration */
+    qs_config config;
+    qs_outlook_inputs inputs;
+    int nranks, per_node;
+    double link_gbps[QS_CLI_LINKS_MAX]; /* 0: what is usual */
+} plan;
+
+/* ---- what is asked ---- */
+
+static qs_status unknown_gpu(const char *name)
+{
+    char known[256];
+    qs_gpu_kind_names(known, sizeof known);
+    return QS_FAIL(QS_ERR_USAGE, "--gpu: \"%.40s\" is not known; known are %s", name, known);
+}
+
+static qs_status understand(plan *p, const qs_cli_args *args)
+{
+    p->path = args->words[0];
+    p->nranks = args->gpus > 0 ? (int)args->gpus : 1;
+    p->per_node = args->per_node > 0 ? (int)args->per_node : USUAL_PER_NODE;
+    for (int i = 0; i < QS_CLI_LINKS_MAX; i++) {
+        p->link_gbps[i] = args->link_gbps[i];
+    }
+    QS_TRY(qs_config_load(&p->config, p->path, args->sets, args->n_sets));
+    return qs_outlook_open(&p->inputs, &p->config);
+}
+
+/* Ranks of a node, of which there may be fewer than it has room for. */
+static int local_nranks(const plan *p)
+{
+    return p->per_node < p->nranks ? p->per_node : p->nranks;
+}
+
+static qs_outlook_place place_of(const plan *p, const qs_gpu_kind *gpu)
+{
+    int threads = (int)p->config.cpu.threads;
+    if (threads == 0) {
+        threads = qs_cores_available() / local_nranks(p);
+    }
+    return (qs_outlook_place){.gpu = gpu,
+                              .nranks = p->nranks,
+                              .per_node = p->per_node,
+                              .threads = threads > 1 ? threads : 1};
+}
+
+static qs_links links_of(const plan *p, const qs_gpu_kind *gpu)
+{
+    qs_links links = qs_links_usual(gpu, p->per_node);
+    links.in_node_gbps = p->link_gbps[0] > 0 ? p->link_gbps[0] : links.in_node_gbps;
+    links.between_gbps = p->link_gbps[1] > 0 ? p->link_gbps[1] : links.between_gbps;
+    return links;
+}
+
+/* ---- what is printed ---- */
+
+static void print_inputs(const plan *p)
+{
+    const qs_hf_config *model = &p->inputs.index->config;
+    const qs_data *data = p->inputs.train;
+    printf("%s: %s, %d layers, hidden %" PRId64 ", vocabulary %" PRId64 "\n", p->config.base,
+           model->model_type, model->n_layers, model->hidden, model->vocab);
+    if (p->inputs.assumed) {
+        printf("%s is not there: sequences of %" PRId64 " tokens, all with loss, are assumed\n",
+               p->config.data_train[0] != '\0' ? p->config.data_train : "data.train",
+               data->seq_len);
+    } else {
+        printf("%s: %.0f tokens a sequence, %.0f with loss\n", data->path,
+               (double)data->n_tokens / (double)data->n_sequences,
+               (double)data->n_targets / (double)data->n_sequences);
+    }
+    printf("global_batch %" PRId64 ", micro_batch %" PRId64 ", recompute %s; %d rank%s\n\n",
+           p->config.train.global_batch, p->config.train.micro_batch,
+           p->config.train.recompute == QS_RECOMPUTE_FULL        ? "full"
+           : p->config.train.recompute == QS_RECOMPUTE_SELECTIVE ? "selective"
+                                                                 : "none",
+           p->nranks, p->nranks == 1 ? "" : "s");
+}
+
+/* "16 x H100 (NVLink 4), 8 a node: 360 GB/s inside, 20 GB/s between nodes" */
+static void print_place(const plan *p, const qs_gpu_kind *gpu, const qs_links *links, int group)
+{
+    printf("%d x %s (%s)", p->nranks, gpu->name, gpu->link);
+    if (p->nranks > 1) {
+        printf(", %d a node: %.0f GB/s inside", local_nranks(p), links->in_node_gbps);
+    }
+    if (p->nranks > p->per_node) {
+        printf(", %.0f GB/s between nodes", links->between_gbps);
+    }
+    if (group < p->nranks) {
+        printf("; %d rank%s share%s a copy of the base", group, group == 1 ? "" : "s",
+               group == 1 ? "s" : "");
+    }
+    printf("\n");
+}
+
+static void print_step(const plan *p, const qs_gpu_kind *gpu, const qs_step_work *work)
+{
+    const qs_links links = links_of(p, gpu);
+    const qs_forecast f = qs_forecast_make(work, gpu, &links);
+    print_place(p, gpu, &links, work->group);
+    printf("%-28s %12s\n", "forecast of a step", "ms");
+    printf(
+        "  %-26s %12.1f   products %.1f (%.4g TFLOP with attention), attention %.1f, memory %.1f\n",
+        "compute", 1e3 * f.compute_s, 1e3 * f.product_s, qs_step_flops(work) / 1e12,
+        1e3 * f.attention_s, 1e3 * f.memory_s);
+    printf("  %-26s %12.1f   %.4g GB received; %.1f ms of it behind compute\n", "gather",
+           1e3 * f.gather_waited_s, qs_step_gather_bytes(work) / 1e9,
+           1e3 * (f.gather_s - f.gather_waited_s));
+    printf("  %-26s %12.1f   %.4g GB received\n", "reduce", 1e3 * f.reduce_s,
+           work->reduce_bytes / 1e9);
+    printf("  %-26s %12.1f   %.0f tokens/s, %.0f a GPU\n", "step", 1e3 * f.step_s,
+           work->all_tokens / f.step_s, work->all_tokens / f.step_s / p->nranks);
+}
+
+static void print_kinds_row(const plan *p, const qs_gpu_kind *gpu, const qs_outlook *outlook)
+{
+    const qs_links links = links_of(p, gpu);
+    const qs_outlook_place place = place_of(p, gpu);
+    const qs_forecast f = qs_forecast_make(&outlook->work, gpu, &links);
+    const size_t needed = qs_outlook_needed(outlook);
+    const size_t allowed = qs_outlook_allowed(&p->config, &place);
+    printf("%-10s %10.1f %10.1f %6s", gpu->name, (double)needed / GIB, (double)allowed / GIB,
+           needed <= allowed ? "yes" : "no");
+    if (needed <= allowed) {
+        printf(" %12.1f %12.0f", 1e3 * f.step_s, outlook->work.all_tokens / f.step_s);
+    }
+    printf("\n");
+}
+
+/* ---- does it fit? ---- */
+
+static qs_status does_not_fit(const plan *p, const qs_outlook_place *place, const char *who,
+                              size_t needed, size_t allowed)
+{
+    qs_outlook_remedy remedy;
+    char text[384] = "";
+    QS_TRY(qs_outlook_find_remedy(&remedy, &p->inputs, &p->config, place));
+    if (remedy.settings[0] != '\0') {
+        snprintf(text, sizeof text, "it fits with %s%s", remedy.settings,
+                 remedy.nranks > 0 ? ", or " : "");
+    }
+    if (remedy.nranks > 0) {
+        const size_t used = strlen(text);
+        snprintf(text + used, sizeof text - used, "%son %d ranks", used > 0 ? "" : "it fits ",
+                 remedy.nranks);
+    }
+    if (text[0] == '\0') {
+        snprintf(
+            text, sizeof text,
+            "no setting and no number of ranks makes it fit: lower train.seq_len or lora.rank, "
+            "or take larger GPUs");
+    }
+    return QS_FAIL(QS_ERR_MEMORY, "%s: a rank needs %.1f GiB and has %.1f (%s): %s", p->path,
+                   (double)needed / GIB, (double)allowed / GIB, who, text);
+}
+
+static qs_status judge(const plan *p, const qs_outlook *outlook, const qs_outlook_place *place)
+{
+    const size_t needed = qs_outlook_needed(outlook);
+    const size_t allowed = qs_outlook_allowed(&p->config, place);
+    char who[64] = "memory.device_limit";
+    if (place->gpu != NULL && allowed == qs_gpu_kind_free_bytes(place->gpu)) {
+        snprintf(who, sizeof who, "%s", place->gpu->name);
+    }
+    if (needed > allowed) {
+        return does_not_fit(p, place, who, needed, allowed);
+    }
+    if (allowed < SIZE_MAX) {
+        printf("fits: a rank needs %.1f GiB%s and has %.1f (%s)\n\n", (double)needed / GIB,
+               place->gpu == NULL ? ""
+               : p->nranks > 1    ? " with code and NCCL"
+                                  : " with code",
+               (double)allowed / GIB, who);
+    }
+    return QS_OK;
+}
+
+/* ---- the three answers: one kind, all kinds, the CPU ---- */
+
+static qs_status plan_on(const plan *p, const qs_gpu_kind *gpu)
+{
+    qs_outlook outlook;
+    const qs_outlook_place place = place_of(p, gpu);
+    QS_TRY(qs_outlook_make(&outlook, &p->inputs, &p->config, &place));
+    qs_memory_plan_print(&outlook.memory, false);
+    QS_TRY(judge(p, &outlook, &place));
+    if (gpu != NULL) {
+        print_step(p, gpu, &outlook.work);
+    } else {
+        printf("no forecast of the time: it is made for GPUs; --gpu names one\n");
+    }
+    return QS_OK;
+}
+
+static qs_status plan_on_all(const plan *p)
+{
+    qs_outlook outlook;
+    bool any = false;
+    const qs_gpu_kind *largest = &qs_gpu_kinds[0];
+    const qs_outlook_place first = place_of(p, largest); /* what a rank holds is the same on all */
+    QS_TRY(qs_outlook_make(&outlook, &p->inputs, &p->config, &first));
+    qs_memory_plan_print(&outlook.memory, false);
+    printf("\n%-10s %10s %10s %6s %12s %12s\n", "GPU", "needed GiB", "has GiB", "fits", "step ms",
+           "tokens/s");
+    for (int i = 0; i < qs_gpu_kinds_count; i++) {
+        const qs_gpu_kind *gpu = &qs_gpu_kinds[i];
+        const qs_outlook_place place = place_of(p, gpu);
+        print_kinds_row(p, gpu, &outlook);
+        any = any || qs_outlook_needed(&outlook) <= qs_outlook_allowed(&p->config, &place);
+        largest = gpu->memory_gib > largest->memory_gib ? gpu : largest;
+    }
+    const qs_outlook_place best = place_of(p, largest);
+    return any ? QS_OK : judge(p, &outlook, &best);
+}
+
+qs_status qs_cli_plan(const qs_cli_args *args, qs_comm *comm)
+{
+    (void)comm;
+    plan p = {0};
+    const qs_gpu_kind *gpu = args->gpu != NULL ? qs_gpu_kind_find(args->gpu) : NULL;
+    if (args->gpu != NULL && gpu == NULL) {
+        return unknown_gpu(args->gpu);
+    }
+    QS_TRY(understand(&p, args));
+    print_inputs(&p);
+    const bool one = gpu != NULL || p.config.device == QS_DEVICE_CPU;
+    const qs_status st = one ? plan_on(&p, gpu) : plan_on_all(&p);
+    qs_outlook_close(&p.inputs);
+    return st;
+}

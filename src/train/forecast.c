@@ -1,0 +1,301 @@
+#include "train/forecast.h"
+
+#include "kernels/cuda/ops_cuda.h"
+
+/* ---- what the device and the links give: docs/planning.md ---- */
+
+/* Of the datasheet's figures. Fitted to one H200 with Llama-3-8B's shape, 4,096 tokens a step, rank
+ * 16 on all linears: 265, 313 and 341 ms with recompute none, selective and full. A large product
+ * alone reached 0.70 of the peak and a copy 0.89; a step reaches 0.92 of either, and attention
+ * follows from what full takes beyond selective. */
+static const double PRODUCT_SHARE = 0.65, ATTENTION_SHARE = 0.41, MEMORY_SHARE = 0.82;
+
+/* Collectives reach about this much of a link's own figure. */
+static const double LINK_SHARE = 0.8;
+
+static const double NODE_GBPS = 25; /* 200 Gbit/s */
+
+/* ---- the work ---- */
+
+/* Sizes of a layer and of the tokens that a rank takes through it in a step. */
+typedef struct {
+    const qs_session *s;
+    double h, q, kv, f, v; /* widths: hidden, heads, kv heads, ffn; vocabulary */
+    double layers;
+    double tokens, targets; /* of the rank */
+    double pairs;           /* of queries and keys, over all layers */
+    double passes;
+    double act_bytes;
+} work_sizes;
+
+/* Pairs that mask and window let through in a document of n tokens. */
+static double document_pairs(double n, double window)
+{
+    const double w = window > 0 && window < n ? window : n;
+    return w * (w + 1) / 2 + (n - w) * w;
+}
+
+/* Of all layers and documents, for each token of the data. */
+static double pairs_per_token(const qs_hf_config *model, const qs_data *data)
+{
+    double windowed = 0, whole = 0, layers_windowed = 0;
+    for (int64_t d = 0; d < data->n_docs; d++) {
+        const double n = (double)(data->doc_offsets[d + 1] - data->doc_offsets[d]);
+        whole += document_pairs(n, 0);
+        windowed += document_pairs(n, (double)model->window);
+    }
+    for (int l = 0; l < model->n_layers; l++) {
+        layers_windowed += model->windowed[l];
+    }
+    return ((model->n_layers - layers_windowed) * whole + layers_windowed * windowed) /
+           (double)data->n_tokens;
+}
+
+static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_model_shape *shape,
+                           int64_t slots)
+{
+    const qs_hf_config *model = &s->index->config;
+    const int64_t most = qs_shard_width(slots, s->nranks); /* slots of the busiest rank */
+    const double batch = (double)s->config.train.global_batch;
+    const double held = (double)(most * s->config.train.micro_batch);
+    const double sequences = held < batch ? held : batch;
+    work_sizes z = {.s = s,
+                    .h = (double)model->hidden,
+                    .q = (double)model->n_heads * model->head_dim,
+                    .kv = (double)model->n_kv_heads * model->head_dim,
+                    .f = (double)model->ffn_hidden,
+                    .v = (double)model->vocab,
+                    .layers = model->n_layers,
+                    .tokens = sequences * (double)train->n_tokens / (double)train->n_sequences,
+                    .targets = sequences * (double)train->n_targets / (double)train->n_sequences,
+                    .passes = (double)((most + shape->group - 1) / shape->group),
+                    .act_bytes = (double)qs_dtype_bytes(s->ops->act_dtype)};
+    z.pairs = z.tokens * pairs_per_token(model, train);
+    return z;
+}
+
+/* One product with W, over `layers`, and `adapter_launches` of the two that its adapter takes. */
+static double linear_flops(const work_sizes *z, qs_linear linear, double launches,
+                           double adapter_launches)
+{
+    const qs_lora_layout *lora = &z->s->layout;
+    int64_t out = 0, in = 0;
+    qs_linear_shape(&z->s->index->config, linear, &out, &in);
+    const double rank = lora->targeted[linear] ? lora->lora_rank : 0;
+    return 2 * z->tokens *
+           (launches * (double)out * (double)in + adapter_launches * (double)(out + in) * rank);
+}
+
+static double forward_flops(const work_sizes *z, qs_linear from, qs_linear to)
+{
+    double flops = 0;
+    for (int i = (int)from; i <= (int)to; i++) {
+        flops += linear_flops(z, (qs_linear)i, z->layers, z->layers);
+    }
+    return flops;
+}
+
+/* dX and the adapter's gradients; below the first layer no dX of q, k and v is wanted. */
+static double backward_flops(const work_sizes *z)
+{
+    double flops = 0;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        const double layers = z->layers - (i <= QS_V);
+        flops += linear_flops(z, (qs_linear)i, layers, layers + z->layers);
+    }
+    return flops;
+}
+
+/* Elements a token that the operations around the products read and write in the halves of a
+ * layer: norm, RoPE, what adapters read; norm, ditto; SwiGLU, ditto. */
+static double attention_elements(const work_sizes *z)
+{
+    return 5 * z->h + 3 * z->q + 2 * z->kv;
+}
+
+static double gate_elements(const work_sizes *z)
+{
+    return 4 * z->h;
+}
+
+static double down_elements(const work_sizes *z)
+{
+    return 4 * z->f;
+}
+
+/* Norms and SwiGLU again, their gradients, those of RoPE and attention's sums; adapters read x
+ * once and dY twice. */
+static double backward_elements(const work_sizes *z)
+{
+    return 21 * z->h + 7 * z->q + 6 * z->kv + 13 * z->f;
+}
+
+/* Every layer's unit, decoded once a pass: what is read of it, and bf16 written. */
+static double decode_bytes(const work_sizes *z)
+{
+    double bytes = 0;
+    for (int l = 0; l < (int)z->layers; l++) {
+        const qs_base_unit *unit = &z->s->index->units[qs_base_layer_unit(z->s->index, l)];
+        bytes += (double)qs_unit_layout_make(&unit->size, 1).message_bytes;
+        for (int i = 0; i < unit->n_tensors; i++) {
+            if (unit->tensors[i].kind != QS_TENSOR_SMALL) {
+                bytes +=
+                    z->act_bytes * (double)(unit->tensors[i].shape[0] * unit->tensors[i].shape[1]);
+            }
+        }
+    }
+    return z->passes * bytes;
+}
+
+/* What a rank receives when the units [first, first + count) are gathered, in all passes. */
+static double gathered_bytes(const work_sizes *z, int first, int count)
+{
+    const int nranks = z->s->shard.nranks;
+    double bytes = 0;
+    for (int u = first; u < first + count; u++) {
+        bytes += (double)qs_unit_layout_make(&z->s->index->units[u].size, nranks).message_bytes;
+    }
+    return z->passes * bytes * (nranks - 1);
+}
+
+/* The buffers still hold the first layers, which the backward before ended with. */
+static double forward_gather_bytes(const work_sizes *z)
+{
+    const int kept = z->layers < QS_GATHER_BUFFERS ? (int)z->layers : QS_GATHER_BUFFERS;
+    return gathered_bytes(z, qs_base_layer_unit(z->s->index, kept), (int)z->layers - kept);
+}
+
+static qs_step_phase forward_phase(const work_sizes *z)
+{
+    const double elements = attention_elements(z) + gate_elements(z) + down_elements(z);
+    return (qs_step_phase){.product_flops = forward_flops(z, QS_Q, QS_DOWN),
+                           .attention_flops = 4 * z->pairs * z->q,
+                           .memory_bytes =
+                               decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes,
+                           .gather_bytes = forward_gather_bytes(z)};
+}
+
+/* Logits are written in fp32, read twice, and their exponentials written and read in bf16; the
+ * running sum over the vocabulary is read and written once a slice. */
+static qs_step_phase head_phase(const work_sizes *z)
+{
+    const int chunks = qs_base_head_chunks(z->s->index);
+    return (qs_step_phase){.product_flops = 4 * z->targets * z->h * z->v,
+                           .memory_bytes = z->targets * z->v * (16 + 8 * z->h / QS_CUDA_HEAD_SLICE),
+                           .gather_bytes =
+                               gathered_bytes(z, qs_base_head_unit(z->s->index, 0), chunks)};
+}
+
+/* The last layer is still there only if the head had no more than one chunk to take its place. */
+static double backward_gather_bytes(const work_sizes *z)
+{
+    const int first = qs_base_layer_unit(z->s->index, 0);
+    const bool kept = qs_base_head_chunks(z->s->index) < QS_GATHER_BUFFERS;
+    return gathered_bytes(z, first, (int)z->layers - kept);
+}
+
+static qs_step_phase backward_phase(const work_sizes *z, int recompute)
+{
+    qs_step_phase p = {.product_flops = backward_flops(z),
+                       .attention_flops = 8 * z->pairs * z->q,
+                       .gather_bytes = backward_gather_bytes(z)};
+    double elements = backward_elements(z);
+    if (recompute == QS_RECOMPUTE_FULL) {
+        p.product_flops += forward_flops(z, QS_Q, QS_O);
+        p.attention_flops += 4 * z->pairs * z->q;
+        elements += attention_elements(z);
+    }
+    if (recompute != QS_RECOMPUTE_NONE) {
+        p.product_flops += forward_flops(z, QS_GATE, QS_UP);
+        elements += gate_elements(z);
+    }
+    p.memory_bytes = decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes;
+    return p;
+}
+
+/* fp32 pieces of the gradient for the own share, and everybody's new weights. */
+static double reduce_bytes(const work_sizes *z)
+{
+    const double share = z->layers * (double)qs_lora_shard_width(&z->s->layout, z->s->nranks);
+    return (z->s->nranks - 1) * share * ((double)sizeof(float) + z->act_bytes);
+}
+
+qs_step_work qs_step_work_make(const qs_session *s, const qs_data *train,
+                               const qs_model_shape *shape, int64_t slots)
+{
+    const work_sizes z = sizes_of(s, train, shape, slots);
+    return (qs_step_work){.forward = forward_phase(&z),
+                          .head = head_phase(&z),
+                          .backward = backward_phase(&z, shape->recompute),
+                          .nranks = s->nranks,
+                          .group = s->shard.nranks,
+                          .reduce_bytes = reduce_bytes(&z),
+                          .all_tokens = (double)s->config.train.global_batch *
+                                        (double)train->n_tokens / (double)train->n_sequences};
+}
+
+static double phase_flops(const qs_step_phase *phase)
+{
+    return phase->product_flops + phase->attention_flops;
+}
+
+double qs_step_flops(const qs_step_work *work)
+{
+    return phase_flops(&work->forward) + phase_flops(&work->head) + phase_flops(&work->backward);
+}
+
+double qs_step_gather_bytes(const qs_step_work *work)
+{
+    return work->forward.gather_bytes + work->head.gather_bytes + work->backward.gather_bytes;
+}
+
+/* ---- the time ---- */
+
+qs_links qs_links_usual(const qs_gpu_kind *kind, int per_node)
+{
+    return (qs_links){.per_node = per_node,
+                      .in_node_gbps = LINK_SHARE * kind->link_gbps,
+                      .between_gbps = LINK_SHARE * NODE_GBPS};
+}
+
+/* A rank receives `bytes` over its own link; what comes from other nodes enters a node once and is
+ * passed on inside. */
+static double receive_s(double bytes, int nranks, const qs_links *links)
+{
+    if (nranks == 1) {
+        return 0;
+    }
+    const int per_node = links->per_node < nranks ? links->per_node : nranks;
+    const double foreign = bytes * (nranks - per_node) / (nranks - 1);
+    const double inside_s = per_node > 1 ? bytes / (links->in_node_gbps * 1e9) : 0;
+    const double between_s = foreign / (links->between_gbps * 1e9);
+    return inside_s > between_s ? inside_s : between_s;
+}
+
+static void add_phase(qs_forecast *f, const qs_step_phase *phase, int group,
+                      const qs_gpu_kind *kind, const qs_links *links)
+{
+    const double peak = kind->bf16_tflops * 1e12, bandwidth = kind->memory_gbps * 1e9;
+    const double product = phase->product_flops / (PRODUCT_SHARE * peak);
+    const double attention = phase->attention_flops / (ATTENTION_SHARE * peak);
+    const double memory = phase->memory_bytes / (MEMORY_SHARE * bandwidth);
+    const double compute = product + attention + memory;
+    const double gather = receive_s(phase->gather_bytes, group, links);
+    f->product_s += product;
+    f->attention_s += attention;
+    f->memory_s += memory;
+    f->compute_s += compute;
+    f->gather_s += gather;
+    f->gather_waited_s += gather > compute ? gather - compute : 0;
+}
+
+qs_forecast qs_forecast_make(const qs_step_work *work, const qs_gpu_kind *kind,
+                             const qs_links *links)
+{
+    qs_forecast f = {.reduce_s = receive_s(work->reduce_bytes, work->nranks, links)};
+    add_phase(&f, &work->forward, work->group, kind, links);
+    add_phase(&f, &work->head, work->group, kind, links);
+    add_phase(&f, &work->backward, work->group, kind, links);
+    f.step_s = f.compute_s + f.gather_waited_s + f.reduce_s;
+    return f;
+}

@@ -1,0 +1,237 @@
+#include "train/outlook.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "kernels/cuda/ops_cuda.h"
+#include "train/sampler.h"
+#include "weights/quantize.h"
+
+enum { RANKS_MAX = 4096 };
+
+/* ---- inputs ---- */
+
+static qs_status open_index(qs_outlook_inputs *in, const qs_config *cfg, qs_comm *self)
+{
+    struct stat info;
+    const bool is_dir = stat(cfg->base, &info) == 0 && S_ISDIR(info.st_mode);
+    return is_dir ? qs_base_index_expected(&in->index, cfg->base)
+                  : qs_base_index_read(&in->index, cfg->base, self);
+}
+
+static bool exists(const char *path)
+{
+    return path[0] != '\0' && access(path, F_OK) == 0;
+}
+
+static qs_status open_data(qs_outlook_inputs *in, const qs_config *cfg, qs_comm *self)
+{
+    const int64_t vocab = in->index->config.vocab;
+    in->assumed = !exists(cfg->data_train);
+    QS_TRY(in->assumed
+               ? qs_data_assume(&in->train, cfg->train.seq_len)
+               : qs_data_open(&in->train, cfg->data_train, vocab, cfg->train.seq_len, self));
+    return exists(cfg->data_eval) ? qs_data_open(&in->eval, cfg->data_eval, vocab, 0, self) : QS_OK;
+}
+
+qs_status qs_outlook_open(qs_outlook_inputs *in, const qs_config *cfg)
+{
+    qs_status st = QS_OK;
+    qs_comm *self = NULL;
+    *in = (qs_outlook_inputs){0};
+    QS_TRY(qs_comm_self_create(&self));
+    QS_GOTO(open_index(in, cfg, self));
+    QS_GOTO(open_data(in, cfg, self));
+done:
+    if (st != QS_OK) {
+        qs_outlook_close(in);
+    }
+    qs_comm_destroy(self);
+    return st;
+}
+
+void qs_outlook_close(qs_outlook_inputs *in)
+{
+    qs_data_close(in->train);
+    qs_data_close(in->eval);
+    qs_base_index_free(in->index);
+    *in = (qs_outlook_inputs){0};
+}
+
+/* ---- one outlook ---- */
+
+/* The part of a session that plans look at; nothing in it is owned. */
+static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
+                                  const qs_outlook_place *place)
+{
+    char why[256] = "";
+    *s = (qs_session){.config = *cfg,
+                      .nranks = place->nranks,
+                      .threads = place->threads,
+                      .apart = place->gpu != NULL,
+                      .ops = place->gpu != NULL ? qs_ops_cuda_sizes() : qs_ops_cpu(),
+                      .index = in->index};
+    QS_TRY(qs_lora_layout_make(&s->layout, &in->index->config, cfg));
+    const qs_ops_limits limits = qs_session_limits(s, &(qs_model_shape){0});
+    if (!s->ops->takes(&limits, why, sizeof why)) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s, so not on a GPU", cfg->base, why);
+    }
+    const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
+    const int per_node = place->per_node < place->nranks ? place->per_node : place->nranks;
+    return qs_shard_group_assume(&s->shard, cfg, in->index, &options,
+                                 qs_outlook_allowed(cfg, place), place->nranks, per_node);
+}
+
+qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs_config *cfg,
+                          const qs_outlook_place *place)
+{
+    qs_session s;
+    QS_TRY(session_on_paper(&s, in, cfg, place));
+    const int64_t slots = qs_sampler_make(cfg, in->train).slots;
+    const qs_model_shape shape = qs_plan_shape(&s, in->train, in->eval, slots);
+    out->memory = qs_memory_plan_make(&s, in->train, in->eval, &shape, slots);
+    out->work = qs_step_work_make(&s, in->train, &shape, slots);
+    return QS_OK;
+}
+
+size_t qs_outlook_needed(const qs_outlook *outlook)
+{
+    const qs_memory_plan *plan = &outlook->memory;
+    return plan->space == QS_MEM_DEVICE ? qs_memory_plan_needed(plan)
+                                        : plan->total_bytes[plan->space];
+}
+
+size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place)
+{
+    const size_t card = place->gpu != NULL ? qs_gpu_kind_free_bytes(place->gpu) : SIZE_MAX;
+    const size_t limit = (size_t)cfg->memory.device_limit;
+    return limit > 0 && limit < card ? limit : card;
+}
+
+/* ---- remedies ---- */
+
+/* Changes of the configuration, those that cost the least time first. */
+typedef enum {
+    SELECTIVE,
+    FULL,
+    GROUP_1,
+    MICRO_1,
+    OFFLOAD_ACTIVATIONS,
+    OFFLOAD_EMBEDDING,
+    OFFLOAD_WEIGHTS,
+    CHANGES
+} change;
+
+static bool has(unsigned changes, change c)
+{
+    return (changes & (1u << c)) != 0;
+}
+
+static qs_config changed(const qs_config *cfg, unsigned changes)
+{
+    qs_config out = *cfg;
+    if (has(changes, SELECTIVE) && out.train.recompute == QS_RECOMPUTE_NONE) {
+        out.train.recompute = QS_RECOMPUTE_SELECTIVE;
+    }
+    if (has(changes, FULL)) {
+        out.train.recompute = QS_RECOMPUTE_FULL;
+    }
+    out.train.gather_group = has(changes, GROUP_1) ? 1 : out.train.gather_group;
+    out.train.micro_batch = has(changes, MICRO_1) ? 1 : out.train.micro_batch;
+    out.memory.offload |= has(changes, OFFLOAD_ACTIVATIONS) ? QS_OFFLOAD_ACTIVATIONS : 0;
+    out.memory.offload |= has(changes, OFFLOAD_EMBEDDING) ? QS_OFFLOAD_EMBEDDING : 0;
+    out.memory.offload |= has(changes, OFFLOAD_WEIGHTS) ? QS_OFFLOAD_WEIGHTS : 0;
+    return out;
+}
+
+/* Offloaded activations are the layers' inputs: all that `full` keeps (config.c refuses others). */
+static bool allowed_pair(const qs_config *cfg)
+{
+    return (cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) == 0 ||
+           cfg->train.recompute == QS_RECOMPUTE_FULL;
+}
+
+static qs_status fits(bool *out, const qs_outlook_inputs *in, const qs_config *cfg,
+                      const qs_outlook_place *place)
+{
+    qs_outlook outlook;
+    QS_TRY(qs_outlook_make(&outlook, in, cfg, place));
+    *out = qs_outlook_needed(&outlook) <= qs_outlook_allowed(cfg, place);
+    return QS_OK;
+}
+
+/* The fewest of the changes, in their order, that are enough; 0: all together are not. */
+static qs_status enough_changes(unsigned *out, const qs_outlook_inputs *in, const qs_config *cfg,
+                                const qs_outlook_place *place)
+{
+    const int count =
+        place->gpu != NULL ? CHANGES : OFFLOAD_ACTIVATIONS; /* the CPU offloads none */
+    bool enough = false;
+    unsigned taken = 0;
+    *out = 0;
+    for (int c = 0; c < count && !enough; c++) {
+        taken |= 1u << c;
+        const qs_config next = changed(cfg, taken);
+        QS_TRY(fits(&enough, in, &next, place));
+        enough = enough && allowed_pair(&next);
+    }
+    for (int c = 0; c < count && enough; c++) { /* those that turn out not to matter */
+        const unsigned fewer = taken & ~(1u << c);
+        const qs_config without = changed(cfg, fewer);
+        bool still = false;
+        QS_TRY(fits(&still, in, &without, place));
+        taken = still && allowed_pair(&without) ? fewer : taken;
+    }
+    *out = enough ? taken : 0;
+    return QS_OK;
+}
+
+static void add_text(char *out, size_t capacity, const char *text)
+{
+    const size_t used = strlen(out);
+    snprintf(out + used, capacity - used, "%s%s", used > 0 ? ", " : "", text);
+}
+
+static void describe_changes(unsigned changes, const qs_config *cfg, char *out, size_t capacity)
+{
+    static const char *const texts[] = {"train.recompute: selective", "train.recompute: full",
+                                        "train.gather_group: 1", "train.micro_batch: 1"};
+    static const char *const moved[] = {"activations", "weights", "embedding"}; /* bit by bit */
+    const qs_config to = changed(cfg, changes);
+    out[0] = '\0';
+    for (int c = 0; c <= MICRO_1; c++) {
+        if (has(changes, (change)c)) {
+            add_text(out, capacity, texts[c]);
+        }
+    }
+    if (to.memory.offload != cfg->memory.offload) {
+        char list[64] = "";
+        for (int i = 0; i < 3; i++) {
+            if ((to.memory.offload & (1u << i)) != 0) {
+                add_text(list, sizeof list, moved[i]);
+            }
+        }
+        char text[96];
+        snprintf(text, sizeof text, "memory.offload: [%s]", list);
+        add_text(out, capacity, text);
+    }
+}
+
+qs_status qs_outlook_find_remedy(qs_outlook_remedy *out, const qs_outlook_inputs *in,
+                                 const qs_config *cfg, const qs_outlook_place *place)
+{
+    unsigned changes = 0;
+    qs_outlook_place larger = *place;
+    bool enough = false;
+    *out = (qs_outlook_remedy){0};
+    QS_TRY(enough_changes(&changes, in, cfg, place));
+    describe_changes(changes, cfg, out->settings, sizeof out->settings);
+    while (!enough && larger.nranks < RANKS_MAX) {
+        larger.nranks *= 2;
+        QS_TRY(fits(&enough, in, cfg, &larger));
+    }
+    out->nranks = enough ? larger.nranks : 0;
+    return QS_OK;
+}

@@ -1,0 +1,166 @@
+"""qshard plan: what it says of a run that is not there is what the run itself says, and does."""
+import os
+import re
+import shutil
+import unittest
+
+import support
+
+EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
+ROW = re.compile(r"^  (.+?) +(\d+\.\d)$", re.M)
+WORKSPACE_MIB = 64.0  # of cuBLASLt, which the emulator has not
+
+
+def tables(text):
+    """{title: {class: MiB}} of a printed memory plan."""
+    found = {}
+    for part in re.split(r"(?=^(?:device |host )?memory of rank 0)", text, flags=re.M)[1:]:
+        title, body = part.split("plan MiB", 1)
+        rows = {}
+        for line in body.splitlines()[1:]:
+            match = ROW.match(line)
+            if not match:
+                break
+            rows[match.group(1)] = float(match.group(2))
+        found[title.strip()] = rows
+    return found
+
+
+def plan(*options, expect=0, **settings):
+    return support.qshard("plan", support.TINY_YAML, *support.settings(support.tiny(), "unused", **settings), *options,
+                          expect=expect)
+
+
+class Memory(unittest.TestCase):
+    """Class by class what `train --dry-run` prints, where both can be had."""
+
+    def same(self, ranks, environment, options, workspace=0.0, **settings):
+        settings = {"train__global_batch": 8, "cpu__threads": 1, **settings}
+        folder = support.scratch()
+        dry = support.train(os.path.join(folder, "run"), ranks=ranks, environment=environment,
+                            options=("--dry-run", *(["--allow-shared-device"] if environment else [])), **settings)
+        planned, real = tables(plan("--gpus", ranks, *options, **settings).stdout), tables(dry.stdout)
+        self.assertEqual(sorted(planned), sorted(real))
+        for title, rows in real.items():
+            self.assertEqual(sorted(planned[title]), sorted(rows))
+            for name, mib in rows.items():
+                more = workspace if title.startswith("device") and name in ("scratch", "total") else 0.0
+                self.assertAlmostEqual(planned[title][name], mib + more, delta=0.11, msg=f"{title}: {name}")
+
+    def test_cpu(self):
+        for ranks, more in ((1, {}), (3, {"train__recompute": "none"}), (4, {"shard__group": 2})):
+            with self.subTest(ranks=ranks, **more):
+                self.same(ranks, None, (), device="cpu", **more)
+
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_gpu(self):
+        for ranks, more in ((1, {}), (2, {"train__recompute": "none", "lora__dropout": 0}),
+                            (2, {"memory__offload": "[activations, weights, embedding]"})):
+            with self.subTest(ranks=ranks, **more):
+                self.same(ranks, {"QSHARD_PLUGIN": EMULATED}, ("--gpu", "H100"), WORKSPACE_MIB, device="cuda", **more)
+
+
+class Work(unittest.TestCase):
+    """The step that the forecast divides by a card's figures is the one that runs."""
+
+    def counted(self, ranks, **settings):
+        """(flops, gathered bytes) a step of the busiest rank: counted by a run of whole epochs, and planned."""
+        output = os.path.join(support.scratch(), "run")
+        settings = {"device": "cpu", "train__steps": 0, "train__epochs": 1, "train__micro_batch": 2,
+                    "train__global_batch": 4, "data__eval": "", "train__save_every": 0, "train__eval_every": 0,
+                    **settings}
+        support.train(output, ranks=ranks, **settings)
+        steps = len([line for line in support.metrics(output) if "loss" in line])
+        lines = support.metrics(output, "ranks.jsonl")
+        said = plan("--gpus", ranks or 1, "--gpu", "H100", **{**settings, "device": "auto"}).stdout
+        flops = sum(line["flops"] for line in lines) / len(lines) / steps
+        gathered = max(line["gathered_bytes"] for line in lines) / steps
+        return ((flops, float(re.search(r"\((\S+) TFLOP", said)[1]) * 1e12),
+                (gathered, float(re.search(r"gather .* (\S+) GB received", said)[1]) * 1e9))
+
+    def test_flops(self):
+        """The means of lengths make up for each other over an epoch; what is left are the printed digits."""
+        for recompute in ("none", "selective", "full"):
+            with self.subTest(recompute=recompute):
+                (ran, planned), _ = self.counted(None, train__recompute=recompute)
+                self.assertAlmostEqual(planned / ran, 1, delta=1e-3)
+
+    def test_gathered_bytes(self):
+        """One pass of two micro-batches a rank, two passes of one, and two copies of the base. The first pass of a run gathers two
+        layers more than those behind it: 1 % over these steps."""
+        for ranks, more in ((2, {"train__gather_group": 2}), (2, {"train__gather_group": 1}), (4, {"shard__group": 2})):
+            with self.subTest(ranks=ranks, **more):
+                _, (ran, planned) = self.counted(ranks, train__micro_batch=1, **more)
+                self.assertAlmostEqual(planned / ran, 1, delta=0.01)
+
+
+class Answers(unittest.TestCase):
+    def test_no_file_but_config_json(self):
+        """Before anything is downloaded, quantized or prepared: a directory with config.json."""
+        folder = support.scratch()
+        shutil.copy(os.path.join(support.tiny(), "model", "config.json"), folder)
+        done = plan("--gpu", "RTX 4090", base=folder, data__train="nowhere.h5")
+        self.assertIn("nowhere.h5 is not there: sequences of 64 tokens", done.stdout)
+        self.assertIn("fits: a rank needs", done.stdout)
+        self.assertRegex(done.stdout, r"step +\d+\.\d +\d+ tokens/s")
+
+    def test_a_line_for_every_kind(self):
+        text = plan("--gpus", 4).stdout
+        for name in ("RTX3090", "A6000", "L40S", "A100-40", "H200", "B200"):
+            self.assertRegex(text, rf"(?m)^{name} .* yes +\d+\.\d +\d+$")
+
+    def test_does_not_fit(self):
+        """Exit 7 with one line that says what to change, and the change is enough."""
+        settings = {"train__seq_len": 4096, "train__micro_batch": 8, "train__recompute": "none", "lora__dropout": 0,
+                    "data__train": "", "data__eval": "", "train__eval_every": 0, "memory__device_limit": "1500M"}
+        done = plan("--gpu", "H100", expect=7, **settings)
+        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+        found = re.search(r"it fits with ([^\n]*?)(?:, or on \d+ ranks)?$", done.stderr, re.M)
+        self.assertTrue(found, done.stderr)
+        changes = dict(re.findall(r"([\w.]+): (\[[^]]*\]|\w+)", found[1]))
+        self.assertIn("memory.device_limit", done.stderr)
+        fits = plan("--gpu", "H100", **{**settings, **{key.replace(".", "__"): value for key, value in changes.items()}})
+        self.assertIn("fits: a rank needs", fits.stdout)
+
+    def test_refused(self):
+        for options, text in ((("--gpu", "V100"), "known are RTX3090"), (("--link", "fast"), "--link"),
+                              (("--gpus", "0"), "--gpus"), (("--link", 1, "--link", 2, "--link", 3), "more than 2")):
+            with self.subTest(options=options):
+                done = plan(*options, expect=2)
+                self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+                self.assertIn(text, done.stderr)
+
+    def test_links(self):
+        """Slower links never make a step faster, and one GPU has none."""
+        def step(*options):
+            return float(re.search(r"(?m)^  step +([\d.]+)", plan("--gpu", "H100", *options).stdout)[1])
+        self.assertEqual(step("--link", "0.001"), step())
+        times = [step("--gpus", 4, "--per-node", 2, "--link", link, "--link", link) for link in (100, 1, 0.01)]
+        self.assertEqual(times, sorted(times))
+        self.assertLess(times[0], times[2])
+
+
+@unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+class Check(unittest.TestCase):
+    """A run on a card that the table knows says at its end what the forecast would have been."""
+
+    SMALL = {"device": "cuda", "train__steps": 3, "train__global_batch": 2, "train__micro_batch": 1,
+             "train__save_every": 0, "train__eval_every": 0, "data__eval": ""}
+
+    def run_on(self, name):
+        environment = {"QSHARD_PLUGIN": EMULATED, "QSHARD_EMULATOR_NAME": name}
+        return support.train(os.path.join(support.scratch(), "run"), environment=environment, **self.SMALL)
+
+    def test_known_and_unknown(self):
+        done = self.run_on("NVIDIA H200")
+        said = done.stdout + done.stderr
+        found = re.search(r"a step took [\d.]+ ms \(mean of 1\); forecast for H200: ([\d.]+) ms", said)
+        self.assertTrue(found, said)
+        planned = plan("--gpu", "H200", **self.SMALL).stdout
+        self.assertEqual(found[1], re.search(r"(?m)^  step +([\d.]+)", planned)[1])
+        other = self.run_on("NVIDIA H200 MIG 1g.18gb")
+        self.assertNotIn("forecast", other.stdout + other.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

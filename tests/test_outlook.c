@@ -1,0 +1,292 @@
+/* A run on paper: GPUs by name, the forecast's fit and its monotony, remedies. What a plan says of
+ * memory and work is compared with real runs in tests/e2e/test_plan.py. */
+#define _GNU_SOURCE
+#include <criterion/criterion.h>
+#include <criterion/parameterized.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "device/gpu_kinds.h"
+#include "store/io.h"
+#include "train/outlook.h"
+
+/* ---- GPUs by name ---- */
+
+TestSuite(gpu_kinds, .timeout = 30);
+TestSuite(outlook, .timeout = 120);
+
+Test(gpu_kinds, are_found_however_they_are_written)
+{
+    static const char *const names[][2] = {
+        {"H100", "H100"},        {"h200", "H200"},
+        {"rtx 4090", "RTX4090"}, {"NVIDIA GeForce RTX 3090", "RTX3090"},
+        {"a100-80", "A100-80"},  {"A100 40GB", "A100-40"},
+        {"RTX A6000", "A6000"},  {"5090", "RTX5090"},
+    };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const qs_gpu_kind *kind = qs_gpu_kind_find(names[i][0]);
+        cr_assert_not_null(kind, "%s", names[i][0]);
+        cr_assert_str_eq(kind->name, names[i][1]);
+    }
+}
+
+Test(gpu_kinds, unknown_names_have_no_kind)
+{
+    static const char *const names[] = {"", "V100", "A100", "H100 PCIe", "4090 Ti", "nvidia"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        cr_assert_null(qs_gpu_kind_find(names[i]), "%s", names[i]);
+    }
+}
+
+Test(gpu_kinds, a_card_is_known_by_its_whole_name_only)
+{
+    static const struct {
+        const char *description, *name;
+    } cards[] = {
+        {"NVIDIA H200, sm_90, 132 SMs, 139.8 GiB; driver 12.8, runtime 12.8", "H200"},
+        {"NVIDIA H100 80GB HBM3, sm_90, 132 SMs, 79.1 GiB; driver 12.4", "H100"},
+        {"NVIDIA GeForce RTX 4090, sm_89, 128 SMs, 23.6 GiB", "RTX4090"},
+        {"NVIDIA H200 NVL, sm_90, 132 SMs, 139.8 GiB", NULL},
+        {"NVIDIA H100 PCIe, sm_90", NULL},
+        {"NVIDIA GeForce RTX 4090 Laptop GPU, sm_89", NULL},
+        {"NVIDIA H100 80GB HBM3 MIG 1g.10gb, sm_90", NULL},
+        {"cpu", NULL},
+    };
+    for (size_t i = 0; i < sizeof cards / sizeof *cards; i++) {
+        const qs_gpu_kind *kind = qs_gpu_kind_of(cards[i].description);
+        cr_assert_eq(kind == NULL, cards[i].name == NULL, "%s", cards[i].description);
+        cr_assert(kind == NULL || strcmp(kind->name, cards[i].name) == 0);
+    }
+}
+
+Test(gpu_kinds, rows_are_complete_and_named_once)
+{
+    for (int i = 0; i < qs_gpu_kinds_count; i++) {
+        const qs_gpu_kind *k = &qs_gpu_kinds[i];
+        cr_assert_eq(qs_gpu_kind_find(k->name), k, "%s", k->name);
+        cr_assert_not_null(k->models[0]);
+        cr_assert_eq(qs_gpu_kind_of(k->models[0]), k);
+        cr_assert(k->bf16_tflops > 50 && k->memory_gbps > 500 && k->memory_gib >= 24 &&
+                  k->link_gbps > 10);
+    }
+}
+
+/* ---- a run ---- */
+
+static const char LLAMA_3_8B[] =
+    "{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", \"hidden_size\": 4096,"
+    " \"intermediate_size\": 14336, \"num_hidden_layers\": 32, \"num_attention_heads\": 32,"
+    " \"num_key_value_heads\": 8, \"vocab_size\": 128256, \"max_position_embeddings\": 8192,"
+    " \"rms_norm_eps\": 1e-5, \"rope_theta\": 500000.0, \"hidden_act\": \"silu\","
+    " \"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\"}";
+
+typedef struct {
+    char folder[64];
+    qs_config config;
+    qs_outlook_inputs inputs;
+} fixture;
+
+/* One sequence of 4,096 tokens a step on a base that is nothing but its config.json. */
+static fixture llama(const char *const *sets, int n_sets)
+{
+    fixture f = {.folder = "/tmp/qs_outlook_XXXXXX"};
+    char path[128], yaml[512];
+    qs_log_init(0, 1, QS_LOG_QUIET, false);
+    cr_assert_not_null(mkdtemp(f.folder));
+    snprintf(path, sizeof path, "%s/config.json", f.folder);
+    cr_assert_eq(qs_io_write_file(path, LLAMA_3_8B, sizeof LLAMA_3_8B - 1), QS_OK);
+    snprintf(yaml, sizeof yaml,
+             "base: %s\ntrain: {global_batch: 1, micro_batch: 1, seq_len: 4096}\n", f.folder);
+    cr_assert_eq(qs_config_parse(&f.config, yaml, strlen(yaml), "run.yaml", sets, n_sets), QS_OK,
+                 "%s", qs_error_text());
+    cr_assert_eq(qs_outlook_open(&f.inputs, &f.config), QS_OK, "%s", qs_error_text());
+    cr_assert(f.inputs.assumed);
+    return f;
+}
+
+static void done(fixture *f)
+{
+    char path[128];
+    qs_outlook_close(&f->inputs);
+    snprintf(path, sizeof path, "%s/config.json", f->folder);
+    cr_assert_eq(unlink(path), 0);
+    cr_assert_eq(rmdir(f->folder), 0);
+}
+
+static qs_outlook look_at(const fixture *f, const char *gpu, int nranks, int per_node)
+{
+    qs_outlook outlook;
+    const qs_outlook_place place = {
+        .gpu = qs_gpu_kind_find(gpu), .nranks = nranks, .per_node = per_node, .threads = 1};
+    cr_assert_eq(qs_outlook_make(&outlook, &f->inputs, &f->config, &place), QS_OK, "%s",
+                 qs_error_text());
+    return outlook;
+}
+
+static qs_outlook look(const fixture *f, const char *gpu, int nranks)
+{
+    return look_at(f, gpu, nranks, 4096);
+}
+
+static double step_s(const fixture *f, const char *gpu, int nranks, int per_node, double gbps)
+{
+    const qs_outlook outlook = look_at(f, gpu, nranks, per_node);
+    const qs_links links = {per_node, gbps, gbps};
+    return qs_forecast_make(&outlook.work, qs_gpu_kind_find(gpu), &links).step_s;
+}
+
+Test(outlook, the_forecast_has_the_measured_steps_of_an_h200)
+{
+    static const struct {
+        const char *recompute;
+        double measured_s;
+    } steps[] = {{"train.recompute=none", 0.265},
+                 {"train.recompute=selective", 0.313},
+                 {"train.recompute=full", 0.341}};
+    for (int i = 0; i < 3; i++) {
+        fixture f = llama(&steps[i].recompute, 1);
+        const double forecast = step_s(&f, "H200", 1, 1, 1);
+        cr_assert_lt(fabs(forecast / steps[i].measured_s - 1), 0.02, "%s: %g s", steps[i].recompute,
+                     forecast); /* the fit leaves 1 % */
+        done(&f);
+    }
+}
+
+Test(outlook, flops_are_those_of_the_published_formula)
+{
+    static const char *const sets[] = {"train.recompute=none"};
+    fixture f = llama(sets, 1);
+    const qs_outlook outlook = look(&f, "H200", 1);
+    /* a token: 4 P + 4 h V + 6 s hq L + 6 r S L; here causal, so half of the scores */
+    const double p = 32 * 218.1e6, head = 4 * 4096 * 128256.0, lora = 6 * 16 * 81920.0 * 32;
+    const double attention = 6 * 4096 * 4096.0 * 32;
+    const double expected = 4096 * (4 * p + head + lora + attention);
+    cr_assert_lt(fabs(qs_step_flops(&outlook.work) / expected - 1), 0.005, "%g of %g",
+                 qs_step_flops(&outlook.work), expected); /* no dX below the first layer: 0.3 % */
+    done(&f);
+}
+
+Test(outlook, slower_links_and_more_nodes_never_help)
+{
+    static const char *const sets[] = {"train.global_batch=8", "shard.group=world"};
+    fixture f = llama(sets, 2);
+    double before = 0;
+    for (double gbps = 1000; gbps > 0.5; gbps /= 10) {
+        const double now = step_s(&f, "H100", 8, 4, gbps);
+        cr_assert_geq(now, before);
+        before = now;
+    }
+    cr_assert_geq(step_s(&f, "H100", 8, 1, 10), step_s(&f, "H100", 8, 8, 10));
+    cr_assert_lt(step_s(&f, "H100", 8, 8, 450), step_s(&f, "RTX3090", 8, 8, 450));
+    done(&f);
+}
+
+Test(outlook, the_time_of_gathers_is_their_bytes_over_the_narrowest_link)
+{
+    const qs_step_work work = {.forward = {.gather_bytes = 7e9}, .nranks = 8, .group = 8};
+    const qs_step_work alone = {.forward = {.gather_bytes = 7e9}, .nranks = 1, .group = 1};
+    const qs_gpu_kind *gpu = qs_gpu_kind_find("H100");
+    const qs_links one_node = {8, 100, 1}, two_nodes = {4, 100, 10}, single = {1, 1, 10};
+    cr_assert_float_eq(qs_forecast_make(&work, gpu, &one_node).gather_s, 0.07, 1e-9);
+    /* 4 of the 7 other ranks' bytes come from the other node, once */
+    cr_assert_float_eq(qs_forecast_make(&work, gpu, &two_nodes).gather_s, 0.4, 1e-9);
+    cr_assert_float_eq(qs_forecast_make(&work, gpu, &single).gather_s, 0.7, 1e-9);
+    cr_assert_eq(qs_forecast_make(&alone, gpu, &single).gather_s, 0);
+}
+
+Test(outlook, more_ranks_hold_less_each)
+{
+    fixture f = llama(NULL, 0);
+    size_t before = SIZE_MAX;
+    for (int nranks = 2; nranks <= 64; nranks *= 2) {
+        const size_t now = look(&f, "H100", nranks).memory.bytes[QS_MEM_DEVICE][QS_MEM_BASE_SHARD];
+        cr_assert_lt(now, before);
+        before = now;
+    }
+    done(&f);
+}
+
+Test(outlook, a_copy_of_the_base_is_shared_by_whom_the_configuration_says)
+{
+    static const struct {
+        const char *set;
+        int per_node, group;
+    } cases[] = {{"shard.group=auto", 4, 4}, /* 3.6 GiB are less than half of 80 */
+                 {"shard.group=auto", 8, 8},  {"shard.group=node", 2, 2},
+                 {"shard.group=world", 2, 8}, {"shard.group=2", 4, 2},
+                 {"shard.group=node", 16, 8}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fixture f = llama(&cases[i].set, 1);
+        const qs_outlook outlook = look_at(&f, "H100", 8, cases[i].per_node);
+        cr_assert_eq(outlook.work.group, cases[i].group, "%s on nodes of %d: %d", cases[i].set,
+                     cases[i].per_node, outlook.work.group);
+        done(&f);
+    }
+    static const char *const tight[] = {"memory.device_limit=6G"}; /* of which a half is 3 */
+    fixture f = llama(tight, 1);
+    cr_assert_eq(look_at(&f, "H100", 8, 1).work.group, 8);
+    cr_assert_eq(look_at(&f, "H100", 8, 4).work.group, 4);
+    done(&f);
+}
+
+Test(outlook, a_group_that_does_not_divide_the_ranks_is_refused)
+{
+    static const char *const sets[] = {"shard.group=3"};
+    fixture f = llama(sets, 1);
+    qs_outlook outlook;
+    const qs_outlook_place place = {
+        .gpu = qs_gpu_kind_find("H100"), .nranks = 8, .per_node = 8, .threads = 1};
+    cr_assert_eq(qs_outlook_make(&outlook, &f.inputs, &f.config, &place), QS_ERR_CONFIG_PAIR);
+    done(&f);
+}
+
+static qs_outlook_remedy remedy_for(const fixture *f, const char *gpu)
+{
+    qs_outlook_remedy remedy;
+    const qs_outlook_place place = {
+        .gpu = qs_gpu_kind_find(gpu), .nranks = 1, .per_node = 8, .threads = 1};
+    cr_assert_eq(qs_outlook_find_remedy(&remedy, &f->inputs, &f->config, &place), QS_OK);
+    return remedy;
+}
+
+Test(outlook, a_remedy_names_only_what_is_needed)
+{
+    static const char *const none[] = {"train.recompute=none", "train.seq_len=8192"};
+    fixture f = llama(none, 2);
+    cr_assert_str_eq(remedy_for(&f, "RTX4090").settings, "train.recompute: selective", "%s",
+                     remedy_for(&f, "RTX4090").settings);
+    done(&f);
+    static const char *const many[] = {"train.global_batch=64", "train.micro_batch=64",
+                                       "train.recompute=full"};
+    fixture g = llama(many, 3);
+    const qs_outlook_remedy remedy = remedy_for(&g, "A6000");
+    cr_assert_str_eq(remedy.settings, "train.micro_batch: 1", "%s", remedy.settings);
+    done(&g);
+}
+
+Test(outlook, what_nothing_helps_has_no_remedy)
+{
+    static const char *const huge[] = {"train.seq_len=1048576"};
+    fixture f = llama(huge, 1);
+    const qs_outlook_remedy remedy = remedy_for(&f, "RTX3090");
+    cr_assert_str_eq(remedy.settings, "");
+    cr_assert_eq(remedy.nranks, 0);
+    done(&f);
+}
+
+Test(outlook, offloaded_activations_come_with_full_recompute_only)
+{
+    static const char *const tight[] = {"train.recompute=none", "train.seq_len=32768",
+                                        "memory.device_limit=14G"};
+    fixture f = llama(tight, 3);
+    const qs_outlook_remedy remedy = remedy_for(&f, "H100");
+    cr_assert(strstr(remedy.settings, "activations") == NULL ||
+                  strstr(remedy.settings, "train.recompute: full") != NULL,
+              "%s", remedy.settings);
+    done(&f);
+}
