@@ -13,7 +13,7 @@
 #include "qshard_version.h"
 #include "store/h5.h"
 
-static const qs_cli_command COMMANDS[] = {
+const qs_cli_command qs_cli_commands[] = {
     {"quantize", "HF_DIR -o BASE.h5",
      "Quantize a Hugging Face checkpoint to an NF4 base, or take over a bitsandbytes one.",
      qs_cli_quantize_options, 1, false, qs_cli_quantize, true},
@@ -37,21 +37,36 @@ static const qs_cli_command COMMANDS[] = {
     {"doctor", "", "Look at the environment and say what would go wrong.", qs_cli_plain_options, 0,
      false, qs_cli_doctor, false},
 };
-enum { COMMAND_COUNT = sizeof COMMANDS / sizeof *COMMANDS };
+enum { COMMAND_COUNT = sizeof qs_cli_commands / sizeof *qs_cli_commands };
+const int qs_cli_commands_count = COMMAND_COUNT;
+
+const qs_cli_exit_code qs_cli_exit_codes[] = {
+    {0, "done"},
+    {2, "usage or configuration"},
+    {3, "bad input file"},
+    {4, "output or checkpoint"},
+    {5, "numeric"},
+    {6, "peer lost"},
+    {7, "memory"},
+    {8, "ranks disagree or environment"},
+    {9, "device"},
+    {70, "bug"},
+    {75, "saved: please start again"},
+};
+const int qs_cli_exit_codes_count = (int)(sizeof qs_cli_exit_codes / sizeof *qs_cli_exit_codes);
 
 static void print_help(void)
 {
     printf("Usage: qshard COMMAND [OPTION...]\n\n"
            "QLoRA fine-tuning, sharded over MPI ranks. Commands:\n\n");
     for (int i = 0; i < COMMAND_COUNT; i++) {
-        printf("  %-9s %s\n", COMMANDS[i].name, COMMANDS[i].summary);
+        printf("  %-9s %s\n", qs_cli_commands[i].name, qs_cli_commands[i].summary);
     }
-    printf(
-        "\n  qshard COMMAND --help   options of a command\n"
-        "  qshard --version        version and build\n\n"
-        "Exit codes: 0 done, 2 usage or configuration, 3 bad input file, 4 output or checkpoint,\n"
-        "5 numeric, 6 peer lost, 7 memory, 8 ranks disagree or environment, 9 device, 70 bug,\n"
-        "75 saved: please start again.\n");
+    printf("\n  qshard COMMAND --help   options of a command\n"
+           "  qshard --version        version and build\n\nExit codes:\n\n");
+    for (int i = 0; i < qs_cli_exit_codes_count; i++) {
+        printf("  %-9d %s\n", qs_cli_exit_codes[i].code, qs_cli_exit_codes[i].meaning);
+    }
 }
 
 static void print_version(void)
@@ -73,7 +88,7 @@ static qs_status unknown_command(const char *name)
 {
     const char *names[COMMAND_COUNT];
     for (int i = 0; i < COMMAND_COUNT; i++) {
-        names[i] = COMMANDS[i].name;
+        names[i] = qs_cli_commands[i].name;
     }
     return QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; did you mean \"%s\"?", name,
                    qs_nearest(name, names, COMMAND_COUNT));
@@ -102,8 +117,8 @@ static qs_status understand(request *r, int argc, char **argv)
         return QS_OK;
     }
     for (int i = 0; i < COMMAND_COUNT; i++) {
-        if (strcmp(first, COMMANDS[i].name) == 0) {
-            r->command = &COMMANDS[i];
+        if (strcmp(first, qs_cli_commands[i].name) == 0) {
+            r->command = &qs_cli_commands[i];
             return qs_cli_parse(r->command, argc - 1, argv + 1, &r->args);
         }
     }

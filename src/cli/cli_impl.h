@@ -42,6 +42,19 @@ typedef struct {
     bool collective; /* else rank 0 works alone */
 } qs_cli_command;
 
+extern const qs_cli_command qs_cli_commands[];
+extern const int qs_cli_commands_count;
+
+typedef struct {
+    int code;
+    const char *meaning;
+} qs_cli_exit_code;
+extern const qs_cli_exit_code qs_cli_exit_codes[];
+extern const int qs_cli_exit_codes_count;
+
+/** Options of this group and higher ones are those of all commands. */
+enum { QS_CLI_COMMON_GROUP = 90 };
+
 /** Parse what follows the command's name. Pure but for the error record. */
 qs_status qs_cli_parse(const qs_cli_command *command, int argc, char **argv, qs_cli_args *out);
 

@@ -41,16 +41,17 @@ enum {
 };
 
 #define COMMON                                                                                     \
-    {"quiet", KEY_QUIET, NULL, 0, "Warnings and errors only", 90},                                 \
-        {"verbose", KEY_VERBOSE, NULL, 0, "Say more, on all ranks", 90},                           \
-        {"help", KEY_HELP, NULL, 0, "Show this help", 91},                                         \
+    {"quiet", KEY_QUIET, NULL, 0, "Warnings and errors only", QS_CLI_COMMON_GROUP},                \
+        {"verbose", KEY_VERBOSE, NULL, 0, "Say more, on all ranks", QS_CLI_COMMON_GROUP},          \
+        {"help", KEY_HELP, NULL, 0, "Show this help", QS_CLI_COMMON_GROUP + 1},                    \
     {                                                                                              \
         NULL, 0, NULL, 0, NULL, 0                                                                  \
     }
 
 #define SET                                                                                        \
     {                                                                                              \
-        "set", KEY_SET, "KEY=VALUE", 0, "Override a key of the configuration", 1                   \
+        "set", KEY_SET, "KEY=VALUE", 0,                                                            \
+            "Override a key of the configuration; default: as the file says, or the key's own", 1  \
     }
 
 #define SHARED_DEVICE                                                                              \
@@ -69,31 +70,33 @@ const struct argp_option qs_cli_train_options[] = {
      "Write to a run directory whose writer is gone without a trace", 2},
     {"dry-run", KEY_DRY_RUN, NULL, 0, "Check everything, print the memory table, stop", 3},
     {"dump-grads", KEY_DUMP_GRADS, "FILE", 0,
-     "Write the gradients of the first step as safetensors, stop", 4},
-    {"dump-order", KEY_DUMP_ORDER, "FILE", 0, "Write the sequences of each step as text, stop", 4},
+     "Write the gradients of the first step as safetensors, stop (default: train)", 4},
+    {"dump-order", KEY_DUMP_ORDER, "FILE", 0,
+     "Write the sequences of each step as text, stop (default: train)", 4},
     SHARED_DEVICE,
     {"profile-steps", KEY_PROFILE_STEPS, "A:B", 0,
-     "Let an attached profiler collect from step A to step B", 5},
+     "Let an attached profiler collect from step A to step B (default: no step)", 5},
     COMMON};
 
 const struct argp_option qs_cli_eval_options[] = {
     SET,
     {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 2},
     {"dump-logits", KEY_DUMP_LOGITS, "FILE", 0,
-     "Write the logits of the first sequence as safetensors", 3},
+     "Write the logits of the first sequence as safetensors (default: none)", 3},
     SHARED_DEVICE,
     COMMON};
 
 const struct argp_option qs_cli_sample_options[] = {
     SET,
-    {"prompts", KEY_PROMPTS, "FILE", 0, "Token file of prompts, made by qshard-prep --prompts", 2},
-    {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt", 2},
+    {"prompts", KEY_PROMPTS, "FILE", 0,
+     "Token file of prompts, made by qshard-prep --prompts (needed)", 2},
+    {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt (needed)", 2},
     {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 3},
     SHARED_DEVICE,
     COMMON};
 
 const struct argp_option qs_cli_quantize_options[] = {
-    {"output", 'o', "FILE", 0, "The base to write; must not exist", 1},
+    {"output", 'o', "FILE", 0, "The base to write; must not exist (needed)", 1},
     {"head-chunk-rows", KEY_HEAD_ROWS, "N", 0,
      "Vocabulary rows that are gathered together (default 4096)", 2},
     {"no-double-quant", KEY_SINGLE_QUANT, NULL, 0, "Keep the first-level absmax as floats", 2},
@@ -104,15 +107,17 @@ const struct argp_option qs_cli_quantize_options[] = {
     COMMON};
 
 const struct argp_option qs_cli_export_options[] = {
-    {"output", 'o', "DIR", 0, "The PEFT directory to write; must not exist", 1},
+    {"output", 'o', "DIR", 0, "The PEFT directory to write; must not exist (needed)", 1},
     {"base-name", KEY_BASE_NAME, "NAME", 0,
-     "Hub id or path of the base model, for tools that load it from there", 2},
+     "Hub id or path of the base model, for tools that load it from there; default: what the "
+     "base was made from",
+     2},
     {"fold-scaling", KEY_FOLD, NULL, 0,
      "Multiply rslora's part of the scale into lora_B, for tools that know alpha / r only", 3},
     COMMON};
 
 const struct argp_option qs_cli_merge_options[] = {
-    {"output", 'o', "DIR", 0, "The Hugging Face checkpoint to write; must not exist", 1},
+    {"output", 'o', "DIR", 0, "The Hugging Face checkpoint to write; must not exist (needed)", 1},
     {"base", KEY_BASE, "FILE", 0,
      "The base under the adapter; default: the run's own, needed for a PEFT directory", 2},
     {"original", KEY_ORIGINAL, "HF_DIR", 0,
