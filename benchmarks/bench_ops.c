@@ -361,13 +361,13 @@ static qs_status gather_rows(bench *b, void *ctx)
 static qs_status swiglu_forward(bench *b, void *ctx)
 {
     op_case *c = ctx;
-    return b->ops->swiglu_forward(b->queue, &c->x, &c->y, &c->z);
+    return b->ops->glu_forward(b->queue, QS_GLU_SILU, &c->x, &c->y, &c->z);
 }
 
 static qs_status swiglu_backward(bench *b, void *ctx)
 {
     op_case *c = ctx;
-    return b->ops->swiglu_backward(b->queue, &c->x, &c->y, &c->z, &c->u, &c->v);
+    return b->ops->glu_backward(b->queue, QS_GLU_SILU, &c->x, &c->y, &c->z, &c->u, &c->v);
 }
 
 static qs_status positions(bench *b, void **out, int64_t count)

@@ -83,6 +83,10 @@ typedef struct {
     double bias_correction1, bias_correction2; /* 1 - beta^t */
 } qs_update_args;
 
+/** What gates an MLP: silu(g) = g sigmoid(g), or GELU in its tanh form, g (1 + tanh u) / 2 with u =
+ * sqrt(2 / pi) (g + 0.044715 g^3). Hendrycks & Gimpel 2016, arXiv:1606.08415. */
+typedef enum { QS_GLU_SILU, QS_GLU_GELU_TANH } qs_glu;
+
 enum { QS_OPS_LINEARS_MAX = 8 };
 
 /** The largest that the operations will be asked for. */
@@ -184,14 +188,17 @@ typedef struct {
                                     const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
                                     qs_mat *dk, qs_mat *dv);
 
-    /** act = silu(gate) * up. Shazeer 2020, arXiv:2002.05202. */
-    qs_status (*swiglu_forward)(qs_queue *q, const qs_mat *gate, const qs_mat *up, qs_mat *act);
+    /** act = glu(gate) * up [T, ffn]. Shazeer 2020, arXiv:2002.05202. */
+    qs_status (*glu_forward)(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
+                             qs_mat *act);
     /** dgate and dup from dact; dgate or dup may alias dact. */
-    qs_status (*swiglu_backward)(qs_queue *q, const qs_mat *gate, const qs_mat *up,
-                                 const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
+    qs_status (*glu_backward)(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
+                              const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
 
     /** y += x, element by element. */
     qs_status (*add)(qs_queue *q, const qs_mat *x, qs_mat *y);
+    /** y *= by, element by element. */
+    qs_status (*scale)(qs_queue *q, float by, qs_mat *y);
 
     /** y[i] = x[index[i]], row by row; x of any of fp32, bf16, fp16 is converted to y's type. */
     qs_status (*gather_rows)(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);

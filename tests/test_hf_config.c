@@ -89,7 +89,7 @@ Test(hf_config, biases_and_tied_heads_are_read)
 
 static const char *as(const char *type, const char *class_name, const char *extra)
 {
-    static char text[1024];
+    static char text[2048];
     snprintf(text, sizeof text,
              "{\"model_type\":\"%s\",\"architectures\":[\"%s\"],\"hidden_size\":64,"
              "\"intermediate_size\":160,\"num_hidden_layers\":3,\"num_attention_heads\":4,"
@@ -143,6 +143,45 @@ Test(hf_config, qwen3_norms_its_heads_and_has_a_width_of_its_own)
     cr_assert(c.qk_norm && c.head_dim == 128 && c.bias[QS_O] && !c.bias[QS_GATE]);
 }
 
+Test(hf_config, gemma3_in_both_spellings)
+{
+    qs_hf_config v4, v5, c;
+    const char *class_name = "Gemma3ForCausalLM";
+    cr_assert_eq(parse(&v4, as("gemma3_text", class_name,
+                               "\"hidden_activation\":\"gelu_pytorch_tanh\","
+                               "\"attn_logit_softcapping\":null,\"final_logit_softcapping\":null,"
+                               "\"cache_implementation\":\"hybrid\",\"sliding_window\":5,"
+                               "\"query_pre_attn_scalar\":168,\"rope_theta\":2000000.0,"
+                               "\"rope_local_base_freq\":30000.0,\"sliding_window_pattern\":2,"
+                               "\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":8.0}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(
+        parse(&v5, as("gemma3_text", class_name,
+                      "\"sliding_window\":5,\"query_pre_attn_scalar\":168,"
+                      "\"_sliding_window_pattern\":2,\"use_bidirectional_attention\":false,"
+                      "\"layer_types\":[\"sliding_attention\",\"full_attention\","
+                      "\"sliding_attention\"],\"rope_parameters\":{\"full_attention\":"
+                      "{\"rope_type\":\"linear\",\"factor\":8.0,\"rope_theta\":2000000.0},"
+                      "\"sliding_attention\":{\"rope_type\":\"default\","
+                      "\"rope_theta\":30000.0}}")),
+        QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256 && v4.query_scalar == 168.0);
+    cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
+    double full[128], local[128];
+    qs_hf_rope_frequencies(&v4, full);
+    qs_hf_rope_local_frequencies(&v4, local);
+    cr_assert_float_eq(full[0], 0.125, 0.0); /* base^0 / 8, and base^0 */
+    cr_assert_float_eq(local[0], 1.0, 0.0);
+    cr_assert_float_eq(full[64], 0.125 / sqrt(2e6), 1e-10);
+    cr_assert_float_eq(local[64], 1.0 / sqrt(3e4), 1e-9);
+    /* The class's own values: each sixth layer sees all. */
+    cr_assert_eq(parse(&c, as("gemma3_text", class_name, "")), QS_OK, "%s", qs_error_text());
+    cr_assert(c.windowed[2] && c.window == 4096 && c.rope_theta == 1e6 &&
+              c.rope_local_theta == 1e4);
+    cr_assert_eq(c.query_scalar, 256.0);
+}
+
 typedef struct {
     const char *type, *class_name, *extra, *named;
 } arch_refusal;
@@ -161,7 +200,32 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
          "sliding_attention"},
         {"qwen2", "Qwen2ForCausalLM", "\"use_sliding_window\":1", "use_sliding_window"},
         {"qwen3", "Qwen3ForCausalLM", "\"mlp_bias\":true", "mlp_bias"},
-        {"gemma2", "Gemma2ForCausalLM", "", "\"llama\", \"mistral\", \"qwen2\", \"qwen3\""},
+        {"qwen3", "Qwen3ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
+        {"phi3", "Phi3ForCausalLM", "",
+         "\"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"gemma3_text\""},
+        {"gemma3", "Gemma3ForConditionalGeneration", "", "gemma3"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"sliding_window\":null", "sliding_window"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"sliding_window_pattern\":0",
+         "sliding_window_pattern"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"use_bidirectional_attention\":true",
+         "use_bidirectional_attention"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"attn_logit_softcapping\":50.0",
+         "attn_logit_softcapping"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"hidden_activation\":\"gelu\"", "hidden_activation"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"hidden_act\":\"silu\"", "hidden_act"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"query_pre_attn_scalar\":0",
+         "query_pre_attn_scalar"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"rope_parameters\":{\"rope_type\":\"default\"}",
+         "full_attention"},
+        {"gemma3_text", "Gemma3ForCausalLM",
+         "\"rope_parameters\":{\"sliding_attention\":{\"rope_type\":\"linear\",\"factor\":8}}",
+         "sliding_attention"},
+        {"gemma3_text", "Gemma3ForCausalLM",
+         "\"rope_local_base_freq\":1e4,\"rope_parameters\":{\"sliding_attention\":"
+         "{\"rope_theta\":2e4}}",
+         "rope_local_base_freq"},
+        {"gemma3_text", "Gemma3ForCausalLM", "\"rope_parameters\":{\"full_attention\":7}",
+         "full_attention"},
     };
     for (size_t i = 0; i < sizeof r / sizeof *r; i++) {
         qs_hf_config c;

@@ -11,15 +11,15 @@
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
-enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 16 };
+enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 18 };
 
 static const char *const names[N_OPS] = {
     "linear_forward", "linear_backward",   "lora_forward",
     "lora_backward",  "rmsnorm_forward",   "rmsnorm_backward",
     "rope",           "attention_forward", "attention_backward",
-    "swiglu_forward", "swiglu_backward",   "add",
-    "head",           "square_sums",       "accumulate",
-    "adamw"};
+    "silu_forward",   "silu_backward",     "gelu_forward",
+    "gelu_backward",  "add, scale",        "head",
+    "square_sums",    "accumulate",        "adamw"};
 
 /* FNV-1a over the bytes of a result. */
 static uint64_t hash(const void *data, int64_t bytes, uint64_t start)
@@ -85,7 +85,7 @@ static void linear_ops(qs_queue *q, uint64_t out[4])
     fx_unit_destroy(&unit);
 }
 
-static void row_ops(qs_queue *q, uint64_t out[7])
+static void row_ops(qs_queue *q, uint64_t out[8])
 {
     const qs_ops *ops = qs_ops_cpu();
     qs_mat x = fx_mat(ROWS, IN, 3, 1), y = fx_mat(ROWS, IN, 0, 2), dy = fx_mat(ROWS, IN, 0, 3);
@@ -105,12 +105,15 @@ static void row_ops(qs_queue *q, uint64_t out[7])
     float *cosine = fx_random(7 * 16, 7), *sine = fx_random(7 * 16, 8);
     cr_assert_eq(ops->rope(q, &x, 10, 32, cosine, sine, position, false), QS_OK);
     out[2] = hash_mat(&x, 0);
-    cr_assert_eq(ops->swiglu_forward(q, &x, &y, &z), QS_OK);
-    out[3] = hash_mat(&z, 0);
-    cr_assert_eq(ops->swiglu_backward(q, &x, &y, &dy, &dy, &dx), QS_OK);
-    out[4] = hash_mat(&dy, hash_mat(&dx, 0));
+    for (int glu = QS_GLU_SILU; glu <= QS_GLU_GELU_TANH; glu++) {
+        cr_assert_eq(ops->glu_forward(q, (qs_glu)glu, &x, &y, &z), QS_OK);
+        out[3 + 2 * glu] = hash_mat(&z, 0);
+        cr_assert_eq(ops->glu_backward(q, (qs_glu)glu, &x, &y, &dy, &dy, &dx), QS_OK);
+        out[4 + 2 * glu] = hash_mat(&dy, hash_mat(&dx, 0));
+    }
     cr_assert_eq(ops->add(q, &x, &y), QS_OK);
-    out[5] = hash_mat(&y, 0);
+    cr_assert_eq(ops->scale(q, 0.3F, &y), QS_OK);
+    out[7] = hash_mat(&y, 0);
     qs_mat *mats[] = {&x, &y, &dy, &dx, &z};
     for (size_t i = 0; i < sizeof mats / sizeof *mats; i++) {
         fx_mat_free(mats[i]);
@@ -201,15 +204,15 @@ static void optim_ops(qs_queue *q, uint64_t out[3])
 
 static void all_ops(qs_queue *q, uint64_t out[N_OPS])
 {
-    uint64_t rows[7], attention[2];
+    uint64_t rows[8], attention[2];
     linear_ops(q, out);
     row_ops(q, rows);
     attention_ops(q, attention);
     memcpy(out + 4, rows, 3 * sizeof *rows);
     memcpy(out + 7, attention, sizeof attention);
-    memcpy(out + 9, rows + 3, 3 * sizeof *rows);
-    out[12] = head_op(q);
-    optim_ops(q, out + 13);
+    memcpy(out + 9, rows + 3, 5 * sizeof *rows);
+    out[14] = head_op(q);
+    optim_ops(q, out + 15);
 }
 
 static void all_ops_with(int threads, uint64_t out[N_OPS])

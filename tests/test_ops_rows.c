@@ -1,4 +1,5 @@
-/* Operations on rows: RMSNorm, RoPE, SwiGLU, addition; and the elementary functions below them. */
+/* Operations on rows: RMSNorm, RoPE, gated MLPs, addition; and the elementary functions below them.
+ */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <math.h>
@@ -208,24 +209,22 @@ ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
     qs_queue_destroy(queue);
 }
 
-/* ---- SwiGLU ---- */
+/* ---- gated MLPs ---- */
 
 typedef struct {
     double gate, up, dact;
-} swiglu_point;
+    qs_glu glu;
+} glu_point;
 
-static double swiglu_loss(const void *ctx)
+static double glu_loss(const void *ctx)
 {
-    const swiglu_point *p = ctx;
-    return p->dact * p->gate / (1.0 + exp(-p->gate)) * p->up;
+    const glu_point *p = ctx;
+    const double g = p->gate, u = sqrt(2.0 / 3.14159265358979323846) * (g + 0.044715 * g * g * g);
+    const double gated = p->glu == QS_GLU_SILU ? g / (1.0 + exp(-g)) : 0.5 * g * (1.0 + tanh(u));
+    return p->dact * gated * p->up;
 }
 
-ParameterizedTestParameters(swiglu, forward_and_backward_match_fp64)
-{
-    static shape_case c[] = {SHAPES};
-    return cr_make_param_array(shape_case, c, sizeof c / sizeof *c);
-}
-ParameterizedTest(shape_case *c, swiglu, forward_and_backward_match_fp64)
+static void check_glu(const shape_case *c, qs_glu glu)
 {
     qs_queue *queue = fx_queue(2);
     qs_mat gate = fx_mat(c->rows, c->cols, 1, 1), up = fx_mat(c->rows, c->cols, 2, 2);
@@ -235,17 +234,20 @@ ParameterizedTest(shape_case *c, swiglu, forward_and_backward_match_fp64)
         qs_mat_f32(&gate)[i] *= 8.0F;
     }
     const qs_ops *ops = qs_ops_cpu();
-    cr_assert_eq(ops->swiglu_forward(queue, &gate, &up, &act), QS_OK);
-    cr_assert_eq(ops->swiglu_backward(queue, &gate, &up, &dact, &dgate, &dup), QS_OK);
+    cr_assert_eq(ops->glu_forward(queue, glu, &gate, &up, &act), QS_OK);
+    cr_assert_eq(ops->glu_backward(queue, glu, &gate, &up, &dact, &dgate, &dup), QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < c->cols; i++) {
-            swiglu_point p = {fx_at(&gate, t, i), fx_at(&up, t, i), 1.0};
-            double want = swiglu_loss(&p);
-            cr_assert_float_eq(fx_at(&act, t, i), want, 1e-6 * fabs(want) + 1e-9);
+            glu_point p = {fx_at(&gate, t, i), fx_at(&up, t, i), 1.0, glu};
+            double want = glu_loss(&p);
+            /* an ulp of z is one of the exponent: |z| of them in a gate that is nearly closed, and
+             * |z| is 40 times larger at -8 for GELU */
+            const double relative = glu == QS_GLU_SILU ? 1e-6 : 1e-5;
+            cr_assert_float_eq(fx_at(&act, t, i), want, relative * fabs(want) + 1e-9);
             p.dact = fx_at(&dact, t, i);
             /* fp64 differences with this step are good to 1e-9. */
-            double dg = fx_difference(swiglu_loss, &p, &p.gate, 0, 1e-5);
-            double du = fx_difference(swiglu_loss, &p, &p.up, 0, 1e-5);
+            double dg = fx_difference(glu_loss, &p, &p.gate, 0, 1e-5);
+            double du = fx_difference(glu_loss, &p, &p.up, 0, 1e-5);
             cr_assert_float_eq(fx_at(&dgate, t, i), dg, 2e-6);
             cr_assert_float_eq(fx_at(&dup, t, i), du, 4e-6);
         }
@@ -253,14 +255,14 @@ ParameterizedTest(shape_case *c, swiglu, forward_and_backward_match_fp64)
     cr_assert(fx_mat_gap_intact(&act));
     /* In place: dgate over dact, and dup over dact. */
     qs_mat other = fx_mat(c->rows, c->cols, 0, 7), over = fx_mat(c->rows, c->cols, 3, 3);
-    cr_assert_eq(ops->swiglu_backward(queue, &gate, &up, &over, &over, &other), QS_OK);
+    cr_assert_eq(ops->glu_backward(queue, glu, &gate, &up, &over, &over, &other), QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < c->cols; i++) {
             cr_assert_eq(fx_at(&over, t, i), fx_at(&dgate, t, i));
             cr_assert_eq(fx_at(&other, t, i), fx_at(&dup, t, i));
         }
     }
-    cr_assert_eq(ops->swiglu_backward(queue, &gate, &up, &dact, &other, &dact), QS_OK);
+    cr_assert_eq(ops->glu_backward(queue, glu, &gate, &up, &dact, &other, &dact), QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < c->cols; i++) {
             cr_assert_eq(fx_at(&dact, t, i), fx_at(&dup, t, i));
@@ -274,21 +276,38 @@ ParameterizedTest(shape_case *c, swiglu, forward_and_backward_match_fp64)
     qs_queue_destroy(queue);
 }
 
-Test(swiglu, large_gates_neither_overflow_nor_vanish)
+ParameterizedTestParameters(glu, forward_and_backward_match_fp64)
+{
+    static shape_case c[] = {SHAPES};
+    return cr_make_param_array(shape_case, c, sizeof c / sizeof *c);
+}
+ParameterizedTest(shape_case *c, glu, forward_and_backward_match_fp64)
+{
+    check_glu(c, QS_GLU_SILU);
+    check_glu(c, QS_GLU_GELU_TANH);
+}
+
+static void check_large_gates(qs_glu glu)
 {
     float g[4] = {-1000.0F, -90.0F, 90.0F, 1000.0F}, u[4] = {1, 1, 1, 1}, d[4] = {1, 1, 1, 1};
     float y[4], dg[4], du[4];
     qs_mat gate = {g, 1, 4, 4, QS_F32}, up = {u, 1, 4, 4, QS_F32}, dact = {d, 1, 4, 4, QS_F32};
     qs_mat act = {y, 1, 4, 4, QS_F32}, dgate = {dg, 1, 4, 4, QS_F32}, dup = {du, 1, 4, 4, QS_F32};
     qs_queue *queue = fx_queue(1);
-    cr_assert_eq(qs_ops_cpu()->swiglu_forward(queue, &gate, &up, &act), QS_OK);
-    cr_assert_eq(qs_ops_cpu()->swiglu_backward(queue, &gate, &up, &dact, &dgate, &dup), QS_OK);
+    cr_assert_eq(qs_ops_cpu()->glu_forward(queue, glu, &gate, &up, &act), QS_OK);
+    cr_assert_eq(qs_ops_cpu()->glu_backward(queue, glu, &gate, &up, &dact, &dgate, &dup), QS_OK);
     for (int i = 0; i < 4; i++) {
         cr_assert_float_eq((double)y[i], i < 2 ? 0.0 : (double)g[i], 1e-30);
         cr_assert_float_eq((double)dg[i], i < 2 ? 0.0 : 1.0, 1e-30);
         cr_assert_float_eq((double)du[i], i < 2 ? 0.0 : (double)g[i], 1e-30);
     }
     qs_queue_destroy(queue);
+}
+
+Test(glu, large_gates_neither_overflow_nor_vanish)
+{
+    check_large_gates(QS_GLU_SILU);
+    check_large_gates(QS_GLU_GELU_TANH);
 }
 
 /* ---- additions ---- */
@@ -307,6 +326,23 @@ Test(add, adds_every_element_once_and_keeps_the_gap)
     }
     cr_assert(fx_mat_gap_intact(&y));
     fx_mat_free(&x);
+    fx_mat_free(&y);
+    fx_mat_free(&before);
+    qs_queue_destroy(queue);
+}
+
+Test(scale, multiplies_every_element_and_keeps_the_gap)
+{
+    qs_queue *queue = fx_queue(3);
+    qs_mat y = fx_mat(301, 333, 2, 2), before = fx_mat(301, 333, 2, 2);
+    cr_assert_eq(qs_ops_cpu()->scale(queue, 7.3F, &y), QS_OK);
+    for (int64_t t = 0; t < y.rows; t++) {
+        for (int64_t i = 0; i < y.cols; i++) {
+            cr_assert_eq(qs_mat_f32(&y)[t * y.stride + i],
+                         qs_mat_f32(&before)[t * before.stride + i] * 7.3F);
+        }
+    }
+    cr_assert(fx_mat_gap_intact(&y));
     fx_mat_free(&y);
     fx_mat_free(&before);
     qs_queue_destroy(queue);

@@ -1,4 +1,4 @@
-/* What touches every element once: RoPE, SwiGLU, additions. Memory-bound. */
+/* What touches every element once: RoPE, gated MLPs, additions. Memory-bound. */
 #include "kernels/cpu/ops_impl.h"
 #include "kernels/cpu/parallel.h"
 
@@ -45,14 +45,21 @@ qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const f
     return QS_OK;
 }
 
-/* ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) and addition: rows of up to five matrices ---- */
+/* ---- gated MLPs (Shazeer 2020, arXiv:2002.05202), addition, scaling: rows of up to five matrices
+ * ---- */
 
 typedef struct {
     const qs_isa *isa;
+    qs_glu glu;
+    float by;
+} rows_how;
+
+typedef struct {
+    rows_how how;
     const qs_mat *a, *b, *c;
     qs_mat *y, *z;
     int64_t rows_per_task;
-    void (*row)(const qs_isa *isa, const float *a, const float *b, const float *c, int64_t width,
+    void (*row)(const rows_how *how, const float *a, const float *b, const float *c, int64_t width,
                 float *y, float *z);
 } rows_args;
 
@@ -69,38 +76,38 @@ static void rows_task(void *ctx, int64_t index, int thread)
     int64_t last = qs_min_i64(first + r->rows_per_task, r->a->rows);
     for (int64_t t = first; t < last; t++) {
         float *z = r->z == NULL ? NULL : qs_mat_f32(r->z) + t * r->z->stride;
-        r->row(r->isa, row_of(r->a, t), row_of(r->b, t), row_of(r->c, t), r->a->cols,
+        r->row(&r->how, row_of(r->a, t), row_of(r->b, t), row_of(r->c, t), r->a->cols,
                qs_mat_f32(r->y) + t * r->y->stride, z);
     }
 }
 
 static qs_status for_rows(qs_queue *q, rows_args *args, int64_t cost)
 {
-    args->isa = qs_isa_get();
+    args->how.isa = qs_isa_get();
     args->rows_per_task = qs_rows_per_task(args->a->cols);
     qs_parallel_for(q, qs_ceil_div(args->a->rows, args->rows_per_task),
                     args->a->rows * args->a->cols * cost, rows_task, args);
     return QS_OK;
 }
 
-static void swiglu_row(const qs_isa *isa, const float *gate, const float *up, const float *unused,
-                       int64_t width, float *act, float *unused_too)
+static void glu_row(const rows_how *how, const float *gate, const float *up, const float *unused,
+                    int64_t width, float *act, float *unused_too)
 {
     (void)unused;
     (void)unused_too;
-    isa->swiglu(gate, up, width, act);
+    how->isa->glu(how->glu, gate, up, width, act);
 }
 
-static void swiglu_backward_row(const qs_isa *isa, const float *gate, const float *up,
-                                const float *dact, int64_t width, float *dgate, float *dup)
+static void glu_backward_row(const rows_how *how, const float *gate, const float *up,
+                             const float *dact, int64_t width, float *dgate, float *dup)
 {
-    isa->swiglu_backward(gate, up, dact, width, dgate, dup);
+    how->isa->glu_backward(how->glu, gate, up, dact, width, dgate, dup);
 }
 
-static void add_row(const qs_isa *isa, const float *x, const float *unused, const float *unused_too,
-                    int64_t width, float *y, float *z)
+static void add_row(const rows_how *how, const float *x, const float *unused,
+                    const float *unused_too, int64_t width, float *y, float *z)
 {
-    (void)isa;
+    (void)how;
     (void)unused;
     (void)unused_too;
     (void)z;
@@ -109,23 +116,46 @@ static void add_row(const qs_isa *isa, const float *x, const float *unused, cons
     }
 }
 
-qs_status qs_cpu_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *up, qs_mat *act)
+static void scale_row(const rows_how *how, const float *x, const float *unused,
+                      const float *unused_too, int64_t width, float *y, float *z)
 {
-    rows_args args = {.a = gate, .b = up, .y = act, .row = swiglu_row};
+    (void)unused;
+    (void)unused_too;
+    (void)z;
+    for (int64_t i = 0; i < width; i++) {
+        y[i] = x[i] * how->by;
+    }
+}
+
+qs_status qs_cpu_glu_forward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
+                             qs_mat *act)
+{
+    rows_args args = {.how = {.glu = glu}, .a = gate, .b = up, .y = act, .row = glu_row};
     return for_rows(q, &args, 2);
 }
 
-qs_status qs_cpu_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
-                                 const qs_mat *dact, qs_mat *dgate, qs_mat *dup)
+qs_status qs_cpu_glu_backward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
+                              const qs_mat *dact, qs_mat *dgate, qs_mat *dup)
 {
-    rows_args args = {
-        .a = gate, .b = up, .c = dact, .y = dgate, .z = dup, .row = swiglu_backward_row};
+    rows_args args = {.how = {.glu = glu},
+                      .a = gate,
+                      .b = up,
+                      .c = dact,
+                      .y = dgate,
+                      .z = dup,
+                      .row = glu_backward_row};
     return for_rows(q, &args, 4);
 }
 
 qs_status qs_cpu_add(qs_queue *q, const qs_mat *x, qs_mat *y)
 {
     rows_args args = {.a = x, .y = y, .row = add_row};
+    return for_rows(q, &args, 1);
+}
+
+qs_status qs_cpu_scale(qs_queue *q, float by, qs_mat *y)
+{
+    rows_args args = {.how = {.by = by}, .a = y, .y = y, .row = scale_row};
     return for_rows(q, &args, 1);
 }
 

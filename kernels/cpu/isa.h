@@ -13,6 +13,7 @@
 
 #include "base/dtype.h"
 #include "base/rng.h"
+#include "kernels/ops.h"
 
 enum {
     QS_GEMM_KC =
@@ -58,12 +59,12 @@ typedef struct {
     /** ds[i] = p[i] * (ds[i] - delta) * scale in place: the gradient of a softmax. */
     void (*softmax_backward)(const float *p, int64_t count, float delta, float scale, float *ds);
 
-    /** act = gate / (1 + exp(-gate)) * up. */
-    void (*swiglu)(const float *gate, const float *up, int64_t count, float *act);
+    /** act = glu(gate) * up. */
+    void (*glu)(qs_glu glu, const float *gate, const float *up, int64_t count, float *act);
 
     /** dgate and dup of the above; either may alias dact. */
-    void (*swiglu_backward)(const float *gate, const float *up, const float *dact, int64_t count,
-                            float *dgate, float *dup);
+    void (*glu_backward)(qs_glu glu, const float *gate, const float *up, const float *dact,
+                         int64_t count, float *dgate, float *dup);
 
     /** out[i] = x[i] * keep where the uniform number of element `element` + i is at least p, else
      * 0. */

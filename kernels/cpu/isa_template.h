@@ -302,23 +302,41 @@ static inline f16x lanes_sigmoid(f16x x)
     return lanes_splat(1.0F) / (lanes_splat(1.0F) + lanes_exp(-x));
 }
 
-static void isa_swiglu(const float *gate, const float *up, int64_t count, float *act)
+/* Both gates are g sigmoid(z(g)): z = g, or 2 u, as (1 + tanh u) / 2 = sigmoid(2 u). Without tanh
+ * nothing cancels where a gate is nearly closed. */
+static const float GELU_1 = 1.5957691216057308F;   /* 2 sqrt(2 / pi) */
+static const float GELU_3 = 0.071354816272600244F; /* that times 0.044715 */
+
+static inline f16x lanes_glu(qs_glu glu, f16x g)
+{
+    const f16x z = g * (lanes_splat(GELU_1) + lanes_splat(GELU_3) * (g * g));
+    return lanes_sigmoid(glu == QS_GLU_SILU ? g : z);
+}
+
+/* dz / dg */
+static inline f16x lanes_glu_slope(qs_glu glu, f16x g)
+{
+    const f16x slope = lanes_splat(GELU_1) + lanes_splat(3.0F * GELU_3) * (g * g);
+    return glu == QS_GLU_SILU ? lanes_splat(1.0F) : slope;
+}
+
+static void isa_glu(qs_glu glu, const float *gate, const float *up, int64_t count, float *act)
 {
     for (int64_t i = 0; i < count; i += 16) {
         if (i + 16 <= count) {
             f16x g = lanes_load(gate + i);
-            lanes_store(act + i, g * lanes_sigmoid(g) * lanes_load(up + i));
+            lanes_store(act + i, g * lanes_glu(glu, g) * lanes_load(up + i));
         } else {
             f16x g = lanes_load_part(gate + i, count - i, 0.0F);
             f16x u = lanes_load_part(up + i, count - i, 0.0F);
-            lanes_store_part(act + i, count - i, g * lanes_sigmoid(g) * u);
+            lanes_store_part(act + i, count - i, g * lanes_glu(glu, g) * u);
         }
     }
 }
 
-/* d silu(g) / dg = s + g s (1 - s), s = sigmoid(g). */
-static void isa_swiglu_backward(const float *gate, const float *up, const float *dact,
-                                int64_t count, float *dgate, float *dup)
+/* d (g s) / dg = s + g s (1 - s) dz / dg, s = sigmoid(z). */
+static void isa_glu_backward(qs_glu glu, const float *gate, const float *up, const float *dact,
+                             int64_t count, float *dgate, float *dup)
 {
     const f16x one = lanes_splat(1.0F);
     for (int64_t i = 0; i < count; i += 16) {
@@ -327,8 +345,8 @@ static void isa_swiglu_backward(const float *gate, const float *up, const float 
         f16x g = whole ? lanes_load(gate + i) : lanes_load_part(gate + i, left, 0.0F);
         f16x u = whole ? lanes_load(up + i) : lanes_load_part(up + i, left, 0.0F);
         f16x d = whole ? lanes_load(dact + i) : lanes_load_part(dact + i, left, 0.0F);
-        f16x s = lanes_sigmoid(g);
-        f16x dg = d * u * (s + g * s * (one - s));
+        f16x s = lanes_glu(glu, g);
+        f16x dg = d * u * (s + g * s * (one - s) * lanes_glu_slope(glu, g));
         f16x du = d * (g * s);
         if (whole) {
             lanes_store(dgate + i, dg);
@@ -443,8 +461,8 @@ const qs_isa *ISA_TABLE(void)
         .max = isa_max,
         .exp_sum = isa_exp_sum,
         .softmax_backward = isa_softmax_backward,
-        .swiglu = isa_swiglu,
-        .swiglu_backward = isa_swiglu_backward,
+        .glu = isa_glu,
+        .glu_backward = isa_glu_backward,
         .dropout = isa_dropout,
     };
     return &table;

@@ -1,13 +1,13 @@
-/* What touches every element once: RoPE, SwiGLU, addition. bf16 in and out, fp32 between, one
- * rounding at the end; the same operations in the same order as kernels/cpu/elementwise.c, so that
- * RoPE and addition give the CPU's bits, rounded.
+/* What touches every element once: RoPE, gated MLPs, addition, scaling. bf16 in and out, fp32
+ * between, one rounding at the end; the same operations in the same order as
+ * kernels/cpu/elementwise.c, so that RoPE, addition and scaling give the CPU's bits, rounded.
  *
  * Memory-bound. Bytes an element: rope 4 (tables stay in the caches: a token's rows of them serve
- * all its heads), swiglu forward 6, backward 10, add 6. A thread moves 8 elements of each matrix in
- * pieces of 16 bytes; where an address or a length does not allow that, one element.
+ * all its heads), gated MLP forward 6, backward 10, add 6, scale 4. A thread moves 8 elements of
+ * each matrix in pieces of 16 bytes; where an address or a length does not allow that, one element.
  *
- * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): rope 44-48, swiglu forward 31-38,
- * backward 40-48, add 26-32. No shared memory, no spills. */
+ * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): rope 44-48, gated MLP forward 31-38,
+ * backward 40-48, add 26-32, scale 22-29. No shared memory, no spills. */
 #include "kernels/cuda/vector.cuh"
 
 namespace
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(QS_ROW_THREADS) rope_kernel(rope_call c, qs_ro
     });
 }
 
-/* ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) and addition: rows of up to five matrices ---- */
+/* ---- gated MLPs (Shazeer 2020, arXiv:2002.05202), addition, scaling: rows of up to five matrices
+ * ---- */
 
 struct rows_call {
     qs_rows_of<const qs_bf16> a, b, c;
@@ -61,46 +62,74 @@ __device__ __forceinline__ float sigmoid(float x)
  * store. A thread has read all of its elements before it writes the first, and nobody else reads
  * them: outputs may lie where inputs lie. */
 
-struct swiglu_forward_op {
+/* Both gates are g sigmoid(z(g)): z = g, or 2 u, as (1 + tanh u) / 2 = sigmoid(2 u). */
+template <qs_glu GLU> __device__ __forceinline__ float glu(float g)
+{
+    const float gelu_1 = 1.5957691216057308f;   /* 2 sqrt(2 / pi) */
+    const float gelu_3 = 0.071354816272600244f; /* that times 0.044715 */
+    return sigmoid(GLU == QS_GLU_SILU ? g : g * (gelu_1 + gelu_3 * (g * g)));
+}
+
+/* dz / dg */
+template <qs_glu GLU> __device__ __forceinline__ float glu_slope(float g)
+{
+    const float gelu_1 = 1.5957691216057308f, gelu_3 = 0.071354816272600244f;
+    return GLU == QS_GLU_SILU ? 1.0f : gelu_1 + 3.0f * gelu_3 * (g * g);
+}
+
+template <qs_glu GLU> struct glu_forward_op {
     enum { INPUTS = 2, OUTPUTS = 1 };
-    __device__ __forceinline__ static void apply(float gate, float up, float, float *act, float *)
+    __device__ __forceinline__ void apply(float gate, float up, float, float *act, float *) const
     {
-        *act = gate * sigmoid(gate) * up;
+        *act = gate * glu<GLU>(gate) * up;
     }
 };
 
-/* d silu(g) / dg = s + g s (1 - s), s = sigmoid(g). */
-struct swiglu_backward_op {
+/* d (g s) / dg = s + g s (1 - s) dz / dg, s = sigmoid(z). */
+template <qs_glu GLU> struct glu_backward_op {
     enum { INPUTS = 3, OUTPUTS = 2 };
-    __device__ __forceinline__ static void apply(float gate, float up, float dact, float *dgate,
-                                                 float *dup)
+    __device__ __forceinline__ void apply(float gate, float up, float dact, float *dgate,
+                                          float *dup) const
     {
-        const float s = sigmoid(gate);
-        *dgate = dact * up * (s + gate * s * (1.0f - s));
+        const float s = glu<GLU>(gate);
+        *dgate = dact * up * (s + gate * s * (1.0f - s) * glu_slope<GLU>(gate));
         *dup = dact * (gate * s);
     }
 };
 
 struct add_op {
     enum { INPUTS = 2, OUTPUTS = 1 };
-    __device__ __forceinline__ static void apply(float x, float y, float, float *sum, float *)
+    __device__ __forceinline__ void apply(float x, float y, float, float *sum, float *) const
     {
         *sum = y + x;
     }
 };
 
+struct scale_op {
+    enum { INPUTS = 1, OUTPUTS = 1 };
+    float by;
+    __device__ __forceinline__ void apply(float x, float, float, float *y, float *) const
+    {
+        *y = x * by;
+    }
+};
+
 template <typename OP, int WIDTH>
-__global__ void __launch_bounds__(QS_ROW_THREADS) rows_kernel(rows_call m, qs_row_tiles tiles)
+__global__ void __launch_bounds__(QS_ROW_THREADS)
+    rows_kernel(OP op, rows_call m, qs_row_tiles tiles)
 {
     qs_for_groups<WIDTH>(tiles, [&](int64_t t, int64_t column) {
         float a[WIDTH], b[WIDTH], c[WIDTH], y[WIDTH], z[WIDTH];
         qs_load<WIDTH>(a, m.a.data + t * m.a.stride + column);
-        qs_load<WIDTH>(b, m.b.data + t * m.b.stride + column);
+        if constexpr (OP::INPUTS >= 2) {
+            qs_load<WIDTH>(b, m.b.data + t * m.b.stride + column);
+        }
         if constexpr (OP::INPUTS == 3) {
             qs_load<WIDTH>(c, m.c.data + t * m.c.stride + column);
         }
         for (int i = 0; i < WIDTH; i++) {
-            OP::apply(a[i], b[i], OP::INPUTS == 3 ? c[i] : 0.0f, &y[i], &z[i]);
+            op.apply(a[i], OP::INPUTS >= 2 ? b[i] : 0.0f, OP::INPUTS == 3 ? c[i] : 0.0f, &y[i],
+                     &z[i]);
         }
         qs_store<WIDTH>(m.y.data + t * m.y.stride + column, y);
         if constexpr (OP::OUTPUTS == 2) {
@@ -111,7 +140,7 @@ __global__ void __launch_bounds__(QS_ROW_THREADS) rows_kernel(rows_call m, qs_ro
 
 /* `mats` are a, b, c, y, z of rows_call; the absent ones NULL. */
 template <typename OP>
-qs_status for_rows(qs_queue *q, const qs_mat *const mats[5], const char *name)
+qs_status for_rows(qs_queue *q, OP op, const qs_mat *const mats[5], const char *name)
 {
     const int64_t rows = mats[0]->rows, cols = mats[0]->cols;
     if (rows == 0 || cols == 0) {
@@ -135,10 +164,10 @@ qs_status for_rows(qs_queue *q, const qs_mat *const mats[5], const char *name)
     const qs_row_tiles tiles = qs_row_tiles_make(rows, vectors ? cols / QS_VECTOR : cols);
     if (vectors) {
         QS_LAUNCH((rows_kernel<OP, QS_VECTOR>), qs_row_grid(tiles), QS_ROW_THREADS, 0,
-                  qs_cuda_stream(q), call, tiles);
+                  qs_cuda_stream(q), op, call, tiles);
     } else {
         QS_LAUNCH((rows_kernel<OP, 1>), qs_row_grid(tiles), QS_ROW_THREADS, 0, qs_cuda_stream(q),
-                  call, tiles);
+                  op, call, tiles);
     }
     return qs_cuda_launched(name);
 }
@@ -168,22 +197,33 @@ extern "C" qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_
     return qs_cuda_launched("rope");
 }
 
-extern "C" qs_status qs_cuda_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
-                                            qs_mat *act)
+extern "C" qs_status qs_cuda_glu_forward(qs_queue *q, qs_glu glu, const qs_mat *gate,
+                                         const qs_mat *up, qs_mat *act)
 {
     const qs_mat *const mats[5] = {gate, up, NULL, act, NULL};
-    return for_rows<swiglu_forward_op>(q, mats, "swiglu_forward");
+    return glu == QS_GLU_SILU
+               ? for_rows(q, glu_forward_op<QS_GLU_SILU>(), mats, "glu_forward")
+               : for_rows(q, glu_forward_op<QS_GLU_GELU_TANH>(), mats, "glu_forward");
 }
 
-extern "C" qs_status qs_cuda_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
-                                             const qs_mat *dact, qs_mat *dgate, qs_mat *dup)
+extern "C" qs_status qs_cuda_glu_backward(qs_queue *q, qs_glu glu, const qs_mat *gate,
+                                          const qs_mat *up, const qs_mat *dact, qs_mat *dgate,
+                                          qs_mat *dup)
 {
     const qs_mat *const mats[5] = {gate, up, dact, dgate, dup};
-    return for_rows<swiglu_backward_op>(q, mats, "swiglu_backward");
+    return glu == QS_GLU_SILU
+               ? for_rows(q, glu_backward_op<QS_GLU_SILU>(), mats, "glu_backward")
+               : for_rows(q, glu_backward_op<QS_GLU_GELU_TANH>(), mats, "glu_backward");
 }
 
 extern "C" qs_status qs_cuda_add(qs_queue *q, const qs_mat *x, qs_mat *y)
 {
     const qs_mat *const mats[5] = {x, y, NULL, y, NULL};
-    return for_rows<add_op>(q, mats, "add");
+    return for_rows(q, add_op(), mats, "add");
+}
+
+extern "C" qs_status qs_cuda_scale(qs_queue *q, float by, qs_mat *y)
+{
+    const qs_mat *const mats[5] = {y, NULL, NULL, y, NULL};
+    return for_rows(q, scale_op{by}, mats, "scale");
 }

@@ -147,10 +147,12 @@ qs_status qs_cuda_attention_backward(qs_queue *q, const qs_attention_shape *shap
                                      const qs_mat *km, const qs_mat *vm, const qs_mat *o,
                                      const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
                                      qs_mat *dk, qs_mat *dv);
-qs_status qs_cuda_swiglu_forward(qs_queue *q, const qs_mat *gate, const qs_mat *up, qs_mat *act);
-qs_status qs_cuda_swiglu_backward(qs_queue *q, const qs_mat *gate, const qs_mat *up,
-                                  const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
+qs_status qs_cuda_glu_forward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
+                              qs_mat *act);
+qs_status qs_cuda_glu_backward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
+                               const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
 qs_status qs_cuda_add(qs_queue *q, const qs_mat *x, qs_mat *y);
+qs_status qs_cuda_scale(qs_queue *q, float by, qs_mat *y);
 qs_status qs_cuda_gather_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
 qs_status qs_cuda_scatter_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
 qs_status qs_cuda_copy_rows(qs_queue *q, const uint8_t *base, const int64_t *at, int64_t count,

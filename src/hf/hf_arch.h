@@ -17,8 +17,9 @@ typedef enum {
 /** Which layers see a window of the last positions only. */
 typedef enum {
     QS_WINDOW_NEVER,
-    QS_WINDOW_ALL,   /* all, when sliding_window is a number */
-    QS_WINDOW_UPPER, /* those from max_window_layers on, when use_sliding_window is true */
+    QS_WINDOW_ALL,     /* all, when sliding_window is a number */
+    QS_WINDOW_UPPER,   /* those from max_window_layers on, when use_sliding_window is true */
+    QS_WINDOW_PATTERN, /* all but each n-th: window_pattern */
 } qs_window_rule;
 
 typedef struct {
@@ -26,11 +27,16 @@ typedef struct {
     const char *class_name; /* "MistralForCausalLM" */
     qs_bias_rule bias;
     bool qk_norm; /* RMSNorm over each head of q and k, before RoPE */
+    bool gemma;   /* its kind of layer: four norms, of 1 + w; an embedding times sqrt(hidden); a MLP
+                     gated by GELU (hidden_activation); query_pre_attn_scalar */
+    bool tied;    /* unless the file says otherwise */
     qs_window_rule window;
+    bool local_rope; /* windowed layers turn by rope_local_base_freq, without scaling */
     /* What a missing key means: the defaults of the class in transformers. 0: as for Llama, that is
      * heads for kv_heads, hidden / heads for head_dim. */
     int64_t hidden, ffn_hidden, vocab, max_position, window_default;
-    int n_layers, n_heads, n_kv_heads, head_dim, window_layers;
+    int n_layers, n_heads, n_kv_heads, head_dim, window_layers, window_pattern;
+    double rope_theta, rope_local_theta;
 } qs_hf_arch;
 
 /** The row of `model_type`; NULL if there is none. */

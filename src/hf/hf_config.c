@@ -8,6 +8,7 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "hf/hf_arch.h"
@@ -57,6 +58,7 @@ static const char *const harmless_keys[] = {
     "bad_words_ids",
     "begin_suppress_tokens",
     "bos_token_id",
+    "cache_implementation",
     "chunk_size_feed_forward",
     "cross_attention_hidden_size",
     "decoder_start_token_id",
@@ -118,6 +120,14 @@ static const char *const window_keys[] = {
     "sliding_window",
     "use_sliding_window",
     "max_window_layers",
+};
+
+/* Of Gemma. _sliding_window_pattern is what transformers 5 made of the key without the line; it
+ * does not read it back. */
+static const char *const gemma_keys[] = {
+    "hidden_activation",       "query_pre_attn_scalar",       "attn_logit_softcapping",
+    "final_logit_softcapping", "sliding_window_pattern",      "_sliding_window_pattern",
+    "rope_local_base_freq",    "use_bidirectional_attention",
 };
 
 static const char *const rope_keys[] = {
@@ -215,7 +225,9 @@ static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const ch
     {
         const bool windowed =
             arch->window != QS_WINDOW_NEVER && listed(window_keys, COUNT(window_keys), key);
-        if (!json_is_null(value) && !windowed && !listed(used_keys, COUNT(used_keys), key) &&
+        const bool gemma = arch->gemma && listed(gemma_keys, COUNT(gemma_keys), key);
+        if (!json_is_null(value) && !windowed && !gemma &&
+            !listed(used_keys, COUNT(used_keys), key) &&
             !listed(harmless_keys, COUNT(harmless_keys), key)) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
                            "%s: key \"%.100s\" is not known for model_type \"%s\"; if it does "
@@ -341,6 +353,23 @@ static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const 
     return QS_OK;
 }
 
+/* Gemma: a full layer behind some windowed ones. */
+static qs_status parse_window_pattern(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                      const char *path)
+{
+    int64_t pattern;
+    if (json_is_null(json_object_get(root, "sliding_window"))) {
+        return refuse(path, "sliding_window", "null", "for this model_type a number");
+    }
+    QS_TRY(get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window, path));
+    QS_TRY(
+        get_i64(root, "sliding_window_pattern", 1, 1 << 20, arch->window_pattern, &pattern, path));
+    for (int l = 0; l < out->n_layers; l++) {
+        out->windowed[l] = (l + 1) % pattern != 0;
+    }
+    return parse_layer_types(out, root, path);
+}
+
 static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                               const char *path)
 {
@@ -351,6 +380,9 @@ static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const j
         QS_TRY(get_i64(root, "max_window_layers", 0, 1 << 20, arch->window_layers, &from, path));
     }
     const json_t *window = json_object_get(root, "sliding_window");
+    if (arch->window == QS_WINDOW_PATTERN) {
+        return parse_window_pattern(out, arch, root, path);
+    }
     if (on && !json_is_null(window)) { /* null: none; absent: the default */
         QS_TRY(
             get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window, path));
@@ -361,11 +393,51 @@ static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const j
     return parse_layer_types(out, root, path);
 }
 
-static qs_status parse_switches(qs_hf_config *out, const json_t *root, const char *path)
+static qs_status expect_activation(const json_t *root, const char *key, const char *const *names,
+                                   size_t count, const char *path)
+{
+    const json_t *act = given(root, key);
+    const char *name = json_is_string(act) ? json_string_value(act) : "?";
+    char known[64];
+    snprintf(known, sizeof known, "\"%s\"", names[0]);
+    return act == NULL || listed(names, count, name) ? QS_OK : refuse(path, key, name, known);
+}
+
+/* Gemma's class reads hidden_activation; hidden_act stands beside it in older files. */
+static qs_status parse_activation(const qs_hf_arch *arch, const json_t *root, const char *path)
+{
+    static const char *const silu[] = {"silu", "swish"};
+    static const char *const gelu[] = {"gelu_pytorch_tanh"};
+    if (arch->gemma) {
+        QS_TRY(expect_activation(root, "hidden_activation", gelu, COUNT(gelu), path));
+        return expect_activation(root, "hidden_act", gelu, COUNT(gelu), path);
+    }
+    return expect_activation(root, "hidden_act", silu, COUNT(silu), path);
+}
+
+static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                             const char *path)
+{
+    out->gemma = arch->gemma;
+    out->query_scalar = out->head_dim;
+    if (!arch->gemma) {
+        return QS_OK;
+    }
+    QS_TRY(expect_false(root, "use_bidirectional_attention", path));
+    static const char *const caps[] = {"attn_logit_softcapping", "final_logit_softcapping"};
+    for (size_t i = 0; i < COUNT(caps); i++) {
+        if (given(root, caps[i]) != NULL) {
+            return refuse(path, caps[i], "a number", "null");
+        }
+    }
+    return get_f64(root, "query_pre_attn_scalar", 1e-6, 1e6, 256.0, &out->query_scalar, path);
+}
+
+static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                const char *path)
 {
     double dropout;
-    const json_t *act = given(root, "hidden_act");
-    QS_TRY(get_bool(root, "tie_word_embeddings", false, &out->tied, path));
+    QS_TRY(get_bool(root, "tie_word_embeddings", arch->tied, &out->tied, path));
     QS_TRY(expect_false(root, "rope_interleaved", path));
     QS_TRY(expect_false(root, "use_mrope", path));
     QS_TRY(expect_false(root, "is_encoder_decoder", path));
@@ -374,12 +446,7 @@ static qs_status parse_switches(qs_hf_config *out, const json_t *root, const cha
     if (dropout != 0.0) {
         return refuse(path, "attention_dropout", "a number above 0", "0");
     }
-    if (act != NULL && (!json_is_string(act) || (strcmp(json_string_value(act), "silu") != 0 &&
-                                                 strcmp(json_string_value(act), "swish") != 0))) {
-        return refuse(path, "hidden_act", json_is_string(act) ? json_string_value(act) : "?",
-                      "\"silu\"");
-    }
-    return QS_OK;
+    return parse_activation(arch, root, path);
 }
 
 /* "torch_dtype" (transformers 4) and "dtype" (5); absent means float32. */
@@ -509,13 +576,76 @@ static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const
                                             : QS_OK;
 }
 
+/* RoPE of windowed layers, which do not scale. */
+static qs_status check_local_rope(const json_t *local, const char *path)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)(uintptr_t)local, key, value)
+    {
+        const bool type = strcmp(key, "rope_type") == 0 || strcmp(key, "type") == 0;
+        const char *name = json_is_string(value) ? json_string_value(value) : "?";
+        if (type && !json_is_null(value) && strcmp(name, "default") != 0) {
+            return refuse(path, "rope_type", name, "for \"sliding_attention\" \"default\"");
+        }
+        if (!type && !json_is_null(value) && strcmp(key, "rope_theta") != 0) {
+            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
+                           "%s: RoPE key \"%.100s\" of \"sliding_attention\" is not known", path,
+                           key);
+        }
+    }
+    return QS_OK;
+}
+
+/* Two RoPEs. transformers 4: rope_theta and rope_scaling are those of full layers,
+ * rope_local_base_freq is the base of windowed ones; 5: rope_parameters by type of layer, of which
+ * *full becomes that of full layers. */
+static qs_status parse_local_rope(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                  const json_t **full, const char *path)
+{
+    const json_t *by_type = given(root, "rope_parameters");
+    const json_t *local = given(by_type, "sliding_attention");
+    const char *key;
+    json_t *value;
+    if (by_type != NULL && !json_is_object(by_type)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_parameters\" is not an object", path);
+    }
+    json_object_foreach((json_t *)(uintptr_t)by_type, key, value)
+    {
+        if (strcmp(key, "full_attention") != 0 && strcmp(key, "sliding_attention") != 0) {
+            return refuse(path, "rope_parameters", key,
+                          "for this model_type \"full_attention\" and \"sliding_attention\"");
+        }
+        if (!json_is_null(value) && !json_is_object(value)) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" is not an object", path, key);
+        }
+    }
+    QS_TRY(check_local_rope(local, path));
+    *full = given(by_type, "full_attention");
+    const json_t *inner = given(local, "rope_theta"), *outer = given(root, "rope_local_base_freq");
+    if (inner != NULL && outer != NULL && json_number_value(inner) != json_number_value(outer)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"rope_local_base_freq\" and the \"rope_theta\" of "
+                       "\"sliding_attention\" differ",
+                       path);
+    }
+    return get_f64(inner != NULL ? local : root,
+                   inner != NULL ? "rope_theta" : "rope_local_base_freq", 1e-3, 1e12,
+                   arch->rope_local_theta, &out->rope_local_theta, path);
+}
+
 /* transformers 4: rope_theta and rope_scaling at top level; 5: both inside rope_parameters. */
-static qs_status parse_rope(qs_hf_config *out, const json_t *root, const char *path)
+static qs_status parse_rope(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                            const char *path)
 {
     const json_t *scaling = given(root, "rope_scaling");
     const json_t *parameters = given(root, "rope_parameters");
     const json_t *holder = root;
+    const double usual = arch->rope_theta > 0.0 ? arch->rope_theta : 10000.0;
     double partial;
+    if (arch->local_rope) {
+        QS_TRY(parse_local_rope(out, arch, root, &parameters, path));
+    }
     if (scaling != NULL && parameters != NULL && !json_equal(scaling, parameters)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" and \"rope_parameters\" differ",
                        path);
@@ -531,7 +661,7 @@ static qs_status parse_rope(qs_hf_config *out, const json_t *root, const char *p
                        "%s: \"rope_theta\" at top level and in \"rope_parameters\" differ", path);
     }
     holder = inner != NULL ? rope : root;
-    QS_TRY(get_f64(holder, "rope_theta", 1e-3, 1e12, 10000.0, &out->rope_theta, path));
+    QS_TRY(get_f64(holder, "rope_theta", 1e-3, 1e12, usual, &out->rope_theta, path));
     holder = given(rope, "partial_rotary_factor") != NULL ? rope : root;
     QS_TRY(get_f64(holder, "partial_rotary_factor", 0.0, 1.0, 1.0, &partial, path));
     if (partial != 1.0) {
@@ -591,10 +721,11 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     QS_TRY(check_keys(arch, root, path));
     QS_TRY(parse_sizes(out, arch, root, path));
     QS_TRY(parse_biases(out, arch, root, path));
-    QS_TRY(parse_switches(out, root, path));
+    QS_TRY(parse_switches(out, arch, root, path));
+    QS_TRY(parse_gemma(out, arch, root, path));
     QS_TRY(parse_window(out, arch, root, path));
     QS_TRY(parse_dtype(out, root, path));
-    QS_TRY(parse_rope(out, root, path));
+    QS_TRY(parse_rope(out, arch, root, path));
     return parse_quantization(out, root, path);
 }
 
@@ -656,11 +787,23 @@ static float yarn_scaled(const qs_hf_config *cfg, int i, float period)
 /* Rounded to fp32 after each operation, as transformers does: an ulp of a frequency, times a
  * position in the hundreds, is an error in every attention score that is larger than all other fp32
  * errors of the step together. */
+static float rope_period(const qs_hf_config *cfg, double theta, int i)
+{
+    const float exponent = (float)(2 * i) / (float)cfg->head_dim;
+    return (float)pow(theta, (double)exponent);
+}
+
+void qs_hf_rope_local_frequencies(const qs_hf_config *cfg, double *inv_freq)
+{
+    for (int i = 0; i < cfg->head_dim / 2; i++) {
+        inv_freq[i] = (double)(1.0F / rope_period(cfg, cfg->rope_local_theta, i));
+    }
+}
+
 void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
 {
     for (int i = 0; i < cfg->head_dim / 2; i++) {
-        const float exponent = (float)(2 * i) / (float)cfg->head_dim;
-        const float period = (float)pow(cfg->rope_theta, (double)exponent);
+        const float period = rope_period(cfg, cfg->rope_theta, i);
         float f = 1.0F / period;
         if (cfg->rope_type == QS_ROPE_LINEAR) {
             f /= (float)cfg->rope_factor;

@@ -23,12 +23,16 @@ typedef struct {
     int64_t hidden, ffn_hidden, vocab;
     int64_t max_position;
     float rms_norm_eps;
-    bool tied;                    /* head = embedding table */
-    bool bias[QS_LINEAR_COUNT];   /* the linear has one */
-    bool qk_norm;                 /* RMSNorm over each head of q and k, before RoPE */
-    int64_t window;               /* keys that a query of a windowed layer sees; 0: no such layer */
+    bool tied;                  /* head = embedding table */
+    bool bias[QS_LINEAR_COUNT]; /* the linear has one */
+    bool qk_norm;               /* RMSNorm over each head of q and k, before RoPE */
+    bool gemma;          /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU,
+                            gates the MLP; the embedding is multiplied by sqrt(hidden) */
+    double query_scalar; /* scores are divided by its root; head_dim but for Gemma */
+    int64_t window;      /* keys that a query of a windowed layer sees; 0: no such layer */
     bool windowed[QS_LAYERS_MAX]; /* [n_layers] */
     double rope_theta;
+    double rope_local_theta; /* of windowed layers, which then scale nothing; 0: as the others */
     qs_rope_type rope_type;
     double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
     int64_t rope_original_max_position;
@@ -46,6 +50,8 @@ qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, 
 /** Inverse frequencies of RoPE [head_dim / 2], with scaling: fp32 values, rounded as transformers
  * rounds them. */
 void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq);
+/** The same of windowed layers, where these have their own: rope_local_theta is not 0. */
+void qs_hf_rope_local_frequencies(const qs_hf_config *cfg, double *inv_freq);
 
 /** "self_attn.q_proj" ... "mlp.down_proj". */
 const char *qs_linear_path(qs_linear linear);

@@ -18,6 +18,7 @@ static bool same_numbers(const qs_hf_config *a, const qs_hf_config *b)
     qs_hf_rope_frequencies(a, theirs);
     qs_hf_rope_frequencies(b, ours);
     return a->rms_norm_eps == b->rms_norm_eps && a->rope_magnitude == b->rope_magnitude &&
+           a->rope_local_theta == b->rope_local_theta && a->query_scalar == b->query_scalar &&
            memcmp(theirs, ours, (size_t)(a->head_dim / 2) * sizeof *ours) == 0 &&
            a->window == b->window && memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
 }

@@ -57,6 +57,12 @@ static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts
     acts->lse = take_floats(block, t * m->config->n_heads);
     acts->x2 = take_acts(m, block, t, m->config->hidden);
     acts->rstd2 = take_floats(block, t);
+    if (m->config->gemma) {
+        acts->branch1 = take_acts(m, block, t, m->config->hidden);
+        acts->branch2 = take_acts(m, block, t, m->config->hidden);
+        acts->rstd_post1 = take_floats(block, t);
+        acts->rstd_post2 = take_floats(block, t);
+    }
 }
 
 static void carve_gate_and_up(const qs_model *m, arena *block, qs_layer_acts *acts)
@@ -140,6 +146,9 @@ static void carve_work(qs_model *m, arena *block)
     if (m->shape.backward) {
         w->d_act = take_bordered(m, block, t, ffn);
         w->d_norm = take_acts(m, block, t, hidden);
+        if (m->config->gemma) {
+            w->d_branch = take_bordered(m, block, t, hidden);
+        }
         w->d_o = take_acts(m, block, t, m->q_width);
         w->d_q = take_bordered(m, block, t, m->q_width);
         w->d_k = take_bordered(m, block, t, m->kv_width);

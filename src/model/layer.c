@@ -1,16 +1,16 @@
 /* One decoder layer, forward and backward, for one micro-batch.
  *
- *   x -> norm1 -> q k v (-> norm of each head of q and k) -> RoPE -> attention -> o_proj -> + x =
- * x2 -> norm2 -> gate up -> SwiGLU -> down -> + x2
+ *   x -> norm1 -> q k v (-> norm of each head of q and k) -> RoPE -> attention -> o_proj
+ *     (-> post1) -> + x = x2 -> norm2 -> gate up -> GLU -> down (-> post2) -> + x2
  *
- * The backward needs q, k, v, o, lse, x2, gate, up and the A x of every adapter; the two norm
- * outputs and the SwiGLU output are cheap and always computed again. What else is computed again is
- * the recompute mode:
+ * The backward needs q, k, v, o, lse, x2, gate, up and the A x of every adapter, and what goes into
+ * post1 and post2 where there are such norms; the outputs of norm1, norm2 and GLU are cheap and
+ * always computed again. What else is computed again is the recompute mode:
  *
  *   none       everything is kept
  *   selective  gate and up are computed again (two of the three large matrices of the layer)
  *   full       all but x and the A x of down_proj: with the latter kept, down_proj itself is never
- * computed twice
+ *              computed twice, unless a norm stands behind it
  *
  * All modes give the same bits, because recomputing is the same operations on the same inputs. */
 #include "model/model_impl.h"
@@ -175,7 +175,9 @@ static qs_status norm_backward(const qs_layer_call *call, void *x, const float *
 static qs_status rotate(const qs_layer_call *call, qs_mat *x, int heads, bool inverse)
 {
     const qs_model *m = call->model;
-    return m->ops->rope(m->queue, x, heads, m->config->head_dim, m->rope_cos, m->rope_sin,
+    const bool local = m->config->windowed[call->layer] && m->rope_local.cos != NULL;
+    const qs_rope_table *table = local ? &m->rope_local : &m->rope;
+    return m->ops->rope(m->queue, x, heads, m->config->head_dim, table->cos, table->sin,
                         call->input->device.position, inverse);
 }
 
@@ -186,7 +188,7 @@ static qs_mat by_head(const qs_layer_call *call, void *data, int heads)
                         call->model->config->head_dim, 0);
 }
 
-/* RMSNorm over each head of q or k (Qwen3): `in` to `out`. */
+/* RMSNorm over each head of q or k: `in` to `out`. */
 static qs_status head_norm(const qs_layer_call *call, void *in, const float *w, int heads,
                            float *rstd, void *out)
 {
@@ -215,11 +217,45 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
     return (qs_attention_shape){.n_heads = cfg->n_heads,
                                 .n_kv_heads = cfg->n_kv_heads,
                                 .head_dim = cfg->head_dim,
-                                .scale = 1.0f / __builtin_sqrtf((float)cfg->head_dim),
+                                .scale = 1.0f / __builtin_sqrtf((float)cfg->query_scalar),
                                 .window = cfg->windowed[call->layer] ? (int)cfg->window : 0,
                                 .cu_seqlens = call->input->device.cu_seqlens,
                                 .n_docs = call->batch->n_docs,
                                 .longest = call->input->longest};
+}
+
+/* A linear ends a branch of the layer: y = x + what it gives, through the norm `w` behind it where
+ * there is one, for whose backward `branch` and `rstd` stay. */
+static qs_status join(const qs_layer_call *call, qs_linear linear, const qs_mat *in, const float *w,
+                      void *branch, float *rstd, void *x, void *y)
+{
+    const qs_model *m = call->model;
+    if (w == NULL) {
+        return linear_forward(call, linear, in, x, y);
+    }
+    const int64_t hidden = m->config->hidden;
+    const qs_mat from = tokens_by(call, branch, hidden), stream = tokens_by(call, x, hidden);
+    qs_mat to = tokens_by(call, y, hidden);
+    QS_TRY(linear_forward(call, linear, in, NULL, branch));
+    QS_TRY(m->ops->rmsnorm_forward(m->queue, &from, w, m->config->rms_norm_eps, rstd, &to));
+    return m->ops->add(m->queue, &stream, &to);
+}
+
+/* Its backward: from the gradient of y to that of what the linear gave, which *d_linear describes.
+ */
+static qs_status part(const qs_layer_call *call, const qs_mat *dy, const float *w, void *branch,
+                      const float *rstd, qs_mat *d_linear)
+{
+    const qs_model *m = call->model;
+    if (w == NULL) {
+        *d_linear = *dy;
+        return QS_OK;
+    }
+    const qs_mat from = tokens_by(call, branch, m->config->hidden);
+    *d_linear = bordered(call, m->work.d_branch, m->config->hidden);
+    QS_TRY(qs_queue_zero(m->queue, d_linear->data,
+                         (size_t)(d_linear->rows * d_linear->stride) * m->act_bytes));
+    return m->ops->rmsnorm_backward(m->queue, dy, &from, w, rstd, d_linear);
 }
 
 /* x -> q, k, v, o, lse, x2 */
@@ -249,7 +285,7 @@ static qs_status attention_half(const qs_layer_call *call)
     QS_TRY(rotate(call, &k, m->config->n_kv_heads, false));
     QS_TRY(m->ops->attention_forward(m->queue, &shape, &q, &k, &v, &o, acts->lse));
     m->flops += 4.0 * attention_pairs(call) * (double)m->q_width;
-    return linear_forward(call, QS_O, &o, acts->x, acts->x2);
+    return join(call, QS_O, &o, p->post1, acts->branch1, acts->rstd_post1, acts->x, acts->x2);
 }
 
 /* x2 -> gate, up */
@@ -261,23 +297,42 @@ static qs_status gate_and_up(const qs_layer_call *call)
     return linear_forward(call, QS_UP, &norm, NULL, call->acts->up);
 }
 
+static qs_glu glu_of(const qs_model *m)
+{
+    return m->config->gemma ? QS_GLU_GELU_TANH : QS_GLU_SILU;
+}
+
 /* gate, up -> act, which is what *act describes */
-static qs_status swiglu(const qs_layer_call *call, qs_mat *act)
+static qs_status gate(const qs_layer_call *call, qs_mat *act)
 {
     const qs_model *m = call->model;
-    const qs_mat gate = tokens_by(call, call->acts->gate, m->config->ffn_hidden);
+    const qs_mat gates = tokens_by(call, call->acts->gate, m->config->ffn_hidden);
     const qs_mat up = tokens_by(call, call->acts->up, m->config->ffn_hidden);
     *act = bordered(call, m->work.act, m->config->ffn_hidden);
-    return m->ops->swiglu_forward(m->queue, &gate, &up, act);
+    return m->ops->glu_forward(m->queue, glu_of(m), &gates, &up, act);
+}
+
+/* gate, up, x2 -> x_next */
+static qs_status down(const qs_layer_call *call, void *x_next)
+{
+    qs_layer_acts *acts = call->acts;
+    qs_mat act;
+    QS_TRY(gate(call, &act));
+    return join(call, QS_DOWN, &act, params_of(call)->post2, acts->branch2, acts->rstd_post2,
+                acts->x2, x_next);
 }
 
 qs_status qs_layer_forward(const qs_layer_call *call, void *x_next)
 {
-    qs_mat act;
     QS_TRY(attention_half(call));
     QS_TRY(gate_and_up(call));
-    QS_TRY(swiglu(call, &act));
-    return linear_forward(call, QS_DOWN, &act, call->acts->x2, x_next);
+    return down(call, x_next);
+}
+
+/* What the norm behind down_proj has to find: its input. The layer's output goes nowhere. */
+static qs_status recompute_down(const qs_layer_call *call)
+{
+    return params_of(call)->post2 != NULL ? down(call, call->model->work.d_norm) : QS_OK;
 }
 
 qs_status qs_layer_recompute(const qs_layer_call *call)
@@ -285,7 +340,8 @@ qs_status qs_layer_recompute(const qs_layer_call *call)
     switch (call->model->shape.recompute) {
     case QS_RECOMPUTE_FULL:
         QS_TRY(attention_half(call));
-        return gate_and_up(call);
+        QS_TRY(gate_and_up(call));
+        return recompute_down(call);
     case QS_RECOMPUTE_SELECTIVE:
         return gate_and_up(call);
     default:
@@ -299,15 +355,16 @@ static qs_status backward_mlp(const qs_layer_call *call, qs_mat *dx, float *grad
     const qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
     const int64_t ffn = m->config->ffn_hidden;
-    qs_mat act, norm;
+    qs_mat act, norm, d_down;
     qs_mat d_act = bordered(call, m->work.d_act, ffn);
-    QS_TRY(swiglu(call, &act));
-    QS_TRY(linear_backward(call, QS_DOWN, &act, dx, &d_act, false, grad));
+    QS_TRY(gate(call, &act));
+    QS_TRY(part(call, dx, params_of(call)->post2, acts->branch2, acts->rstd_post2, &d_down));
+    QS_TRY(linear_backward(call, QS_DOWN, &act, &d_down, &d_act, false, grad));
 
     /* d_gate takes the place of d_act, d_up that of act: neither is needed any more */
-    const qs_mat gate = tokens_by(call, acts->gate, ffn), up = tokens_by(call, acts->up, ffn);
+    const qs_mat gates = tokens_by(call, acts->gate, ffn), up = tokens_by(call, acts->up, ffn);
     qs_mat d_gate = d_act, d_up = act;
-    QS_TRY(m->ops->swiglu_backward(m->queue, &gate, &up, &d_act, &d_gate, &d_up));
+    QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, &d_act, &d_gate, &d_up));
 
     qs_mat d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
     QS_TRY(norm_forward(call, acts->x2, params_of(call)->norm2, acts->rstd2, &norm));
@@ -333,7 +390,9 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     qs_mat d_k =
         normed ? tokens_by(call, work->d_k, m->kv_width) : bordered(call, work->d_k, m->kv_width);
     qs_mat d_v = bordered(call, work->d_v, m->kv_width);
-    QS_TRY(linear_backward(call, QS_O, &o, dx, &d_o, false, grad));
+    qs_mat d_attention;
+    QS_TRY(part(call, dx, p->post1, acts->branch1, acts->rstd_post1, &d_attention));
+    QS_TRY(linear_backward(call, QS_O, &o, &d_attention, &d_o, false, grad));
 
     const qs_attention_shape shape = attention_shape(call);
     QS_TRY(m->ops->attention_backward(m->queue, &shape, &q, &k, &v, &o, acts->lse, &d_o,

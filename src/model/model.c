@@ -2,8 +2,10 @@
  * same sequence of acquires, whether it has work or not. */
 #include "model/model.h"
 
+#include <math.h>
 #include <string.h>
 
+#include "base/dtype.h"
 #include "base/mem.h"
 #include "model/model_impl.h"
 #include "model/offload.h"
@@ -29,9 +31,11 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
         qs_linear_shape(config, (qs_linear)i, &out, &in);
         biases += config->bias[i] ? out : 0;
     }
-    const int64_t norms = 2 * config->hidden + (config->qk_norm ? 2 * config->head_dim : 0);
-    const int64_t floats =
-        config->n_layers * (norms + biases) + config->hidden + shape->max_tokens * config->head_dim;
+    const int64_t norms =
+        (config->gemma ? 4 : 2) * config->hidden + (config->qk_norm ? 2 * config->head_dim : 0);
+    const int64_t rope_tables = config->rope_local_theta > 0 ? 2 : 1;
+    const int64_t floats = config->n_layers * (norms + biases) + config->hidden +
+                           rope_tables * shape->max_tokens * config->head_dim;
     bytes.small_bytes =
         (size_t)floats * sizeof(float) + (size_t)config->n_layers * sizeof(qs_layer_params);
     bytes.input_bytes = (size_t)shape->group * qs_input_bytes(shape);
@@ -98,8 +102,9 @@ void qs_model_destroy(qs_model *m)
     }
     qs_mem_free(m->micro);
     qs_mem_free(m->layers);
-    void *const on_device[] = {m->activation_block, m->work_block, m->small, m->maps,
-                               m->rope_cos,         m->rope_sin};
+    void *const on_device[] = {
+        m->activation_block, m->work_block, m->small,          m->maps,
+        m->rope.cos,         m->rope.sin,   m->rope_local.cos, m->rope_local.sin};
     for (size_t i = 0; i < sizeof on_device / sizeof *on_device; i++) {
         qs_device_free(m->device, on_device[i]);
     }
@@ -140,6 +145,20 @@ static qs_status check_sizes(const qs_model *m, const qs_batch *batch)
     return QS_OK;
 }
 
+/* Gemma's factor of token rows, rounded as transformers rounds it: to the type of the rows. */
+static qs_status scale_embedding(qs_model *m, void *rows, int64_t tokens)
+{
+    float by = (float)sqrt((double)m->config->hidden);
+    if (!m->config->gemma) {
+        return QS_OK;
+    }
+    if (m->ops->act_dtype == QS_BF16) {
+        by = qs_f32_from_bf16(qs_bf16_from_f32(by));
+    }
+    qs_mat x = qs_model_mat(m, rows, tokens, m->config->hidden, 0);
+    return m->ops->scale(m->queue, by, &x);
+}
+
 /* Micro-batches to the device, and token rows to the input of layer 0. Collective for each
  * micro-batch of the group. */
 static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
@@ -151,8 +170,10 @@ static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
         if (batch != NULL) {
             QS_TRY(qs_input_load(m, &m->micro[g], batch));
         }
-        QS_TRY(qs_fsdp_embed(m->fsdp, batch != NULL ? batch->tokens : NULL,
-                             batch != NULL ? batch->n_tokens : 0, m->micro[g].layers[0].x));
+        const int64_t tokens = batch != NULL ? batch->n_tokens : 0;
+        void *rows = m->micro[g].layers[0].x;
+        QS_TRY(qs_fsdp_embed(m->fsdp, batch != NULL ? batch->tokens : NULL, tokens, rows));
+        QS_TRY(scale_embedding(m, rows, tokens));
     }
     return QS_OK;
 }

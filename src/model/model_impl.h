@@ -10,7 +10,8 @@
 typedef struct {
     qs_weight linear[QS_LINEAR_COUNT];
     const float *bias[QS_LINEAR_COUNT]; /* [out] or NULL */
-    const float *norm1, *norm2;         /* [hidden] */
+    const float *norm1, *norm2;         /* [hidden] in front of attention and MLP */
+    const float *post1, *post2;         /* [hidden] behind them, or NULL */
     const float *q_norm, *k_norm;       /* [head_dim] or NULL */
 } qs_layer_params;
 
@@ -19,17 +20,20 @@ typedef struct {
  * recompute mode. `void *` is the operations' act_dtype; + border: the matrix feeds a linear and
  * its rows have room for the adapter (qs_ops.border). */
 typedef struct {
-    void *x;                   /* [T, hidden] input */
-    float *rstd1, *rstd2;      /* [T] */
-    void *q_in, *k_in;         /* [T, q width], [T, kv width] before the norm of the heads, where
-                                  there is one; else NULL */
-    float *rstd_q, *rstd_k;    /* [T, heads] of that norm */
-    void *q, *k, *v;           /* after RoPE */
-    void *o;                   /* [T, q width + border] attention output */
-    float *lse;                /* [n_heads, T] */
-    void *x2;                  /* [T, hidden] after attention */
-    void *gate, *up;           /* [T, ffn] */
-    void *xa[QS_LINEAR_COUNT]; /* [T, lora_rank] A x of each linear */
+    void *x;                 /* [T, hidden] input */
+    float *rstd1, *rstd2;    /* [T] */
+    void *q_in, *k_in;       /* [T, q width], [T, kv width] before the norm of the heads, where
+                                there is one; else NULL */
+    float *rstd_q, *rstd_k;  /* [T, heads] of that norm */
+    void *q, *k, *v;         /* after RoPE */
+    void *o;                 /* [T, q width + border] attention output */
+    float *lse;              /* [n_heads, T] */
+    void *x2;                /* [T, hidden] after attention */
+    void *gate, *up;         /* [T, ffn] */
+    void *branch1, *branch2; /* [T, hidden] of attention and MLP before the norm behind them, where
+                                there is one; else NULL */
+    float *rstd_post1, *rstd_post2; /* [T] of that norm */
+    void *xa[QS_LINEAR_COUNT];      /* [T, lora_rank] A x of each linear */
 } qs_layer_acts;
 
 /** Scratch shared by all layers and micro-batches. */
@@ -38,6 +42,7 @@ typedef struct {
     void *act;             /* [T, ffn + border] */
     void *d_act;           /* [T, ffn + border] */
     void *d_norm;          /* [T, hidden] */
+    void *d_branch;        /* [T, hidden + border] where there are norms behind the branches */
     void *d_o;             /* [T, q width] */
     void *d_q;             /* [T, q width + border]; no border where heads are normed */
     void *d_q_in, *d_k_in; /* [T, q width], [T, kv width] where they are */
@@ -76,6 +81,10 @@ typedef struct {
     float *row_rstd; /* [R] of the final norm */
 } qs_micro_acts;
 
+typedef struct {
+    float *cos, *sin; /* [max_tokens, head_dim / 2] */
+} qs_rope_table;
+
 struct qs_model {
     const qs_base_index *index;
     const qs_hf_config *config;
@@ -92,9 +101,10 @@ struct qs_model {
 
     qs_layer_params *layers;
     const float *final_norm;
-    float *small;               /* all norms and biases */
-    float *maps;                /* [n_maps, 256] second-level maps of the weights */
-    float *rope_cos, *rope_sin; /* [max_tokens, head_dim / 2] */
+    float *small; /* all norms and biases */
+    float *maps;  /* [n_maps, 256] second-level maps of the weights */
+    qs_rope_table rope;
+    qs_rope_table rope_local; /* of windowed layers; without data where they turn as the others */
 
     void *activation_block, *work_block;
     qs_micro_acts *micro; /* [group] */

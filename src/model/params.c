@@ -12,20 +12,18 @@
 #include "base/mem.h"
 
 /* Angles in fp32 as transformers computes them, then cosine and sine correctly rounded. */
-static qs_status make_rope_tables(qs_model *m)
+static qs_status make_rope_table(const qs_model *m, const double *inv_freq, float magnitude,
+                                 qs_rope_table *table)
 {
     const int half = m->config->head_dim / 2;
     const int64_t positions = m->shape.max_tokens;
-    const float magnitude = (float)m->config->rope_magnitude;
-    double inv_freq[QS_HEAD_DIM_MAX / 2];
-    QS_TRY(QS_ALLOC(&m->rope_cos, positions * half, QS_MEM_BASE_SMALL));
-    QS_TRY(QS_ALLOC(&m->rope_sin, positions * half, QS_MEM_BASE_SMALL));
-    qs_hf_rope_frequencies(m->config, inv_freq);
+    QS_TRY(QS_ALLOC(&table->cos, positions * half, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&table->sin, positions * half, QS_MEM_BASE_SMALL));
     for (int64_t p = 0; p < positions; p++) {
         for (int i = 0; i < half; i++) {
             const float angle = (float)p * (float)inv_freq[i];
-            m->rope_cos[p * half + i] = (float)cos((double)angle) * magnitude;
-            m->rope_sin[p * half + i] = (float)sin((double)angle) * magnitude;
+            table->cos[p * half + i] = (float)cos((double)angle) * magnitude;
+            table->sin[p * half + i] = (float)sin((double)angle) * magnitude;
         }
     }
     return QS_OK;
@@ -80,21 +78,51 @@ static qs_status take_small(const qs_base_index *index, const qs_base_unit *unit
     return QS_OK;
 }
 
+/* The weight of a norm. Gemma's is 1 + w: transformers, too, adds in fp32, so this is the same
+ * number. */
+static qs_status take_norm(const qs_base_index *index, const qs_base_unit *unit, const char *suffix,
+                           int64_t count, const uint8_t *bytes, float **free_at, const float **out)
+{
+    float *w = *free_at;
+    QS_TRY(take_small(index, unit, suffix, count, bytes, free_at, out));
+    for (int64_t i = 0; i < count && index->config.gemma; i++) {
+        w[i] = 1.0F + w[i];
+    }
+    return QS_OK;
+}
+
+/* Norms in front of attention and MLP and, Gemma's, behind them. "post_attention" is the MLP's norm
+ * in one family and attention's in the other. */
+static qs_status load_norms(const qs_model *m, const qs_base_unit *unit, const uint8_t *bytes,
+                            float **free_at, qs_layer_params *p)
+{
+    const bool gemma = m->config->gemma, heads = m->config->qk_norm;
+    const struct {
+        const char *name;
+        int64_t count;
+        const float **to;
+    } norms[] = {
+        {"input_layernorm.weight", m->config->hidden, &p->norm1},
+        {"post_attention_layernorm.weight", m->config->hidden, gemma ? &p->post1 : &p->norm2},
+        {"pre_feedforward_layernorm.weight", gemma ? m->config->hidden : 0, &p->norm2},
+        {"post_feedforward_layernorm.weight", gemma ? m->config->hidden : 0, &p->post2},
+        {"self_attn.q_norm.weight", heads ? m->config->head_dim : 0, &p->q_norm},
+        {"self_attn.k_norm.weight", heads ? m->config->head_dim : 0, &p->k_norm}};
+    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
+        if (norms[i].count > 0) {
+            QS_TRY(take_norm(m->index, unit, norms[i].name, norms[i].count, bytes, free_at,
+                             norms[i].to));
+        }
+    }
+    return QS_OK;
+}
+
 static qs_status load_layer(qs_model *m, int layer, const uint8_t *bytes, float **free_at)
 {
     const qs_base_index *index = m->index;
     const qs_base_unit *unit = &index->units[qs_base_layer_unit(index, layer)];
     qs_layer_params *p = &m->layers[layer];
-    QS_TRY(take_small(index, unit, "input_layernorm.weight", m->config->hidden, bytes, free_at,
-                      &p->norm1));
-    QS_TRY(take_small(index, unit, "post_attention_layernorm.weight", m->config->hidden, bytes,
-                      free_at, &p->norm2));
-    if (m->config->qk_norm) {
-        QS_TRY(take_small(index, unit, "self_attn.q_norm.weight", m->config->head_dim, bytes,
-                          free_at, &p->q_norm));
-        QS_TRY(take_small(index, unit, "self_attn.k_norm.weight", m->config->head_dim, bytes,
-                          free_at, &p->k_norm));
-    }
+    QS_TRY(load_norms(m, unit, bytes, free_at, p));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         char name[64];
         int64_t out = 0, in = 0;
@@ -131,8 +159,8 @@ static qs_status load_all(qs_model *m, int fd, uint8_t *bytes)
         QS_TRY(load_layer(m, l, bytes, &free_at));
     }
     QS_TRY(qs_base_read_small(index, fd, &index->final, bytes));
-    return take_small(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
-                      &m->final_norm);
+    return take_norm(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
+                     &m->final_norm);
 }
 
 /* Replace the host's floats at *data by the same on the device. */
@@ -153,19 +181,43 @@ static qs_status move_to_device(qs_model *m, float **data, int64_t count)
 }
 
 /* The layers' norms and biases pointed into the host's floats. */
+static void point_one_to(const qs_model *m, const float *host, const float **to)
+{
+    *to = *to != NULL ? m->small + (*to - host) : NULL;
+}
+
 static void point_to(qs_model *m, const float *host)
 {
     for (int l = 0; l < m->config->n_layers; l++) {
         qs_layer_params *p = &m->layers[l];
-        p->norm1 = m->small + (p->norm1 - host);
-        p->norm2 = m->small + (p->norm2 - host);
-        p->q_norm = p->q_norm != NULL ? m->small + (p->q_norm - host) : NULL;
-        p->k_norm = p->k_norm != NULL ? m->small + (p->k_norm - host) : NULL;
+        const float **const norms[] = {&p->norm1, &p->norm2,  &p->post1,
+                                       &p->post2, &p->q_norm, &p->k_norm};
+        for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
+            point_one_to(m, host, norms[i]);
+        }
         for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-            p->bias[i] = p->bias[i] != NULL ? m->small + (p->bias[i] - host) : NULL;
+            point_one_to(m, host, &p->bias[i]);
         }
     }
-    m->final_norm = m->small + (m->final_norm - host);
+    point_one_to(m, host, &m->final_norm);
+}
+
+/* The tables of full layers, or of all, and where windowed layers turn otherwise, theirs. */
+static qs_status load_rope_tables(qs_model *m)
+{
+    const int64_t count = m->shape.max_tokens * (m->config->head_dim / 2);
+    double inv_freq[QS_HEAD_DIM_MAX / 2];
+    qs_hf_rope_frequencies(m->config, inv_freq);
+    QS_TRY(make_rope_table(m, inv_freq, (float)m->config->rope_magnitude, &m->rope));
+    QS_TRY(move_to_device(m, &m->rope.cos, count));
+    QS_TRY(move_to_device(m, &m->rope.sin, count));
+    if (m->config->rope_local_theta > 0) {
+        qs_hf_rope_local_frequencies(m->config, inv_freq);
+        QS_TRY(make_rope_table(m, inv_freq, 1.0F, &m->rope_local));
+        QS_TRY(move_to_device(m, &m->rope_local.cos, count));
+        QS_TRY(move_to_device(m, &m->rope_local.sin, count));
+    }
+    return QS_OK;
 }
 
 /* The maps on the device; the index's own where they can be read. */
@@ -194,7 +246,6 @@ qs_status qs_model_load_params(qs_model *m)
 {
     qs_status st = QS_OK;
     const qs_base_index *index = m->index;
-    const int64_t half = m->config->head_dim / 2;
     const float *host = NULL;
     uint8_t *bytes = NULL;
     int64_t count = small_count(&index->final);
@@ -216,9 +267,7 @@ qs_status qs_model_load_params(qs_model *m)
     host = m->small;
     QS_GOTO(move_to_device(m, &m->small, count));
     point_to(m, host);
-    QS_GOTO(make_rope_tables(m));
-    QS_GOTO(move_to_device(m, &m->rope_cos, m->shape.max_tokens * half));
-    QS_GOTO(move_to_device(m, &m->rope_sin, m->shape.max_tokens * half));
+    QS_GOTO(load_rope_tables(m));
 done:
     if (fd >= 0) {
         close(fd);

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a small checkpoint (Llama, Mistral, Qwen) and a small instruction data set from a seed: for tests, and to try a machine out.
+"""Makes a small checkpoint (Llama, Mistral, Qwen, Gemma) and a small instruction data set from a seed: for tests, and to try a machine out.
 
     qshard_tiny.py OUT --layers 4 --examples 512
 
@@ -82,7 +82,9 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
+GEMMA = ("gemma3_text",)
 
 
 def has_bias(config, linear):
@@ -108,9 +110,12 @@ def tensor_shapes(config):
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if config["model_type"] in GEMMA:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for norm in norms:
             shapes[prefix + norm + ".weight"] = (hidden,)
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "gemma3_text"):
             for norm in ("self_attn.q_norm", "self_attn.k_norm"):
                 shapes[prefix + norm + ".weight"] = (head_dim,)
         for name, shape in linears.items():
@@ -122,12 +127,12 @@ def tensor_shapes(config):
     return shapes
 
 
-def make_tensor(seed, name, shape):
+def make_tensor(seed, name, shape, norm_mean):
     """bf16 bits of one tensor. Linears keep the size of what passes them, so that a deep stack stays tame; the rows of
     the embedding have length about 1, so that a tied head gives logits of deviation about 1 and can become sure."""
     z = normals(seed, name, int(np.prod(shape))).reshape(shape)
     if name.endswith("norm.weight"):
-        return bf16_bits(1.0 + 0.1 * z)
+        return bf16_bits(norm_mean + 0.1 * z)
     if name.endswith(".bias"):
         return bf16_bits(0.05 * z)
     return bf16_bits(z * (1.0 / np.sqrt(float(shape[-1]))))
@@ -168,10 +173,23 @@ def make_config(options):
         config["use_sliding_window"] = options.window is not None
         config["sliding_window"] = options.window
         config["max_window_layers"] = options.window_layers
-    for key in {"llama": (), "qwen3": ("mlp_bias", "pretraining_tp")}.get(
-        options.arch, ("attention_bias", "mlp_bias", "pretraining_tp")
-    ):
+    elif options.arch in GEMMA:
+        config["hidden_activation"] = "gelu_pytorch_tanh"
+        config["query_pre_attn_scalar"] = options.query_scalar or config["head_dim"]
+        config["sliding_window"] = options.window or 4096
+    if options.arch == "gemma3_text":
+        config["rope_local_base_freq"] = 10000.0
+        config["rope_theta"] = 1000000.0
+        config["sliding_window_pattern"] = options.window_pattern
+    no_keys = {
+        "llama": (),
+        "qwen3": ("mlp_bias", "pretraining_tp"),
+        "gemma3_text": ("mlp_bias", "pretraining_tp", "hidden_act"),
+    }
+    for key in no_keys.get(options.arch, ("attention_bias", "mlp_bias", "pretraining_tp")):
         del config[key]  # no keys of these classes
+    if options.rope_scaling == "linear":
+        config["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
     if options.rope_scaling == "llama3":
         # Borders at 8 and 32 positions: wavelengths of even a short head lie below, between and above them.
         config["rope_scaling"] = {
@@ -282,7 +300,8 @@ def jsonl_bytes(records):
 # --- command line -----------------------------------------------------------------------------------------------------
 def write_checkpoint(folder, config, seed):
     """The model directory: config, weights, tokenizer."""
-    tensors = {name: make_tensor(seed, name, shape) for name, shape in tensor_shapes(config).items()}
+    norm_mean = 0.0 if config["model_type"] in GEMMA else 1.0  # Gemma multiplies by 1 + w
+    tensors = {name: make_tensor(seed, name, shape, norm_mean) for name, shape in tensor_shapes(config).items()}
     write_json(os.path.join(folder, "config.json"), config)
     write_bytes(os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors))
     write_json(os.path.join(folder, "tokenizer.json"), make_tokenizer())
@@ -310,11 +329,13 @@ def make_parser():
     parser.add_argument("--ffn", type=int, default=352, help="width inside the MLP [%(default)s]")
     parser.add_argument("--vocab", type=int, default=320, help="rows of the embedding [%(default)s]")
     parser.add_argument("--max-position", type=int, default=2048, help="longest sequence [%(default)s]")
-    parser.add_argument("--rope-scaling", choices=["none", "llama3", "yarn"], default="none", help="[%(default)s]")
+    parser.add_argument("--rope-scaling", choices=["none", "linear", "llama3", "yarn"], default="none", help="[%(default)s]")
     parser.add_argument("--tied", action="store_true", default=True, help="the head is the embedding [default]")
     parser.add_argument("--untied", action="store_false", dest="tied", help="the head has its own weights")
     parser.add_argument("--arch", choices=sorted(CLASSES), default="llama", help="model_type [%(default)s]")
-    parser.add_argument("--window", type=int, help="attention sees the last WINDOW positions (mistral, qwen2, qwen3)")
+    parser.add_argument("--window", type=int, help="attention sees the last WINDOW positions (not llama)")
+    parser.add_argument("--window-pattern", type=int, default=6, help="gemma3_text: each n-th layer sees all [%(default)s]")
+    parser.add_argument("--query-scalar", type=int, help="gemma: scores are divided by its root [head-dim]")
     parser.add_argument("--window-layers", type=int, default=0, help="qwen: layers below it see all [%(default)s]")
     parser.add_argument("--attention-bias", action="store_true", help="q, k, v and o have biases")
     parser.add_argument("--mlp-bias", action="store_true", help="gate, up and down have biases")
@@ -329,9 +350,9 @@ def check(options):
         if getattr(options, name) < 1:
             raise PrepError(202, "--" + name.replace("_", "-"), f"is {getattr(options, name)}; it must be at least 1")
     if options.window is not None and (options.window < 1 or options.arch == "llama"):
-        what = f"is {options.window}; it must be at least 1, and --arch one of mistral, qwen2 and qwen3"
+        what = f"is {options.window}; it must be at least 1, and --arch another than llama"
         raise PrepError(202, "--window", what)
-    if (options.attention_bias and options.arch not in ("llama", "qwen3")) or (
+    if (options.attention_bias and options.arch not in ("llama", "qwen3", *GEMMA)) or (
         options.mlp_bias and options.arch != "llama"
     ):
         raise PrepError(202, "--arch", f"is {options.arch}, which has no such biases to choose")

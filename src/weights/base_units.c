@@ -69,16 +69,18 @@ static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int 
     static const char *const tensor = "model.layers.%lld.%s.%s";
     int64_t rows, columns;
     QS_TRY(
-        start_unit(index, unit, formatted("layers.%lld", layer, "", ""), 2 * QS_LINEAR_COUNT + 4));
+        start_unit(index, unit, formatted("layers.%lld", layer, "", ""), 2 * QS_LINEAR_COUNT + 6));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(&index->config, (qs_linear)i, &rows, &columns);
         char *name = formatted(tensor, layer, qs_linear_path((qs_linear)i), "weight");
         QS_TRY(add(index, unit, name, QS_TENSOR_NF4, rows, columns));
     }
-    QS_TRY(add(index, unit, formatted(tensor, layer, "input_layernorm", "weight"), QS_TENSOR_SMALL,
-               index->config.hidden, 0));
-    QS_TRY(add(index, unit, formatted(tensor, layer, "post_attention_layernorm", "weight"),
-               QS_TENSOR_SMALL, index->config.hidden, 0));
+    static const char *const norms[] = {"input_layernorm", "post_attention_layernorm",
+                                        "pre_feedforward_layernorm", "post_feedforward_layernorm"};
+    for (int i = 0; i < (index->config.gemma ? 4 : 2); i++) {
+        QS_TRY(add(index, unit, formatted(tensor, layer, norms[i], "weight"), QS_TENSOR_SMALL,
+                   index->config.hidden, 0));
+    }
     static const char *const head_norms[] = {"self_attn.q_norm", "self_attn.k_norm"};
     for (int i = 0; i < 2 && index->config.qk_norm; i++) {
         QS_TRY(add(index, unit, formatted(tensor, layer, head_norms[i], "weight"), QS_TENSOR_SMALL,

@@ -85,6 +85,30 @@ def tiny():
     return _tiny
 
 
+_bases = {}
+
+
+def base_of(*options):
+    """A base.h5 of a model of other options of qshard_tiny.py, for the data of tiny()."""
+    if options not in _bases:
+        folder = scratch()
+        python(os.path.join(PREP, "qshard_tiny.py"), os.path.join(folder, "model"), "--examples", "8", *options)
+        qshard("quantize", os.path.join(folder, "model"), "-o", os.path.join(folder, "base.h5"), "--head-chunk-rows", "128")
+        _bases[options] = os.path.join(folder, "base.h5")
+    return _bases[options]
+
+
+# Layers of Gemma keep more than others, and each kind of layer turns by its own angles.
+GEMMA3 = ("--arch", "gemma3_text", "--window", "9", "--window-pattern", "2", "--query-scalar", "20")
+
+
+def plan_and_peak(log):
+    """MiB of rank 0 that the run planned and that it reached, class by class, from what it printed."""
+    table = re.search(r"memory of rank 0.*?\n(.*?\n\s*total[^\n]*)", log, re.S)
+    rows = re.findall(r"^\s*(\w[\w ]*?)\s+([\d.]+)\s+([\d.]+)$", table[1], re.M)
+    return {name: (float(plan), float(peak)) for name, plan, peak in rows}
+
+
 def settings(folder, output, **more):
     """--set options for a run of the tiny model; keys with dots replaced by __."""
     values = {"base": f"{folder}/base.h5", "data.train": f"{folder}/train.h5", "data.eval": f"{folder}/eval.h5",

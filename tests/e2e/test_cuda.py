@@ -147,6 +147,40 @@ class Training(unittest.TestCase):
 
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+class Gemma(unittest.TestCase):
+    """The layers of Gemma on the device: the CPU's losses, its plan, and the same bits whatever is kept where."""
+    MODELS = {"gemma3": support.GEMMA3}
+
+    def train(self, output, options, device="cuda", **how):
+        how = {**SMALL, "train__steps": 2, "train__global_batch": 3, "base": support.base_of(*options), **how}
+        return support.train(output, environment=on_gpu(), options=("--allow-shared-device",), device=device, **how)
+
+    def check(self, options):
+        folder = support.scratch()
+        reference, cpu = os.path.join(folder, "reference"), os.path.join(folder, "cpu")
+        log = self.train(reference, options).stdout
+        self.train(cpu, options, device="cpu")
+        for mine, cpus in zip(losses(reference), losses(cpu)):
+            self.assertLess(abs(mine - cpus), 5e-3 * cpus)
+        self.assertNotEqual(losses(reference), losses(cpu))
+        for kind, (plan, peak) in support.plan_and_peak(log).items():
+            self.assertLess(abs(peak - plan), max(0.03 * plan, 0.11), kind)
+        for name, how in {"none": {"train__recompute": "none", "train__gather_group": 2},
+                          "selective": {"train__recompute": "selective", "ranks": 2},
+                          "offload": {"memory__offload": "[activations, weights, embedding]"}}.items():
+            with self.subTest(name):
+                output = os.path.join(folder, name)
+                self.train(output, options, **how)
+                self.assertEqual(support.curve(output), support.curve(reference))
+                self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
+
+    def test_models(self):
+        for name, options in self.MODELS.items():
+            with self.subTest(model=name):
+                self.check(options)
+
+
+@unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
 class Quantizing(unittest.TestCase):
     """qshard quantize --device cuda: the file of the CPU, byte for byte."""
 

@@ -50,6 +50,9 @@ class Golden(unittest.TestCase):
     def test_qwen3(self):
         self.check("qwen3")
 
+    def test_gemma3(self):
+        self.check("gemma3")
+
     def test_yarn(self):
         self.check("yarn")
 

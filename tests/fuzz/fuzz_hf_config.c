@@ -22,6 +22,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     for (int i = 0; i < c.head_dim / 2; i++) {
         FUZZ_CHECK(!isnan(inv_freq[i]));
     }
+    FUZZ_CHECK(c.query_scalar > 0.0 && c.rope_local_theta >= 0.0);
+    if (c.rope_local_theta > 0.0) {
+        qs_hf_rope_local_frequencies(&c, inv_freq);
+        FUZZ_CHECK(inv_freq[0] == 1.0);
+    }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(&c, (qs_linear)i, &out, &in);
         FUZZ_CHECK(out > 0 && in > 0 && out <= INT64_MAX / in);

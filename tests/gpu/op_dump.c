@@ -249,22 +249,32 @@ static qs_status dump_rmsnorm(dump *d)
     return output(d, "dx", &dx);
 }
 
-static qs_status dump_swiglu(dump *d)
+static qs_status dump_glu(dump *d, const char *name, qs_glu glu)
 {
     const int64_t t = d->small ? 24 : 512, f = d->small ? 96 : 4096;
     qs_mat gate, up, act, dact, dgate, dup;
-    d->op = "swiglu";
+    d->op = name;
     QS_TRY(act_input(d, "gate", t, f, &gate));
     QS_TRY(act_input(d, "up", t, f, &up));
     QS_TRY(act_input(d, "dact", t, f, &dact));
     QS_TRY(empty(d, d->ops->act_dtype, t, f, 0, &act));
     QS_TRY(empty(d, d->ops->act_dtype, t, f, 0, &dgate));
     QS_TRY(empty(d, d->ops->act_dtype, t, f, 0, &dup));
-    QS_TRY(d->ops->swiglu_forward(d->queue, &gate, &up, &act));
+    QS_TRY(d->ops->glu_forward(d->queue, glu, &gate, &up, &act));
     QS_TRY(output(d, "act", &act));
-    QS_TRY(d->ops->swiglu_backward(d->queue, &gate, &up, &dact, &dgate, &dup));
+    QS_TRY(d->ops->glu_backward(d->queue, glu, &gate, &up, &dact, &dgate, &dup));
     QS_TRY(output(d, "dgate", &dgate));
     return output(d, "dup", &dup);
+}
+
+static qs_status dump_swiglu(dump *d)
+{
+    return dump_glu(d, "swiglu", QS_GLU_SILU);
+}
+
+static qs_status dump_geglu(dump *d)
+{
+    return dump_glu(d, "geglu", QS_GLU_GELU_TANH);
 }
 
 static qs_status dump_rope(dump *d)
@@ -383,7 +393,7 @@ done:
 
 static qs_status run(dump *d, const char *path)
 {
-    static qs_status (*const all[])(dump *) = {dump_linear, dump_rmsnorm,   dump_swiglu,
+    static qs_status (*const all[])(dump *) = {dump_linear, dump_rmsnorm,   dump_swiglu, dump_geglu,
                                                dump_rope,   dump_attention, dump_head};
     char why[1024] = "";
     const qs_plugin *plugin = qs_plugin_load(path, why, sizeof why);

@@ -53,6 +53,14 @@ def swiglu64(t):
     return {"act": silu * t["up"], "dgate": t["dact"] * t["up"] * slope, "dup": t["dact"] * silu}
 
 
+def geglu64(t):
+    g = t["gate"]
+    tanh = np.tanh(np.sqrt(2.0 / np.pi) * (g + 0.044715 * g**3))
+    gelu = 0.5 * g * (1.0 + tanh)
+    slope = 0.5 * (1.0 + tanh) + 0.5 * g * (1.0 - tanh**2) * np.sqrt(2.0 / np.pi) * (1.0 + 3 * 0.044715 * g**2)
+    return {"act": gelu * t["up"], "dgate": t["dact"] * t["up"] * slope, "dup": t["dact"] * gelu}
+
+
 def rope64(t):
     rows, half = t["cos"].shape
     x = t["x"].reshape(rows, ROPE_HEADS, 2, half)
@@ -98,7 +106,7 @@ def head64(t):
 # --- PyTorch in bf16 ----------------------------------------------------------------------------------------------------
 def torch_results(torch, op, t, device):
     """What a model in bf16 computes, written as transformers and peft do; gradients by autograd."""
-    from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
+    from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention, silu
 
     def leaf(name, grad=False):
         x = torch.from_numpy(t[name]).to(device=device, dtype=torch.bfloat16)
@@ -125,6 +133,10 @@ def torch_results(torch, op, t, device):
         gate, up = leaf("gate", True), leaf("up", True)
         act = silu(gate) * up
         return {"act": act, **gradients(act, "dact", gate=gate, up=up)}
+    if op == "geglu":
+        gate, up = leaf("gate", True), leaf("up", True)
+        act = gelu(gate, approximate="tanh") * up
+        return {"act": act, **gradients(act, "dact", gate=gate, up=up)}
     if op == "rope":
         rows = t["x"].shape[0]
         x = leaf("x").view(rows, ROPE_HEADS, -1)
@@ -144,8 +156,8 @@ def torch_results(torch, op, t, device):
     return {"loss": loss[None, :], **gradients(loss.mean(), None, x=x)}
 
 
-REFERENCES = {"linear": linear64, "lora": lora64, "rmsnorm": rmsnorm64, "swiglu": swiglu64, "rope": rope64,
-              "attention": attention64, "head": head64}
+REFERENCES = {"linear": linear64, "lora": lora64, "rmsnorm": rmsnorm64, "swiglu": swiglu64, "geglu": geglu64,
+              "rope": rope64, "attention": attention64, "head": head64}
 
 
 def error(out, ref):

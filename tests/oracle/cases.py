@@ -160,6 +160,22 @@ CASES = {
             settings=Settings(lr=1e-3),
             seed=108,
         ),
+        # Gemma 3: four norms of 1 + w, GELU, a scaled embedding, norms of heads; the first layer sees 6 positions and
+        # turns by a base of its own, the second sees all and scales its angles; scores by the root of 20, not of 24.
+        Case(
+            name="gemma3",
+            model=(
+                "--arch gemma3_text --window 6 --window-pattern 2 --rope-scaling linear --query-scalar 20 --hidden 64 "
+                "--layers 2 --heads 4 --kv-heads 2 --head-dim 24 --ffn 160 --vocab 320 --seed 18"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=110,
+        ),
         # Rotary scaling with a magnitude, and frequencies that it keeps, divides and blends.
         Case(
             name="yarn",

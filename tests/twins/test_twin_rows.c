@@ -1,7 +1,8 @@
-/* RMSNorm, RoPE, SwiGLU, addition, gather, scatter, copies and conversion against their CPU twins.
+/* RMSNorm, RoPE, gated MLPs, addition, scaling, gather, scatter, copies and conversion against
+ * their CPU twins.
  *
  * What is only moved, or computed by the same fp32 operations (RoPE, addition), must have the CPU's
- * bits after one rounding. RMSNorm adds in another order and SwiGLU has another exponential: there
+ * bits after one rounding. RMSNorm adds in another order and gates have another exponential: there
  * the fp32 results differ by a few ulp before the same rounding. */
 #include <criterion/criterion.h>
 #include <math.h>
@@ -300,7 +301,7 @@ Test(twin_rows, rope_has_the_cpus_bits_rounded)
     tw_on_backends(rope_shapes);
 }
 
-/* ---- SwiGLU and addition ---- */
+/* ---- gated MLPs, addition, scaling ---- */
 
 /* Some gates far out, where the exponential over- and underflows. */
 static void spread(const tw_backend *b, tw_mat *mat)
@@ -320,7 +321,7 @@ static void spread(const tw_backend *b, tw_mat *mat)
 /* A sigmoid is within a few ulp on both sides; below 2^-126 (gates past -87) the CPU's is 0. */
 static const double TINY = 1e-30;
 
-static void swiglu_forward_shapes(const tw_backend *b)
+static void glu_forward_of(const tw_backend *b, qs_glu glu)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
         const shape s = SHAPES[k];
@@ -328,22 +329,28 @@ static void swiglu_forward_shapes(const tw_backend *b)
         tw_mat up = tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 4.0F, 13);
         tw_mat act = tw_mat_make(b, s.rows, s.cols, s.pad, 4.0F, 14);
         spread(b, &gate);
-        tw_ok(b, b->ops->swiglu_forward(b->queue, &gate.device, &up.device, &act.device));
-        tw_ok(b, qs_ops_cpu()->swiglu_forward(b->cpu_queue, &gate.host, &up.host, &act.host));
-        assert_close(b, &act.device, &act.host, ONE_ROUNDING, TINY, "swiglu_forward");
+        tw_ok(b, b->ops->glu_forward(b->queue, glu, &gate.device, &up.device, &act.device));
+        tw_ok(b, qs_ops_cpu()->glu_forward(b->cpu_queue, glu, &gate.host, &up.host, &act.host));
+        assert_close(b, &act.device, &act.host, ONE_ROUNDING, TINY, "glu_forward");
         tw_mat_free(b, &gate);
         tw_mat_free(b, &up);
         tw_mat_free(b, &act);
     }
 }
 
-Test(twin_rows, swiglu_forward)
+static void glu_forward_shapes(const tw_backend *b)
 {
-    tw_on_backends(swiglu_forward_shapes);
+    glu_forward_of(b, QS_GLU_SILU);
+    glu_forward_of(b, QS_GLU_GELU_TANH);
+}
+
+Test(twin_rows, glu_forward)
+{
+    tw_on_backends(glu_forward_shapes);
 }
 
 /* alias 0: outputs of their own; 1: dgate lies where dact does; 2: dup does. */
-static void swiglu_backward_of(const tw_backend *b, shape s, int alias)
+static void glu_backward_of(const tw_backend *b, qs_glu glu, shape s, int alias)
 {
     tw_mat gate = tw_mat_make(b, s.rows, s.cols, s.pad, 4.0F, 15);
     tw_mat up = tw_mat_make(b, s.rows, s.cols, s.pad, 4.0F, 16);
@@ -352,10 +359,10 @@ static void swiglu_backward_of(const tw_backend *b, shape s, int alias)
                      tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 1.0F, 19)};
     spread(b, &gate);
     tw_mat *dgate = alias == 1 ? &dact : &own[0], *dup = alias == 2 ? &dact : &own[1];
-    tw_ok(b, b->ops->swiglu_backward(b->queue, &gate.device, &up.device, &dact.device,
-                                     &dgate->device, &dup->device));
-    tw_ok(b, qs_ops_cpu()->swiglu_backward(b->cpu_queue, &gate.host, &up.host, &dact.host,
-                                           &dgate->host, &dup->host));
+    tw_ok(b, b->ops->glu_backward(b->queue, glu, &gate.device, &up.device, &dact.device,
+                                  &dgate->device, &dup->device));
+    tw_ok(b, qs_ops_cpu()->glu_backward(b->cpu_queue, glu, &gate.host, &up.host, &dact.host,
+                                        &dgate->host, &dup->host));
     /* s + g s (1 - s) cancels near g = -1.28: a few fp32 ulp of 4 s are left, times 4 */
     assert_close(b, &dgate->device, &dgate->host, ONE_ROUNDING, 4e-6, "dgate");
     assert_close(b, &dup->device, &dup->host, ONE_ROUNDING, TINY, "dup");
@@ -366,18 +373,19 @@ static void swiglu_backward_of(const tw_backend *b, shape s, int alias)
     tw_mat_free(b, &own[1]);
 }
 
-static void swiglu_backward_shapes(const tw_backend *b)
+static void glu_backward_shapes(const tw_backend *b)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
         for (int alias = 0; alias < 3; alias++) {
-            swiglu_backward_of(b, SHAPES[k], alias);
+            glu_backward_of(b, QS_GLU_SILU, SHAPES[k], alias);
+            glu_backward_of(b, QS_GLU_GELU_TANH, SHAPES[k], alias);
         }
     }
 }
 
-Test(twin_rows, swiglu_backward_also_where_its_input_lies)
+Test(twin_rows, glu_backward_also_where_its_input_lies)
 {
-    tw_on_backends(swiglu_backward_shapes);
+    tw_on_backends(glu_backward_shapes);
 }
 
 static void add_shapes(const tw_backend *b)
@@ -397,6 +405,23 @@ static void add_shapes(const tw_backend *b)
 Test(twin_rows, add_has_the_cpus_bits_rounded)
 {
     tw_on_backends(add_shapes);
+}
+
+static void scale_shapes(const tw_backend *b)
+{
+    for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
+        const shape s = SHAPES[k];
+        tw_mat y = tw_mat_make(b, s.rows, s.cols, s.pad, 1.0F, 20);
+        tw_ok(b, b->ops->scale(b->queue, 33.75F, &y.device));
+        tw_ok(b, qs_ops_cpu()->scale(b->cpu_queue, 33.75F, &y.host));
+        assert_rounded(b, &y.device, &y.host, "scale");
+        tw_mat_free(b, &y);
+    }
+}
+
+Test(twin_rows, scale_has_the_cpus_bits_rounded)
+{
+    tw_on_backends(scale_shapes);
 }
 
 /* Columns that start in the middle of a vector, beside others that must stay. */
