@@ -106,11 +106,22 @@ static double backward_flops(const work_sizes *z)
     return flops;
 }
 
+static bool has_norms_behind(const work_sizes *z)
+{
+    return z->s->index->config.gemma;
+}
+
+/* Of a norm behind a branch and the addition of what it gives, and as many of its gradient. */
+static double norm_behind_elements(const work_sizes *z)
+{
+    return has_norms_behind(z) ? 5 * z->h : 0;
+}
+
 /* Elements a token that the operations around the products read and write in the halves of a
- * layer: norm, RoPE, what adapters read; norm, ditto; SwiGLU, ditto. */
+ * layer: norm, RoPE, what adapters read; norm, ditto; the gated MLP, ditto. */
 static double attention_elements(const work_sizes *z)
 {
-    return 5 * z->h + 3 * z->q + 2 * z->kv;
+    return 5 * z->h + 3 * z->q + 2 * z->kv + norm_behind_elements(z);
 }
 
 static double gate_elements(const work_sizes *z)
@@ -120,14 +131,14 @@ static double gate_elements(const work_sizes *z)
 
 static double down_elements(const work_sizes *z)
 {
-    return 4 * z->f;
+    return 4 * z->f + norm_behind_elements(z);
 }
 
-/* Norms and SwiGLU again, their gradients, those of RoPE and attention's sums; adapters read x
+/* Norms and gates again, their gradients, those of RoPE and attention's sums; adapters read x
  * once and dY twice. */
 static double backward_elements(const work_sizes *z)
 {
-    return 21 * z->h + 7 * z->q + 6 * z->kv + 13 * z->f;
+    return 21 * z->h + 7 * z->q + 6 * z->kv + 13 * z->f + 2 * norm_behind_elements(z);
 }
 
 /* Every layer's unit, decoded once a pass: what is read of it, and bf16 written. */
@@ -204,6 +215,10 @@ static qs_step_phase backward_phase(const work_sizes *z, int recompute)
         p.product_flops += forward_flops(z, QS_Q, QS_O);
         p.attention_flops += 4 * z->pairs * z->q;
         elements += attention_elements(z);
+        if (has_norms_behind(z)) {
+            p.product_flops += forward_flops(z, QS_DOWN, QS_DOWN);
+            elements += down_elements(z);
+        }
     }
     if (recompute != QS_RECOMPUTE_NONE) {
         p.product_flops += forward_flops(z, QS_GATE, QS_UP);

@@ -12,7 +12,7 @@
 typedef struct {
     double product_flops;   /* of linears, adapters, head */
     double attention_flops; /* of scores and their products with V */
-    double memory_bytes;    /* NF4 to bf16 once a gather, norms, SwiGLU, RoPE, what adapters read */
+    double memory_bytes;    /* NF4 to bf16 once a gather, norms, gates, RoPE, what adapters read */
     double gather_bytes;    /* that a rank receives */
 } qs_step_phase;
 

@@ -48,7 +48,8 @@ class Memory(unittest.TestCase):
                 self.assertAlmostEqual(planned[title][name], mib + more, delta=0.11, msg=f"{title}: {name}")
 
     def test_cpu(self):
-        for ranks, more in ((1, {}), (3, {"train__recompute": "none"}), (4, {"shard__group": 2})):
+        for ranks, more in ((1, {}), (3, {"train__recompute": "none"}), (4, {"shard__group": 2}),
+                            (2, {"base": support.base_of(*support.GEMMA3)})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, None, (), device="cpu", **more)
 
@@ -81,9 +82,10 @@ class Work(unittest.TestCase):
     def test_flops(self):
         """The means of lengths make up for each other over an epoch; what is left are the printed digits."""
         for recompute in ("none", "selective", "full"):
-            with self.subTest(recompute=recompute):
-                (ran, planned), _ = self.counted(None, train__recompute=recompute)
-                self.assertAlmostEqual(planned / ran, 1, delta=1e-3)
+            for more in ({}, {"base": support.base_of(*support.GEMMA3)}):
+                with self.subTest(recompute=recompute, **more):
+                    (ran, planned), _ = self.counted(None, train__recompute=recompute, **more)
+                    self.assertAlmostEqual(planned / ran, 1, delta=1e-3)
 
     def test_gathered_bytes(self):
         """One pass of two micro-batches a rank, two passes of one, and two copies of the base. The first pass of a run gathers two
