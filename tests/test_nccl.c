@@ -37,7 +37,8 @@ Test(nccl, host_memory_on_1_to_4_ranks, .timeout = 300)
         mpirun_result run;
         shell(&run, 60, "mpirun -np %d %s host", nranks, case_path("nccl"));
         cr_assert_eq(run.code, 0, "np %d: exit %d\n%s", nranks, run.code, run.output);
-        cr_assert_eq(count_in(&run, "passed "), nranks * (checks - 1), "np %d:\n%s", nranks, run.output);
+        cr_assert_eq(count_in(&run, "passed "), nranks * (checks - 1), "np %d:\n%s", nranks,
+                     run.output);
     }
 }
 
