@@ -13,11 +13,12 @@
 #include "store/io.h"
 #include "support/tiny_hf.h"
 #include "team.h"
+#include "tests/scratch.h"
 #include "weights/base_file.h"
 #include "weights/base_impl.h"
 #include "weights/quantize.h"
 
-static char dir[64], base[96];
+static char dir[SCRATCH_MAX], base[96];
 
 /* A model with its own head, biases, two quanta per large tensor and a short last chunk. */
 static void make_base(void)
@@ -25,8 +26,7 @@ static void make_base(void)
     tiny_hf o = {.dtype = QS_BF16, .untied = true, .biases = true};
     qs_quantize_report report;
     qs_comm *comm = NULL;
-    strcpy(dir, "/tmp/qs-base-XXXXXX");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, NULL);
     qs_log_init(0, 1, QS_LOG_QUIET, false);
     tiny_hf_write(dir, &o);
     (void)snprintf(base, sizeof base, "%s/base.h5", dir);
@@ -39,9 +39,7 @@ static void make_base(void)
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 TestSuite(base_file, .init = make_base, .fini = remove_dir);

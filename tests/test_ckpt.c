@@ -20,23 +20,21 @@
 #include "store/io.h"
 #include "store/manifest.h"
 #include "team.h"
+#include "tests/scratch.h"
 
-static char folder[64], run_dir[96];
+static char folder[SCRATCH_MAX], run_dir[96];
 
 static void make_folder(void)
 {
     qs_log_init(0, 1, QS_LOG_QUIET, false);
-    snprintf(folder, sizeof folder, "/tmp/qs_ckpt_XXXXXX");
-    cr_assert_not_null(mkdtemp(folder));
+    scratch_make(folder, NULL);
     snprintf(run_dir, sizeof run_dir, "%s/run", folder);
     cr_assert_eq(mkdir(run_dir, 0777), 0);
 }
 
 static void remove_folder(void)
 {
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(folder);
 }
 
 TestSuite(ckpt, .init = make_folder, .fini = remove_folder, .timeout = 120);

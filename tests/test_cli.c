@@ -17,8 +17,9 @@
 #include "lora/lora.h"
 #include "store/io.h"
 #include "store/manifest.h"
+#include "tests/scratch.h"
 
-static char folder[64], program[1024], output[1 << 16];
+static char folder[SCRATCH_MAX], program[1024], output[1 << 16];
 
 static void find_program(void)
 {
@@ -37,17 +38,14 @@ static void make_folder(void)
     qs_log_init(0, 1, QS_LOG_QUIET, false);
     find_program();
     cr_assert_eq(access(program, X_OK), 0, "%s", program);
-    snprintf(folder, sizeof folder, "/tmp/qs_cli_XXXXXX");
-    cr_assert_not_null(mkdtemp(folder));
+    scratch_make(folder, NULL);
     cr_assert_eq(chdir(folder), 0);
 }
 
 static void remove_folder(void)
 {
-    char command[128];
     cr_assert_eq(chdir("/"), 0);
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(folder);
 }
 
 TestSuite(cli, .init = make_folder, .fini = remove_folder, .timeout = 120);

@@ -12,8 +12,9 @@
 #include "store/io.h"
 #include "support/make_data.h"
 #include "team.h"
+#include "tests/scratch.h"
 
-static char dir[64];
+static char dir[SCRATCH_MAX];
 static char path[128];
 static const make_data_spec packed = {
     .vocab = 97, .n_sequences = 20, .min_len = 1, .max_len = 40, .max_docs = 4, .seed = 7};
@@ -22,16 +23,13 @@ static const make_data_spec plain = {
 
 static void make_dir(void)
 {
-    strcpy(dir, "/tmp/qs-data-XXXXXX");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, NULL);
     (void)snprintf(path, sizeof path, "%s/train.h5", dir);
 }
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 #define CR_OK(expr) cr_assert_eq((expr), QS_OK, "%s", qs_error_text())

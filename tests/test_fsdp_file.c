@@ -10,6 +10,7 @@
 #include "hf/safetensors.h"
 #include "store/hash.h"
 #include "team.h"
+#include "tests/scratch.h"
 #include "weights/quantize.h"
 
 enum { LAYERS = 2, HIDDEN = 256, KV = 128, FFN = 320, VOCAB = 100, CHUNK_ROWS = 40 };
@@ -25,7 +26,7 @@ static const char *config_json =
 /* ---- a checkpoint ---- */
 
 typedef struct {
-    char dir[64], base[96];
+    char dir[SCRATCH_MAX], base[96];
     uint16_t *table; /* [VOCAB, HIDDEN] bf16, as in the checkpoint */
 } model_files;
 
@@ -86,8 +87,8 @@ static void write_checkpoint(model_files *m)
 
 static model_files make_base(void)
 {
-    model_files m = {.dir = "/tmp/qshard-fsdp-XXXXXX"};
-    cr_assert_not_null(mkdtemp(m.dir));
+    model_files m = {0};
+    scratch_make(m.dir, NULL);
     write_checkpoint(&m);
     snprintf(m.base, sizeof m.base, "%s/base.h5", m.dir);
     qs_quantize_options options = {.hf_dir = m.dir,

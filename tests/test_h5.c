@@ -14,24 +14,21 @@
 #include "base/status.h"
 #include "store/h5.h"
 #include "store/io.h"
+#include "tests/scratch.h"
 
-static char dir[64];
+static char dir[SCRATCH_MAX];
 static char path[128];
 
 /** In memory where that is possible: thousands of fsyncs. */
 static void make_dir(void)
 {
-    bool shm = access("/dev/shm", W_OK) == 0;
-    (void)snprintf(dir, sizeof dir, "%s/qs-h5-XXXXXX", shm ? "/dev/shm" : "/tmp");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, scratch_in_memory());
     (void)snprintf(path, sizeof path, "%s/f.h5", dir);
 }
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 #define CR_OK(expr) cr_assert_eq((expr), QS_OK, "%s", qs_error_text())

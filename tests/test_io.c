@@ -12,8 +12,9 @@
 #include "base/status.h"
 #include "store/hash.h"
 #include "store/io.h"
+#include "tests/scratch.h"
 
-static char dir[64];
+static char dir[SCRATCH_MAX];
 
 static const char *in_dir(const char *name)
 {
@@ -26,15 +27,12 @@ static const char *in_dir(const char *name)
 
 static void make_dir(void)
 {
-    strcpy(dir, "/tmp/qs-io-XXXXXX");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, NULL);
 }
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 static int entries(const char *path)

@@ -27,24 +27,21 @@
 #include "store/h5.h"
 #include "store/io.h"
 #include "store/manifest.h"
+#include "tests/scratch.h"
 
 enum { FILE_BYTES = 300000, H5_COUNT = 5000, ERRORS = 8192, STATE_BYTES = 5000 };
 
-static char dir[64];
+static char dir[SCRATCH_MAX];
 
 /** In memory where that is possible: thousands of fsyncs. */
 static void make_dir(void)
 {
-    bool shm = access("/dev/shm", W_OK) == 0;
-    (void)snprintf(dir, sizeof dir, "%s/qs-faults-XXXXXX", shm ? "/dev/shm" : "/tmp");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, scratch_in_memory());
 }
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 static const char *in_build(const char *name)

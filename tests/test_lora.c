@@ -13,6 +13,7 @@
 #include "hf/safetensors.h"
 #include "lora/lora_impl.h"
 #include "store/io.h"
+#include "tests/scratch.h"
 
 /* A small model with grouped queries, so that the seven shapes differ. */
 static qs_hf_config model(void)
@@ -158,19 +159,16 @@ Test(init, a_is_uniform_b_and_padding_are_zero)
 
 /* ---- PEFT directories ---- */
 
-static char folder[64];
+static char folder[SCRATCH_MAX];
 
 static void make_folder(void)
 {
-    snprintf(folder, sizeof folder, "/tmp/qs_lora_XXXXXX");
-    cr_assert_not_null(mkdtemp(folder));
+    scratch_make(folder, NULL);
 }
 
 static void remove_folder(void)
 {
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(folder);
 }
 
 TestSuite(peft, .init = make_folder, .fini = remove_folder);

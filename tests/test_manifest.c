@@ -10,20 +10,18 @@
 #include "base/status.h"
 #include "store/io.h"
 #include "store/manifest.h"
+#include "tests/scratch.h"
 
-static char dir[64];
+static char dir[SCRATCH_MAX];
 
 static void make_dir(void)
 {
-    strcpy(dir, "/tmp/qs-manifest-XXXXXX");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, NULL);
 }
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 #define CR_OK(expr) cr_assert_eq((expr), QS_OK, "%s", qs_error_text())

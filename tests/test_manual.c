@@ -13,23 +13,21 @@
 #include "cli/manual.h"
 #include "config/config_keys.h"
 #include "device/gpu_kinds.h"
+#include "tests/scratch.h"
 
-static char folder[64], output[1 << 16];
+static char folder[SCRATCH_MAX], output[1 << 16];
 
 static void make_folder(void)
 {
     qs_log_init(0, 1, QS_LOG_QUIET, false);
-    snprintf(folder, sizeof folder, "/tmp/qs_manual_XXXXXX");
-    cr_assert_not_null(mkdtemp(folder));
+    scratch_make(folder, NULL);
     cr_assert_eq(chdir(folder), 0);
 }
 
 static void remove_folder(void)
 {
-    char command[128];
     cr_assert_eq(chdir("/"), 0);
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(folder);
 }
 
 TestSuite(manual, .init = make_folder, .fini = remove_folder, .timeout = 120);

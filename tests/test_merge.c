@@ -23,12 +23,13 @@
 #include "merge/merge.h"
 #include "store/io.h"
 #include "support/tiny_hf.h"
+#include "tests/scratch.h"
 #include "weights/base_file.h"
 #include "weights/quantize.h"
 
 enum { ALL = (1 << QS_LINEAR_COUNT) - 1, SHARD = 100 << 10, RANK = 4 };
 
-static char folder[64], binaries[1024], output[1 << 16];
+static char folder[SCRATCH_MAX], binaries[1024], output[1 << 16];
 
 static void find_binaries(void)
 {
@@ -46,17 +47,14 @@ static void make_folder(void)
 {
     qs_log_init(0, 1, QS_LOG_QUIET, false);
     find_binaries();
-    snprintf(folder, sizeof folder, "/tmp/qs_merge_XXXXXX");
-    cr_assert_not_null(mkdtemp(folder));
+    scratch_make(folder, NULL);
     cr_assert_eq(chdir(folder), 0);
 }
 
 static void remove_folder(void)
 {
-    char command[128];
     cr_assert_eq(chdir("/"), 0);
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(folder);
 }
 
 TestSuite(merge, .init = make_folder, .fini = remove_folder, .timeout = 300);

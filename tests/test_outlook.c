@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "device/gpu_kinds.h"
 #include "store/io.h"
+#include "tests/scratch.h"
 #include "train/outlook.h"
 
 /* ---- GPUs by name ---- */
@@ -86,7 +87,7 @@ static const char LLAMA_3_8B[] =
     " \"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\"}";
 
 typedef struct {
-    char folder[64];
+    char folder[SCRATCH_MAX];
     qs_config config;
     qs_outlook_inputs inputs;
 } fixture;
@@ -94,10 +95,10 @@ typedef struct {
 /* One sequence of 4,096 tokens a step on a base that is nothing but its config.json. */
 static fixture llama(const char *const *sets, int n_sets)
 {
-    fixture f = {.folder = "/tmp/qs_outlook_XXXXXX"};
+    fixture f = {0};
     char path[128], yaml[512];
     qs_log_init(0, 1, QS_LOG_QUIET, false);
-    cr_assert_not_null(mkdtemp(f.folder));
+    scratch_make(f.folder, NULL);
     snprintf(path, sizeof path, "%s/config.json", f.folder);
     cr_assert_eq(qs_io_write_file(path, LLAMA_3_8B, sizeof LLAMA_3_8B - 1), QS_OK);
     snprintf(yaml, sizeof yaml,

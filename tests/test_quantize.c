@@ -19,16 +19,16 @@
 #include "store/io.h"
 #include "support/tiny_hf.h"
 #include "team.h"
+#include "tests/scratch.h"
 #include "weights/base_file.h"
 #include "weights/base_impl.h"
 #include "weights/quantize.h"
 
-static char dir[64], model[96], out_dir[96];
+static char dir[SCRATCH_MAX], model[96], out_dir[96];
 
 static void make_dirs(void)
 {
-    strcpy(dir, "/tmp/qs-quant-XXXXXX");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, NULL);
     (void)snprintf(model, sizeof model, "%s/model", dir);
     (void)snprintf(out_dir, sizeof out_dir, "%s/out", dir);
     cr_assert(qs_io_mkdir(model) == QS_OK && qs_io_mkdir(out_dir) == QS_OK);
@@ -37,9 +37,7 @@ static void make_dirs(void)
 
 static void remove_dirs(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 TestSuite(quantize, .init = make_dirs, .fini = remove_dirs);

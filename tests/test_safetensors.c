@@ -9,20 +9,18 @@
 
 #include "hf/safetensors.h"
 #include "store/io.h"
+#include "tests/scratch.h"
 
-static char dir[64];
+static char dir[SCRATCH_MAX];
 
 static void make_dir(void)
 {
-    strcpy(dir, "/tmp/qs-st-XXXXXX");
-    cr_assert_not_null(mkdtemp(dir));
+    scratch_make(dir, NULL);
 }
 
 static void remove_dir(void)
 {
-    char command[96];
-    (void)snprintf(command, sizeof command, "rm -rf %s", dir);
-    cr_assert_eq(system(command), 0);
+    scratch_remove(dir);
 }
 
 static const char *in_dir(const char *name)
