@@ -175,8 +175,7 @@ ParameterizedTestParameters(cli, bad_call_gives_one_line_and_its_code)
     return cr_make_param_array(int, rows, CALL_COUNT);
 }
 
-ParameterizedTest(int *row, cli, bad_call_gives_one_line_and_its_code, .init = make_folder,
-                  .fini = remove_folder)
+ParameterizedTest(int *row, cli, bad_call_gives_one_line_and_its_code)
 {
     const bad_call *call = &CALLS[*row];
     put("good.yaml", "base: base.h5\ndata: {train: train.h5, eval: eval.h5}\noutput: run\n");

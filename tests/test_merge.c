@@ -383,8 +383,7 @@ ParameterizedTestParameters(merge, weights_are_the_sum_rounded_once)
     return cr_make_param_array(merge_case, CASES, sizeof CASES / sizeof *CASES);
 }
 
-ParameterizedTest(merge_case *c, merge, weights_are_the_sum_rounded_once, .init = make_folder,
-                  .fini = remove_folder, .timeout = 300)
+ParameterizedTest(merge_case *c, merge, weights_are_the_sum_rounded_once, .timeout = 300)
 {
     qs_merge_report report;
     make_model("model", "base.h5", &c->model);
