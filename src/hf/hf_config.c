@@ -11,8 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "hf/hf_arch.h"
-#include "hf/json.h"
+#include "hf/hf_config_impl.h"
 
 static const char *const used_keys[] = {
     "model_type",
@@ -130,38 +129,7 @@ static const char *const gemma_keys[] = {
     "rope_local_base_freq",    "use_bidirectional_attention",
 };
 
-static const char *const rope_keys[] = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-};
-
-/* Of those the ones that one type alone has. */
-static const struct {
-    const char *key;
-    qs_rope_type type;
-    const char *name;
-} own_rope_keys[] = {
-    {"low_freq_factor", QS_ROPE_LLAMA3, "llama3"}, {"high_freq_factor", QS_ROPE_LLAMA3, "llama3"},
-    {"attention_factor", QS_ROPE_YARN, "yarn"},    {"beta_fast", QS_ROPE_YARN, "yarn"},
-    {"beta_slow", QS_ROPE_YARN, "yarn"},           {"mscale", QS_ROPE_YARN, "yarn"},
-    {"mscale_all_dim", QS_ROPE_YARN, "yarn"},      {"truncate", QS_ROPE_YARN, "yarn"},
-};
-
-#define COUNT(array) (sizeof(array) / sizeof *(array))
-
-static bool listed(const char *const *list, size_t count, const char *key)
+bool qs_hf_listed(const char *const *list, size_t count, const char *key)
 {
     for (size_t i = 0; i < count; i++) {
         if (strcmp(list[i], key) == 0) {
@@ -171,37 +139,36 @@ static bool listed(const char *const *list, size_t count, const char *key)
     return false;
 }
 
-/* The member, NULL where it is absent or null: both mean the default. */
-static const json_t *given(const json_t *object, const char *key)
+const json_t *qs_hf_given(const json_t *object, const char *key)
 {
     const json_t *value = json_object_get(object, key);
     return json_is_null(value) ? NULL : value;
 }
 
-static qs_status refuse(const char *path, const char *key, const char *value, const char *known)
+qs_status qs_hf_refuse(const char *path, const char *key, const char *value, const char *known)
 {
     return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: \"%s\" = %.100s is not supported; %s is", path, key,
                    value, known);
 }
 
-static qs_status get_i64(const json_t *root, const char *key, int64_t low, int64_t high,
-                         int64_t fallback, int64_t *out, const char *path)
+qs_status qs_hf_get_i64(const json_t *root, const char *key, int64_t low, int64_t high,
+                        int64_t fallback, int64_t *out, const char *path)
 {
     *out = fallback;
-    return given(root, key) == NULL ? QS_OK : qs_json_i64(root, key, low, high, out, path);
+    return qs_hf_given(root, key) == NULL ? QS_OK : qs_json_i64(root, key, low, high, out, path);
 }
 
-static qs_status get_f64(const json_t *root, const char *key, double low, double high,
-                         double fallback, double *out, const char *path)
+qs_status qs_hf_get_f64(const json_t *root, const char *key, double low, double high,
+                        double fallback, double *out, const char *path)
 {
     *out = fallback;
-    return given(root, key) == NULL ? QS_OK : qs_json_f64(root, key, low, high, out, path);
+    return qs_hf_given(root, key) == NULL ? QS_OK : qs_json_f64(root, key, low, high, out, path);
 }
 
-static qs_status get_bool(const json_t *root, const char *key, bool fallback, bool *out,
-                          const char *path)
+qs_status qs_hf_get_bool(const json_t *root, const char *key, bool fallback, bool *out,
+                         const char *path)
 {
-    const json_t *value = given(root, key);
+    const json_t *value = qs_hf_given(root, key);
     *out = value == NULL ? fallback : json_is_true(value);
     if (value != NULL && !json_is_boolean(value)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" is neither true nor false", path, key);
@@ -209,12 +176,11 @@ static qs_status get_bool(const json_t *root, const char *key, bool fallback, bo
     return QS_OK;
 }
 
-/* A switch that must be off. */
-static qs_status expect_false(const json_t *root, const char *key, const char *path)
+qs_status qs_hf_expect_false(const json_t *root, const char *key, const char *path)
 {
     bool on;
-    QS_TRY(get_bool(root, key, false, &on, path));
-    return on ? refuse(path, key, "true", "false") : QS_OK;
+    QS_TRY(qs_hf_get_bool(root, key, false, &on, path));
+    return on ? qs_hf_refuse(path, key, "true", "false") : QS_OK;
 }
 
 static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const char *path)
@@ -223,12 +189,12 @@ static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const ch
     json_t *value;
     json_object_foreach((json_t *)(uintptr_t)root, key, value)
     {
-        const bool windowed =
-            arch->window != QS_WINDOW_NEVER && listed(window_keys, COUNT(window_keys), key);
-        const bool gemma = arch->gemma && listed(gemma_keys, COUNT(gemma_keys), key);
+        const bool windowed = arch->window != QS_WINDOW_NEVER &&
+                              qs_hf_listed(window_keys, QS_HF_COUNT(window_keys), key);
+        const bool gemma = arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key);
         if (!json_is_null(value) && !windowed && !gemma &&
-            !listed(used_keys, COUNT(used_keys), key) &&
-            !listed(harmless_keys, COUNT(harmless_keys), key)) {
+            !qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) &&
+            !qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key)) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
                            "%s: key \"%.100s\" is not known for model_type \"%s\"; if it does "
                            "not change the maths, remove it from a copy of the file",
@@ -242,7 +208,7 @@ static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, c
 {
     const char *type = NULL;
     char known[160];
-    const json_t *list = given(root, "architectures");
+    const json_t *list = qs_hf_given(root, "architectures");
     QS_TRY(qs_json_text(root, "model_type", &type, path));
     *out = qs_hf_arch_find(type);
     if (*out == NULL) {
@@ -254,7 +220,8 @@ static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, c
     for (size_t i = 0; i < json_array_size(list); i++) {
         const char *name = json_string_value(json_array_get(list, i));
         if (name == NULL || strcmp(name, (*out)->class_name) != 0) {
-            return refuse(path, "architectures", name != NULL ? name : "?", (*out)->class_name);
+            return qs_hf_refuse(path, "architectures", name != NULL ? name : "?",
+                                (*out)->class_name);
         }
     }
     return QS_OK;
@@ -265,19 +232,20 @@ static qs_status parse_sizes(qs_hf_config *out, const qs_hf_arch *arch, const js
 {
     int64_t layers, heads, kv_heads, head_dim;
     double eps;
-    QS_TRY(get_i64(root, "num_hidden_layers", 1, QS_LAYERS_MAX, arch->n_layers, &layers, path));
-    QS_TRY(get_i64(root, "num_attention_heads", 1, 4096, arch->n_heads, &heads, path));
-    QS_TRY(get_i64(root, "num_key_value_heads", 1, heads,
-                   arch->n_kv_heads > 0 ? arch->n_kv_heads : heads, &kv_heads, path));
-    QS_TRY(get_i64(root, "hidden_size", 1, 1 << 20, arch->hidden, &out->hidden, path));
     QS_TRY(
-        get_i64(root, "intermediate_size", 1, 1 << 22, arch->ffn_hidden, &out->ffn_hidden, path));
-    QS_TRY(get_i64(root, "vocab_size", 1, 1 << 22, arch->vocab, &out->vocab, path));
-    QS_TRY(get_i64(root, "max_position_embeddings", 1, 1 << 30, arch->max_position,
-                   &out->max_position, path));
-    QS_TRY(get_f64(root, "rms_norm_eps", DBL_MIN, 1e-2, 1e-6, &eps, path));
+        qs_hf_get_i64(root, "num_hidden_layers", 1, QS_LAYERS_MAX, arch->n_layers, &layers, path));
+    QS_TRY(qs_hf_get_i64(root, "num_attention_heads", 1, 4096, arch->n_heads, &heads, path));
+    QS_TRY(qs_hf_get_i64(root, "num_key_value_heads", 1, heads,
+                         arch->n_kv_heads > 0 ? arch->n_kv_heads : heads, &kv_heads, path));
+    QS_TRY(qs_hf_get_i64(root, "hidden_size", 1, 1 << 20, arch->hidden, &out->hidden, path));
+    QS_TRY(qs_hf_get_i64(root, "intermediate_size", 1, 1 << 22, arch->ffn_hidden, &out->ffn_hidden,
+                         path));
+    QS_TRY(qs_hf_get_i64(root, "vocab_size", 1, 1 << 22, arch->vocab, &out->vocab, path));
+    QS_TRY(qs_hf_get_i64(root, "max_position_embeddings", 1, 1 << 30, arch->max_position,
+                         &out->max_position, path));
+    QS_TRY(qs_hf_get_f64(root, "rms_norm_eps", DBL_MIN, 1e-2, 1e-6, &eps, path));
     const int64_t usual = arch->head_dim > 0 ? arch->head_dim : out->hidden / heads;
-    const bool divides = given(root, "head_dim") == NULL && arch->head_dim == 0;
+    const bool divides = qs_hf_given(root, "head_dim") == NULL && arch->head_dim == 0;
     if (out->hidden % heads != 0 && (divides || arch->window == QS_WINDOW_NEVER)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: \"hidden_size\" = %lld is not a multiple of \"num_attention_heads\" = "
@@ -290,7 +258,7 @@ static qs_status parse_sizes(qs_hf_config *out, const qs_hf_arch *arch, const js
                        "\"num_key_value_heads\" = %lld",
                        path, (long long)heads, (long long)kv_heads);
     }
-    QS_TRY(get_i64(root, "head_dim", 2, 1024, usual, &head_dim, path));
+    QS_TRY(qs_hf_get_i64(root, "head_dim", 2, 1024, usual, &head_dim, path));
     if (head_dim % 2 != 0 || head_dim > 1024) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: \"head_dim\" = %lld; rotary embeddings need an even number up to 1024",
@@ -308,13 +276,13 @@ static qs_status parse_biases(qs_hf_config *out, const qs_hf_arch *arch, const j
                               const char *path)
 {
     bool attention = false, mlp = false;
-    QS_TRY(get_bool(root, "attention_bias", false, &attention, path));
-    QS_TRY(get_bool(root, "mlp_bias", false, &mlp, path));
+    QS_TRY(qs_hf_get_bool(root, "attention_bias", false, &attention, path));
+    QS_TRY(qs_hf_get_bool(root, "mlp_bias", false, &mlp, path));
     if (arch->bias != QS_BIAS_BY_KEY && attention) {
-        return refuse(path, "attention_bias", "true", "for this model_type false");
+        return qs_hf_refuse(path, "attention_bias", "true", "for this model_type false");
     }
     if ((arch->bias != QS_BIAS_BY_KEY || arch->qk_norm) && mlp) {
-        return refuse(path, "mlp_bias", "true", "for this model_type false");
+        return qs_hf_refuse(path, "mlp_bias", "true", "for this model_type false");
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         out->bias[i] = i <= QS_O ? attention : mlp;
@@ -329,7 +297,7 @@ static qs_status parse_biases(qs_hf_config *out, const qs_hf_arch *arch, const j
  * agree with the rule that transformers 4 applies. */
 static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const char *path)
 {
-    const json_t *types = given(root, "layer_types");
+    const json_t *types = qs_hf_given(root, "layer_types");
     if (types == NULL) {
         return QS_OK;
     }
@@ -338,9 +306,9 @@ static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const 
         const bool full = type != NULL && strcmp(type, "full_attention") == 0;
         const bool sliding = type != NULL && strcmp(type, "sliding_attention") == 0;
         if (!full && (!sliding || out->window == 0)) {
-            return refuse(path, "layer_types", type != NULL ? type : "?",
-                          out->window > 0 ? "\"full_attention\" or \"sliding_attention\""
-                                          : "\"full_attention\"");
+            return qs_hf_refuse(path, "layer_types", type != NULL ? type : "?",
+                                out->window > 0 ? "\"full_attention\" or \"sliding_attention\""
+                                                : "\"full_attention\"");
         }
         if (l < QS_LAYERS_MAX) {
             out->windowed[l] = sliding;
@@ -359,11 +327,12 @@ static qs_status parse_window_pattern(qs_hf_config *out, const qs_hf_arch *arch,
 {
     int64_t pattern;
     if (json_is_null(json_object_get(root, "sliding_window"))) {
-        return refuse(path, "sliding_window", "null", "for this model_type a number");
+        return qs_hf_refuse(path, "sliding_window", "null", "for this model_type a number");
     }
-    QS_TRY(get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window, path));
-    QS_TRY(
-        get_i64(root, "sliding_window_pattern", 1, 1 << 20, arch->window_pattern, &pattern, path));
+    QS_TRY(qs_hf_get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window,
+                         path));
+    QS_TRY(qs_hf_get_i64(root, "sliding_window_pattern", 1, 1 << 20, arch->window_pattern, &pattern,
+                         path));
     for (int l = 0; l < out->n_layers; l++) {
         out->windowed[l] = (l + 1) % pattern != 0;
     }
@@ -376,16 +345,17 @@ static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const j
     bool on = arch->window == QS_WINDOW_ALL;
     int64_t from = 0;
     if (arch->window == QS_WINDOW_UPPER) {
-        QS_TRY(get_bool(root, "use_sliding_window", false, &on, path));
-        QS_TRY(get_i64(root, "max_window_layers", 0, 1 << 20, arch->window_layers, &from, path));
+        QS_TRY(qs_hf_get_bool(root, "use_sliding_window", false, &on, path));
+        QS_TRY(
+            qs_hf_get_i64(root, "max_window_layers", 0, 1 << 20, arch->window_layers, &from, path));
     }
     const json_t *window = json_object_get(root, "sliding_window");
     if (arch->window == QS_WINDOW_PATTERN) {
         return parse_window_pattern(out, arch, root, path);
     }
     if (on && !json_is_null(window)) { /* null: none; absent: the default */
-        QS_TRY(
-            get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window, path));
+        QS_TRY(qs_hf_get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window,
+                             path));
         for (int l = 0; l < out->n_layers; l++) {
             out->windowed[l] = l >= from;
         }
@@ -396,11 +366,12 @@ static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const j
 static qs_status expect_activation(const json_t *root, const char *key, const char *const *names,
                                    size_t count, const char *path)
 {
-    const json_t *act = given(root, key);
+    const json_t *act = qs_hf_given(root, key);
     const char *name = json_is_string(act) ? json_string_value(act) : "?";
     char known[64];
     snprintf(known, sizeof known, "\"%s\"", names[0]);
-    return act == NULL || listed(names, count, name) ? QS_OK : refuse(path, key, name, known);
+    return act == NULL || qs_hf_listed(names, count, name) ? QS_OK
+                                                           : qs_hf_refuse(path, key, name, known);
 }
 
 /* Gemma's class reads hidden_activation; hidden_act stands beside it in older files. */
@@ -409,10 +380,10 @@ static qs_status parse_activation(const qs_hf_arch *arch, const json_t *root, co
     static const char *const silu[] = {"silu", "swish"};
     static const char *const gelu[] = {"gelu_pytorch_tanh"};
     if (arch->gemma) {
-        QS_TRY(expect_activation(root, "hidden_activation", gelu, COUNT(gelu), path));
-        return expect_activation(root, "hidden_act", gelu, COUNT(gelu), path);
+        QS_TRY(expect_activation(root, "hidden_activation", gelu, QS_HF_COUNT(gelu), path));
+        return expect_activation(root, "hidden_act", gelu, QS_HF_COUNT(gelu), path);
     }
-    return expect_activation(root, "hidden_act", silu, COUNT(silu), path);
+    return expect_activation(root, "hidden_act", silu, QS_HF_COUNT(silu), path);
 }
 
 static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
@@ -423,28 +394,28 @@ static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const js
     if (!arch->gemma) {
         return QS_OK;
     }
-    QS_TRY(expect_false(root, "use_bidirectional_attention", path));
+    QS_TRY(qs_hf_expect_false(root, "use_bidirectional_attention", path));
     static const char *const caps[] = {"attn_logit_softcapping", "final_logit_softcapping"};
-    for (size_t i = 0; i < COUNT(caps); i++) {
-        if (given(root, caps[i]) != NULL) {
-            return refuse(path, caps[i], "a number", "null");
+    for (size_t i = 0; i < QS_HF_COUNT(caps); i++) {
+        if (qs_hf_given(root, caps[i]) != NULL) {
+            return qs_hf_refuse(path, caps[i], "a number", "null");
         }
     }
-    return get_f64(root, "query_pre_attn_scalar", 1e-6, 1e6, 256.0, &out->query_scalar, path);
+    return qs_hf_get_f64(root, "query_pre_attn_scalar", 1e-6, 1e6, 256.0, &out->query_scalar, path);
 }
 
 static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                                 const char *path)
 {
     double dropout;
-    QS_TRY(get_bool(root, "tie_word_embeddings", arch->tied, &out->tied, path));
-    QS_TRY(expect_false(root, "rope_interleaved", path));
-    QS_TRY(expect_false(root, "use_mrope", path));
-    QS_TRY(expect_false(root, "is_encoder_decoder", path));
-    QS_TRY(expect_false(root, "add_cross_attention", path));
-    QS_TRY(get_f64(root, "attention_dropout", 0.0, 1.0, 0.0, &dropout, path));
+    QS_TRY(qs_hf_get_bool(root, "tie_word_embeddings", arch->tied, &out->tied, path));
+    QS_TRY(qs_hf_expect_false(root, "rope_interleaved", path));
+    QS_TRY(qs_hf_expect_false(root, "use_mrope", path));
+    QS_TRY(qs_hf_expect_false(root, "is_encoder_decoder", path));
+    QS_TRY(qs_hf_expect_false(root, "add_cross_attention", path));
+    QS_TRY(qs_hf_get_f64(root, "attention_dropout", 0.0, 1.0, 0.0, &dropout, path));
     if (dropout != 0.0) {
-        return refuse(path, "attention_dropout", "a number above 0", "0");
+        return qs_hf_refuse(path, "attention_dropout", "a number above 0", "0");
     }
     return parse_activation(arch, root, path);
 }
@@ -452,8 +423,8 @@ static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const
 /* "torch_dtype" (transformers 4) and "dtype" (5); absent means float32. */
 static qs_status parse_dtype(qs_hf_config *out, const json_t *root, const char *path)
 {
-    const json_t *old = given(root, "torch_dtype");
-    const json_t *now = given(root, "dtype");
+    const json_t *old = qs_hf_given(root, "torch_dtype");
+    const json_t *now = qs_hf_given(root, "dtype");
     out->dtype = QS_F32;
     if (old != NULL && now != NULL && !json_equal(old, now)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"torch_dtype\" and \"dtype\" differ", path);
@@ -466,218 +437,15 @@ static qs_status parse_dtype(qs_hf_config *out, const json_t *root, const char *
     QS_TRY(qs_json_text(root, key, &name, path));
     int dtype = qs_dtype_parse(name);
     if (dtype != (int)QS_BF16 && dtype != (int)QS_F16 && dtype != (int)QS_F32) {
-        return refuse(path, key, name, "bfloat16, float16 or float32");
+        return qs_hf_refuse(path, key, name, "bfloat16, float16 or float32");
     }
     out->dtype = (qs_dtype)dtype;
     return QS_OK;
 }
 
-static qs_status parse_rope_type(qs_hf_config *out, const json_t *rope, const char *path)
-{
-    static const char *const names[] = {[QS_ROPE_DEFAULT] = "default",
-                                        [QS_ROPE_LLAMA3] = "llama3",
-                                        [QS_ROPE_LINEAR] = "linear",
-                                        [QS_ROPE_YARN] = "yarn"};
-    const char *key = given(rope, "rope_type") != NULL ? "rope_type" : "type";
-    const char *name = "default";
-    if (given(rope, key) != NULL) {
-        QS_TRY(qs_json_text(rope, key, &name, path));
-    }
-    for (size_t i = 0; i < COUNT(names); i++) {
-        if (strcmp(names[i], name) == 0) {
-            out->rope_type = (qs_rope_type)i;
-            return QS_OK;
-        }
-    }
-    return refuse(path, "rope_type", name, "\"default\", \"linear\", \"llama3\" or \"yarn\"");
-}
-
-static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, const char *path)
-{
-    const char *key;
-    json_t *value;
-    json_object_foreach((json_t *)(uintptr_t)rope, key, value)
-    {
-        if (!json_is_null(value) && !listed(rope_keys, COUNT(rope_keys), key)) {
-            return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: RoPE key \"%.100s\" is not known", path, key);
-        }
-    }
-    for (size_t i = 0; i < COUNT(own_rope_keys); i++) {
-        if (given(rope, own_rope_keys[i].key) != NULL && out->rope_type != own_rope_keys[i].type) {
-            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" belongs to rope_type \"%s\"", path,
-                           own_rope_keys[i].key, own_rope_keys[i].name);
-        }
-    }
-    if (out->rope_type == QS_ROPE_DEFAULT && out->rope_factor != 1.0) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: RoPE \"factor\" = %g, but rope_type \"default\" does not scale", path,
-                       out->rope_factor);
-    }
-    return QS_OK;
-}
-
-static qs_status parse_llama3(qs_hf_config *out, const json_t *rope, const char *path)
-{
-    QS_TRY(qs_json_f64(rope, "low_freq_factor", 1e-6, 1e6, &out->rope_low_freq_factor, path));
-    QS_TRY(qs_json_f64(rope, "high_freq_factor", 1e-6, 1e6, &out->rope_high_freq_factor, path));
-    QS_TRY(qs_json_i64(rope, "original_max_position_embeddings", 1, 1 << 30,
-                       &out->rope_original_max_position, path));
-    if (out->rope_high_freq_factor <= out->rope_low_freq_factor) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: \"high_freq_factor\" = %g is not above \"low_freq_factor\" = %g", path,
-                       out->rope_high_freq_factor, out->rope_low_freq_factor);
-    }
-    return QS_OK;
-}
-
-static double yarn_magnitude(double factor, double mscale)
-{
-    return factor <= 1.0 ? 1.0 : 0.1 * mscale * log(factor) + 1.0;
-}
-
-/* 0 for mscale, as for the betas, means that it is not given, as in transformers. */
-static qs_status parse_yarn(qs_hf_config *out, const json_t *rope, const char *path)
-{
-    double mscale, all_dim;
-    QS_TRY(get_i64(rope, "original_max_position_embeddings", 1, 1 << 30, out->max_position,
-                   &out->rope_original_max_position, path));
-    QS_TRY(get_f64(rope, "beta_fast", 0.0, 1e6, 32.0, &out->rope_beta_fast, path));
-    QS_TRY(get_f64(rope, "beta_slow", 0.0, 1e6, 1.0, &out->rope_beta_slow, path));
-    out->rope_beta_fast = out->rope_beta_fast != 0.0 ? out->rope_beta_fast : 32.0;
-    out->rope_beta_slow = out->rope_beta_slow != 0.0 ? out->rope_beta_slow : 1.0;
-    QS_TRY(get_bool(rope, "truncate", true, &out->rope_truncate, path));
-    QS_TRY(get_f64(rope, "mscale", 0.0, 1e6, 0.0, &mscale, path));
-    QS_TRY(get_f64(rope, "mscale_all_dim", 0.0, 1e6, 0.0, &all_dim, path));
-    const double fallback =
-        mscale != 0.0 && all_dim != 0.0
-            ? yarn_magnitude(out->rope_factor, mscale) / yarn_magnitude(out->rope_factor, all_dim)
-            : yarn_magnitude(out->rope_factor, 1.0);
-    QS_TRY(get_f64(rope, "attention_factor", 1e-6, 1e6, fallback, &out->rope_magnitude, path));
-    if (out->rope_theta <= 1.0) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_theta\" = %g, but yarn needs more than 1",
-                       path, out->rope_theta);
-    }
-    if (out->rope_beta_fast < out->rope_beta_slow) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"beta_fast\" = %g is below \"beta_slow\" = %g",
-                       path, out->rope_beta_fast, out->rope_beta_slow);
-    }
-    return QS_OK;
-}
-
-static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const char *path)
-{
-    if (out->rope_type != QS_ROPE_DEFAULT && given(rope, "factor") == NULL) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: RoPE \"factor\" is missing", path);
-    }
-    QS_TRY(get_f64(rope, "factor", 1.0, 1e6, 1.0, &out->rope_factor, path));
-    QS_TRY(check_rope_keys(out, rope, path));
-    return out->rope_type == QS_ROPE_LLAMA3 ? parse_llama3(out, rope, path)
-           : out->rope_type == QS_ROPE_YARN ? parse_yarn(out, rope, path)
-                                            : QS_OK;
-}
-
-/* RoPE of windowed layers, which do not scale. */
-static qs_status check_local_rope(const json_t *local, const char *path)
-{
-    const char *key;
-    json_t *value;
-    json_object_foreach((json_t *)(uintptr_t)local, key, value)
-    {
-        const bool type = strcmp(key, "rope_type") == 0 || strcmp(key, "type") == 0;
-        const char *name = json_is_string(value) ? json_string_value(value) : "?";
-        if (type && !json_is_null(value) && strcmp(name, "default") != 0) {
-            return refuse(path, "rope_type", name, "for \"sliding_attention\" \"default\"");
-        }
-        if (!type && !json_is_null(value) && strcmp(key, "rope_theta") != 0) {
-            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: RoPE key \"%.100s\" of \"sliding_attention\" is not known", path,
-                           key);
-        }
-    }
-    return QS_OK;
-}
-
-/* Two RoPEs. transformers 4: rope_theta and rope_scaling are those of full layers,
- * rope_local_base_freq is the base of windowed ones; 5: rope_parameters by type of layer, of which
- * *full becomes that of full layers. */
-static qs_status parse_local_rope(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
-                                  const json_t **full, const char *path)
-{
-    const json_t *by_type = given(root, "rope_parameters");
-    const json_t *local = given(by_type, "sliding_attention");
-    const char *key;
-    json_t *value;
-    if (by_type != NULL && !json_is_object(by_type)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_parameters\" is not an object", path);
-    }
-    json_object_foreach((json_t *)(uintptr_t)by_type, key, value)
-    {
-        if (strcmp(key, "full_attention") != 0 && strcmp(key, "sliding_attention") != 0) {
-            return refuse(path, "rope_parameters", key,
-                          "for this model_type \"full_attention\" and \"sliding_attention\"");
-        }
-        if (!json_is_null(value) && !json_is_object(value)) {
-            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" is not an object", path, key);
-        }
-    }
-    QS_TRY(check_local_rope(local, path));
-    *full = given(by_type, "full_attention");
-    const json_t *inner = given(local, "rope_theta"), *outer = given(root, "rope_local_base_freq");
-    if (inner != NULL && outer != NULL && json_number_value(inner) != json_number_value(outer)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: \"rope_local_base_freq\" and the \"rope_theta\" of "
-                       "\"sliding_attention\" differ",
-                       path);
-    }
-    return get_f64(inner != NULL ? local : root,
-                   inner != NULL ? "rope_theta" : "rope_local_base_freq", 1e-3, 1e12,
-                   arch->rope_local_theta, &out->rope_local_theta, path);
-}
-
-/* transformers 4: rope_theta and rope_scaling at top level; 5: both inside rope_parameters. */
-static qs_status parse_rope(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
-                            const char *path)
-{
-    const json_t *scaling = given(root, "rope_scaling");
-    const json_t *parameters = given(root, "rope_parameters");
-    const json_t *holder = root;
-    const double usual = arch->rope_theta > 0.0 ? arch->rope_theta : 10000.0;
-    double partial;
-    if (arch->local_rope) {
-        QS_TRY(parse_local_rope(out, arch, root, &parameters, path));
-    }
-    if (scaling != NULL && parameters != NULL && !json_equal(scaling, parameters)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" and \"rope_parameters\" differ",
-                       path);
-    }
-    const json_t *rope = parameters != NULL ? parameters : scaling;
-    if (rope != NULL && !json_is_object(rope)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"rope_scaling\" is not an object", path);
-    }
-    const json_t *inner = given(rope, "rope_theta");
-    const json_t *outer = given(root, "rope_theta");
-    if (inner != NULL && outer != NULL && json_number_value(inner) != json_number_value(outer)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: \"rope_theta\" at top level and in \"rope_parameters\" differ", path);
-    }
-    holder = inner != NULL ? rope : root;
-    QS_TRY(get_f64(holder, "rope_theta", 1e-3, 1e12, usual, &out->rope_theta, path));
-    holder = given(rope, "partial_rotary_factor") != NULL ? rope : root;
-    QS_TRY(get_f64(holder, "partial_rotary_factor", 0.0, 1.0, 1.0, &partial, path));
-    if (partial != 1.0) {
-        return refuse(path, "partial_rotary_factor", "a number below 1", "1");
-    }
-    out->rope_factor = out->rope_magnitude = 1.0;
-    if (rope == NULL) {
-        return QS_OK;
-    }
-    QS_TRY(parse_rope_type(out, rope, path));
-    return parse_rope_scaling(out, rope, path);
-}
-
 static qs_status parse_quantization(qs_hf_config *out, const json_t *root, const char *path)
 {
-    const json_t *q = given(root, "quantization_config");
+    const json_t *q = qs_hf_given(root, "quantization_config");
     const char *method = NULL;
     const char *type = NULL;
     bool four = false;
@@ -690,20 +458,20 @@ static qs_status parse_quantization(qs_hf_config *out, const json_t *root, const
     }
     QS_TRY(qs_json_text(q, "quant_method", &method, path));
     if (strcmp(method, "bitsandbytes") != 0) {
-        return refuse(path, "quant_method", method, "\"bitsandbytes\" (4 bits, NF4)");
+        return qs_hf_refuse(path, "quant_method", method, "\"bitsandbytes\" (4 bits, NF4)");
     }
-    QS_TRY(get_bool(q, "load_in_4bit", false, &four, path));
-    QS_TRY(get_bool(q, "load_in_8bit", false, &eight, path));
+    QS_TRY(qs_hf_get_bool(q, "load_in_4bit", false, &four, path));
+    QS_TRY(qs_hf_get_bool(q, "load_in_8bit", false, &eight, path));
     if (eight || !four) {
-        return refuse(path, "load_in_4bit", "false", "a bitsandbytes checkpoint with true");
+        return qs_hf_refuse(path, "load_in_4bit", "false", "a bitsandbytes checkpoint with true");
     }
-    if (given(q, "bnb_4bit_quant_type") == NULL) {
+    if (qs_hf_given(q, "bnb_4bit_quant_type") == NULL) {
         type = "fp4"; /* the default of the library */
     } else {
         QS_TRY(qs_json_text(q, "bnb_4bit_quant_type", &type, path));
     }
     if (strcmp(type, "nf4") != 0) {
-        return refuse(path, "bnb_4bit_quant_type", type, "\"nf4\"");
+        return qs_hf_refuse(path, "bnb_4bit_quant_type", type, "\"nf4\"");
     }
     out->bnb_4bit = true;
     return QS_OK;
@@ -725,7 +493,7 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     QS_TRY(parse_gemma(out, arch, root, path));
     QS_TRY(parse_window(out, arch, root, path));
     QS_TRY(parse_dtype(out, root, path));
-    QS_TRY(parse_rope(out, arch, root, path));
+    QS_TRY(qs_hf_rope_parse(out, arch, root, path));
     return parse_quantization(out, root, path);
 }
 
@@ -737,83 +505,6 @@ qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, 
     qs_status st = parse_root(out, root, path);
     json_decref(root);
     return st;
-}
-
-/* Frequencies whose wavelength is below L0/high stay, those above L0/low are divided by the factor,
- * between them the two are blended (Llama 3.1's rule). */
-static float llama3_scaled(const qs_hf_config *cfg, float frequency)
-{
-    const float factor = (float)cfg->rope_factor;
-    const float low = (float)cfg->rope_low_freq_factor, high = (float)cfg->rope_high_freq_factor;
-    const float original = (float)cfg->rope_original_max_position;
-    const float wavelength = 6.28318530717958647692F / frequency;
-    if (wavelength < original / high) {
-        return frequency;
-    }
-    if (wavelength > original / low) {
-        return frequency / factor;
-    }
-    const float smooth = (original / wavelength - low) / (high - low);
-    return (1.0F - smooth) * frequency / factor + smooth * frequency;
-}
-
-/* The frequency, counted from the highest, that makes so many turns over the original positions. */
-static double yarn_border(const qs_hf_config *cfg, double turns)
-{
-    const double original = (double)cfg->rope_original_max_position;
-    return cfg->head_dim * log(original / (turns * 6.28318530717958647692)) /
-           (2.0 * log(cfg->rope_theta));
-}
-
-/* Frequencies of many turns stay, those of few are divided by the factor, between them the two are
- * blended (YaRN: Peng et al. 2023, arXiv:2309.00071). `period` is 1 / frequency. */
-static float yarn_scaled(const qs_hf_config *cfg, int i, float period)
-{
-    double low = yarn_border(cfg, cfg->rope_beta_fast);
-    double high = yarn_border(cfg, cfg->rope_beta_slow);
-    if (cfg->rope_truncate) {
-        low = floor(low);
-        high = ceil(high);
-    }
-    low = fmax(low, 0.0);
-    high = fmin(high, cfg->head_dim - 1);
-    high += low == high ? 0.001 : 0.0;
-    const float ramp = ((float)i - (float)low) / (float)(high - low);
-    const float keep = 1.0F - fminf(fmaxf(ramp, 0.0F), 1.0F);
-    const float divided = 1.0F / ((float)cfg->rope_factor * period), kept = 1.0F / period;
-    return divided * (1.0F - keep) + kept * keep;
-}
-
-/* Rounded to fp32 after each operation, as transformers does: an ulp of a frequency, times a
- * position in the hundreds, is an error in every attention score that is larger than all other fp32
- * errors of the step together. */
-static float rope_period(const qs_hf_config *cfg, double theta, int i)
-{
-    const float exponent = (float)(2 * i) / (float)cfg->head_dim;
-    return (float)pow(theta, (double)exponent);
-}
-
-void qs_hf_rope_local_frequencies(const qs_hf_config *cfg, double *inv_freq)
-{
-    for (int i = 0; i < cfg->head_dim / 2; i++) {
-        inv_freq[i] = (double)(1.0F / rope_period(cfg, cfg->rope_local_theta, i));
-    }
-}
-
-void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
-{
-    for (int i = 0; i < cfg->head_dim / 2; i++) {
-        const float period = rope_period(cfg, cfg->rope_theta, i);
-        float f = 1.0F / period;
-        if (cfg->rope_type == QS_ROPE_LINEAR) {
-            f /= (float)cfg->rope_factor;
-        } else if (cfg->rope_type == QS_ROPE_LLAMA3) {
-            f = llama3_scaled(cfg, f);
-        } else if (cfg->rope_type == QS_ROPE_YARN) {
-            f = yarn_scaled(cfg, i, period);
-        }
-        inv_freq[i] = (double)f;
-    }
 }
 
 const char *qs_linear_path(qs_linear linear)
