@@ -278,6 +278,25 @@ __device__ __forceinline__ int qs_thread_col(int n)
     return n * 8 + (int)threadIdx.x % 4 * 2;
 }
 
+/** Sums whose row of the warp and column of the tile are not visible(row, column) get the value
+ * `hidden`. */
+template <int MT, int NT, typename predicate>
+__device__ __forceinline__ void qs_mask(float (&acc)[MT][NT][4], float hidden, predicate visible)
+{
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (!visible(qs_thread_row(m, i / 2), qs_thread_col(n) + i % 2)) {
+                    acc[m][n][i] = hidden;
+                }
+            }
+        }
+    }
+}
+
 /* ---- host ---- */
 
 /** Check a launch and fill what does not depend on the kernel. */

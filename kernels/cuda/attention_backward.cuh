@@ -28,21 +28,10 @@ __device__ __forceinline__ void qs_weights_of_rows(float (&scores)[MT][NT][4],
             }
         }
     }
-    if (all) {
-        return;
-    }
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = qs_thread_row(m, i / 2);
-                if (!qs_attention_within(bounds[at], row + at, key + qs_thread_col(n) + i % 2)) {
-                    scores[m][n][i] = 0.0f;
-                }
-            }
-        }
+    if (!all) {
+        qs_mask(scores, 0.0f, [&](int at, int col) {
+            return qs_attention_within(bounds[at], row + at, key + col);
+        });
     }
 }
 
@@ -90,21 +79,10 @@ __device__ __forceinline__ void qs_weights_of_cols(float (&scores)[MT][NT][4], c
             }
         }
     }
-    if (all) {
-        return;
-    }
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = qs_thread_row(m, i / 2);
-                if (!qs_attention_within(row + at, bounds[at], query + qs_thread_col(n) + i % 2)) {
-                    scores[m][n][i] = 0.0f;
-                }
-            }
-        }
+    if (!all) {
+        qs_mask(scores, 0.0f, [&](int at, int col) {
+            return qs_attention_within(row + at, bounds[at], query + col);
+        });
     }
 }
 

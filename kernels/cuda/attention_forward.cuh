@@ -16,20 +16,8 @@ template <int MT, int NT>
 __device__ __forceinline__ void qs_hide(float (&scores)[MT][NT][4], const int *bounds, int row,
                                         int key)
 {
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int query = row + qs_thread_row(m, i / 2);
-                const int at = key + qs_thread_col(n) + i % 2;
-                if (!qs_attention_within(bounds[qs_thread_row(m, i / 2)], query, at)) {
-                    scores[m][n][i] = -INFINITY;
-                }
-            }
-        }
-    }
+    qs_mask(scores, -INFINITY,
+            [&](int at, int col) { return qs_attention_within(bounds[at], row + at, key + col); });
 }
 
 /** The largest score of each row, of the four threads that share it. */

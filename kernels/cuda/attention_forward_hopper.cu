@@ -50,14 +50,6 @@ static __device__ __forceinline__ void load_pair(qs_bf16 *stages, qs_head_rows k
     qs_cp_async_commit();
 }
 
-/* All copies have come, everybody's; and nobody reads what was read before. */
-static __device__ __forceinline__ void wait_for_tiles()
-{
-    qs_cp_async_wait<0>();
-    qs_fence_shared_for_wgmma();
-    __syncthreads();
-}
-
 template <int D> static __device__ __forceinline__ void forward_block(const qs_forward_args &args)
 {
     QS_DYNAMIC_SHARED_PANELS(qs_bf16, queries);
@@ -113,7 +105,7 @@ template <int D> static __device__ __forceinline__ void forward_block(const qs_f
     qs_as_left(weights, scores);
     const int count = span.end - span.begin;
     for (int number = 1; number < count; number++) {
-        wait_for_tiles(); /* keys of `number`, values of the tile before */
+        qs_wait_for_tiles(); /* keys of `number`, values of the tile before */
         load_pair<D>(stages, k, v, number, span, l);
         qs_wgmma_fence();
         qs_panel_scores<D, KEYS>(scores, own, group_row, tiles + keys_at<D>(number));
@@ -128,7 +120,7 @@ template <int D> static __device__ __forceinline__ void forward_block(const qs_f
         qs_scale_rows(out, by);
         qs_as_left(weights, scores);
     }
-    wait_for_tiles();
+    qs_wait_for_tiles();
     qs_wgmma_fence();
     qs_panel_sums<D>(out, weights, tiles + values_at<D>(count - 1));
     qs_wgmma_commit();

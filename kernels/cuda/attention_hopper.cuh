@@ -48,6 +48,14 @@ __device__ __forceinline__ void qs_panel_load(qs_bf16 *tile, qs_head_rows from, 
     }
 }
 
+/** All copies have come, everybody's; and nobody reads what was read before. */
+__device__ __forceinline__ void qs_wait_for_tiles()
+{
+    qs_cp_async_wait<0>();
+    qs_fence_shared_for_wgmma();
+    __syncthreads();
+}
+
 /** One warp: write its 16 rows of sums, times by[0][half], to rows [row, ...) of `to`, through rows
  * [within, within + 16) of `tile`, which nobody reads any more. */
 template <int D>

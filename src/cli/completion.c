@@ -136,12 +136,17 @@ static void bash_value(FILE *out, const qs_cli_command *command, const struct ar
     fputs("return ;;\n", out);
 }
 
-static void bash_keys(FILE *out)
+static void put_key_names(FILE *out)
 {
-    fputs("    local keys=\"", out);
     for (int i = 0; i < qs_keys_count; i++) {
         fprintf(out, "%s%s", i > 0 ? " " : "", qs_keys[i].name);
     }
+}
+
+static void bash_keys(FILE *out)
+{
+    fputs("    local keys=\"", out);
+    put_key_names(out);
     fputs("\"\n", out);
 }
 
@@ -262,9 +267,7 @@ static void zsh_command(FILE *out, const qs_cli_command *command)
 static void zsh_keys(FILE *out)
 {
     fputs("_qshard_keys()\n{\n    local -a keys=(", out);
-    for (int i = 0; i < qs_keys_count; i++) {
-        fprintf(out, "%s%s", i > 0 ? " " : "", qs_keys[i].name);
-    }
+    put_key_names(out);
     fputs(")\n    compadd -S = -a keys\n}\n", out);
 }
 
