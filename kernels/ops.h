@@ -54,6 +54,7 @@ typedef struct {
 typedef struct {
     int n_heads, n_kv_heads, head_dim;
     float scale;
+    float cap;  /* 0: none; else scaled scores s become cap tanh(s / cap) before the softmax */
     int window; /* 0: none; else query i sees keys i - window + 1 .. i of its document */
     const int32_t *cu_seqlens; /* [n_docs + 1] in device memory */
     int n_docs;
@@ -65,12 +66,14 @@ typedef struct {
  * initial values. */
 typedef struct {
     int64_t rows, hidden;
+    float cap;             /* 0: none; else logits l become cap tanh(l / cap) */
     const void *x;         /* [rows, hidden] final-norm output, act_dtype */
     const int32_t *target; /* [rows] token id */
     float *max, *sum;      /* [rows] running maximum and sum of exp(l - max) */
     float *target_logit;   /* [rows] */
     float *o;        /* [rows, hidden] sum of exp(l - max) W; NULL when only the loss is wanted */
-    float *w_target; /* [rows, hidden] W[target]; NULL likewise */
+    float *w_target; /* [rows, hidden] W[target]; NULL likewise. With a cap rows of W count here and
+                        in o times the slope of their logit, 1 - (l / cap)^2 */
 } qs_head_state;
 
 /** How parameters follow gradients (kernels/update_rule.h). */

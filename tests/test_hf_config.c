@@ -143,6 +143,31 @@ Test(hf_config, qwen3_norms_its_heads_and_has_a_width_of_its_own)
     cr_assert(c.qk_norm && c.head_dim == 128 && c.bias[QS_O] && !c.bias[QS_GATE]);
 }
 
+Test(hf_config, gemma2_caps_and_each_second_layer_sees_a_window)
+{
+    qs_hf_config c, v5;
+    const char *class_name = "Gemma2ForCausalLM";
+    cr_assert_eq(parse(&c, as("gemma2", class_name,
+                              "\"hidden_act\":\"gelu_pytorch_tanh\",\"sliding_window\":5,"
+                              "\"attn_logit_softcapping\":50.0,\"final_logit_softcapping\":30.0,"
+                              "\"query_pre_attn_scalar\":224,\"rope_theta\":10000.0")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(parse(&v5, as("gemma2", class_name,
+                               "\"sliding_window\":5,\"query_pre_attn_scalar\":224,"
+                               "\"layer_types\":[\"sliding_attention\",\"full_attention\","
+                               "\"sliding_attention\"],\"rope_parameters\":{"
+                               "\"rope_type\":\"default\",\"rope_theta\":10000.0}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&c, &v5, sizeof c), 0);
+    cr_assert(c.gemma && !c.qk_norm && c.tied && c.rope_local_theta == 0.0);
+    cr_assert(c.windowed[0] && !c.windowed[1] && c.windowed[2]);
+    cr_assert(c.attention_cap == 50.0F && c.final_cap == 30.0F);
+    cr_assert_eq(parse(&c, as("gemma2", class_name,
+                              "\"attn_logit_softcapping\":null,\"final_logit_softcapping\":null")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.attention_cap == 0.0F && c.final_cap == 0.0F);
+}
+
 Test(hf_config, gemma3_in_both_spellings)
 {
     qs_hf_config v4, v5, c;
@@ -201,9 +226,14 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
         {"qwen2", "Qwen2ForCausalLM", "\"use_sliding_window\":1", "use_sliding_window"},
         {"qwen3", "Qwen3ForCausalLM", "\"mlp_bias\":true", "mlp_bias"},
         {"qwen3", "Qwen3ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
-        {"phi3", "Phi3ForCausalLM", "",
-         "\"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"gemma3_text\""},
+        {"phi3", "Phi3ForCausalLM", "", "\"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"gemma2\""},
         {"gemma3", "Gemma3ForConditionalGeneration", "", "gemma3"},
+        {"gemma2", "Gemma2ForCausalLM", "\"final_logit_softcapping\":-1",
+         "final_logit_softcapping"},
+        {"gemma2", "Gemma2ForCausalLM", "\"sliding_window_pattern\":6", "sliding_window_pattern"},
+        {"gemma2", "Gemma2ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
+        {"gemma2", "Gemma2ForCausalLM", "\"rope_parameters\":{\"full_attention\":{}}",
+         "full_attention"},
         {"gemma3_text", "Gemma3ForCausalLM", "\"sliding_window\":null", "sliding_window"},
         {"gemma3_text", "Gemma3ForCausalLM", "\"sliding_window_pattern\":0",
          "sliding_window_pattern"},

@@ -18,7 +18,7 @@ typedef struct {
 typedef struct {
     const attention_case *c;
     int64_t rows;
-    double scale;
+    double scale, cap;
     double *q, *k, *v, *d_o;
 } reference;
 
@@ -42,6 +42,9 @@ static double reference_row(const reference *r, int64_t begin, int64_t t, int he
         for (int i = 0; i < dim; i++) {
             score[s - begin] += r->scale * r->q[t * q_width + head * dim + i] *
                                 r->k[s * kv_width + kv_head * dim + i];
+        }
+        if (r->cap > 0.0) {
+            score[s - begin] = r->cap * tanh(score[s - begin] / r->cap);
         }
         most = fmax(most, score[s - begin]);
     }
@@ -85,7 +88,7 @@ typedef struct {
     reference r;
 } fixture;
 
-static fixture fixture_create(const attention_case *c)
+static fixture fixture_capped(const attention_case *c, float cap)
 {
     int64_t rows = rows_of(c), wide = (int64_t)c->n_heads * c->head_dim;
     int64_t narrow = (int64_t)c->n_kv_heads * c->head_dim;
@@ -101,6 +104,7 @@ static fixture fixture_create(const attention_case *c)
                                    .n_kv_heads = c->n_kv_heads,
                                    .head_dim = c->head_dim,
                                    .scale = 1.0F / sqrtf((float)c->head_dim),
+                                   .cap = cap,
                                    .window = c->window,
                                    .cu_seqlens = c->cu,
                                    .n_docs = c->n_docs};
@@ -112,11 +116,17 @@ static fixture fixture_create(const attention_case *c)
     f.r = (reference){.c = c,
                       .rows = rows,
                       .scale = (double)f.shape.scale,
+                      .cap = (double)cap,
                       .q = fx_double(qs_mat_f32(&f.q), rows * wide),
                       .k = fx_double(qs_mat_f32(&f.k), rows * narrow),
                       .v = fx_double(qs_mat_f32(&f.v), rows * narrow),
                       .d_o = fx_double(qs_mat_f32(&f.d_o), rows * wide)};
     return f;
+}
+
+static fixture fixture_create(const attention_case *c)
+{
+    return fixture_capped(c, 0.0F);
 }
 
 static void fixture_destroy(fixture *f)
@@ -129,6 +139,32 @@ static void fixture_destroy(fixture *f)
     for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) {
         free(rest[i]);
     }
+}
+
+static void check_forward(const attention_case *c, float cap)
+{
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_capped(c, cap);
+    cr_assert_eq(qs_ops_cpu()->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
+                 QS_OK);
+    double out[256];
+    for (int d = 0; d < c->n_docs; d++) {
+        for (int64_t t = c->cu[d]; t < c->cu[d + 1]; t++) {
+            for (int h = 0; h < c->n_heads; h++) {
+                double lse = reference_row(&f.r, c->cu[d], t, h, out);
+                /* Scores of size up to 3 sqrt(dim) with dim roundings; probabilities inherit their
+                 * absolute error. */
+                cr_assert_float_eq((double)f.lse[h * f.r.rows + t], lse, 1e-5);
+                for (int i = 0; i < c->head_dim; i++) {
+                    cr_assert_float_eq(fx_at(&f.o, t, h * c->head_dim + i), out[i], 1e-5,
+                                       "row %ld head %d element %d", (long)t, h, i);
+                }
+            }
+        }
+    }
+    cr_assert(fx_mat_gap_intact(&f.o));
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
 }
 
 ParameterizedTestParameters(attention, forward_matches_fp64)
@@ -155,28 +191,8 @@ ParameterizedTestParameters(attention, forward_matches_fp64)
 }
 ParameterizedTest(attention_case *c, attention, forward_matches_fp64)
 {
-    qs_queue *queue = fx_queue(2);
-    fixture f = fixture_create(c);
-    cr_assert_eq(qs_ops_cpu()->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
-                 QS_OK);
-    double out[256];
-    for (int d = 0; d < c->n_docs; d++) {
-        for (int64_t t = c->cu[d]; t < c->cu[d + 1]; t++) {
-            for (int h = 0; h < c->n_heads; h++) {
-                double lse = reference_row(&f.r, c->cu[d], t, h, out);
-                /* Scores of size up to 3 sqrt(dim) with dim roundings; probabilities inherit their
-                 * absolute error. */
-                cr_assert_float_eq((double)f.lse[h * f.r.rows + t], lse, 1e-5);
-                for (int i = 0; i < c->head_dim; i++) {
-                    cr_assert_float_eq(fx_at(&f.o, t, h * c->head_dim + i), out[i], 1e-5,
-                                       "row %ld head %d element %d", (long)t, h, i);
-                }
-            }
-        }
-    }
-    cr_assert(fx_mat_gap_intact(&f.o));
-    fixture_destroy(&f);
-    qs_queue_destroy(queue);
+    check_forward(c, 0.0F);
+    check_forward(c, 2.0F); /* most scores are beyond it */
 }
 
 static void check_gradient(const reference *r, double *x, int64_t count, const qs_mat *got,
@@ -190,6 +206,23 @@ static void check_gradient(const reference *r, double *x, int64_t count, const q
                            "%s element %ld: %g instead of %g", name, (long)i,
                            fx_at(got, i / got->cols, i % got->cols), want);
     }
+}
+
+static void check_backward(const attention_case *c, float cap)
+{
+    qs_queue *queue = fx_queue(2);
+    fixture f = fixture_capped(c, cap);
+    const qs_ops *ops = qs_ops_cpu();
+    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse), QS_OK);
+    cr_assert_eq(ops->attention_backward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse, &f.d_o,
+                                         f.delta, &f.dq, &f.dk, &f.dv),
+                 QS_OK);
+    check_gradient(&f.r, f.r.q, f.r.rows * f.dq.cols, &f.dq, "dq");
+    check_gradient(&f.r, f.r.k, f.r.rows * f.dk.cols, &f.dk, "dk");
+    check_gradient(&f.r, f.r.v, f.r.rows * f.dv.cols, &f.dv, "dv");
+    cr_assert(fx_mat_gap_intact(&f.dq) && fx_mat_gap_intact(&f.dk) && fx_mat_gap_intact(&f.dv));
+    fixture_destroy(&f);
+    qs_queue_destroy(queue);
 }
 
 ParameterizedTestParameters(attention, backward_is_the_derivative)
@@ -212,19 +245,8 @@ ParameterizedTestParameters(attention, backward_is_the_derivative)
 }
 ParameterizedTest(attention_case *c, attention, backward_is_the_derivative)
 {
-    qs_queue *queue = fx_queue(2);
-    fixture f = fixture_create(c);
-    const qs_ops *ops = qs_ops_cpu();
-    cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse), QS_OK);
-    cr_assert_eq(ops->attention_backward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse, &f.d_o,
-                                         f.delta, &f.dq, &f.dk, &f.dv),
-                 QS_OK);
-    check_gradient(&f.r, f.r.q, f.r.rows * f.dq.cols, &f.dq, "dq");
-    check_gradient(&f.r, f.r.k, f.r.rows * f.dk.cols, &f.dk, "dk");
-    check_gradient(&f.r, f.r.v, f.r.rows * f.dv.cols, &f.dv, "dv");
-    cr_assert(fx_mat_gap_intact(&f.dq) && fx_mat_gap_intact(&f.dk) && fx_mat_gap_intact(&f.dv));
-    fixture_destroy(&f);
-    qs_queue_destroy(queue);
+    check_backward(c, 0.0F);
+    check_backward(c, 2.0F); /* most scores are beyond it */
 }
 
 Test(attention, a_document_does_not_see_its_neighbours)

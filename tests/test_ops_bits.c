@@ -11,15 +11,29 @@
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
-enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 18 };
+enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 21 };
 
-static const char *const names[N_OPS] = {
-    "linear_forward", "linear_backward",   "lora_forward",
-    "lora_backward",  "rmsnorm_forward",   "rmsnorm_backward",
-    "rope",           "attention_forward", "attention_backward",
-    "silu_forward",   "silu_backward",     "gelu_forward",
-    "gelu_backward",  "add, scale",        "head",
-    "square_sums",    "accumulate",        "adamw"};
+static const char *const names[N_OPS] = {"linear_forward",
+                                         "linear_backward",
+                                         "lora_forward",
+                                         "lora_backward",
+                                         "rmsnorm_forward",
+                                         "rmsnorm_backward",
+                                         "rope",
+                                         "attention_forward",
+                                         "attention_backward",
+                                         "attention_forward, capped",
+                                         "attention_backward, capped",
+                                         "silu_forward",
+                                         "silu_backward",
+                                         "gelu_forward",
+                                         "gelu_backward",
+                                         "add, scale",
+                                         "head",
+                                         "head, capped",
+                                         "square_sums",
+                                         "accumulate",
+                                         "update"};
 
 /* FNV-1a over the bytes of a result. */
 static uint64_t hash(const void *data, int64_t bytes, uint64_t start)
@@ -123,7 +137,7 @@ static void row_ops(qs_queue *q, uint64_t out[8])
     free(sine);
 }
 
-static void attention_ops(qs_queue *q, uint64_t out[2])
+static void attention_ops(qs_queue *q, float cap, uint64_t out[2])
 {
     const qs_ops *ops = qs_ops_cpu();
     static const int32_t cu[] = {0, 1, 66, 66, ROWS};
@@ -131,6 +145,7 @@ static void attention_ops(qs_queue *q, uint64_t out[2])
                                 .n_kv_heads = KV_HEADS,
                                 .head_dim = DIM,
                                 .scale = 0.3F,
+                                .cap = cap,
                                 .cu_seqlens = cu,
                                 .n_docs = 4};
     qs_mat qm = fx_mat(ROWS, HEADS * DIM, 0, 1), o = fx_mat(ROWS, HEADS * DIM, 0, 2);
@@ -150,7 +165,7 @@ static void attention_ops(qs_queue *q, uint64_t out[2])
     }
 }
 
-static uint64_t head_op(qs_queue *q)
+static uint64_t head_op(qs_queue *q, float cap)
 {
     enum { HEAD_ROWS = 45, HIDDEN = 70, VOCAB = 1200, CHUNK = 700 };
     const qs_ops *ops = qs_ops_cpu();
@@ -162,7 +177,7 @@ static uint64_t head_op(qs_queue *q)
     for (int t = 0; t < HEAD_ROWS; t++) {
         target[t] = t * 26;
     }
-    qs_head_state s = {HEAD_ROWS, HIDDEN, x, target, max, sum, target_logit, o, w_target};
+    qs_head_state s = {HEAD_ROWS, HIDDEN, cap, x, target, max, sum, target_logit, o, w_target};
     for (int64_t row0 = 0; row0 < VOCAB; row0 += CHUNK) {
         int64_t rows = VOCAB - row0 < CHUNK ? VOCAB - row0 : CHUNK;
         fx_weight_spec spec = {QS_WEIGHT_RAW, rows, HIDDEN, QS_BF16, true, 2, HIDDEN};
@@ -204,15 +219,16 @@ static void optim_ops(qs_queue *q, uint64_t out[3])
 
 static void all_ops(qs_queue *q, uint64_t out[N_OPS])
 {
-    uint64_t rows[8], attention[2];
+    uint64_t rows[8];
     linear_ops(q, out);
     row_ops(q, rows);
-    attention_ops(q, attention);
     memcpy(out + 4, rows, 3 * sizeof *rows);
-    memcpy(out + 7, attention, sizeof attention);
-    memcpy(out + 9, rows + 3, 5 * sizeof *rows);
-    out[14] = head_op(q);
-    optim_ops(q, out + 15);
+    attention_ops(q, 0.0F, out + 7);
+    attention_ops(q, 0.2F, out + 9);
+    memcpy(out + 11, rows + 3, 5 * sizeof *rows);
+    out[16] = head_op(q, 0.0F);
+    out[17] = head_op(q, 2.0F);
+    optim_ops(q, out + 18);
 }
 
 static void all_ops_with(int threads, uint64_t out[N_OPS])

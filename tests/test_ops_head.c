@@ -18,7 +18,7 @@ typedef struct {
     double *x;
     float *w; /* [vocab, hidden] */
     const int32_t *target;
-    double scale;
+    double scale, cap;
 } reference;
 
 static double reference_row_loss(const reference *r, int64_t row)
@@ -30,6 +30,7 @@ static double reference_row_loss(const reference *r, int64_t row)
             for (int64_t i = 0; i < r->c->hidden; i++) {
                 logit += r->x[row * r->c->hidden + i] * (double)r->w[v * r->c->hidden + i];
             }
+            logit = r->cap > 0.0 ? r->cap * tanh(logit / r->cap) : logit;
             if (pass == 0) {
                 most = fmax(most, logit);
                 target = v == r->target[row] ? logit : target;
@@ -107,22 +108,15 @@ static void run_chunks(qs_queue *queue, const head_case *c, head_fixture *f, flo
     }
 }
 
-ParameterizedTestParameters(head, loss_and_gradient_are_those_of_the_full_softmax)
-{
-    static head_case c[] = {
-        {1, 4, 1, 1, QS_F32, 1},       {0, 16, 40, 16, QS_BF16, 1},    {5, 24, 100, 33, QS_BF16, 3},
-        {19, 33, 600, 600, QS_F16, 2}, {3, 16, 1100, 1024, QS_F32, 5},
-    };
-    return cr_make_param_array(head_case, c, sizeof c / sizeof *c);
-}
-ParameterizedTest(head_case *c, head, loss_and_gradient_are_those_of_the_full_softmax)
+static void check_softmax(const head_case *c, float cap)
 {
     qs_queue *queue = fx_queue(2);
     head_fixture f = head_create(c, true);
+    f.s.cap = cap;
     float *w = malloc((size_t)(c->vocab * c->hidden) * sizeof *w);
     run_chunks(queue, c, &f, w);
     cr_assert_eq(qs_ops_cpu()->head_finish(queue, &f.s, 0.25F, f.loss, f.dx), QS_OK);
-    reference r = {c, fx_double(f.x, c->rows * c->hidden), w, f.target, 0.25};
+    reference r = {c, fx_double(f.x, c->rows * c->hidden), w, f.target, 0.25, (double)cap};
     for (int64_t t = 0; t < c->rows; t++) {
         cr_assert_float_eq((double)f.loss[t], reference_row_loss(&r, t), 1e-5, "row %ld", (long)t);
     }
@@ -134,6 +128,20 @@ ParameterizedTest(head_case *c, head, loss_and_gradient_are_those_of_the_full_so
     free(w);
     head_destroy(&f);
     qs_queue_destroy(queue);
+}
+
+ParameterizedTestParameters(head, loss_and_gradient_are_those_of_the_full_softmax)
+{
+    static head_case c[] = {
+        {1, 4, 1, 1, QS_F32, 1},       {0, 16, 40, 16, QS_BF16, 1},    {5, 24, 100, 33, QS_BF16, 3},
+        {19, 33, 600, 600, QS_F16, 2}, {3, 16, 1100, 1024, QS_F32, 5},
+    };
+    return cr_make_param_array(head_case, c, sizeof c / sizeof *c);
+}
+ParameterizedTest(head_case *c, head, loss_and_gradient_are_those_of_the_full_softmax)
+{
+    check_softmax(c, 0.0F);
+    check_softmax(c, 1.5F); /* some logits are beyond it */
 }
 
 Test(head, without_gradient_the_loss_has_the_same_bits)

@@ -51,6 +51,29 @@ Test(math, log_is_within_four_ulp_of_fp64)
     cr_assert_eq(qs_log_fixed(1.0), 0.0);
 }
 
+Test(math, soft_cap_is_within_four_ulp_and_ends_at_the_cap)
+{
+    enum { COUNT = 60001 };
+    float *x = malloc(COUNT * sizeof *x), *d = malloc(COUNT * sizeof *d);
+    for (int i = 0; i < COUNT; i++) {
+        x[i] = (float)(i - COUNT / 2) * 1e-3F;
+        d[i] = 3.0F;
+    }
+    qs_isa_get()->soft_cap(x, COUNT, 0.5F, 2.0F);
+    qs_isa_get()->soft_cap_backward(x, COUNT, 1.0F, 2.0F, d);
+    for (int i = 0; i < COUNT; i++) {
+        const double s = 0.5 * (double)((float)(i - COUNT / 2) * 1e-3F), t = tanh(s / 2.0);
+        cr_assert_float_eq((double)x[i], 2.0 * t, 4 * 0x1p-24 * fabs(2.0 * t), "%g", s);
+        cr_assert_float_eq((double)d[i], 2.0 * (1.0 - t * t), 1e-6, "%g", s);
+    }
+    cr_assert_eq(x[COUNT / 2], 0.0F);
+    float ends[4] = {-INFINITY, INFINITY, 1e30F, NAN};
+    qs_isa_get()->soft_cap(ends, 4, 1.0F, 30.0F);
+    cr_assert(ends[0] == -30.0F && ends[1] == 30.0F && ends[2] == 30.0F && isnan(ends[3]));
+    free(x);
+    free(d);
+}
+
 /* ---- RMSNorm ---- */
 
 typedef struct {

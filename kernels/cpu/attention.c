@@ -1,5 +1,5 @@
 /* Causal attention within documents, forward: online softmax over blocks of keys (Milakov &
- * Gimelshein 2018, arXiv:1805.02867). The running maximum is that of the scaled scores. */
+ * Gimelshein 2018, arXiv:1805.02867). The running maximum is that of the scaled, capped scores. */
 #include <math.h>
 
 #include "kernels/cpu/attention_impl.h"
@@ -27,9 +27,14 @@ typedef struct {
 static void softmax_step(const forward_args *f, const qs_attention_task *task,
                          const head_state *head, float *scores, int64_t key, int64_t cols)
 {
-    float scale = f->plan.shape->scale;
+    const qs_attention_shape *shape = f->plan.shape;
+    const float scale = shape->cap > 0.0F ? 1.0F : shape->scale; /* the cap takes scaled scores */
     for (int64_t i = 0; i < task->rows; i++) {
-        qs_visible_keys visible = qs_visible(f->plan.shape, task->begin + i, key, cols);
+        qs_visible_keys visible = qs_visible(shape, task->begin + i, key, cols);
+        if (shape->cap > 0.0F) {
+            f->isa->soft_cap(scores + i * BLOCK + visible.first, visible.count, shape->scale,
+                             shape->cap);
+        }
         if (visible.count == 0) { /* of a window's first block; there may be no maximum yet */
             head->by[i] = 0.0F;
             continue;

@@ -1,5 +1,6 @@
 /* Attention's gradients. With P = exp(scale Q K^T - lse) and delta = rowsum(dO * O):
  *     dV = P^T dO,   dS = P * (dO V^T - delta) * scale,   dQ = dS K,   dK = dS^T Q.
+ * A cap makes c = cap tanh(scale Q K^T / cap) of the scores, and dS gets its slope 1 - (c / cap)^2.
  * P and dS are recomputed for each output block, once for dQ and once for dK and dV: 7 products
  * instead of 5, and no two threads add to the same place. */
 #include "kernels/cpu/attention_impl.h"
@@ -49,17 +50,23 @@ static void delta_task(void *ctx, int64_t index, int thread)
 static void pair(const backward_args *g, const pair_work *w, int head, int64_t query, int64_t rows,
                  int64_t key, int64_t cols)
 {
-    float scale = g->plan.shape->scale;
+    const qs_attention_shape *shape = g->plan.shape;
+    const bool capped = shape->cap > 0.0F;
     int dim = g->plan.shape->head_dim;
     qs_multiply_packed(g->isa, rows, cols, dim, w->queries, w->keys, w->p, BLOCK, false);
     qs_multiply_packed(g->isa, rows, cols, dim, w->d_out, w->values, w->ds, BLOCK, false);
     for (int64_t i = 0; i < rows; i++) {
         float *p = w->p + i * BLOCK, *ds = w->ds + i * BLOCK;
         int64_t at = head * g->qm->rows + query + i;
-        qs_visible_keys visible = qs_visible(g->plan.shape, query + i, key, cols);
+        qs_visible_keys visible = qs_visible(shape, query + i, key, cols);
         int64_t from = visible.first;
-        g->isa->exp_sum(p + from, visible.count, scale, g->lse[at]);
-        g->isa->softmax_backward(p + from, visible.count, g->delta[at], scale, ds + from);
+        if (capped) {
+            g->isa->soft_cap(p + from, visible.count, shape->scale, shape->cap);
+            g->isa->soft_cap_backward(p + from, visible.count, g->delta[at], shape->cap, ds + from);
+        }
+        g->isa->exp_sum(p + from, visible.count, capped ? 1.0F : shape->scale, g->lse[at]);
+        g->isa->softmax_backward(p + from, visible.count, capped ? 0.0F : g->delta[at],
+                                 shape->scale, ds + from);
         qs_zero_hidden(p, cols, visible);
         qs_zero_hidden(ds, cols, visible);
     }

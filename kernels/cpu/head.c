@@ -2,8 +2,10 @@
  * over keys = values = W (online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867). A chunk of
  * the vocabulary is taken SLICE rows at a time:
  *
- *     l = X W^T;   m' = max(m, max l);   p = exp(l - m');   sum = sum exp(m - m') + sum p;   O = O
- * exp(m - m') + p W */
+ *     l = X W^T;   m' = max(m, max l);   p = exp(l - m');   sum = sum exp(m - m') + sum p;
+ *     O = O exp(m - m') + p W
+ *
+ * With a cap l = cap tanh(X W^T / cap), and W counts in O times the slope 1 - (l / cap)^2. */
 #include <math.h>
 #include <string.h>
 
@@ -33,17 +35,51 @@ static void start_row(qs_head_state *s, int64_t r)
     }
 }
 
+/* The logits of a row to capped ones, with their slopes. */
+static void cap_row(const slice_args *c, float *logits, float *slope)
+{
+    c->isa->soft_cap(logits, c->count, 1.0F, c->state->cap);
+    for (int64_t i = 0; i < c->count; i++) {
+        slope[i] = 1.0F;
+    }
+    c->isa->soft_cap_backward(logits, c->count, 0.0F, c->state->cap, slope);
+}
+
+static void multiply(float *x, const float *by, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        x[i] *= by[i];
+    }
+}
+
+/* The target's logit and its row of W, times `slope` [slice] if there is one. */
+static void take_target(const slice_args *c, int64_t r, int64_t target, const float *slope)
+{
+    qs_head_state *s = c->state;
+    s->target_logit[r] = c->logits[r * SLICE + target];
+    if (s->w_target == NULL) {
+        return;
+    }
+    float *w = s->w_target + r * s->hidden;
+    qs_weight_decode_fast(c->isa, c->unit, c->w, (s->target[r] - c->row0) * s->hidden, s->hidden,
+                          w);
+    for (int64_t i = 0; i < s->hidden && slope != NULL; i++) {
+        w[i] *= slope[target];
+    }
+}
+
 static void slice_row(const slice_args *c, int64_t r)
 {
     qs_head_state *s = c->state;
     float *logits = c->logits + r * SLICE;
+    const bool capped = s->cap > 0.0F;
+    float slope[SLICE];
     int64_t target = s->target[r] - c->token;
+    if (capped) {
+        cap_row(c, logits, slope);
+    }
     if (target >= 0 && target < c->count) {
-        s->target_logit[r] = logits[target];
-        if (s->w_target != NULL) {
-            qs_weight_decode_fast(c->isa, c->unit, c->w, (s->target[r] - c->row0) * s->hidden,
-                                  s->hidden, s->w_target + r * s->hidden);
-        }
+        take_target(c, r, target, capped ? slope : NULL);
     }
     float most = c->isa->max(logits, c->count), before = s->max[r];
     if (most > before) {
@@ -59,6 +95,9 @@ static void slice_row(const slice_args *c, int64_t r)
         }
     }
     s->sum[r] += c->isa->exp_sum(logits, c->count, 1.0F, s->max[r]);
+    if (capped) {
+        multiply(logits, slope, c->count);
+    }
 }
 
 static void slice_task(void *ctx, int64_t index, int thread)

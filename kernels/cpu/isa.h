@@ -56,6 +56,13 @@ typedef struct {
     /** x[i] = exp(x[i] * scale - shift) in place. \return their sum, 16 lanes. */
     float (*exp_sum)(float *x, int64_t count, float scale, float shift);
 
+    /** x[i] = cap * tanh(x[i] * scale / cap) in place. */
+    void (*soft_cap)(float *x, int64_t count, float scale, float cap);
+
+    /** d[i] = (d[i] - delta) * (1 - (capped[i] / cap)^2) in place: the gradient of soft_cap,
+     * without its scale. */
+    void (*soft_cap_backward)(const float *capped, int64_t count, float delta, float cap, float *d);
+
     /** ds[i] = p[i] * (ds[i] - delta) * scale in place: the gradient of a softmax. */
     void (*softmax_backward)(const float *p, int64_t count, float delta, float scale, float *ds);
 

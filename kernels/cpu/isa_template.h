@@ -297,6 +297,45 @@ static void isa_softmax_backward(const float *p, int64_t count, float delta, flo
     }
 }
 
+/* tanh within 2 ulp: near 0 the polynomial of Cephes' tanhf, where 1 - 2 / (1 + exp(2 |x|)) would
+ * cancel. */
+static inline f16x lanes_tanh(f16x x)
+{
+    const f16x one = lanes_splat(1.0F), z = x * x;
+    f16x near = lanes_splat(-5.70498872745e-3F) * z + lanes_splat(2.06390887954e-2F);
+    near = near * z + lanes_splat(-5.37397155531e-2F);
+    near = near * z + lanes_splat(1.33314422036e-1F);
+    near = near * z + lanes_splat(-3.33332819422e-1F);
+    near = near * z * x + x;
+    const i16x sign = (i16x)x & (i16x)lanes_splat(-0.0F);
+    const f16x size = (f16x)((i16x)x ^ sign);
+    const f16x far = one - lanes_splat(2.0F) / (one + lanes_exp(size + size));
+    const i16x is_near = size < lanes_splat(0.625F);
+    return (f16x)((is_near & (i16x)near) | (~is_near & ((i16x)far | sign)));
+}
+
+static void isa_soft_cap(float *x, int64_t count, float scale, float cap)
+{
+    const f16x by = lanes_splat(scale), most = lanes_splat(cap);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        lanes_store(x + i, most * lanes_tanh(lanes_load(x + i) * by / most));
+    }
+    if (i < count) {
+        const f16x part = lanes_load_part(x + i, count - i, 0.0F);
+        lanes_store_part(x + i, count - i, most * lanes_tanh(part * by / most));
+    }
+}
+
+static void isa_soft_cap_backward(const float *capped, int64_t count, float delta, float cap,
+                                  float *d)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const float tanh = capped[i] / cap;
+        d[i] = (d[i] - delta) * (1.0F - tanh * tanh);
+    }
+}
+
 static inline f16x lanes_sigmoid(f16x x)
 {
     return lanes_splat(1.0F) / (lanes_splat(1.0F) + lanes_exp(-x));
@@ -461,6 +500,8 @@ const qs_isa *ISA_TABLE(void)
         .max = isa_max,
         .exp_sum = isa_exp_sum,
         .softmax_backward = isa_softmax_backward,
+        .soft_cap = isa_soft_cap,
+        .soft_cap_backward = isa_soft_cap_backward,
         .glu = isa_glu,
         .glu_backward = isa_glu_backward,
         .dropout = isa_dropout,

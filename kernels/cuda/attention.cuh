@@ -30,8 +30,17 @@ typedef struct {
     int n_heads, n_kv_heads, heads_per_kv, dim;
     int tiles; /* of the blocks' own kind */
     float scale;
-    bool aligned; /* every matrix can be moved in pieces of 16 bytes */
+    bool aligned;     /* every matrix can be moved in pieces of 16 bytes */
+    float cap;        /* 0: none */
+    float tanh_scale; /* with a cap: of scores, for qs_cap_scores */
 } qs_attention_launch;
+
+/** The factor of what the softmax takes: scores or, with a cap, their tanh. */
+template <bool CAP>
+__device__ __forceinline__ float qs_softmax_scale(const qs_attention_launch &launch)
+{
+    return CAP ? launch.cap : launch.scale;
+}
 
 /** The columns of one head in a matrix, from its first row on. */
 typedef struct {
@@ -264,6 +273,25 @@ __device__ __forceinline__ void qs_sum_of_rows(float (&acc)[MT][D / 8][4],
     }
 }
 
+/** Scores s to tanh(scale s / cap) as 1 - 2 / (1 + exp(2 x)), of which `by` = 2 log2(e) scale / cap
+ * has the constants. It is off by 2^-23 at most: that times the cap is far below what rounding q
+ * and k to bf16 leaves of a score. */
+template <int MT, int NT>
+__device__ __forceinline__ void qs_cap_scores(float (&scores)[MT][NT][4], float by)
+{
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float e = qs_exp2(scores[m][n][i] * by);
+                scores[m][n][i] = fmaf(-2.0f, qs_reciprocal(1.0f + e), 1.0f);
+            }
+        }
+    }
+}
+
 /* ---- rows ---- */
 
 /** Row `m`, `half` of this thread, counted from the warp's first. */
@@ -323,6 +351,8 @@ static inline qs_status qs_attention_launch_make(const qs_attention_shape *shape
     out->dim = shape->head_dim;
     out->tiles = 0;
     out->scale = shape->scale;
+    out->cap = shape->cap;
+    out->tanh_scale = shape->cap > 0.0f ? 2.0f * QS_LOG2_E * shape->scale / shape->cap : 0.0f;
     out->aligned = true;
     return QS_OK;
 }

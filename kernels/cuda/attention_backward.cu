@@ -3,6 +3,8 @@
  *
  *     dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale dS K,   dK = scale dS^T Q.
  *
+ * With a cap P = exp(cap t - lse), t = tanh(scale Q K^T / cap), and dS gets the slope 1 - t^2.
+ *
  * FlashAttention adds to dQ from the blocks of keys, with atomics, in whatever order. Here nothing
  * is added from two blocks: one pass has queries stay and keys pass (dQ), one has keys stay and the
  * queries of all heads that share them pass, head by head (dK, dV). P and dO V^T are computed in
@@ -30,6 +32,8 @@
  *   dV     192    64   32    72 KB    170     168   168   166   168
  *   dK     256    64   16    96 KB    242     240   241   240   236
  *   dV     256    64   32    96 KB    241     241   245   243   242
+ *
+ * With a cap (CAP) up to 255, none spilled.
  */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
@@ -73,7 +77,7 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
 
 /* MT * 64 queries of one head against BC keys at a time. Shared memory: queries, dO, and two stages
  * of keys and values. */
-template <int D, int MT, int BC>
+template <int D, int MT, int BC, bool CAP>
 static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
     dq_kernel(const qs_backward_args args)
 {
@@ -133,8 +137,7 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
         }
         float p[MT][BC / 8][4], ds[MT][BC / 8][4];
         qs_product_of_rows<D>(p, queries + within * D, keys);
-        qs_weights_of_rows(p, lse, l.scale * QS_LOG2_E, bounds + within, row, key,
-                           view == QS_ATTENTION_ALL);
+        qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key, view == QS_ATTENTION_ALL);
         qs_product_of_rows<D>(ds, d_out + within * D, values);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -167,15 +170,6 @@ static __device__ __forceinline__ void load_step(qs_bf16 *stage, const qs_backwa
 }
 
 /* dV += P^T dO. */
-template <int D, int MT, int NT>
-static __device__ __forceinline__ void add_dv(float (&dv)[MT][D / 8][4],
-                                              const float (&p)[MT][NT][4], const qs_bf16 *d_out)
-{
-    uint32_t left[MT][NT / 2][4];
-    qs_as_left(left, p);
-    qs_sum_of_rows<D>(dv, left, d_out);
-}
-
 /* dK += (P * (V dO^T - delta)) Q, still without the scale. */
 template <int D, int MT, int NT>
 static __device__ __forceinline__ void
@@ -201,7 +195,7 @@ add_dk(float (&dk)[MT][D / 8][4], const float (&p)[MT][NT][4], const qs_bf16 *va
 
 /* MT * 64 keys of one kv head against BQ queries at a time. Shared memory: keys, values, and two
  * stages of queries and dO, each with lse and delta. */
-template <int D, int MT, int BQ, bool DK, bool DV>
+template <int D, int MT, int BQ, bool DK, bool DV, bool CAP>
 static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
     dkv_kernel(const qs_backward_args args)
 {
@@ -256,11 +250,17 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
             continue; /* the whole warp */
         }
         float p[MT][BQ / 8][4];
+        uint32_t weights[MT][BQ / 16][4];
         qs_product_of_rows<D>(p, keys + within * D, queries);
-        qs_weights_of_cols(p, stats[stage], l.scale * QS_LOG2_E, bounds + within, row, query,
-                           view == QS_ATTENTION_ALL);
-        if constexpr (DV) {
-            add_dv<D>(dv, p, queries + BQ * D);
+        if constexpr (CAP) {
+            qs_capped_weights_of_cols(p, weights, stats[stage], args, bounds + within, row, query,
+                                      view == QS_ATTENTION_ALL);
+        } else {
+            qs_weights_of_cols(p, weights, stats[stage], args, bounds + within, row, query,
+                               view == QS_ATTENTION_ALL);
+        }
+        if constexpr (DV) { /* dV += P^T dO */
+            qs_sum_of_rows<D>(dv, weights, queries + BQ * D);
         }
         if constexpr (DK) {
             add_dk<D>(dk, p, values + within * D, queries, queries + BQ * D, stats[stage] + BQ);
@@ -295,20 +295,22 @@ static qs_status launch_delta(qs_queue *q, const qs_backward_args *args)
     return qs_cuda_launched("attention_backward: delta");
 }
 
-template <int D, int MT, int BC> static qs_status launch_dq(qs_queue *q, qs_backward_args args)
+template <int D, int MT, int BC, bool CAP>
+static qs_status launch_dq(qs_queue *q, qs_backward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     const size_t bytes = (size_t)(2 * own + 4 * BC) * D * sizeof(qs_bf16);
     static_assert((2 * own + 4 * BC) * D * 2 + own * 4 <= QS_ATTENTION_SHARED_MAX,
                   "fits every card");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, own);
-    QS_TRY(qs_attention_prepare(dq_kernel<D, MT, BC>, bytes));
-    QS_LAUNCH((dq_kernel<D, MT, BC>), (unsigned)args.launch.tiles * (unsigned)args.launch.n_heads,
-              QS_ATTENTION_THREADS, bytes, qs_cuda_stream(q), args);
+    QS_TRY(qs_attention_prepare(dq_kernel<D, MT, BC, CAP>, bytes));
+    QS_LAUNCH((dq_kernel<D, MT, BC, CAP>),
+              (unsigned)args.launch.tiles * (unsigned)args.launch.n_heads, QS_ATTENTION_THREADS,
+              bytes, qs_cuda_stream(q), args);
     return qs_cuda_launched("attention_backward: dq");
 }
 
-template <int D, int MT, int BQ, bool DK, bool DV>
+template <int D, int MT, int BQ, bool DK, bool DV, bool CAP>
 static qs_status launch_dkv(qs_queue *q, qs_backward_args args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS, kept = DK ? 2 : 1;
@@ -317,36 +319,36 @@ static qs_status launch_dkv(qs_queue *q, qs_backward_args args)
                   "fits every card");
     static_assert(2 * BQ <= QS_ATTENTION_THREADS, "a thread a number of a step");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, own);
-    QS_TRY(qs_attention_prepare(dkv_kernel<D, MT, BQ, DK, DV>, bytes));
-    QS_LAUNCH((dkv_kernel<D, MT, BQ, DK, DV>),
+    QS_TRY(qs_attention_prepare(dkv_kernel<D, MT, BQ, DK, DV, CAP>, bytes));
+    QS_LAUNCH((dkv_kernel<D, MT, BQ, DK, DV, CAP>),
               (unsigned)args.launch.tiles * (unsigned)args.launch.n_kv_heads, QS_ATTENTION_THREADS,
               bytes, qs_cuda_stream(q), args);
     return qs_cuda_launched("attention_backward: dk, dv");
 }
 
-static qs_status launch_gradients(qs_queue *q, const qs_backward_args &args)
+template <bool CAP> static qs_status launch_gradients(qs_queue *q, const qs_backward_args &args)
 {
     switch (qs_attention_padded_dim(args.launch.dim)) {
     case 32:
-        QS_TRY((launch_dq<32, 2, 32>(q, args)));
-        return launch_dkv<32, 2, 32, true, true>(q, args);
+        QS_TRY((launch_dq<32, 2, 32, CAP>(q, args)));
+        return launch_dkv<32, 2, 32, true, true, CAP>(q, args);
     case 64:
-        QS_TRY((launch_dq<64, 2, 32>(q, args)));
-        return launch_dkv<64, 1, 64, true, true>(q, args);
+        QS_TRY((launch_dq<64, 2, 32, CAP>(q, args)));
+        return launch_dkv<64, 1, 64, true, true, CAP>(q, args);
     case 96:
-        QS_TRY((launch_dq<96, 2, 32>(q, args)));
-        return launch_dkv<96, 1, 32, true, true>(q, args);
+        QS_TRY((launch_dq<96, 2, 32, CAP>(q, args)));
+        return launch_dkv<96, 1, 32, true, true, CAP>(q, args);
     case 128:
-        QS_TRY((launch_dq<128, 1, 32>(q, args)));
-        return launch_dkv<128, 1, 32, true, true>(q, args);
+        QS_TRY((launch_dq<128, 1, 32, CAP>(q, args)));
+        return launch_dkv<128, 1, 32, true, true, CAP>(q, args);
     case 192:
-        QS_TRY((launch_dq<192, 1, 32>(q, args)));
-        QS_TRY((launch_dkv<192, 1, 32, false, true>(q, args)));
-        return launch_dkv<192, 1, 32, true, false>(q, args);
+        QS_TRY((launch_dq<192, 1, 32, CAP>(q, args)));
+        QS_TRY((launch_dkv<192, 1, 32, false, true, CAP>(q, args)));
+        return launch_dkv<192, 1, 32, true, false, CAP>(q, args);
     default:
-        QS_TRY((launch_dq<256, 1, 16>(q, args)));
-        QS_TRY((launch_dkv<256, 1, 32, false, true>(q, args)));
-        return launch_dkv<256, 1, 16, true, false>(q, args);
+        QS_TRY((launch_dq<256, 1, 16, CAP>(q, args)));
+        QS_TRY((launch_dkv<256, 1, 32, false, true, CAP>(q, args)));
+        return launch_dkv<256, 1, 16, true, false, CAP>(q, args);
     }
 }
 
@@ -370,7 +372,11 @@ extern "C" qs_status qs_cuda_attention_backward(qs_queue *q, const qs_attention_
     }
     args.lse = lse;
     args.delta = delta;
+    args.softmax_scale = shape->cap > 0.0f ? shape->cap : shape->scale;
     QS_TRY(launch_delta(q, &args));
-    return qs_hopper_serves(&args.launch) ? qs_hopper_attention_gradients(q, &args)
-                                          : launch_gradients(q, args);
+    if (qs_hopper_serves(&args.launch)) {
+        return qs_hopper_attention_gradients(q, &args);
+    }
+    return args.launch.cap > 0.0f ? launch_gradients<true>(q, args)
+                                  : launch_gradients<false>(q, args);
 }

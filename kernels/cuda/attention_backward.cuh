@@ -10,21 +10,31 @@ typedef struct {
     qs_head_rows q, k, v, o, d_o, dq, dk, dv;
     const float *lse; /* [n_heads, rows] */
     float *delta;
+    /* The factor of what the softmax takes: scores or, with a cap, their tanh. A number of its own:
+     * where launch.scale is read in a loop and behind it, ptxas serializes the products of dQ on
+     * Hopper. */
+    float softmax_scale;
 } qs_backward_args;
 
-/** Scores to P = exp(scale s - lse), 0 where nothing is visible. `lse` in units of log2. */
-template <int MT, int NT>
-__device__ __forceinline__ void qs_weights_of_rows(float (&scores)[MT][NT][4],
-                                                   const float (&lse)[MT][2], float scale,
-                                                   const int *bounds, int row, int key, bool all)
+/** Scores to P = exp(scale s - lse), 0 where nothing is visible; with a cap to P = exp(cap t - lse)
+ * times its slope 1 - t^2, t = tanh(scale s / cap): as dQ wants it. `lse` in units of log2. */
+template <bool CAP, int MT, int NT>
+__device__ __forceinline__ void
+qs_weights_of_rows(float (&scores)[MT][NT][4], const float (&lse)[MT][2],
+                   const qs_backward_args &args, const int *bounds, int row, int key, bool all)
 {
+    const float scale = args.softmax_scale * QS_LOG2_E;
+    if (CAP) {
+        qs_cap_scores(scores, args.launch.tanh_scale);
+    }
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                scores[m][n][i] = qs_exp2(fmaf(scores[m][n][i], scale, -lse[m][i / 2]));
+                const float s = scores[m][n][i], p = qs_exp2(fmaf(s, scale, -lse[m][i / 2]));
+                scores[m][n][i] = CAP ? p * fmaf(-s, s, 1.0f) : p;
             }
         }
     }
@@ -62,12 +72,13 @@ __device__ __forceinline__ float qs_load_stat(const qs_backward_args &args, qs_d
     return i < BQ ? args.lse[at] * QS_LOG2_E : args.delta[at];
 }
 
-/** Scores of keys (rows) and queries (columns) to P. */
+/** Scores of keys (rows) and queries (columns) to P, and P as left operands in `weights`. */
 template <int MT, int NT>
-__device__ __forceinline__ void qs_weights_of_cols(float (&scores)[MT][NT][4], const float *lse,
-                                                   float scale, const int *bounds, int row,
-                                                   int query, bool all)
+__device__ __forceinline__ void
+qs_weights_of_cols(float (&scores)[MT][NT][4], uint32_t (&weights)[MT][NT / 2][4], const float *lse,
+                   const qs_backward_args &args, const int *bounds, int row, int query, bool all)
 {
+    const float scale = args.softmax_scale * QS_LOG2_E;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
@@ -83,6 +94,42 @@ __device__ __forceinline__ void qs_weights_of_cols(float (&scores)[MT][NT][4], c
         qs_mask(scores, 0.0f, [&](int at, int col) {
             return qs_attention_within(row + at, bounds[at], query + col);
         });
+    }
+    qs_as_left(weights, scores);
+}
+
+/** The same with a cap: `weights` get P, which dV is made of, and the scores become P times the
+ * slope 1 - t^2, which dK is made of. Pair by pair, so that P takes no registers but those of
+ * `weights`. */
+template <int MT, int NT>
+__device__ __forceinline__ void
+qs_capped_weights_of_cols(float (&scores)[MT][NT][4], uint32_t (&weights)[MT][NT / 2][4],
+                          const float *lse, const qs_backward_args &args, const int *bounds,
+                          int row, int query, bool all)
+{
+    const float scale = args.softmax_scale * QS_LOG2_E;
+    qs_cap_scores(scores, args.launch.tanh_scale);
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int at = qs_thread_row(m, half);
+                float p[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int col = qs_thread_col(n) + i;
+                    float *score = &scores[m][n][2 * half + i];
+                    p[i] = qs_exp2(fmaf(*score, scale, -lse[col]));
+                    if (!all && !qs_attention_within(row + at, bounds[at], query + col)) {
+                        p[i] = 0.0f;
+                    }
+                    *score = p[i] * fmaf(-*score, *score, 1.0f);
+                }
+                weights[m][n / 2][n % 2 * 2 + half] = qs_round_pair(p[0], p[1]);
+            }
+        }
     }
 }
 

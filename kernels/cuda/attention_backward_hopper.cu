@@ -8,10 +8,10 @@
  *
  * Bound: 14 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
- *   head_dim   shared memory      registers on sm_90a (none spilled)
- *               dQ   dK, dV        dQ   dK, dV
- *      64       97     66 KB      223   190
- *     128      193    130 KB      255   242
+ *   head_dim   shared memory      registers on sm_90a, with a cap (none spilled)
+ *               dQ   dK, dV        dQ   dK, dV      dQ   dK, dV
+ *      64       97     66 KB      225   190        254   229
+ *     128      193    130 KB      254   242        254   255
  */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
@@ -53,7 +53,8 @@ static __device__ __forceinline__ void load_keys(qs_bf16 *stage, qs_head_rows k,
     qs_cp_async_commit();
 }
 
-template <int D> static __device__ __forceinline__ void dq_block(const qs_backward_args &args)
+template <int D, bool CAP>
+static __device__ __forceinline__ void dq_block(const qs_backward_args &args)
 {
     QS_DYNAMIC_SHARED_PANELS(qs_bf16, queries);
     qs_bf16 *d_out = queries + QS_HOPPER_OWN * D, *stages = d_out + QS_HOPPER_OWN * D;
@@ -111,8 +112,7 @@ template <int D> static __device__ __forceinline__ void dq_block(const qs_backwa
         qs_wgmma_keep(p[0]);
         const qs_attention_view view = qs_attention_view_of_keys(
             row, row + 15, bounds[within], bounds[within + 15], key, key + KEYS - 1);
-        qs_weights_of_rows(p, lse, l.scale * QS_LOG2_E, bounds + within, row, key,
-                           view == QS_ATTENTION_ALL);
+        qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key, view == QS_ATTENTION_ALL);
         qs_wgmma_wait<0>();
         qs_wgmma_keep(ds[0]);
         gradients_of_rows(ds, p, delta);
@@ -128,12 +128,12 @@ template <int D> static __device__ __forceinline__ void dq_block(const qs_backwa
     qs_panel_store<D>(dq, by, queries, within, qs_head_rows_at(args.dq, block.head, l.dim), row, l);
 }
 
-template <int D>
+template <int D, bool CAP>
 static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     dq_kernel(const qs_backward_args args)
 {
     if constexpr (QS_WGMMA) {
-        dq_block<D>(args);
+        dq_block<D, CAP>(args);
     }
 }
 
@@ -172,7 +172,8 @@ gradients_of_cols(float (&ds)[1][NT][4], const float (&p)[1][NT][4], const float
     }
 }
 
-template <int D> static __device__ __forceinline__ void dkv_block(const qs_backward_args &args)
+template <int D, bool CAP>
+static __device__ __forceinline__ void dkv_block(const qs_backward_args &args)
 {
     QS_DYNAMIC_SHARED_PANELS(qs_bf16, keys);
     qs_bf16 *values = keys + QS_HOPPER_OWN * D, *stages = values + QS_HOPPER_OWN * D;
@@ -236,9 +237,13 @@ template <int D> static __device__ __forceinline__ void dkv_block(const qs_backw
         qs_wgmma_keep(p[0]);
         const qs_attention_view view = qs_attention_view_of_queries(
             row, row + 15, bounds[within], bounds[within + 15], query, query + QUERIES - 1);
-        qs_weights_of_cols(p, lse, l.scale * QS_LOG2_E, bounds + within, row, query,
-                           view == QS_ATTENTION_ALL);
-        qs_as_left(weights, p);
+        if constexpr (CAP) {
+            qs_capped_weights_of_cols(p, weights, lse, args, bounds + within, row, query,
+                                      view == QS_ATTENTION_ALL);
+        } else {
+            qs_weights_of_cols(p, weights, lse, args, bounds + within, row, query,
+                               view == QS_ATTENTION_ALL);
+        }
         qs_wgmma_fence();
         qs_panel_sums<D>(dv, weights, d_out);
         qs_wgmma_commit();
@@ -259,36 +264,41 @@ template <int D> static __device__ __forceinline__ void dkv_block(const qs_backw
     qs_panel_store<D>(dk, by, keys, within, qs_head_rows_at(args.dk, block.head, l.dim), row, l);
 }
 
-template <int D>
+template <int D, bool CAP>
 static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     dkv_kernel(const qs_backward_args args)
 {
     if constexpr (QS_WGMMA) {
-        dkv_block<D>(args);
+        dkv_block<D, CAP>(args);
     }
 }
 
 /* ---- launches ---- */
 
-template <int D> static qs_status launch(qs_queue *q, qs_backward_args args)
+template <int D, bool CAP> static qs_status launch(qs_queue *q, qs_backward_args args)
 {
     static_assert(dq_shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
     static_assert(dkv_shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
     static_assert(2 * QUERIES <= QS_HOPPER_THREADS, "a thread a number of a step");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, QS_HOPPER_OWN);
     const unsigned tiles = (unsigned)args.launch.tiles;
-    QS_TRY(qs_attention_prepare(dq_kernel<D>, dq_shared_bytes<D>()));
-    QS_LAUNCH(dq_kernel<D>, tiles * (unsigned)args.launch.n_heads, QS_HOPPER_THREADS,
+    QS_TRY(qs_attention_prepare(dq_kernel<D, CAP>, dq_shared_bytes<D>()));
+    QS_LAUNCH((dq_kernel<D, CAP>), tiles * (unsigned)args.launch.n_heads, QS_HOPPER_THREADS,
               dq_shared_bytes<D>(), qs_cuda_stream(q), args);
     QS_TRY(qs_cuda_launched("attention_backward: dq"));
-    QS_TRY(qs_attention_prepare(dkv_kernel<D>, dkv_shared_bytes<D>()));
-    QS_LAUNCH(dkv_kernel<D>, tiles * (unsigned)args.launch.n_kv_heads, QS_HOPPER_THREADS,
+    QS_TRY(qs_attention_prepare(dkv_kernel<D, CAP>, dkv_shared_bytes<D>()));
+    QS_LAUNCH((dkv_kernel<D, CAP>), tiles * (unsigned)args.launch.n_kv_heads, QS_HOPPER_THREADS,
               dkv_shared_bytes<D>(), qs_cuda_stream(q), args);
     return qs_cuda_launched("attention_backward: dk, dv");
 }
 
+template <bool CAP> static qs_status launch_width(qs_queue *q, const qs_backward_args *args)
+{
+    return qs_attention_padded_dim(args->launch.dim) == 64 ? launch<64, CAP>(q, *args)
+                                                           : launch<128, CAP>(q, *args);
+}
+
 qs_status qs_hopper_attention_gradients(qs_queue *q, const qs_backward_args *args)
 {
-    return qs_attention_padded_dim(args->launch.dim) == 64 ? launch<64>(q, *args)
-                                                           : launch<128>(q, *args);
+    return args->launch.cap > 0.0f ? launch_width<true>(q, args) : launch_width<false>(q, args);
 }

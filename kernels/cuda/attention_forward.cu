@@ -23,13 +23,15 @@
  *    128   128   32    64 KB    254     253   250   255   255
  *    192    64   32    72 KB    205     168   167   168   167
  *    256    64   32    96 KB    238     239   243   246   252
- */
+ *
+ * Kernels for a cap of the scores are their own (CAP): at most 14 registers more, and 34 at
+ * head_dim 64 on sm_120; no other spills. */
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
 
 /* MT * 64 queries of one head against BC keys at a time. Shared memory: the queries, then two
  * stages of keys and values, of which one is filled while the other is used. */
-template <int D, int MT, int BC>
+template <int D, int MT, int BC, bool CAP>
 static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
     forward_kernel(const qs_forward_args args)
 {
@@ -86,31 +88,41 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
         }
         float scores[MT][BC / 8][4];
         qs_product_of_rows<D>(scores, queries + within * D, keys);
+        if (CAP) {
+            qs_cap_scores(scores, l.tanh_scale);
+        }
         if (view == QS_ATTENTION_PART) {
             qs_hide(scores, bounds + within, row, key);
         }
-        qs_softmax_step(scores, max, sum, by, l.scale * QS_LOG2_E);
+        qs_softmax_step(scores, max, sum, by, qs_softmax_scale<CAP>(l) * QS_LOG2_E);
         qs_scale_rows(out, by);
         uint32_t weights[MT][BC / 16][4];
         qs_as_left(weights, scores);
         qs_sum_of_rows<D>(out, weights, values);
     }
-    qs_finish_rows(max, sum, args.lse + (int64_t)block.head * l.rows, row, l);
+    qs_finish_rows<CAP>(max, sum, args.lse + (int64_t)block.head * l.rows, row, l);
     qs_rows_store<D>(out, sum, queries + within * D, qs_head_rows_at(args.o, block.head, l.dim),
                      row, l);
 }
 
-template <int D, int MT, int BC> static qs_status launch(qs_queue *q, qs_forward_args *args)
+template <int D, int MT, int BC, bool CAP>
+static qs_status launch_as(qs_queue *q, qs_forward_args *args)
 {
     const int own = MT * 16 * QS_ATTENTION_WARPS;
     const size_t bytes = (size_t)(own + 4 * BC) * D * sizeof(qs_bf16);
     static_assert((own + 4 * BC) * D * 2 + own * 4 <= QS_ATTENTION_SHARED_MAX, "fits every card");
     args->launch.tiles = (int)qs_hd_ceil_div(args->launch.rows, own);
     const unsigned blocks = (unsigned)args->launch.tiles * (unsigned)args->launch.n_heads;
-    QS_TRY(qs_attention_prepare(forward_kernel<D, MT, BC>, bytes));
-    QS_LAUNCH((forward_kernel<D, MT, BC>), blocks, QS_ATTENTION_THREADS, bytes, qs_cuda_stream(q),
-              *args);
+    QS_TRY(qs_attention_prepare(forward_kernel<D, MT, BC, CAP>, bytes));
+    QS_LAUNCH((forward_kernel<D, MT, BC, CAP>), blocks, QS_ATTENTION_THREADS, bytes,
+              qs_cuda_stream(q), *args);
     return qs_cuda_launched("attention_forward");
+}
+
+template <int D, int MT, int BC> static qs_status launch(qs_queue *q, qs_forward_args *args)
+{
+    return args->launch.cap > 0.0f ? launch_as<D, MT, BC, true>(q, args)
+                                   : launch_as<D, MT, BC, false>(q, args);
 }
 
 extern "C" qs_status qs_cuda_attention_forward(qs_queue *q, const qs_attention_shape *shape,

@@ -80,7 +80,7 @@ __device__ __forceinline__ void qs_scale_rows(float (&out)[MT][NT][4], const flo
 }
 
 /** Sums over the four threads of a row; lse; and the factor of the output. */
-template <int MT>
+template <bool CAP, int MT>
 __device__ __forceinline__ void qs_finish_rows(const float (&max)[MT][2], float (&sum)[MT][2],
                                                float *lse, int row, const qs_attention_launch &l)
 {
@@ -93,7 +93,7 @@ __device__ __forceinline__ void qs_finish_rows(const float (&max)[MT][2], float 
             total += __shfl_xor_sync(QS_ALL_LANES, total, 2);
             const int query = row + qs_thread_row(m, half);
             if (query < l.rows && threadIdx.x % 4 == 0) {
-                lse[query] = fmaf(max[m][half], l.scale, logf(total));
+                lse[query] = fmaf(max[m][half], qs_softmax_scale<CAP>(l), logf(total));
             }
             sum[m][half] = 1.0f / total;
         }

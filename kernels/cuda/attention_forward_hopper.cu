@@ -8,9 +8,9 @@
  *
  * Bound: 4 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
- *   head_dim   shared memory   registers on sm_90a (none spilled)
- *      64          82 KB        181
- *     128         164 KB        223
+ *   head_dim   shared memory   registers on sm_90a, with a cap (none spilled)
+ *      64          82 KB        181            196
+ *     128         164 KB        223            255
  */
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
@@ -50,7 +50,8 @@ static __device__ __forceinline__ void load_pair(qs_bf16 *stages, qs_head_rows k
     qs_cp_async_commit();
 }
 
-template <int D> static __device__ __forceinline__ void forward_block(const qs_forward_args &args)
+template <int D, bool CAP>
+static __device__ __forceinline__ void forward_block(const qs_forward_args &args)
 {
     QS_DYNAMIC_SHARED_PANELS(qs_bf16, queries);
     qs_bf16 *stages = queries + QS_HOPPER_OWN * D;
@@ -83,6 +84,9 @@ template <int D> static __device__ __forceinline__ void forward_block(const qs_f
     qs_zero(out);
 
     const auto weigh = [&](int number) { /* scores of a tile to weights, of which `by` is undone */
+                                         if (CAP) {
+                                             qs_cap_scores(scores, l.tanh_scale);
+                                         }
                                          const int key = (span.begin + number) * KEYS;
                                          const qs_attention_view view = qs_attention_view_of_keys(
                                              row, row + 15, bounds[within], bounds[within + 15],
@@ -90,7 +94,8 @@ template <int D> static __device__ __forceinline__ void forward_block(const qs_f
                                          if (view != QS_ATTENTION_ALL) {
                                              qs_hide(scores, bounds + within, row, key);
                                          }
-                                         qs_softmax_step(scores, max, sum, by, l.scale * QS_LOG2_E);
+                                         qs_softmax_step(scores, max, sum, by,
+                                                         qs_softmax_scale<CAP>(l) * QS_LOG2_E);
     };
 
     qs_cp_async_wait<1>();
@@ -127,33 +132,38 @@ template <int D> static __device__ __forceinline__ void forward_block(const qs_f
     qs_wgmma_wait<0>();
     qs_wgmma_keep(out[0]);
     __syncthreads(); /* of queries, too, nothing is read any more */
-    qs_finish_rows(max, sum, args.lse + (int64_t)block.head * l.rows, row, l);
+    qs_finish_rows<CAP>(max, sum, args.lse + (int64_t)block.head * l.rows, row, l);
     qs_panel_store<D>(out, sum, queries, within, qs_head_rows_at(args.o, block.head, l.dim), row,
                       l);
 }
 
-template <int D>
+template <int D, bool CAP>
 static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     forward_kernel(const qs_forward_args args)
 {
     if constexpr (QS_WGMMA) {
-        forward_block<D>(args);
+        forward_block<D, CAP>(args);
     }
 }
 
-template <int D> static qs_status launch(qs_queue *q, qs_forward_args *args)
+template <int D, bool CAP> static qs_status launch(qs_queue *q, qs_forward_args *args)
 {
     static_assert(shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
     args->launch.tiles = (int)qs_hd_ceil_div(args->launch.rows, QS_HOPPER_OWN);
     const unsigned blocks = (unsigned)args->launch.tiles * (unsigned)args->launch.n_heads;
-    QS_TRY(qs_attention_prepare(forward_kernel<D>, shared_bytes<D>()));
-    QS_LAUNCH(forward_kernel<D>, blocks, QS_HOPPER_THREADS, shared_bytes<D>(), qs_cuda_stream(q),
-              *args);
+    QS_TRY(qs_attention_prepare(forward_kernel<D, CAP>, shared_bytes<D>()));
+    QS_LAUNCH((forward_kernel<D, CAP>), blocks, QS_HOPPER_THREADS, shared_bytes<D>(),
+              qs_cuda_stream(q), *args);
     return qs_cuda_launched("attention_forward");
+}
+
+template <bool CAP> static qs_status launch_width(qs_queue *q, qs_forward_args *args)
+{
+    return qs_attention_padded_dim(args->launch.dim) == 64 ? launch<64, CAP>(q, args)
+                                                           : launch<128, CAP>(q, args);
 }
 
 qs_status qs_hopper_attention_forward(qs_queue *q, qs_forward_args *args)
 {
-    return qs_attention_padded_dim(args->launch.dim) == 64 ? launch<64>(q, args)
-                                                           : launch<128>(q, args);
+    return args->launch.cap > 0.0f ? launch_width<true>(q, args) : launch_width<false>(q, args);
 }

@@ -7,6 +7,10 @@
  *                        f = exp(m - m'), O = O f, the target's logit and row of W on the way
  *     O = O + p W        product, bf16 p, fp32 O
  *
+ * With a cap l = cap tanh(X W^T / cap) in slice_kernel, and what multiplies W is p times the slope
+ * 1 - (l / cap)^2; a kernel of its own, so that others lose nothing. W[target] counts times its
+ * slope rounded to bf16, so that a confident row, with p = 1, still has none of it left.
+ *
  * Rounding. The sum adds the fp32 p, so that the loss knows nothing of bf16. What multiplies W is p
  * rounded to bf16, as every product here has bf16 factors: 2^-9 relative to nearest even, which is
  * unbiased, and the largest p of a row, exp(0) = 1, is exact, so that a confident row keeps its
@@ -24,7 +28,8 @@
  * enough that logits and p of 8,192 rows take 192 MiB.
  *
  * Registers (sm_80, 86, 89, 90a, 100 / 120): slice_kernel 60 / 62 with 64 B of shared memory, so
- * that four blocks of 256 share a multiprocessor, each thread with 64 B of loads under way;
+ * that four blocks of 256 share a multiprocessor, each thread with 64 B of loads under way (with a
+ * cap three, 74-78 registers);
  * finish_kernel 31-32. No spills. */
 #include "kernels/cuda/cuda_impl.cuh"
 
@@ -41,6 +46,7 @@ typedef struct {
     const qs_bf16 *matrix;  /* [count, hidden], the slice's rows of W */
     int64_t stride;         /* of the matrix */
     int64_t hidden, token, count;
+    float cap;
     const int32_t *target;
     float *max, *sum, *target_logit;
     float *o, *w_target; /* NULL: only the loss */
@@ -77,8 +83,22 @@ __device__ __forceinline__ float block_sum(float value, float parts[WARPS])
     return value;
 }
 
+template <bool CAP> __device__ __forceinline__ float capped(float logit, float cap)
+{
+    return CAP ? cap * tanhf(logit / cap) : logit;
+}
+
+/* Of a capped logit. */
+template <bool CAP> __device__ __forceinline__ float slope(float logit, float cap)
+{
+    const float tanh = CAP ? logit / cap : 0.0f;
+    return 1.0f - tanh * tanh;
+}
+
 /* This thread's logits; what lies behind the slice's width counts as -infinity. */
-__device__ __forceinline__ float load_row(const float *logits, int count, float held[HELD])
+template <bool CAP>
+__device__ __forceinline__ float load_row(const float *logits, int count, float cap,
+                                          float held[HELD])
 {
     float most = -INFINITY;
 #pragma unroll
@@ -88,10 +108,10 @@ __device__ __forceinline__ float load_row(const float *logits, int count, float 
         if (at < count) {
             quad = *(const float4 *)(logits + at);
         }
-        held[4 * g] = quad.x;
-        held[4 * g + 1] = at + 1 < count ? quad.y : -INFINITY;
-        held[4 * g + 2] = at + 2 < count ? quad.z : -INFINITY;
-        held[4 * g + 3] = at + 3 < count ? quad.w : -INFINITY;
+        held[4 * g] = at < count ? capped<CAP>(quad.x, cap) : -INFINITY;
+        held[4 * g + 1] = at + 1 < count ? capped<CAP>(quad.y, cap) : -INFINITY;
+        held[4 * g + 2] = at + 2 < count ? capped<CAP>(quad.z, cap) : -INFINITY;
+        held[4 * g + 3] = at + 3 < count ? capped<CAP>(quad.w, cap) : -INFINITY;
 #pragma unroll
         for (int e = 0; e < QS_HEAD_QUAD; e++) {
             most = fmaxf(most, held[4 * g + e]); /* a NaN is passed over here and met in the sum */
@@ -146,23 +166,31 @@ __device__ __forceinline__ float2 unpack(uint32_t word)
     return make_float2(qs_hd_bits_float(word << 16), qs_hd_bits_float(word & 0xffff0000u));
 }
 
-__device__ __forceinline__ void copy_row(const qs_bf16 *from, float *to, int64_t hidden, bool wide)
+template <bool CAP>
+__device__ __forceinline__ void copy_row(const qs_bf16 *from, float *to, int64_t hidden, bool wide,
+                                         float by)
 {
     if (wide) {
         for (int64_t i = threadIdx.x; i < hidden / OCTET; i += QS_HEAD_THREADS) {
             const uint4 v = ((const uint4 *)from)[i];
             const float2 a = unpack(v.x), b = unpack(v.y), c = unpack(v.z), d = unpack(v.w);
-            ((float4 *)to)[2 * i] = make_float4(a.x, a.y, b.x, b.y);
-            ((float4 *)to)[2 * i + 1] = make_float4(c.x, c.y, d.x, d.y);
+            float4 low = make_float4(a.x, a.y, b.x, b.y), high = make_float4(c.x, c.y, d.x, d.y);
+            if (CAP) {
+                low = make_float4(low.x * by, low.y * by, low.z * by, low.w * by);
+                high = make_float4(high.x * by, high.y * by, high.z * by, high.w * by);
+            }
+            ((float4 *)to)[2 * i] = low;
+            ((float4 *)to)[2 * i + 1] = high;
         }
         return;
     }
     for (int64_t i = threadIdx.x; i < hidden; i += QS_HEAD_THREADS) {
-        to[i] = qs_bf16_to_f32(from[i]);
+        to[i] = CAP ? qs_bf16_to_f32(from[i]) * by : qs_bf16_to_f32(from[i]);
     }
 }
 
-__global__ void __launch_bounds__(QS_HEAD_THREADS, 4) slice_kernel(const slice_args s)
+template <bool CAP>
+__global__ void __launch_bounds__(QS_HEAD_THREADS, CAP ? 3 : 4) slice_kernel(const slice_args s)
 {
     __shared__ float max_parts[WARPS], sum_parts[WARPS];
     const int64_t row = blockIdx.x;
@@ -171,17 +199,30 @@ __global__ void __launch_bounds__(QS_HEAD_THREADS, 4) slice_kernel(const slice_a
     const float before = s.first ? -INFINITY : s.max[row];
     const int64_t place = qs_head_place(s.target[row], s.token, s.count);
 
-    float held[HELD];
-    const float most = fmaxf(before, block_max(load_row(logits, count, held), max_parts));
+    float held[HELD], slopes[CAP ? HELD : 1];
+    const float most =
+        fmaxf(before, block_max(load_row<CAP>(logits, count, s.cap, held), max_parts));
+    if constexpr (CAP) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            slopes[i] = slope<CAP>(held[i], s.cap);
+        }
+    }
     const float sum = block_sum(exponentials(held, most), sum_parts);
     const float factor = s.first ? 0.0f : expf(before - most); /* exp(0) is 1, exactly */
     if (threadIdx.x == 0) { /* everybody has read the old maximum: two barriers ago */
         s.max[row] = most;
         s.sum[row] = s.first ? sum : s.sum[row] * factor + sum;
         if (place >= 0) {
-            s.target_logit[row] = logits[place];
+            s.target_logit[row] = capped<CAP>(logits[place], s.cap);
         } else if (s.first) {
             s.target_logit[row] = 0.0f;
+        }
+    }
+    if constexpr (CAP) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) { /* behind the width 0 stays 0, whatever its slope */
+            held[i] = held[i] > 0.0f ? held[i] * slopes[i] : held[i];
         }
     }
     if (s.o != NULL) {
@@ -191,7 +232,10 @@ __global__ void __launch_bounds__(QS_HEAD_THREADS, 4) slice_kernel(const slice_a
         }
     }
     if (s.w_target != NULL && place >= 0) {
-        copy_row(s.matrix + place * s.stride, s.w_target + row * s.hidden, s.hidden, s.wide);
+        const float by =
+            qs_bf16_to_f32(qs_bf16_round(slope<CAP>(capped<CAP>(logits[place], s.cap), s.cap)));
+        copy_row<CAP>(s.matrix + place * s.stride, s.w_target + row * s.hidden, s.hidden, s.wide,
+                      by);
     }
 }
 
@@ -255,7 +299,13 @@ static qs_status check_limits(const qs_cuda_context *context, const qs_weight *w
 static qs_status take_slice(qs_queue *q, const qs_head_state *state, const slice_args *s)
 {
     QS_TRY(slice_logits(q, state, s));
-    QS_LAUNCH(slice_kernel, (unsigned)state->rows, QS_HEAD_THREADS, 0, qs_cuda_stream(q), *s);
+    if (s->cap > 0.0f) {
+        QS_LAUNCH(slice_kernel<true>, (unsigned)state->rows, QS_HEAD_THREADS, 0, qs_cuda_stream(q),
+                  *s);
+    } else {
+        QS_LAUNCH(slice_kernel<false>, (unsigned)state->rows, QS_HEAD_THREADS, 0, qs_cuda_stream(q),
+                  *s);
+    }
     QS_TRY(qs_cuda_launched("head_chunk"));
     return state->o != NULL ? add_values(q, state, s) : QS_OK;
 }
@@ -277,6 +327,7 @@ extern "C" qs_status qs_cuda_head_chunk(qs_queue *q, const qs_unit_view *unit, c
     s.logits = context->logits;
     s.probabilities = (qs_bf16 *)context->probabilities;
     s.hidden = state->hidden;
+    s.cap = state->cap;
     s.target = state->target;
     s.max = state->max;
     s.sum = state->sum;

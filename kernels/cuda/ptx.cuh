@@ -99,6 +99,14 @@ __device__ __forceinline__ float qs_exp2(float x)
     return y;
 }
 
+/** 1 / x, within 1 ulp; 0 for infinity. */
+__device__ __forceinline__ float qs_reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- Hopper: products of a warpgroup (sm_90a) ---- */
 
 /** Is this pass of the compiler for a card with wgmma? Kernels that need it are empty elsewhere and

@@ -22,6 +22,9 @@ typedef enum {
     QS_WINDOW_PATTERN, /* all but each n-th: window_pattern */
 } qs_window_rule;
 
+/** Which of attn_logit_softcapping and final_logit_softcapping the class computes. */
+typedef enum { QS_CAP_NEITHER, QS_CAP_FINAL, QS_CAP_BOTH } qs_cap_rule;
+
 typedef struct {
     const char *model_type; /* "mistral" */
     const char *class_name; /* "MistralForCausalLM" */
@@ -31,12 +34,13 @@ typedef struct {
                      gated by GELU (hidden_activation); query_pre_attn_scalar */
     bool tied;    /* unless the file says otherwise */
     qs_window_rule window;
+    qs_cap_rule cap;
     bool local_rope; /* windowed layers turn by rope_local_base_freq, without scaling */
     /* What a missing key means: the defaults of the class in transformers. 0: as for Llama, that is
      * heads for kv_heads, hidden / heads for head_dim. */
     int64_t hidden, ffn_hidden, vocab, max_position, window_default;
     int n_layers, n_heads, n_kv_heads, head_dim, window_layers, window_pattern;
-    double rope_theta, rope_local_theta;
+    double rope_theta, rope_local_theta, attention_cap, final_cap;
 } qs_hf_arch;
 
 /** The row of `model_type`; NULL if there is none. */

@@ -121,12 +121,18 @@ static const char *const window_keys[] = {
     "max_window_layers",
 };
 
-/* Of Gemma. _sliding_window_pattern is what transformers 5 made of the key without the line; it
- * does not read it back. */
+/* Of Gemma 2 and 3. */
 static const char *const gemma_keys[] = {
     "hidden_activation",       "query_pre_attn_scalar",       "attn_logit_softcapping",
-    "final_logit_softcapping", "sliding_window_pattern",      "_sliding_window_pattern",
-    "rope_local_base_freq",    "use_bidirectional_attention",
+    "final_logit_softcapping", "use_bidirectional_attention",
+};
+
+/* Of Gemma 3. _sliding_window_pattern is what transformers 5 made of the key without the line; it
+ * does not read it back. */
+static const char *const gemma3_keys[] = {
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "rope_local_base_freq",
 };
 
 bool qs_hf_listed(const char *const *list, size_t count, const char *key)
@@ -191,7 +197,9 @@ static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const ch
     {
         const bool windowed = arch->window != QS_WINDOW_NEVER &&
                               qs_hf_listed(window_keys, QS_HF_COUNT(window_keys), key);
-        const bool gemma = arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key);
+        const bool gemma =
+            (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
+            (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key));
         if (!json_is_null(value) && !windowed && !gemma &&
             !qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) &&
             !qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key)) {
@@ -386,6 +394,21 @@ static qs_status parse_activation(const qs_hf_arch *arch, const json_t *root, co
     return expect_activation(root, "hidden_act", silu, QS_HF_COUNT(silu), path);
 }
 
+/* null: none; absent: the default of the class. */
+static qs_status parse_cap(float *out, bool computed, double usual, const json_t *root,
+                           const char *key, const char *path)
+{
+    double cap = 0.0;
+    if (qs_hf_given(root, key) != NULL && !computed) {
+        return qs_hf_refuse(path, key, "a number", "for this model_type null");
+    }
+    if (!json_is_null(json_object_get(root, key))) {
+        QS_TRY(qs_hf_get_f64(root, key, 1e-3, 1e6, usual, &cap, path));
+    }
+    *out = (float)cap;
+    return QS_OK;
+}
+
 static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                              const char *path)
 {
@@ -395,12 +418,10 @@ static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const js
         return QS_OK;
     }
     QS_TRY(qs_hf_expect_false(root, "use_bidirectional_attention", path));
-    static const char *const caps[] = {"attn_logit_softcapping", "final_logit_softcapping"};
-    for (size_t i = 0; i < QS_HF_COUNT(caps); i++) {
-        if (qs_hf_given(root, caps[i]) != NULL) {
-            return qs_hf_refuse(path, caps[i], "a number", "null");
-        }
-    }
+    QS_TRY(parse_cap(&out->attention_cap, arch->cap == QS_CAP_BOTH, arch->attention_cap, root,
+                     "attn_logit_softcapping", path));
+    QS_TRY(
+        parse_cap(&out->final_cap, true, arch->final_cap, root, "final_logit_softcapping", path));
     return qs_hf_get_f64(root, "query_pre_attn_scalar", 1e-6, 1e6, 256.0, &out->query_scalar, path);
 }
 

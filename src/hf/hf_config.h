@@ -31,6 +31,8 @@ typedef struct {
     double query_scalar; /* scores are divided by its root; head_dim but for Gemma */
     int64_t window;      /* keys that a query of a windowed layer sees; 0: no such layer */
     bool windowed[QS_LAYERS_MAX]; /* [n_layers] */
+    float attention_cap;          /* of scores; 0: none */
+    float final_cap;              /* of logits; 0: none */
     double rope_theta;
     double rope_local_theta; /* of windowed layers, which then scale nothing; 0: as the others */
     qs_rope_type rope_type;

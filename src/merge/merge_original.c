@@ -19,6 +19,7 @@ static bool same_numbers(const qs_hf_config *a, const qs_hf_config *b)
     qs_hf_rope_frequencies(b, ours);
     return a->rms_norm_eps == b->rms_norm_eps && a->rope_magnitude == b->rope_magnitude &&
            a->rope_local_theta == b->rope_local_theta && a->query_scalar == b->query_scalar &&
+           a->attention_cap == b->attention_cap && a->final_cap == b->final_cap &&
            memcmp(theirs, ours, (size_t)(a->head_dim / 2) * sizeof *ours) == 0 &&
            a->window == b->window && memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
 }
@@ -51,7 +52,8 @@ static qs_status compare_models(const char *path, const qs_hf_config *a, const q
     }
     if (!same_numbers(a, b)) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: rms_norm_eps, RoPE or the attention window is not the base's; give the "
+                       "%s: rms_norm_eps, RoPE, the attention window or another number is not the "
+                       "base's; give the "
                        "checkpoint that the base was made from",
                        path);
     }

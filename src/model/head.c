@@ -4,7 +4,7 @@
  * rows over the vocabulary with keys = values = W: the running maximum m, the sum Z = sum exp(l -
  * m) and O = sum exp(l - m) W are all that is kept, then loss = m + log Z - l[target] and dX = O /
  * Z - W[target]. The T x V logits never exist, and each chunk is gathered once. Only rows that
- * carry loss take part. */
+ * carry loss take part. A cap of the logits is the operation's. */
 #include "model/model_impl.h"
 
 /* The rows of the micro-batch that carry loss, as they leave the last layer, in work.rows. */
@@ -30,6 +30,7 @@ qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro)
 {
     qs_head_state *head = &micro->head;
     head->hidden = model->config->hidden;
+    head->cap = model->config->final_cap;
     head->x = micro->head_rows;
     head->target = micro->input.device.head_target;
     return norm_rows(model, micro);

@@ -218,6 +218,7 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
                                 .n_kv_heads = cfg->n_kv_heads,
                                 .head_dim = cfg->head_dim,
                                 .scale = 1.0f / __builtin_sqrtf((float)cfg->query_scalar),
+                                .cap = cfg->attention_cap,
                                 .window = cfg->windowed[call->layer] ? (int)cfg->window : 0,
                                 .cu_seqlens = call->input->device.cu_seqlens,
                                 .n_docs = call->batch->n_docs,

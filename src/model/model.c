@@ -350,6 +350,15 @@ static qs_status logits_of_chunk(qs_model *m, int chunk, const qs_unit_view *vie
     return QS_OK;
 }
 
+/* Logits on the host as the model gives them: capped where it does so. */
+static void cap_logits(const qs_model *m, float *logits, int64_t rows)
+{
+    const double cap = (double)m->config->final_cap;
+    for (int64_t i = 0; i < rows * m->config->vocab && cap > 0; i++) {
+        logits[i] = (float)(cap * tanh((double)logits[i] / cap));
+    }
+}
+
 qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *logits)
 {
     qs_micro_batch one = {.batch = batch, .slot = batch->n_tokens > 0 ? 0 : -1};
@@ -374,5 +383,7 @@ qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *l
         }
         QS_TRY(qs_fsdp_release(m->fsdp, u));
     }
-    return qs_queue_wait(m->queue);
+    QS_TRY(qs_queue_wait(m->queue));
+    cap_logits(m, logits, rows);
+    return QS_OK;
 }

@@ -82,9 +82,10 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-GEMMA = ("gemma3_text",)
+GEMMA = ("gemma2", "gemma3_text")
 
 
 def has_bias(config, linear):
@@ -177,6 +178,9 @@ def make_config(options):
         config["hidden_activation"] = "gelu_pytorch_tanh"
         config["query_pre_attn_scalar"] = options.query_scalar or config["head_dim"]
         config["sliding_window"] = options.window or 4096
+    if options.arch == "gemma2":
+        config["attn_logit_softcapping"] = options.attention_cap
+        config["final_logit_softcapping"] = options.final_cap
     if options.arch == "gemma3_text":
         config["rope_local_base_freq"] = 10000.0
         config["rope_theta"] = 1000000.0
@@ -184,6 +188,7 @@ def make_config(options):
     no_keys = {
         "llama": (),
         "qwen3": ("mlp_bias", "pretraining_tp"),
+        "gemma2": ("mlp_bias", "pretraining_tp", "hidden_act"),
         "gemma3_text": ("mlp_bias", "pretraining_tp", "hidden_act"),
     }
     for key in no_keys.get(options.arch, ("attention_bias", "mlp_bias", "pretraining_tp")):
@@ -335,6 +340,8 @@ def make_parser():
     parser.add_argument("--arch", choices=sorted(CLASSES), default="llama", help="model_type [%(default)s]")
     parser.add_argument("--window", type=int, help="attention sees the last WINDOW positions (not llama)")
     parser.add_argument("--window-pattern", type=int, default=6, help="gemma3_text: each n-th layer sees all [%(default)s]")
+    parser.add_argument("--attention-cap", type=float, default=50.0, help="gemma2: of scores [%(default)s]")
+    parser.add_argument("--final-cap", type=float, default=30.0, help="gemma2: of logits [%(default)s]")
     parser.add_argument("--query-scalar", type=int, help="gemma: scores are divided by its root [head-dim]")
     parser.add_argument("--window-layers", type=int, default=0, help="qwen: layers below it see all [%(default)s]")
     parser.add_argument("--attention-bias", action="store_true", help="q, k, v and o have biases")

@@ -101,6 +101,8 @@ def base_of(*options):
 # Layers of Gemma keep more than others, and each kind of layer turns by its own angles.
 GEMMA3 = ("--arch", "gemma3_text", "--window", "9", "--window-pattern", "2", "--query-scalar", "20")
 
+GEMMA2 = ("--arch", "gemma2", "--window", "9", "--attention-cap", "2", "--final-cap", "5")
+
 
 def plan_and_peak(log):
     """MiB of rank 0 that the run planned and that it reached, class by class, from what it printed."""

@@ -86,7 +86,7 @@ class SameBits(unittest.TestCase):
 
 class Gemma(unittest.TestCase):
     """Norms behind the branches have to find their inputs again, whatever was kept; two tables of angles."""
-    MODELS = {"gemma3": support.GEMMA3}
+    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3}
 
     def test_recompute_groups_and_ranks_do_not_change_bits(self):
         for name, options in self.MODELS.items():
@@ -121,6 +121,14 @@ class Gemma(unittest.TestCase):
                         for base, adapter in ((how["base"], ()), (how["base"], ("--adapter", whole)), (again, ()))]
                 # after so few steps most of the adapter is lost when its sum is quantized again, not all
                 self.assertLess(loss[2], loss[0] - 0.1 * (loss[0] - loss[1]), loss)
+                prompts = os.path.join(folder, "prompts.h5")
+                support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", f"{support.tiny()}/model",
+                               f"{support.tiny()}/model/eval.jsonl", "-o", prompts, "--seq-len", "64", "--prompts")
+                said = [support.qshard("sample", support.TINY_YAML, *support.settings(support.tiny(), "none", base=how["base"]),
+                                       "--adapter", whole, "--prompts", prompts, "--tokens", "6", ranks=ranks).stdout
+                        for ranks in (None, 2)]
+                self.assertIn("--- continuation", said[0])
+                self.assertEqual(said[0], said[1])
 
 
 def base_bound(total_bytes, ranks):

@@ -50,6 +50,9 @@ class Golden(unittest.TestCase):
     def test_qwen3(self):
         self.check("qwen3")
 
+    def test_gemma2(self):
+        self.check("gemma2")
+
     def test_gemma3(self):
         self.check("gemma3")
 

@@ -23,6 +23,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         FUZZ_CHECK(!isnan(inv_freq[i]));
     }
     FUZZ_CHECK(c.query_scalar > 0.0 && c.rope_local_theta >= 0.0);
+    FUZZ_CHECK(c.attention_cap >= 0.0F && c.final_cap >= 0.0F);
     if (c.rope_local_theta > 0.0) {
         qs_hf_rope_local_frequencies(&c, inv_freq);
         FUZZ_CHECK(inv_freq[0] == 1.0);

@@ -176,6 +176,21 @@ CASES = {
             settings=Settings(lr=1e-3),
             seed=110,
         ),
+        # Gemma 2: scores and logits capped well inside of their range; each first of two layers sees 6 positions.
+        Case(
+            name="gemma2",
+            model=(
+                "--arch gemma2 --window 6 --attention-cap 2 --final-cap 3 --query-scalar 6 --hidden 64 "
+                "--layers 2 --heads 4 --kv-heads 2 --head-dim 24 --ffn 160 --vocab 320 --seed 19"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=111,
+        ),
         # Rotary scaling with a magnitude, and frequencies that it keeps, divides and blends.
         Case(
             name="yarn",

@@ -204,10 +204,12 @@ static void add_pair(const fixture *f, limits *l, int head, int64_t query, int64
     const float *q = row_of(&f->q.host, query, head, dim), *k = row_of(&f->k.host, key, kv, dim);
     const float *v = row_of(&f->v.host, key, kv, dim), *o = row_of(&f->o.host, query, head, dim);
     const float *d_o = row_of(&f->d_o.host, query, head, dim);
-    const double p = exp(scale * dot(q, k, dim).sum - (double)f->lse[head * f->rows + query]);
+    const double cap = (double)f->shape.cap, score = scale * dot(q, k, dim).sum;
+    const double t = cap > 0.0 ? tanh(score / cap) : 0.0, slope = 1.0 - t * t;
+    const double p = exp((cap > 0.0 ? cap * t : score) - (double)f->lse[head * f->rows + query]);
     const product dp = dot(d_o, v, dim), delta = dot(d_o, o, dim);
     const double ds =
-        p * scale * (TW_BF16 * fabs(dp.sum - delta.sum) + 0x1p-17 * (dp.size + delta.size));
+        p * slope * scale * (TW_BF16 * fabs(dp.sum - delta.sum) + 0x1p-17 * (dp.size + delta.size));
     const int64_t at = query * f->wide + (int64_t)head * dim;
     const int64_t kv_at = key * f->narrow + (int64_t)kv * dim;
     add_scaled(l->o + at, TW_BF16 * p, v, dim);
@@ -312,8 +314,8 @@ static attention_case cases[] = {
     {6, 2, 24, 0, 1, 3, {40, 1, 29}, 1, false},
     {1, 1, 64, 0, 8, 5, {1, 1, 2, 3, 1}, 25, false},
     {2, 1, 80, 0, 8, 2, {65, 15}, 1, false},
-    {2, 1, 80, 0, 5, 2, {17, 30}, 1, false},
     {2, 2, 96, 0, 0, 2, {2, 66}, 1, false},
+    {2, 1, 80, 0, 5, 2, {17, 30}, 1, false},
     {2, 1, 128, 0, 8, 3, {63, 1, 70}, 1, false},
     {1, 1, 128, 0, 4, 2, {3, 34}, 1, false},
     {1, 1, 160, 0, 0, 2, {20, 50}, 1, false},
@@ -344,28 +346,23 @@ static bool is_left_out(const tw_backend *b, const attention_case *c)
     return c->large && strcmp(b->name, "emulated") == 0;
 }
 
-/* All cases; a few small ones under QSHARD_TWIN_SHORT, for tools that make everything slow. */
-static struct criterion_test_params chosen_cases(void)
+/* All cases, or each `step`-th; a few small ones under QSHARD_TWIN_SHORT, for tools that make
+ * everything slow. */
+static struct criterion_test_params chosen_cases(size_t step)
 {
-    enum { ALL = sizeof cases / sizeof *cases, STEP = 4 };
+    enum { ALL = sizeof cases / sizeof *cases, SHORT = 4 };
     static attention_case few[ALL];
     size_t count = 0;
-    if (getenv("QSHARD_TWIN_SHORT") == NULL) {
-        return cr_make_param_array(attention_case, cases, ALL);
-    }
-    for (size_t i = 0; i < ALL; i += STEP) {
-        if (!cases[i].large) {
+    const bool brief = getenv("QSHARD_TWIN_SHORT") != NULL;
+    for (size_t i = 0; i < ALL; i += brief ? SHORT : step) {
+        if (!brief || !cases[i].large) {
             few[count++] = cases[i];
         }
     }
     return cr_make_param_array(attention_case, few, count);
 }
 
-ParameterizedTestParameters(twin_attention, forward)
-{
-    return chosen_cases();
-}
-ParameterizedTest(attention_case *c, twin_attention, forward)
+static void compare_forward(const attention_case *c, float cap)
 {
     tw_backend backends[TW_BACKENDS_MAX];
     const int count = open_backends(backends);
@@ -375,6 +372,7 @@ ParameterizedTest(attention_case *c, twin_attention, forward)
             continue;
         }
         fixture f = make_fixture(b, c);
+        f.shape.cap = cap;
         forward(&f);
         twin_forward(&f);
         limits l = make_limits(&f);
@@ -389,11 +387,25 @@ ParameterizedTest(attention_case *c, twin_attention, forward)
     close_backends(backends, count);
 }
 
-ParameterizedTestParameters(twin_attention, backward)
+ParameterizedTestParameters(twin_attention, forward)
 {
-    return chosen_cases();
+    return chosen_cases(1);
 }
-ParameterizedTest(attention_case *c, twin_attention, backward)
+ParameterizedTest(attention_case *c, twin_attention, forward)
+{
+    compare_forward(c, 0.0F);
+}
+
+ParameterizedTestParameters(twin_attention, forward_with_a_cap)
+{
+    return chosen_cases(2);
+}
+ParameterizedTest(attention_case *c, twin_attention, forward_with_a_cap)
+{
+    compare_forward(c, 3.0F); /* many scores are beyond it */
+}
+
+static void compare_backward(const attention_case *c, float cap)
 {
     tw_backend backends[TW_BACKENDS_MAX];
     const int count = open_backends(backends);
@@ -403,6 +415,7 @@ ParameterizedTest(attention_case *c, twin_attention, backward)
             continue;
         }
         fixture f = make_fixture(b, c);
+        f.shape.cap = cap;
         share_forward(&f);
         backward(&f);
         twin_backward(&f);
@@ -414,6 +427,24 @@ ParameterizedTest(attention_case *c, twin_attention, backward)
         free_fixture(&f);
     }
     close_backends(backends, count);
+}
+
+ParameterizedTestParameters(twin_attention, backward)
+{
+    return chosen_cases(1);
+}
+ParameterizedTest(attention_case *c, twin_attention, backward)
+{
+    compare_backward(c, 0.0F);
+}
+
+ParameterizedTestParameters(twin_attention, backward_with_a_cap)
+{
+    return chosen_cases(2);
+}
+ParameterizedTest(attention_case *c, twin_attention, backward_with_a_cap)
+{
+    compare_backward(c, 3.0F); /* many scores are beyond it */
 }
 
 /* ---- properties ---- */

@@ -29,6 +29,7 @@ typedef struct {
     float *w;        /* [vocab, hidden] as the backend multiplies it */
     tw_unit *chunks;
     int n_chunks;
+    float cap;
 } inputs;
 
 /* The first and last token, those beside each border of a chunk and of a slice, and some between.
@@ -128,6 +129,7 @@ static results run_device(const tw_backend *b, const inputs *in, mode how)
     void *x = tw_upload_as_act(b, in->x, size);
     qs_head_state s = {.rows = c->rows,
                        .hidden = c->hidden,
+                       .cap = in->cap,
                        .x = x,
                        .target = tw_upload(b, in->target, (size_t)c->rows * sizeof(int32_t)),
                        .max = upload_nan(b, c->rows),
@@ -173,6 +175,7 @@ static results run_twin(const tw_backend *b, const inputs *in)
     float *o = fx_random(size, 8);
     qs_head_state s = {.rows = c->rows,
                        .hidden = c->hidden,
+                       .cap = in->cap,
                        .x = in->x,
                        .target = in->target,
                        .max = r.max,
@@ -202,8 +205,18 @@ static double *reference_logits(const inputs *in, int64_t row)
             logits[v] +=
                 (double)in->x[row * in->c->hidden + i] * (double)in->w[v * in->c->hidden + i];
         }
+        if (in->cap > 0.0F) {
+            logits[v] = (double)in->cap * tanh(logits[v] / (double)in->cap);
+        }
     }
     return logits;
+}
+
+/* Of a capped logit with respect to the logit. */
+static double reference_slope(const inputs *in, double logit)
+{
+    const double tanh = in->cap > 0.0F ? logit / (double)in->cap : 0.0;
+    return 1.0 - tanh * tanh;
 }
 
 static void reference_row(const inputs *in, int64_t row, float *loss, float *dx)
@@ -219,9 +232,11 @@ static void reference_row(const inputs *in, int64_t row, float *loss, float *dx)
     }
     *loss = (float)(most + log(sum) - logits[in->target[row]]);
     for (int64_t i = 0; i < hidden; i++) {
-        double d = -(double)in->w[in->target[row] * hidden + i];
+        const int32_t target = in->target[row];
+        double d = -reference_slope(in, logits[target]) * (double)in->w[target * hidden + i];
         for (int64_t v = 0; v < in->c->vocab; v++) {
-            d += exp(logits[v] - most) / sum * (double)in->w[v * hidden + i];
+            d += exp(logits[v] - most) / sum * reference_slope(in, logits[v]) *
+                 (double)in->w[v * hidden + i];
         }
         dx[i] = (float)(0.25 * d);
     }
@@ -239,27 +254,35 @@ static void compare_loss(const tw_backend *b, const head_case *c, const float *g
 }
 
 /* dx: rounded to bf16 (TW_BF16 of its size), and made of probabilities that are: 2^-9 of each,
- * whose sum is 1, times weights below 1. */
-static void compare_dx(const tw_backend *b, const head_case *c, const float *got, const float *want,
+ * whose sum is 1, times weights below 1; with a cap the target's slope is rounded as well. */
+static void compare_dx(const tw_backend *b, const inputs *in, const float *got, const float *want,
                        const char *what)
 {
-    const double absolute = 0.25 * (0x1p-9 + 4.0 * logit_error(c));
+    const head_case *c = in->c;
+    const double roundings = in->cap > 0.0F ? 2.0 : 1.0;
+    const double absolute = 0.25 * (roundings * 0x1p-9 + 4.0 * logit_error(c));
     tw_assert_close(b, got, want, c->rows * c->hidden, TW_BF16, absolute, what);
 }
 
-static void compare_to_twin(const tw_backend *b, const head_case *c, const results *got,
+static void compare_to_twin(const tw_backend *b, const inputs *in, const results *got,
                             const results *want)
 {
+    const head_case *c = in->c;
     const double error = logit_error(c);
+    /* of a slope, which is rounded to bf16: 2 t / cap times the logit's error */
+    const double relative = in->cap > 0.0F ? TW_BF16 : 0.0;
+    const double absolute = in->cap > 0.0F ? 1e-6 + 2.0 * error : 0.0;
     tw_assert_close(b, got->max, want->max, c->rows, 0.0, error, "max");
     tw_assert_close(b, got->sum, want->sum, c->rows, 2e-5 + 2.0 * error, 0.0, "sum");
     tw_assert_close(b, got->target_logit, want->target_logit, c->rows, 0.0, error, "target_logit");
-    tw_assert_close(b, got->w_target, want->w_target, c->rows * c->hidden, 0.0, 0.0, "w_target");
+    tw_assert_close(b, got->w_target, want->w_target, c->rows * c->hidden, relative, absolute,
+                    "w_target");
     compare_loss(b, c, got->loss, want->loss, "loss");
-    compare_dx(b, c, got->dx, want->dx, "dx");
+    compare_dx(b, in, got->dx, want->dx, "dx");
 }
 
-/* The sizes of the errors as a whole: rounding to bf16 twice, 2^-9 / sqrt(3) each at most. */
+/* The sizes of the errors as a whole: rounding to bf16 twice, 2^-9 / sqrt(3) each at most; with a
+ * cap that of the target's slope, too, which is large beside a small dx. */
 static void compare_to_softmax(const tw_backend *b, const inputs *in, const results *got)
 {
     const head_case *c = in->c;
@@ -267,11 +290,11 @@ static void compare_to_softmax(const tw_backend *b, const inputs *in, const resu
     for (int64_t r = 0; r < c->rows; r++) {
         reference_row(in, r, &loss[r], dx + r * c->hidden);
     }
+    const double limit = (in->cap > 0.0F ? 1.0 / 180 : 1.0 / 360) + 4.0 * logit_error(c);
     if (!tw_is_cpu(b)) { /* tests/test_ops_head.c compares the CPU, without equal bits */
         compare_loss(b, c, got->loss, loss, "loss of the softmax");
-        compare_dx(b, c, got->dx, dx, "dx of the softmax");
-        tw_assert_norm(b, got->dx, dx, c->rows * c->hidden, 1.0 / 360 + 4.0 * logit_error(c),
-                       "dx of the softmax");
+        compare_dx(b, in, got->dx, dx, "dx of the softmax");
+        tw_assert_norm(b, got->dx, dx, c->rows * c->hidden, limit, "dx of the softmax");
     }
     free(loss);
     free(dx);
@@ -297,16 +320,17 @@ static void open_for(const tw_backend *b, const head_case *c)
     tw_open(b, &limits);
 }
 
-static void run_case(const tw_backend *b, const head_case *c)
+static void run_case(const tw_backend *b, const head_case *c, float cap)
 {
     open_for(b, c);
     inputs in = make_inputs(b, c);
+    in.cap = cap;
     results got = run_device(b, &in, (mode){.gradient = true});
     results again = run_device(b, &in, (mode){.gradient = true, .dx_over_x = true});
     results loss_only = run_device(b, &in, (mode){.gradient = false});
     results want = run_twin(b, &in);
     if (c->dtype == QS_BF16) { /* else the twin multiplies other weights: fp64 is asked alone */
-        compare_to_twin(b, c, &got, &want);
+        compare_to_twin(b, &in, &got, &want);
     }
     compare_to_softmax(b, &in, &got);
     assert_same(got.loss, again.loss, c->rows, "the loss of a second run");
@@ -326,7 +350,8 @@ static void run_cases(const head_case *cases, size_t count)
     const int n = tw_backends(backends);
     for (int i = 0; i < n; i++) {
         for (size_t k = 0; k < count; k++) {
-            run_case(&backends[i], &cases[k]);
+            run_case(&backends[i], &cases[k], 0.0F);
+            run_case(&backends[i], &cases[k], 2.5F);
         }
     }
     tw_backends_close(backends, n);

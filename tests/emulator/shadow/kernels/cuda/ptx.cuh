@@ -62,6 +62,11 @@ static inline float qs_exp2(float x)
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+static inline float qs_reciprocal(float x)
+{
+    return 1.0f / x;
+}
+
 /* ---- Hopper: products of a warpgroup ---- */
 
 static constexpr bool QS_WGMMA = true;
