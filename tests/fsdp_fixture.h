@@ -28,7 +28,7 @@ typedef struct {
 /** Options for the CPU with room for `max_tokens` in one embedding call. */
 static inline qs_fsdp_options fx_options(int64_t max_tokens)
 {
-    return (qs_fsdp_options){.ops = qs_ops_cpu(), .max_tokens = max_tokens};
+    return (qs_fsdp_options){.ops = qs_ops_cpu(), .max_tokens = max_tokens, .prefetch = 1};
 }
 
 /** Layers of different sizes (some with fewer quanta than ranks) and an embedding table of 30 rows
@@ -132,6 +132,16 @@ static inline qs_status fx_fill(void *ctx, int u, int rank, int nranks, uint8_t 
         }
     }
     return QS_OK;
+}
+
+/** All units, in order, announced as what comes next. */
+static inline qs_status fx_announce_all(qs_fsdp *f)
+{
+    int order[FX_UNITS];
+    for (int u = 0; u < FX_UNITS; u++) {
+        order[u] = u;
+    }
+    return qs_fsdp_begin(f, order, FX_UNITS);
 }
 
 /** Every quantum of the gathered unit is where the view says, with its own bytes. */

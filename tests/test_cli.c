@@ -217,7 +217,7 @@ static const bad_call FILES[] = {
     {"base: [", 2, "not valid YAML"},
     {"{", 2, "not valid YAML"},
     {"base: b\nmemory: {offload: [lora]}", 2, "not a known name"},
-    {"base: b\nshard: {keep_resident: 2}", 2, "only 0"},
+    {"base: b\nshard: {prefetch: 99}", 2, "1 .. 16"},
     {"base: b\ntrain: {steps: 0}", 2, "both 0"},
     {"base: b\ntrain: {steps: 5, epochs: 5}", 2, "contradict"},
     {"base: b\noptim: {warmup: 500}", 2, "leaves nothing"},

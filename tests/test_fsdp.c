@@ -16,31 +16,39 @@ static qs_status open_base(qs_fsdp **out, team_member *me, fx_base *base, int64_
     return qs_fsdp_create_from(out, &base->index, me->comm, me->queue, &options, fx_fill, base);
 }
 
-static qs_status acquire_checked(qs_fsdp *f, int u, int next)
+static qs_status acquire_checked(qs_fsdp *f, int u)
 {
     qs_unit_view view;
-    QS_TRY(qs_fsdp_acquire(f, u, next, &view));
+    QS_TRY(qs_fsdp_acquire(f, u, &view));
     return fx_check_view(&view, u);
 }
 
-static qs_status visit(qs_fsdp *f, int u, int next)
+static qs_status visit(qs_fsdp *f, int u)
 {
-    QS_TRY(acquire_checked(f, u, next));
+    QS_TRY(acquire_checked(f, u));
     return qs_fsdp_release(f, u);
 }
+
+/* The first `visited` uses of an order of `count`. */
+static qs_status visit_some(qs_fsdp *f, const int *order, int count, int visited)
+{
+    QS_TRY(qs_fsdp_begin(f, order, count));
+    for (int i = 0; i < visited; i++) {
+        QS_TRY(visit(f, order[i]));
+    }
+    return QS_OK;
+}
+
+#define VISIT_ALL(f, ...)                                                                          \
+    visit_some((f), (const int[]){__VA_ARGS__}, sizeof((const int[]){__VA_ARGS__}) / sizeof(int),  \
+               sizeof((const int[]){__VA_ARGS__}) / sizeof(int))
 
 /* ---- gathers ---- */
 
 /* Layers up, head chunks, layers down, as a training pass does. */
 static qs_status one_pass(qs_fsdp *f)
 {
-    for (int u = 0; u < FX_UNITS; u++) {
-        QS_TRY(visit(f, u, u + 1 < FX_UNITS ? u + 1 : FX_LAYERS - 1));
-    }
-    for (int u = FX_LAYERS - 1; u >= 0; u--) {
-        QS_TRY(visit(f, u, u - 1));
-    }
-    return QS_OK;
+    return VISIT_ALL(f, 0, 1, 2, 3, 4, 5, 6, 3, 2, 1, 0);
 }
 
 static qs_status pass_body(team_member *me)
@@ -73,12 +81,7 @@ static qs_status turn_body(team_member *me)
     qs_fsdp *f = NULL;
     QS_TRY(open_base(&f, me, me->ctx, 1));
     uint64_t received = qs_comm_received_bytes(me->comm);
-    for (int u = 0; u < FX_LAYERS; u++) {
-        QS_GOTO(visit(f, u, u + 1 < FX_LAYERS ? u + 1 : -1));
-    }
-    for (int u = FX_LAYERS - 1; u >= 0; u--) {
-        QS_GOTO(visit(f, u, u > 0 ? u - 1 : -1));
-    }
+    QS_GOTO(VISIT_ALL(f, 0, 1, 2, 3, 3, 2, 1, 0));
     received = qs_comm_received_bytes(me->comm) - received;
     qs_fsdp_stats stats = qs_fsdp_get_stats(f);
     /* up: 0 1 2 3; at the turn 3 and 2 still lie in the buffers; down: 1 0 */
@@ -114,23 +117,21 @@ static qs_status detour_body(team_member *me)
     qs_status st = QS_OK;
     qs_fsdp *f = NULL;
     QS_TRY(open_base(&f, me, me->ctx, 1));
-    QS_GOTO(
-        visit(f, 0, 3)); /* 3 is gathered for nothing, twice, and into the buffer that 1 needs */
-    QS_GOTO(visit(f, 1, 3));
-    QS_GOTO(visit(f, 2, 2));
-    QS_GOTO(visit(f, 5, -1));
-    QS_GOTO(visit(f, 5, 1));
-    QS_GOTO(acquire_checked(f, 0, 4)); /* the prefetch of 4 is left in flight at destroy */
+    QS_GOTO(visit_some(f, (const int[]){0, 3, 2}, 3, 1)); /* 3 is gathered for nothing */
+    QS_GOTO(visit_some(f, (const int[]){1, 5, 2}, 3, 1)); /* and so is 5 */
+    QS_GOTO(VISIT_ALL(f, 2, 2, 5, 5));
+    QS_GOTO(qs_fsdp_begin(f, (const int[]){0, 4}, 2));
+    QS_GOTO(acquire_checked(f, 0)); /* the gather of 4 is left in flight at destroy */
 done:
     qs_fsdp_destroy(f);
     return st;
 }
 
-ParameterizedTestParameters(fsdp, a_wrong_prefetch_changes_no_byte)
+ParameterizedTestParameters(fsdp, an_order_that_is_given_up_changes_no_byte)
 {
     return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
 }
-ParameterizedTest(int *n, fsdp, a_wrong_prefetch_changes_no_byte)
+ParameterizedTest(int *n, fsdp, an_order_that_is_given_up_changes_no_byte)
 {
     fx_base base;
     fx_base_make(&base, QS_BF16);
@@ -143,9 +144,10 @@ static qs_status two_held_body(team_member *me)
     qs_fsdp *f = NULL;
     qs_unit_view first, second, again;
     QS_TRY(open_base(&f, me, me->ctx, 1));
-    QS_GOTO(qs_fsdp_acquire(f, 0, 1, &first));
-    QS_GOTO(qs_fsdp_acquire(f, 1, 2, &second)); /* no room for 2 yet */
-    QS_GOTO(qs_fsdp_acquire(f, 0, 2, &again));
+    QS_GOTO(qs_fsdp_begin(f, (const int[]){0, 1, 0, 2}, 4));
+    QS_GOTO(qs_fsdp_acquire(f, 0, &first));
+    QS_GOTO(qs_fsdp_acquire(f, 1, &second)); /* no room for 2 yet */
+    QS_GOTO(qs_fsdp_acquire(f, 0, &again));
     QS_GOTO(fx_check_view(&first, 0));
     QS_GOTO(fx_check_view(&second, 1));
     if (again.base != first.base) {
@@ -154,7 +156,7 @@ static qs_status two_held_body(team_member *me)
     }
     QS_GOTO(qs_fsdp_release(f, 0));
     QS_GOTO(qs_fsdp_release(f, 1));
-    QS_GOTO(visit(f, 2, -1));
+    QS_GOTO(visit(f, 2));
     QS_GOTO(fx_check_view(&first, 0)); /* held twice, released once */
     QS_GOTO(qs_fsdp_release(f, 0));
 done:
@@ -179,7 +181,8 @@ static qs_status one_rank_body(team_member *me)
     qs_fsdp *f = NULL;
     qs_unit_view view;
     QS_TRY(open_base(&f, me, me->ctx, 1));
-    QS_GOTO(qs_fsdp_acquire(f, 1, 2, &view));
+    QS_GOTO(qs_fsdp_begin(f, (const int[]){1, 2}, 2));
+    QS_GOTO(qs_fsdp_acquire(f, 1, &view));
     if (view.base != f->share[1] || f->stats.gathers != 0 ||
         qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_GATHER) != 0) {
         st = QS_FAIL(QS_ERR_BUG, "one rank copies its unit");
@@ -210,9 +213,10 @@ static qs_status idle_body(team_member *me)
     qs_fsdp *f = NULL;
     qs_unit_view view;
     QS_TRY(open_base(&f, me, &t->base, 1));
-    QS_GOTO(qs_fsdp_acquire(f, 0, 1, &view));
+    QS_GOTO(qs_fsdp_begin(f, (const int[]){0, 1}, 2));
+    QS_GOTO(qs_fsdp_acquire(f, 0, &view));
     pthread_barrier_wait(&t->all_started);
-    qs_gather_buffer *other = &f->buffers[f->buffers[0].unit == 0 ? 1 : 0];
+    qs_gather_buffer *other = &f->buffers[qs_gather_plan_buffer_of(&f->plan, 1)];
     qs_unit_view ahead = {.layout = f->layouts[1], .base = other->bytes};
     for (int i = 0; i < 100 && (st = fx_check_view(&ahead, 1)) != QS_OK; i++) {
         qs_error_clear();
@@ -236,6 +240,76 @@ Test(fsdp, the_compute_queue_moves_the_gather_along)
     pthread_barrier_destroy(&t.all_started);
 }
 
+/* ---- more buffers, layers that stay ---- */
+
+typedef struct {
+    fx_base base;
+    qs_fsdp_options options;
+    uint64_t gathers; /* out, of two passes; the same on all ranks */
+} room_case;
+
+static qs_status room_body(team_member *me)
+{
+    room_case *t = me->ctx;
+    qs_status st = QS_OK;
+    qs_fsdp *f = NULL;
+    QS_TRY(qs_fsdp_create_from(&f, &t->base.index, me->comm, me->queue, &t->options, fx_fill,
+                               &t->base));
+    const qs_fsdp_bytes bytes = qs_fsdp_plan(&t->base.index, me->nranks, &t->options);
+    QS_GOTO(qs_comm_barrier(me->comm)); /* all ranks of the process hold theirs */
+    const size_t shards = qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_SHARD);
+    const size_t gathers = qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_BASE_GATHER);
+    if (shards != (size_t)me->nranks * bytes.device_shard_bytes ||
+        gathers != (size_t)me->nranks * bytes.gather_bytes) {
+        st = QS_FAIL(QS_ERR_BUG, "held %zu and %zu bytes, planned %zu and %zu a rank", shards,
+                     gathers, bytes.device_shard_bytes, bytes.gather_bytes);
+        goto done;
+    }
+    QS_GOTO(one_pass(f));
+    QS_GOTO(one_pass(f));
+    int64_t most = (int64_t)qs_fsdp_get_stats(f).gathers;
+    QS_GOTO(qs_comm_max_i64(me->comm, &most, 1));
+    TEAM_CHECK((uint64_t)most == qs_fsdp_get_stats(f).gathers, "ranks gather differently");
+    if (me->rank == 0) {
+        t->gathers = (uint64_t)most;
+    }
+done:
+    qs_fsdp_destroy(f);
+    return st;
+}
+
+ParameterizedTestParameters(fsdp, room_saves_gathers)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, room_saves_gathers)
+{
+    uint64_t before = 0;
+    for (int64_t keep = 0; keep <= FX_LAYERS + 1; keep++) {
+        for (int64_t prefetch = 1; prefetch <= FX_UNITS; prefetch++) {
+            room_case t = {.options = fx_options(1)};
+            t.options.keep_resident = keep;
+            t.options.prefetch = prefetch;
+            fx_base_make(&t.base, QS_BF16);
+            team_expect_ok(*n, room_body, &t);
+            const int layers = keep < FX_LAYERS ? FX_LAYERS - (int)keep : 0;
+            if (*n == 1) {
+                cr_expect_eq(t.gathers, 0);
+            } else if (prefetch >= layers + FX_CHUNKS - 1) { /* room for all: once, for good */
+                cr_expect_eq(t.gathers, layers + FX_CHUNKS, "%d %d: %d", (int)keep, (int)prefetch,
+                             (int)t.gathers);
+            } else {
+                cr_expect(prefetch == 1 || t.gathers <= before, "%d %d: %d after %d", (int)keep,
+                          (int)prefetch, (int)t.gathers, (int)before);
+            }
+            if (*n > 1 && keep == 0 && prefetch == 1) { /* 0 and 1 are there for the second pass */
+                cr_expect_eq(t.gathers, (4 + 3 + 4) + (2 + 3 + 4), "%d", (int)t.gathers);
+            }
+            before = t.gathers;
+        }
+    }
+}
+
 /* ---- mistakes and failures ---- */
 
 static qs_status expect_bug(qs_status got, const char *what)
@@ -254,15 +328,20 @@ static qs_status misuse_body(team_member *me)
     qs_unit_view view;
     QS_TRY(open_base(&f, me, me->ctx, 1));
     QS_GOTO(expect_bug(qs_fsdp_release(f, 0), "release before acquire"));
-    QS_GOTO(expect_bug(qs_fsdp_acquire(f, FX_UNITS, -1, &view), "unit past the end"));
-    QS_GOTO(expect_bug(qs_fsdp_acquire(f, -1, -1, &view), "unit -1"));
-    QS_GOTO(expect_bug(qs_fsdp_acquire(f, 0, FX_UNITS, &view), "next past the end"));
-    QS_GOTO(qs_fsdp_acquire(f, 0, 1, &view));
-    QS_GOTO(qs_fsdp_acquire(f, 1, -1, &view));
-    QS_GOTO(expect_bug(qs_fsdp_acquire(f, 2, -1, &view), "third unit"));
+    QS_GOTO(expect_bug(qs_fsdp_acquire(f, 0, &view), "acquire without an order"));
+    QS_GOTO(expect_bug(qs_fsdp_begin(f, (const int[]){FX_UNITS}, 1), "unit past the end"));
+    QS_GOTO(expect_bug(qs_fsdp_begin(f, (const int[]){0, -1}, 2), "unit -1"));
+    QS_GOTO(expect_bug(qs_fsdp_begin(f, (const int[]){0}, 3 * FX_UNITS + 1), "too long an order"));
+    QS_GOTO(qs_fsdp_begin(f, (const int[]){0, 1, 2}, 3));
+    QS_GOTO(expect_bug(qs_fsdp_acquire(f, 1, &view), "out of order"));
+    QS_GOTO(qs_fsdp_acquire(f, 0, &view));
+    QS_GOTO(qs_fsdp_acquire(f, 1, &view));
+    if (me->nranks > 1) {
+        QS_GOTO(expect_bug(qs_fsdp_acquire(f, 2, &view), "third unit"));
+    }
     QS_GOTO(qs_fsdp_release(f, 0));
     QS_GOTO(expect_bug(qs_fsdp_release(f, 0), "second release"));
-    QS_GOTO(visit(f, 2, -1)); /* and it still works */
+    QS_GOTO(visit(f, 2)); /* and it still works */
 done:
     qs_fsdp_destroy(f);
     return st;
@@ -402,7 +481,8 @@ static qs_status embed_calls(qs_fsdp *f, team_member *me)
         memset(rows, 0xff, sizeof rows);
         QS_TRY(qs_fsdp_embed(f, tokens, count, rows));
         QS_TRY(fx_check_rows(tokens, count, rows));
-        QS_TRY(visit(f, call, call + 1)); /* exchanges and gathers share a queue */
+        const int order[] = {call, call + 1};
+        QS_TRY(visit_some(f, order, 2, 1)); /* exchanges and gathers share a queue */
     }
     return QS_OK;
 }

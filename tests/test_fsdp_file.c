@@ -149,9 +149,14 @@ static uint64_t hash_of_unit(const qs_unit_view *view)
 static qs_status see_units(qs_fsdp *f, const qs_base_index *index, team_member *me, sight *s)
 {
     TEAM_CHECK(index->n_units == LAYERS + 3, "%d units", index->n_units);
+    int order[LAYERS + 3];
+    for (int u = 0; u < index->n_units; u++) {
+        order[u] = u;
+    }
+    QS_TRY(qs_fsdp_begin(f, order, index->n_units));
     for (int u = 0; u < index->n_units; u++) {
         qs_unit_view view;
-        QS_TRY(qs_fsdp_acquire(f, u, u + 1 < index->n_units ? u + 1 : -1, &view));
+        QS_TRY(qs_fsdp_acquire(f, u, &view));
         uint64_t mine = hash_of_unit(&view), hash = mine;
         QS_TRY(qs_comm_bcast(me->comm, &hash, sizeof hash, 0));
         TEAM_CHECK(hash == mine, "unit %d differs between ranks", u);
@@ -190,8 +195,9 @@ static qs_status sight_body(team_member *me)
     qs_base_index *index = NULL;
     qs_fsdp *f = NULL;
     QS_GOTO(qs_base_index_read(&index, s->files->base, me->comm));
-    QS_GOTO(qs_fsdp_create(&f, index, me->comm, me->queue,
-                           &(qs_fsdp_options){.ops = qs_ops_cpu(), .max_tokens = VOCAB}));
+    QS_GOTO(qs_fsdp_create(
+        &f, index, me->comm, me->queue,
+        &(qs_fsdp_options){.ops = qs_ops_cpu(), .max_tokens = VOCAB, .prefetch = 1}));
     QS_GOTO(see_units(f, index, me, s));
     QS_GOTO(see_rows(f, me, s));
     int64_t read = (int64_t)qs_fsdp_get_stats(f).read_bytes;

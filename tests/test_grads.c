@@ -123,7 +123,8 @@ static qs_status tree_body(team_member *me)
         QS_GOTO(one_step(me, t, grads, full));
         if (f != NULL) { /* a gather under way between the reductions of this step and the next */
             qs_unit_view view;
-            QS_GOTO(qs_fsdp_acquire(f, step, step + 1, &view));
+            QS_GOTO(qs_fsdp_begin(f, (const int[]){step, step + 1}, 2));
+            QS_GOTO(qs_fsdp_acquire(f, step, &view));
             QS_GOTO(fx_check_view(&view, step));
             QS_GOTO(qs_fsdp_release(f, step));
         }

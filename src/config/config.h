@@ -16,6 +16,7 @@ enum {
     QS_PATH_MAX = 1024,
     QS_MICRO_BATCH_MAX = 4096, /* sequences of a micro-batch */
     QS_GROUP_MAX = 1024,       /* micro-batches of a gather group */
+    QS_PREFETCH_MAX = 16,      /* units gathered ahead of use */
 };
 
 typedef enum { QS_RECOMPUTE_FULL, QS_RECOMPUTE_SELECTIVE, QS_RECOMPUTE_NONE } qs_recompute;

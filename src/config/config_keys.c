@@ -16,6 +16,7 @@
 #define STEPS_MAX 1e9
 #define SECONDS_MAX 1e9
 #define RANKS_MAX 1e6
+#define LAYERS_MAX 1e6
 
 const qs_key qs_keys[] = {
     {.name = "base",
@@ -279,18 +280,20 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_I64,
      .offset = AT(shard.keep_resident),
      .preset = "0",
+     .high = LAYERS_MAX,
      .neutral = true,
-     .unit = "units",
-     .meaning = "units that stay gathered; this build gathers every unit"},
+     .unit = "layers",
+     .meaning = "layers that every rank keeps whole, spread over the model: memory for fewer "
+                "gathers"},
     {.name = "shard.prefetch",
      .type = QS_KEY_I64,
      .offset = AT(shard.prefetch),
      .preset = "1",
      .low = 1,
-     .high = 1,
+     .high = QS_PREFETCH_MAX,
      .neutral = true,
      .unit = "units",
-     .meaning = "units gathered ahead; this build has two buffers"},
+     .meaning = "units gathered ahead of use; each costs a buffer of the largest unit"},
 
     {.name = "memory.offload",
      .type = QS_KEY_FLAGS,

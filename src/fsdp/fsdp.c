@@ -1,13 +1,10 @@
-/* Shares, gathers and the two buffers.
+/* Shares, gathers and their buffers; which unit goes into which buffer and when, gather_plan.c
+ * says.
  *
- *   acquire(u, next):   [ buffer 0: u, held ]  [ buffer 1: gather of next under way ]
- *   release(u)          [ buffer 0: u, free ]  ...
- *   acquire(next, ...)  [ buffer 0: gather ]   [ buffer 1: next, held ]
- *
- * A released buffer keeps its unit until the room is needed, so the last layer of the forward pass
- * is there when the backward starts with it. Which buffer is taken depends on the order of the
- * calls alone, never on what has arrived, so that all ranks gather the same units in the same
- * order. */
+ *   acquire(u):       [ buffer 0: u, held ]  [ buffer 1: gather of the next under way ]
+ *   release(u)        [ buffer 0: u, free ]  ...
+ *   acquire(next)     [ buffer 0: gather ]   [ buffer 1: next, held ]
+ */
 #include "fsdp/fsdp_impl.h"
 
 #include <errno.h>
@@ -30,37 +27,37 @@ static bool is_offloaded(const qs_base_index *index, int u, const qs_fsdp_option
     return is_vocabulary(index, u) ? options->offload_vocabulary : options->offload_layers;
 }
 
-/* The two buffers are there for units that are not whole on this device. */
-static bool needs_buffers(int nranks, const qs_fsdp_options *options)
+/* A layer that every rank keeps whole: `keep` of them, spread evenly. */
+static bool is_resident(const qs_base_index *index, int u, const qs_fsdp_options *options)
 {
-    return nranks > 1 || options->offload_layers || options->offload_vocabulary;
+    const int64_t layers = index->config.n_layers;
+    const int64_t keep = options->keep_resident < layers ? options->keep_resident : layers;
+    return u < layers && (u + 1) * keep / layers != u * keep / layers;
 }
 
-static size_t largest_unit_bytes(const qs_base_index *index, int nranks)
+bool qs_fsdp_at_hand(const qs_base_index *index, int u, int nranks, const qs_fsdp_options *options)
 {
-    size_t most = 0;
-    for (int u = 0; u < index->n_units; u++) {
-        qs_unit_layout layout = qs_unit_layout_make(&index->units[u].size, nranks);
-        size_t bytes = layout.message_bytes * (size_t)nranks;
-        most = bytes > most ? bytes : most;
-    }
-    return most;
+    return is_resident(index, u, options) || (nranks == 1 && !is_offloaded(index, u, options));
 }
 
 qs_fsdp_bytes qs_fsdp_plan(const qs_base_index *index, int nranks, const qs_fsdp_options *options)
 {
     qs_fsdp_bytes bytes = {0};
+    size_t largest = 0; /* a gather buffer takes any unit that is gathered */
+    int gathered = 0;
     for (int u = 0; u < index->n_units; u++) { /* shares are padded to the same size */
         const size_t message = qs_unit_layout_make(&index->units[u].size, nranks).message_bytes;
-        if (is_offloaded(index, u, options)) {
-            bytes.host_shard_bytes += message;
-        } else {
-            bytes.device_shard_bytes += message;
+        const size_t whole = message * (size_t)nranks;
+        if (qs_fsdp_at_hand(index, u, nranks, options)) {
+            bytes.device_shard_bytes += whole;
+            continue;
         }
+        *(is_offloaded(index, u, options) ? &bytes.host_shard_bytes : &bytes.device_shard_bytes) +=
+            message;
+        largest = whole > largest ? whole : largest;
+        gathered++;
     }
-    if (needs_buffers(nranks, options)) {
-        bytes.gather_bytes = QS_GATHER_BUFFERS * largest_unit_bytes(index, nranks);
-    }
+    bytes.gather_bytes = (size_t)qs_gather_plan_buffers(gathered, options->prefetch) * largest;
     qs_embed_plan(index, nranks, options, &bytes);
     return bytes;
 }
@@ -75,22 +72,29 @@ static void poll_queue(void *ctx)
     (void)qs_queue_poll(f->queue);
 }
 
+/* Where the bytes of unit `u` begin: its share, or the whole unit if it stays. */
+static size_t kept_bytes(const qs_fsdp *f, int u)
+{
+    return f->layouts[u].message_bytes * (size_t)(f->at_hand[u] ? f->nranks : 1);
+}
+
 static qs_status allocate_shares(qs_fsdp *f)
 {
     const int n_units = f->index->n_units;
     size_t on_device = 0, on_host = 0;
     for (int u = 0; u < n_units; u++) {
         f->layouts[u] = qs_unit_layout_make(&f->index->units[u].size, f->nranks);
-        f->offloaded[u] = is_offloaded(f->index, u, &f->options);
-        *(f->offloaded[u] ? &on_host : &on_device) += f->layouts[u].message_bytes;
+        f->offloaded[u] = !f->at_hand[u] && is_offloaded(f->index, u, &f->options);
+        *(f->offloaded[u] ? &on_host : &on_device) += kept_bytes(f, u);
     }
     QS_TRY(QS_DEVICE_ALLOC(f->device, &f->shares, on_device, QS_MEM_BASE_SHARD));
     QS_TRY(QS_HOST_ALLOC(f->device, &f->host_shares, on_host, QS_MEM_BASE_SHARD));
     uint8_t *device_at = f->shares, *host_at = f->host_shares;
     for (int u = 0; u < n_units; u++) {
         uint8_t **at = f->offloaded[u] ? &host_at : &device_at;
-        f->share[u] = *at;
-        *at += f->layouts[u].message_bytes;
+        f->whole[u] = f->at_hand[u] ? *at : NULL;
+        f->share[u] = *at + (f->at_hand[u] ? f->layouts[u].message_bytes * (size_t)f->rank : 0);
+        *at += kept_bytes(f, u);
     }
     return QS_OK;
 }
@@ -100,14 +104,20 @@ static qs_status allocate(qs_fsdp *f)
     const int n_units = f->index->n_units;
     QS_TRY(QS_ALLOC(&f->layouts, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->share, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->whole, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->offloaded, n_units, QS_MEM_BASE_SMALL));
+    QS_TRY(QS_ALLOC(&f->at_hand, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->held, n_units, QS_MEM_BASE_SMALL));
+    for (int u = 0; u < n_units; u++) {
+        f->at_hand[u] = qs_fsdp_at_hand(f->index, u, f->nranks, &f->options);
+    }
     QS_TRY(allocate_shares(f));
-    if (needs_buffers(f->nranks, &f->options)) {
-        size_t bytes = largest_unit_bytes(f->index, f->nranks);
-        for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
-            QS_TRY(QS_DEVICE_ALLOC(f->device, &f->buffers[b].bytes, bytes, QS_MEM_BASE_GATHER));
-        }
+    QS_TRY(qs_gather_plan_create(&f->plan, f->at_hand, n_units, f->options.prefetch));
+    const qs_fsdp_bytes planned = qs_fsdp_plan(f->index, f->nranks, &f->options);
+    const int buffers = f->plan.n_buffers;
+    for (int b = 0; b < buffers; b++) {
+        QS_TRY(QS_DEVICE_ALLOC(f->device, &f->buffers[b].bytes,
+                               planned.gather_bytes / (size_t)buffers, QS_MEM_BASE_GATHER));
     }
     QS_TRY(qs_queue_create_on(f->device, &f->queue, 1));
     if (qs_device_is_host(f->device)) {
@@ -158,6 +168,19 @@ done:
     return st;
 }
 
+/* The layers that stay, once and for all. Collective. */
+static qs_status gather_residents(qs_fsdp *f)
+{
+    for (int u = 0; u < f->index->n_units && f->nranks > 1; u++) {
+        if (f->at_hand[u]) {
+            const size_t bytes = f->layouts[u].message_bytes;
+            QS_TRY(qs_comm_all_gather(f->comm, f->share[u], f->whole[u], bytes, f->queue));
+            f->stats.gathered_bytes += bytes * (uint64_t)(f->nranks - 1);
+        }
+    }
+    return qs_queue_wait(f->queue);
+}
+
 qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
                               qs_queue *compute, const qs_fsdp_options *options, qs_share_fill fill,
                               void *ctx)
@@ -173,15 +196,15 @@ qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm
         f->compute = compute;
         f->rank = qs_comm_rank(comm);
         f->nranks = qs_comm_nranks(comm);
-        for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
-            f->buffers[b].unit = -1;
-        }
         st = allocate(f);
     }
     if (st == QS_OK) {
         st = fill_shares(f, fill, ctx);
     }
     st = qs_comm_agree(comm, st);
+    if (st == QS_OK) {
+        st = gather_residents(f);
+    }
     if (st != QS_OK) {
         qs_fsdp_destroy(f);
         return st;
@@ -238,71 +261,40 @@ void qs_fsdp_destroy(qs_fsdp *f)
         qs_queue_destroy(f->host_queue);
     }
     qs_queue_destroy(f->queue);
-    for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
+    for (int b = 0; b < QS_GATHER_BUFFERS_MAX; b++) {
         qs_device_free(f->device, f->buffers[b].bytes);
     }
+    qs_gather_plan_destroy(&f->plan);
     qs_embed_free(f);
     qs_device_free(f->device, f->shares);
     qs_device_host_free(f->device, f->host_shares);
-    void *const owned[] = {f->held, f->offloaded, f->share, f->layouts};
+    void *const owned[] = {f->held, f->at_hand, f->offloaded, f->whole, f->share, f->layouts};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) {
         qs_mem_free(owned[i]);
     }
     qs_mem_free(f);
 }
 
-/* ---- the two buffers ---- */
-
-static qs_gather_buffer *buffer_of(qs_fsdp *f, int u)
-{
-    for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
-        if (f->buffers[b].unit == u) {
-            return &f->buffers[b];
-        }
-    }
-    return NULL;
-}
+/* ---- gathers ---- */
 
 /* Compute waits until the buffer's gather has landed. */
-static qs_status settle(qs_fsdp *f, qs_gather_buffer *buffer)
+static qs_status settle(qs_fsdp *f, int b)
 {
+    qs_gather_buffer *buffer = &f->buffers[b];
     if (!buffer->in_flight) {
         return QS_OK;
     }
     buffer->in_flight = false;
-    qs_status st = qs_queue_after(f->compute, buffer->landed);
-    if (st != QS_OK) {
-        buffer->unit = -1;
-    }
-    return st;
+    return qs_queue_after(f->compute, buffer->landed);
 }
 
-/* The buffer to overwrite: not held; one that does not hold `spare`, which is wanted soon; then the
- * least recently used. */
-static qs_gather_buffer *choose_buffer(qs_fsdp *f, int spare)
+static qs_status start_gather(qs_fsdp *f, const qs_gather *gather)
 {
-    qs_gather_buffer *best = NULL;
-    for (int b = 0; b < QS_GATHER_BUFFERS; b++) {
-        qs_gather_buffer *c = &f->buffers[b];
-        if (c->held > 0) {
-            continue;
-        }
-        bool c_spare = spare >= 0 && c->unit == spare;
-        bool best_spare = best != NULL && spare >= 0 && best->unit == spare;
-        if (best == NULL || (best_spare && !c_spare) ||
-            (best_spare == c_spare && c->used < best->used)) {
-            best = c;
-        }
-    }
-    return best;
-}
-
-static qs_status start_gather(qs_fsdp *f, qs_gather_buffer *buffer, int u)
-{
-    QS_TRY(settle(f, buffer)); /* a prefetch that nobody came for */
+    qs_gather_buffer *buffer = &f->buffers[gather->buffer];
+    QS_TRY(settle(f, gather->buffer)); /* a gather ahead that nobody came for */
+    const int u = gather->unit;
     const size_t bytes = f->layouts[u].message_bytes;
     const uint8_t *share = f->share[u];
-    buffer->unit = -1;
     QS_TRY(qs_queue_after(f->queue, buffer->released)); /* kernels may still read the old unit */
     if (f->offloaded[u]) {
         uint8_t *place = buffer->bytes + bytes * (size_t)f->rank;
@@ -312,7 +304,6 @@ static qs_status start_gather(qs_fsdp *f, qs_gather_buffer *buffer, int u)
     if (f->nranks > 1) {
         QS_TRY(qs_comm_all_gather(f->comm, share, buffer->bytes, bytes, f->queue));
     }
-    buffer->unit = u;
     buffer->in_flight = true;
     buffer->landed = qs_event_record(f->queue);
     f->stats.gathers++;
@@ -320,72 +311,57 @@ static qs_status start_gather(qs_fsdp *f, qs_gather_buffer *buffer, int u)
     return QS_OK;
 }
 
+/* A buffer whose gather could not start or end holds nothing. */
+static qs_status drop_on_error(qs_fsdp *f, int buffer, qs_status st)
+{
+    if (st != QS_OK) {
+        qs_gather_plan_drop(&f->plan, buffer);
+    }
+    return st;
+}
+
 /* ---- acquire, release ---- */
 
-static int units_held(const qs_fsdp *f)
+qs_status qs_fsdp_begin(qs_fsdp *f, const int *units, int count)
 {
-    int count = 0;
-    for (int u = 0; u < f->index->n_units; u++) {
-        count += f->held[u] > 0;
-    }
-    return count;
+    return qs_gather_plan_begin(&f->plan, units, count);
 }
 
-static qs_status check_acquire(const qs_fsdp *f, int u, int next)
+static qs_status wait_for_gather(qs_fsdp *f, int buffer)
 {
-    int n_units = f->index->n_units;
-    if (u < 0 || u >= n_units || next < -1 || next >= n_units) {
-        return QS_FAIL(QS_ERR_BUG, "acquire of unit %d and %d: there are %d", u, next, n_units);
+    if (!f->buffers[buffer].in_flight) {
+        return QS_OK;
     }
-    if (f->held[u] == 0 && units_held(f) == QS_GATHER_BUFFERS) {
-        return QS_FAIL(QS_ERR_BUG, "acquire of unit %d while %d others are held", u,
-                       QS_GATHER_BUFFERS);
+    const double since = qs_time_s();
+    const qs_status st = settle(f, buffer);
+    f->stats.wait_s += qs_time_s() - since;
+    return st;
+}
+
+static qs_status gather_ahead(qs_fsdp *f)
+{
+    qs_gather next;
+    while (qs_gather_plan_ahead(&f->plan, &next)) {
+        QS_TRY(drop_on_error(f, next.buffer, start_gather(f, &next)));
     }
     return QS_OK;
 }
 
-/* True where the unit is whole in this rank's share, so that nothing has to move. */
-static bool is_at_hand(const qs_fsdp *f, int u)
+qs_status qs_fsdp_acquire(qs_fsdp *f, int u, qs_unit_view *view)
 {
-    return f->nranks == 1 && !f->offloaded[u];
-}
-
-static qs_status acquire_gathered(qs_fsdp *f, int u, int next, const uint8_t **base)
-{
-    qs_gather_buffer *mine = buffer_of(f, u);
-    if (mine == NULL) {
-        mine = choose_buffer(f, next);
-        QS_TRY(start_gather(f, mine, u));
+    qs_gather mine;
+    bool gather = false;
+    QS_TRY(qs_gather_plan_acquire(&f->plan, u, &mine, &gather));
+    if (gather) {
+        QS_TRY(drop_on_error(f, mine.buffer, start_gather(f, &mine)));
     }
-    if (mine->in_flight) {
-        double since = qs_time_s();
-        qs_status st = settle(f, mine);
-        f->stats.wait_s += qs_time_s() - since;
-        QS_TRY(st);
+    if (mine.buffer >= 0) {
+        QS_TRY(drop_on_error(f, mine.buffer, wait_for_gather(f, mine.buffer)));
     }
-    mine->held++;
-    mine->used = ++f->clock;
-    *base = mine->bytes;
-    if (next >= 0 && !is_at_hand(f, next) && buffer_of(f, next) == NULL) {
-        qs_gather_buffer *other = choose_buffer(f, -1);
-        if (other != NULL) { /* else both are held, and `next` is gathered when its turn comes */
-            QS_TRY(start_gather(f, other, next));
-        }
-    }
-    return QS_OK;
-}
-
-qs_status qs_fsdp_acquire(qs_fsdp *f, int u, int next, qs_unit_view *view)
-{
-    QS_TRY(check_acquire(f, u, next));
     view->layout = f->layouts[u];
-    if (is_at_hand(f, u)) {
-        view->base = f->share[u];
-    } else {
-        QS_TRY(acquire_gathered(f, u, next, &view->base));
-    }
+    view->base = mine.buffer < 0 ? f->whole[u] : f->buffers[mine.buffer].bytes;
     f->held[u]++;
-    return QS_OK;
+    return gather_ahead(f);
 }
 
 qs_status qs_fsdp_release(qs_fsdp *f, int u)
@@ -394,10 +370,10 @@ qs_status qs_fsdp_release(qs_fsdp *f, int u)
         return QS_FAIL(QS_ERR_BUG, "release of unit %d, which is not held", u);
     }
     f->held[u]--;
-    if (!is_at_hand(f, u)) {
-        qs_gather_buffer *buffer = buffer_of(f, u);
-        buffer->held--;
-        buffer->released = qs_event_record(f->compute);
+    if (!f->at_hand[u]) {
+        const int buffer = qs_gather_plan_buffer_of(&f->plan, u);
+        qs_gather_plan_release(&f->plan, u);
+        f->buffers[buffer].released = qs_event_record(f->compute);
     }
     return QS_OK;
 }

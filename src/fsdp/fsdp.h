@@ -1,11 +1,11 @@
 /* Fully sharded base: every rank keeps its share of each unit, and sees a whole unit only between
  * acquire and release.
  *
- * acquire(u, next) waits for the gather of u, starts the gather of `next` into the other buffer,
- * and hands out a view of u. The gathers run on a queue of their own; the compute queue polls it
- * between tiles (qs_queue_set_idle). With one rank nothing is copied: the share is the unit. Zhao
- * et al. 2023, arXiv:2304.11277 (FSDP); the unit protocol with two buffers is theirs, the bytes
- * are NF4. */
+ * A pass announces the order in which it will use units (qs_fsdp_begin). acquire(u) waits for the
+ * gather of u, starts the gathers of the next ones into the buffers that are free, and hands out a
+ * view of u. The gathers run on a queue of their own; the compute queue polls it between tiles
+ * (qs_queue_set_idle). With one rank nothing is copied: the share is the unit. Zhao et al. 2023,
+ * arXiv:2304.11277 (FSDP); the unit protocol is theirs, the bytes are NF4. */
 #ifndef QS_FSDP_FSDP_H
 #define QS_FSDP_FSDP_H
 
@@ -18,8 +18,6 @@
 #include "weights/base_file.h"
 
 typedef struct qs_fsdp qs_fsdp;
-
-enum { QS_GATHER_BUFFERS = 2 }; /* units that are whole on a rank at a time */
 
 typedef struct {
     uint64_t gathered_bytes; /* received from others by gathers */
@@ -34,20 +32,26 @@ typedef struct {
     int64_t max_tokens;      /* of one qs_fsdp_embed call */
     bool offload_layers;     /* keep the layers' shares in pinned host memory */
     bool offload_vocabulary; /* likewise embedding and head */
+    int64_t prefetch;        /* gathers ahead of use, 1 to QS_PREFETCH_MAX; one buffer more */
+    int64_t keep_resident;   /* layers that every rank keeps whole on the device */
 } qs_fsdp_options;
 
-/** Read this rank's share of every unit into the memory of the compute queue's device and allocate
- * the two gather buffers. Collective. `index` is borrowed. */
+/** Read this rank's share of every unit into the memory of the compute queue's device, gather the
+ * layers that stay, and allocate the gather buffers. Collective. `index` is borrowed. */
 qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
                          qs_queue *compute, const qs_fsdp_options *options);
 void qs_fsdp_destroy(qs_fsdp *fsdp);
 
-/** The unit `u`, whole, in device memory, for what is given to the compute queue until
- * qs_fsdp_release. `next` (-1: none) is gathered meanwhile.
- * Collective: all ranks, same order. At most two units are held at a time. A unit that still lies
- * in a buffer, released or not, is not gathered again. QS_ERR_BUG for a third unit, or for the
- * release of one that is not held. */
-qs_status qs_fsdp_acquire(qs_fsdp *fsdp, int u, int next, qs_unit_view *view);
+/** Announce the order in which the next calls of qs_fsdp_acquire use units: `units` [count], at
+ * most three times as many as there are. Collective: all ranks, the same order. */
+qs_status qs_fsdp_begin(qs_fsdp *fsdp, const int *units, int count);
+
+/** The unit `u`, the next of the order, whole, in device memory, for what is given to the compute
+ * queue until qs_fsdp_release. Those behind it in the order are gathered meanwhile.
+ * Collective: all ranks, same order. A unit that still lies in a buffer, released or not, is not
+ * gathered again. QS_ERR_BUG out of order, with all buffers held (prefetch + 1), or for the release
+ * of a unit that is not held. */
+qs_status qs_fsdp_acquire(qs_fsdp *fsdp, int u, qs_unit_view *view);
 qs_status qs_fsdp_release(qs_fsdp *fsdp, int u);
 
 /** Rows of the embedding table for `tokens` [count] (host memory), in the ops' act_dtype, into out
@@ -57,8 +61,14 @@ qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, voi
 
 qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *fsdp);
 
-/** Bytes that qs_fsdp_create will hold for a rank, for the plan: shares on the device and in pinned
- * host memory, gather buffers, and what the embedding's exchange takes on either side. */
+/** Whether a rank of `nranks` never gathers unit `u`: all of a single rank's that lie on its
+ * device, and the layers that stay. Those are spread evenly over the model, so that the gathers
+ * between them have twice the time where every second layer stays. */
+bool qs_fsdp_at_hand(const qs_base_index *index, int u, int nranks, const qs_fsdp_options *options);
+
+/** Bytes that qs_fsdp_create will hold for a rank, for the plan: shares (and layers that stay) on
+ * the device, shares in pinned host memory, gather buffers, and what the embedding's exchange takes
+ * on either side. */
 typedef struct {
     size_t device_shard_bytes, host_shard_bytes, gather_bytes;
     size_t embed_device_bytes, embed_host_bytes;

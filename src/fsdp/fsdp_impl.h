@@ -3,6 +3,7 @@
 #define QS_FSDP_FSDP_IMPL_H
 
 #include "fsdp/fsdp.h"
+#include "fsdp/gather_plan.h"
 #include "shard/shard.h"
 
 /** Fill this rank's share of unit `u` (what qs_base_read_share does) and add the bytes read to
@@ -36,15 +37,12 @@ typedef struct {
     qs_event rows_read;  /* compute has read `rows` */
 } qs_embed;
 
-/** One of the two gather buffers. `unit` is what it holds or is about to hold (-1: nothing). */
+/** What is under way into a gather buffer; which unit that is, the plan knows. */
 typedef struct {
     uint8_t *bytes;
-    int unit;
-    int held;          /* acquires that have not been released */
     bool in_flight;    /* the gather has not been waited for */
     qs_event landed;   /* valid while in_flight */
     qs_event released; /* compute has passed what was given to it before the last release */
-    uint64_t used;     /* when it was last acquired, for the choice of a victim */
 } qs_gather_buffer;
 
 struct qs_fsdp {
@@ -59,11 +57,13 @@ struct qs_fsdp {
     qs_unit_layout *layouts; /* [n_units] */
     uint8_t **share;         /* [n_units] this rank's message of each unit */
     bool *offloaded;         /* [n_units] the share lies in pinned host memory */
-    uint8_t *shares;         /* those on the device */
+    bool *at_hand;           /* [n_units] whole in `whole`: never gathered */
+    uint8_t **whole;         /* [n_units] messages of all ranks, NULL: gathered when used */
+    uint8_t *shares;         /* those on the device, and units that stay */
     uint8_t *host_shares;    /* those in pinned host memory */
     int *held;               /* [n_units] acquires per unit */
-    qs_gather_buffer buffers[QS_GATHER_BUFFERS];
-    uint64_t clock;
+    qs_gather_plan plan;
+    qs_gather_buffer buffers[QS_GATHER_BUFFERS_MAX];
     qs_embed embed;
     qs_fsdp_stats stats;
 };

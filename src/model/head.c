@@ -47,16 +47,15 @@ static qs_head_state state_for(const qs_micro_acts *micro, bool keep)
     return state;
 }
 
-qs_status qs_head_run(qs_model *model, int64_t count, bool keep, int next)
+qs_status qs_head_run(qs_model *model, int64_t count, bool keep)
 {
     const int chunks = qs_base_head_chunks(model->index);
     for (int c = 0; c < chunks; c++) {
         const int u = qs_base_head_unit(model->index, c);
         const qs_base_unit *unit = &model->index->units[u];
         const qs_weight w = qs_model_weight(model, &unit->tensors[0]);
-        const int after = c + 1 < chunks ? qs_base_head_unit(model->index, c + 1) : next;
         qs_unit_view view;
-        QS_TRY(qs_fsdp_acquire(model->fsdp, u, after, &view));
+        QS_TRY(qs_fsdp_acquire(model->fsdp, u, &view));
         for (int64_t g = 0; g < count; g++) {
             qs_head_state state = state_for(&model->micro[g], keep);
             if (state.rows == 0) {

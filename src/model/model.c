@@ -79,6 +79,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     m->lora = lora;
     m->shape = *shape;
     set_widths(m);
+    QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
     QS_GOTO(qs_model_load_params(m));
     QS_GOTO(allocate_buffers(m));
     *out = m;
@@ -102,6 +103,7 @@ void qs_model_destroy(qs_model *m)
     }
     qs_mem_free(m->micro);
     qs_mem_free(m->layers);
+    qs_mem_free(m->order);
     void *const on_device[] = {
         m->activation_block, m->work_block, m->small,          m->maps,
         m->rope.cos,         m->rope.sin,   m->rope_local.cos, m->rope_local.sin};
@@ -109,6 +111,29 @@ void qs_model_destroy(qs_model *m)
         qs_device_free(m->device, on_device[i]);
     }
     qs_mem_free(m);
+}
+
+int qs_model_order(const qs_base_index *index, bool backward, int *units)
+{
+    const int layers = index->config.n_layers, chunks = qs_base_head_chunks(index);
+    int count = 0;
+    for (int l = 0; l < layers; l++) {
+        units[count++] = qs_base_layer_unit(index, l);
+    }
+    for (int c = 0; c < chunks; c++) {
+        units[count++] = qs_base_head_unit(index, c);
+    }
+    for (int l = layers - 1; backward && l >= 0; l--) {
+        units[count++] = qs_base_layer_unit(index, l);
+    }
+    return count;
+}
+
+/* Tell the gathers what this pass will use. */
+static qs_status announce(qs_model *m, bool backward)
+{
+    const int count = qs_model_order(m->index, backward, m->order);
+    return qs_fsdp_begin(m->fsdp, m->order, count);
 }
 
 double qs_model_flops(const qs_model *m)
@@ -194,7 +219,7 @@ static qs_status layer_up(qs_model *m, int layer, int64_t g, const qs_unit_view 
     return qs_offload_after_forward(m, g, layer, batch->n_tokens);
 }
 
-/* Layers upwards; the gather after the last one is the first chunk of the head. */
+/* Layers upwards. */
 static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count,
                          const qs_model_noise *noise)
 {
@@ -202,11 +227,9 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count
     QS_TRY(embed(m, group, count));
     for (int l = 0; l < layers; l++) {
         const int u = qs_base_layer_unit(m->index, l);
-        const int next =
-            l + 1 < layers ? qs_base_layer_unit(m->index, l + 1) : qs_base_head_unit(m->index, 0);
         qs_unit_view view;
         qs_range_begin(m->queue, "layer %d forward", l);
-        QS_TRY(qs_fsdp_acquire(m->fsdp, u, next, &view));
+        QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
         QS_TRY(qs_layer_open(m, l, &view));
         for (int64_t g = 0; g < count; g++) {
             if (!is_idle(&group[g])) {
@@ -221,7 +244,7 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count
 }
 
 static qs_status head(qs_model *m, const qs_micro_batch *group, int64_t count, float loss_scale,
-                      bool keep, int next)
+                      bool keep)
 {
     qs_range_begin(m->queue, "head");
     for (int64_t g = 0; g < count; g++) {
@@ -229,7 +252,7 @@ static qs_status head(qs_model *m, const qs_micro_batch *group, int64_t count, f
             QS_TRY(qs_head_begin(m, &m->micro[g]));
         }
     }
-    QS_TRY(qs_head_run(m, count, keep, next));
+    QS_TRY(qs_head_run(m, count, keep));
     for (int64_t g = 0; g < count; g++) {
         if (!is_idle(&group[g])) {
             QS_TRY(qs_head_end(m, &m->micro[g], group[g].batch->n_tokens, loss_scale, keep));
@@ -264,10 +287,9 @@ static qs_status backward(qs_model *m, const qs_micro_batch *group, int64_t coun
 {
     for (int l = m->config->n_layers - 1; l >= 0; l--) {
         const int u = qs_base_layer_unit(m->index, l);
-        const int next = l > 0 ? qs_base_layer_unit(m->index, l - 1) : -1;
         qs_unit_view view;
         qs_range_begin(m->queue, "layer %d backward", l);
-        QS_TRY(qs_fsdp_acquire(m->fsdp, u, next, &view));
+        QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
         QS_TRY(qs_layer_open(m, l, &view));
         for (int64_t g = 0; g < count; g++) {
             if (group[g].slot >= 0) {
@@ -298,17 +320,18 @@ static qs_status collect_losses(qs_model *m, qs_micro_batch *group, int64_t coun
 qs_status qs_model_train_pass(qs_model *m, qs_micro_batch *group, int64_t count, float loss_scale,
                               const qs_model_noise *noise, qs_grads *grads, bool reduce)
 {
-    const int last_layer = qs_base_layer_unit(m->index, m->config->n_layers - 1);
+    QS_TRY(announce(m, true));
     QS_TRY(forward(m, group, count, noise));
-    QS_TRY(head(m, group, count, loss_scale, true, last_layer));
+    QS_TRY(head(m, group, count, loss_scale, true));
     QS_TRY(backward(m, group, count, noise, grads, reduce));
     return collect_losses(m, group, count);
 }
 
 qs_status qs_model_eval_pass(qs_model *m, qs_micro_batch *group, int64_t count)
 {
+    QS_TRY(announce(m, false));
     QS_TRY(forward(m, group, count, NULL));
-    QS_TRY(head(m, group, count, 0, false, -1));
+    QS_TRY(head(m, group, count, 0, false));
     return collect_losses(m, group, count);
 }
 
@@ -365,6 +388,7 @@ qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *l
     const int64_t hidden = m->config->hidden;
     qs_micro_acts *micro = &m->micro[0];
     int64_t rows = 0;
+    QS_TRY(announce(m, false));
     QS_TRY(forward(m, &one, 1, NULL));
     if (!is_idle(&one)) {
         QS_TRY(pick_rows(m, batch, all, &rows));
@@ -376,8 +400,7 @@ qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *l
     for (int c = 0; c < chunks; c++) {
         const int u = qs_base_head_unit(m->index, c);
         qs_unit_view view;
-        QS_TRY(qs_fsdp_acquire(m->fsdp, u, c + 1 < chunks ? qs_base_head_unit(m->index, c + 1) : -1,
-                               &view));
+        QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
         if (rows > 0) {
             QS_TRY(logits_of_chunk(m, c, &view, &x, logits));
         }

@@ -72,6 +72,11 @@ qs_status qs_model_eval_pass(qs_model *model, qs_micro_batch *group, int64_t cou
  * token, in host memory. Collective. */
 qs_status qs_model_logits(qs_model *model, const qs_batch *batch, bool all, float *logits);
 
+/** Units in the order in which a pass uses them: layers up, head and, with `backward`, layers down.
+ * \param [out] units  [3 n_units].
+ * \return how many. */
+int qs_model_order(const qs_base_index *index, bool backward, int *units);
+
 /** Floating-point operations of this rank so far, by the formula of the issue: 2 per multiply-add
  * of linears, LoRA, attention and head. */
 double qs_model_flops(const qs_model *model);

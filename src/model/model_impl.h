@@ -99,6 +99,7 @@ struct qs_model {
     int64_t border;   /* columns */
     size_t act_bytes; /* of one element of act_dtype */
 
+    int *order; /* [3 n_units] of the pass at hand */
     qs_layer_params *layers;
     const float *final_norm;
     float *small; /* all norms and biases */
@@ -151,9 +152,8 @@ qs_status qs_input_create(qs_model *model, qs_micro_input *input);
 /** The rows of a micro-batch that carry loss, through the final norm, into a fresh head state. */
 qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro);
 
-/** All chunks of the vocabulary past all micro-batches of the group; `next` is the unit after the
- * last chunk. */
-qs_status qs_head_run(qs_model *model, int64_t count, bool keep, int next);
+/** All chunks of the vocabulary past all micro-batches of the group. */
+qs_status qs_head_run(qs_model *model, int64_t count, bool keep);
 
 /** Losses of one micro-batch on their way to its mirror and, with `keep`, the gradient of its last
  * layer's output in micro->dx. */

@@ -1,5 +1,9 @@
 #include "train/forecast.h"
 
+#include <string.h>
+
+#include "base/mem.h"
+#include "fsdp/gather_plan.h"
 #include "kernels/cuda/ops_cuda.h"
 
 /* ---- what the device and the links give: docs/planning.md ---- */
@@ -158,23 +162,76 @@ static double decode_bytes(const work_sizes *z)
     return z->passes * bytes;
 }
 
-/* What a rank receives when the units [first, first + count) are gathered, in all passes. */
-static double gathered_bytes(const work_sizes *z, int first, int count)
+/* ---- gathers ---- */
+
+typedef enum { UP, HEAD, DOWN, STRETCHES } stretch;
+
+/* Which stretch of a pass the use at `position` belongs to. */
+static stretch stretch_of(const qs_base_index *index, int position)
 {
-    const int nranks = z->s->shard.nranks;
-    double bytes = 0;
-    for (int u = first; u < first + count; u++) {
-        bytes += (double)qs_unit_layout_make(&z->s->index->units[u].size, nranks).message_bytes;
-    }
-    return z->passes * bytes * (nranks - 1);
+    const int layers = index->config.n_layers;
+    return position < layers ? UP : position < layers + qs_base_head_chunks(index) ? HEAD : DOWN;
 }
 
-/* The buffers still hold the first layers, which the backward before ended with. */
-static double forward_gather_bytes(const work_sizes *z)
+static void count_gather(const qs_session *s, const qs_gather *gather, double *bytes)
 {
-    const int kept = z->layers < QS_GATHER_BUFFERS ? (int)z->layers : QS_GATHER_BUFFERS;
-    return gathered_bytes(z, qs_base_layer_unit(z->s->index, kept), (int)z->layers - kept);
+    const int nranks = s->shard.nranks;
+    const qs_base_unit *unit = &s->index->units[gather->unit];
+    const double message = (double)qs_unit_layout_make(&unit->size, nranks).message_bytes;
+    bytes[stretch_of(s->index, gather->position)] += message * (nranks - 1);
 }
+
+/* One pass through the plan that the run itself follows. */
+static qs_status walk_pass(const qs_session *s, qs_gather_plan *plan, const int *order, int count,
+                           double *bytes)
+{
+    QS_TRY(qs_gather_plan_begin(plan, order, count));
+    for (int i = 0; i < count; i++) {
+        qs_gather mine, next;
+        bool gather = false;
+        QS_TRY(qs_gather_plan_acquire(plan, order[i], &mine, &gather));
+        if (gather) {
+            count_gather(s, &mine, bytes);
+        }
+        while (qs_gather_plan_ahead(plan, &next)) {
+            count_gather(s, &next, bytes);
+        }
+        if (mine.buffer >= 0) {
+            qs_gather_plan_release(plan, order[i]);
+        }
+    }
+    return QS_OK;
+}
+
+/* What a rank receives in a pass, by stretches: in the second of two, since the first finds empty
+ * buffers. */
+static qs_status gathers_of_pass(const qs_session *s, double bytes[STRETCHES])
+{
+    qs_status st = QS_OK;
+    const int units = s->index->n_units;
+    const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
+    qs_gather_plan plan = {0};
+    bool *at_hand = NULL;
+    int *order = NULL;
+    QS_GOTO(QS_ALLOC(&at_hand, units, QS_MEM_WORK));
+    QS_GOTO(QS_ALLOC(&order, 3 * units, QS_MEM_WORK));
+    for (int u = 0; u < units; u++) {
+        at_hand[u] = qs_fsdp_at_hand(s->index, u, s->shard.nranks, &options);
+    }
+    QS_GOTO(qs_gather_plan_create(&plan, at_hand, units, options.prefetch));
+    const int count = qs_model_order(s->index, true, order);
+    for (int pass = 0; pass < 2; pass++) {
+        memset(bytes, 0, STRETCHES * sizeof *bytes);
+        QS_GOTO(walk_pass(s, &plan, order, count, bytes));
+    }
+done:
+    qs_gather_plan_destroy(&plan);
+    qs_mem_free(order);
+    qs_mem_free(at_hand);
+    return st;
+}
+
+/* ---- stretches ---- */
 
 static qs_step_phase forward_phase(const work_sizes *z)
 {
@@ -182,34 +239,21 @@ static qs_step_phase forward_phase(const work_sizes *z)
     return (qs_step_phase){.product_flops = forward_flops(z, QS_Q, QS_DOWN),
                            .attention_flops = 4 * z->pairs * z->q,
                            .memory_bytes =
-                               decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes,
-                           .gather_bytes = forward_gather_bytes(z)};
+                               decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes};
 }
 
 /* Logits are written in fp32, read twice, and their exponentials written and read in bf16; the
  * running sum over the vocabulary is read and written once a slice. */
 static qs_step_phase head_phase(const work_sizes *z)
 {
-    const int chunks = qs_base_head_chunks(z->s->index);
     return (qs_step_phase){.product_flops = 4 * z->targets * z->h * z->v,
-                           .memory_bytes = z->targets * z->v * (16 + 8 * z->h / QS_CUDA_HEAD_SLICE),
-                           .gather_bytes =
-                               gathered_bytes(z, qs_base_head_unit(z->s->index, 0), chunks)};
-}
-
-/* The last layer is still there only if the head had no more than one chunk to take its place. */
-static double backward_gather_bytes(const work_sizes *z)
-{
-    const int first = qs_base_layer_unit(z->s->index, 0);
-    const bool kept = qs_base_head_chunks(z->s->index) < QS_GATHER_BUFFERS;
-    return gathered_bytes(z, first, (int)z->layers - kept);
+                           .memory_bytes =
+                               z->targets * z->v * (16 + 8 * z->h / QS_CUDA_HEAD_SLICE)};
 }
 
 static qs_step_phase backward_phase(const work_sizes *z, int recompute)
 {
-    qs_step_phase p = {.product_flops = backward_flops(z),
-                       .attention_flops = 8 * z->pairs * z->q,
-                       .gather_bytes = backward_gather_bytes(z)};
+    qs_step_phase p = {.product_flops = backward_flops(z), .attention_flops = 8 * z->pairs * z->q};
     double elements = backward_elements(z);
     if (recompute == QS_RECOMPUTE_FULL) {
         p.product_flops += forward_flops(z, QS_Q, QS_O);
@@ -235,11 +279,13 @@ static double reduce_bytes(const work_sizes *z)
     return (z->s->nranks - 1) * share * ((double)sizeof(float) + z->act_bytes);
 }
 
-qs_step_work qs_step_work_make(const qs_session *s, const qs_data *train,
-                               const qs_model_shape *shape, int64_t slots)
+qs_status qs_step_work_make(qs_step_work *out, const qs_session *s, const qs_data *train,
+                            const qs_model_shape *shape, int64_t slots)
 {
     const work_sizes z = sizes_of(s, train, shape, slots);
-    return (qs_step_work){.forward = forward_phase(&z),
+    double gathered[STRETCHES];
+    QS_TRY(gathers_of_pass(s, gathered));
+    *out = (qs_step_work){.forward = forward_phase(&z),
                           .head = head_phase(&z),
                           .backward = backward_phase(&z, shape->recompute),
                           .nranks = s->nranks,
@@ -247,6 +293,10 @@ qs_step_work qs_step_work_make(const qs_session *s, const qs_data *train,
                           .reduce_bytes = reduce_bytes(&z),
                           .all_tokens = (double)s->config.train.global_batch *
                                         (double)train->n_tokens / (double)train->n_sequences};
+    out->forward.gather_bytes = z.passes * gathered[UP];
+    out->head.gather_bytes = z.passes * gathered[HEAD];
+    out->backward.gather_bytes = z.passes * gathered[DOWN];
+    return QS_OK;
 }
 
 static double phase_flops(const qs_step_phase *phase)

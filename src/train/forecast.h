@@ -25,9 +25,9 @@ typedef struct {
 } qs_step_work;
 
 /** Of `s` the plan's part is looked at alone (session.h). Lengths are the means of the data, and
- * every sequence counts as one with loss. */
-qs_step_work qs_step_work_make(const qs_session *s, const qs_data *train,
-                               const qs_model_shape *shape, int64_t slots);
+ * every sequence counts as one with loss. Fails for lack of memory only. */
+qs_status qs_step_work_make(qs_step_work *out, const qs_session *s, const qs_data *train,
+                            const qs_model_shape *shape, int64_t slots);
 
 double qs_step_flops(const qs_step_work *work);
 double qs_step_gather_bytes(const qs_step_work *work);

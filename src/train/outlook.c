@@ -92,8 +92,7 @@ qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs
     const int64_t slots = qs_sampler_make(cfg, in->train).slots;
     const qs_model_shape shape = qs_plan_shape(&s, in->train, in->eval, slots);
     out->memory = qs_memory_plan_make(&s, in->train, in->eval, &shape, slots);
-    out->work = qs_step_work_make(&s, in->train, &shape, slots);
-    return QS_OK;
+    return qs_step_work_make(&out->work, &s, in->train, &shape, slots);
 }
 
 size_t qs_outlook_needed(const qs_outlook *outlook)
@@ -114,6 +113,8 @@ size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place)
 
 /* Changes of the configuration, those that cost the least time first. */
 typedef enum {
+    RESIDENT_0,
+    PREFETCH_1,
     SELECTIVE,
     FULL,
     GROUP_1,
@@ -132,6 +133,8 @@ static bool has(unsigned changes, change c)
 static qs_config changed(const qs_config *cfg, unsigned changes)
 {
     qs_config out = *cfg;
+    out.shard.keep_resident = has(changes, RESIDENT_0) ? 0 : out.shard.keep_resident;
+    out.shard.prefetch = has(changes, PREFETCH_1) ? 1 : out.shard.prefetch;
     if (has(changes, SELECTIVE) && out.train.recompute == QS_RECOMPUTE_NONE) {
         out.train.recompute = QS_RECOMPUTE_SELECTIVE;
     }
@@ -196,8 +199,9 @@ static void add_text(char *out, size_t capacity, const char *text)
 
 static void describe_changes(unsigned changes, const qs_config *cfg, char *out, size_t capacity)
 {
-    static const char *const texts[] = {"train.recompute: selective", "train.recompute: full",
-                                        "train.gather_group: 1", "train.micro_batch: 1"};
+    static const char *const texts[] = {"shard.keep_resident: 0",     "shard.prefetch: 1",
+                                        "train.recompute: selective", "train.recompute: full",
+                                        "train.gather_group: 1",      "train.micro_batch: 1"};
     static const char *const moved[] = {"activations", "weights", "embedding"}; /* bit by bit */
     const qs_config to = changed(cfg, changes);
     out[0] = '\0';

@@ -129,18 +129,21 @@ qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *devi
     size_t free_bytes = 0, total_bytes = 0;
     qs_device_memory(device, &free_bytes, &total_bytes);
     if (limit_bytes > 0 && needed > (size_t)limit_bytes) {
-        return QS_FAIL(QS_ERR_MEMORY,
-                       "memory.device_limit is %lld bytes, a rank would need %zu: lower "
-                       "train.micro_batch or train.gather_group, set train.recompute: full, or use "
-                       "more ranks",
-                       (long long)limit_bytes, needed);
+        return QS_FAIL(
+            QS_ERR_MEMORY,
+            "memory.device_limit is %lld bytes, a rank would need %zu: lower "
+            "train.micro_batch, train.gather_group, shard.keep_resident or shard.prefetch, set "
+            "train.recompute: full, or use "
+            "more ranks",
+            (long long)limit_bytes, needed);
     }
     if (total_bytes > 0 && qs_memory_plan_needed(plan) > free_bytes) {
         return QS_FAIL(
             QS_ERR_MEMORY,
             "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of "
             "%zu "
-            "are free: lower train.micro_batch or train.gather_group, set train.recompute: full or "
+            "are free: lower train.micro_batch, train.gather_group, shard.keep_resident or "
+            "shard.prefetch, set train.recompute: full or "
             "memory.offload: [activations, weights, embedding], or use more ranks",
             qs_device_name(device), needed, qs_memory_plan_needed(plan) - needed, free_bytes,
             total_bytes);

@@ -195,7 +195,9 @@ qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shap
     return (qs_fsdp_options){.ops = s->ops,
                              .max_tokens = shape->max_tokens,
                              .offload_layers = (offload & QS_OFFLOAD_WEIGHTS) != 0,
-                             .offload_vocabulary = (offload & QS_OFFLOAD_EMBEDDING) != 0};
+                             .offload_vocabulary = (offload & QS_OFFLOAD_EMBEDDING) != 0,
+                             .prefetch = s->config.shard.prefetch,
+                             .keep_resident = s->config.shard.keep_resident};
 }
 
 static int64_t lora_count(const qs_session *s)

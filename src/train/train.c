@@ -551,8 +551,12 @@ static void compare_with_forecast(const run *r)
         return;
     }
     const qs_links links = qs_links_usual(kind, qs_comm_local_nranks(r->comm));
-    const qs_step_work work =
-        qs_step_work_make(&r->session, r->train_data, &r->shape, r->sampler.slots);
+    qs_step_work work;
+    if (qs_step_work_make(&work, &r->session, r->train_data, &r->shape, r->sampler.slots) !=
+        QS_OK) {
+        qs_error_clear(); /* no memory for a line that says nothing about the run's success */
+        return;
+    }
     const qs_forecast f = qs_forecast_make(&work, kind, &links);
     qs_log_info("a step took %.1f ms (mean of %" PRId64
                 "); forecast for %s: %.1f ms (compute %.1f, "

@@ -17,9 +17,10 @@ static qs_status units_and_rows(qs_fsdp *f, int rank)
     }
     QS_TRY(qs_fsdp_embed(f, tokens, count, rows));
     QS_TRY(fx_check_rows(tokens, count, rows));
+    QS_TRY(fx_announce_all(f));
     for (int u = 0; u < FX_UNITS; u++) {
         qs_unit_view view;
-        QS_TRY(qs_fsdp_acquire(f, u, u + 1 < FX_UNITS ? u + 1 : -1, &view));
+        QS_TRY(qs_fsdp_acquire(f, u, &view));
         QS_TRY(fx_check_view(&view, u));
         QS_TRY(qs_fsdp_release(f, u));
     }
