@@ -54,6 +54,18 @@ class SameBits(unittest.TestCase):
                     self.assertLessEqual(line["base_bytes"], base_bound(total["read_bytes"], members))
                     self.assertEqual(line["gathered_bytes"] == 0, members == 1)
 
+    def test_layers_that_stay_and_gathers_ahead(self):
+        """Other gathers, fewer with more room, the same bits."""
+        gathered = {}
+        for ranks, keep, prefetch in ((2, 0, 1), (2, 0, 3), (2, 1, 1), (2, 99, 1), (3, 1, 2)):
+            with self.subTest(ranks=ranks, keep=keep, prefetch=prefetch):
+                output = self.same_as_reference(f"keep-{ranks}-{keep}-{prefetch}", ranks=ranks,
+                                                shard__keep_resident=keep, shard__prefetch=prefetch)
+                gathered[ranks, keep, prefetch] = support.metrics(output, "ranks.jsonl")[-1]["gathered_bytes"]
+        self.assertLess(gathered[2, 0, 3], gathered[2, 0, 1])
+        self.assertLess(gathered[2, 1, 1], gathered[2, 0, 1])
+        self.assertLess(gathered[2, 99, 1], gathered[2, 1, 1])
+
     def test_ranks_that_are_no_multiple_of_the_group(self):
         done = support.train(os.path.join(self.folder, "uneven"), ranks=3, shard__group=2, expect=2)
         self.assertRegex(done.stderr, r"error\[E203\] shard.group: 2, but the run has 3 ranks")
