@@ -12,6 +12,7 @@ enum { N_RANK_COUNTS = sizeof rank_counts / sizeof *rank_counts };
 typedef struct {
     qs_lora_layout layout;
     int64_t slots, group;
+    int per_host;        /* ranks of each of several hosts: two levels; 0: one */
     bool attached;       /* reductions in the queue of the gathers */
     const float *expect; /* [n_layers * per_layer] */
     double norm;         /* of `expect` */
@@ -85,16 +86,42 @@ static void free_case(tree_case *t)
     free((void *)t->expect);
 }
 
+/* ---- levels ---- */
+
+static void levels_destroy(qs_levels *levels)
+{
+    qs_comm_destroy(levels->inside);
+    qs_comm_destroy(levels->across);
+}
+
+/* The ranks as they are, or as if each `per_host` neighbours were a host's. */
+static qs_status levels_make(qs_levels *levels, team_member *me, int per_host)
+{
+    *levels = (qs_levels){.world = me->comm};
+    if (per_host == 0) {
+        return QS_OK;
+    }
+    QS_TRY(qs_comm_split(me->comm, me->rank / per_host, &levels->inside));
+    return qs_comm_split(me->comm, me->rank % per_host, &levels->across);
+}
+
+static qs_status grads_make(qs_grads **out, const tree_case *t, const qs_levels *levels,
+                            team_member *me)
+{
+    return qs_grads_create(out, &t->layout, qs_ops_cpu(), levels, me->queue, t->slots, t->group);
+}
+
 /* ---- bits ---- */
 
-static qs_status one_step(team_member *me, tree_case *t, qs_grads *grads, float *full)
+static qs_status one_step(team_member *me, tree_case *t, const qs_levels *levels, qs_grads *grads,
+                          float *full)
 {
     float *shard = NULL;
     double norm = 0;
     QS_TRY(fx_backward(grads, &t->layout, me->rank, me->nranks, t->slots, t->group));
     QS_TRY(qs_grads_finish(grads, &shard));
     QS_TRY(qs_grads_norm(grads, shard, &norm));
-    QS_TRY(qs_lora_gather(&t->layout, me->comm, me->queue, shard, full));
+    QS_TRY(qs_lora_gather(&t->layout, levels, me->queue, shard, full));
     for (int64_t i = 0; i < t->layout.n_layers * t->layout.per_layer; i++) {
         TEAM_CHECK(memcmp(&full[i], &t->expect[i], sizeof *full) == 0, "element %d is %a, not %a",
                    (int)i, (double)full[i], (double)t->expect[i]);
@@ -110,9 +137,10 @@ static qs_status tree_body(team_member *me)
     qs_grads *grads = NULL;
     qs_fsdp *f = NULL;
     float *full = NULL;
+    qs_levels levels = {0};
+    QS_GOTO(levels_make(&levels, me, t->per_host));
     QS_GOTO(QS_ALLOC(&full, t->layout.n_layers * t->layout.per_layer, QS_MEM_LORA));
-    QS_GOTO(
-        qs_grads_create(&grads, &t->layout, qs_ops_cpu(), me->comm, me->queue, t->slots, t->group));
+    QS_GOTO(grads_make(&grads, t, &levels, me));
     if (t->attached) {
         const qs_fsdp_options options = fx_options(1);
         QS_GOTO(qs_fsdp_create_from(&f, &t->base.index, me->comm, me->queue, &options, fx_fill,
@@ -120,7 +148,7 @@ static qs_status tree_body(team_member *me)
         qs_grads_attach(grads, f);
     }
     for (int step = 0; step < 2; step++) {
-        QS_GOTO(one_step(me, t, grads, full));
+        QS_GOTO(one_step(me, t, &levels, grads, full));
         if (f != NULL) { /* a gather under way between the reductions of this step and the next */
             qs_unit_view view;
             QS_GOTO(qs_fsdp_begin(f, (const int[]){step, step + 1}, 2));
@@ -132,8 +160,19 @@ static qs_status tree_body(team_member *me)
 done:
     qs_grads_destroy(grads);
     qs_fsdp_destroy(f);
+    levels_destroy(&levels);
     qs_mem_free(full);
     return st;
+}
+
+/* On every way of cutting the ranks into hosts. */
+static void expect_tree(int nranks, tree_case *t)
+{
+    for (t->per_host = 0; t->per_host < nranks; t->per_host++) {
+        if (t->per_host == 0 || nranks % t->per_host == 0) {
+            team_expect_ok(nranks, tree_body, t);
+        }
+    }
 }
 
 static const int64_t slot_counts[] = {1, 2, 3, 5, 6, 7, 8, 13, 16};
@@ -151,7 +190,7 @@ ParameterizedTest(int *n, grads, every_rank_count_has_the_bits_of_the_plain_tree
         for (int64_t group = 1; group <= 4; group++) {
             t.group = group;
             t.attached = group % 2 == 0;
-            team_expect_ok(*n, tree_body, &t);
+            expect_tree(*n, &t);
         }
         free_case(&t);
     }
@@ -168,7 +207,7 @@ ParameterizedTest(int *n, grads, ragged_and_empty_shards_have_the_bits_of_the_pl
         for (int layers = 1; layers <= 5; layers += 4) {
             tree_case t;
             make_case(&t, layers, chunks[c], 6, 2);
-            team_expect_ok(*n, tree_body, &t);
+            expect_tree(*n, &t);
             free_case(&t);
         }
     }
@@ -216,7 +255,7 @@ static qs_status gather_body(team_member *me)
                 mine.begin + i < mine.end ? (float)(l * layout->per_layer + mine.begin + i) : -1.0f;
         }
     }
-    QS_GOTO(qs_lora_gather(layout, me->comm, me->queue, shard, full));
+    QS_GOTO(qs_lora_gather(layout, &(qs_levels){.world = me->comm}, me->queue, shard, full));
     for (int64_t i = 0; i < layout->n_layers * layout->per_layer; i++) {
         if (full[i] != (float)i) {
             st = QS_FAIL(QS_ERR_BUG, "element %d is %g", (int)i, (double)full[i]);
@@ -241,21 +280,88 @@ ParameterizedTest(int *n, grads, gathered_vectors_are_in_order_without_padding)
     }
 }
 
+/* ---- what crosses between hosts ---- */
+
+/* Bytes that ranks of this rank's number on other hosts send it in a step: their hosts' nodes of
+ * the tree, cut to its shard. */
+static uint64_t expected_across(const tree_case *t, const team_member *me)
+{
+    const qs_range shard = qs_lora_shard(&t->layout, me->rank, me->nranks);
+    int64_t nodes = 0;
+    for (int first = 0; first < me->nranks; first += t->per_host) {
+        const int last = first + t->per_host - 1;
+        const qs_range host = {qs_slots_of(t->slots, first, me->nranks).begin,
+                               qs_slots_of(t->slots, last, me->nranks).end};
+        qs_slot_node found[QS_SLOT_NODES_MAX];
+        const bool own = me->rank >= first && me->rank <= last;
+        nodes += own ? 0 : qs_slot_nodes(t->slots, host, found);
+    }
+    return (uint64_t)(t->layout.n_layers * nodes * (shard.end - shard.begin)) * sizeof(float);
+}
+
+static qs_status across_body(team_member *me)
+{
+    tree_case *t = me->ctx;
+    qs_status st = QS_OK;
+    qs_levels levels = {0};
+    qs_grads *grads = NULL;
+    float *full = NULL, *shard = NULL;
+    QS_GOTO(levels_make(&levels, me, t->per_host));
+    QS_GOTO(QS_ALLOC(&full, t->layout.n_layers * t->layout.per_layer, QS_MEM_LORA));
+    QS_GOTO(grads_make(&grads, t, &levels, me));
+    QS_GOTO(fx_backward(grads, &t->layout, me->rank, me->nranks, t->slots, t->group));
+    QS_GOTO(qs_grads_finish(grads, &shard));
+    const uint64_t summed = qs_comm_received_bytes(levels.across);
+    TEAM_CHECK(summed == expected_across(t, me), "%d bytes of sums across, not %d", (int)summed,
+               (int)expected_across(t, me));
+    QS_GOTO(qs_lora_gather(&t->layout, &levels, me->queue, shard, full));
+    uint64_t weights = 0;
+    for (int r = me->rank % t->per_host; r < me->nranks; r += t->per_host) {
+        const qs_range theirs = qs_lora_shard(&t->layout, r, me->nranks);
+        weights += r == me->rank ? 0 : (uint64_t)(theirs.end - theirs.begin) * sizeof(float);
+    }
+    weights *= (uint64_t)t->layout.n_layers;
+    const uint64_t gathered = qs_comm_received_bytes(levels.across) - summed;
+    TEAM_CHECK(gathered == weights, "%d bytes of weights across, not %d", (int)gathered,
+               (int)weights);
+done:
+    qs_grads_destroy(grads);
+    levels_destroy(&levels);
+    qs_mem_free(full);
+    return st;
+}
+
+Test(grads, a_host_sends_its_sum_once)
+{
+    static const int shapes[][2] = {{4, 2}, {6, 2}, {6, 3}, {8, 4}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        for (size_t s = 0; s < N_SLOT_COUNTS; s++) {
+            tree_case t = {.layout = fx_lora(4, 7),
+                           .slots = slot_counts[s],
+                           .group = 2,
+                           .per_host = shapes[i][1]};
+            team_expect_ok(shapes[i][0], across_body, &t);
+        }
+    }
+}
+
 /* ---- memory ---- */
 
 static qs_status memory_body(team_member *me)
 {
     tree_case *t = me->ctx;
     qs_grads *grads = NULL;
+    qs_levels levels;
+    QS_TRY(levels_make(&levels, me, t->per_host));
     QS_TRY(qs_comm_barrier(me->comm));
-    QS_TRY(
-        qs_grads_create(&grads, &t->layout, qs_ops_cpu(), me->comm, me->queue, t->slots, t->group));
+    QS_TRY(grads_make(&grads, t, &levels, me));
     QS_TRY(qs_comm_barrier(me->comm)); /* all ranks of the process hold theirs */
     size_t held = qs_mem_now_bytes(QS_MEM_HOST, QS_MEM_LORA_GRAD);
     QS_TRY(qs_comm_barrier(me->comm));
     qs_grads_destroy(grads);
+    levels_destroy(&levels);
     size_t n = (size_t)me->nranks;
-    size_t plan = n * qs_grads_bytes(&t->layout, me->nranks, t->slots, t->group);
+    size_t plan = n * qs_grads_bytes(&t->layout, me->nranks, t->per_host, t->slots, t->group);
     size_t lists = n * (64 << 10); /* node lists and stacks, far below one gradient */
     TEAM_CHECK(held <= plan + lists, "%zu bytes held, %zu planned", held, plan);
     if (me->nranks == 1) {
@@ -273,6 +379,8 @@ ParameterizedTest(int *n, grads, held_bytes_stay_within_the_plan)
     for (size_t s = 0; s < N_SLOT_COUNTS; s++) {
         for (int64_t group = 1; group <= 16; group *= 4) {
             tree_case t = {.layout = fx_lora(6, 16), .slots = slot_counts[s], .group = group};
+            team_expect_ok(*n, memory_body, &t);
+            t.per_host = *n % 2 == 0 ? *n / 2 : 0;
             team_expect_ok(*n, memory_body, &t);
         }
     }
@@ -335,19 +443,21 @@ static qs_status mistakes_body(team_member *me)
     qs_status st = QS_OK;
     qs_grads *grads = NULL;
     float *full = NULL;
-    QS_GOTO(expect_bug(qs_grads_create(&grads, &t->layout, qs_ops_cpu(), me->comm, me->queue, 0, 1),
+    qs_levels levels = {0};
+    QS_GOTO(levels_make(&levels, me, t->per_host));
+    QS_GOTO(expect_bug(qs_grads_create(&grads, &t->layout, qs_ops_cpu(), &levels, me->queue, 0, 1),
                        "no slots"));
     QS_GOTO(QS_ALLOC(&full, t->layout.n_layers * t->layout.per_layer, QS_MEM_LORA));
-    QS_GOTO(
-        qs_grads_create(&grads, &t->layout, qs_ops_cpu(), me->comm, me->queue, t->slots, t->group));
+    QS_GOTO(grads_make(&grads, t, &levels, me));
     QS_GOTO(mistakes(grads, qs_slots_of(t->slots, me->rank, me->nranks).begin));
-    QS_GOTO(one_step(me, t, grads, full)); /* a fresh step is right again */
+    QS_GOTO(one_step(me, t, &levels, grads, full)); /* a fresh step is right again */
     /* Reduced, but not finished: the step is given up, and the next one is right. */
     QS_GOTO(fx_backward(grads, &t->layout, me->rank, me->nranks, t->slots, t->group));
     QS_GOTO(expect_bug(qs_grads_reduce(grads, 0), "reduce twice"));
-    QS_GOTO(one_step(me, t, grads, full));
+    QS_GOTO(one_step(me, t, &levels, grads, full));
 done:
     qs_grads_destroy(grads);
+    levels_destroy(&levels);
     qs_mem_free(full);
     return st;
 }
@@ -361,6 +471,10 @@ ParameterizedTest(int *n, grads, mistakes_are_reported_and_end_with_the_step)
     tree_case t;
     make_case(&t, 3, 3, 16, 2);
     team_expect_ok(*n, mistakes_body, &t);
+    if (*n > 2 && *n % 2 == 0) {
+        t.per_host = 2;
+        team_expect_ok(*n, mistakes_body, &t);
+    }
     free_case(&t);
 }
 
@@ -368,7 +482,8 @@ static qs_status long_pass_body(team_member *me)
 {
     qs_lora_layout *layout = me->ctx;
     qs_grads *g = NULL;
-    qs_status st = qs_grads_create(&g, layout, qs_ops_cpu(), me->comm, me->queue, 8, 8);
+    qs_status st =
+        qs_grads_create(&g, layout, qs_ops_cpu(), &(qs_levels){.world = me->comm}, me->queue, 8, 8);
     /* Counted for one pass: all slots of a layer before the next layer, each reduced at once. */
     for (int l = 0; st == QS_OK && l < layout->n_layers; l++) {
         for (int64_t slot = 0; st == QS_OK && slot < 7; slot++) {

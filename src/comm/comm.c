@@ -93,6 +93,16 @@ int qs_comm_host(const qs_comm *comm)
     return comm->hosts[comm->rank];
 }
 
+int qs_comm_per_host(const qs_comm *comm)
+{
+    const int n = comm->local_nranks;
+    bool regular = n > 1 && n < comm->nranks && comm->nranks % n == 0;
+    for (int r = 0; r < comm->nranks; r++) {
+        regular = regular && comm->hosts[r] == r - r % n;
+    }
+    return regular ? n : 0;
+}
+
 const char *qs_comm_name(const qs_comm *comm)
 {
     return comm->ops->name;

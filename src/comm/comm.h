@@ -41,6 +41,18 @@ void qs_comm_mpi_version(char *out, size_t capacity);
  * device's is made of the part (qs_backend_comm). */
 qs_status qs_comm_split(qs_comm *comm, int color, qs_comm **out);
 
+/** Ranks of every host, if all hosts have as many, more than one, there are several hosts, and the
+ * ranks of each are neighbours; else 0. */
+int qs_comm_per_host(const qs_comm *comm);
+
+/** The ranks of a run, and the two levels that an exchange among all of them can take: inside of a
+ * host, then across, between ranks that have the same number on their hosts. Rank r is number r %
+ * n on host r / n for n ranks a host. */
+typedef struct {
+    qs_comm *world;
+    qs_comm *inside, *across; /* NULL: one level */
+} qs_levels;
+
 void qs_comm_destroy(qs_comm *comm);
 
 int qs_comm_rank(const qs_comm *comm);

@@ -79,12 +79,12 @@ qs_fsdp_bytes qs_fsdp_plan(const qs_base_index *index, int nranks, const qs_fsdp
 
 typedef struct qs_grads qs_grads;
 
-/** Partial sums of this rank's slots for all layers, and the buffers of the reduction. Not
- * collective. `slots`: micro-batches of a step over all ranks; `group`: micro-batches per pass. A
- * pass takes the next `group` slots of this rank's own range (qs_slots_of), layer by layer; the
- * buffers are counted for that order. */
+/** Partial sums of this rank's slots for all layers, and the buffers of the reduction, which takes
+ * two levels where `levels` has them. Not collective. `slots`: micro-batches of a step over all
+ * ranks; `group`: micro-batches per pass. A pass takes the next `group` slots of this rank's own
+ * range (qs_slots_of), layer by layer; the buffers are counted for that order. */
 qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs_ops *ops,
-                          qs_comm *comm, qs_queue *compute, int64_t slots, int64_t group);
+                          const qs_levels *levels, qs_queue *compute, int64_t slots, int64_t group);
 void qs_grads_destroy(qs_grads *grads);
 
 /** Send the reductions through the queue of the gathers from now on, so that compute polls both.
@@ -92,8 +92,10 @@ void qs_grads_destroy(qs_grads *grads);
  * `grads`; call before the first reduction. */
 void qs_grads_attach(qs_grads *grads, qs_fsdp *fsdp);
 
-/** Most bytes that a rank's qs_grads holds: for the plan. */
-size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int64_t slots, int64_t group);
+/** Most bytes that a rank's qs_grads holds, for the plan. `per_host`: ranks of each host where sums
+ * take two levels, else 0. */
+size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int per_host, int64_t slots,
+                      int64_t group);
 
 /** Start a step. */
 void qs_grads_begin(qs_grads *grads);
@@ -120,13 +122,15 @@ qs_status qs_grads_finish(qs_grads *grads, float **shard);
 qs_status qs_grads_norm(qs_grads *grads, const float *shard, double *norm);
 
 /** Gather a sharded LoRA-shaped vector [n_layers * shard_width] to full segments [n_layers *
- * per_layer]. Collective; waits until `queue` is empty. */
-qs_status qs_lora_gather(const qs_lora_layout *layout, qs_comm *comm, qs_queue *queue,
+ * per_layer]; with two levels, first from other hosts, each piece to one rank of the host, then
+ * inside. Collective; waits until `queue` is empty. */
+qs_status qs_lora_gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
                          const float *shard, float *full);
 
 /** The same, rounded to the ops' act_dtype on the way. `send` [n_layers * shard_width] of that type
  * is scratch on the device; not used, and may be NULL, where that type is fp32. */
-qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops, qs_comm *comm,
-                            qs_queue *queue, const float *shard, void *send, void *full);
+qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
+                            const qs_levels *levels, qs_queue *queue, const float *shard,
+                            void *send, void *full);
 
 #endif

@@ -1,108 +1,163 @@
 /* Gradients of a step: partial sums of this rank's slots, their way to the owners, and the owners'
- * end of the tree.
+ * end of the tree (reduce_stage.c). The result has the bits of one rank's tree, whatever the number
+ * of ranks.
  *
- *   slots of rank 0 and 1     0 1 2 | 3 4 5
- *   nodes, a buffer each      (0 1) (2) | (3) (4 5)
- *   owner of a shard          its pieces of (0 1), (2), (3), (4 5)  ->  ((0 1) + (2 3)) + (4 5)
- *
- * Which nodes a rank has is arithmetic, so no sizes are exchanged. The k-th nodes of all ranks
- * travel together, straight from the buffers they were summed in. The result has the bits of one
- * rank's tree, whatever the number of ranks. */
+ * Where hosts have several ranks each, sums take two levels: the ranks of a host first make one sum
+ * of theirs, each for the pieces that ranks of its number on any host own, and only that crosses
+ * between hosts. While a layer computes, the one before it is inside of the host, and the one
+ * before that is on its way across. */
 #include <math.h>
 #include <string.h>
 
 #include "base/mem.h"
-#include "fsdp/fsdp_impl.h"
+#include "fsdp/reduce_stage.h"
 
 enum { IN_FLIGHT = 2 };
 
 /* A reduction that is under way. */
 typedef struct {
-    int layer; /* -1: none */
+    int layer;   /* -1: none */
+    bool inside; /* of the first of two stages */
     qs_event landed;
-    float *received; /* [n_nodes * width] pieces of all ranks' nodes, in slot order */
+    float *host_pieces; /* what arrives inside of the host; NULL with one level */
+    float *received;    /* pieces of this rank's shard from all over, in slot order */
 } reduction;
 
 struct qs_grads {
     qs_lora_layout layout;
-    qs_comm *comm;
+    qs_levels levels;
     qs_device *device;
     qs_queue *compute, *queue;
     bool own_queue;
     int rank, nranks;
-    qs_range slots;   /* of this rank */
-    qs_range shard;   /* of this rank within a layer, in elements */
-    int64_t width;    /* of a shard, padded */
-    qs_tree add_full; /* additions of whole gradients / of shard pieces */
+    int per_host, hosts; /* ranks of a host, and hosts; with one level all ranks, and 1 */
+    qs_range slots;      /* of this rank */
+    qs_range shard;      /* of this rank within a layer, in elements */
+    int64_t width;       /* of a shard, padded */
+    qs_tree add_full;    /* additions of whole gradients / of shard pieces */
     qs_tree add_shard;
 
-    int n_nodes, most_nodes; /* of all ranks together, and the most that one rank has */
-    int *first_node;         /* [nranks + 1] numbers of each rank's nodes */
-    qs_slot_node *nodes;     /* [n_nodes] */
-    int n_buffers;           /* gradients that are held at most */
-    float *buffers;          /* [n_buffers * per_layer] */
-    qs_float_pool pool;      /* those that are free */
-    qs_partial *partials;    /* [n_layers * room] behind the stacks */
-    qs_partials *stacks;     /* [n_layers] */
-    int64_t *added;          /* [n_layers] slots folded so far */
-    bool *reduced;           /* [n_layers] */
-    float *open;             /* the buffer handed out by qs_grads_slot, NULL: none */
+    qs_reduce_stage inside;  /* with two levels: the ranks of the host, a set for every host */
+    qs_reduce_stage last;    /* hosts, or with one level all ranks */
+    qs_reduce_piece *pieces; /* [nranks] of one exchange */
+    int *leaf_of;   /* with two levels: the inner node that each of the host's nodes begins with */
+    int n_buffers;  /* gradients that are held at most */
+    float *buffers; /* [n_buffers * per_layer] */
+    qs_float_pool pool;   /* those that are free */
+    qs_partial *partials; /* [n_layers * room] behind the stacks */
+    qs_partials *stacks;  /* [n_layers] */
+    int64_t *added;       /* [n_layers] slots folded so far */
+    bool *reduced;        /* [n_layers] */
+    float *open;          /* the buffer handed out by qs_grads_slot, NULL: none */
     int open_layer;
     int started; /* reductions of this step */
     reduction flights[IN_FLIGHT];
-    qs_partials finish; /* stack of the finishing tree [n_nodes + 1] */
+    qs_partials finish; /* stack of a finishing tree */
     float *result;      /* [n_layers * width] */
     qs_mirror sums;     /* [n_layers * p] doubles: squares of this rank's chunks */
     double *all_sums;   /* [nranks * n_layers * p] */
-    size_t *exchange;   /* [4 nranks] bytes and offsets */
 };
 
 /* ---- sizes ---- */
 
-static int count_nodes(int64_t slots, int nranks, int *most)
+static void ranges_of_ranks(qs_range *ranges, int64_t slots, int nranks, int first, int count)
 {
-    int total = 0;
-    *most = 0;
-    for (int r = 0; r < nranks; r++) {
-        qs_slot_node nodes[QS_SLOT_NODES_MAX];
-        int n = qs_slot_nodes(slots, qs_slots_of(slots, r, nranks), nodes);
-        total += n;
-        *most = n > *most ? n : *most;
+    for (int i = 0; i < count; i++) {
+        ranges[i] = qs_slots_of(slots, first + i, nranks);
     }
-    return total;
 }
 
-size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int64_t slots, int64_t group)
+static void ranges_of_hosts(qs_range *ranges, int64_t slots, int nranks, int per_host)
+{
+    for (int h = 0; h < nranks / per_host; h++) {
+        ranges[h] = (qs_range){qs_slots_of(slots, h * per_host, nranks).begin,
+                               qs_slots_of(slots, (h + 1) * per_host - 1, nranks).end};
+    }
+}
+
+/* Floats that the two stages of one reduction receive, on the rank of all that receives most. */
+static size_t received_floats(const qs_lora_layout *layout, int nranks, int per_host, int64_t slots)
+{
+    const int64_t width = qs_lora_shard_width(layout, nranks);
+    qs_range *ranges = NULL;
+    int most = 0, inside = 0, last = 0;
+    if (QS_ALLOC(&ranges, nranks, QS_MEM_WORK) != QS_OK) {
+        qs_error_clear();
+        return SIZE_MAX / 1024; /* more than there is: the plan does not fit either */
+    }
+    if (per_host > 0) {
+        for (int first = 0; first < nranks; first += per_host) {
+            ranges_of_ranks(ranges, slots, nranks, first, per_host);
+            const int nodes = qs_reduce_stage_nodes(slots, ranges, per_host, &most);
+            inside = nodes > inside ? nodes : inside;
+        }
+        ranges_of_hosts(ranges, slots, nranks, per_host);
+        last = qs_reduce_stage_nodes(slots, ranges, nranks / per_host, &most);
+        inside *= nranks / per_host; /* a set for every host */
+    } else {
+        ranges_of_ranks(ranges, slots, nranks, 0, nranks);
+        last = qs_reduce_stage_nodes(slots, ranges, nranks, &most);
+    }
+    qs_mem_free(ranges);
+    return (size_t)(inside + last) * (size_t)width;
+}
+
+size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int per_host, int64_t slots,
+                      int64_t group)
 {
     size_t layers = (size_t)layout->n_layers, buffers = 0;
     for (int r = 0; r < nranks; r++) {
         int n = qs_partials_buffers(layout->n_layers, slots, nranks, r, group, IN_FLIGHT);
         buffers = (size_t)n > buffers ? (size_t)n : buffers;
     }
-    int most;
     size_t width = (size_t)qs_lora_shard_width(layout, nranks);
-    size_t nodes = (size_t)count_nodes(slots, nranks, &most);
-    size_t floats =
-        buffers * (size_t)layout->per_layer + IN_FLIGHT * nodes * width + layers * width;
+    size_t floats = buffers * (size_t)layout->per_layer +
+                    IN_FLIGHT * received_floats(layout, nranks, per_host, slots) + layers * width;
     size_t sums = layers * (width / QS_LORA_CHUNK) * ((size_t)nranks + 1);
     return floats * sizeof(float) + sums * sizeof(double);
 }
 
 /* ---- create, destroy ---- */
 
-static qs_status list_nodes(qs_grads *g, int64_t slots)
+/* The inner node that each node of this host begins with: additions leave a sum where its first
+ * part lay. */
+static void find_leaves(qs_grads *g)
 {
-    g->n_nodes = count_nodes(slots, g->nranks, &g->most_nodes);
-    QS_TRY(QS_ALLOC(&g->first_node, g->nranks + 1, QS_MEM_LORA_GRAD));
-    QS_TRY(QS_ALLOC(&g->nodes, g->n_nodes, QS_MEM_LORA_GRAD));
-    for (int r = 0, at = 0; r < g->nranks; r++) {
-        qs_slot_node nodes[QS_SLOT_NODES_MAX];
-        int n = qs_slot_nodes(slots, qs_slots_of(slots, r, g->nranks), nodes);
-        memcpy(g->nodes + at, nodes, (size_t)n * sizeof *nodes);
-        at += n;
-        g->first_node[r + 1] = at;
+    const int host = g->rank / g->per_host, first = g->last.first_node[host];
+    for (int k = 0; k < g->last.first_node[host + 1] - first; k++) {
+        const qs_slot_node node = g->last.nodes[first + k];
+        const int64_t slot = node.index << node.level;
+        int leaf = 0;
+        while (g->inside.nodes[leaf].index << g->inside.nodes[leaf].level != slot) {
+            leaf++;
+        }
+        g->leaf_of[k] = leaf;
     }
-    return QS_OK;
+}
+
+static qs_status make_stages(qs_grads *g, int64_t slots)
+{
+    qs_status st = QS_OK;
+    qs_range *ranges = NULL;
+    const int first = g->rank - g->rank % g->per_host;
+    QS_GOTO(QS_ALLOC(&ranges, g->nranks, QS_MEM_WORK));
+    QS_GOTO(QS_ALLOC(&g->pieces, g->nranks, QS_MEM_LORA_GRAD));
+    ranges_of_ranks(ranges, slots, g->nranks, first, g->per_host);
+    if (g->hosts == 1) {
+        st = qs_reduce_stage_create(&g->last, g->levels.world, g->nranks, 1, slots, ranges,
+                                    g->width);
+        goto done;
+    }
+    QS_GOTO(qs_reduce_stage_create(&g->inside, g->levels.inside, g->per_host, g->hosts, slots,
+                                   ranges, g->width));
+    ranges_of_hosts(ranges, slots, g->nranks, g->per_host);
+    QS_GOTO(
+        qs_reduce_stage_create(&g->last, g->levels.across, g->hosts, 1, slots, ranges, g->width));
+    QS_GOTO(QS_ALLOC(&g->leaf_of, g->last.most_nodes, QS_MEM_LORA_GRAD));
+    find_leaves(g);
+done:
+    qs_mem_free(ranges);
+    return st;
 }
 
 static qs_status allocate(qs_grads *g)
@@ -120,20 +175,21 @@ static qs_status allocate(qs_grads *g)
     QS_TRY(QS_ALLOC(&g->added, layers, QS_MEM_LORA_GRAD));
     QS_TRY(QS_ALLOC(&g->reduced, layers, QS_MEM_LORA_GRAD));
     for (int i = 0; i < IN_FLIGHT; i++) {
-        QS_TRY(QS_DEVICE_ALLOC(g->device, &g->flights[i].received, g->n_nodes * g->width,
+        QS_TRY(QS_DEVICE_ALLOC(g->device, &g->flights[i].host_pieces,
+                               qs_reduce_stage_floats(&g->inside), QS_MEM_LORA_GRAD));
+        QS_TRY(QS_DEVICE_ALLOC(g->device, &g->flights[i].received, qs_reduce_stage_floats(&g->last),
                                QS_MEM_LORA_GRAD));
     }
-    QS_TRY(QS_ALLOC(&g->finish.at, g->n_nodes + 1, QS_MEM_LORA_GRAD));
+    QS_TRY(QS_ALLOC(&g->finish.at, g->inside.n_nodes + g->last.n_nodes + 1, QS_MEM_LORA_GRAD));
     QS_TRY(QS_DEVICE_ALLOC(g->device, &g->result, layers * g->width, QS_MEM_LORA_GRAD));
     const int64_t chunks = layers * (g->width / QS_LORA_CHUNK);
     QS_TRY(
         qs_mirror_create(g->device, &g->sums, (size_t)chunks * sizeof(double), QS_MEM_LORA_GRAD));
-    QS_TRY(QS_ALLOC(&g->all_sums, g->nranks * chunks, QS_MEM_LORA_GRAD));
-    return QS_ALLOC(&g->exchange, 4 * g->nranks, QS_MEM_LORA_GRAD);
+    return QS_ALLOC(&g->all_sums, g->nranks * chunks, QS_MEM_LORA_GRAD);
 }
 
 qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs_ops *ops,
-                          qs_comm *comm, qs_queue *compute, int64_t slots, int64_t group)
+                          const qs_levels *levels, qs_queue *compute, int64_t slots, int64_t group)
 {
     qs_status st = QS_OK;
     qs_grads *g = NULL;
@@ -144,11 +200,13 @@ qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs
     }
     QS_TRY(QS_ALLOC(&g, 1, QS_MEM_LORA_GRAD));
     g->layout = *layout;
-    g->comm = comm;
+    g->levels = *levels;
     g->device = qs_queue_device(compute);
     g->compute = compute;
-    g->rank = qs_comm_rank(comm);
-    g->nranks = qs_comm_nranks(comm);
+    g->rank = qs_comm_rank(levels->world);
+    g->nranks = qs_comm_nranks(levels->world);
+    g->per_host = levels->inside != NULL ? qs_comm_nranks(levels->inside) : g->nranks;
+    g->hosts = g->nranks / g->per_host;
     g->slots = qs_slots_of(slots, g->rank, g->nranks);
     g->shard = qs_lora_shard(layout, g->rank, g->nranks);
     g->width = qs_lora_shard_width(layout, g->nranks);
@@ -157,7 +215,7 @@ qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs
     g->n_buffers =
         qs_partials_buffers(layout->n_layers, slots, g->nranks, g->rank, group, IN_FLIGHT);
     g->flights[0].layer = g->flights[1].layer = -1;
-    QS_GOTO(list_nodes(g, slots));
+    QS_GOTO(make_stages(g, slots));
     QS_GOTO(allocate(g));
     QS_GOTO(qs_queue_create_on(g->device, &g->queue, 1));
     g->own_queue = true;
@@ -192,13 +250,16 @@ void qs_grads_destroy(qs_grads *g)
         qs_queue_destroy(g->queue);
     }
     for (int i = 0; i < IN_FLIGHT; i++) {
+        qs_device_free(g->device, g->flights[i].host_pieces);
         qs_device_free(g->device, g->flights[i].received);
     }
+    qs_reduce_stage_destroy(&g->inside);
+    qs_reduce_stage_destroy(&g->last);
     qs_device_free(g->device, g->buffers);
     qs_device_free(g->device, g->result);
     qs_mirror_destroy(g->device, &g->sums);
-    void *const owned[] = {g->first_node, g->nodes,   g->pool.free, g->partials, g->stacks,
-                           g->added,      g->reduced, g->finish.at, g->all_sums, g->exchange};
+    void *const owned[] = {g->pieces, g->leaf_of, g->pool.free, g->partials, g->stacks,
+                           g->added,  g->reduced, g->finish.at, g->all_sums};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) {
         qs_mem_free(owned[i]);
     }
@@ -284,59 +345,134 @@ qs_status qs_grads_add(qs_grads *g, int layer, int64_t slot)
 
 /* ---- reduction ---- */
 
-/* The shard of rank r in elements, and how many bytes a piece of it takes. */
-static size_t piece_bytes(const qs_grads *g, int r)
+/* The piece of a whole gradient that rank r owns. */
+static qs_reduce_piece piece_of(const qs_grads *g, int r)
 {
-    qs_range shard = qs_lora_shard(&g->layout, r, g->nranks);
-    return (size_t)(shard.end - shard.begin) * sizeof(float);
+    const qs_range shard = qs_lora_shard(&g->layout, r, g->nranks);
+    return (qs_reduce_piece){shard.begin, shard.end - shard.begin};
 }
 
-/* The k-th node of every rank: the piece of each shard goes to its owner. */
-static qs_status send_nodes(qs_grads *g, const qs_partials *stack, int k, float *received)
+static const float *node_of(const qs_partials *stack, int k)
 {
-    const size_t n = (size_t)g->nranks, width_bytes = (size_t)g->width * sizeof(float);
-    size_t *send_bytes = g->exchange, *send_at = send_bytes + n;
-    size_t *recv_bytes = send_at + n, *recv_at = recv_bytes + n;
-    const size_t mine = piece_bytes(g, g->rank);
+    return k < stack->depth ? stack->at[k].sum : NULL;
+}
+
+/* The layer's nodes to all ranks. */
+static qs_status send_to_all(qs_grads *g, reduction *flight)
+{
+    const qs_partials *stack = &g->stacks[flight->layer];
     for (int r = 0; r < g->nranks; r++) {
-        bool has = k < g->first_node[r + 1] - g->first_node[r];
-        send_bytes[r] = k < stack->depth ? piece_bytes(g, r) : 0;
-        send_at[r] = send_bytes[r] > 0 ? (size_t)r * width_bytes : 0;
-        recv_bytes[r] = has ? mine : 0;
-        recv_at[r] = recv_bytes[r] > 0 ? (size_t)(g->first_node[r] + k) * width_bytes : 0;
+        g->pieces[r] = piece_of(g, r);
     }
-    const float *sum = k < stack->depth ? stack->at[k].sum : g->buffers;
-    return qs_comm_all_to_all_v(g->comm, sum, send_bytes, send_at, received, recv_bytes, recv_at,
-                                g->queue);
+    for (int k = 0; k < g->last.most_nodes; k++) {
+        QS_TRY(qs_reduce_stage_send(&g->last, k, 0, node_of(stack, k), g->pieces,
+                                    g->add_shard.count, flight->received, g->queue));
+    }
+    return QS_OK;
 }
 
-/* End the reduction: its buffers are free again, and the pieces become the shard's sum. */
+/* The layer's nodes to the ranks of this host: set h are the pieces that ranks of host h own. */
+static qs_status send_inside(qs_grads *g, reduction *flight)
+{
+    const qs_partials *stack = &g->stacks[flight->layer];
+    const int local = g->rank % g->per_host;
+    for (int h = 0; h < g->hosts; h++) {
+        for (int i = 0; i < g->per_host; i++) {
+            g->pieces[i] = piece_of(g, h * g->per_host + i);
+        }
+        for (int k = 0; k < g->inside.most_nodes; k++) {
+            QS_TRY(qs_reduce_stage_send(&g->inside, k, h, node_of(stack, k), g->pieces,
+                                        g->pieces[local].count, flight->host_pieces, g->queue));
+        }
+    }
+    return QS_OK;
+}
+
+/* What is left of the host's tree, to the owners on other hosts. */
+static qs_status send_across(qs_grads *g, reduction *flight)
+{
+    const int host = g->rank / g->per_host, local = g->rank % g->per_host;
+    const int mine = g->last.first_node[host + 1] - g->last.first_node[host];
+    for (int k = 0; k < g->last.most_nodes; k++) {
+        const float *from = k < mine ? flight->host_pieces : NULL;
+        for (int h = 0; k < mine && h < g->hosts; h++) {
+            const float *piece =
+                qs_reduce_stage_piece(&g->inside, h, g->leaf_of[k], flight->host_pieces);
+            g->pieces[h] = (qs_reduce_piece){piece - flight->host_pieces,
+                                             piece_of(g, h * g->per_host + local).count};
+        }
+        QS_TRY(qs_reduce_stage_send(&g->last, k, 0, from, g->pieces, g->add_shard.count,
+                                    flight->received, g->queue));
+    }
+    return QS_OK;
+}
+
+/* Give the exchange of `flight` to the queue, behind all that compute has been given: its sums must
+ * be there, and what lay in the buffers added. */
+static qs_status depart(qs_grads *g, reduction *flight,
+                        qs_status (*send)(qs_grads *g, reduction *flight))
+{
+    QS_TRY(qs_queue_after(g->queue, qs_event_record(g->compute)));
+    QS_TRY(send(g, flight));
+    flight->landed = qs_event_record(g->queue);
+    return QS_OK;
+}
+
+/* The layer's own sums have been sent: their buffers are free again. */
+static void free_sums(qs_grads *g, int layer)
+{
+    qs_partials *sent = &g->stacks[layer];
+    while (sent->depth > 0) {
+        g->pool.free[g->pool.count++] = sent->at[--sent->depth].sum;
+    }
+}
+
+/* End the stage inside of the host, if that is where the reduction is, and start the one across. */
+static qs_status cross_over(qs_grads *g, reduction *flight)
+{
+    if (flight->layer < 0 || !flight->inside) {
+        return QS_OK;
+    }
+    QS_TRY(qs_queue_after(g->compute, flight->landed));
+    free_sums(g, flight->layer);
+    for (int h = 0; h < g->hosts; h++) {
+        qs_tree add = g->add_shard;
+        add.count = piece_of(g, h * g->per_host + g->rank % g->per_host).count;
+        if (add.count > 0) {
+            QS_TRY(qs_reduce_stage_add(&g->inside, h, &add, flight->host_pieces, &g->finish));
+        }
+    }
+    flight->inside = false;
+    return depart(g, flight, send_across);
+}
+
+/* End the reduction: the pieces become the shard's sum. */
 static qs_status settle(qs_grads *g, reduction *flight)
 {
+    QS_TRY(cross_over(g, flight));
     const int layer = flight->layer;
     if (layer < 0) {
         return QS_OK;
     }
     flight->layer = -1;
     QS_TRY(qs_queue_after(g->compute, flight->landed));
-    qs_partials *sent = &g->stacks[layer];
-    while (sent->depth > 0) {
-        g->pool.free[g->pool.count++] = sent->at[--sent->depth].sum;
-    }
+    free_sums(g, layer);
     if (g->add_shard.count == 0) {
         return QS_OK; /* more ranks than chunks */
     }
-    g->finish.depth = 0;
-    for (int i = 0; i < g->n_nodes; i++) {
-        qs_partial part = {.node = g->nodes[i], .sum = flight->received + i * g->width};
-        QS_TRY(qs_partials_push(&g->finish, part, &g->add_shard, NULL));
-    }
+    QS_TRY(qs_reduce_stage_add(&g->last, 0, &g->add_shard, flight->received, &g->finish));
     if (g->finish.depth != 1) {
         return QS_FAIL(QS_ERR_BUG, "the slot tree of layer %d ends in %d nodes", layer,
                        g->finish.depth);
     }
     return qs_queue_copy(g->compute, g->result + layer * g->width, g->finish.at[0].sum,
                          (size_t)g->add_shard.count * sizeof(float));
+}
+
+/* The reduction that was started `back` before the next one. */
+static reduction *flight_before(qs_grads *g, int back)
+{
+    return &g->flights[(g->started + IN_FLIGHT - back) % IN_FLIGHT];
 }
 
 qs_status qs_grads_reduce(qs_grads *g, int layer)
@@ -346,15 +482,12 @@ qs_status qs_grads_reduce(qs_grads *g, int layer)
         return QS_FAIL(QS_ERR_BUG, "reduction of layer %d before its slots are complete, or twice",
                        layer);
     }
-    reduction *flight = &g->flights[g->started % IN_FLIGHT];
+    reduction *flight = flight_before(g, IN_FLIGHT);
     QS_TRY(settle(g, flight));
-    /* The sums must be there before they are sent, and the pieces that lay in `received` added. */
-    QS_TRY(qs_queue_after(g->queue, qs_event_record(g->compute)));
-    for (int k = 0; k < g->most_nodes; k++) {
-        QS_TRY(send_nodes(g, &g->stacks[layer], k, flight->received));
-    }
+    QS_TRY(cross_over(g, flight_before(g, 1)));
     flight->layer = layer;
-    flight->landed = qs_event_record(g->queue);
+    flight->inside = g->hosts > 1;
+    QS_TRY(depart(g, flight, flight->inside ? send_inside : send_to_all));
     g->reduced[layer] = true;
     g->started++;
     return QS_OK;
@@ -367,8 +500,11 @@ qs_status qs_grads_finish(qs_grads *g, float **shard)
         return QS_FAIL(QS_ERR_BUG, "finish after %d reductions of %d layers", g->started,
                        g->layout.n_layers);
     }
-    for (int i = 0; i < IN_FLIGHT; i++) { /* oldest first */
-        QS_TRY(settle(g, &g->flights[(g->started + i) % IN_FLIGHT]));
+    for (int back = IN_FLIGHT; back > 0; back--) {
+        QS_TRY(cross_over(g, flight_before(g, back)));
+    }
+    for (int back = IN_FLIGHT; back > 0; back--) {
+        QS_TRY(settle(g, flight_before(g, back)));
     }
     *shard = g->result;
     return QS_OK;
@@ -383,7 +519,7 @@ qs_status qs_grads_norm(qs_grads *g, const float *shard, double *norm)
     QS_TRY(g->add_shard.ops->square_sums(g->compute, shard, mine, g->sums.device));
     QS_TRY(qs_mirror_pull(g->compute, &g->sums, 0, g->sums.bytes));
     QS_TRY(qs_queue_wait(g->compute));
-    QS_TRY(qs_comm_all_gather_now(g->comm, g->sums.host, g->all_sums, g->sums.bytes));
+    QS_TRY(qs_comm_all_gather_now(g->levels.world, g->sums.host, g->all_sums, g->sums.bytes));
     double sum = 0;
     for (int l = 0; l < g->layout.n_layers; l++) {
         for (int64_t c = 0; c < g->layout.chunks; c++) {

@@ -8,64 +8,105 @@
  *
  * An all-to-all in which everybody gets the same piece: unlike an all-gather it takes a short last
  * shard, so that every piece lands in its place, and neither a copy nor room for padding is needed.
- */
+ *
+ * With two levels a piece crosses to another host once, to the rank of the same number, and is then
+ * handed on inside: 1 / (ranks of a host) of the bytes between hosts. */
 #include "base/mem.h"
 #include "fsdp/fsdp.h"
 
 enum { LAYERS_IN_FLIGHT = 8 }; /* enough to fill a network; bounds the requests that are open */
 
-static qs_status gather_layers(const qs_lora_layout *layout, qs_comm *comm, qs_queue *queue,
-                               const uint8_t *shard, size_t element, uint8_t *full,
-                               size_t *exchange)
+/* What an exchange works on. */
+typedef struct {
+    const qs_lora_layout *layout;
+    qs_queue *queue;
+    size_t element; /* bytes of one */
+    uint8_t *full;
+    size_t *exchange; /* [4 nranks] bytes and offsets */
+    int nranks;
+} vector;
+
+/* Every member m of `comm` sends the piece of rank first + m * stride to all of them, of layer
+ * `layer`. `from`: where this member's lies; in the full vector if it has come there before. */
+static qs_status exchange_pieces(const vector *v, qs_comm *comm, int layer, int first, int stride,
+                                 const uint8_t *from)
 {
-    const int nranks = qs_comm_nranks(comm), rank = qs_comm_rank(comm);
-    const int64_t width = qs_lora_shard_width(layout, nranks);
-    const size_t n = (size_t)nranks;
-    size_t *send_bytes = exchange, *send_at = send_bytes + n;
+    const size_t n = (size_t)qs_comm_nranks(comm);
+    size_t *send_bytes = v->exchange, *send_at = send_bytes + n;
     size_t *recv_bytes = send_at + n, *recv_at = recv_bytes + n;
-    const qs_range mine = qs_lora_shard(layout, rank, nranks);
-    for (int r = 0; r < nranks; r++) {
-        qs_range theirs = qs_lora_shard(layout, r, nranks);
-        send_bytes[r] = (size_t)(mine.end - mine.begin) * element;
-        send_at[r] = 0;
-        recv_bytes[r] = (size_t)(theirs.end - theirs.begin) * element;
-        recv_at[r] = (size_t)theirs.begin * element;
+    const qs_range mine = qs_lora_shard(v->layout, first + qs_comm_rank(comm) * stride, v->nranks);
+    for (int m = 0; m < (int)n; m++) {
+        const qs_range theirs = qs_lora_shard(v->layout, first + m * stride, v->nranks);
+        send_bytes[m] = (size_t)(mine.end - mine.begin) * v->element;
+        send_at[m] = 0;
+        recv_bytes[m] = (size_t)(theirs.end - theirs.begin) * v->element;
+        recv_at[m] = (size_t)theirs.begin * v->element;
     }
+    uint8_t *to = v->full + (size_t)(layer * v->layout->per_layer) * v->element;
+    if (from == NULL) {
+        from = to + (size_t)mine.begin * v->element;
+    }
+    return qs_comm_all_to_all_v(comm, from, send_bytes, send_at, to, recv_bytes, recv_at, v->queue);
+}
+
+/* Layer by layer: own pieces, in the shard, to the members of `comm`; or with `shard` NULL what has
+ * come across, `sets` pieces a layer, on to the other ranks of this host. */
+static qs_status exchange_layers(const vector *v, qs_comm *comm, int first, int stride, int sets,
+                                 const uint8_t *shard)
+{
+    const size_t width_bytes = (size_t)qs_lora_shard_width(v->layout, v->nranks) * v->element;
     qs_event landed[LAYERS_IN_FLIGHT] = {{0}};
-    for (int l = 0; l < layout->n_layers; l++) {
+    for (int l = 0; l < v->layout->n_layers; l++) {
         qs_event *slot = &landed[l % LAYERS_IN_FLIGHT];
         QS_TRY(qs_event_wait(*slot));
-        QS_TRY(qs_comm_all_to_all_v(comm, shard + (size_t)(l * width) * element, send_bytes,
-                                    send_at, full + (size_t)(l * layout->per_layer) * element,
-                                    recv_bytes, recv_at, queue));
-        *slot = qs_event_record(queue);
+        const uint8_t *from = shard != NULL ? shard + (size_t)l * width_bytes : NULL;
+        for (int s = 0; s < sets; s++) {
+            QS_TRY(exchange_pieces(v, comm, l, first + s * qs_comm_nranks(comm), stride, from));
+        }
+        *slot = qs_event_record(v->queue);
     }
-    return qs_queue_wait(queue);
+    return qs_queue_wait(v->queue);
 }
 
-qs_status qs_lora_gather(const qs_lora_layout *layout, qs_comm *comm, qs_queue *queue,
+static qs_status gather_levels(const vector *v, const qs_levels *levels, const uint8_t *shard)
+{
+    if (levels->inside == NULL) {
+        return exchange_layers(v, levels->world, 0, 1, 1, shard);
+    }
+    const int per_host = qs_comm_nranks(levels->inside), hosts = qs_comm_nranks(levels->across);
+    const int local = qs_comm_rank(levels->inside);
+    QS_TRY(exchange_layers(v, levels->across, local, per_host, 1, shard));
+    return exchange_layers(v, levels->inside, 0, 1, hosts, NULL);
+}
+
+static qs_status gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
+                        const void *shard, size_t element, void *full)
+{
+    vector v = {.layout = layout,
+                .queue = queue,
+                .element = element,
+                .full = full,
+                .nranks = qs_comm_nranks(levels->world)};
+    QS_TRY(QS_ALLOC(&v.exchange, 4 * v.nranks, QS_MEM_WORK));
+    qs_status st = gather_levels(&v, levels, shard);
+    qs_mem_free(v.exchange);
+    return st;
+}
+
+qs_status qs_lora_gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
                          const float *shard, float *full)
 {
-    size_t *exchange = NULL;
-    QS_TRY(QS_ALLOC(&exchange, 4 * qs_comm_nranks(comm), QS_MEM_WORK));
-    qs_status st = gather_layers(layout, comm, queue, (const uint8_t *)shard, sizeof *shard,
-                                 (uint8_t *)full, exchange);
-    qs_mem_free(exchange);
-    return st;
+    return gather(layout, levels, queue, shard, sizeof *shard, full);
 }
 
-qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops, qs_comm *comm,
-                            qs_queue *queue, const float *shard, void *send, void *full)
+qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
+                            const qs_levels *levels, qs_queue *queue, const float *shard,
+                            void *send, void *full)
 {
     if (ops->act_dtype == QS_F32) {
-        return qs_lora_gather(layout, comm, queue, shard, full);
+        return qs_lora_gather(layout, levels, queue, shard, full);
     }
-    const int64_t width = qs_lora_shard_width(layout, qs_comm_nranks(comm));
-    size_t *exchange = NULL;
+    const int64_t width = qs_lora_shard_width(layout, qs_comm_nranks(levels->world));
     QS_TRY(ops->convert(queue, shard, layout->n_layers * width, send));
-    QS_TRY(QS_ALLOC(&exchange, 4 * qs_comm_nranks(comm), QS_MEM_WORK));
-    qs_status st =
-        gather_layers(layout, comm, queue, send, qs_dtype_bytes(ops->act_dtype), full, exchange);
-    qs_mem_free(exchange);
-    return st;
+    return gather(layout, levels, queue, send, qs_dtype_bytes(ops->act_dtype), full);
 }

@@ -80,6 +80,9 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
     }
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
     const int per_node = place->per_node < place->nranks ? place->per_node : place->nranks;
+    if (per_node > 1 && per_node < place->nranks && place->nranks % per_node == 0) {
+        s->per_host = per_node;
+    }
     return qs_shard_group_assume(&s->shard, cfg, in->index, &options,
                                  qs_outlook_allowed(cfg, place), place->nranks, per_node);
 }

@@ -88,6 +88,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     s->config = *config;
     s->comm = comm;
     s->nranks = qs_comm_nranks(comm);
+    s->per_host = qs_comm_per_host(comm);
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
@@ -260,11 +261,49 @@ static qs_status connect_group(qs_session *s)
                           qs_backend_comm(&s->base_comm, &s->backend, s->shard.comm));
 }
 
+/* Gradients and LoRA's new weights take two levels where hosts have several ranks each. */
+static qs_status connect_levels(qs_session *s)
+{
+    s->levels = (qs_levels){.world = s->device_comm};
+    if (s->per_host == 0) {
+        return QS_OK;
+    }
+    const int rank = qs_comm_rank(s->comm);
+    qs_comm *inside = NULL, *across = NULL;
+    QS_TRY(qs_comm_split(s->comm, rank / s->per_host, &s->host_inside));
+    QS_TRY(qs_comm_split(s->comm, rank % s->per_host, &s->host_across));
+    QS_TRY(
+        agree_on_group(s, s->host_inside, qs_backend_comm(&inside, &s->backend, s->host_inside)));
+    s->levels.inside = inside;
+    QS_TRY(
+        agree_on_group(s, s->host_across, qs_backend_comm(&across, &s->backend, s->host_across)));
+    s->levels.across = across;
+    qs_log_info(
+        "LoRA: sums and weights inside of each host first, then between %d hosts of %d ranks",
+        s->nranks / s->per_host, s->per_host);
+    return QS_OK;
+}
+
+static void close_levels(qs_session *s)
+{
+    if (s->levels.inside != NULL) {
+        qs_backend_comm_destroy(s->levels.inside, s->host_inside);
+    }
+    if (s->levels.across != NULL) {
+        qs_backend_comm_destroy(s->levels.across, s->host_across);
+    }
+    qs_comm_destroy(s->host_inside);
+    qs_comm_destroy(s->host_across);
+}
+
 qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained)
 {
     const qs_ops_limits limits = qs_session_limits(s, shape);
     QS_TRY(qs_comm_agree(s->comm, qs_backend_comm(&s->device_comm, &s->backend, s->comm)));
     QS_TRY(connect_group(s));
+    if (trained) {
+        QS_TRY(connect_levels(s));
+    }
     qs_status st = s->ops->open(s->queue, &limits);
     s->ops_open = st == QS_OK;
     if (st == QS_OK) {
@@ -295,6 +334,7 @@ void qs_session_close(qs_session *s)
     if (s->ops_open) {
         s->ops->close(s->queue);
     }
+    close_levels(s);
     if (s->base_comm != s->device_comm && s->base_comm != NULL) {
         qs_backend_comm_destroy(s->base_comm, s->shard.comm);
     }
@@ -307,7 +347,9 @@ void qs_session_close(qs_session *s)
 
 void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign)
 {
-    const qs_comm *const comms[] = {s->comm, s->device_comm, s->shard.comm, s->base_comm};
+    const qs_comm *const comms[] = {s->comm,          s->device_comm,  s->shard.comm,
+                                    s->base_comm,     s->host_inside,  s->host_across,
+                                    s->levels.inside, s->levels.across};
     *received = *foreign = 0;
     for (size_t i = 0; i < sizeof comms / sizeof *comms; i++) {
         bool seen = comms[i] == NULL;

@@ -100,8 +100,8 @@ static qs_status allocate(run *r)
     const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
     QS_TRY(QS_ALLOC(&r->slot_sums, slots.end - slots.begin, QS_MEM_WORK));
     QS_TRY(qs_optim_create(&r->optim, r->session.device, layout, r->rank, r->nranks));
-    QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, r->session.device_comm,
-                           r->session.queue, r->sampler.slots, r->shape.group));
+    QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, &r->session.levels, r->session.queue,
+                           r->sampler.slots, r->shape.group));
     return qs_batches_create(&r->batches, r->shape.group, r->shape.max_tokens);
 }
 
@@ -199,7 +199,7 @@ done:
 static qs_status gather_lora(run *r)
 {
     qs_session *s = &r->session;
-    return qs_lora_gather_as(&s->layout, s->ops, s->device_comm, s->queue, r->optim->d_master,
+    return qs_lora_gather_as(&s->layout, s->ops, &s->levels, s->queue, r->optim->d_master,
                              s->lora_send, s->lora);
 }
 
@@ -261,7 +261,7 @@ static qs_status dump_grads(run *r, const float *shard)
         r->comm, qs_mirror_create(s->device, &full,
                                   (size_t)(layout->n_layers * layout->per_layer) * sizeof(float),
                                   QS_MEM_WORK)));
-    QS_GOTO(qs_lora_gather(layout, s->device_comm, s->queue, shard, full.device));
+    QS_GOTO(qs_lora_gather(layout, &s->levels, s->queue, shard, full.device));
     QS_GOTO(qs_mirror_pull(s->queue, &full, 0, full.bytes));
     QS_GOTO(qs_queue_wait(s->queue));
     if (r->rank == 0) {

@@ -37,7 +37,7 @@ static qs_status gradients(qs_fsdp *f, qs_grads *grads, qs_comm *comm, qs_queue 
     QS_TRY(qs_grads_finish(grads, &shard));
     QS_TRY(qs_grads_norm(grads, shard, &norm));
     QS_TRY(QS_ALLOC(&full, layout->n_layers * layout->per_layer, QS_MEM_LORA));
-    qs_status st = qs_lora_gather(layout, comm, queue, shard, full);
+    qs_status st = qs_lora_gather(layout, &(qs_levels){.world = comm}, queue, shard, full);
     if (st == QS_OK && qs_comm_rank(comm) == 0) {
         size_t bytes = (size_t)(layout->n_layers * layout->per_layer) * sizeof *full;
         printf("gradient %016llx\nnorm %a\n", (unsigned long long)qs_xxh3_64(full, bytes), norm);
@@ -58,7 +58,8 @@ static qs_status step(qs_comm *comm)
     const qs_fsdp_options options = fx_options(40);
     QS_GOTO(qs_queue_create(&queue, 1));
     QS_GOTO(qs_fsdp_create_from(&f, &base.index, comm, queue, &options, fx_fill, &base));
-    QS_GOTO(qs_grads_create(&grads, &layout, qs_ops_cpu(), comm, queue, SLOTS, GROUP));
+    QS_GOTO(qs_grads_create(&grads, &layout, qs_ops_cpu(), &(qs_levels){.world = comm}, queue,
+                            SLOTS, GROUP));
     qs_grads_attach(grads, f);
     for (int i = 0; i < 2; i++) {
         QS_GOTO(gradients(f, grads, comm, queue, &layout));

@@ -1,4 +1,5 @@
 """Two network namespaces as two hosts: the same bits over a network as in one machine's memory."""
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,45 @@ class TwoHosts(unittest.TestCase):
             self.assertGreaterEqual(world["foreign_bytes"] - node["foreign_bytes"], across)
             self.assertGreater(node["foreign_bytes"], 0)
             self.assertLess(node["gathered_bytes"], world["gathered_bytes"])
+
+    def test_a_host_sends_its_sum_once(self):
+        """Ranks of a host that are neighbours add up first: what crosses the cable is, byte for byte, each host's nodes of the slot
+        tree and its new weights, and a few words that keep the ranks together."""
+        folder, foreign = support.scratch(), {}
+        alone = os.path.join(folder, "alone")
+        support.train(alone, train__steps=8, train__eval_every=0)
+        for order, steps in (("slot", 3), ("slot", 8), ("node", 3), ("node", 8)):
+            output = os.path.join(folder, f"{order}-{steps}")
+            done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
+                              *support.settings(support.tiny(), output, train__steps=steps, train__eval_every=0,
+                                                shard__group="node"), QSHARD_HOSTS_MAP=order)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            foreign[order, steps] = [line["foreign_bytes"] for line in support.metrics(output, "ranks.jsonl")[-4:]]
+        self.assertEqual(support.curve(os.path.join(folder, "slot-8")), support.curve(alone))
+        self.assertEqual(support.adapter_digest(os.path.join(folder, "slot-8")), support.adapter_digest(alone))
+        layers, shards = lora_shards(os.path.join(support.tiny(), "model", "config.json"), lora_rank=8, ranks=4)
+        # 5 slots: host 0 has 0, 1 and sends (0 1); host 1 has 2, 3, 4 and sends (2 3) and (4)
+        nodes_of_the_other = [2, 2, 1, 1]
+        for rank in range(4):
+            per_step = (foreign["slot", 8][rank] - foreign["slot", 3][rank]) / 5
+            peer = (rank + 2) % 4
+            formula = 4 * layers * (nodes_of_the_other[rank] * shards[rank] + shards[peer])
+            self.assertGreaterEqual(per_step, formula)
+            self.assertLess(per_step, formula + 2048)
+            flat = (foreign["node", 8][rank] - foreign["node", 3][rank]) / 5
+            self.assertGreater(flat, 1.4 * per_step)
+
+
+def lora_shards(config, lora_rank, ranks):
+    """Layers, and floats of a layer's LoRA vector that each rank owns: chunks of 4,096 dealt out evenly."""
+    with open(config, encoding="utf-8") as file:
+        c = json.load(file)
+    head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    h, q, kv, f = c["hidden_size"], head * c["num_attention_heads"], head * c["num_key_value_heads"], c["intermediate_size"]
+    shapes = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)]
+    chunks = -(-sum(lora_rank * (i + o) for i, o in shapes) // 4096)
+    each = -(-chunks // ranks)
+    return c["num_hidden_layers"], [4096 * max(0, min(each, chunks - r * each)) for r in range(ranks)]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 #   two_hosts.sh down
 #   two_hosts.sh agent ...     what mpirun starts instead of ssh: runs the rest in the namespace of the host it is given
 #
-# Needs root and iproute2. QSHARD_HOSTS_TAG tells several pairs apart.
+# Needs root and iproute2. QSHARD_HOSTS_TAG tells several pairs apart. QSHARD_HOSTS_MAP=slot makes neighbours of the ranks of
+# a host, as most launchers do; by default (node) they take turns.
 set -euo pipefail
 tag=${QSHARD_HOSTS_TAG:-qsh}
 export QSHARD_HOSTS_TAG=$tag OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -41,7 +42,7 @@ run)
     np=$2
     shift 2
     export OMPI_MCA_btl_tcp_if_include=eth0 OMPI_MCA_oob_tcp_if_include=eth0 OMPI_MCA_btl=tcp,self,vader
-    inside h1 mpirun -np "$np" --host "10.199.7.1:$(((np + 1) / 2)),10.199.7.2:$((np / 2))" --map-by node \
+    inside h1 mpirun -np "$np" --host "10.199.7.1:$(((np + 1) / 2)),10.199.7.2:$((np / 2))" --map-by "${QSHARD_HOSTS_MAP:-node}" \
         --mca plm rsh --mca plm_rsh_agent "$here agent" --mca orte_keep_fqdn_hostnames 1 --bind-to none \
         -x QSHARD_HOSTS_TAG -x OMP_NUM_THREADS "$@"
     ;;
