@@ -19,7 +19,7 @@ typedef struct {
     int n_sets;
     const char *output, *adapter, *prompts, *base_name;
     const char *base, *original, *dtype, *shard_size;
-    const char *dump_grads, *dump_order, *dump_logits;
+    const char *dump_grads, *dump_order, *dump_logits, *trace;
     int64_t tokens, head_chunk_rows, threads;
     const char *gpu;
     int64_t gpus, per_node;

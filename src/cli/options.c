@@ -27,6 +27,7 @@ enum {
     KEY_DEVICE,
     KEY_SHARED_DEVICE,
     KEY_PROFILE_STEPS,
+    KEY_TRACE,
     KEY_FOLD,
     KEY_BASE,
     KEY_ORIGINAL,
@@ -75,7 +76,13 @@ const struct argp_option qs_cli_train_options[] = {
      "Write the sequences of each step as text, stop (default: train)", 4},
     SHARED_DEVICE,
     {"profile-steps", KEY_PROFILE_STEPS, "A:B", 0,
-     "Let an attached profiler collect from step A to step B (default: no step)", 5},
+     "Let an attached profiler, or --trace, see step A to step B (default: no step; with --trace "
+     "the third and fourth)",
+     5},
+    {"trace", KEY_TRACE, "FILE", 0,
+     "Write what each rank computed, gathered and waited for in these steps, for chrome://tracing "
+     "(on the CPU; default: none)",
+     5},
     COMMON};
 
 const struct argp_option qs_cli_eval_options[] = {
@@ -266,6 +273,9 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
         break;
     case KEY_PROFILE_STEPS:
         return set_steps(text, out->profile_steps);
+    case KEY_TRACE:
+        out->trace = text;
+        break;
     case KEY_SINGLE_QUANT:
         out->single_quant = true;
         break;

@@ -40,6 +40,7 @@ qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm)
                                 .dry_run = args->dry_run,
                                 .dump_grads = args->dump_grads,
                                 .dump_order = args->dump_order,
+                                .trace = args->trace,
                                 .profile_steps = {args->profile_steps[0], args->profile_steps[1]}};
     QS_TRY(load_config(args, QS_NEED_TRAIN, comm, &options.config));
     return qs_train_run(&options, comm);

@@ -131,8 +131,8 @@ qs_status qs_mirror_pull(qs_queue *queue, const qs_mirror *mirror, size_t at, si
 
 /* ---- what a profiler shows ---- */
 
-/** Name what the host gives to the queue until qs_range_end; ranges nest. Costs nothing without a
- * profiler, nothing at all on the CPU. */
+/** Name what the host gives to the queue until qs_range_end; ranges nest. For a profiler on a GPU;
+ * on the CPU a span of the trace (base/trace.h). Costs next to nothing without either. */
 void qs_range_begin(qs_queue *queue, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void qs_range_end(qs_queue *queue);
 

@@ -7,12 +7,14 @@
 #include "device/device_impl.h"
 
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/timer.h"
+#include "base/trace.h"
 
-enum { FIRST_CAPACITY = 16 };
+enum { FIRST_CAPACITY = 16, RANGES_MAX = 8 };
 static const double IDLE_PERIOD_S = 200e-6;
 
 typedef struct {
@@ -20,6 +22,12 @@ typedef struct {
     void (*release)(void *);
     void *ctx;
 } pending;
+
+/* A range that has begun, while tracing is on. */
+typedef struct {
+    char name[64];
+    double begin_s;
+} open_range;
 
 typedef struct {
     qs_queue base;
@@ -33,6 +41,8 @@ typedef struct {
     void *idle_ctx;
     bool in_idle;
     double idle_at_s; /* when the callback was last called */
+    open_range ranges[RANGES_MAX];
+    int depth; /* of the ranges, kept or not */
 } cpu_queue;
 
 static qs_status queue_create(qs_device *device, qs_queue **out, int threads)
@@ -188,6 +198,28 @@ static void call_idle(qs_queue *base)
     queue->idle_at_s = qs_time_s();
 }
 
+/* ---- ranges: spans of the trace ---- */
+
+static void range_begin(qs_queue *base, const char *name)
+{
+    cpu_queue *queue = (cpu_queue *)base;
+    if (queue->depth < RANGES_MAX) {
+        open_range *range = &queue->ranges[queue->depth];
+        snprintf(range->name, sizeof range->name, "%s", name);
+        range->begin_s = qs_time_s();
+    }
+    queue->depth++;
+}
+
+static void range_end(qs_queue *base)
+{
+    cpu_queue *queue = (cpu_queue *)base;
+    if (--queue->depth < RANGES_MAX) {
+        const open_range *range = &queue->ranges[queue->depth];
+        qs_trace_add(QS_LANE_COMPUTE, range->begin_s, qs_time_s(), "%s", range->name);
+    }
+}
+
 /* ---- memory: the host's ---- */
 
 static qs_status alloc(qs_device *device, void **out, size_t bytes, qs_mem_class kind)
@@ -235,4 +267,6 @@ const qs_device_ops qs_device_cpu_ops = {
     .poll = poll_all,
     .set_idle = set_idle,
     .idle = call_idle,
+    .range_begin = range_begin,
+    .range_end = range_end,
 };

@@ -14,6 +14,7 @@
 
 #include "base/mem.h"
 #include "base/timer.h"
+#include "base/trace.h"
 
 /* ---- sizes ---- */
 
@@ -288,6 +289,30 @@ static qs_status settle(qs_fsdp *f, int b)
     return qs_queue_after(f->compute, buffer->landed);
 }
 
+/* Behind a gather in the queue: it is over now. */
+static qs_status note_end(void *ctx, bool *finished)
+{
+    const qs_gather_buffer *buffer = ctx;
+    qs_fsdp *f = buffer->fsdp;
+    const double now_s = qs_time_s();
+    const double since_s =
+        buffer->started_s > f->gathers_until_s ? buffer->started_s : f->gathers_until_s;
+    f->stats.gather_s += now_s - since_s;
+    f->gathers_until_s = now_s;
+    qs_trace_add(QS_LANE_GATHER, buffer->started_s, now_s, "%s",
+                 f->index->units[buffer->unit].name);
+    *finished = true;
+    return QS_OK;
+}
+
+/* Keep the time of a gather that was just given to the queue. A GPU's queue does not tell. */
+static qs_status clock_gather(qs_fsdp *f, qs_gather_buffer *buffer, int u)
+{
+    buffer->fsdp = f;
+    buffer->unit = u;
+    return qs_device_is_host(f->device) ? qs_queue_push(f->queue, note_end, NULL, buffer) : QS_OK;
+}
+
 static qs_status start_gather(qs_fsdp *f, const qs_gather *gather)
 {
     qs_gather_buffer *buffer = &f->buffers[gather->buffer];
@@ -301,8 +326,10 @@ static qs_status start_gather(qs_fsdp *f, const qs_gather *gather)
         QS_TRY(qs_queue_copy(f->queue, place, share, bytes));
         share = place;
     }
+    buffer->started_s = qs_time_s();
     if (f->nranks > 1) {
         QS_TRY(qs_comm_all_gather(f->comm, share, buffer->bytes, bytes, f->queue));
+        QS_TRY(clock_gather(f, buffer, u));
     }
     buffer->in_flight = true;
     buffer->landed = qs_event_record(f->queue);
@@ -334,7 +361,10 @@ static qs_status wait_for_gather(qs_fsdp *f, int buffer)
     }
     const double since = qs_time_s();
     const qs_status st = settle(f, buffer);
-    f->stats.wait_s += qs_time_s() - since;
+    const double now = qs_time_s();
+    f->stats.wait_s += now - since;
+    qs_trace_add(QS_LANE_COMPUTE, since, now, "wait for %s",
+                 f->index->units[f->buffers[buffer].unit].name);
     return st;
 }
 

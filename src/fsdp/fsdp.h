@@ -23,7 +23,8 @@ typedef struct {
     uint64_t gathered_bytes; /* received from others by gathers */
     uint64_t read_bytes;     /* of base.h5, by this rank */
     uint64_t gathers;
-    double wait_s; /* time that compute stood still for gathers */
+    double gather_s; /* time that gathers were under way; 0 on a device that does not tell */
+    double wait_s;   /* time that compute stood still for them */
 } qs_fsdp_stats;
 
 /** What qs_fsdp_create needs to know beside the base. */
@@ -116,6 +117,10 @@ qs_status qs_grads_reduce(qs_grads *grads, int layer);
 /** Wait for all reductions and finish the trees: this rank's shard of the gradient, [n_layers *
  * shard_width]. Collective. Borrowed until the next qs_grads_begin. */
 qs_status qs_grads_finish(qs_grads *grads, float **shard);
+
+/** Time that compute stood still for reductions, since qs_grads_create. On a GPU it waits on its
+ * own, and the host knows nothing of it. */
+double qs_grads_wait_s(const qs_grads *grads);
 
 /** Norm of the whole gradient: fp64 sums over 4,096-element chunks, all-gathered, added in layer
  * and chunk order. Collective. */

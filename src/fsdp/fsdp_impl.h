@@ -43,6 +43,9 @@ typedef struct {
     bool in_flight;    /* the gather has not been waited for */
     qs_event landed;   /* valid while in_flight */
     qs_event released; /* compute has passed what was given to it before the last release */
+    qs_fsdp *fsdp;     /* for the clock at the end of a gather: */
+    int unit;          /* of the last gather, */
+    double started_s;  /* and when it started */
 } qs_gather_buffer;
 
 struct qs_fsdp {
@@ -65,6 +68,7 @@ struct qs_fsdp {
     qs_gather_plan plan;
     qs_gather_buffer buffers[QS_GATHER_BUFFERS_MAX];
     qs_embed embed;
+    double gathers_until_s; /* end of the last gather */
     qs_fsdp_stats stats;
 };
 

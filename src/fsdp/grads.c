@@ -10,6 +10,8 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "base/timer.h"
+#include "base/trace.h"
 #include "fsdp/reduce_stage.h"
 
 enum { IN_FLIGHT = 2 };
@@ -19,6 +21,7 @@ typedef struct {
     int layer;   /* -1: none */
     bool inside; /* of the first of two stages */
     qs_event landed;
+    double departed_s;
     float *host_pieces; /* what arrives inside of the host; NULL with one level */
     float *received;    /* pieces of this rank's shard from all over, in slot order */
 } reduction;
@@ -53,6 +56,7 @@ struct qs_grads {
     int started; /* reductions of this step */
     reduction flights[IN_FLIGHT];
     qs_partials finish; /* stack of a finishing tree */
+    double wait_s;      /* time that compute stood still for reductions */
     float *result;      /* [n_layers * width] */
     qs_mirror sums;     /* [n_layers * p] doubles: squares of this rank's chunks */
     double *all_sums;   /* [nranks * n_layers * p] */
@@ -407,15 +411,45 @@ static qs_status send_across(qs_grads *g, reduction *flight)
     return QS_OK;
 }
 
+/* Behind an exchange in the queue: it is over now. */
+static qs_status note_end(void *ctx, bool *finished)
+{
+    const reduction *flight = ctx;
+    qs_trace_add(QS_LANE_REDUCE, flight->departed_s, qs_time_s(), "layer %d%s", flight->layer,
+                 flight->inside ? " inside" : "");
+    *finished = true;
+    return QS_OK;
+}
+
 /* Give the exchange of `flight` to the queue, behind all that compute has been given: its sums must
  * be there, and what lay in the buffers added. */
 static qs_status depart(qs_grads *g, reduction *flight,
                         qs_status (*send)(qs_grads *g, reduction *flight))
 {
     QS_TRY(qs_queue_after(g->queue, qs_event_record(g->compute)));
+    flight->departed_s = qs_time_s();
     QS_TRY(send(g, flight));
+    if (qs_device_is_host(g->device)) {
+        QS_TRY(qs_queue_push(g->queue, note_end, NULL, flight));
+    }
     flight->landed = qs_event_record(g->queue);
     return QS_OK;
+}
+
+/* Compute goes on when the exchange of `flight` has landed. */
+static qs_status wait_for(qs_grads *g, const reduction *flight)
+{
+    const double since = qs_time_s();
+    const qs_status st = qs_queue_after(g->compute, flight->landed);
+    const double now = qs_time_s();
+    g->wait_s += now - since;
+    qs_trace_add(QS_LANE_COMPUTE, since, now, "wait for sums of layer %d", flight->layer);
+    return st;
+}
+
+double qs_grads_wait_s(const qs_grads *g)
+{
+    return g->wait_s;
 }
 
 /* The layer's own sums have been sent: their buffers are free again. */
@@ -433,7 +467,7 @@ static qs_status cross_over(qs_grads *g, reduction *flight)
     if (flight->layer < 0 || !flight->inside) {
         return QS_OK;
     }
-    QS_TRY(qs_queue_after(g->compute, flight->landed));
+    QS_TRY(wait_for(g, flight));
     free_sums(g, flight->layer);
     for (int h = 0; h < g->hosts; h++) {
         qs_tree add = g->add_shard;
@@ -454,8 +488,8 @@ static qs_status settle(qs_grads *g, reduction *flight)
     if (layer < 0) {
         return QS_OK;
     }
+    QS_TRY(wait_for(g, flight));
     flight->layer = -1;
-    QS_TRY(qs_queue_after(g->compute, flight->landed));
     free_sums(g, layer);
     if (g->add_shard.count == 0) {
         return QS_OK; /* more ranks than chunks */

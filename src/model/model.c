@@ -188,6 +188,7 @@ static qs_status scale_embedding(qs_model *m, void *rows, int64_t tokens)
  * micro-batch of the group. */
 static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
 {
+    qs_range_begin(m->queue, "embedding");
     for (int64_t g = 0; g < count; g++) {
         const qs_batch *batch = is_idle(&group[g]) ? NULL : group[g].batch;
         QS_TRY(check_sizes(m, batch));
@@ -200,6 +201,7 @@ static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
         QS_TRY(qs_fsdp_embed(m->fsdp, batch != NULL ? batch->tokens : NULL, tokens, rows));
         QS_TRY(scale_embedding(m, rows, tokens));
     }
+    qs_range_end(m->queue);
     return QS_OK;
 }
 

@@ -151,6 +151,15 @@ void qs_metrics_close(qs_metrics *m)
     free(m);
 }
 
+static number seconds_or_null(double seconds)
+{
+    number out = {"null"};
+    if (seconds >= 0) {
+        snprintf(out.text, sizeof out.text, "%.6f", seconds);
+    }
+    return out;
+}
+
 qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
 {
     char line[LINE_MAX_BYTES];
@@ -163,11 +172,11 @@ qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
         snprintf(line, sizeof line,
                  "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"all_tokens\": %" PRId64
                  ", \"loss\": %s, \"lr\": %s, \"grad_norm\": %s, \"step_time_s\": %.6f, "
-                 "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %.6f, "
-                 "\"compute_s\": %.6f, \"reduce_s\": %.6f}\n",
+                 "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %s, "
+                 "\"wait_s\": %.6f, \"compute_s\": %.6f, \"reduce_s\": %.6f}\n",
                  m->step, m->tokens, m->all_tokens, exactly(m->loss).text, exactly(m->lr).text,
-                 exactly(m->grad_norm).text, m->step_time_s, rate, m->peak_bytes, m->gather_s,
-                 m->compute_s, m->reduce_s);
+                 exactly(m->grad_norm).text, m->step_time_s, rate, m->peak_bytes,
+                 seconds_or_null(m->gather_s).text, m->wait_s, m->compute_s, m->reduce_s);
     return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
 }
 

@@ -13,7 +13,11 @@ typedef struct {
     int64_t tokens; /* positions that carry loss */
     int64_t all_tokens;
     double loss, lr, grad_norm;
-    double step_time_s, gather_s, compute_s, reduce_s;
+    double step_time_s;
+    double gather_s;  /* that gathers were under way; negative: the device does not tell */
+    double wait_s;    /* that compute stood still for them */
+    double compute_s; /* the rest of the step */
+    double reduce_s;  /* that it stood still for sums of gradients and the norm */
     uint64_t peak_bytes;
 } qs_step_metrics;
 

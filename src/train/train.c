@@ -17,6 +17,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/timer.h"
+#include "base/trace.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/run_dir.h"
 #include "store/io.h"
@@ -26,6 +27,7 @@
 #include "train/plan.h"
 #include "train/sampler.h"
 #include "train/session.h"
+#include "train/trace_file.h"
 
 enum { WARM_UP_STEPS = 2 };  /* of a start: products choose their algorithms, files enter caches */
 enum { NOT_FINITE_MAX = 3 }; /* skipped updates in a row before the run stops */
@@ -54,6 +56,7 @@ typedef struct {
     int64_t tokens_seen;     /* of all ranks, over all starts */
     int64_t lines_lost;      /* metrics that a full disk swallowed */
     double started_s;
+    int64_t profiled[2]; /* first and last step of the profile, from 1; 0: none */
     qs_step_metrics last;
     int64_t steps_done; /* of this start */
     double timed_s;     /* of those behind the warm-up */
@@ -84,6 +87,22 @@ static qs_status open_inputs(run *r)
     QS_TRY(qs_comm_agree(r->comm, check_targets(r->train_data)));
     return qs_comm_agree(r->comm,
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
+}
+
+/* A GPU's work is not the host's to time. */
+static qs_status check_trace(const run *r)
+{
+    if (r->options->trace == NULL || r->options->dry_run) {
+        return QS_OK;
+    }
+    if (!r->session.apart) {
+        return qs_trace_file_check(r->options->trace, r->comm);
+    }
+    return qs_comm_agree(
+        r->comm, QS_FAIL(QS_ERR_CONFIG_PAIR,
+                         "--trace: the run is on a GPU, whose time the host does not see; run it "
+                         "under nsys profile --capture-range=cudaProfilerApi with --profile-steps "
+                         "instead"));
 }
 
 static void shape_run(run *r)
@@ -308,7 +327,8 @@ static int64_t step_tokens(const run *r)
 static qs_status train_step(run *r, qs_step_metrics *m)
 {
     const double start = qs_time_s();
-    const double waited = qs_fsdp_get_stats(r->session.fsdp).wait_s;
+    const qs_fsdp_stats before = qs_fsdp_get_stats(r->session.fsdp);
+    const double reduced = qs_grads_wait_s(r->grads);
     double loss_sum = 0;
     float *shard = NULL;
     *m = (qs_step_metrics){.step = r->step + 1,
@@ -320,19 +340,26 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     qs_grads_begin(r->grads);
     QS_TRY(run_passes(r, loss_scale));
     const double reduce_start = qs_time_s();
+    m->reduce_s = qs_grads_wait_s(r->grads) - reduced; /* between layers */
+    qs_range_begin(r->session.queue, "sums");
     QS_TRY(qs_grads_finish(r->grads, &shard));
     QS_TRY(qs_grads_norm(r->grads, shard, &m->grad_norm));
     QS_TRY(qs_sum_slots(r->comm, r->sampler.slots, r->slot_sums, &loss_sum));
     m->loss = m->tokens > 0 ? loss_sum / (double)m->tokens : 0;
-    m->reduce_s = qs_time_s() - reduce_start;
+    m->reduce_s += qs_time_s() - reduce_start;
+    qs_range_end(r->session.queue);
     if (r->options->dump_grads != NULL) {
         return dump_grads(r, shard);
     }
+    qs_range_begin(r->session.queue, "update");
     QS_TRY(qs_comm_agree(r->comm, apply_update(r, shard, m)));
     QS_TRY(gather_lora(r));
+    qs_range_end(r->session.queue);
     m->step_time_s = qs_time_s() - start;
-    m->gather_s = qs_fsdp_get_stats(r->session.fsdp).wait_s - waited;
-    m->compute_s = m->step_time_s - m->gather_s - m->reduce_s;
+    const qs_fsdp_stats after = qs_fsdp_get_stats(r->session.fsdp);
+    m->gather_s = r->session.apart ? -1 : after.gather_s - before.gather_s;
+    m->wait_s = after.wait_s - before.wait_s;
+    m->compute_s = m->step_time_s - m->wait_s - m->reduce_s;
     m->peak_bytes = qs_mem_peak_total_bytes(r->plan.space);
     return QS_OK;
 }
@@ -454,13 +481,37 @@ static qs_status missed_evaluation(run *r)
     return eval_due(r) && last < r->step ? evaluate(r) : QS_OK;
 }
 
+/* With --trace alone: two steps of this start, behind its warm-up if there are so many. */
+static void choose_profile(run *r)
+{
+    memcpy(r->profiled, r->options->profile_steps, sizeof r->profiled);
+    if (r->options->trace != NULL && r->profiled[0] == 0) {
+        const int64_t left = r->sampler.steps - r->step;
+        const int64_t skipped = left > WARM_UP_STEPS ? WARM_UP_STEPS : 0;
+        r->profiled[0] = r->step + skipped + 1;
+        r->profiled[1] = r->profiled[0] + 1;
+    }
+}
+
+static qs_status start_profile(run *r)
+{
+    qs_device_profile(r->session.device, true);
+    return r->options->trace != NULL ? qs_trace_file_start(r->comm) : QS_OK;
+}
+
+static qs_status end_profile(run *r)
+{
+    qs_device_profile(r->session.device, false);
+    return r->options->trace != NULL ? qs_trace_file_write(r->options->trace, r->comm) : QS_OK;
+}
+
 /* One step with everything that follows it. A stop signal saves first and leaves the evaluation to
  * the next start. */
 static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bool *stop)
 {
-    const int64_t *profiled = r->options->profile_steps;
+    const int64_t *profiled = r->profiled;
     if (r->step + 1 == profiled[0]) {
-        qs_device_profile(r->session.device, true);
+        QS_TRY(start_profile(r));
     }
     qs_range_begin(r->session.queue, "step %" PRId64, r->step + 1);
     QS_TRY(train_step(r, &r->last));
@@ -468,7 +519,7 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
     r->step++;
     r->timed_s += ++r->steps_done > WARM_UP_STEPS ? r->last.step_time_s : 0;
     if (r->step == profiled[1]) {
-        qs_device_profile(r->session.device, false);
+        QS_TRY(end_profile(r));
     }
     r->tokens_seen += r->last.all_tokens;
     QS_TRY(keep_going(r, qs_metrics_step(r->metrics, &r->last)));
@@ -487,9 +538,13 @@ static qs_status step_loop(run *r)
     qs_status last_save = QS_OK;
     bool stop = false;
     int64_t saved = r->step;
+    choose_profile(r);
     QS_TRY(missed_evaluation(r));
     while (r->step < r->sampler.steps && !stop) {
         QS_TRY(step_and_after(r, &last_save, &saved, &stop));
+    }
+    if (qs_trace_on()) { /* the run was shorter */
+        QS_TRY(end_profile(r));
     }
     qs_progress_end();
     if (last_save != QS_OK) {
@@ -612,6 +667,7 @@ static qs_status run_training(run *r)
 static qs_status run_all(run *r)
 {
     QS_TRY(open_inputs(r));
+    QS_TRY(check_trace(r));
     shape_run(r);
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);

@@ -14,7 +14,8 @@ typedef struct {
     const char *dump_grads; /* safetensors: gradients of the first step before clipping, then stop;
                                or NULL */
     const char
-        *dump_order; /* text: sequence indices per step, one line a step, then stop; or NULL */
+        *dump_order;   /* text: sequence indices per step, one line a step, then stop; or NULL */
+    const char *trace; /* file for the spans of profile_steps on all ranks, or NULL */
     int64_t
         profile_steps[2]; /* first and last step that an attached profiler sees, from 1; 0: none */
 } qs_train_options;

@@ -1,0 +1,70 @@
+"""What a step spends its time on: the numbers in metrics.jsonl, and the picture of --trace."""
+import json
+import os
+import re
+import unittest
+
+import support
+
+LAYERS = 4
+
+
+class Trace(unittest.TestCase):
+    def run_traced(self, ranks, options=(), **more):
+        folder = support.scratch()
+        path, output = os.path.join(folder, "trace.json"), os.path.join(folder, "run")
+        support.train(output, ranks=ranks, options=("--trace", path, *options), train__eval_every=0, **more)
+        with open(path, encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        spans = [(e["pid"], e["tid"], e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
+        lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+        return [(rank, lanes[lane], *rest) for rank, lane, *rest in spans], support.metrics(output)
+
+    def test_spans_of_all_ranks(self):
+        spans, _ = self.run_traced(3, train__steps=6)
+        for rank in range(3):
+            mine = [span[1:] for span in spans if span[0] == rank]
+            compute = {name: (begin, end) for lane, name, begin, end in mine if lane == "compute"}
+            self.assertEqual([name for name in compute if name.startswith("step")], ["step 3", "step 4"])
+            for name in ("embedding", "head", "sums", "update",
+                         *(f"layer {i} {way}" for i in range(LAYERS) for way in ("forward", "backward"))):
+                self.assertEqual(len([1 for lane, n, *_ in mine if (lane, n) == ("compute", name)]), 2, name)
+            begin, end = compute["step 4"]
+            last = [(lane, name, b, e) for lane, name, b, e in mine if b >= begin]
+            for lane, name, b, e in last:
+                self.assertLessEqual(b, e)
+                self.assertLessEqual(e, end + 1, f"{lane} {name}")
+            # each layer's sums start in its backward or behind it, all are over before the update
+            for layer in range(LAYERS):
+                (b, e), = [(b, e) for lane, name, b, e in last if (lane, name) == ("reduce", f"layer {layer}")]
+                self.assertGreater(b, compute[f"layer {layer} backward"][0])
+                self.assertLessEqual(e, compute["update"][0] + 1)
+            # a unit is gathered before its layer computes
+            for lane, name, b, e in last:
+                match = re.fullmatch(r"layers\.(\d+)", name)
+                if lane == "gather" and match and b < compute["head"][0]:
+                    self.assertLessEqual(e, compute[f"layer {match[1]} forward"][1])
+
+    def test_parts_of_a_step_are_the_step(self):
+        for ranks in (1, 2):
+            _, lines = self.run_traced(ranks, train__steps=5)
+            for line in (line for line in lines if "loss" in line):
+                parts = line["wait_s"] + line["compute_s"] + line["reduce_s"]
+                self.assertAlmostEqual(parts, line["step_time_s"], delta=1e-5)
+                self.assertEqual(line["gather_s"] > 0, ranks > 1)
+                self.assertLessEqual(line["gather_s"], line["step_time_s"])
+
+    def test_steps_can_be_chosen_and_a_run_may_end_before_them(self):
+        spans, _ = self.run_traced(2, ("--profile-steps", "2:9"), train__steps=4)
+        steps = sorted({name for *_, name, _, _ in spans if name.startswith("step")})
+        self.assertEqual(steps, ["step 2", "step 3", "step 4"])
+
+    def test_a_file_that_cannot_be_written_ends_the_run_before_it_starts(self):
+        output = os.path.join(support.scratch(), "run")
+        done = support.train(output, ranks=2, options=("--trace", "/nonexistent/trace.json"), expect=4)
+        self.assertEqual(re.findall(r"error\[E\d+\] [^:]*:", done.stderr), ["error[E400] /nonexistent/trace.json:"])
+        self.assertFalse(os.path.exists(output))
+
+
+if __name__ == "__main__":
+    unittest.main()
