@@ -85,6 +85,10 @@ qs_status qs_comm_sum_i64(qs_comm *comm, int64_t *values, int count);
 qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv,
                                  size_t bytes_per_rank);
 
+/** The time that this rank takes for an all-gather of `bytes` in all, the best of three; more than
+ * 8 MiB are extrapolated from that much. 0 with one rank. Collective. */
+qs_status qs_comm_gather_time(qs_comm *comm, size_t bytes, double *seconds);
+
 /** One rank's failure is everyone's: returns QS_OK on all ranks if `mine` is QS_OK on all, else on
  * all ranks the status of the lowest failing rank, whose own error text stays the one to print;
  * the others are told and keep silent. */

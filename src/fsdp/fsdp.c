@@ -349,6 +349,16 @@ static qs_status drop_on_error(qs_fsdp *f, int buffer, qs_status st)
 
 /* ---- acquire, release ---- */
 
+bool qs_fsdp_is_gathered(const qs_fsdp *f, int u)
+{
+    return f->nranks > 1 && !f->at_hand[u];
+}
+
+qs_status qs_fsdp_barrier(qs_fsdp *f)
+{
+    return qs_comm_barrier(f->comm);
+}
+
 qs_status qs_fsdp_begin(qs_fsdp *f, const int *units, int count)
 {
     return qs_gather_plan_begin(&f->plan, units, count);

@@ -43,6 +43,12 @@ qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *com
                          qs_queue *compute, const qs_fsdp_options *options);
 void qs_fsdp_destroy(qs_fsdp *fsdp);
 
+/** Whether unit `u` must come from other ranks when it is used. */
+bool qs_fsdp_is_gathered(const qs_fsdp *fsdp, int u);
+
+/** Wait for the other ranks that share the base. Collective. */
+qs_status qs_fsdp_barrier(qs_fsdp *fsdp);
+
 /** Announce the order in which the next calls of qs_fsdp_acquire use units: `units` [count], at
  * most three times as many as there are. Collective: all ranks, the same order. */
 qs_status qs_fsdp_begin(qs_fsdp *fsdp, const int *units, int count);

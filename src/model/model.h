@@ -77,6 +77,17 @@ qs_status qs_model_logits(qs_model *model, const qs_batch *batch, bool all, floa
  * \return how many. */
 int qs_model_order(const qs_base_index *index, bool backward, int *units);
 
+/** What a layer takes on this rank. */
+typedef struct {
+    double gather_s;     /* of one layer, from all others of the group; 0: none is gathered */
+    size_t gather_bytes; /* that each of them sends */
+    double token_s;      /* of a layer's forward, for each token; 0: not measured */
+} qs_probe;
+
+/** Measure it, before the first pass: the forward of `tokens` tokens (at most max_tokens; 0: none)
+ * in documents of `length`. Collective. */
+qs_status qs_model_probe(qs_model *model, int64_t tokens, int64_t length, qs_probe *out);
+
 /** Floating-point operations of this rank so far, by the formula of the issue: 2 per multiply-add
  * of linears, LoRA, attention and head. */
 double qs_model_flops(const qs_model *model);

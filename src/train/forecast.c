@@ -325,7 +325,7 @@ qs_links qs_links_usual(const qs_gpu_kind *kind, int per_node)
 
 /* A rank receives `bytes` over its own link; what comes from other nodes enters a node once and is
  * passed on inside. */
-static double receive_s(double bytes, int nranks, const qs_links *links)
+double qs_links_receive_s(double bytes, int nranks, const qs_links *links)
 {
     if (nranks == 1) {
         return 0;
@@ -345,7 +345,7 @@ static void add_phase(qs_forecast *f, const qs_step_phase *phase, int group,
     const double attention = phase->attention_flops / (ATTENTION_SHARE * peak);
     const double memory = phase->memory_bytes / (MEMORY_SHARE * bandwidth);
     const double compute = product + attention + memory;
-    const double gather = receive_s(phase->gather_bytes, group, links);
+    const double gather = qs_links_receive_s(phase->gather_bytes, group, links);
     f->product_s += product;
     f->attention_s += attention;
     f->memory_s += memory;
@@ -357,7 +357,7 @@ static void add_phase(qs_forecast *f, const qs_step_phase *phase, int group,
 qs_forecast qs_forecast_make(const qs_step_work *work, const qs_gpu_kind *kind,
                              const qs_links *links)
 {
-    qs_forecast f = {.reduce_s = receive_s(work->reduce_bytes, work->nranks, links)};
+    qs_forecast f = {.reduce_s = qs_links_receive_s(work->reduce_bytes, work->nranks, links)};
     add_phase(&f, &work->forward, work->group, kind, links);
     add_phase(&f, &work->head, work->group, kind, links);
     add_phase(&f, &work->backward, work->group, kind, links);

@@ -42,6 +42,9 @@ typedef struct {
  * node between them. */
 qs_links qs_links_usual(const qs_gpu_kind *kind, int per_node);
 
+/** Time in which a rank receives `bytes` from `nranks` - 1 others over such links. */
+double qs_links_receive_s(double bytes, int nranks, const qs_links *links);
+
 typedef struct {
     double product_s, attention_s, memory_s;
     double compute_s;       /* their sum */

@@ -26,25 +26,64 @@ static size_t kept_bytes(const qs_base_index *index, const qs_fsdp_options *opti
     return bytes.device_shard_bytes + bytes.host_shard_bytes + bytes.gather_bytes;
 }
 
-static bool is_tight(size_t needed, size_t there)
+/* A node's copy takes memory for time: more of it where there is more to win. */
+static double allowed_share(const qs_group_links *links)
 {
-    return needed > there / 2;
+    return links->node_s > 0 && links->world_s > 2 * links->node_s ? 0.8 : 0.5;
+}
+
+static bool is_tight(size_t needed, size_t there, const qs_group_links *links)
+{
+    return (double)needed > allowed_share(links) * (double)there;
+}
+
+/* Bytes of an average layer. */
+static size_t layer_bytes(const qs_base_index *index)
+{
+    size_t bytes = 0;
+    for (int l = 0; l < index->config.n_layers; l++) {
+        bytes +=
+            qs_unit_layout_make(&index->units[qs_base_layer_unit(index, l)].size, 1).message_bytes;
+    }
+    return bytes / (size_t)index->config.n_layers;
+}
+
+/* What a layer's gather takes, among a node's ranks and among all, over the host's links. */
+static qs_status measure(qs_group_links *links, const qs_base_index *index, qs_comm *world)
+{
+    const size_t bytes = layer_bytes(index);
+    qs_comm *node = NULL;
+    QS_TRY(qs_comm_split(world, qs_comm_host(world), &node));
+    qs_status st = qs_comm_gather_time(node, bytes, &links->node_s);
+    if (st == QS_OK) {
+        st = qs_comm_gather_time(world, bytes, &links->world_s);
+    }
+    qs_comm_destroy(node);
+    int64_t slowest[2] = {(int64_t)(1e9 * links->node_s), (int64_t)(1e9 * links->world_s)};
+    QS_TRY(st);
+    QS_TRY(qs_comm_max_i64(world, slowest, 2));
+    *links = (qs_group_links){1e-9 * (double)slowest[0], 1e-9 * (double)slowest[1]};
+    return QS_OK;
 }
 
 /* What `auto` stands for on several hosts. */
 static qs_status choose(int64_t *group, const qs_base_index *index, const qs_fsdp_options *options,
                         const qs_device *device, qs_comm *world)
 {
+    qs_group_links links = {0};
     const size_t needed = kept_bytes(index, options, qs_comm_local_nranks(world));
     const size_t there = free_bytes(device, world);
-    int64_t tight = is_tight(needed, there);
+    QS_TRY(measure(&links, index, world));
+    int64_t tight = is_tight(needed, there, &links);
     QS_TRY(qs_comm_max_i64(world, &tight, 1));
     *group = tight != 0 ? QS_SHARD_WORLD : QS_SHARD_NODE;
-    qs_log_info(
-        "shard.group: auto is %s: a rank would keep %.2f GiB of the base and two units in a "
-        "node's group, %.2f in the world's; %.2f are free, half of which may be taken",
-        tight != 0 ? "world" : "node", (double)needed / GIB,
-        (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB, (double)there / GIB);
+    qs_log_info("shard.group: auto is %s: gathering a layer takes %.3g ms among a node's ranks, "
+                "%.3g among all; a rank would keep %.2f GiB of the base and its buffers in a "
+                "node's group, %.2f in the world's; %.2f are free, of which %.0f %% may be taken",
+                tight != 0 ? "world" : "node", 1e3 * links.node_s, 1e3 * links.world_s,
+                (double)needed / GIB,
+                (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB,
+                (double)there / GIB, 100 * allowed_share(&links));
     return QS_OK;
 }
 
@@ -93,13 +132,14 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
 
 qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
                                 const qs_base_index *index, const qs_fsdp_options *options,
-                                size_t free_bytes_each, int nranks, int per_node)
+                                size_t free_bytes_each, int nranks, int per_node,
+                                const qs_group_links *links)
 {
     int64_t group = config->shard.group;
     QS_TRY(check_multiple(group, nranks));
     if (group == QS_SHARD_AUTO) {
-        group = is_tight(kept_bytes(index, options, per_node), free_bytes_each) ? QS_SHARD_WORLD
-                                                                                : QS_SHARD_NODE;
+        const size_t needed = kept_bytes(index, options, per_node);
+        group = is_tight(needed, free_bytes_each, links) ? QS_SHARD_WORLD : QS_SHARD_NODE;
     }
     const int64_t size = group == QS_SHARD_WORLD  ? nranks
                          : group == QS_SHARD_NODE ? per_node

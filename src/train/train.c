@@ -23,6 +23,7 @@
 #include "store/io.h"
 #include "train/evaluate.h"
 #include "train/forecast.h"
+#include "train/gathers.h"
 #include "train/metrics.h"
 #include "train/plan.h"
 #include "train/sampler.h"
@@ -646,6 +647,14 @@ static size_t reserve_bytes(const run *r)
            (r->options->dump_grads != NULL ? gradient : 0);
 }
 
+/* Tokens of a rank that pass a gathered unit, in the mean. */
+static double tokens_of_pass(const run *r)
+{
+    const qs_data *data = r->train_data;
+    const double sequences = (double)(r->shape.group * r->cfg->train.micro_batch);
+    return sequences * (double)data->n_tokens / (double)data->n_sequences;
+}
+
 /* Load, resume, train, finish: what needs the run directory. */
 static qs_status run_training(run *r)
 {
@@ -659,6 +668,7 @@ static qs_status run_training(run *r)
     if (r->options->dump_grads != NULL) {
         return first_gradient(r);
     }
+    QS_TRY(qs_gathers_report(&r->session, &r->shape, tokens_of_pass(r)));
     QS_TRY(qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, r->step, r->rank)));
     QS_TRY(step_loop(r));
     return finish(r);

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Two network namespaces as two hosts, h1 and h2, joined by a virtual cable:
 #
-#   two_hosts.sh up            make them, with their own names and addresses 10.199.7.1 and .2
+#   two_hosts.sh up [MBIT]     make them, with their own names and addresses 10.199.7.1 and .2; with MBIT the cable carries so
+#                              many Mbit/s each way (QSHARD_SLOW_LINK: the program that carries; 0: as fast as it can)
 #   two_hosts.sh run NP CMD..  mpirun -np NP over both, launched from h1
 #   two_hosts.sh down
 #   two_hosts.sh agent ...     what mpirun starts instead of ssh: runs the rest in the namespace of the host it is given
@@ -26,6 +27,18 @@ up)
         ip netns add "$tag-h$i"
         ip -n "$tag-h$i" link set lo up
     done
+    if [[ -n ${2:-} ]]; then
+        ready=$(mktemp)
+        "$QSHARD_SLOW_LINK" "$tag-h1" 10.199.7.1 "$tag-h2" 10.199.7.2 eth0 "$2" >"$ready" 2>&1 &
+        echo $! >"/run/netns/$tag.pid"
+        for _ in $(seq 100); do
+            if grep -q ready "$ready"; then break; fi
+            sleep 0.05
+        done
+        grep -q ready "$ready" || { cat "$ready" >&2 && exit 1; }
+        rm "$ready"
+        exit 0
+    fi
     ip -n "$tag-h1" link add eth0 type veth peer name eth0 netns "$tag-h2"
     for i in 1 2; do
         ip -n "$tag-h$i" addr add "10.199.7.$i/24" dev eth0
@@ -33,6 +46,10 @@ up)
     done
     ;;
 down)
+    if [[ -e /run/netns/$tag.pid ]]; then
+        kill "$(cat "/run/netns/$tag.pid")" 2>/dev/null || true
+        rm -f "/run/netns/$tag.pid"
+    fi
     for i in 1 2; do
         ip netns pids "$tag-h$i" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
         ip netns del "$tag-h$i" 2>/dev/null || true
