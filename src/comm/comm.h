@@ -86,7 +86,7 @@ qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv,
                                  size_t bytes_per_rank);
 
 /** The time that this rank takes for an all-gather of `bytes` in all, the best of three; more than
- * 8 MiB are extrapolated from that much. 0 with one rank. Collective. */
+ * 8 MiB are extrapolated from that much. 0 with one rank. Not counted as traffic. Collective. */
 qs_status qs_comm_gather_time(qs_comm *comm, size_t bytes, double *seconds);
 
 /** One rank's failure is everyone's: returns QS_OK on all ranks if `mine` is QS_OK on all, else on
