@@ -180,11 +180,13 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
     limits.loss_rows = shape->max_targets;
     limits.dropout = s->config.lora.dropout > 0;
     limits.lora_rank = s->layout.lora_rank;
-    limits.n_linears = QS_LINEAR_COUNT;
     limits.head_rows = s->index->head_chunk_rows;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        qs_linear_shape(model, (qs_linear)i, &limits.out[i], &limits.in[i]);
-        limits.widest = larger(limits.widest, larger(limits.out[i], limits.in[i]));
+        if (qs_linears(model->fused) >> i & 1) {
+            const int n = limits.n_linears++;
+            qs_linear_shape(model, (qs_linear)i, &limits.out[n], &limits.in[n]);
+            limits.widest = larger(limits.widest, larger(limits.out[n], limits.in[n]));
+        }
     }
     return limits;
 }

@@ -59,6 +59,18 @@ class Golden(unittest.TestCase):
     def test_yarn(self):
         self.check("yarn")
 
+    def test_phi3(self):
+        self.check("phi3")
+
+    def test_longrope(self):
+        self.check("longrope")
+
+    def test_longrope_short(self):
+        self.check("longrope_short")
+
+    def test_dynamic(self):
+        self.check("dynamic")
+
 
 class Derivative(unittest.TestCase):
     """Central differences of the printed loss, over all adapters at once: no other program is involved."""
