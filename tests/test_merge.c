@@ -27,7 +27,7 @@
 #include "weights/base_file.h"
 #include "weights/quantize.h"
 
-enum { ALL = (1 << QS_LINEAR_COUNT) - 1, SHARD = 100 << 10, RANK = 4 };
+enum { ALL = (1 << QS_QKV) - 1 /* of a layer of Llama */, SHARD = 100 << 10, RANK = 4 };
 
 static char folder[SCRATCH_MAX], binaries[1024], output[1 << 16];
 
