@@ -219,8 +219,8 @@ static void randomize(qs_config *cfg, const qs_rng *rng, uint64_t at)
             *(int *)field = (int)(bits % (uint32_t)names);
             break;
         case QS_KEY_TARGETS:
-            *(uint32_t *)field = bits % 8 > 0 ? 1 + bits / 8 % QS_LINEARS_ALL
-                                              : QS_LINEARS_ALL | QS_TARGETS_SET;
+            *(uint32_t *)field =
+                bits % 8 > 0 ? 1 + bits / 8 % QS_LINEARS_ALL : QS_LINEARS_ALL | QS_TARGETS_SET;
             break;
         case QS_KEY_FLAGS:
             *(uint32_t *)field = bits & ((1u << names) - 1);

@@ -83,9 +83,12 @@ Test(layout, sets_take_what_a_layer_has_and_lists_must_be_met)
         {"attention", 0x0f, 1 << QS_QKV | 1 << QS_O, ""},
         {"mlp", 0x70, 1 << QS_GATE_UP | 1 << QS_DOWN, ""},
         {"fsdp_qlora-all", SEVEN & ~(1 << QS_O), 1 << QS_DOWN, ""},
-        {"[q_proj, o_proj]", 1 << QS_Q | 1 << QS_O, 0, "no self_attn.q_proj, but self_attn.qkv_proj"},
-        {"[qkv_proj, o_proj]", 0, 1 << QS_QKV | 1 << QS_O, "no self_attn.qkv_proj, but self_attn.q_proj"},
-        {"[q_proj, k_proj, v_proj, gate_proj, up_proj, down_proj]", SEVEN & ~(1 << QS_O), 0, "q_proj"},
+        {"[q_proj, o_proj]", 1 << QS_Q | 1 << QS_O, 0,
+         "no self_attn.q_proj, but self_attn.qkv_proj"},
+        {"[qkv_proj, o_proj]", 0, 1 << QS_QKV | 1 << QS_O,
+         "no self_attn.qkv_proj, but self_attn.q_proj"},
+        {"[q_proj, k_proj, v_proj, gate_proj, up_proj, down_proj]", SEVEN & ~(1 << QS_O), 0,
+         "q_proj"},
         {"[gate_up_proj]", 0, 1 << QS_GATE_UP, "mlp.gate_proj"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -95,7 +98,8 @@ Test(layout, sets_take_what_a_layer_has_and_lists_must_be_met)
             qs_lora_layout l;
             qs_hf_config m = model();
             m.fused = fused;
-            snprintf(text, sizeof text, "base: b\nlora: {rank: 8, targets: %s}\n", cases[i].targets);
+            snprintf(text, sizeof text, "base: b\nlora: {rank: 8, targets: %s}\n",
+                     cases[i].targets);
             cr_assert_eq(qs_config_parse(&c, text, strlen(text), "r", NULL, 0), QS_OK);
             const uint32_t want = fused ? cases[i].four : cases[i].seven;
             qs_error_clear();
@@ -287,8 +291,9 @@ Test(peft, fused_linears_have_adapters_of_their_own)
     cr_assert_eq(l.out[QS_QKV], 6 * 16 + 2 * 2 * 16);
     cr_assert_eq(l.out[QS_GATE_UP], 400);
     char *text = qs_peft_config_text(&c, &l, "m"), name[96], dir[192];
-    cr_assert_not_null(strstr(text, "[\n    \"o_proj\",\n    \"down_proj\",\n    \"qkv_proj\",\n    "
-                                    "\"gate_up_proj\"\n  ]"),
+    cr_assert_not_null(strstr(text,
+                              "[\n    \"o_proj\",\n    \"down_proj\",\n    \"qkv_proj\",\n    "
+                              "\"gate_up_proj\"\n  ]"),
                        "%s", text);
     qs_lora_peft_name(name, sizeof name, 2, QS_GATE_UP, 'B');
     cr_assert_str_eq(name, "base_model.model.model.layers.2.mlp.gate_up_proj.lora_B.weight");
@@ -307,7 +312,8 @@ Test(peft, fused_linears_have_adapters_of_their_own)
     /* Over a model of seven linears two of its names are found, with other shapes. */
     m.fused = false;
     cr_assert_eq(qs_lora_layout_make(&again, &m, &found), QS_OK, "%s", qs_error_text());
-    expect_open(dir, &again, QS_ERR_INPUT_TENSOR, "holds 24 tensors, but the model has room for 12");
+    expect_open(dir, &again, QS_ERR_INPUT_TENSOR,
+                "holds 24 tensors, but the model has room for 12");
     free(segment);
     free(x);
     free(text);

@@ -180,7 +180,7 @@ typedef struct {
 
 ParameterizedTestParameters(rope, turns_pairs_by_the_angle_and_back)
 {
-    static rope_case c[] = {{0, 2, 8, 8},    {1, 1, 2, 2},  {7, 3, 6, 6},
+    static rope_case c[] = {{0, 2, 8, 8},    {1, 1, 2, 2}, {7, 3, 6, 6},
                             {33, 9, 64, 64}, {7, 3, 8, 6}, {9, 2, 64, 48}};
     return cr_make_param_array(rope_case, c, sizeof c / sizeof *c);
 }
@@ -203,9 +203,9 @@ ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
         position[t] = (t * 7) % POSITIONS; /* not ascending: documents restart */
     }
     const qs_ops *ops = qs_ops_cpu();
-    cr_assert_eq(ops->rope(queue, &x, c->n_heads, c->head_dim, c->rotary_dim, cosine, sine,
-                           position, false),
-                 QS_OK);
+    cr_assert_eq(
+        ops->rope(queue, &x, c->n_heads, c->head_dim, c->rotary_dim, cosine, sine, position, false),
+        QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < width; i++) {
             int64_t in_head = i % c->head_dim, pair = in_head % half;
@@ -223,9 +223,9 @@ ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
         }
     }
     cr_assert(fx_mat_gap_intact(&x));
-    cr_assert_eq(ops->rope(queue, &x, c->n_heads, c->head_dim, c->rotary_dim, cosine, sine,
-                           position, true),
-                 QS_OK);
+    cr_assert_eq(
+        ops->rope(queue, &x, c->n_heads, c->head_dim, c->rotary_dim, cosine, sine, position, true),
+        QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < width; i++) {
             cr_assert_float_eq(fx_at(&x, t, i), fx_at(&before, t, i), 1e-6);

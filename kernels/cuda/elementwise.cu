@@ -182,8 +182,8 @@ extern "C" qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_
     if (x->rows == 0 || n_heads == 0 || half == 0) {
         return QS_OK;
     }
-    const rope_call call = {
-        qs_rows<qs_bf16>(x), head_dim, half, cos, sin, position, inverse ? -1.0f : 1.0f};
+    const rope_call call = {qs_rows<qs_bf16>(x),   head_dim, half, cos, sin, position,
+                            inverse ? -1.0f : 1.0f};
     const bool vectors = qs_mat_is_vectors(x) && head_dim % QS_VECTOR == 0 &&
                          qs_rows_are_vectors(cos, half, half) &&
                          qs_rows_are_vectors(sin, half, half);

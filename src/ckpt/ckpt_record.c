@@ -104,7 +104,8 @@ static qs_status check_widths(const qs_ckpt_record *r, const char *path)
                   {QS_DOWN, r->out[QS_DOWN], r->in[QS_QKV]}};
     const int plain = 10;
     const bool fused = r->out[QS_QKV] > 0;
-    for (int i = fused ? plain : 0; i < (fused ? (int)(sizeof widths / sizeof *widths) : plain); i++) {
+    for (int i = fused ? plain : 0; i < (fused ? (int)(sizeof widths / sizeof *widths) : plain);
+         i++) {
         if (widths[i].is != widths[i].must_be) {
             return QS_FAIL(QS_ERR_INPUT_VALUE,
                            "%s: lora.shapes.%s has a width of %lld where the linears around it "

@@ -11,13 +11,14 @@
 #include "config/config_keys.h"
 
 /* In the order of qs_linear, whose bit numbers they are. */
-static const char *const TARGETS[] = {"q_proj",  "k_proj",    "v_proj",   "o_proj",      "gate_proj",
-                                      "up_proj", "down_proj", "qkv_proj", "gate_up_proj"};
+static const char *const TARGETS[] = {"q_proj",    "k_proj",    "v_proj",
+                                      "o_proj",    "gate_proj", "up_proj",
+                                      "down_proj", "qkv_proj",  "gate_up_proj"};
 enum { TARGET_COUNT = sizeof TARGETS / sizeof *TARGETS, ALL_TARGETS = (1 << TARGET_COUNT) - 1 };
 
-/* Names for sets of them: PEFT's, two of the usual recipes, and the predecessor's "all", which names
- * six linears, so that of a model with one for q, k and v and one for gate and up it leaves down_proj
- * alone. */
+/* Names for sets of them: PEFT's, two of the usual recipes, and the predecessor's "all", which
+ * names six linears, so that of a model with one for q, k and v and one for gate and up it leaves
+ * down_proj alone. */
 static const struct {
     const char *name;
     uint32_t bits;
@@ -344,8 +345,8 @@ static qs_status set_targets(qs_config *cfg, const qs_key *key, const qs_value *
 {
     uint32_t bits = 0;
     if (value->list) {
-        QS_TRY(read_words(key, value, where, TARGETS, TARGET_COUNT,
-                          "is not a linear of a layer", &bits));
+        QS_TRY(read_words(key, value, where, TARGETS, TARGET_COUNT, "is not a linear of a layer",
+                          &bits));
     } else {
         for (int i = 0; i < TARGET_SET_COUNT; i++) {
             if (strcmp(value->items[0].text, TARGET_SETS[i].name) == 0) {

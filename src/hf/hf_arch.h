@@ -33,9 +33,9 @@ typedef struct {
     bool gemma;   /* its kind of layer: four norms, of 1 + w; an embedding times sqrt(hidden); a MLP
                      gated by GELU (hidden_activation); query_pre_attn_scalar */
     bool tied;    /* unless the file says otherwise */
-    bool fused;   /* Phi-3's layer: one linear for q, k and v, one for gate and up; RoPE turns a part
-                     of each head (partial_rotary_factor), and scales by longrope or not at all; its
-                     original length stands at top level */
+    bool fused; /* Phi-3's layer: one linear for q, k and v, one for gate and up; RoPE turns a part
+                   of each head (partial_rotary_factor), and scales by longrope or not at all; its
+                   original length stands at top level */
     qs_window_rule window;
     qs_cap_rule cap;
     bool local_rope; /* windowed layers turn by rope_local_base_freq, without scaling */

@@ -137,8 +137,13 @@ static const char *const gemma3_keys[] = {
 
 /* Of Phi-3; the maps name code of the repository's own, which transformers does not need. */
 static const char *const phi3_keys[] = {
-    "original_max_position_embeddings", "resid_pdrop",    "embd_pdrop", "full_attn_mod",
-    "interpolate_factor",               "lm_head_bias", "auto_map",
+    "original_max_position_embeddings",
+    "resid_pdrop",
+    "embd_pdrop",
+    "full_attn_mod",
+    "interpolate_factor",
+    "lm_head_bias",
+    "auto_map",
 };
 
 bool qs_hf_listed(const char *const *list, size_t count, const char *key)

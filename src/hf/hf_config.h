@@ -75,7 +75,7 @@ typedef struct {
     double rope_magnitude;                 /* of cosine and sine; 1 but for yarn and longrope */
     /* longrope: what periods are multiplied by, [rotary_dim / 2] */
     double rope_short_factor[QS_HEAD_DIM_MAX / 2], rope_long_factor[QS_HEAD_DIM_MAX / 2];
-    qs_dtype dtype;                        /* of the checkpoint */
+    qs_dtype dtype; /* of the checkpoint */
     /* quantization_config of a bitsandbytes checkpoint */
     bool bnb_4bit;
 } qs_hf_config;

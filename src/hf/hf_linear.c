@@ -4,9 +4,10 @@
 const char *qs_linear_path(qs_linear linear)
 {
     static const char *const paths[QS_LINEAR_COUNT] = {
-        [QS_Q] = "self_attn.q_proj", [QS_K] = "self_attn.k_proj", [QS_V] = "self_attn.v_proj",
-        [QS_O] = "self_attn.o_proj", [QS_GATE] = "mlp.gate_proj", [QS_UP] = "mlp.up_proj",
-        [QS_DOWN] = "mlp.down_proj", [QS_QKV] = "self_attn.qkv_proj",
+        [QS_Q] = "self_attn.q_proj",      [QS_K] = "self_attn.k_proj",
+        [QS_V] = "self_attn.v_proj",      [QS_O] = "self_attn.o_proj",
+        [QS_GATE] = "mlp.gate_proj",      [QS_UP] = "mlp.up_proj",
+        [QS_DOWN] = "mlp.down_proj",      [QS_QKV] = "self_attn.qkv_proj",
         [QS_GATE_UP] = "mlp.gate_up_proj"};
     return paths[linear];
 }

@@ -153,8 +153,8 @@ static qs_status parse_factors(const qs_hf_config *cfg, const json_t *rope, cons
     QS_TRY(qs_json_array(rope, key, &list, path));
     if (json_array_size(list) != pairs) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: \"%s\" has %zu numbers; it needs %zu, half of what turns of a head", path,
-                       key, json_array_size(list), pairs);
+                       "%s: \"%s\" has %zu numbers; it needs %zu, half of what turns of a head",
+                       path, key, json_array_size(list), pairs);
     }
     for (size_t i = 0; i < pairs; i++) {
         const json_t *factor = json_array_get(list, i);
@@ -262,9 +262,10 @@ static qs_status parse_rotary_dim(qs_hf_config *out, const qs_hf_arch *arch, con
         return qs_hf_refuse(path, key, "a number below 1", "1");
     }
     if (out->rotary_dim < 2 || out->rotary_dim % 2 != 0) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE,
-                       "%s: \"%s\" = %g makes %d of %d elements of a head turn; these come in pairs",
-                       path, key, partial, out->rotary_dim, out->head_dim);
+        return QS_FAIL(
+            QS_ERR_INPUT_VALUE,
+            "%s: \"%s\" = %g makes %d of %d elements of a head turn; these come in pairs", path,
+            key, partial, out->rotary_dim, out->head_dim);
     }
     return QS_OK;
 }

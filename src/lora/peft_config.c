@@ -123,8 +123,7 @@ static qs_status parse_targets(const json_t *config, uint32_t *targets, const ch
         int linear = find_linear(name);
         if (linear < 0) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: target_modules: \"%.80s\" is not a linear of a layer",
-                           path, name);
+                           "%s: target_modules: \"%.80s\" is not a linear of a layer", path, name);
         }
         *targets |= 1u << linear;
     }

@@ -32,7 +32,8 @@ static bool same_numbers(const qs_hf_config *a, const qs_hf_config *b)
 {
     return a->rms_norm_eps == b->rms_norm_eps && a->query_scalar == b->query_scalar &&
            a->attention_cap == b->attention_cap && a->final_cap == b->final_cap &&
-           same_rope(a, b) && a->window == b->window && memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
+           same_rope(a, b) && a->window == b->window &&
+           memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
 }
 
 static qs_status compare_models(const char *path, const qs_hf_config *a, const qs_hf_config *b)

@@ -409,8 +409,8 @@ qs_status qs_layer_recompute(const qs_layer_call *call)
 }
 
 /* gate, up and the gradient of what they give -> d_norm, which is what *d_norm describes. Made by
- * linears of their own, d_gate takes the place of d_act and d_up that of act; made by one, they take
- * those of gate and up, side by side. Nobody needs any of these any more. */
+ * linears of their own, d_gate takes the place of d_act and d_up that of act; made by one, they
+ * take those of gate and up, side by side. Nobody needs any of these any more. */
 static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *act, float *grad,
                               qs_mat *d_norm)
 {

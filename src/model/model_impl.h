@@ -97,8 +97,8 @@ struct qs_model {
     qs_model_shape shape;
     int64_t q_width, kv_width;
     int64_t qkv_width; /* of a row that holds q, k and v; 0: a matrix each */
-    int64_t border;   /* columns */
-    size_t act_bytes; /* of one element of act_dtype */
+    int64_t border;    /* columns */
+    size_t act_bytes;  /* of one element of act_dtype */
 
     qs_layer_params *layers;
     const float *final_norm;

@@ -69,12 +69,27 @@ static qs_status open_device(qs_session *s)
     return qs_comm_agree(s->comm, qs_queue_create_on(s->device, &s->queue, s->threads));
 }
 
+/* Scaling by length: which it is, since the run's length decides, not each sequence's. */
+static void describe_rope(const qs_session *s)
+{
+    const qs_hf_config *model = &s->index->config;
+    const long long length = s->config.train.seq_len, original = model->rope_original_max_position;
+    if (model->rope_type == QS_ROPE_LONGROPE) {
+        qs_log_info("RoPE: longrope by the %s factors: train.seq_len %lld, original length %lld",
+                    length > original ? "long" : "short", length, original);
+    } else if (model->rope_type == QS_ROPE_DYNAMIC && length > model->max_position) {
+        qs_log_info("RoPE: dynamic scaling to train.seq_len %lld, beyond %lld", length,
+                    (long long)model->max_position);
+    }
+}
+
 static void describe(const qs_session *s)
 {
     qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), kernels %s",
                 s->config.base, s->index->config.n_layers, (long long)s->index->config.hidden,
                 (long long)s->index->config.vocab, qs_comm_nranks(s->comm), qs_comm_name(s->comm),
                 s->ops->name);
+    describe_rope(s);
     if (qs_device_is_host(s->device)) {
         qs_log_info("cpu: %d threads a rank", qs_queue_threads(s->queue));
     } else {

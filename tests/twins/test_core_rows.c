@@ -106,8 +106,9 @@ static void check_rope_pairs(int width, int half, int heads, int head_dim)
         }
     }
     for (int i = 0; i < heads * head_dim; i++) {
-        cr_assert_eq(visits[i], i % head_dim < 2 * half, "half %d of %d, %d heads: column %d, %d times",
-                     half, head_dim, heads, i, visits[i]);
+        cr_assert_eq(visits[i], i % head_dim < 2 * half,
+                     "half %d of %d, %d heads: column %d, %d times", half, head_dim, heads, i,
+                     visits[i]);
     }
 }
 

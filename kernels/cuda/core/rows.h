@@ -66,7 +66,8 @@ QS_HD bool qs_rows_are_vectors(const void *data, int64_t stride, int64_t cols)
     return (uintptr_t)data % 16 == 0 && stride % QS_VECTOR == 0 && cols % QS_VECTOR == 0;
 }
 
-/* ---- rotary embedding: element i of a head turns with i + half; what lies behind 2 half stays -- */
+/* ---- rotary embedding: element i of a head turns with i + half; what lies behind 2 half stays --
+ */
 
 typedef struct {
     int64_t low, high; /* columns of the row */
