@@ -105,6 +105,9 @@ class Derivative(unittest.TestCase):
     def test_some_linears_with_dropout(self):
         self.check("odd", targets=["k_proj", "down_proj"], dropout=0.3)
 
+    def test_fused_linears_with_dropout(self):
+        self.check("phi3", targets=["qkv_proj", "gate_up_proj"], dropout=0.3)
+
     def test_biases_with_dropout(self):
         self.check("biases", dropout=0.5)
 
