@@ -342,8 +342,8 @@ static qs_status rmsnorm_backward(bench *b, void *ctx)
 static qs_status rope(bench *b, void *ctx)
 {
     op_case *c = ctx;
-    return b->ops->rope(b->queue, &c->x, c->st->s.n_heads, c->st->s.head_dim, c->d, c->e, c->f,
-                        false);
+    return b->ops->rope(b->queue, &c->x, c->st->s.n_heads, c->st->s.head_dim, c->st->s.head_dim,
+                        c->d, c->e, c->f, false);
 }
 
 static qs_status add(bench *b, void *ctx)

@@ -175,11 +175,11 @@ typedef struct {
     qs_status (*rmsnorm_backward)(qs_queue *q, const qs_mat *dy, const qs_mat *x, const float *w,
                                   const float *rstd, qs_mat *dx);
 
-    /** Rotate q and k in place, rotate-half convention; `cos`, `sin` [max_position, head_dim / 2];
-     * `position` [T]; `inverse` turns backwards (the gradient). Su et al. 2021, arXiv:2104.09864.
-     */
-    qs_status (*rope)(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const float *cos,
-                      const float *sin, const int32_t *position, bool inverse);
+    /** Rotate the first `rotary_dim` elements of each head of q or k in place, rotate-half
+     * convention; `cos`, `sin` [max_position, rotary_dim / 2]; `position` [T]; `inverse` turns
+     * backwards (the gradient). Su et al. 2021, arXiv:2104.09864. */
+    qs_status (*rope)(qs_queue *q, qs_mat *x, int n_heads, int head_dim, int rotary_dim,
+                      const float *cos, const float *sin, const int32_t *position, bool inverse);
 
     /** Causal attention within each document; o [T, n_heads * head_dim], lse [n_heads, T] natural
      * log. No T x T matrix. Dao 2023, arXiv:2307.08691. */
@@ -194,7 +194,7 @@ typedef struct {
     /** act = glu(gate) * up [T, ffn]. Shazeer 2020, arXiv:2002.05202. */
     qs_status (*glu_forward)(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
                              qs_mat *act);
-    /** dgate and dup from dact; dgate or dup may alias dact. */
+    /** dgate and dup from dact; dgate or dup may alias dact, or they gate and up. */
     qs_status (*glu_backward)(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
                               const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
 

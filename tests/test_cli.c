@@ -208,7 +208,7 @@ static const bad_call FILES[] = {
     {"base: b\noptim: {lr: '1e-4'}", 2, "without quotes"},
     {"base: b\noptim: {lr: 2}", 2, "at most 1"},
     {"base: b\noptim: {betas: [0.9]}", 2, "two numbers"},
-    {"base: b\nlora: {targets: [lm_head]}", 2, "seven linears"},
+    {"base: b\nlora: {targets: [lm_head]}", 2, "not a linear"},
     {"base: b\nlora: {rslora: on}", 2, "true nor false"},
     {"base: b\ntrain: [1]", 2, "is a section"},
     {"base: &x b", 2, "anchor"},

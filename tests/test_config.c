@@ -39,7 +39,7 @@ Test(config, defaults_are_those_of_the_design)
     cr_assert_eq(c.train.keep_last, 2);
     cr_assert_eq(c.lora.rank, 16);
     cr_assert_eq(c.lora.alpha, 32.0);
-    cr_assert_eq(c.lora.targets, 0x7f);
+    cr_assert_eq(c.lora.targets, QS_LINEARS_ALL | QS_TARGETS_SET);
     cr_assert_eq(c.optim.lr, 2e-4);
     cr_assert_eq(c.optim.beta1, 0.9);
     cr_assert_eq(c.optim.beta2, 0.999);
@@ -128,9 +128,9 @@ Test(config, sets_of_targets_have_names)
     static const struct {
         const char *name;
         uint32_t bits;
-    } sets[] = {{"all-linear", 0x7f},
-                {"attention", 1u << QS_Q | 1u << QS_K | 1u << QS_V | 1u << QS_O},
-                {"mlp", 1u << QS_GATE | 1u << QS_UP | 1u << QS_DOWN},
+    } sets[] = {{"all-linear", QS_LINEARS_ALL},
+                {"attention", QS_LINEARS_ATTENTION},
+                {"mlp", QS_LINEARS_GATE_UP | QS_LINEARS_DOWN},
                 {"fsdp_qlora-all", 0x7f & ~(1u << QS_O)}};
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
         char text[100];
@@ -138,7 +138,11 @@ Test(config, sets_of_targets_have_names)
         snprintf(text, sizeof text, "base: b\nlora: {targets: %s}\n", sets[i].name);
         cr_assert_eq(qs_config_parse(&c, text, strlen(text), "r", NULL, 0), QS_OK, "%s",
                      qs_error_text());
-        cr_assert_eq(c.lora.targets, sets[i].bits, "%s", sets[i].name);
+        cr_assert_eq(c.lora.targets, sets[i].bits | QS_TARGETS_SET, "%s", sets[i].name);
+        char *dump = qs_config_dump(&c), line[64];
+        snprintf(line, sizeof line, "targets: %s ", sets[i].name);
+        cr_assert_not_null(strstr(dump, line), "%s", dump);
+        free(dump);
     }
 }
 
@@ -215,7 +219,8 @@ static void randomize(qs_config *cfg, const qs_rng *rng, uint64_t at)
             *(int *)field = (int)(bits % (uint32_t)names);
             break;
         case QS_KEY_TARGETS:
-            *(uint32_t *)field = 1 + bits % 127;
+            *(uint32_t *)field =
+                bits % 8 > 0 ? 1 + bits / 8 % QS_LINEARS_ALL : QS_LINEARS_ALL | QS_TARGETS_SET;
             break;
         case QS_KEY_FLAGS:
             *(uint32_t *)field = bits & ((1u << names) - 1);
@@ -395,7 +400,7 @@ static const bad_file BAD[] = {
     {B "lora: {rslora: True}\n", QS_ERR_CONFIG_VALUE, "neither true nor false"},
     {B "lora: {rslora: 1}\n", QS_ERR_CONFIG_VALUE, "neither true nor false"},
     {B "lora: {targets: []}\n", QS_ERR_CONFIG_VALUE, "nothing to train"},
-    {B "lora: {targets: [lm_head]}\n", QS_ERR_CONFIG_VALUE, "seven linears"},
+    {B "lora: {targets: [lm_head]}\n", QS_ERR_CONFIG_VALUE, "not a linear of a layer"},
     {B "lora: {targets: [q_proj, q_proj]}\n", QS_ERR_CONFIG_VALUE, "named twice"},
     {B "lora: {targets: q_proj}\n", QS_ERR_CONFIG_VALUE,
      "all-linear | attention | mlp | fsdp_qlora-all | ["},

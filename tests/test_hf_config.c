@@ -72,7 +72,7 @@ Test(hf_config, biases_and_tied_heads_are_read)
                                 "\"head_dim\":20")),
                  QS_OK, "%s", qs_error_text());
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        cr_assert(c.bias[i]);
+        cr_assert_eq(c.bias[i], i < QS_QKV);
     }
     cr_assert(c.tied);
     int64_t out, in;
@@ -168,6 +168,108 @@ Test(hf_config, gemma2_caps_and_each_second_layer_sees_a_window)
     cr_assert(c.attention_cap == 0.0F && c.final_cap == 0.0F);
 }
 
+static const char phi3_factors[] = "\"short_factor\":[1,1.5,2],\"long_factor\":[4,8,16]";
+
+/* As Microsoft's files have it, and as transformers 5 writes it. */
+Test(hf_config, phi3_in_both_spellings)
+{
+    static qs_hf_config v4, v5, c;
+    const char *class_name = "Phi3ForCausalLM";
+    char text[1024];
+    snprintf(text, sizeof text,
+             "\"attention_bias\":false,\"auto_map\":{\"AutoConfig\":\"x.Y\"},\"embd_pdrop\":0.0,"
+             "\"full_attn_mod\":1,\"interpolate_factor\":1,\"lm_head_bias\":false,"
+             "\"mlp_bias\":false,\"max_position_embeddings\":131072,"
+             "\"original_max_position_embeddings\":4096,\"partial_rotary_factor\":0.375,"
+             "\"resid_pdrop\":0.0,\"rope_theta\":5000.0,\"sliding_window\":2047,"
+             "\"rope_scaling\":{\"type\":\"su\",%s}",
+             phi3_factors);
+    cr_assert_eq(parse(&v4, as("phi3", class_name, text)), QS_OK, "%s", qs_error_text());
+    snprintf(text, sizeof text,
+             "\"max_position_embeddings\":131072,\"sliding_window\":2047,\"rope_parameters\":{"
+             "\"original_max_position_embeddings\":4096,\"partial_rotary_factor\":0.375,"
+             "\"rope_theta\":5000.0,\"rope_type\":\"longrope\",%s}",
+             phi3_factors);
+    cr_assert_eq(parse(&v5, as("phi3", class_name, text)), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert(v4.fused && !v4.tied && v4.rms_norm_eps == 1e-5F && v4.rotary_dim == 6);
+    cr_assert(v4.window == 2047 && v4.windowed[0] && v4.windowed[2]);
+    cr_assert_float_eq(v4.rope_magnitude, sqrt(1.0 + log(32.0) / log(4096.0)), 1e-15);
+    int64_t out, in;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        qs_linear_shape(&v4, (qs_linear)i, &out, &in);
+        cr_assert_eq(out > 0, qs_linears(true) >> i & 1, "%s", qs_linear_path((qs_linear)i));
+        cr_assert(!v4.bias[i]);
+    }
+    qs_linear_shape(&v4, QS_QKV, &out, &in);
+    cr_assert(out == 64 + 2 * 32 && in == 64);
+    qs_linear_shape(&v4, QS_GATE_UP, &out, &in);
+    cr_assert(out == 320 && in == 64);
+    /* The class's own values: no window, all of a head turns. */
+    cr_assert_eq(parse(&c, as("phi3", class_name, "")), QS_OK, "%s", qs_error_text());
+    cr_assert(c.window == 0 && !c.windowed[0] && c.rotary_dim == 16 && c.max_position == 4096);
+    cr_assert_eq(parse(&c, as("phi3", class_name, "\"sliding_window\":null")), QS_OK);
+    cr_assert(c.window == 0 && !c.windowed[0]);
+}
+
+Test(hf_config, longrope_goes_by_the_length_of_the_run)
+{
+    static qs_hf_config c;
+    double plain[3], f[3];
+    char text[512];
+    cr_assert_eq(parse(&c, with("\"head_dim\":6")), QS_OK, "%s", qs_error_text());
+    qs_hf_rope_frequencies(&c, 9, plain);
+    snprintf(text, sizeof text,
+             "\"head_dim\":6,\"max_position_embeddings\":64,\"rope_scaling\":{\"rope_type\":"
+             "\"longrope\",\"original_max_position_embeddings\":8,%s}",
+             phi3_factors);
+    cr_assert_eq(parse(&c, with(text)), QS_OK, "%s", qs_error_text());
+    cr_assert_float_eq(c.rope_magnitude, sqrt(1.0 + log(8.0) / log(8.0)), 1e-15);
+    static const double short_factor[] = {1.0, 1.5, 2.0}, long_factor[] = {4.0, 8.0, 16.0};
+    for (int i = 0; i < 3; i++) {
+        qs_hf_rope_frequencies(&c, 8, f);
+        cr_assert_float_eq(f[i], plain[i] / short_factor[i], 1e-7 * plain[i]);
+        qs_hf_rope_frequencies(&c, 9, f);
+        cr_assert_float_eq(f[i], plain[i] / long_factor[i], 1e-7 * plain[i]);
+    }
+    /* A factor of its own counts for the magnitude, and a magnitude of its own more. */
+    snprintf(text, sizeof text,
+             "\"head_dim\":6,\"max_position_embeddings\":64,\"rope_scaling\":{\"rope_type\":"
+             "\"longrope\",\"factor\":64,\"original_max_position_embeddings\":8,%s}",
+             phi3_factors);
+    cr_assert_eq(parse(&c, with(text)), QS_OK, "%s", qs_error_text());
+    cr_assert_float_eq(c.rope_magnitude, sqrt(1.0 + log(64.0) / log(8.0)), 1e-15);
+    snprintf(text, sizeof text,
+             "\"head_dim\":6,\"rope_scaling\":{\"rope_type\":\"longrope\",\"factor\":64,"
+             "\"attention_factor\":1.25,\"original_max_position_embeddings\":8,%s}",
+             phi3_factors);
+    cr_assert_eq(parse(&c, with(text)), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(c.rope_magnitude, 1.25);
+}
+
+/* base (factor L / max - (factor - 1))^(dim / (dim - 2)) beyond max, the base itself below it. */
+Test(hf_config, dynamic_has_a_larger_base_beyond_max_position)
+{
+    static qs_hf_config plain, c;
+    double want[8], f[8];
+    cr_assert_eq(parse(&plain, with("")), QS_OK);
+    cr_assert_eq(parse(&c, with("\"max_position_embeddings\":100,\"rope_scaling\":{\"rope_type\":"
+                                "\"dynamic\",\"factor\":3.0}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(c.rope_magnitude, 1.0);
+    qs_hf_rope_frequencies(&plain, 1, want);
+    for (int64_t length = 1; length <= 100; length += 33) {
+        qs_hf_rope_frequencies(&c, length, f);
+        cr_assert_eq(memcmp(f, want, sizeof f), 0);
+    }
+    qs_hf_rope_frequencies(&c, 250, f);
+    const double base = 10000.0 * pow(3.0 * 2.5 - 2.0, 16.0 / 14.0);
+    for (int i = 0; i < 8; i++) {
+        const double frequency = pow(base, -i / 8.0);
+        cr_assert_float_eq(f[i], frequency, 1e-6 * frequency, "%d", i);
+    }
+}
+
 Test(hf_config, gemma3_in_both_spellings)
 {
     qs_hf_config v4, v5, c;
@@ -194,7 +296,7 @@ Test(hf_config, gemma3_in_both_spellings)
     cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256 && v4.query_scalar == 168.0);
     cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
     double full[128], local[128];
-    qs_hf_rope_frequencies(&v4, full);
+    qs_hf_rope_frequencies(&v4, 512, full);
     qs_hf_rope_local_frequencies(&v4, local);
     cr_assert_float_eq(full[0], 0.125, 0.0); /* base^0 / 8, and base^0 */
     cr_assert_float_eq(local[0], 1.0, 0.0);
@@ -226,7 +328,38 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
         {"qwen2", "Qwen2ForCausalLM", "\"use_sliding_window\":1", "use_sliding_window"},
         {"qwen3", "Qwen3ForCausalLM", "\"mlp_bias\":true", "mlp_bias"},
         {"qwen3", "Qwen3ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
-        {"phi3", "Phi3ForCausalLM", "", "\"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"gemma2\""},
+        {"phi", "PhiForCausalLM", "", "\"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"gemma2\""},
+        {"phi3", "Phi3ForCausalLM", "\"attention_bias\":true", "attention_bias"},
+        {"phi3", "Phi3ForCausalLM", "\"lm_head_bias\":true", "lm_head_bias"},
+        {"phi3", "Phi3ForCausalLM", "\"resid_pdrop\":0.1", "resid_pdrop"},
+        {"phi3", "Phi3ForCausalLM", "\"embd_pdrop\":0.1", "embd_pdrop"},
+        {"phi3", "Phi3ForCausalLM", "\"full_attn_mod\":2", "full_attn_mod"},
+        {"phi3", "Phi3ForCausalLM", "\"sliding_window\":0", "sliding_window"},
+        {"phi3", "Phi3ForCausalLM", "\"partial_rotary_factor\":0.1", "partial_rotary_factor"},
+        {"phi3", "Phi3ForCausalLM", "\"partial_rotary_factor\":0.7", "partial_rotary_factor"},
+        {"phi3", "Phi3ForCausalLM", "\"partial_rotary_factor\":1.5", "partial_rotary_factor"},
+        {"phi3", "Phi3ForCausalLM", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":2}",
+         "for this model_type \"default\" or \"longrope\""},
+        {"phi3", "Phi3ForCausalLM", "\"rope_scaling\":{\"type\":\"longrope\"}", "short_factor"},
+        {"phi3", "Phi3ForCausalLM",
+         "\"rope_scaling\":{\"type\":\"su\",\"short_factor\":[1,1,1,1,1,1,1],"
+         "\"long_factor\":[1,1,1,1,1,1,1,1]}",
+         "\"short_factor\" has 7 numbers; it needs 8"},
+        {"phi3", "Phi3ForCausalLM",
+         "\"rope_scaling\":{\"type\":\"su\",\"short_factor\":[1,1,1,1,1,1,1,1],"
+         "\"long_factor\":[1,1,1,1,1,1,1,0]}",
+         "\"long_factor\"[7]"},
+        {"phi3", "Phi3ForCausalLM",
+         "\"rope_scaling\":{\"type\":\"su\",\"short_factor\":[1,1,1,1,1,1,1,true],"
+         "\"long_factor\":[1,1,1,1,1,1,1,1]}",
+         "\"short_factor\"[7]"},
+        {"phi3", "Phi3ForCausalLM",
+         "\"rope_scaling\":{\"type\":\"su\",\"original_max_position_embeddings\":2048,"
+         "\"short_factor\":[1,1,1,1,1,1,1,1],\"long_factor\":[1,1,1,1,1,1,1,1]}",
+         "is 2048 for RoPE, but 4096 at top level"},
+        {"mistral", "MistralForCausalLM", "\"original_max_position_embeddings\":2048",
+         "original_max_position_embeddings"},
+        {"mistral", "MistralForCausalLM", "\"auto_map\":{\"AutoModel\":\"x.Y\"}", "auto_map"},
         {"gemma3", "Gemma3ForConditionalGeneration", "", "gemma3"},
         {"gemma2", "Gemma2ForCausalLM", "\"final_logit_softcapping\":-1",
          "final_logit_softcapping"},
@@ -295,9 +428,9 @@ ParameterizedTestParameters(hf_config, unsupported_is_refused_by_name)
         {"\"attention_dropout\":0.1", QS_ERR_INPUT_UNKNOWN, "attention_dropout"},
         {"\"partial_rotary_factor\":0.5", QS_ERR_INPUT_UNKNOWN, "partial_rotary_factor"},
         {"\"torch_dtype\":\"float64\"", QS_ERR_INPUT_UNKNOWN, "float64"},
-        {"\"rope_scaling\":{\"rope_type\":\"dynamic\",\"factor\":2}", QS_ERR_INPUT_UNKNOWN,
-         "dynamic"},
-
+        {"\"rope_scaling\":{\"rope_type\":\"proportional\",\"factor\":2}", QS_ERR_INPUT_UNKNOWN,
+         "\"longrope\" or \"dynamic\""},
+        {"\"rope_scaling\":{\"rope_type\":\"su\",\"factor\":2}", QS_ERR_INPUT_UNKNOWN, "su"},
         {"\"quantization_config\":{\"quant_method\":\"gptq\"}", QS_ERR_INPUT_UNKNOWN, "gptq"},
         {"\"quantization_config\":{\"quant_method\":\"bitsandbytes\",\"load_in_8bit\":true}",
          QS_ERR_INPUT_UNKNOWN, "load_in_4bit"},
@@ -348,6 +481,20 @@ ParameterizedTestParameters(hf_config, values_out_of_range_are_refused)
          QS_ERR_INPUT_VALUE, "beta_fast"},
         {"\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2,\"truncate\":1}",
          QS_ERR_INPUT_VALUE, "truncate"},
+        {"\"rope_scaling\":{\"rope_type\":\"dynamic\"}", QS_ERR_INPUT_VALUE, "factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"dynamic\",\"factor\":2,"
+         "\"original_max_position_embeddings\":1024}",
+         QS_ERR_INPUT_VALUE, "= 1024 is not \"max_position_embeddings\" = 2048"},
+        {"\"head_dim\":2,\"rope_scaling\":{\"rope_type\":\"dynamic\",\"factor\":2}",
+         QS_ERR_INPUT_VALUE, "dynamic"},
+        {"\"rope_scaling\":{\"rope_type\":\"dynamic\",\"factor\":2,\"long_factor\":[1]}",
+         QS_ERR_INPUT_VALUE, "\"long_factor\" belongs to rope_type \"longrope\""},
+        {"\"rope_scaling\":{\"rope_type\":\"longrope\",\"short_factor\":7,\"long_factor\":7}",
+         QS_ERR_INPUT_VALUE, "short_factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"longrope\",\"original_max_position_embeddings\":1}",
+         QS_ERR_INPUT_VALUE, "original_max_position"},
+        {"\"rope_scaling\":{\"rope_type\":\"linear\",\"factor\":2,\"attention_factor\":3}",
+         QS_ERR_INPUT_VALUE, "\"yarn\" or \"longrope\""},
         {"\"rope_scaling\":7", QS_ERR_INPUT_VALUE, "rope_scaling"},
     };
     return cr_make_param_array(refusal, r, sizeof r / sizeof *r);
@@ -417,19 +564,19 @@ Test(hf_config, rope_frequencies_follow_their_formulas)
     qs_hf_config c;
     double f[8], scaled[8];
     cr_assert_eq(parse(&c, with("")), QS_OK);
-    qs_hf_rope_frequencies(&c, f);
+    qs_hf_rope_frequencies(&c, 512, f);
     cr_assert_float_eq(f[0], 1.0, 1e-15);
     cr_assert_float_eq(f[4], 1e-2, 1e-9); /* 10000^(-8/16), in fp32 */
     c.rope_type = QS_ROPE_LINEAR;
     c.rope_factor = 4.0;
-    qs_hf_rope_frequencies(&c, scaled);
+    qs_hf_rope_frequencies(&c, 512, scaled);
     cr_assert_float_eq(scaled[3], f[3] / 4.0, 1e-15);
     c.rope_type = QS_ROPE_LLAMA3;
     c.rope_factor = 8.0;
     c.rope_low_freq_factor = 1.0;
     c.rope_high_freq_factor = 4.0;
     c.rope_original_max_position = 1000;
-    qs_hf_rope_frequencies(&c, scaled);
+    qs_hf_rope_frequencies(&c, 512, scaled);
     cr_assert_eq(scaled[0], f[0], "wavelength 2 pi is below 1000 / 4");
     cr_assert_float_eq(scaled[7], f[7] / 8.0, 1e-18, "wavelength 19869 is above 1000 / 1");
     double turns = 1000.0 * f[4] / (2.0 * acos(-1.0)); /* wavelength 628: between */
@@ -444,13 +591,13 @@ Test(hf_config, yarn_keeps_fast_frequencies_and_divides_slow_ones)
     qs_hf_config c;
     double plain[8], scaled[8];
     cr_assert_eq(parse(&c, with("")), QS_OK);
-    qs_hf_rope_frequencies(&c, plain);
+    qs_hf_rope_frequencies(&c, 512, plain);
     cr_assert_eq(c.rope_magnitude, 1.0);
     cr_assert_eq(parse(&c, with("\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4.0,"
                                 "\"original_max_position_embeddings\":1000}")),
                  QS_OK, "%s", qs_error_text());
     cr_assert_float_eq(c.rope_magnitude, 0.1 * log(4.0) + 1.0, 1e-15);
-    qs_hf_rope_frequencies(&c, scaled);
+    qs_hf_rope_frequencies(&c, 512, scaled);
     /* 8 log(1000 / 64 pi) / log(10000) = 1.39, rounded down; 8 log(1000 / 2 pi) / log(10000)
      * = 4.40, rounded up */
     const double low = 1.0, high = 5.0;

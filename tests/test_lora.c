@@ -70,6 +70,52 @@ Test(layout, segments_lie_back_to_back_in_the_order_of_the_linears)
     }
 }
 
+/* What sets and lists are of a layer of seven linears, and of one of four (Phi-3). */
+Test(layout, sets_take_what_a_layer_has_and_lists_must_be_met)
+{
+    enum { SEVEN = 0x7f, FOUR = 1 << QS_QKV | 1 << QS_O | 1 << QS_GATE_UP | 1 << QS_DOWN };
+    static const struct {
+        const char *targets;
+        uint32_t seven, four; /* 0: refused */
+        const char *says;
+    } cases[] = {
+        {"all-linear", SEVEN, FOUR, ""},
+        {"attention", 0x0f, 1 << QS_QKV | 1 << QS_O, ""},
+        {"mlp", 0x70, 1 << QS_GATE_UP | 1 << QS_DOWN, ""},
+        {"fsdp_qlora-all", SEVEN & ~(1 << QS_O), 1 << QS_DOWN, ""},
+        {"[q_proj, o_proj]", 1 << QS_Q | 1 << QS_O, 0,
+         "no self_attn.q_proj, but self_attn.qkv_proj"},
+        {"[qkv_proj, o_proj]", 0, 1 << QS_QKV | 1 << QS_O,
+         "no self_attn.qkv_proj, but self_attn.q_proj"},
+        {"[q_proj, k_proj, v_proj, gate_proj, up_proj, down_proj]", SEVEN & ~(1 << QS_O), 0,
+         "q_proj"},
+        {"[gate_up_proj]", 0, 1 << QS_GATE_UP, "mlp.gate_proj"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        for (int fused = 0; fused < 2; fused++) {
+            char text[160];
+            qs_config c;
+            qs_lora_layout l;
+            qs_hf_config m = model();
+            m.fused = fused;
+            snprintf(text, sizeof text, "base: b\nlora: {rank: 8, targets: %s}\n",
+                     cases[i].targets);
+            cr_assert_eq(qs_config_parse(&c, text, strlen(text), "r", NULL, 0), QS_OK);
+            const uint32_t want = fused ? cases[i].four : cases[i].seven;
+            qs_error_clear();
+            cr_assert_eq(qs_lora_layout_make(&l, &m, &c), want ? QS_OK : QS_ERR_CONFIG_VALUE, "%s",
+                         cases[i].targets);
+            if (want == 0) {
+                cr_assert_not_null(strstr(qs_error_text(), cases[i].says), "%s", qs_error_text());
+            }
+            for (int k = 0; k < QS_LINEAR_COUNT && want > 0; k++) {
+                cr_assert_eq(l.targeted[k], want >> k & 1, "%s: %s", cases[i].targets,
+                             qs_linear_path((qs_linear)k));
+            }
+        }
+    }
+}
+
 Test(layout, shares_of_all_ranks_cover_the_segment_once)
 {
     qs_config c = config(0x7f);
@@ -136,7 +182,7 @@ Test(init, a_is_uniform_b_and_padding_are_zero)
     qs_lora_layout l = layout_of(&c);
     float *x = malloc((size_t)l.per_layer * sizeof *x);
     qs_lora_init(&l, 7, 0, (qs_range){0, l.per_layer}, x);
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+    for (int i = 0; i < QS_QKV; i++) {
         double sum = 0, squares = 0, bound = 1 / sqrt((double)l.in[i]);
         int64_t n = l.b_at[i] - l.a_at[i];
         for (int64_t e = l.a_at[i]; e < l.b_at[i]; e++) {
@@ -210,7 +256,7 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
         cr_assert_eq(found.lora.alpha, 12);
         cr_assert_eq(found.lora.dropout, 0.1);
         cr_assert_eq(found.lora.rslora, c.lora.rslora);
-        cr_assert_eq(found.lora.targets, choices[k]);
+        cr_assert_eq(found.lora.targets, choices[k] | QS_TARGETS_SET);
         qs_peft *peft = NULL;
         cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
         for (int layer = 0; layer < l.n_layers; layer++) {
@@ -224,11 +270,61 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
     }
 }
 
+static void expect_open(const char *dir, const qs_lora_layout *l, qs_status status,
+                        const char *says)
+{
+    qs_peft *peft = NULL;
+    qs_error_clear();
+    cr_assert_eq(qs_peft_open(&peft, dir, l), status, "%s", qs_error_text());
+    cr_assert_null(peft);
+    cr_assert_not_null(strstr(qs_error_text(), says), "%s", qs_error_text());
+}
+
+/* One linear in place of several: the names, and the adapter of all, as peft writes them. */
+Test(peft, fused_linears_have_adapters_of_their_own)
+{
+    qs_config c = config(QS_LINEARS_ALL | QS_TARGETS_SET), found;
+    qs_hf_config m = model();
+    qs_lora_layout l, again;
+    m.fused = true;
+    cr_assert_eq(qs_lora_layout_make(&l, &m, &c), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(l.out[QS_QKV], 6 * 16 + 2 * 2 * 16);
+    cr_assert_eq(l.out[QS_GATE_UP], 400);
+    char *text = qs_peft_config_text(&c, &l, "m"), name[96], dir[192];
+    cr_assert_not_null(strstr(text,
+                              "[\n    \"o_proj\",\n    \"down_proj\",\n    \"qkv_proj\",\n    "
+                              "\"gate_up_proj\"\n  ]"),
+                       "%s", text);
+    qs_lora_peft_name(name, sizeof name, 2, QS_GATE_UP, 'B');
+    cr_assert_str_eq(name, "base_model.model.model.layers.2.mlp.gate_up_proj.lora_B.weight");
+    float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
+    path_in(dir, "fused");
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+    qs_config_defaults(&found);
+    cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_lora_layout_make(&again, &m, &found), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&again, &l, sizeof l), 0);
+    qs_peft *peft = NULL;
+    cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_read_layer(peft, 1, segment), QS_OK);
+    cr_assert_eq(memcmp(segment, x + l.per_layer, (size_t)l.used * sizeof *x), 0);
+    qs_peft_close(peft);
+    /* Over a model of seven linears two of its names are found, with other shapes. */
+    m.fused = false;
+    cr_assert_eq(qs_lora_layout_make(&again, &m, &found), QS_OK, "%s", qs_error_text());
+    expect_open(dir, &again, QS_ERR_INPUT_TENSOR,
+                "holds 24 tensors, but the model has room for 12");
+    free(segment);
+    free(x);
+    free(text);
+}
+
 Test(peft, config_text_is_the_one_of_peft)
 {
     qs_config c = config(1u << QS_Q | 1u << QS_DOWN);
     c.lora.dropout = 0.05;
-    char *text = qs_peft_config_text(&c, "org/model");
+    const qs_lora_layout l = layout_of(&c);
+    char *text = qs_peft_config_text(&c, &l, "org/model");
     cr_assert_str_eq(text, "{\n"
                            "  \"alpha_pattern\": {},\n"
                            "  \"base_model_name_or_path\": \"org/model\",\n"
@@ -293,7 +389,7 @@ static void write_16_bit(const char *dir, const qs_lora_layout *l, const qs_conf
     cr_assert_eq(qs_io_mkdir(dir), QS_OK);
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
     cr_assert_eq(qs_st_write(path, items, n - skip), QS_OK, "%s", qs_error_text());
-    char *text = qs_peft_config_text(c, "m");
+    char *text = qs_peft_config_text(c, l, "m");
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
     cr_assert_eq(qs_io_write_new(path, text, strlen(text)), QS_OK);
     free(text);
@@ -322,16 +418,6 @@ Test(peft, half_precision_adapters_are_widened)
     }
     free(segment);
     free(x);
-}
-
-static void expect_open(const char *dir, const qs_lora_layout *l, qs_status status,
-                        const char *says)
-{
-    qs_peft *peft = NULL;
-    qs_error_clear();
-    cr_assert_eq(qs_peft_open(&peft, dir, l), status, "%s", qs_error_text());
-    cr_assert_null(peft);
-    cr_assert_not_null(strstr(qs_error_text(), says), "%s", qs_error_text());
 }
 
 Test(peft, adapter_that_does_not_fit_is_refused_by_name)
@@ -461,7 +547,7 @@ Test(peft_config, missing_or_mistyped_fields_are_named)
     qs_peft_config c;
     qs_error_clear();
     cr_assert_eq(qs_peft_config_parse(&c, all, strlen(all), "a.json"), QS_OK);
-    cr_assert_eq(c.targets, 0x7f);
+    cr_assert_eq(c.targets, QS_LINEARS_ALL);
     cr_assert_eq(c.alpha, 8.5);
     cr_assert(c.rslora);
 }

@@ -27,7 +27,12 @@
 #include "weights/base_file.h"
 #include "weights/quantize.h"
 
-enum { ALL = (1 << QS_LINEAR_COUNT) - 1, SHARD = 100 << 10, RANK = 4 };
+enum {
+    ALL = (1 << QS_QKV) - 1, /* of a layer of Llama */
+    FUSED = 1 << QS_QKV | 1 << QS_O | 1 << QS_GATE_UP | 1 << QS_DOWN,
+    SHARD = 100 << 10,
+    RANK = 4
+};
 
 static char folder[SCRATCH_MAX], binaries[1024], output[1 << 16];
 
@@ -283,8 +288,8 @@ static void check_result(const char *dir, const merge_case *c, const adapter *a,
         free(got);
         free(w);
     }
-    int biases = c->model.biases ? 7 : 0;
-    cr_assert_eq(tensors, TINY_LAYERS * (7 + 2 + biases) + 2 + c->model.untied);
+    const int of_layer = tiny_hf_linears(&c->model) * (c->model.biases ? 2 : 1);
+    cr_assert_eq(tensors, TINY_LAYERS * (of_layer + 2) + 2 + c->model.untied);
     cr_assert_eq(linears, TINY_LAYERS * __builtin_popcount(c->targets));
     cr_assert_eq(qs_st_find(merged, "lm_head.weight") != NULL, c->model.untied);
     qs_st_close(merged);
@@ -376,6 +381,14 @@ static merge_case CASES[] = {
     {{.dtype = QS_BF16, .untied = true, .biases = true}, ALL, -1, SHARD, true, false},
     {{.dtype = QS_F32}, ALL, QS_BF16, INT64_MAX, true, true},
     {{.dtype = QS_F16}, 1 << QS_O, QS_F32, INT64_MAX, true, false},
+    {{.dtype = QS_BF16, .fused = true}, FUSED, -1, INT64_MAX, false, false},
+    {{.dtype = QS_BF16, .fused = true, .untied = true}, FUSED, QS_F32, INT64_MAX, true, false},
+    {{.dtype = QS_F16, .scheme = TINY_BNB_NESTED, .fused = true, .leave_raw = 3},
+     1 << QS_QKV | 1 << QS_DOWN,
+     -1,
+     INT64_MAX,
+     false,
+     false},
 };
 
 ParameterizedTestParameters(merge, weights_are_the_sum_rounded_once)

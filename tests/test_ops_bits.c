@@ -117,7 +117,7 @@ static void row_ops(qs_queue *q, uint64_t out[8])
     cr_assert_eq(ops->rmsnorm_backward(q, &dy, &x, w, rstd, &dx), QS_OK);
     out[1] = hash_mat(&dx, 0);
     float *cosine = fx_random(7 * 16, 7), *sine = fx_random(7 * 16, 8);
-    cr_assert_eq(ops->rope(q, &x, 10, 32, cosine, sine, position, false), QS_OK);
+    cr_assert_eq(ops->rope(q, &x, 10, 32, 32, cosine, sine, position, false), QS_OK);
     out[2] = hash_mat(&x, 0);
     for (int glu = QS_GLU_SILU; glu <= QS_GLU_GELU_TANH; glu++) {
         cr_assert_eq(ops->glu_forward(q, (qs_glu)glu, &x, &y, &z), QS_OK);

@@ -175,19 +175,20 @@ ParameterizedTest(shape_case *c, rmsnorm, backward_adds_the_derivative)
 
 typedef struct {
     int64_t rows;
-    int n_heads, head_dim;
+    int n_heads, head_dim, rotary_dim;
 } rope_case;
 
 ParameterizedTestParameters(rope, turns_pairs_by_the_angle_and_back)
 {
-    static rope_case c[] = {{0, 2, 8}, {1, 1, 2}, {7, 3, 6}, {33, 9, 64}};
+    static rope_case c[] = {{0, 2, 8, 8},    {1, 1, 2, 2}, {7, 3, 6, 6},
+                            {33, 9, 64, 64}, {7, 3, 8, 6}, {9, 2, 64, 48}};
     return cr_make_param_array(rope_case, c, sizeof c / sizeof *c);
 }
 ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
 {
     enum { POSITIONS = 50 };
     qs_queue *queue = fx_queue(2);
-    int half = c->head_dim / 2;
+    int half = c->rotary_dim / 2;
     int64_t width = (int64_t)c->n_heads * c->head_dim;
     qs_mat x = fx_mat(c->rows, width, 3, 1), before = fx_mat(c->rows, width, 3, 1);
     float *angle = fx_random((int64_t)POSITIONS * half, 2);
@@ -202,11 +203,16 @@ ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
         position[t] = (t * 7) % POSITIONS; /* not ascending: documents restart */
     }
     const qs_ops *ops = qs_ops_cpu();
-    cr_assert_eq(ops->rope(queue, &x, c->n_heads, c->head_dim, cosine, sine, position, false),
-                 QS_OK);
+    cr_assert_eq(
+        ops->rope(queue, &x, c->n_heads, c->head_dim, c->rotary_dim, cosine, sine, position, false),
+        QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < width; i++) {
             int64_t in_head = i % c->head_dim, pair = in_head % half;
+            if (in_head >= c->rotary_dim) {
+                cr_assert_eq(fx_at(&x, t, i), fx_at(&before, t, i), "what does not turn stays");
+                continue;
+            }
             double cos1 = (double)cosine[position[t] * half + pair];
             double sin1 = (double)sine[position[t] * half + pair];
             double other =
@@ -217,8 +223,9 @@ ParameterizedTest(rope_case *c, rope, turns_pairs_by_the_angle_and_back)
         }
     }
     cr_assert(fx_mat_gap_intact(&x));
-    cr_assert_eq(ops->rope(queue, &x, c->n_heads, c->head_dim, cosine, sine, position, true),
-                 QS_OK);
+    cr_assert_eq(
+        ops->rope(queue, &x, c->n_heads, c->head_dim, c->rotary_dim, cosine, sine, position, true),
+        QS_OK);
     for (int64_t t = 0; t < c->rows; t++) {
         for (int64_t i = 0; i < width; i++) {
             cr_assert_float_eq(fx_at(&x, t, i), fx_at(&before, t, i), 1e-6);
@@ -292,7 +299,16 @@ static void check_glu(const shape_case *c, qs_glu glu)
             cr_assert_eq(fx_at(&other, t, i), fx_at(&dgate, t, i));
         }
     }
-    qs_mat *mats[] = {&gate, &up, &dact, &act, &dgate, &dup, &other, &over};
+    /* dgate and dup over gate and up. */
+    qs_mat again = fx_mat(c->rows, c->cols, 3, 3);
+    cr_assert_eq(ops->glu_backward(queue, glu, &gate, &up, &again, &gate, &up), QS_OK);
+    for (int64_t t = 0; t < c->rows; t++) {
+        for (int64_t i = 0; i < c->cols; i++) {
+            cr_assert_eq(fx_at(&gate, t, i), fx_at(&dgate, t, i));
+            cr_assert_eq(fx_at(&up, t, i), fx_at(&dup, t, i));
+        }
+    }
+    qs_mat *mats[] = {&gate, &up, &dact, &act, &dgate, &dup, &other, &over, &again};
     for (size_t i = 0; i < sizeof mats / sizeof *mats; i++) {
         fx_mat_free(mats[i]);
     }

@@ -3,11 +3,11 @@
 #include "kernels/cpu/parallel.h"
 
 /* ---- rotary embedding (Su et al. 2021, arXiv:2104.09864), rotate-half: element i turns with i +
- * head_dim / 2 ------ */
+ * rotary_dim / 2 ------ */
 
 typedef struct {
     qs_mat *x;
-    int n_heads, half;
+    int n_heads, head_dim, half;
     const float *cos, *sin;
     const int32_t *position;
     float sign;
@@ -24,7 +24,7 @@ static void rope_task(void *ctx, int64_t index, int thread)
         const float *cos = r->cos + (int64_t)r->position[t] * r->half;
         const float *sin = r->sin + (int64_t)r->position[t] * r->half;
         for (int h = 0; h < r->n_heads; h++) {
-            float *low = qs_mat_f32(r->x) + t * r->x->stride + (int64_t)h * 2 * r->half;
+            float *low = qs_mat_f32(r->x) + t * r->x->stride + (int64_t)h * r->head_dim;
             float *high = low + r->half;
             for (int i = 0; i < r->half; i++) {
                 float a = low[i], b = high[i], s = r->sign * sin[i];
@@ -35,10 +35,11 @@ static void rope_task(void *ctx, int64_t index, int thread)
     }
 }
 
-qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const float *cos,
-                      const float *sin, const int32_t *position, bool inverse)
+qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, int rotary_dim,
+                      const float *cos, const float *sin, const int32_t *position, bool inverse)
 {
-    rope_args args = {x, n_heads, head_dim / 2, cos, sin, position, inverse ? -1.0F : 1.0F, 0};
+    rope_args args = {
+        x, n_heads, head_dim, rotary_dim / 2, cos, sin, position, inverse ? -1.0F : 1.0F, 0};
     args.rows_per_task = qs_rows_per_task(x->cols);
     qs_parallel_for(q, qs_ceil_div(x->rows, args.rows_per_task), x->rows * x->cols, rope_task,
                     &args);

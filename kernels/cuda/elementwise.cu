@@ -17,7 +17,7 @@ namespace
 
 struct rope_call {
     qs_rows_of<qs_bf16> x;
-    int half;
+    int head_dim, half;
     const float *cos, *sin;
     const int32_t *position;
     float sign;
@@ -27,7 +27,7 @@ template <int WIDTH>
 __global__ void __launch_bounds__(QS_ROW_THREADS) rope_kernel(rope_call c, qs_row_tiles tiles)
 {
     qs_for_groups<1>(tiles, [&](int64_t t, int64_t group) {
-        const qs_rope_pair pair = qs_rope_pair_at(group, c.half, WIDTH);
+        const qs_rope_pair pair = qs_rope_pair_at(group, c.head_dim, c.half, WIDTH);
         const int64_t angle = (int64_t)c.position[t] * c.half + pair.angle;
         qs_bf16 *row = c.x.data + t * c.x.stride;
         float a[WIDTH], b[WIDTH], cos[WIDTH], sin[WIDTH];
@@ -174,16 +174,18 @@ qs_status for_rows(qs_queue *q, OP op, const qs_mat *const mats[5], const char *
 
 } // namespace
 
-extern "C" qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim,
+extern "C" qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, int rotary_dim,
                                   const float *cos, const float *sin, const int32_t *position,
                                   bool inverse)
 {
-    const int half = head_dim / 2;
+    const int half = rotary_dim / 2;
     if (x->rows == 0 || n_heads == 0 || half == 0) {
         return QS_OK;
     }
-    const rope_call call = {qs_rows<qs_bf16>(x), half, cos, sin, position, inverse ? -1.0f : 1.0f};
-    const bool vectors = qs_mat_is_vectors(x) && qs_rows_are_vectors(cos, half, half) &&
+    const rope_call call = {qs_rows<qs_bf16>(x),   head_dim, half, cos, sin, position,
+                            inverse ? -1.0f : 1.0f};
+    const bool vectors = qs_mat_is_vectors(x) && head_dim % QS_VECTOR == 0 &&
+                         qs_rows_are_vectors(cos, half, half) &&
                          qs_rows_are_vectors(sin, half, half);
     const int width = vectors ? QS_VECTOR : 1;
     const qs_row_tiles tiles = qs_row_tiles_make(x->rows, (int64_t)n_heads * (half / width));

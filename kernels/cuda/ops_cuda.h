@@ -139,8 +139,8 @@ qs_status qs_cuda_rmsnorm_forward(qs_queue *q, const qs_mat *x, const float *w, 
                                   float *rstd, qs_mat *y);
 qs_status qs_cuda_rmsnorm_backward(qs_queue *q, const qs_mat *dy, const qs_mat *x, const float *w,
                                    const float *rstd, qs_mat *dx);
-qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, const float *cos,
-                       const float *sin, const int32_t *position, bool inverse);
+qs_status qs_cuda_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, int rotary_dim,
+                       const float *cos, const float *sin, const int32_t *position, bool inverse);
 qs_status qs_cuda_attention_forward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
                                     const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse);
 qs_status qs_cuda_attention_backward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,

@@ -20,6 +20,9 @@ static json_t *lora_object(const qs_lora_layout *layout)
     json_t *shapes = json_object();
     json_t *targets = json_array();
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if (layout->out[i] == 0) {
+            continue;
+        }
         json_object_set_new(
             shapes, short_name(i),
             json_pack("[I, I]", (json_int_t)layout->out[i], (json_int_t)layout->in[i]));
@@ -58,7 +61,11 @@ static qs_status copy_text(const json_t *root, const char *key, char *out, size_
 
 static qs_status parse_shapes(const json_t *shapes, qs_ckpt_record *out, const char *path)
 {
+    const bool fused = json_object_get(shapes, short_name(QS_QKV)) != NULL;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if (!(qs_linears(fused) >> i & 1)) {
+            continue;
+        }
         const json_t *shape = json_object_get(shapes, short_name(i));
         json_int_t rows = json_integer_value(json_array_get(shape, 0));
         json_int_t columns = json_integer_value(json_array_get(shape, 1));
@@ -79,13 +86,26 @@ static qs_status check_widths(const qs_ckpt_record *r, const char *path)
     const struct {
         qs_linear linear;
         int64_t is, must_be;
-    } widths[] = {
-        {QS_K, r->in[QS_K], r->in[QS_Q]},         {QS_V, r->in[QS_V], r->in[QS_Q]},
-        {QS_V, r->out[QS_V], r->out[QS_K]},       {QS_O, r->in[QS_O], r->out[QS_Q]},
-        {QS_O, r->out[QS_O], r->in[QS_Q]},        {QS_GATE, r->in[QS_GATE], r->in[QS_Q]},
-        {QS_UP, r->in[QS_UP], r->in[QS_Q]},       {QS_UP, r->out[QS_UP], r->out[QS_GATE]},
-        {QS_DOWN, r->in[QS_DOWN], r->out[QS_UP]}, {QS_DOWN, r->out[QS_DOWN], r->in[QS_Q]}};
-    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+    } widths[] = {{QS_K, r->in[QS_K], r->in[QS_Q]},
+                  {QS_V, r->in[QS_V], r->in[QS_Q]},
+                  {QS_V, r->out[QS_V], r->out[QS_K]},
+                  {QS_O, r->in[QS_O], r->out[QS_Q]},
+                  {QS_O, r->out[QS_O], r->in[QS_Q]},
+                  {QS_GATE, r->in[QS_GATE], r->in[QS_Q]},
+                  {QS_UP, r->in[QS_UP], r->in[QS_Q]},
+                  {QS_UP, r->out[QS_UP], r->out[QS_GATE]},
+                  {QS_DOWN, r->in[QS_DOWN], r->out[QS_UP]},
+                  {QS_DOWN, r->out[QS_DOWN], r->in[QS_Q]},
+                  /* one linear in place of several: k and v are alike */
+                  {QS_QKV, r->out[QS_QKV], r->in[QS_O] + 2 * ((r->out[QS_QKV] - r->in[QS_O]) / 2)},
+                  {QS_O, r->out[QS_O], r->in[QS_QKV]},
+                  {QS_GATE_UP, r->in[QS_GATE_UP], r->in[QS_QKV]},
+                  {QS_GATE_UP, r->out[QS_GATE_UP], 2 * r->in[QS_DOWN]},
+                  {QS_DOWN, r->out[QS_DOWN], r->in[QS_QKV]}};
+    const int plain = 10;
+    const bool fused = r->out[QS_QKV] > 0;
+    for (int i = fused ? plain : 0; i < (fused ? (int)(sizeof widths / sizeof *widths) : plain);
+         i++) {
         if (widths[i].is != widths[i].must_be) {
             return QS_FAIL(QS_ERR_INPUT_VALUE,
                            "%s: lora.shapes.%s has a width of %lld where the linears around it "

@@ -185,8 +185,12 @@ qs_status qs_cli_check(const qs_cli_args *args, qs_comm *comm)
 
 static void print_targets(const bool targeted[QS_LINEAR_COUNT])
 {
-    printf("  targets    ");
+    bool all = true;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        all = all && targeted[i];
+    }
+    printf("  targets    %s", all ? " all-linear" : "");
+    for (int i = 0; i < QS_LINEAR_COUNT && !all; i++) {
         if (targeted[i]) {
             printf(" %s", strrchr(qs_linear_path((qs_linear)i), '.') + 1);
         }

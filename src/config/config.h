@@ -27,6 +27,9 @@ typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT } qs_gemm_kind;
 /** Words of shard.group; above 0 it is a number of ranks. */
 enum { QS_SHARD_AUTO = 0, QS_SHARD_WORLD = -1, QS_SHARD_NODE = -2 };
+/** A bit of lora.targets beside those of linears: it is a named set, of which a model takes what it
+ * has; a list must name nothing else. */
+#define QS_TARGETS_SET (1u << 31)
 /** Bits of memory.offload. */
 enum { QS_OFFLOAD_ACTIVATIONS = 1, QS_OFFLOAD_WEIGHTS = 2, QS_OFFLOAD_EMBEDDING = 4 };
 
@@ -48,7 +51,7 @@ typedef struct {
     struct {
         int64_t rank;
         double alpha, dropout;
-        uint32_t targets; /* bit per qs_linear */
+        uint32_t targets; /* bit per qs_linear, and QS_TARGETS_SET */
         bool rslora;
         char init[QS_PATH_MAX]; /* PEFT directory to continue from, or "" */
     } lora;

@@ -11,19 +11,22 @@
 #include "config/config_keys.h"
 
 /* In the order of qs_linear, whose bit numbers they are. */
-static const char *const TARGETS[] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
-                                      "gate_proj", "up_proj", "down_proj"};
+static const char *const TARGETS[] = {"q_proj",    "k_proj",    "v_proj",
+                                      "o_proj",    "gate_proj", "up_proj",
+                                      "down_proj", "qkv_proj",  "gate_up_proj"};
 enum { TARGET_COUNT = sizeof TARGETS / sizeof *TARGETS, ALL_TARGETS = (1 << TARGET_COUNT) - 1 };
 
-/* Names for sets of them: PEFT's, two of the usual recipes, and the predecessor's "all". */
+/* Names for sets of them: PEFT's, two of the usual recipes, and the predecessor's "all", which
+ * names six linears, so that of a model with one for q, k and v and one for gate and up it leaves
+ * down_proj alone. */
 static const struct {
     const char *name;
     uint32_t bits;
 } TARGET_SETS[] = {
     {"all-linear", ALL_TARGETS},
-    {"attention", 0x0f},
-    {"mlp", 0x70},
-    {"fsdp_qlora-all", ALL_TARGETS & ~(1 << 3)}, /* without o_proj */
+    {"attention", 0x08f},
+    {"mlp", 0x170},
+    {"fsdp_qlora-all", 0x077},
 };
 enum { TARGET_SET_COUNT = sizeof TARGET_SETS / sizeof *TARGET_SETS };
 
@@ -342,12 +345,12 @@ static qs_status set_targets(qs_config *cfg, const qs_key *key, const qs_value *
 {
     uint32_t bits = 0;
     if (value->list) {
-        QS_TRY(read_words(key, value, where, TARGETS, TARGET_COUNT,
-                          "is not one of the seven linears", &bits));
+        QS_TRY(read_words(key, value, where, TARGETS, TARGET_COUNT, "is not a linear of a layer",
+                          &bits));
     } else {
         for (int i = 0; i < TARGET_SET_COUNT; i++) {
             if (strcmp(value->items[0].text, TARGET_SETS[i].name) == 0) {
-                bits = TARGET_SETS[i].bits;
+                bits = TARGET_SETS[i].bits | QS_TARGETS_SET;
             }
         }
         if (bits == 0) {
@@ -449,9 +452,11 @@ static void format_path(const char *path, char *out, size_t capacity)
 
 static void format_targets(uint32_t bits, char *out, size_t capacity)
 {
-    if (bits == ALL_TARGETS) {
-        snprintf(out, capacity, "all-linear");
-        return;
+    for (int i = 0; i < TARGET_SET_COUNT; i++) {
+        if (bits == (TARGET_SETS[i].bits | QS_TARGETS_SET)) {
+            snprintf(out, capacity, "%s", TARGET_SETS[i].name);
+            return;
+        }
     }
     out[0] = '\0';
     add_words(TARGETS, TARGET_COUNT, bits, out, capacity);

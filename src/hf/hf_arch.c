@@ -93,6 +93,19 @@ static const qs_hf_arch rows[] = {
      .window_pattern = 6,
      .rope_theta = 1e6,
      .rope_local_theta = 1e4},
+    {.model_type = "phi3",
+     .class_name = "Phi3ForCausalLM",
+     .bias = QS_BIAS_NEVER,
+     .fused = true,
+     .window = QS_WINDOW_ALL,
+     .hidden = 3072,
+     .ffn_hidden = 8192,
+     .vocab = 32064,
+     .max_position = 4096,
+     .original_max_position = 4096,
+     .n_layers = 32,
+     .n_heads = 32,
+     .eps = 1e-5},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
 

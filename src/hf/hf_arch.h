@@ -33,6 +33,9 @@ typedef struct {
     bool gemma;   /* its kind of layer: four norms, of 1 + w; an embedding times sqrt(hidden); a MLP
                      gated by GELU (hidden_activation); query_pre_attn_scalar */
     bool tied;    /* unless the file says otherwise */
+    bool fused; /* Phi-3's layer: one linear for q, k and v, one for gate and up; RoPE turns a part
+                   of each head (partial_rotary_factor), and scales by longrope or not at all; its
+                   original length stands at top level */
     qs_window_rule window;
     qs_cap_rule cap;
     bool local_rope; /* windowed layers turn by rope_local_base_freq, without scaling */
@@ -40,7 +43,8 @@ typedef struct {
      * heads for kv_heads, hidden / heads for head_dim. */
     int64_t hidden, ffn_hidden, vocab, max_position, window_default;
     int n_layers, n_heads, n_kv_heads, head_dim, window_layers, window_pattern;
-    double rope_theta, rope_local_theta, attention_cap, final_cap;
+    int64_t original_max_position;
+    double eps, rope_theta, rope_local_theta, attention_cap, final_cap;
 } qs_hf_arch;
 
 /** The row of `model_type`; NULL if there is none. */

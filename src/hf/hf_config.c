@@ -135,6 +135,17 @@ static const char *const gemma3_keys[] = {
     "rope_local_base_freq",
 };
 
+/* Of Phi-3; the maps name code of the repository's own, which transformers does not need. */
+static const char *const phi3_keys[] = {
+    "original_max_position_embeddings",
+    "resid_pdrop",
+    "embd_pdrop",
+    "full_attn_mod",
+    "interpolate_factor",
+    "lm_head_bias",
+    "auto_map",
+};
+
 bool qs_hf_listed(const char *const *list, size_t count, const char *key)
 {
     for (size_t i = 0; i < count; i++) {
@@ -200,7 +211,8 @@ static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const ch
         const bool gemma =
             (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
             (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key));
-        if (!json_is_null(value) && !windowed && !gemma &&
+        const bool phi3 = arch->fused && qs_hf_listed(phi3_keys, QS_HF_COUNT(phi3_keys), key);
+        if (!json_is_null(value) && !windowed && !gemma && !phi3 &&
             !qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) &&
             !qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key)) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
@@ -251,7 +263,8 @@ static qs_status parse_sizes(qs_hf_config *out, const qs_hf_arch *arch, const js
     QS_TRY(qs_hf_get_i64(root, "vocab_size", 1, 1 << 22, arch->vocab, &out->vocab, path));
     QS_TRY(qs_hf_get_i64(root, "max_position_embeddings", 1, 1 << 30, arch->max_position,
                          &out->max_position, path));
-    QS_TRY(qs_hf_get_f64(root, "rms_norm_eps", DBL_MIN, 1e-2, 1e-6, &eps, path));
+    QS_TRY(qs_hf_get_f64(root, "rms_norm_eps", DBL_MIN, 1e-2, arch->eps > 0.0 ? arch->eps : 1e-6,
+                         &eps, path));
     const int64_t usual = arch->head_dim > 0 ? arch->head_dim : out->hidden / heads;
     const bool divides = qs_hf_given(root, "head_dim") == NULL && arch->head_dim == 0;
     if (out->hidden % heads != 0 && (divides || arch->window == QS_WINDOW_NEVER)) {
@@ -293,7 +306,8 @@ static qs_status parse_biases(qs_hf_config *out, const qs_hf_arch *arch, const j
         return qs_hf_refuse(path, "mlp_bias", "true", "for this model_type false");
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        out->bias[i] = i <= QS_O ? attention : mlp;
+        const bool some = QS_LINEARS_ATTENTION >> i & 1 ? attention : mlp;
+        out->bias[i] = some && (qs_linears(arch->fused) >> i & 1);
     }
     if (arch->bias == QS_BIAS_QKV) {
         out->bias[QS_Q] = out->bias[QS_K] = out->bias[QS_V] = true;
@@ -361,7 +375,8 @@ static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const j
     if (arch->window == QS_WINDOW_PATTERN) {
         return parse_window_pattern(out, arch, root, path);
     }
-    if (on && !json_is_null(window)) { /* null: none; absent: the default */
+    const bool given = window != NULL ? !json_is_null(window) : arch->window_default > 0;
+    if (on && given) { /* null: none; absent: the default */
         QS_TRY(qs_hf_get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window,
                              path));
         for (int l = 0; l < out->n_layers; l++) {
@@ -434,11 +449,26 @@ static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const
     QS_TRY(qs_hf_expect_false(root, "use_mrope", path));
     QS_TRY(qs_hf_expect_false(root, "is_encoder_decoder", path));
     QS_TRY(qs_hf_expect_false(root, "add_cross_attention", path));
-    QS_TRY(qs_hf_get_f64(root, "attention_dropout", 0.0, 1.0, 0.0, &dropout, path));
-    if (dropout != 0.0) {
-        return qs_hf_refuse(path, "attention_dropout", "a number above 0", "0");
+    QS_TRY(qs_hf_expect_false(root, "lm_head_bias", path));
+    static const char *const dropouts[] = {"attention_dropout", "resid_pdrop", "embd_pdrop"};
+    for (size_t i = 0; i < QS_HF_COUNT(dropouts); i++) {
+        QS_TRY(qs_hf_get_f64(root, dropouts[i], 0.0, 1.0, 0.0, &dropout, path));
+        if (dropout != 0.0) {
+            return qs_hf_refuse(path, dropouts[i], "a number above 0", "0");
+        }
     }
     return parse_activation(arch, root, path);
+}
+
+/* What Phi-3's files have beside; the class computes what 1 says. */
+static qs_status parse_phi3(const qs_hf_arch *arch, const json_t *root, const char *path)
+{
+    static const char *const ones[] = {"full_attn_mod", "interpolate_factor"};
+    int64_t one;
+    for (size_t i = 0; i < QS_HF_COUNT(ones) && arch->fused; i++) {
+        QS_TRY(qs_hf_get_i64(root, ones[i], 1, 1, 1, &one, path));
+    }
+    return QS_OK;
 }
 
 /* "torch_dtype" (transformers 4) and "dtype" (5); absent means float32. */
@@ -507,11 +537,13 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     QS_TRY(find_architecture(&arch, root, path));
     strcpy(out->model_type, arch->model_type);
     out->qk_norm = arch->qk_norm;
+    out->fused = arch->fused;
     QS_TRY(check_keys(arch, root, path));
     QS_TRY(parse_sizes(out, arch, root, path));
     QS_TRY(parse_biases(out, arch, root, path));
     QS_TRY(parse_switches(out, arch, root, path));
     QS_TRY(parse_gemma(out, arch, root, path));
+    QS_TRY(parse_phi3(arch, root, path));
     QS_TRY(parse_window(out, arch, root, path));
     QS_TRY(parse_dtype(out, root, path));
     QS_TRY(qs_hf_rope_parse(out, arch, root, path));
@@ -526,24 +558,4 @@ qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, 
     qs_status st = parse_root(out, root, path);
     json_decref(root);
     return st;
-}
-
-const char *qs_linear_path(qs_linear linear)
-{
-    static const char *const paths[QS_LINEAR_COUNT] = {
-        [QS_Q] = "self_attn.q_proj", [QS_K] = "self_attn.k_proj", [QS_V] = "self_attn.v_proj",
-        [QS_O] = "self_attn.o_proj", [QS_GATE] = "mlp.gate_proj", [QS_UP] = "mlp.up_proj",
-        [QS_DOWN] = "mlp.down_proj"};
-    return paths[linear];
-}
-
-void qs_linear_shape(const qs_hf_config *cfg, qs_linear linear, int64_t *out, int64_t *in)
-{
-    int64_t q = (int64_t)cfg->n_heads * cfg->head_dim;
-    int64_t kv = (int64_t)cfg->n_kv_heads * cfg->head_dim;
-    *out = linear == QS_Q                         ? q
-           : linear == QS_K || linear == QS_V     ? kv
-           : linear == QS_GATE || linear == QS_UP ? cfg->ffn_hidden
-                                                  : cfg->hidden;
-    *in = linear == QS_O ? q : linear == QS_DOWN ? cfg->ffn_hidden : cfg->hidden;
 }

@@ -12,10 +12,40 @@
 
 enum { QS_HEAD_DIM_MAX = 1024, QS_LAYERS_MAX = 1000 };
 
-/** The seven linears of a layer, in the order that units and the LoRA vector use. */
-typedef enum { QS_Q, QS_K, QS_V, QS_O, QS_GATE, QS_UP, QS_DOWN, QS_LINEAR_COUNT } qs_linear;
+/** The linears of a layer, in the order that units and the LoRA vector use. Phi-3 has one for q, k
+ * and v, whose rows stand in this order, and one for gate and up: stored, quantized and adapted as
+ * one; so no layer has all. */
+typedef enum {
+    QS_Q,
+    QS_K,
+    QS_V,
+    QS_O,
+    QS_GATE,
+    QS_UP,
+    QS_DOWN,
+    QS_QKV,
+    QS_GATE_UP,
+    QS_LINEAR_COUNT
+} qs_linear;
 
-typedef enum { QS_ROPE_DEFAULT, QS_ROPE_LLAMA3, QS_ROPE_LINEAR, QS_ROPE_YARN } qs_rope_type;
+/** Sets of them, a bit each: what makes q, k and v, what makes gate and up, and what stands before
+ * the MLP. */
+enum {
+    QS_LINEARS_QKV = 1 << QS_Q | 1 << QS_K | 1 << QS_V | 1 << QS_QKV,
+    QS_LINEARS_GATE_UP = 1 << QS_GATE | 1 << QS_UP | 1 << QS_GATE_UP,
+    QS_LINEARS_ATTENTION = QS_LINEARS_QKV | 1 << QS_O,
+    QS_LINEARS_DOWN = 1 << QS_DOWN,
+    QS_LINEARS_ALL = (1 << QS_LINEAR_COUNT) - 1,
+};
+
+typedef enum {
+    QS_ROPE_DEFAULT,
+    QS_ROPE_LLAMA3,
+    QS_ROPE_LINEAR,
+    QS_ROPE_YARN,
+    QS_ROPE_LONGROPE,
+    QS_ROPE_DYNAMIC,
+} qs_rope_type;
 
 typedef struct {
     char model_type[32]; /* "llama", "mistral", ... */
@@ -24,6 +54,7 @@ typedef struct {
     int64_t max_position;
     float rms_norm_eps;
     bool tied;                  /* head = embedding table */
+    bool fused;                 /* one linear for q, k and v, one for gate and up */
     bool bias[QS_LINEAR_COUNT]; /* the linear has one */
     bool qk_norm;               /* RMSNorm over each head of q and k, before RoPE */
     bool gemma;          /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU,
@@ -33,6 +64,7 @@ typedef struct {
     bool windowed[QS_LAYERS_MAX]; /* [n_layers] */
     float attention_cap;          /* of scores; 0: none */
     float final_cap;              /* of logits; 0: none */
+    int rotary_dim;               /* elements of a head that RoPE turns, the first ones */
     double rope_theta;
     double rope_local_theta; /* of windowed layers, which then scale nothing; 0: as the others */
     qs_rope_type rope_type;
@@ -40,8 +72,10 @@ typedef struct {
     int64_t rope_original_max_position;
     double rope_beta_fast, rope_beta_slow; /* turns of a frequency that yarn keeps, and divides */
     bool rope_truncate;                    /* yarn's borders are whole numbers */
-    double rope_magnitude;                 /* of cosine and sine; 1 but for yarn */
-    qs_dtype dtype;                        /* of the checkpoint */
+    double rope_magnitude;                 /* of cosine and sine; 1 but for yarn and longrope */
+    /* longrope: what periods are multiplied by, [rotary_dim / 2] */
+    double rope_short_factor[QS_HEAD_DIM_MAX / 2], rope_long_factor[QS_HEAD_DIM_MAX / 2];
+    qs_dtype dtype; /* of the checkpoint */
     /* quantization_config of a bitsandbytes checkpoint */
     bool bnb_4bit;
 } qs_hf_config;
@@ -49,15 +83,19 @@ typedef struct {
 /** Parse the text of config.json. Pure: no I/O. */
 qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, const char *path);
 
-/** Inverse frequencies of RoPE [head_dim / 2], with scaling: fp32 values, rounded as transformers
- * rounds them. */
-void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq);
+/** Inverse frequencies of RoPE [rotary_dim / 2], with scaling: fp32 values, rounded as transformers
+ * rounds them. What longrope and dynamic scaling give depends on `seq_len`, the longest sequence:
+ * above the original length long factors in place of the short ones, above max_position a larger
+ * base. */
+void qs_hf_rope_frequencies(const qs_hf_config *cfg, int64_t seq_len, double *inv_freq);
 /** The same of windowed layers, where these have their own: rope_local_theta is not 0. */
 void qs_hf_rope_local_frequencies(const qs_hf_config *cfg, double *inv_freq);
 
-/** "self_attn.q_proj" ... "mlp.down_proj". */
+/** "self_attn.q_proj" ... "mlp.gate_up_proj". */
 const char *qs_linear_path(qs_linear linear);
-/** Shape of a linear [out, in]. */
+/** Those of a layer, a bit per qs_linear. */
+uint32_t qs_linears(bool fused);
+/** Shape of a linear [out, in]; [0, 0] if layers have none of this name. */
 void qs_linear_shape(const qs_hf_config *cfg, qs_linear linear, int64_t *out, int64_t *in);
 
 #endif

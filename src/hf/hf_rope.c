@@ -19,38 +19,55 @@ static const char *const rope_keys[] = {
     "mscale",
     "mscale_all_dim",
     "truncate",
+    "short_factor",
+    "long_factor",
 };
 
-/* Of those the ones that one type alone has. */
+enum { YARN = 1 << QS_ROPE_YARN, LLAMA3 = 1 << QS_ROPE_LLAMA3, LONGROPE = 1 << QS_ROPE_LONGROPE };
+
+/* Of those the ones that not every type has; the types have a bit each. */
 static const struct {
     const char *key;
-    qs_rope_type type;
+    unsigned types;
     const char *name;
 } own_rope_keys[] = {
-    {"low_freq_factor", QS_ROPE_LLAMA3, "llama3"}, {"high_freq_factor", QS_ROPE_LLAMA3, "llama3"},
-    {"attention_factor", QS_ROPE_YARN, "yarn"},    {"beta_fast", QS_ROPE_YARN, "yarn"},
-    {"beta_slow", QS_ROPE_YARN, "yarn"},           {"mscale", QS_ROPE_YARN, "yarn"},
-    {"mscale_all_dim", QS_ROPE_YARN, "yarn"},      {"truncate", QS_ROPE_YARN, "yarn"},
+    {"low_freq_factor", LLAMA3, "llama3"},
+    {"high_freq_factor", LLAMA3, "llama3"},
+    {"attention_factor", YARN | LONGROPE, "yarn\" or \"longrope"},
+    {"beta_fast", YARN, "yarn"},
+    {"beta_slow", YARN, "yarn"},
+    {"mscale", YARN, "yarn"},
+    {"mscale_all_dim", YARN, "yarn"},
+    {"truncate", YARN, "yarn"},
+    {"short_factor", LONGROPE, "longrope"},
+    {"long_factor", LONGROPE, "longrope"},
 };
 
-static qs_status parse_rope_type(qs_hf_config *out, const json_t *rope, const char *path)
+/* "su" is what the first files of Phi-3 call longrope. */
+static qs_status parse_rope_type(qs_hf_config *out, const qs_hf_arch *arch, const json_t *rope,
+                                 const char *path)
 {
-    static const char *const names[] = {[QS_ROPE_DEFAULT] = "default",
-                                        [QS_ROPE_LLAMA3] = "llama3",
-                                        [QS_ROPE_LINEAR] = "linear",
-                                        [QS_ROPE_YARN] = "yarn"};
+    static const char *const names[] = {
+        [QS_ROPE_DEFAULT] = "default",   [QS_ROPE_LLAMA3] = "llama3",
+        [QS_ROPE_LINEAR] = "linear",     [QS_ROPE_YARN] = "yarn",
+        [QS_ROPE_LONGROPE] = "longrope", [QS_ROPE_DYNAMIC] = "dynamic"};
     const char *key = qs_hf_given(rope, "rope_type") != NULL ? "rope_type" : "type";
     const char *name = "default";
     if (qs_hf_given(rope, key) != NULL) {
         QS_TRY(qs_json_text(rope, key, &name, path));
     }
+    const char *meant = arch->fused && strcmp(name, "su") == 0 ? "longrope" : name;
     for (size_t i = 0; i < QS_HF_COUNT(names); i++) {
-        if (strcmp(names[i], name) == 0) {
+        if (strcmp(names[i], meant) == 0 &&
+            (!arch->fused || i == QS_ROPE_DEFAULT || i == QS_ROPE_LONGROPE)) {
             out->rope_type = (qs_rope_type)i;
             return QS_OK;
         }
     }
-    return qs_hf_refuse(path, "rope_type", name, "\"default\", \"linear\", \"llama3\" or \"yarn\"");
+    return qs_hf_refuse(path, "rope_type", name,
+                        arch->fused ? "for this model_type \"default\" or \"longrope\""
+                                    : "\"default\", \"linear\", \"llama3\", \"yarn\", "
+                                      "\"longrope\" or \"dynamic\"");
 }
 
 static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, const char *path)
@@ -65,7 +82,7 @@ static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, co
     }
     for (size_t i = 0; i < QS_HF_COUNT(own_rope_keys); i++) {
         if (qs_hf_given(rope, own_rope_keys[i].key) != NULL &&
-            out->rope_type != own_rope_keys[i].type) {
+            !(own_rope_keys[i].types >> out->rope_type & 1)) {
             return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\" belongs to rope_type \"%s\"", path,
                            own_rope_keys[i].key, own_rope_keys[i].name);
         }
@@ -127,16 +144,130 @@ static qs_status parse_yarn(qs_hf_config *out, const json_t *rope, const char *p
     return QS_OK;
 }
 
-static qs_status parse_rope_scaling(qs_hf_config *out, const json_t *rope, const char *path)
+/* One factor for each pair that turns. */
+static qs_status parse_factors(const qs_hf_config *cfg, const json_t *rope, const char *key,
+                               double *out, const char *path)
 {
-    if (out->rope_type != QS_ROPE_DEFAULT && qs_hf_given(rope, "factor") == NULL) {
+    const json_t *list = NULL;
+    const size_t pairs = (size_t)cfg->rotary_dim / 2;
+    QS_TRY(qs_json_array(rope, key, &list, path));
+    if (json_array_size(list) != pairs) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"%s\" has %zu numbers; it needs %zu, half of what turns of a head",
+                       path, key, json_array_size(list), pairs);
+    }
+    for (size_t i = 0; i < pairs; i++) {
+        const json_t *factor = json_array_get(list, i);
+        out[i] = json_number_value(factor);
+        if (!json_is_number(factor) || out[i] < 1e-3 || out[i] > 1e6) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"%s\"[%zu] is no number in [0.001, 1e6]", path,
+                           key, i);
+        }
+    }
+    return QS_OK;
+}
+
+/* The length that longrope's model was trained with before: in Phi-3's files at top level. */
+static qs_status parse_original_length(qs_hf_config *out, const qs_hf_arch *arch,
+                                       const json_t *root, const json_t *rope, const char *path)
+{
+    static const char *const key = "original_max_position_embeddings";
+    const int64_t usual =
+        arch->original_max_position > 0 ? arch->original_max_position : out->max_position;
+    int64_t inner;
+    QS_TRY(qs_hf_get_i64(arch->fused ? root : rope, key, 2, 1 << 30, usual,
+                         &out->rope_original_max_position, path));
+    QS_TRY(qs_hf_get_i64(rope, key, 2, 1 << 30, out->rope_original_max_position, &inner, path));
+    if (inner != out->rope_original_max_position) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"%s\" is %lld for RoPE, but %lld at top level, which transformers "
+                       "takes; write there which it is",
+                       path, key, (long long)inner, (long long)out->rope_original_max_position);
+    }
+    return QS_OK;
+}
+
+/* LongRoPE: Ding et al. 2024, arXiv:2402.13753. */
+static qs_status parse_longrope(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                const json_t *rope, const char *path)
+{
+    QS_TRY(parse_original_length(out, arch, root, rope, path));
+    QS_TRY(parse_factors(out, rope, "short_factor", out->rope_short_factor, path));
+    QS_TRY(parse_factors(out, rope, "long_factor", out->rope_long_factor, path));
+    const double original = (double)out->rope_original_max_position;
+    if (qs_hf_given(rope, "factor") == NULL) {
+        out->rope_factor = (double)out->max_position / original;
+    }
+    const double fallback =
+        out->rope_factor <= 1.0 ? 1.0 : sqrt(1.0 + log(out->rope_factor) / log(original));
+    return qs_hf_get_f64(rope, "attention_factor", 1e-6, 1e6, fallback, &out->rope_magnitude, path);
+}
+
+/* Some versions of transformers count from original_max_position_embeddings, some from
+ * max_position_embeddings. */
+static qs_status parse_dynamic(qs_hf_config *out, const json_t *rope, const char *path)
+{
+    int64_t original;
+    QS_TRY(qs_hf_get_i64(rope, "original_max_position_embeddings", 1, 1 << 30, out->max_position,
+                         &original, path));
+    if (original != out->max_position) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"original_max_position_embeddings\" = %lld is not "
+                       "\"max_position_embeddings\" = %lld, from which \"dynamic\" counts",
+                       path, (long long)original, (long long)out->max_position);
+    }
+    if (out->rotary_dim <= 2) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"rope_type\" = \"dynamic\", but a head has %d elements that turn; it "
+                       "needs more than 2",
+                       path, out->rotary_dim);
+    }
+    return QS_OK;
+}
+
+static qs_status parse_rope_scaling(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                    const json_t *rope, const char *path)
+{
+    const bool needs_factor =
+        out->rope_type != QS_ROPE_DEFAULT && out->rope_type != QS_ROPE_LONGROPE;
+    if (needs_factor && qs_hf_given(rope, "factor") == NULL) {
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: RoPE \"factor\" is missing", path);
     }
     QS_TRY(qs_hf_get_f64(rope, "factor", 1.0, 1e6, 1.0, &out->rope_factor, path));
     QS_TRY(check_rope_keys(out, rope, path));
-    return out->rope_type == QS_ROPE_LLAMA3 ? parse_llama3(out, rope, path)
-           : out->rope_type == QS_ROPE_YARN ? parse_yarn(out, rope, path)
-                                            : QS_OK;
+    switch (out->rope_type) {
+    case QS_ROPE_LLAMA3:
+        return parse_llama3(out, rope, path);
+    case QS_ROPE_YARN:
+        return parse_yarn(out, rope, path);
+    case QS_ROPE_LONGROPE:
+        return parse_longrope(out, arch, root, rope, path);
+    case QS_ROPE_DYNAMIC:
+        return parse_dynamic(out, rope, path);
+    default:
+        return QS_OK;
+    }
+}
+
+/* How much of a head turns: int(head_dim * partial_rotary_factor). */
+static qs_status parse_rotary_dim(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                  const json_t *rope, const char *path)
+{
+    static const char *const key = "partial_rotary_factor";
+    double partial;
+    QS_TRY(qs_hf_get_f64(qs_hf_given(rope, key) != NULL ? rope : root, key, 0.0, 1.0, 1.0, &partial,
+                         path));
+    out->rotary_dim = (int)(out->head_dim * partial);
+    if (partial != 1.0 && !arch->fused) {
+        return qs_hf_refuse(path, key, "a number below 1", "1");
+    }
+    if (out->rotary_dim < 2 || out->rotary_dim % 2 != 0) {
+        return QS_FAIL(
+            QS_ERR_INPUT_VALUE,
+            "%s: \"%s\" = %g makes %d of %d elements of a head turn; these come in pairs", path,
+            key, partial, out->rotary_dim, out->head_dim);
+    }
+    return QS_OK;
 }
 
 /* RoPE of windowed layers, which do not scale. */
@@ -206,7 +337,6 @@ qs_status qs_hf_rope_parse(qs_hf_config *out, const qs_hf_arch *arch, const json
     const json_t *parameters = qs_hf_given(root, "rope_parameters");
     const json_t *holder = root;
     const double usual = arch->rope_theta > 0.0 ? arch->rope_theta : 10000.0;
-    double partial;
     if (arch->local_rope) {
         QS_TRY(parse_local_rope(out, arch, root, &parameters, path));
     }
@@ -226,17 +356,13 @@ qs_status qs_hf_rope_parse(qs_hf_config *out, const qs_hf_arch *arch, const json
     }
     holder = inner != NULL ? rope : root;
     QS_TRY(qs_hf_get_f64(holder, "rope_theta", 1e-3, 1e12, usual, &out->rope_theta, path));
-    holder = qs_hf_given(rope, "partial_rotary_factor") != NULL ? rope : root;
-    QS_TRY(qs_hf_get_f64(holder, "partial_rotary_factor", 0.0, 1.0, 1.0, &partial, path));
-    if (partial != 1.0) {
-        return qs_hf_refuse(path, "partial_rotary_factor", "a number below 1", "1");
-    }
+    QS_TRY(parse_rotary_dim(out, arch, root, rope, path));
     out->rope_factor = out->rope_magnitude = 1.0;
     if (rope == NULL) {
         return QS_OK;
     }
-    QS_TRY(parse_rope_type(out, rope, path));
-    return parse_rope_scaling(out, rope, path);
+    QS_TRY(parse_rope_type(out, arch, rope, path));
+    return parse_rope_scaling(out, arch, root, rope, path);
 }
 
 /* Frequencies whose wavelength is below L0/high stay, those above L0/low are divided by the factor,
@@ -261,7 +387,7 @@ static float llama3_scaled(const qs_hf_config *cfg, float frequency)
 static double yarn_border(const qs_hf_config *cfg, double turns)
 {
     const double original = (double)cfg->rope_original_max_position;
-    return cfg->head_dim * log(original / (turns * 6.28318530717958647692)) /
+    return cfg->rotary_dim * log(original / (turns * 6.28318530717958647692)) /
            (2.0 * log(cfg->rope_theta));
 }
 
@@ -276,7 +402,7 @@ static float yarn_scaled(const qs_hf_config *cfg, int i, float period)
         high = ceil(high);
     }
     low = fmax(low, 0.0);
-    high = fmin(high, cfg->head_dim - 1);
+    high = fmin(high, cfg->rotary_dim - 1);
     high += low == high ? 0.001 : 0.0;
     const float ramp = ((float)i - (float)low) / (float)(high - low);
     const float keep = 1.0F - fminf(fmaxf(ramp, 0.0F), 1.0F);
@@ -289,21 +415,38 @@ static float yarn_scaled(const qs_hf_config *cfg, int i, float period)
  * errors of the step together. */
 static float rope_period(const qs_hf_config *cfg, double theta, int i)
 {
-    const float exponent = (float)(2 * i) / (float)cfg->head_dim;
+    const float exponent = (float)(2 * i) / (float)cfg->rotary_dim;
     return (float)pow(theta, (double)exponent);
+}
+
+/* The base, larger for sequences beyond max_position (NTK scaling by length). There transformers
+ * computes with fp32 tensors, below it with the number as it is. */
+static double dynamic_theta(const qs_hf_config *cfg, int64_t seq_len)
+{
+    if (seq_len <= cfg->max_position) {
+        return cfg->rope_theta;
+    }
+    const float grown = (float)cfg->rope_factor * (float)seq_len / (float)cfg->max_position -
+                        (float)(cfg->rope_factor - 1.0);
+    const double power = (double)cfg->rotary_dim / (cfg->rotary_dim - 2);
+    return (double)((float)cfg->rope_theta * (float)pow((double)grown, (double)(float)power));
 }
 
 void qs_hf_rope_local_frequencies(const qs_hf_config *cfg, double *inv_freq)
 {
-    for (int i = 0; i < cfg->head_dim / 2; i++) {
+    for (int i = 0; i < cfg->rotary_dim / 2; i++) {
         inv_freq[i] = (double)(1.0F / rope_period(cfg, cfg->rope_local_theta, i));
     }
 }
 
-void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
+void qs_hf_rope_frequencies(const qs_hf_config *cfg, int64_t seq_len, double *inv_freq)
 {
-    for (int i = 0; i < cfg->head_dim / 2; i++) {
-        const float period = rope_period(cfg, cfg->rope_theta, i);
+    const bool dynamic = cfg->rope_type == QS_ROPE_DYNAMIC;
+    const double theta = dynamic ? dynamic_theta(cfg, seq_len) : cfg->rope_theta;
+    const double *factors =
+        seq_len > cfg->rope_original_max_position ? cfg->rope_long_factor : cfg->rope_short_factor;
+    for (int i = 0; i < cfg->rotary_dim / 2; i++) {
+        const float period = rope_period(cfg, theta, i);
         float f = 1.0F / period;
         if (cfg->rope_type == QS_ROPE_LINEAR) {
             f /= (float)cfg->rope_factor;
@@ -311,6 +454,8 @@ void qs_hf_rope_frequencies(const qs_hf_config *cfg, double *inv_freq)
             f = llama3_scaled(cfg, f);
         } else if (cfg->rope_type == QS_ROPE_YARN) {
             f = yarn_scaled(cfg, i, period);
+        } else if (cfg->rope_type == QS_ROPE_LONGROPE) {
+            f = 1.0F / ((float)factors[i] * period);
         }
         inv_freq[i] = (double)f;
     }

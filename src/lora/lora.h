@@ -33,8 +33,8 @@ typedef struct {
 /** Layout for a model and a configuration. */
 qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg);
 
-/** The same from the shapes of the seven linears, [QS_LINEAR_COUNT] each: what a checkpoint
- * records. */
+/** The same from the shapes of the linears, [QS_LINEAR_COUNT] each, 0 where layers have none: what
+ * a checkpoint records. */
 qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int64_t *out_features,
                                    const int64_t *in_features, const qs_config *cfg);
 

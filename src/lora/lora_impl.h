@@ -17,8 +17,10 @@ typedef struct {
 qs_status qs_peft_config_parse(qs_peft_config *out, const char *text, size_t bytes,
                                const char *path);
 
-/** The text of adapter_config.json; caller frees. NULL without memory. */
-char *qs_peft_config_text(const qs_config *cfg, const char *base_name);
+/** The text of adapter_config.json, with the linears that `layout` adapts; caller frees. NULL
+ * without memory. */
+char *qs_peft_config_text(const qs_config *cfg, const qs_lora_layout *layout,
+                          const char *base_name);
 
 /** Read and parse DIR/adapter_config.json. */
 qs_status qs_peft_config_read(qs_peft_config *out, const char *dir);

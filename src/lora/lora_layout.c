@@ -12,9 +12,27 @@ float qs_lora_scale(double alpha, int64_t lora_rank, bool rslora)
     return (float)(alpha / (rslora ? sqrt(rank) : rank));
 }
 
+/* Only a named set may name linears that the model does not have. */
+static qs_status check_targets(const int64_t *out_features, const qs_config *cfg)
+{
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        const bool absent = cfg->lora.targets >> i & 1 && out_features[i] == 0;
+        if (absent && !(cfg->lora.targets & QS_TARGETS_SET)) {
+            return QS_FAIL(QS_ERR_CONFIG_VALUE,
+                           "lora.targets: the layers of this model have no %s, but %s and %s; name "
+                           "those, or all-linear",
+                           qs_linear_path((qs_linear)i),
+                           qs_linear_path(out_features[QS_QKV] > 0 ? QS_QKV : QS_Q),
+                           qs_linear_path(out_features[QS_QKV] > 0 ? QS_GATE_UP : QS_GATE));
+        }
+    }
+    return QS_OK;
+}
+
 qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int64_t *out_features,
                                    const int64_t *in_features, const qs_config *cfg)
 {
+    QS_TRY(check_targets(out_features, cfg));
     memset(out, 0, sizeof *out);
     out->n_layers = n_layers;
     out->lora_rank = (int)cfg->lora.rank;
@@ -23,7 +41,7 @@ qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int6
         out->out[i] = out_features[i];
         out->in[i] = in_features[i];
         out->a_at[i] = out->b_at[i] = -1;
-        out->targeted[i] = cfg->lora.targets >> i & 1;
+        out->targeted[i] = cfg->lora.targets >> i & 1 && out->out[i] > 0;
         if (!out->targeted[i]) {
             continue;
         }

@@ -123,8 +123,7 @@ static qs_status parse_targets(const json_t *config, uint32_t *targets, const ch
         int linear = find_linear(name);
         if (linear < 0) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: target_modules: \"%.80s\" is not one of a layer's seven linears",
-                           path, name);
+                           "%s: target_modules: \"%.80s\" is not a linear of a layer", path, name);
         }
         *targets |= 1u << linear;
     }
@@ -181,7 +180,7 @@ qs_status qs_peft_settings(const char *dir, qs_config *cfg)
     cfg->lora.alpha = found.alpha;
     cfg->lora.dropout = found.dropout;
     cfg->lora.rslora = found.rslora;
-    cfg->lora.targets = found.targets;
+    cfg->lora.targets = found.targets | QS_TARGETS_SET; /* peft, too, takes those it finds */
     return QS_OK;
 }
 
@@ -194,11 +193,11 @@ static json_t *number(double value)
                                                        : json_real(value);
 }
 
-static json_t *target_list(uint32_t targets)
+static json_t *target_list(const qs_lora_layout *layout)
 {
     json_t *list = json_array();
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        if (targets >> i & 1) {
+        if (layout->targeted[i]) {
             json_array_append_new(list, json_string(short_name((qs_linear)i)));
         }
     }
@@ -220,7 +219,7 @@ static size_t digits_for(double a, double b)
     return digits;
 }
 
-char *qs_peft_config_text(const qs_config *cfg, const char *base_name)
+char *qs_peft_config_text(const qs_config *cfg, const qs_lora_layout *layout, const char *base_name)
 {
     json_t *config = json_pack(
         "{s:{}, s:s, s:s, s:b, s:b, s:b, s:o, s:f, s:n, s:s, s:I, s:{}, s:n, s:o, s:s, s:b, s:b}",
@@ -228,7 +227,7 @@ char *qs_peft_config_text(const qs_config *cfg, const char *base_name)
         "inference_mode", 1, "init_lora_weights", 1, "lora_alpha", number(cfg->lora.alpha),
         "lora_dropout", cfg->lora.dropout, "modules_to_save", "peft_type", "LORA", "r",
         (json_int_t)cfg->lora.rank, "rank_pattern", "revision", "target_modules",
-        target_list(cfg->lora.targets), "task_type", "CAUSAL_LM", "use_dora", 0, "use_rslora",
+        target_list(layout), "task_type", "CAUSAL_LM", "use_dora", 0, "use_rslora",
         (int)cfg->lora.rslora);
     if (!config) {
         return NULL;

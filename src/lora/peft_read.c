@@ -38,7 +38,8 @@ static qs_status check_settings(const qs_lora_layout *layout, const char *dir)
                        (double)layout->scale);
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        if ((found.targets >> i & 1) != (uint32_t)layout->targeted[i]) {
+        const bool named = found.targets >> i & 1;
+        if (layout->out[i] > 0 && named != layout->targeted[i]) {
             return QS_FAIL(QS_ERR_INPUT_VALUE,
                            "%s: target_modules and lora.targets differ in %s; set lora.targets to "
                            "the adapter's",

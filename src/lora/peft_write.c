@@ -113,7 +113,7 @@ static qs_status write_files(const char *dir, const qs_lora_layout *layout, cons
     char path[PATH_ROOM + 32];
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
     QS_TRY(qs_peft_write_tensors(path, layout, vector));
-    char *text = qs_peft_config_text(cfg, base_name);
+    char *text = qs_peft_config_text(cfg, layout, base_name);
     qs_status st = write_text(dir, "adapter_config.json", text);
     free(text);
     QS_TRY(st);

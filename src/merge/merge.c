@@ -73,6 +73,19 @@ static qs_status open_adapter(qs_merge_job *job)
 
 /* ---- the list ---- */
 
+/* A layer's linears come first, in the order of qs_linear. -1: this entry is none, or has no
+ * adapter. */
+static int adapted_linear(const qs_merge_job *job, int entry)
+{
+    const uint32_t linears = qs_linears(job->index->config.fused);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if ((linears >> i & 1) && entry-- == 0) {
+            return job->layout.targeted[i] ? i : -1;
+        }
+    }
+    return -1;
+}
+
 static void add_tensor(qs_merge_job *job, int unit, int units, int entry)
 {
     const qs_base_tensor *e = &qs_merge_unit(job, unit)->tensors[entry];
@@ -86,9 +99,8 @@ static void add_tensor(qs_merge_job *job, int unit, int units, int entry)
                            .entry = entry,
                            .layer = unit,
                            .linear = -1};
-    if (unit < job->index->config.n_layers && entry < QS_LINEAR_COUNT &&
-        job->layout.targeted[entry]) {
-        t->linear = entry; /* a layer's linears come first, in the order of qs_linear */
+    if (unit < job->index->config.n_layers) {
+        t->linear = adapted_linear(job, entry);
     }
     if (units > 1) {
         t->rows = job->index->config.vocab;

@@ -11,17 +11,29 @@
 
 enum { MAX_CONFIG_BYTES = 1 << 20, PATH_ROOM = QS_PATH_MAX + 64 };
 
+/* longrope and dynamic have frequencies by length. */
+static bool same_rope(const qs_hf_config *a, const qs_hf_config *b)
+{
+    double theirs[QS_HEAD_DIM_MAX / 2], ours[QS_HEAD_DIM_MAX / 2];
+    qs_hf_rope_frequencies(a, a->max_position, theirs);
+    qs_hf_rope_frequencies(b, b->max_position, ours);
+    return a->rotary_dim == b->rotary_dim && a->rope_type == b->rope_type &&
+           a->rope_factor == b->rope_factor && a->rope_magnitude == b->rope_magnitude &&
+           a->rope_local_theta == b->rope_local_theta &&
+           a->rope_original_max_position == b->rope_original_max_position &&
+           (a->rope_type != QS_ROPE_DYNAMIC || a->max_position == b->max_position) &&
+           memcmp(a->rope_short_factor, b->rope_short_factor, sizeof a->rope_short_factor) == 0 &&
+           memcmp(a->rope_long_factor, b->rope_long_factor, sizeof a->rope_long_factor) == 0 &&
+           memcmp(theirs, ours, (size_t)(a->rotary_dim / 2) * sizeof *ours) == 0;
+}
+
 /* What the shapes do not show: with other numbers the same weights are another model. */
 static bool same_numbers(const qs_hf_config *a, const qs_hf_config *b)
 {
-    double theirs[QS_HEAD_DIM_MAX / 2], ours[QS_HEAD_DIM_MAX / 2];
-    qs_hf_rope_frequencies(a, theirs);
-    qs_hf_rope_frequencies(b, ours);
-    return a->rms_norm_eps == b->rms_norm_eps && a->rope_magnitude == b->rope_magnitude &&
-           a->rope_local_theta == b->rope_local_theta && a->query_scalar == b->query_scalar &&
+    return a->rms_norm_eps == b->rms_norm_eps && a->query_scalar == b->query_scalar &&
            a->attention_cap == b->attention_cap && a->final_cap == b->final_cap &&
-           memcmp(theirs, ours, (size_t)(a->head_dim / 2) * sizeof *ours) == 0 &&
-           a->window == b->window && memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
+           same_rope(a, b) && a->window == b->window &&
+           memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
 }
 
 static qs_status compare_models(const char *path, const qs_hf_config *a, const qs_hf_config *b)

@@ -38,6 +38,26 @@ static void *take_bordered(const qs_model *m, arena *block, int64_t rows, int64_
     return take_acts(m, block, rows, cols + m->border);
 }
 
+void *qs_model_beside(const qs_model *m, void *data, int64_t columns)
+{
+    return data != NULL ? (char *)data + (size_t)columns * m->act_bytes : NULL;
+}
+
+/* q, k and v or their gradients: one matrix a linear, or side by side in one. */
+static void take_qkv(const qs_model *m, arena *block, int64_t border, void **q, void **k, void **v)
+{
+    const int64_t t = m->shape.max_tokens;
+    if (m->qkv_width > 0) {
+        *q = take_acts(m, block, t, m->qkv_width + border);
+        *k = qs_model_beside(m, *q, m->q_width);
+        *v = qs_model_beside(m, *k, m->kv_width);
+        return;
+    }
+    *q = take_acts(m, block, t, m->q_width + border);
+    *k = take_acts(m, block, t, m->kv_width + border);
+    *v = take_acts(m, block, t, m->kv_width + border);
+}
+
 /* The members of `acts` that belong to the mode: everything but x and the A x of down_proj may be
  * shared. */
 static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts)
@@ -50,9 +70,7 @@ static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts
         acts->rstd_q = take_floats(block, t * m->config->n_heads);
         acts->rstd_k = take_floats(block, t * m->config->n_kv_heads);
     }
-    acts->q = take_acts(m, block, t, m->q_width);
-    acts->k = take_acts(m, block, t, m->kv_width);
-    acts->v = take_acts(m, block, t, m->kv_width);
+    take_qkv(m, block, 0, &acts->q, &acts->k, &acts->v);
     acts->o = take_bordered(m, block, t, m->q_width);
     acts->lse = take_floats(block, t * m->config->n_heads);
     acts->x2 = take_acts(m, block, t, m->config->hidden);
@@ -65,16 +83,25 @@ static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts
     }
 }
 
+/* Side by side they have a border: their gradients take their place and feed a linear. */
 static void carve_gate_and_up(const qs_model *m, arena *block, qs_layer_acts *acts)
 {
-    acts->gate = take_acts(m, block, m->shape.max_tokens, m->config->ffn_hidden);
-    acts->up = take_acts(m, block, m->shape.max_tokens, m->config->ffn_hidden);
+    const int64_t t = m->shape.max_tokens, ffn = m->config->ffn_hidden;
+    if (m->config->fused) {
+        acts->gate = take_bordered(m, block, t, 2 * ffn);
+        acts->up = qs_model_beside(m, acts->gate, ffn);
+        return;
+    }
+    acts->gate = take_acts(m, block, t, ffn);
+    acts->up = take_acts(m, block, t, ffn);
 }
 
-static void carve_adapters(const qs_model *m, arena *block, qs_layer_acts *acts, qs_linear from,
-                           qs_linear to)
+static void carve_adapters(const qs_model *m, arena *block, qs_layer_acts *acts, unsigned linears)
 {
-    for (int i = (int)from; i <= (int)to; i++) {
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if (!(linears >> i & 1)) {
+            continue;
+        }
         const bool used = m->layout != NULL && m->layout->targeted[i];
         acts->xa[i] = used ? take_acts(m, block, m->shape.max_tokens, m->layout->lora_rank) : NULL;
     }
@@ -100,14 +127,14 @@ static void carve_micro(qs_model *m, arena *block, qs_micro_acts *micro,
         acts.x = turns > 0 ? boundary[l % turns] : take_acts(m, block, t, hidden);
         if (keep_attention) {
             carve_attention(m, block, &acts);
-            carve_adapters(m, block, &acts, QS_Q, QS_O);
+            carve_adapters(m, block, &acts, QS_LINEARS_ATTENTION);
         }
         if (keep_gate) {
             carve_gate_and_up(m, block, &acts);
-            carve_adapters(m, block, &acts, QS_GATE, QS_UP);
+            carve_adapters(m, block, &acts, QS_LINEARS_GATE_UP);
         }
         if (keep) {
-            carve_adapters(m, block, &acts, QS_DOWN, QS_DOWN);
+            carve_adapters(m, block, &acts, QS_LINEARS_DOWN);
         }
         if (micro != NULL) {
             micro->layers[l] = acts;
@@ -150,13 +177,11 @@ static void carve_work(qs_model *m, arena *block)
             w->d_branch = take_bordered(m, block, t, hidden);
         }
         w->d_o = take_acts(m, block, t, m->q_width);
-        w->d_q = take_bordered(m, block, t, m->q_width);
-        w->d_k = take_bordered(m, block, t, m->kv_width);
+        take_qkv(m, block, m->border, &w->d_q, &w->d_k, &w->d_v);
         if (m->config->qk_norm) {
             w->d_q_in = take_acts(m, block, t, m->q_width);
             w->d_k_in = take_acts(m, block, t, m->kv_width);
         }
-        w->d_v = take_bordered(m, block, t, m->kv_width);
         w->delta = take_floats(block, t * m->config->n_heads);
         w->lora = take_acts(m, block, t, lora_rank);
         w->d_rows = take_acts(m, block, r, hidden);
@@ -171,7 +196,7 @@ void qs_model_carve(qs_model *m, size_t *activation_bytes, size_t *work_bytes)
     carve_work(m, &work);
     carve_attention(m, &work, &shared);
     carve_gate_and_up(m, &work, &shared);
-    carve_adapters(m, &work, &shared, QS_Q, QS_DOWN);
+    carve_adapters(m, &work, &shared, QS_LINEARS_ALL);
     for (int64_t g = 0; g < m->shape.group; g++) {
         carve_micro(m, &kept, m->micro != NULL ? &m->micro[g] : NULL, &shared);
     }

@@ -12,7 +12,11 @@
  *   full       all but x and the A x of down_proj: with the latter kept, down_proj itself is never
  *              computed twice, unless a norm stands behind it
  *
- * All modes give the same bits, because recomputing is the same operations on the same inputs. */
+ * All modes give the same bits, because recomputing is the same operations on the same inputs.
+ *
+ * Phi-3 has one linear for q, k and v and one for gate and up, which adapters and quantization take
+ * as one: the operations behind them read columns of its rows, and their gradients meet in the rows
+ * of one matrix, so that nothing is copied together or apart. */
 #include "model/model_impl.h"
 
 qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border)
@@ -33,6 +37,12 @@ static qs_mat tokens_by(const qs_layer_call *call, void *data, int64_t cols)
 static qs_mat bordered(const qs_layer_call *call, void *data, int64_t cols)
 {
     return qs_model_mat(call->model, data, call->batch->n_tokens, cols, call->model->border);
+}
+
+/* Columns of rows that are `stride` long. */
+static qs_mat columns(const qs_layer_call *call, void *data, int64_t cols, int64_t stride)
+{
+    return qs_model_mat(call->model, data, call->batch->n_tokens, cols, stride - cols);
 }
 
 static const qs_layer_params *params_of(const qs_layer_call *call)
@@ -100,12 +110,16 @@ static qs_lora adapter_of(const qs_layer_call *call, qs_linear linear)
 
 qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit)
 {
+    qs_weight w[QS_LINEAR_COUNT];
     qs_lora lora[QS_LINEAR_COUNT];
+    int count = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        lora[i] = adapter_weights(model, layer, (qs_linear)i);
+        if (qs_linears(model->config->fused) >> i & 1) {
+            w[count] = model->layers[layer].linear[i];
+            lora[count++] = adapter_weights(model, layer, (qs_linear)i);
+        }
     }
-    return model->ops->unit_open(model->queue, unit, model->layers[layer].linear, lora,
-                                 QS_LINEAR_COUNT);
+    return model->ops->unit_open(model->queue, unit, w, lora, count);
 }
 
 void qs_layer_close(qs_model *model)
@@ -114,8 +128,8 @@ void qs_layer_close(qs_model *model)
 }
 
 /* y = x W^T + bias + adapter + residual (which may be NULL). */
-static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
-                                void *residual, void *y)
+static qs_status linear_to(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
+                           void *residual, qs_mat *y)
 {
     const qs_model *m = call->model;
     const qs_layer_params *p = params_of(call);
@@ -123,11 +137,17 @@ static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, con
     const qs_lora lora = adapter_of(call, linear);
     qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
     qs_mat from = tokens_by(call, residual, w->out);
-    qs_mat to = tokens_by(call, y, w->out);
     QS_TRY(m->ops->linear_lora_forward(m->queue, call->unit, w, p->bias[linear],
-                                       residual != NULL ? &from : NULL, &lora, x, &xa, &to));
+                                       residual != NULL ? &from : NULL, &lora, x, &xa, y));
     count_linear(call, linear, 1);
     return QS_OK;
+}
+
+static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
+                                void *residual, void *y)
+{
+    qs_mat to = tokens_by(call, y, params_of(call)->linear[linear].out);
+    return linear_to(call, linear, x, residual, &to);
 }
 
 /* dx (+)= dy W + adapter, and the adapter's gradients. dx NULL: only the latter. */
@@ -177,8 +197,8 @@ static qs_status rotate(const qs_layer_call *call, qs_mat *x, int heads, bool in
     const qs_model *m = call->model;
     const bool local = m->config->windowed[call->layer] && m->rope_local.cos != NULL;
     const qs_rope_table *table = local ? &m->rope_local : &m->rope;
-    return m->ops->rope(m->queue, x, heads, m->config->head_dim, table->cos, table->sin,
-                        call->input->device.position, inverse);
+    return m->ops->rope(m->queue, x, heads, m->config->head_dim, m->config->rotary_dim, table->cos,
+                        table->sin, call->input->device.position, inverse);
 }
 
 /* A matrix of heads as one of rows a head: for the norm of each. Only without a border. */
@@ -259,41 +279,79 @@ static qs_status part(const qs_layer_call *call, const qs_mat *dy, const float *
     return m->ops->rmsnorm_backward(m->queue, dy, &from, w, rstd, d_linear);
 }
 
+/* A matrix each for q, k and v, or the same columns of one. */
+typedef struct {
+    qs_mat q, k, v;
+} qkv_mats;
+
+static qkv_mats kept_qkv(const qs_layer_call *call)
+{
+    const qs_model *m = call->model;
+    const qs_layer_acts *acts = call->acts;
+    const int64_t row = m->qkv_width;
+    return (qkv_mats){columns(call, acts->q, m->q_width, row > 0 ? row : m->q_width),
+                      columns(call, acts->k, m->kv_width, row > 0 ? row : m->kv_width),
+                      columns(call, acts->v, m->kv_width, row > 0 ? row : m->kv_width)};
+}
+
+/* norm -> q, k, v */
+static qs_status project(const qs_layer_call *call, const qs_mat *norm)
+{
+    const qs_layer_acts *acts = call->acts;
+    const qs_layer_params *p = params_of(call);
+    const qs_hf_config *cfg = call->model->config;
+    const bool normed = p->q_norm != NULL;
+    if (cfg->fused) {
+        return linear_forward(call, QS_QKV, norm, NULL, acts->q);
+    }
+    QS_TRY(linear_forward(call, QS_Q, norm, NULL, normed ? acts->q_in : acts->q));
+    QS_TRY(linear_forward(call, QS_K, norm, NULL, normed ? acts->k_in : acts->k));
+    QS_TRY(linear_forward(call, QS_V, norm, NULL, acts->v));
+    if (normed) {
+        QS_TRY(head_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
+        QS_TRY(head_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
+    }
+    return QS_OK;
+}
+
 /* x -> q, k, v, o, lse, x2 */
 static qs_status attention_half(const qs_layer_call *call)
 {
     qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
-    qs_mat norm;
-    QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1, &norm));
     const qs_layer_params *p = params_of(call);
-    const bool normed = p->q_norm != NULL;
-    QS_TRY(linear_forward(call, QS_Q, &norm, NULL, normed ? acts->q_in : acts->q));
-    QS_TRY(linear_forward(call, QS_K, &norm, NULL, normed ? acts->k_in : acts->k));
-    QS_TRY(linear_forward(call, QS_V, &norm, NULL, acts->v));
-    if (normed) {
-        const qs_hf_config *cfg = m->config;
-        QS_TRY(head_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
-        QS_TRY(head_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
-    }
+    qs_mat norm;
+    QS_TRY(norm_forward(call, acts->x, p->norm1, acts->rstd1, &norm));
+    QS_TRY(project(call, &norm));
 
     qs_attention_shape shape = attention_shape(call);
-    qs_mat q = tokens_by(call, acts->q, m->q_width);
-    qs_mat k = tokens_by(call, acts->k, m->kv_width);
-    qs_mat v = tokens_by(call, acts->v, m->kv_width);
+    qkv_mats x = kept_qkv(call);
     qs_mat o = bordered(call, acts->o, m->q_width);
-    QS_TRY(rotate(call, &q, m->config->n_heads, false));
-    QS_TRY(rotate(call, &k, m->config->n_kv_heads, false));
-    QS_TRY(m->ops->attention_forward(m->queue, &shape, &q, &k, &v, &o, acts->lse));
+    QS_TRY(rotate(call, &x.q, m->config->n_heads, false));
+    QS_TRY(rotate(call, &x.k, m->config->n_kv_heads, false));
+    QS_TRY(m->ops->attention_forward(m->queue, &shape, &x.q, &x.k, &x.v, &o, acts->lse));
     m->flops += 4.0 * attention_pairs(call) * (double)m->q_width;
     return join(call, QS_O, &o, p->post1, acts->branch1, acts->rstd_post1, acts->x, acts->x2);
+}
+
+/* gate or up as it is kept. */
+static qs_mat half_of_glu(const qs_layer_call *call, void *data)
+{
+    const qs_model *m = call->model;
+    const int64_t ffn = m->config->ffn_hidden;
+    return columns(call, data, ffn, m->config->fused ? 2 * ffn + m->border : ffn);
 }
 
 /* x2 -> gate, up */
 static qs_status gate_and_up(const qs_layer_call *call)
 {
+    const qs_hf_config *cfg = call->model->config;
     qs_mat norm;
     QS_TRY(norm_forward(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, &norm));
+    if (cfg->fused) {
+        qs_mat both = bordered(call, call->acts->gate, 2 * cfg->ffn_hidden);
+        return linear_to(call, QS_GATE_UP, &norm, NULL, &both);
+    }
     QS_TRY(linear_forward(call, QS_GATE, &norm, NULL, call->acts->gate));
     return linear_forward(call, QS_UP, &norm, NULL, call->acts->up);
 }
@@ -307,8 +365,8 @@ static qs_glu glu_of(const qs_model *m)
 static qs_status gate(const qs_layer_call *call, qs_mat *act)
 {
     const qs_model *m = call->model;
-    const qs_mat gates = tokens_by(call, call->acts->gate, m->config->ffn_hidden);
-    const qs_mat up = tokens_by(call, call->acts->up, m->config->ffn_hidden);
+    const qs_mat gates = half_of_glu(call, call->acts->gate);
+    const qs_mat up = half_of_glu(call, call->acts->up);
     *act = bordered(call, m->work.act, m->config->ffn_hidden);
     return m->ops->glu_forward(m->queue, glu_of(m), &gates, &up, act);
 }
@@ -350,28 +408,71 @@ qs_status qs_layer_recompute(const qs_layer_call *call)
     }
 }
 
+/* gate, up and the gradient of what they give -> d_norm, which is what *d_norm describes. Made by
+ * linears of their own, d_gate takes the place of d_act and d_up that of act; made by one, they
+ * take those of gate and up, side by side. Nobody needs any of these any more. */
+static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *act, float *grad,
+                              qs_mat *d_norm)
+{
+    const qs_model *m = call->model;
+    const bool fused = m->config->fused;
+    qs_mat gates = half_of_glu(call, call->acts->gate), up = half_of_glu(call, call->acts->up);
+    qs_mat *d_gate = fused ? &gates : d_act, *d_up = fused ? &up : act, norm;
+    QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, d_act, d_gate, d_up));
+    QS_TRY(norm_forward(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, &norm));
+    *d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
+    if (fused) {
+        const qs_mat both = bordered(call, call->acts->gate, 2 * m->config->ffn_hidden);
+        return linear_backward(call, QS_GATE_UP, &norm, &both, d_norm, false, grad);
+    }
+    QS_TRY(linear_backward(call, QS_GATE, &norm, d_gate, d_norm, false, grad));
+    return linear_backward(call, QS_UP, &norm, d_up, d_norm, true, grad);
+}
+
 /* dx (of the layer's output) -> dx (of x2): the MLP's branch is added to what passes by. */
 static qs_status backward_mlp(const qs_layer_call *call, qs_mat *dx, float *grad)
 {
     const qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
-    const int64_t ffn = m->config->ffn_hidden;
-    qs_mat act, norm, d_down;
-    qs_mat d_act = bordered(call, m->work.d_act, ffn);
+    qs_mat act, d_down, d_norm;
+    qs_mat d_act = bordered(call, m->work.d_act, m->config->ffn_hidden);
     QS_TRY(gate(call, &act));
     QS_TRY(part(call, dx, params_of(call)->post2, acts->branch2, acts->rstd_post2, &d_down));
     QS_TRY(linear_backward(call, QS_DOWN, &act, &d_down, &d_act, false, grad));
-
-    /* d_gate takes the place of d_act, d_up that of act: neither is needed any more */
-    const qs_mat gates = tokens_by(call, acts->gate, ffn), up = tokens_by(call, acts->up, ffn);
-    qs_mat d_gate = d_act, d_up = act;
-    QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, &d_act, &d_gate, &d_up));
-
-    qs_mat d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
-    QS_TRY(norm_forward(call, acts->x2, params_of(call)->norm2, acts->rstd2, &norm));
-    QS_TRY(linear_backward(call, QS_GATE, &norm, &d_gate, &d_norm, false, grad));
-    QS_TRY(linear_backward(call, QS_UP, &norm, &d_up, &d_norm, true, grad));
+    QS_TRY(backward_glu(call, &d_act, &act, grad, &d_norm));
     return norm_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
+}
+
+/* Where attention's backward leaves the gradients of q, k and v: for linears, so with a border, but
+ * where the norms of heads come between. */
+static qkv_mats gradients_of_qkv(const qs_layer_call *call)
+{
+    const qs_model *m = call->model;
+    const qs_model_work *work = &m->work;
+    const int64_t row = m->qkv_width + m->border;
+    if (m->qkv_width > 0) {
+        return (qkv_mats){columns(call, work->d_q, m->q_width, row),
+                          columns(call, work->d_k, m->kv_width, row),
+                          columns(call, work->d_v, m->kv_width, row)};
+    }
+    const int64_t border = m->config->qk_norm ? 0 : m->border;
+    return (qkv_mats){columns(call, work->d_q, m->q_width, m->q_width + border),
+                      columns(call, work->d_k, m->kv_width, m->kv_width + border),
+                      bordered(call, work->d_v, m->kv_width)};
+}
+
+/* The backward of project, after the norms of heads: adds to nothing. */
+static qs_status backward_project(const qs_layer_call *call, const qkv_mats *d, const qs_mat *norm,
+                                  qs_mat *d_norm, float *grad)
+{
+    const qs_model *m = call->model;
+    if (m->config->fused) {
+        const qs_mat all = bordered(call, d->q.data, m->qkv_width);
+        return linear_backward(call, QS_QKV, norm, &all, d_norm, false, grad);
+    }
+    QS_TRY(linear_backward(call, QS_Q, norm, &d->q, d_norm, false, grad));
+    QS_TRY(linear_backward(call, QS_K, norm, &d->k, d_norm, true, grad));
+    return linear_backward(call, QS_V, norm, &d->v, d_norm, true, grad);
 }
 
 /* dx (of x2) -> dx (of x). Below the first layer nothing is trained, so its dx is not computed. */
@@ -380,40 +481,32 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
     qs_model_work *work = &m->work;
-    const qs_mat q = tokens_by(call, acts->q, m->q_width),
-                 k = tokens_by(call, acts->k, m->kv_width);
-    const qs_mat v = tokens_by(call, acts->v, m->kv_width), o = bordered(call, acts->o, m->q_width);
+    const qkv_mats x = kept_qkv(call);
+    const qs_mat o = bordered(call, acts->o, m->q_width);
     qs_mat d_o = tokens_by(call, work->d_o, m->q_width);
     const qs_layer_params *p = params_of(call);
-    const bool normed = p->q_norm != NULL;
-    qs_mat d_q =
-        normed ? tokens_by(call, work->d_q, m->q_width) : bordered(call, work->d_q, m->q_width);
-    qs_mat d_k =
-        normed ? tokens_by(call, work->d_k, m->kv_width) : bordered(call, work->d_k, m->kv_width);
-    qs_mat d_v = bordered(call, work->d_v, m->kv_width);
+    qkv_mats d = gradients_of_qkv(call);
     qs_mat d_attention;
     QS_TRY(part(call, dx, p->post1, acts->branch1, acts->rstd_post1, &d_attention));
     QS_TRY(linear_backward(call, QS_O, &o, &d_attention, &d_o, false, grad));
 
     const qs_attention_shape shape = attention_shape(call);
-    QS_TRY(m->ops->attention_backward(m->queue, &shape, &q, &k, &v, &o, acts->lse, &d_o,
-                                      work->delta, &d_q, &d_k, &d_v));
+    QS_TRY(m->ops->attention_backward(m->queue, &shape, &x.q, &x.k, &x.v, &o, acts->lse, &d_o,
+                                      work->delta, &d.q, &d.k, &d.v));
     m->flops += 8.0 * attention_pairs(call) * (double)m->q_width;
-    QS_TRY(rotate(call, &d_q, m->config->n_heads, true));
-    QS_TRY(rotate(call, &d_k, m->config->n_kv_heads, true));
-    if (normed) {
+    QS_TRY(rotate(call, &d.q, m->config->n_heads, true));
+    QS_TRY(rotate(call, &d.k, m->config->n_kv_heads, true));
+    if (p->q_norm != NULL) {
         QS_TRY(head_norm_backward(call, acts->q_in, p->q_norm, m->config->n_heads, acts->rstd_q,
-                                  work->d_q, work->d_q_in, &d_q));
+                                  work->d_q, work->d_q_in, &d.q));
         QS_TRY(head_norm_backward(call, acts->k_in, p->k_norm, m->config->n_kv_heads, acts->rstd_k,
-                                  work->d_k, work->d_k_in, &d_k));
+                                  work->d_k, work->d_k_in, &d.k));
     }
 
     qs_mat norm, d_norm = tokens_by(call, work->d_norm, m->config->hidden);
     qs_mat *wanted = call->layer > 0 ? &d_norm : NULL;
     QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1, &norm));
-    QS_TRY(linear_backward(call, QS_Q, &norm, &d_q, wanted, false, grad));
-    QS_TRY(linear_backward(call, QS_K, &norm, &d_k, wanted, true, grad));
-    QS_TRY(linear_backward(call, QS_V, &norm, &d_v, wanted, true, grad));
+    QS_TRY(backward_project(call, &d, &norm, wanted, grad));
     return wanted != NULL ? norm_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
                           : QS_OK;
 }

@@ -16,6 +16,7 @@ static void set_widths(qs_model *m)
     m->border = m->layout != NULL ? m->ops->border(m->layout->lora_rank) : 0;
     m->q_width = (int64_t)m->config->n_heads * m->config->head_dim;
     m->kv_width = (int64_t)m->config->n_kv_heads * m->config->head_dim;
+    m->qkv_width = m->config->fused ? m->q_width + 2 * m->kv_width : 0;
 }
 
 qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *layout,
@@ -35,7 +36,7 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
         (config->gemma ? 4 : 2) * config->hidden + (config->qk_norm ? 2 * config->head_dim : 0);
     const int64_t rope_tables = config->rope_local_theta > 0 ? 2 : 1;
     const int64_t floats = config->n_layers * (norms + biases) + config->hidden +
-                           rope_tables * shape->max_tokens * config->head_dim;
+                           rope_tables * shape->max_tokens * config->rotary_dim;
     bytes.small_bytes =
         (size_t)floats * sizeof(float) + (size_t)config->n_layers * sizeof(qs_layer_params);
     bytes.input_bytes = (size_t)shape->group * qs_input_bytes(shape);

@@ -20,6 +20,8 @@ typedef struct qs_model qs_model;
 typedef struct {
     int64_t max_tokens;      /* of one micro-batch */
     int64_t max_targets;     /* of one micro-batch */
+    int64_t seq_len;         /* of the run: RoPE that scales by length goes by it, for all sequences
+                                alike */
     int64_t group;           /* micro-batches per pass */
     int recompute;           /* qs_recompute */
     bool backward;           /* false: evaluation only */

@@ -25,11 +25,11 @@ typedef struct {
     void *q_in, *k_in;       /* [T, q width], [T, kv width] before the norm of the heads, where
                                 there is one; else NULL */
     float *rstd_q, *rstd_k;  /* [T, heads] of that norm */
-    void *q, *k, *v;         /* after RoPE */
+    void *q, *k, *v;         /* after RoPE; a row of one matrix where one linear makes them */
     void *o;                 /* [T, q width + border] attention output */
     float *lse;              /* [n_heads, T] */
     void *x2;                /* [T, hidden] after attention */
-    void *gate, *up;         /* [T, ffn] */
+    void *gate, *up;         /* [T, ffn]; or [T, 2 ffn + border], where one linear makes them */
     void *branch1, *branch2; /* [T, hidden] of attention and MLP before the norm behind them, where
                                 there is one; else NULL */
     float *rstd_post1, *rstd_post2; /* [T] of that norm */
@@ -46,7 +46,7 @@ typedef struct {
     void *d_o;             /* [T, q width] */
     void *d_q;             /* [T, q width + border]; no border where heads are normed */
     void *d_q_in, *d_k_in; /* [T, q width], [T, kv width] where they are */
-    void *d_k, *d_v;       /* [T, kv width + border] */
+    void *d_k, *d_v;       /* [T, kv width + border]; or with d_q a row of one matrix */
     float *delta;          /* [n_heads, T] */
     void *lora;            /* [T, lora_rank] */
     void *rows;            /* [R, hidden] */
@@ -82,7 +82,7 @@ typedef struct {
 } qs_micro_acts;
 
 typedef struct {
-    float *cos, *sin; /* [max_tokens, head_dim / 2] */
+    float *cos, *sin; /* [max_tokens, rotary_dim / 2] */
 } qs_rope_table;
 
 struct qs_model {
@@ -96,8 +96,9 @@ struct qs_model {
     const void *lora;             /* act_dtype */
     qs_model_shape shape;
     int64_t q_width, kv_width;
-    int64_t border;   /* columns */
-    size_t act_bytes; /* of one element of act_dtype */
+    int64_t qkv_width; /* of a row that holds q, k and v; 0: a matrix each */
+    int64_t border;    /* columns */
+    size_t act_bytes;  /* of one element of act_dtype */
 
     int *order; /* [3 n_units] of the pass at hand */
     qs_layer_params *layers;
@@ -124,6 +125,9 @@ typedef struct {
     const qs_model_noise *noise; /* NULL: no dropout */
     qs_layer_acts *acts;
 } qs_layer_call;
+
+/** `columns` further on in the rows of a matrix of act_dtype; NULL stays NULL. */
+void *qs_model_beside(const qs_model *model, void *data, int64_t columns);
 
 /** A matrix of act_dtype; `border` free columns behind each row. */
 qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border);

@@ -15,7 +15,7 @@
 static qs_status make_rope_table(const qs_model *m, const double *inv_freq, float magnitude,
                                  qs_rope_table *table)
 {
-    const int half = m->config->head_dim / 2;
+    const int half = m->config->rotary_dim / 2;
     const int64_t positions = m->shape.max_tokens;
     QS_TRY(QS_ALLOC(&table->cos, positions * half, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&table->sin, positions * half, QS_MEM_BASE_SMALL));
@@ -128,6 +128,9 @@ static qs_status load_layer(qs_model *m, int layer, const uint8_t *bytes, float 
         int64_t out = 0, in = 0;
         const qs_base_tensor *t = NULL;
         qs_linear_shape(m->config, (qs_linear)i, &out, &in);
+        if (out == 0) {
+            continue;
+        }
         snprintf(name, sizeof name, "%s.weight", qs_linear_path((qs_linear)i));
         QS_TRY(require(index, unit, name, out, in, &t));
         p->linear[i] = qs_model_weight(m, t);
@@ -205,9 +208,9 @@ static void point_to(qs_model *m, const float *host)
 /* The tables of full layers, or of all, and where windowed layers turn otherwise, theirs. */
 static qs_status load_rope_tables(qs_model *m)
 {
-    const int64_t count = m->shape.max_tokens * (m->config->head_dim / 2);
+    const int64_t count = m->shape.max_tokens * (m->config->rotary_dim / 2);
     double inv_freq[QS_HEAD_DIM_MAX / 2];
-    qs_hf_rope_frequencies(m->config, inv_freq);
+    qs_hf_rope_frequencies(m->config, m->shape.seq_len, inv_freq);
     QS_TRY(make_rope_table(m, inv_freq, (float)m->config->rope_magnitude, &m->rope));
     QS_TRY(move_to_device(m, &m->rope.cos, count));
     QS_TRY(move_to_device(m, &m->rope.sin, count));

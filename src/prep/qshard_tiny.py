@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a small checkpoint (Llama, Mistral, Qwen, Gemma) and a small instruction data set from a seed: for tests, and to try a machine out.
+"""Makes a small checkpoint (Llama, Mistral, Qwen, Gemma, Phi-3) and a small instruction data set from a seed: for tests, and to try a machine out.
 
     qshard_tiny.py OUT --layers 4 --examples 512
 
@@ -84,6 +84,7 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 GEMMA = ("gemma2", "gemma3_text")
 
@@ -95,11 +96,18 @@ def has_bias(config, linear):
     return config.get("attention_bias" if linear.startswith("self_attn") else "mlp_bias", False)
 
 
-def tensor_shapes(config):
-    """{name: shape} of a checkpoint, biases, norms of heads and own head included where the config has them."""
+def linear_shapes(config):
+    """{name within a layer: shape} of the linears; Phi-3 has one for q, k and v, and one for gate and up."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    linears = {
+    if config["model_type"] == "phi3":
+        return {
+            "self_attn.qkv_proj": (q + 2 * kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_up_proj": (2 * ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+    return {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
@@ -108,6 +116,11 @@ def tensor_shapes(config):
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
+
+
+def tensor_shapes(config):
+    """{name: shape} of a checkpoint, biases, norms of heads and own head included where the config has them."""
+    hidden, head_dim, linears = config["hidden_size"], config["head_dim"], linear_shapes(config)
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -178,6 +191,11 @@ def make_config(options):
         config["hidden_activation"] = "gelu_pytorch_tanh"
         config["query_pre_attn_scalar"] = options.query_scalar or config["head_dim"]
         config["sliding_window"] = options.window or 4096
+    if options.arch == "phi3":
+        config["original_max_position_embeddings"] = options.original_position
+        config["partial_rotary_factor"] = options.partial_rotary
+        config["sliding_window"] = options.window
+        config["resid_pdrop"] = config["embd_pdrop"] = 0.0
     if options.arch == "gemma2":
         config["attn_logit_softcapping"] = options.attention_cap
         config["final_logit_softcapping"] = options.final_cap
@@ -193,8 +211,17 @@ def make_config(options):
     }
     for key in no_keys.get(options.arch, ("attention_bias", "mlp_bias", "pretraining_tp")):
         del config[key]  # no keys of these classes
-    if options.rope_scaling == "linear":
-        config["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
+    if options.rope_scaling in ("linear", "dynamic"):
+        config["rope_scaling"] = {"factor": 8.0, "rope_type": options.rope_scaling}
+    if options.rope_scaling == "longrope":
+        pairs = int(config["head_dim"] * options.partial_rotary) // 2
+        config["rope_scaling"] = {
+            "long_factor": [1.5 + 0.75 * i for i in range(pairs)],
+            "short_factor": [1.0 + 0.125 * i for i in range(pairs)],
+            "type": "longrope",
+        }
+        if options.arch != "phi3":  # whose original length stands at top level
+            config["rope_scaling"]["original_max_position_embeddings"] = options.original_position
     if options.rope_scaling == "llama3":
         # Borders at 8 and 32 positions: wavelengths of even a short head lie below, between and above them.
         config["rope_scaling"] = {
@@ -334,7 +361,10 @@ def make_parser():
     parser.add_argument("--ffn", type=int, default=352, help="width inside the MLP [%(default)s]")
     parser.add_argument("--vocab", type=int, default=320, help="rows of the embedding [%(default)s]")
     parser.add_argument("--max-position", type=int, default=2048, help="longest sequence [%(default)s]")
-    parser.add_argument("--rope-scaling", choices=["none", "linear", "llama3", "yarn"], default="none", help="[%(default)s]")
+    parser.add_argument("--original-position", type=int, default=4096, help="longest before longrope [%(default)s]")
+    parser.add_argument("--rope-scaling", choices=["none", "linear", "llama3", "yarn", "longrope", "dynamic"],
+                        default="none", help="[%(default)s]")
+    parser.add_argument("--partial-rotary", type=float, default=1.0, help="phi3: how much of a head turns [%(default)s]")
     parser.add_argument("--tied", action="store_true", default=True, help="the head is the embedding [default]")
     parser.add_argument("--untied", action="store_false", dest="tied", help="the head has its own weights")
     parser.add_argument("--arch", choices=sorted(CLASSES), default="llama", help="model_type [%(default)s]")
@@ -363,6 +393,12 @@ def check(options):
         options.mlp_bias and options.arch != "llama"
     ):
         raise PrepError(202, "--arch", f"is {options.arch}, which has no such biases to choose")
+    if options.partial_rotary != 1.0 and (options.arch != "phi3" or not 0.0 < options.partial_rotary < 1.0):
+        raise PrepError(202, "--partial-rotary", f"is {options.partial_rotary}; it must lie in (0, 1], and --arch be phi3")
+    if options.arch == "phi3" and options.rope_scaling not in ("none", "longrope"):
+        raise PrepError(202, "--rope-scaling", f"is {options.rope_scaling}, but phi3 has longrope or none")
+    if options.original_position < 2:
+        raise PrepError(202, "--original-position", f"is {options.original_position}; it must be at least 2")
     if not 0 <= options.seed < 2**63:
         raise PrepError(202, "--seed", f"is {options.seed}; it must be at least 0 and less than 2^63")
     if options.heads % options.kv_heads:

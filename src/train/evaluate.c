@@ -146,6 +146,7 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
                                   .max_targets = options->dump_logits != NULL
                                                      ? tokens
                                                      : qs_data_most_targets(data, micro_batch),
+                                  .seq_len = options->config.train.seq_len,
                                   .group = group,
                                   .logit_rows = options->dump_logits != NULL ? tokens : 0,
                                   .head_chunk_rows = s->index->head_chunk_rows};

@@ -90,11 +90,11 @@ static double linear_flops(const work_sizes *z, qs_linear linear, double launche
            (launches * (double)out * (double)in + adapter_launches * (double)(out + in) * rank);
 }
 
-static double forward_flops(const work_sizes *z, qs_linear from, qs_linear to)
+static double forward_flops(const work_sizes *z, unsigned linears)
 {
     double flops = 0;
-    for (int i = (int)from; i <= (int)to; i++) {
-        flops += linear_flops(z, (qs_linear)i, z->layers, z->layers);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        flops += linears >> i & 1 ? linear_flops(z, (qs_linear)i, z->layers, z->layers) : 0;
     }
     return flops;
 }
@@ -104,7 +104,7 @@ static double backward_flops(const work_sizes *z)
 {
     double flops = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        const double layers = z->layers - (i <= QS_V);
+        const double layers = z->layers - (QS_LINEARS_QKV >> i & 1);
         flops += linear_flops(z, (qs_linear)i, layers, layers + z->layers);
     }
     return flops;
@@ -236,7 +236,7 @@ done:
 static qs_step_phase forward_phase(const work_sizes *z)
 {
     const double elements = attention_elements(z) + gate_elements(z) + down_elements(z);
-    return (qs_step_phase){.product_flops = forward_flops(z, QS_Q, QS_DOWN),
+    return (qs_step_phase){.product_flops = forward_flops(z, QS_LINEARS_ALL),
                            .attention_flops = 4 * z->pairs * z->q,
                            .memory_bytes =
                                decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes};
@@ -256,16 +256,16 @@ static qs_step_phase backward_phase(const work_sizes *z, int recompute)
     qs_step_phase p = {.product_flops = backward_flops(z), .attention_flops = 8 * z->pairs * z->q};
     double elements = backward_elements(z);
     if (recompute == QS_RECOMPUTE_FULL) {
-        p.product_flops += forward_flops(z, QS_Q, QS_O);
+        p.product_flops += forward_flops(z, QS_LINEARS_ATTENTION);
         p.attention_flops += 4 * z->pairs * z->q;
         elements += attention_elements(z);
         if (has_norms_behind(z)) {
-            p.product_flops += forward_flops(z, QS_DOWN, QS_DOWN);
+            p.product_flops += forward_flops(z, QS_LINEARS_DOWN);
             elements += down_elements(z);
         }
     }
     if (recompute != QS_RECOMPUTE_NONE) {
-        p.product_flops += forward_flops(z, QS_GATE, QS_UP);
+        p.product_flops += forward_flops(z, QS_LINEARS_GATE_UP);
         elements += gate_elements(z);
     }
     p.memory_bytes = decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes;

@@ -33,6 +33,7 @@ qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs
     qs_model_shape shape = {
         .max_tokens = qs_data_longest(train, micro),
         .max_targets = qs_data_most_targets(train, micro),
+        .seq_len = cfg->train.seq_len,
         .group = qs_session_group(s, slots),
         .recompute = cfg->train.recompute,
         .backward = true,

@@ -227,6 +227,7 @@ static qs_status prepare(sampler *s)
     tokens = tokens > longest ? tokens : longest;
     s->shape = (qs_model_shape){.max_tokens = tokens,
                                 .max_targets = s->most,
+                                .seq_len = session->config.train.seq_len,
                                 .group = 1,
                                 .recompute = QS_RECOMPUTE_FULL,
                                 .logit_rows = s->most,

@@ -69,12 +69,27 @@ static qs_status open_device(qs_session *s)
     return qs_comm_agree(s->comm, qs_queue_create_on(s->device, &s->queue, s->threads));
 }
 
+/* Scaling by length: which it is, since the run's length decides, not each sequence's. */
+static void describe_rope(const qs_session *s)
+{
+    const qs_hf_config *model = &s->index->config;
+    const long long length = s->config.train.seq_len, original = model->rope_original_max_position;
+    if (model->rope_type == QS_ROPE_LONGROPE) {
+        qs_log_info("RoPE: longrope by the %s factors: train.seq_len %lld, original length %lld",
+                    length > original ? "long" : "short", length, original);
+    } else if (model->rope_type == QS_ROPE_DYNAMIC && length > model->max_position) {
+        qs_log_info("RoPE: dynamic scaling to train.seq_len %lld, beyond %lld", length,
+                    (long long)model->max_position);
+    }
+}
+
 static void describe(const qs_session *s)
 {
     qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), kernels %s",
                 s->config.base, s->index->config.n_layers, (long long)s->index->config.hidden,
                 (long long)s->index->config.vocab, qs_comm_nranks(s->comm), qs_comm_name(s->comm),
                 s->ops->name);
+    describe_rope(s);
     if (qs_device_is_host(s->device)) {
         qs_log_info("cpu: %d threads a rank", qs_queue_threads(s->queue));
     } else {
@@ -181,11 +196,13 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
     limits.loss_rows = shape->max_targets;
     limits.dropout = s->config.lora.dropout > 0;
     limits.lora_rank = s->layout.lora_rank;
-    limits.n_linears = QS_LINEAR_COUNT;
     limits.head_rows = s->index->head_chunk_rows;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        qs_linear_shape(model, (qs_linear)i, &limits.out[i], &limits.in[i]);
-        limits.widest = larger(limits.widest, larger(limits.out[i], limits.in[i]));
+        if (qs_linears(model->fused) >> i & 1) {
+            const int n = limits.n_linears++;
+            qs_linear_shape(model, (qs_linear)i, &limits.out[n], &limits.in[n]);
+            limits.widest = larger(limits.widest, larger(limits.out[n], limits.in[n]));
+        }
     }
     return limits;
 }

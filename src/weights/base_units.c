@@ -72,6 +72,9 @@ static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int 
         start_unit(index, unit, formatted("layers.%lld", layer, "", ""), 2 * QS_LINEAR_COUNT + 6));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(&index->config, (qs_linear)i, &rows, &columns);
+        if (rows == 0) {
+            continue;
+        }
         char *name = formatted(tensor, layer, qs_linear_path((qs_linear)i), "weight");
         QS_TRY(add(index, unit, name, QS_TENSOR_NF4, rows, columns));
     }

@@ -46,7 +46,8 @@ def command(arguments, ranks=None):
 def qshard(*arguments, ranks=None, threads=1, expect=0, cwd=None, **more):
     """Runs the program to its end; asserts the exit code and returns the finished process (text)."""
     done = subprocess.run(["timeout", "-k", "5", str(TIMEOUT_S), *command(arguments, ranks)], cwd=cwd,
-                          env=environment(threads, **more), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+                          env=environment(threads, **more), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          errors="backslashreplace")  # a sample may be no UTF-8
     if expect is not None and done.returncode != expect:
         raise AssertionError(f"{' '.join(map(str, arguments))} on {ranks} ranks: exit {done.returncode}, not {expect}\n"
                              f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -102,6 +103,9 @@ def base_of(*options):
 GEMMA3 = ("--arch", "gemma3_text", "--window", "9", "--window-pattern", "2", "--query-scalar", "20")
 
 GEMMA2 = ("--arch", "gemma2", "--window", "9", "--attention-cap", "2", "--final-cap", "5")
+
+# q, k and v in rows of one matrix, and so gate and up; a part of each head turns, by long factors.
+PHI3 = ("--arch", "phi3", "--window", "9", "--rope-scaling", "longrope", "--original-position", "32", "--partial-rotary", "0.75")
 
 
 def plan_and_peak(log):

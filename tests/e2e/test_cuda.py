@@ -147,9 +147,9 @@ class Training(unittest.TestCase):
 
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
-class Gemma(unittest.TestCase):
-    """The layers of Gemma on the device: the CPU's losses, its plan, and the same bits whatever is kept where."""
-    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3}
+class Layers(unittest.TestCase):
+    """The layers of Gemma and Phi-3 on the device: the CPU's losses, its plan, and the same bits whatever is kept where."""
+    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3}
 
     def train(self, output, options, device="cuda", **how):
         how = {**SMALL, "train__steps": 2, "train__global_batch": 3, "base": support.base_of(*options), **how}

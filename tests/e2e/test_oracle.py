@@ -59,6 +59,18 @@ class Golden(unittest.TestCase):
     def test_yarn(self):
         self.check("yarn")
 
+    def test_phi3(self):
+        self.check("phi3")
+
+    def test_longrope(self):
+        self.check("longrope")
+
+    def test_longrope_short(self):
+        self.check("longrope_short")
+
+    def test_dynamic(self):
+        self.check("dynamic")
+
 
 class Derivative(unittest.TestCase):
     """Central differences of the printed loss, over all adapters at once: no other program is involved."""
@@ -92,6 +104,9 @@ class Derivative(unittest.TestCase):
 
     def test_some_linears_with_dropout(self):
         self.check("odd", targets=["k_proj", "down_proj"], dropout=0.3)
+
+    def test_fused_linears_with_dropout(self):
+        self.check("phi3", targets=["qkv_proj", "gate_up_proj"], dropout=0.3)
 
     def test_biases_with_dropout(self):
         self.check("biases", dropout=0.5)

@@ -18,10 +18,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     FUZZ_CHECK(c.n_layers >= 1 && c.n_layers <= 1000 && c.n_heads % c.n_kv_heads == 0);
     FUZZ_CHECK(c.head_dim >= 2 && c.head_dim <= 1024 && c.head_dim % 2 == 0);
     FUZZ_CHECK(c.rms_norm_eps >= 0.0F && c.rms_norm_eps <= 0.0101F && c.rope_theta > 0.0);
-    qs_hf_rope_frequencies(&c, inv_freq);
-    for (int i = 0; i < c.head_dim / 2; i++) {
-        FUZZ_CHECK(!isnan(inv_freq[i]));
+    FUZZ_CHECK(c.rotary_dim >= 2 && c.rotary_dim <= c.head_dim && c.rotary_dim % 2 == 0);
+    static const int64_t lengths[] = {1, 4096, 1 << 20};
+    for (int l = 0; l < 3; l++) {
+        qs_hf_rope_frequencies(&c, lengths[l], inv_freq);
+        for (int i = 0; i < c.rotary_dim / 2; i++) {
+            FUZZ_CHECK(!isnan(inv_freq[i]));
+        }
     }
+    FUZZ_CHECK(c.rope_magnitude >= 1e-6 && c.rope_magnitude <= 1e6);
     FUZZ_CHECK(c.query_scalar > 0.0 && c.rope_local_theta >= 0.0);
     FUZZ_CHECK(c.attention_cap >= 0.0F && c.final_cap >= 0.0F);
     if (c.rope_local_theta > 0.0) {
@@ -30,7 +35,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(&c, (qs_linear)i, &out, &in);
-        FUZZ_CHECK(out > 0 && in > 0 && out <= INT64_MAX / in);
+        FUZZ_CHECK((out > 0 && in > 0) == (qs_linears(c.fused) >> i & 1));
+        FUZZ_CHECK(in == 0 || out <= INT64_MAX / in);
     }
     return 0;
 }

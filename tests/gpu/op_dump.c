@@ -302,8 +302,8 @@ static qs_status dump_rope(dump *d)
                           (size_t)(t * half) * sizeof *table));
     QS_GOTO(upload(d, &position, at, (size_t)t * sizeof *at));
     QS_GOTO(act_input(d, "x", t, heads * dim, &x));
-    QS_GOTO(d->ops->rope(d->queue, &x, heads, (int)dim, cos_table.data, sin_table.data, position,
-                         false));
+    QS_GOTO(d->ops->rope(d->queue, &x, heads, (int)dim, (int)dim, cos_table.data, sin_table.data,
+                         position, false));
     QS_GOTO(output(d, "y", &x));
 done:
     free(table);

@@ -1,17 +1,6 @@
 """What the oracle is asked: small models, a real one, their data, adapters and settings. Plain data, no torch."""
 from dataclasses import dataclass
 
-LINEARS = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-]
-
-
 @dataclass(frozen=True)
 class Settings:
     """How the adapter is trained: AdamW after a warm-up (a fraction of the steps if below 1)."""
@@ -204,6 +193,67 @@ CASES = {
             b_deviation=0.05,
             settings=Settings(lr=1e-3),
             seed=109,
+        ),
+        # Phi-3: q, k and v of one linear, gate and up of another, none of whose parts is a multiple of 64 rows wide; a
+        # window of 7 positions on every layer, own head.
+        Case(
+            name="phi3",
+            model=(
+                "--arch phi3 --window 7 --hidden 72 --layers 2 --heads 4 --kv-heads 2 --ffn 164 --vocab 320 --untied "
+                "--seed 20"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=112,
+        ),
+        # Phi-4-mini's: three quarters of a head turn, by long factors, since every document is longer than 8 positions.
+        Case(
+            name="longrope",
+            model=(
+                "--arch phi3 --rope-scaling longrope --original-position 8 --partial-rotary 0.75 --max-position 64 "
+                "--hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 --vocab 320 --seed 22"
+            ).split(),
+            sequences=[[(40, 6)], [(11, 0), (9, 2), (12, 3)], [(10, 10)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(38, 4)], [(10, 0), (9, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=113,
+        ),
+        # The same factors on Llama's layers, by the short ones: no sequence is longer than 40 positions.
+        Case(
+            name="longrope_short",
+            model=(
+                "--rope-scaling longrope --original-position 40 --max-position 320 --hidden 64 --layers 2 --heads 4 "
+                "--kv-heads 2 --ffn 160 --vocab 320 --seed 23"
+            ).split(),
+            sequences=[[(40, 6)], [(11, 0), (9, 2), (12, 3)], [(10, 10)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(38, 4)], [(10, 0), (9, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=114,
+        ),
+        # A base by length: all documents are as long, for transformers goes by the longest that it has seen so far.
+        Case(
+            name="dynamic",
+            model=(
+                "--rope-scaling dynamic --max-position 16 --hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 "
+                "--vocab 320 --seed 24"
+            ).split(),
+            sequences=[[(40, 6)], [(40, 0)], [(40, 40)], [(40, 21)]],
+            eval_sequences=[[(40, 4)], [(40, 12)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=115,
         ),
         # A bitsandbytes checkpoint, tests/golden/bnb_tiny_plain: no double quantization, k_proj at 16 bits. `model` is
         # what it was made from.

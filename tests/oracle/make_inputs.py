@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from cases import CASES, LINEARS, TEXT
+from cases import CASES, TEXT
 from tensors import qshard_tiny, write_safetensors
 
 IGNORED = -100
@@ -153,7 +153,7 @@ def make_adapter(case, config):
     """{PEFT name: array}: A as LoRA starts it, uniform in +-1/sqrt(in); B normal instead of zero."""
     shapes, tensors = qshard_tiny.tensor_shapes(config), {}
     for layer in range(config["num_hidden_layers"]):
-        for linear in LINEARS:
+        for linear in qshard_tiny.linear_shapes(config):
             module = f"model.layers.{layer}.{linear}"
             out_features, in_features = shapes[module + ".weight"]
             name = f"base_model.model.{module}"
@@ -166,7 +166,7 @@ def make_adapter(case, config):
     return tensors
 
 
-def adapter_config(case):
+def adapter_config(case, config):
     return {
         "alpha_pattern": {},
         "base_model_name_or_path": case.name,
@@ -181,7 +181,7 @@ def adapter_config(case):
         "r": case.lora_rank,
         "rank_pattern": {},
         "revision": None,
-        "target_modules": [linear.split(".")[1] for linear in LINEARS],
+        "target_modules": [linear.split(".")[1] for linear in qshard_tiny.linear_shapes(config)],
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -231,7 +231,7 @@ def make_inputs(name, out, model_dir=None):
         make_token_file(case, split, os.path.join(out, split + ".h5"), table, vocab, tokenizer_sha256)
     write_safetensors(os.path.join(out, "adapter", "adapter_model.safetensors"), make_adapter(case, config))
     with open(os.path.join(out, "adapter", "adapter_config.json"), "w", encoding="utf-8") as file:
-        json.dump(adapter_config(case), file, indent=2)
+        json.dump(adapter_config(case, config), file, indent=2)
         file.write("\n")
     with open(os.path.join(out, "run.yaml"), "w", encoding="utf-8") as file:
         file.write(run_yaml(case, out))

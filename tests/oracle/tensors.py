@@ -65,7 +65,7 @@ def read_hf(folder):
 
 
 def is_linear(name):
-    """Whether a tensor is one of the seven weights of a layer that are quantized."""
+    """Whether a tensor is one of the weights of a layer that are quantized."""
     return name.endswith("_proj.weight") and ".layers." in name
 
 

@@ -19,10 +19,13 @@ typedef struct {
     uint32_t seed;
 } builder;
 
-static const struct {
+/* In the order of the units. */
+typedef struct {
     const char *path;
     int64_t out, in;
-} linears[7] = {
+} linear_shape;
+
+static const linear_shape seven[] = {
     {"self_attn.q_proj", TINY_HEADS *TINY_HEAD_DIM, TINY_HIDDEN},
     {"self_attn.k_proj", TINY_KV_HEADS *TINY_HEAD_DIM, TINY_HIDDEN},
     {"self_attn.v_proj", TINY_KV_HEADS *TINY_HEAD_DIM, TINY_HIDDEN},
@@ -31,6 +34,17 @@ static const struct {
     {"mlp.up_proj", TINY_FFN, TINY_HIDDEN},
     {"mlp.down_proj", TINY_HIDDEN, TINY_FFN},
 };
+static const linear_shape four[] = {
+    {"self_attn.o_proj", TINY_HIDDEN, TINY_HEADS *TINY_HEAD_DIM},
+    {"mlp.down_proj", TINY_HIDDEN, TINY_FFN},
+    {"self_attn.qkv_proj", (TINY_HEADS + 2 * TINY_KV_HEADS) * TINY_HEAD_DIM, TINY_HIDDEN},
+    {"mlp.gate_up_proj", 2 * TINY_FFN, TINY_HIDDEN},
+};
+
+int tiny_hf_linears(const tiny_hf *o)
+{
+    return (int)(o->fused ? sizeof four / sizeof *four : sizeof seven / sizeof *seven);
+}
 
 /* `data` and `name` become the builder's. columns 0: a vector. */
 static void add(builder *b, char *name, qs_dtype dtype, int64_t rows, int64_t columns, void *data)
@@ -154,7 +168,8 @@ static void add_bnb(builder *b, char *name, int64_t out, int64_t in)
 static void add_layer(builder *b, int layer)
 {
     static const char *const format = "model.layers.%d.%s.%s";
-    for (int i = 0; i < 7; i++) {
+    const linear_shape *linears = b->o->fused ? four : seven;
+    for (int i = 0; i < tiny_hf_linears(b->o); i++) {
         char *name = name_of(format, layer, linears[i].path, "weight");
         bool raw = b->o->scheme == TINY_FLOAT || (layer == 0 && b->o->leave_raw == i + 1);
         if (raw) {
@@ -180,15 +195,15 @@ static void write_config(const char *dir, const tiny_hf *o)
         ",\"quantization_config\":{\"quant_method\":\"bitsandbytes\",\"load_in_4bit\":true,"
         "\"bnb_4bit_quant_type\":\"nf4\"}";
     int n = snprintf(text, sizeof text,
-                     "{\"model_type\":\"llama\",\"hidden_size\":%d,\"intermediate_size\":%d,"
+                     "{\"model_type\":\"%s\",\"hidden_size\":%d,\"intermediate_size\":%d,"
                      "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,"
                      "\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
                      "\"tie_word_embeddings\":%s,\"attention_bias\":%s,\"mlp_bias\":%s,"
                      "\"rms_norm_eps\":1e-5%s%s}",
-                     TINY_HIDDEN, TINY_FFN, TINY_LAYERS, TINY_HEADS, TINY_KV_HEADS, TINY_HEAD_DIM,
-                     TINY_VOCAB, o->untied ? "false" : "true", o->biases ? "true" : "false",
-                     o->biases ? "true" : "false", o->scheme == TINY_FLOAT ? "" : bnb,
-                     o->config != NULL ? o->config : "");
+                     o->fused ? "phi3" : "llama", TINY_HIDDEN, TINY_FFN, TINY_LAYERS, TINY_HEADS,
+                     TINY_KV_HEADS, TINY_HEAD_DIM, TINY_VOCAB, o->untied ? "false" : "true",
+                     o->biases ? "true" : "false", o->biases ? "true" : "false",
+                     o->scheme == TINY_FLOAT ? "" : bnb, o->config != NULL ? o->config : "");
     (void)snprintf(path, sizeof path, "%s/config.json", dir);
     cr_assert_eq(qs_io_write_file(path, text, (size_t)n), QS_OK, "%s", qs_error_text());
 }

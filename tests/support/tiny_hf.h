@@ -1,5 +1,5 @@
-/* A tiny Llama checkpoint on disk for tests: random weights by seed, with the variations that the
- * quantizer must handle. */
+/* A tiny Llama or Phi-3 checkpoint on disk for tests: random weights by seed, with the variations
+ * that the quantizer must handle. */
 #ifndef QS_TESTS_TINY_HF_H
 #define QS_TESTS_TINY_HF_H
 
@@ -13,6 +13,7 @@ typedef struct {
     qs_dtype dtype; /* of every tensor; dequantization type of bitsandbytes ones */
     tiny_scheme scheme;
     bool untied, biases;
+    bool fused;        /* Phi-3: one linear for q, k and v, one for gate and up */
     bool zero_rows;    /* gate_proj of layer 0 is all zero */
     bool foreign_map;  /* bitsandbytes: the second-level map differs from ours in one entry */
     bool bf16_storage; /* bitsandbytes: packed bytes declared as BF16 */
@@ -34,6 +35,9 @@ enum {
     TINY_HEAD_DIM = 18,
     TINY_VOCAB = 301,
 };
+
+/** Linears of a layer. */
+int tiny_hf_linears(const tiny_hf *options);
 
 /** Write config.json and model.safetensors into an existing directory. Asserts by Criterion. */
 void tiny_hf_write(const char *dir, const tiny_hf *options);

@@ -92,25 +92,33 @@ Test(core_rows, copies_go_as_wide_as_addresses_and_length_allow)
 
 /* ---- rotary pairs ---- */
 
+static void check_rope_pairs(int width, int half, int heads, int head_dim)
+{
+    int visits[5 * (2 * 16 + 2) * QS_VECTOR] = {0};
+    for (int64_t group = 0; group < (int64_t)heads * (half / width); group++) {
+        const qs_rope_pair p = qs_rope_pair_at(group, head_dim, half, width);
+        cr_assert_eq(p.high, p.low + half);
+        cr_assert_eq(p.angle, p.low % head_dim, "the angle is the place in the head");
+        cr_assert_eq(p.angle % width, 0);
+        for (int i = 0; i < width; i++) {
+            visits[p.low + i]++;
+            visits[p.high + i]++;
+        }
+    }
+    for (int i = 0; i < heads * head_dim; i++) {
+        cr_assert_eq(visits[i], i % head_dim < 2 * half,
+                     "half %d of %d, %d heads: column %d, %d times", half, head_dim, heads, i,
+                     visits[i]);
+    }
+}
+
 Test(core_rows, rope_turns_every_pair_of_every_head_once)
 {
     for (int width = 1; width <= QS_VECTOR; width += QS_VECTOR - 1) {
         for (int half = width; half <= 16 * width; half += width) {
             for (int heads = 1; heads <= 5; heads++) {
-                int visits[5 * 2 * 16 * QS_VECTOR] = {0};
-                for (int64_t group = 0; group < (int64_t)heads * (half / width); group++) {
-                    const qs_rope_pair p = qs_rope_pair_at(group, half, width);
-                    cr_assert_eq(p.high, p.low + half);
-                    cr_assert_eq(p.angle, p.low % (2 * half), "the angle is the place in the head");
-                    cr_assert_eq(p.angle % width, 0);
-                    for (int i = 0; i < width; i++) {
-                        visits[p.low + i]++;
-                        visits[p.high + i]++;
-                    }
-                }
-                for (int i = 0; i < heads * 2 * half; i++) {
-                    cr_assert_eq(visits[i], 1, "half %d, %d heads: column %d, %d times", half,
-                                 heads, i, visits[i]);
+                for (int rest = 0; rest <= 2 * width; rest += width) {
+                    check_rope_pairs(width, half, heads, 2 * half + rest);
                 }
             }
         }

@@ -253,11 +253,11 @@ Test(twin_rows, rmsnorm_says_which_rows_are_too_long)
 
 /* ---- RoPE ---- */
 
-static void rope_of(const tw_backend *b, int64_t rows, int heads, int head_dim, int64_t pad,
-                    bool inverse)
+static void rope_of(const tw_backend *b, int64_t rows, int heads, int head_dim, int rotary_dim,
+                    int64_t pad, bool inverse)
 {
     enum { POSITIONS = 50 };
-    const int64_t half = head_dim / 2;
+    const int64_t half = rotary_dim / 2;
     tw_mat x = tw_mat_make(b, rows, (int64_t)heads * head_dim, pad, 2.0F, 9);
     float *cos = fx_random(POSITIONS * half, 10), *sin = fx_random(POSITIONS * half, 11);
     int32_t *position = malloc((size_t)(rows + 1) * sizeof *position);
@@ -267,10 +267,10 @@ static void rope_of(const tw_backend *b, int64_t rows, int heads, int head_dim, 
     float *cos_device = tw_upload(b, cos, (size_t)(POSITIONS * half) * sizeof *cos);
     float *sin_device = tw_upload(b, sin, (size_t)(POSITIONS * half) * sizeof *sin);
     int32_t *position_device = tw_upload(b, position, (size_t)rows * sizeof *position);
-    tw_ok(b, b->ops->rope(b->queue, &x.device, heads, head_dim, cos_device, sin_device,
+    tw_ok(b, b->ops->rope(b->queue, &x.device, heads, head_dim, rotary_dim, cos_device, sin_device,
                           position_device, inverse));
-    tw_ok(b,
-          qs_ops_cpu()->rope(b->cpu_queue, &x.host, heads, head_dim, cos, sin, position, inverse));
+    tw_ok(b, qs_ops_cpu()->rope(b->cpu_queue, &x.host, heads, head_dim, rotary_dim, cos, sin,
+                                position, inverse));
     assert_rounded(b, &x.device, &x.host, "rope");
     tw_free(b, cos_device);
     tw_free(b, sin_device);
@@ -285,14 +285,17 @@ static void rope_shapes(const tw_backend *b)
 {
     static const struct {
         int64_t rows;
-        int heads, head_dim;
+        int heads, head_dim, rotary_dim;
         int64_t pad;
-    } cases[] = {{0, 2, 64, 0},   {1, 1, 2, 0},    {7, 3, 16, 0}, {9, 5, 16, 3},
-                 {3, 4, 64, 8},   {5, 2, 128, 0},  {2, 3, 80, 0}, {2, 3, 20, 4},
-                 {33, 2, 256, 8}, {2, 40, 128, 0}, {3, 9, 96, 0}};
+    } cases[] = {{0, 2, 64, 64, 0},    {1, 1, 2, 2, 0},      {7, 3, 16, 16, 0}, {9, 5, 16, 16, 3},
+                 {3, 4, 64, 64, 8},    {5, 2, 128, 128, 0},  {2, 3, 80, 80, 0}, {2, 3, 20, 20, 4},
+                 {33, 2, 256, 256, 8}, {2, 40, 128, 128, 0}, {3, 9, 96, 96, 0}, {5, 3, 128, 96, 8},
+                 {4, 2, 64, 16, 0},    {3, 3, 24, 18, 0},    {2, 2, 20, 16, 0}};
     for (size_t i = 0; i < COUNT_OF(cases); i++) {
-        rope_of(b, cases[i].rows, cases[i].heads, cases[i].head_dim, cases[i].pad, false);
-        rope_of(b, cases[i].rows, cases[i].heads, cases[i].head_dim, cases[i].pad, true);
+        rope_of(b, cases[i].rows, cases[i].heads, cases[i].head_dim, cases[i].rotary_dim,
+                cases[i].pad, false);
+        rope_of(b, cases[i].rows, cases[i].heads, cases[i].head_dim, cases[i].rotary_dim,
+                cases[i].pad, true);
     }
 }
 
@@ -349,7 +352,8 @@ Test(twin_rows, glu_forward)
     tw_on_backends(glu_forward_shapes);
 }
 
-/* alias 0: outputs of their own; 1: dgate lies where dact does; 2: dup does. */
+/* alias 0: outputs of their own; 1: dgate lies where dact does; 2: dup does; 3: dgate and dup where
+ * gate and up do. */
 static void glu_backward_of(const tw_backend *b, qs_glu glu, shape s, int alias)
 {
     tw_mat gate = tw_mat_make(b, s.rows, s.cols, s.pad, 4.0F, 15);
@@ -358,7 +362,8 @@ static void glu_backward_of(const tw_backend *b, qs_glu glu, shape s, int alias)
     tw_mat own[2] = {tw_mat_make(b, s.rows, s.cols, s.pad, 1.0F, 18),
                      tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 1.0F, 19)};
     spread(b, &gate);
-    tw_mat *dgate = alias == 1 ? &dact : &own[0], *dup = alias == 2 ? &dact : &own[1];
+    tw_mat *dgate = alias == 1 ? &dact : alias == 3 ? &gate : &own[0];
+    tw_mat *dup = alias == 2 ? &dact : alias == 3 ? &up : &own[1];
     tw_ok(b, b->ops->glu_backward(b->queue, glu, &gate.device, &up.device, &dact.device,
                                   &dgate->device, &dup->device));
     tw_ok(b, qs_ops_cpu()->glu_backward(b->cpu_queue, glu, &gate.host, &up.host, &dact.host,
@@ -376,14 +381,14 @@ static void glu_backward_of(const tw_backend *b, qs_glu glu, shape s, int alias)
 static void glu_backward_shapes(const tw_backend *b)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
-        for (int alias = 0; alias < 3; alias++) {
+        for (int alias = 0; alias < 4; alias++) {
             glu_backward_of(b, QS_GLU_SILU, SHAPES[k], alias);
             glu_backward_of(b, QS_GLU_GELU_TANH, SHAPES[k], alias);
         }
     }
 }
 
-Test(twin_rows, glu_backward_also_where_its_input_lies)
+Test(twin_rows, glu_backward_also_where_its_inputs_lie)
 {
     tw_on_backends(glu_backward_shapes);
 }

@@ -66,7 +66,8 @@ QS_HD bool qs_rows_are_vectors(const void *data, int64_t stride, int64_t cols)
     return (uintptr_t)data % 16 == 0 && stride % QS_VECTOR == 0 && cols % QS_VECTOR == 0;
 }
 
-/* ---- rotary embedding: element i of a head turns with i + half ---- */
+/* ---- rotary embedding: element i of a head turns with i + half; what lies behind 2 half stays --
+ */
 
 typedef struct {
     int64_t low, high; /* columns of the row */
@@ -75,13 +76,13 @@ typedef struct {
 
 /** Group `group` of a row whose heads hold half / width groups of pairs each; `half` is a multiple
  * of `width`. */
-QS_HD qs_rope_pair qs_rope_pair_at(int64_t group, int half, int width)
+QS_HD qs_rope_pair qs_rope_pair_at(int64_t group, int head_dim, int half, int width)
 {
     const int per_head = half / width;
     const int64_t head = group / per_head;
     qs_rope_pair p;
     p.angle = (int)(group - head * per_head) * width;
-    p.low = head * 2 * half + p.angle;
+    p.low = head * head_dim + p.angle;
     p.high = p.low + half;
     return p;
 }

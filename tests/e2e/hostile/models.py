@@ -40,13 +40,17 @@ for key, value in (("hidden_size", 0), ("hidden_size", -64), ("hidden_size", 2**
                    ("vocab_size", True), ("head_dim", 15), ("head_dim", 2**31), ("rms_norm_eps", 0), ("rms_norm_eps", -1e-5),
                    ("rms_norm_eps", 1), ("rope_theta", 0), ("rope_theta", "1e4"), ("max_position_embeddings", 0),
                    ("tie_word_embeddings", "true"), ("attention_bias", 1), ("rope_scaling", 7),
-                   ("rope_scaling", {"rope_type": "linear", "factor": -1})):
+                   ("rope_scaling", {"rope_type": "linear", "factor": -1}),
+                   ("rope_scaling", {"rope_type": "dynamic", "factor": 0.5}),
+                   ("rope_scaling", {"rope_type": "longrope", "factor": 2, "short_factor": [1, "2"], "long_factor": []})):
     says = "factor" if isinstance(value, dict) else key
     config(key, value, 302, says, ranks=2 if value in (2**40, INT64 - 1) else None)
 for key, value, says in (("model_type", "gpt2", "gpt2"), ("architectures", ["GPT2LMHeadModel"], "GPT2LMHeadModel"),
                          ("hidden_act", "gelu", "gelu"), ("torch_dtype", "float64", "float64"),
                          ("sliding_window", 8, "sliding_window"),
-                         ("rope_scaling", {"rope_type": "dynamic", "factor": 2}, "dynamic"),
+                         ("rope_scaling", {"rope_type": "proportional", "factor": 2}, "proportional"),
+                         ("rope_scaling", {"rope_type": "su", "factor": 2}, "su"),
+                         ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
                          ("auto_map", {"a": "b.c"}, "auto_map"), ("attention_dropout", 0.5, "attention_dropout"),
                          ("quantization_config", {"quant_method": "gptq"}, "gptq"), ("qk_norm\n", True, r"qk_norm")):
     config(key, value, 303, says, ranks=2 if key == "model_type" else None)
