@@ -20,8 +20,8 @@ typedef struct {
     qs_queue *queue;
     request *all;    /* [nranks] of this round */
     size_t *sizes;   /* [4 nranks] bytes and places of the exchange */
-    uint8_t *pieces; /* what this rank sends */
-    size_t capacity; /* bytes that the busiest rank has sent in a round: the same on all */
+    size_t *rooms;   /* [nranks] bytes that each rank has room to send: the same on all ranks */
+    uint8_t *pieces; /* [rooms[rank]] what this rank sends */
 } relay;
 
 static void relay_end(relay *r)
@@ -30,15 +30,18 @@ static void relay_end(relay *r)
     qs_mem_free(r->pieces);
     free(r->all);
     free(r->sizes);
+    free(r->rooms);
 }
 
 static qs_status relay_begin(relay *r)
 {
     r->all = calloc((size_t)r->nranks, sizeof *r->all);
     r->sizes = calloc((size_t)r->nranks * 4, sizeof *r->sizes);
-    if (r->all == NULL || r->sizes == NULL) {
+    r->rooms = calloc((size_t)r->nranks, sizeof *r->rooms);
+    if (r->all == NULL || r->sizes == NULL || r->rooms == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "no memory for the requests of %d ranks", r->nranks);
     }
+    QS_TRY(QS_ALLOC(&r->pieces, 1, QS_MEM_WORK)); /* no rank passes a null pointer on */
     return qs_queue_create(&r->queue, 1);
 }
 
@@ -57,23 +60,26 @@ static size_t bytes_of_server(const relay *r, int server)
     return bytes;
 }
 
-/* Room for what this rank sends. All ranks know when anyone needs more than before, and agree then,
+/* Room for what this rank sends. All ranks know when anyone needs more than it has, and agree then,
  * since a rank without memory could not keep its part of the exchange. */
 static qs_status make_room(relay *r)
 {
-    size_t most = 0;
+    qs_status st = QS_OK;
+    bool any = false;
     for (int s = 0; s < r->nranks; s++) {
         const size_t bytes = bytes_of_server(r, s);
-        most = bytes > most ? bytes : most;
+        if (bytes <= r->rooms[s]) {
+            continue;
+        }
+        any = true;
+        r->rooms[s] = bytes;
+        if (s == r->rank) {
+            qs_mem_free(r->pieces);
+            r->pieces = NULL;
+            st = QS_ALLOC(&r->pieces, bytes, QS_MEM_WORK);
+        }
     }
-    if (most <= r->capacity) {
-        return QS_OK;
-    }
-    r->capacity = most;
-    qs_mem_free(r->pieces);
-    r->pieces = NULL;
-    const bool serves = bytes_of_server(r, r->rank) > 0;
-    return qs_comm_agree(r->comm, QS_ALLOC(&r->pieces, serves ? most : 1, QS_MEM_WORK));
+    return any ? qs_comm_agree(r->comm, st) : QS_OK;
 }
 
 /* One round's pieces. A piece that cannot be read is sent all the same: the next round's request

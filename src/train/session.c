@@ -153,12 +153,26 @@ static qs_status read_adapter(qs_session *s, const char *path)
     return read_checkpoint(s, step_dir);
 }
 
+/* What rank 0 has read: the settings, the layout, the vector. */
+static qs_status share_adapter(qs_session *s)
+{
+    const bool reader = qs_comm_rank(s->comm) == 0;
+    QS_TRY(qs_comm_bcast(s->comm, &s->config.lora, sizeof s->config.lora, 0));
+    QS_TRY(qs_comm_bcast(s->comm, &s->layout, sizeof s->layout, 0));
+    const int64_t count = s->layout.n_layers * s->layout.per_layer;
+    qs_status st = reader ? QS_OK : QS_ALLOC(&s->adapter, count, QS_MEM_LORA);
+    QS_TRY(qs_comm_agree(s->comm, st));
+    return qs_comm_bcast(s->comm, s->adapter, (size_t)count * sizeof *s->adapter, 0);
+}
+
 qs_status qs_session_load_adapter(qs_session *s, const char *path)
 {
     if (path == NULL || path[0] == '\0') {
         return QS_OK;
     }
-    QS_TRY(qs_comm_agree(s->comm, read_adapter(s, path)));
+    const bool reader = qs_comm_rank(s->comm) == 0;
+    QS_TRY(qs_comm_agree(s->comm, reader ? read_adapter(s, path) : QS_OK));
+    QS_TRY(share_adapter(s));
     qs_log_info("%s: LoRA rank %d, scale %g, %lld weights", path, s->layout.lora_rank,
                 (double)s->layout.scale, (long long)qs_lora_count(&s->layout));
     return QS_OK;
