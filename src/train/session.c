@@ -3,7 +3,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include "base/cores.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
@@ -69,6 +71,16 @@ static qs_status open_device(qs_session *s)
     return qs_comm_agree(s->comm, qs_queue_create_on(s->device, &s->queue, s->threads));
 }
 
+/* With --verbose: what the launcher has made of the request, by every rank. */
+static void describe_place(const qs_session *s)
+{
+    char host[256] = "";
+    (void)gethostname(host, sizeof host - 1);
+    qs_log_debug("on host %s: local rank %d of %d, %d cores%s, %d threads", host,
+                 qs_comm_local_rank(s->comm), qs_comm_local_nranks(s->comm), qs_cores_available(),
+                 qs_cores_bound() ? " (bound)" : "", s->threads);
+}
+
 static void describe(const qs_session *s)
 {
     qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), kernels %s",
@@ -91,6 +103,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
+    describe_place(s);
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
     return qs_shard_group_make(&s->shard, config, s->index, &options, s->device, comm);
 }
