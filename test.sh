@@ -4,12 +4,17 @@
 #   ./test.sh              all tests
 #   ./test.sh -R comm      arguments go to ctest
 #
-# QSHARD_TEST_MODEL=no leaves SmolLM2 (a package of 93 MB) out; its tests then count as skipped.
+# QSHARD_TEST_MODEL=no leaves SmolLM2 (a package of 93 MB) out, QSHARD_TEST_SLURM=no does not install Slurm (3 MB); their
+# tests then count as skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
 . cmake/deps.sh
 
 require_system test
+# A real Slurm for the tests of slurm/; where it cannot be had they are skipped with their reason.
+if [ "${QSHARD_TEST_SLURM:-yes}" != no ]; then
+    wish 'slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge' tests/slurm/cluster.sh check
+fi
 require_python
 mpi_environment
 

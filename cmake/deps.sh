@@ -3,6 +3,8 @@
 #
 #   require_system build|test    installs what is missing with apt (as root, on Debian or Ubuntu), or says what is
 #                                missing with the apt, module and Spack line, and leaves with code 8
+#   wish "APT PACKAGES" CHECK... installs them with apt, as root, unless CHECK succeeds; where it cannot, nothing is said:
+#                                the tests that want them say why they are skipped
 #   require_python               makes build/venv with src/prep/requirements.txt; sets $python
 # Nothing is installed where everything is there, so a loaded set of modules works as it is.
 
@@ -92,6 +94,17 @@ require_system() {
             echo "  spack install $(each_once "$missing_spack")   # then spack load, with the same names"
         } >&2
         exit 8
+    fi
+}
+
+wish() {
+    local apt=$1
+    shift
+    if ! "$@" >/dev/null 2>&1 && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        mkdir -p build
+        apt_logged update || true
+        # shellcheck disable=SC2086  # a list of packages
+        apt_logged install $apt || true
     fi
 }
 

@@ -13,6 +13,7 @@
 #include "config/config.h"
 #include "lora/lora.h"
 #include "optim/optim.h"
+#include "store/seen.h"
 
 /** What a checkpoint records beside the tensors; strings are borrowed while saving. */
 typedef struct {
@@ -24,10 +25,11 @@ typedef struct {
     int64_t tokens_seen;
     char device[192]; /* what computed: qs_device_description; "" in checkpoints before it was kept
                        */
+    const qs_seen *seen; /* which ranks see the run directory, rank 0 among them; NULL: all do */
 } qs_ckpt_meta;
 
 /** Save. Collective. On QS_ERR_IO_FULL nothing has changed and
- * training may go on. Every rank's host must see `run_dir`. */
+ * training may go on. What a rank that does not see `run_dir` saves is written by rank 0. */
 qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_lora_layout *layout,
                        const qs_optim *optim, qs_comm *comm);
 
@@ -36,8 +38,9 @@ qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_l
 qs_status qs_ckpt_latest(const char *run_dir, int64_t *step, qs_comm *comm);
 
 /** Load step `step` into this rank's shard; checks that config, base and data are the run's own
- * (QS_ERR_RESUME naming the first difference). Collective. \param [out] meta_out  step, run id
- * and tokens; its borrowed pointer is NULL. */
+ * (QS_ERR_RESUME naming the first difference). For a rank that does not see `run_dir` rank 0 reads
+ * and sends. Collective. \param [out] meta_out  step, run id and tokens; its borrowed pointers are
+ * NULL. */
 qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *expect,
                        const qs_lora_layout *layout, qs_optim *optim, qs_ckpt_meta *meta_out,
                        qs_comm *comm);

@@ -104,6 +104,19 @@ qs_status qs_ckpt_set_aside(const char *run_dir, int64_t step)
     return qs_io_fsync_dir(run_dir);
 }
 
+qs_status qs_ckpt_find_blind(const qs_ckpt_meta *meta, qs_comm *comm, bool **blind)
+{
+    *blind = NULL;
+    if (meta->seen == NULL || qs_seen_by_all(meta->seen)) {
+        return QS_OK;
+    }
+    const bool mine = !meta->seen->mine;
+    *blind = calloc((size_t)qs_comm_nranks(comm), sizeof **blind);
+    QS_TRY(qs_comm_agree(
+        comm, *blind != NULL ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "no memory for a flag a rank")));
+    return qs_comm_all_gather_now(comm, &mine, *blind, sizeof mine);
+}
+
 /* ---- the newest good one ---- */
 
 /* What says nothing about the checkpoint itself. */

@@ -34,6 +34,10 @@ qs_status qs_ckpt_sweep(const char *run_dir);
 /** Move a directory that is no good checkpoint out of the way: step-N.bad, .bad2, ... */
 qs_status qs_ckpt_set_aside(const char *run_dir, int64_t step);
 
+/** Which ranks do not see the run directory, as meta->seen says: *blind [nranks], to be freed; NULL
+ * where all see it. Collective, and the same on all ranks. */
+qs_status qs_ckpt_find_blind(const qs_ckpt_meta *meta, qs_comm *comm, bool **blind);
+
 /** Name of rank r's file: rank-00003.h5 */
 void qs_ckpt_file_name(char *out, size_t capacity, int rank);
 

@@ -1,6 +1,7 @@
 /* Loading. Files hold shards of the LoRA vector for as many ranks as saved it; a rank reads the
  * pieces of its own share out of them, whatever the two rank counts are. Every file that a rank
- * reads is hashed by it before anything is taken out. */
+ * reads is hashed by it before anything is taken out. For ranks that do not see the run directory
+ * rank 0 reads, one share at a time. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +11,7 @@
 #include "ckpt/ckpt_impl.h"
 #include "store/h5.h"
 #include "store/hash.h"
+#include "store/relay.h"
 
 /* One saved checkpoint, seen through its manifest. */
 typedef struct {
@@ -208,44 +210,112 @@ static qs_status compare(const source *s, const qs_ckpt_meta *expect)
 
 /* ---- entry points ---- */
 
-static qs_status load_here(const char *run_dir, int64_t step, const qs_ckpt_meta *expect,
-                           const qs_lora_layout *layout, qs_optim *optim, qs_ckpt_meta *meta_out,
-                           qs_comm *comm)
+enum { TENSORS = 3 }; /* lora, m, v */
+static const char *const tensor_names[TENSORS] = {"lora", "m", "v"};
+static const size_t PIECE_BYTES = 8 << 20; /* of a state on its way to another rank */
+
+/* The state of one rank's share; padding is zero. parts[i]: [n_layers * width]. */
+static qs_status read_share(const source *s, int rank, int nranks, float *const parts[TENSORS])
 {
-    static const char *const names[] = {"lora", "m", "v"};
-    char dir[QS_CKPT_PATH];
-    source s;
-    int nranks = qs_comm_nranks(comm);
-    int64_t width = qs_lora_shard_width(layout, nranks);
-    qs_range mine = qs_lora_shard(layout, qs_comm_rank(comm), nranks);
-    float *parts[] = {optim->master, optim->m, optim->v};
-    target targets[3];
-    qs_manifest_step_dir(dir, sizeof dir, run_dir, step);
-    QS_TRY(source_open(&s, dir));
-    s.layout = layout;
-    qs_status st = compare(&s, expect);
-    for (int i = 0; i < 3 && st == QS_OK; i++) {
-        memset(parts[i], 0, (size_t)optim->count * sizeof *parts[i]); /* padding is zero */
-        targets[i] = (target){.want = mine, .out = parts[i], .stride = width};
+    target targets[TENSORS];
+    const int64_t width = qs_lora_shard_width(s->layout, nranks);
+    const size_t bytes = (size_t)(s->layout->n_layers * width) * sizeof(float);
+    for (int i = 0; i < TENSORS; i++) {
+        memset(parts[i], 0, bytes);
+        targets[i] = (target){
+            .want = qs_lora_shard(s->layout, rank, nranks), .out = parts[i], .stride = width};
     }
-    st = st == QS_OK ? read_state(&s, names, targets, 3) : st;
-    if (st == QS_OK) {
-        optim->step = s.manifest.step;
-        *meta_out = (qs_ckpt_meta){.step = s.manifest.step, .tokens_seen = s.record.tokens_seen};
-        snprintf(meta_out->run_id, sizeof meta_out->run_id, "%s", s.manifest.run_id);
-        snprintf(meta_out->device, sizeof meta_out->device, "%s", s.record.device);
-        memcpy(meta_out->base_sha256, s.record.base_sha256, sizeof meta_out->base_sha256);
-        memcpy(meta_out->data_content, s.record.data_content, sizeof meta_out->data_content);
+    return read_state(s, tensor_names, targets, TENSORS);
+}
+
+static void fill_meta(const source *s, qs_ckpt_meta *out)
+{
+    *out = (qs_ckpt_meta){.step = s->manifest.step, .tokens_seen = s->record.tokens_seen};
+    snprintf(out->run_id, sizeof out->run_id, "%s", s->manifest.run_id);
+    snprintf(out->device, sizeof out->device, "%s", s->record.device);
+    memcpy(out->base_sha256, s->record.base_sha256, sizeof out->base_sha256);
+    memcpy(out->data_content, s->record.data_content, sizeof out->data_content);
+}
+
+/* What a rank that sees the directory does for itself. */
+static qs_status load_here(source *s, const qs_ckpt_meta *expect, float *const parts[TENSORS],
+                           qs_ckpt_meta *meta_out, qs_comm *comm)
+{
+    QS_TRY(compare(s, expect));
+    QS_TRY(read_share(s, qs_comm_rank(comm), qs_comm_nranks(comm), parts));
+    fill_meta(s, meta_out);
+    return QS_OK;
+}
+
+/* Rank 0 reads the share of rank `to` into one buffer and sends it. `s` counts on rank 0. */
+static qs_status send_share(const source *s, int to, float *const parts[TENSORS], int64_t count,
+                            qs_comm *comm)
+{
+    const int rank = qs_comm_rank(comm);
+    const size_t bytes = (size_t)count * sizeof(float);
+    qs_relay_want wants[TENSORS];
+    float *buffer = NULL;
+    qs_status st = QS_OK;
+    if (rank == 0) {
+        st = QS_ALLOC(&buffer, TENSORS * count, QS_MEM_WORK);
+        if (st == QS_OK) {
+            float *const theirs[TENSORS] = {buffer, buffer + count, buffer + 2 * count};
+            st = read_share(s, to, qs_comm_nranks(comm), theirs);
+        }
     }
-    source_close(&s);
+    for (int i = 0; i < TENSORS; i++) {
+        wants[i] = (qs_relay_want){
+            .from = 0, .offset = (int64_t)(bytes * (size_t)i), .bytes = bytes, .to = parts[i]};
+    }
+    st = qs_relay(comm, st, PIECE_BYTES, wants, rank == to ? TENSORS : 0, qs_relay_read_memory,
+                  buffer);
+    qs_mem_free(buffer);
     return st;
+}
+
+/* What rank 0 has loaded beside the tensors, and the tensors of those that cannot. */
+static qs_status send_to_blind(const source *s, const bool *blind, float *const parts[TENSORS],
+                               int64_t count, qs_ckpt_meta *meta, qs_comm *comm)
+{
+    QS_TRY(qs_comm_bcast(comm, meta, sizeof *meta, 0));
+    for (int r = 0; r < qs_comm_nranks(comm); r++) {
+        if (blind[r]) {
+            QS_TRY(send_share(s, r, parts, count, comm));
+        }
+    }
+    return QS_OK;
 }
 
 qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *expect,
                        const qs_lora_layout *layout, qs_optim *optim, qs_ckpt_meta *meta_out,
                        qs_comm *comm)
 {
-    return qs_comm_agree(comm, load_here(run_dir, step, expect, layout, optim, meta_out, comm));
+    char dir[QS_CKPT_PATH];
+    source s;
+    bool *blind = NULL;
+    bool open = false;
+    qs_status st = QS_OK;
+    float *const parts[TENSORS] = {optim->master, optim->m, optim->v};
+    qs_manifest_step_dir(dir, sizeof dir, run_dir, step);
+    memset(meta_out, 0, sizeof *meta_out);
+    QS_GOTO(qs_ckpt_find_blind(expect, comm, &blind));
+    if (blind == NULL || !blind[qs_comm_rank(comm)]) {
+        st = source_open(&s, dir);
+        open = st == QS_OK;
+        s.layout = layout;
+        st = open ? load_here(&s, expect, parts, meta_out, comm) : st;
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
+    if (blind != NULL) {
+        QS_GOTO(send_to_blind(&s, blind, parts, optim->count, meta_out, comm));
+    }
+    optim->step = meta_out->step;
+done:
+    if (open) {
+        source_close(&s);
+    }
+    free(blind);
+    return st;
 }
 
 qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65])

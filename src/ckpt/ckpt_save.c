@@ -2,6 +2,7 @@
  * until the rename at the very end nothing that exists has changed.
  *
  *   image in memory | room on the disk | rank 0: step-N.tmp-RUN | own file: write, sync, read back
+ *   | rank 0: the files of ranks that do not see the directory, piece by piece
  *   | rank 0: manifest, sync, rename to step-N, sync */
 #include <inttypes.h>
 #include <stdio.h>
@@ -13,8 +14,16 @@
 #include "store/h5.h"
 #include "store/hash.h"
 #include "store/io.h"
+#include "store/relay.h"
 
+enum { PIECE_BYTES = 8 << 20 };   /* of an image on its way to rank 0 */
 enum { MANIFEST_ROOM = 1 << 20 }; /* for the manifest and the file system's own needs */
+
+/* Size and hash of a rank's file, as that rank made it. */
+typedef struct {
+    int64_t bytes;
+    char sha256[72];
+} file_note;
 
 typedef struct {
     const char *run_dir;
@@ -27,7 +36,9 @@ typedef struct {
     void *image;
     size_t image_bytes;
     char sha256[QS_SHA256_HEX];
-    bool made; /* the temporary directory */
+    file_note *notes; /* [nranks] */
+    bool *blind;      /* [nranks] does not see the directory; NULL: all do */
+    bool made;        /* the temporary directory */
 } saving;
 
 static qs_status put_dataset(qs_h5 *file, const char *name, const float *data, int64_t count)
@@ -63,7 +74,12 @@ done:
     return st;
 }
 
-/* Asked on every rank, since each may see other limits; the files of all must fit. */
+static bool is_blind(const saving *s, int rank)
+{
+    return s->blind != NULL && s->blind[rank];
+}
+
+/* Asked on every rank that writes, since each may see other limits; the files of all must fit. */
 static qs_status check_room(const saving *s, int64_t total)
 {
     uint64_t free_bytes = 0;
@@ -93,13 +109,104 @@ static qs_status write_file(const saving *s)
     return qs_io_write_new(path, s->image, s->image_bytes);
 }
 
-/* Size and hash of a rank's file, as that rank made it. */
-typedef struct {
-    int64_t bytes;
-    char sha256[72];
-} file_note;
+static qs_status collect_notes(saving *s)
+{
+    file_note mine;
+    memset(&mine, 0, sizeof mine);
+    mine.bytes = (int64_t)s->image_bytes;
+    memcpy(mine.sha256, s->sha256, sizeof s->sha256);
+    s->notes = calloc((size_t)s->nranks, sizeof *s->notes);
+    qs_status st = s->notes ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", s->temp);
+    QS_TRY(qs_comm_agree(s->comm, st));
+    return qs_comm_all_gather_now(s->comm, &mine, s->notes, sizeof mine);
+}
 
-static qs_status publish(const saving *s, const file_note *notes)
+static int64_t total_bytes(const saving *s)
+{
+    int64_t total = 0;
+    for (int r = 0; r < s->nranks; r++) {
+        total += s->notes[r].bytes;
+    }
+    return total;
+}
+
+/* ---- files of ranks that do not see the directory ---- */
+
+/* Rank 0's side of one file. */
+typedef struct {
+    char path[QS_CKPT_PATH + 80];
+    int fd;
+    uint8_t *piece;
+} receiving;
+
+static qs_status receive_begin(const saving *s, int from, receiving *in)
+{
+    char name[64];
+    qs_ckpt_file_name(name, sizeof name, from);
+    snprintf(in->path, sizeof in->path, "%s/%s", s->temp, name);
+    in->piece = malloc(PIECE_BYTES);
+    if (in->piece == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for a piece of it", in->path);
+    }
+    QS_TRY(qs_io_create(in->path, &in->fd));
+    return qs_io_reserve(in->fd, (size_t)s->notes[from].bytes, in->path);
+}
+
+/* What lies on the disk must be what the rank made. */
+static qs_status receive_end(const saving *s, int from, receiving *in, qs_status st)
+{
+    qs_manifest_file found;
+    const file_note *want = &s->notes[from];
+    st = st == QS_OK ? qs_io_fsync(in->fd, in->path) : st;
+    if (in->fd >= 0) {
+        const qs_status closed = qs_io_close(in->fd, in->path);
+        st = st == QS_OK ? closed : st;
+    }
+    free(in->piece);
+    QS_TRY(st);
+    QS_TRY(qs_manifest_hash_file(s->temp, strrchr(in->path, '/') + 1, &found));
+    if (found.bytes != want->bytes || strcmp(found.sha256, want->sha256) != 0) {
+        return QS_FAIL(QS_ERR_IO_VERIFY,
+                       "%s: reads back differently from what rank %d sent; check the disk",
+                       in->path, from);
+    }
+    return QS_OK;
+}
+
+/* The image of rank `from`, all ranks in step. */
+static qs_status receive_file(saving *s, int from)
+{
+    const bool writer = s->rank == 0;
+    const int64_t bytes = s->notes[from].bytes;
+    receiving in = {.fd = -1};
+    qs_status st = writer ? receive_begin(s, from, &in) : QS_OK;
+    for (int64_t at = 0; at < bytes; at += PIECE_BYTES) {
+        const size_t now = (size_t)(bytes - at < PIECE_BYTES ? bytes - at : PIECE_BYTES);
+        const qs_relay_want want = {.from = from, .offset = at, .bytes = now, .to = in.piece};
+        st = qs_relay(s->comm, st, PIECE_BYTES, &want, writer ? 1 : 0, qs_relay_read_memory,
+                      s->image);
+        if (st != QS_OK) {
+            break;
+        }
+        st = writer ? qs_io_write_all(in.fd, in.piece, now, at, in.path) : QS_OK;
+    }
+    st = writer ? receive_end(s, from, &in, st) : st;
+    return qs_comm_agree(s->comm, st);
+}
+
+static qs_status receive_files(saving *s)
+{
+    for (int r = 0; r < s->nranks; r++) {
+        if (is_blind(s, r)) {
+            QS_TRY(receive_file(s, r));
+        }
+    }
+    return QS_OK;
+}
+
+/* ---- publishing ---- */
+
+static qs_status publish(const saving *s)
 {
     qs_manifest m = {.step = s->meta->step, .nranks = s->nranks, .n_files = s->nranks};
     qs_status st = QS_OK;
@@ -111,8 +218,8 @@ static qs_status publish(const saving *s, const file_note *notes)
     }
     for (int r = 0; r < s->nranks; r++) {
         qs_ckpt_file_name(m.files[r].name, sizeof m.files[r].name, r);
-        m.files[r].bytes = notes[r].bytes;
-        memcpy(m.files[r].sha256, notes[r].sha256, sizeof m.files[r].sha256);
+        m.files[r].bytes = s->notes[r].bytes;
+        memcpy(m.files[r].sha256, s->notes[r].sha256, sizeof m.files[r].sha256);
     }
     QS_GOTO(qs_manifest_write(s->temp, &m));
     QS_GOTO(qs_io_fsync_dir(s->temp));
@@ -120,23 +227,6 @@ static qs_status publish(const saving *s, const file_note *notes)
     QS_GOTO(qs_io_fsync_dir(s->run_dir));
 done:
     qs_manifest_free(&m);
-    return st;
-}
-
-static qs_status collect_and_publish(saving *s)
-{
-    file_note mine;
-    memset(&mine, 0, sizeof mine);
-    mine.bytes = (int64_t)s->image_bytes;
-    memcpy(mine.sha256, s->sha256, sizeof s->sha256);
-    file_note *notes = calloc((size_t)s->nranks, sizeof *notes);
-    qs_status st = notes ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", s->temp);
-    st = qs_comm_agree(s->comm, st);
-    st = st == QS_OK ? qs_comm_all_gather_now(s->comm, &mine, notes, sizeof mine) : st;
-    if (st == QS_OK) {
-        st = qs_comm_agree(s->comm, s->rank == 0 ? publish(s, notes) : QS_OK);
-    }
-    free(notes);
     return st;
 }
 
@@ -160,12 +250,14 @@ static qs_status look_at_existing(const saving *s, int64_t *saved)
 static qs_status stages(saving *s)
 {
     QS_TRY(qs_comm_agree(s->comm, build_image(s)));
-    int64_t total = (int64_t)s->image_bytes;
-    QS_TRY(qs_comm_sum_i64(s->comm, &total, 1));
-    QS_TRY(qs_comm_agree(s->comm, check_room(s, total)));
+    QS_TRY(collect_notes(s));
+    QS_TRY(qs_ckpt_find_blind(s->meta, s->comm, &s->blind));
+    const bool writes = !is_blind(s, s->rank);
+    QS_TRY(qs_comm_agree(s->comm, writes ? check_room(s, total_bytes(s)) : QS_OK));
     QS_TRY(qs_comm_agree(s->comm, s->rank == 0 ? make_temp(s) : QS_OK));
-    QS_TRY(qs_comm_agree(s->comm, write_file(s)));
-    return collect_and_publish(s);
+    QS_TRY(qs_comm_agree(s->comm, writes ? write_file(s) : QS_OK));
+    QS_TRY(receive_files(s));
+    return qs_comm_agree(s->comm, s->rank == 0 ? publish(s) : QS_OK);
 }
 
 /* Do all ranks mean the same step? */
@@ -201,6 +293,8 @@ qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_l
     }
     qs_status st = stages(&s);
     free(s.image);
+    free(s.notes);
+    free(s.blind);
     if (st != QS_OK && s.made) {
         /* Ours alone, and all ranks are past their writes. What failed is what is reported. */
         (void)qs_io_remove_dir(s.temp);

@@ -19,7 +19,7 @@
 #include "store/io.h"
 #include "store/manifest.h"
 
-enum { HOST_MAX = 64, RUN_JSON_MAX = 1 << 20, PATH_ROOM = QS_PATH_MAX + 64 };
+enum { HOST_MAX = 64, LOCK_MAX = 4096, RUN_JSON_MAX = 1 << 20, PATH_ROOM = QS_PATH_MAX + 64 };
 
 /* What rank 0 finds. */
 typedef enum { FOUND_NOTHING, FOUND_EMPTY, FOUND_RUN } found;
@@ -320,6 +320,49 @@ done:
     return st;
 }
 
+/* ---- who sees it ---- */
+
+/* Another run in a directory of this name, on a host that does not see rank 0's: it would be taken
+ * for this one by whoever looks there. */
+static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
+{
+    char host[HOST_MAX] = "";
+    json_t *json = NULL;
+    qs_status st = QS_OK;
+    if (read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json) != QS_OK) {
+        qs_error_clear(); /* no run: nothing that could be mistaken for this one */
+        return QS_OK;
+    }
+    const char *run_id = json_string_value(json_object_get(json, "run_id"));
+    if (strcmp(run_id, run->run_id) != 0) {
+        gethostname(host, sizeof host - 1);
+        st = QS_FAIL(QS_ERR_DISAGREE,
+                     "%s: host %s has run %s in a directory of this name, host %s writes run %s "
+                     "there; remove the one that is not wanted, or choose another output",
+                     run->dir, host, run_id, root_host, run->run_id);
+    }
+    json_decref(json);
+    return st;
+}
+
+/* Rank 0's lock names its process: whoever reads the same text sees the same directory. */
+static qs_status find_sight(qs_run_dir *run, qs_comm *comm)
+{
+    struct {
+        char lock[LOCK_MAX], host[HOST_MAX];
+    } root = {{0}, {0}};
+    char mine[LOCK_MAX] = "";
+    int error = qs_run_lock_text(run->dir, mine, sizeof mine);
+    memcpy(root.lock, mine, sizeof mine);
+    gethostname(root.host, sizeof root.host - 1);
+    QS_TRY(qs_comm_bcast(comm, &root, sizeof root, 0));
+    error = error == 0 && strcmp(mine, root.lock) != 0 ? ENOENT : error;
+    error = qs_comm_rank(comm) == 0 ? 0 : error;
+    QS_TRY(qs_comm_agree(comm, error == 0 ? QS_OK : check_stranger(run, root.host)));
+    return qs_seen_agree(&run->seen, run->dir, error, "the checkpoints of its ranks are kept on",
+                         comm);
+}
+
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm)
 {
@@ -348,8 +391,10 @@ qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resum
     QS_TRY(qs_comm_bcast(comm, &told, sizeof told, 0));
     memcpy(out->run_id, told.run_id, sizeof told.run_id);
     out->finished = told.finished;
-    return QS_OK;
+    return out->finished ? QS_OK : find_sight(out, comm);
 }
+
+/* ---- the end of a run ---- */
 
 static qs_status finish_here(const qs_run_dir *run)
 {

@@ -5,7 +5,10 @@
  *
  * A directory is ours if its run.json says so. One run writes at a time: run.lock is created
  * exclusively and names host, process and batch job; it is taken over only when that process is
- * gone from this host, when this is a later start of the same batch job, or when asked for. */
+ * gone from this host, when this is a later start of the same batch job, or when asked for.
+ *
+ * The directory is on rank 0's host. Others see it if they read rank 0's lock in it; those that do
+ * not leave all writing to rank 0. */
 #ifndef QS_CKPT_RUN_DIR_H
 #define QS_CKPT_RUN_DIR_H
 
@@ -13,6 +16,7 @@
 
 #include "comm/comm.h"
 #include "config/config.h"
+#include "store/seen.h"
 
 /** What to do with checkpoints in the run directory: go on from them if there are some, insist on
  * them, or start in a fresh directory only. */
@@ -25,14 +29,17 @@ typedef struct {
     bool locked;     /* this process holds run.lock (rank 0 only) */
     bool made;       /* the directory was not there before (rank 0 only) */
     bool made_parent;
+    qs_seen seen; /* which ranks see the directory; rank 0 does */
 } qs_run_dir;
 
 /** Open cfg->output for writing: create it (with one parent) or recognise it as ours, take the
- * lock, write config.yaml and run.json. Collective; only rank 0 touches files.
+ * lock, write config.yaml and run.json; find out who else sees it. Collective; only rank 0 writes.
+ * `comm` must outlive `out`.
  * \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when another process
  *          writes to it, or with QS_RESUME_NEVER when it holds a run; QS_ERR_CHECKPOINT with
  *          QS_RESUME_MUST when it holds none, or none with a checkpoint; QS_ERR_RESUME when its run
- * has checkpoints of, or has finished with, another configuration.
+ * has checkpoints of, or has finished with, another configuration; QS_ERR_DISAGREE when another
+ * host has another run there.
  */
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);

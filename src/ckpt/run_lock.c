@@ -221,3 +221,19 @@ void qs_run_lock_release(const char *dir)
         (void)unlink(path);
     }
 }
+
+int qs_run_lock_text(const char *dir, char *out, size_t capacity)
+{
+    char path[PATH_ROOM];
+    lock_path(path, dir);
+    out[0] = '\0';
+    FILE *file = fopen(path, "re");
+    if (file == NULL) {
+        return errno;
+    }
+    const size_t bytes = fread(out, 1, capacity - 1, file);
+    out[bytes] = '\0';
+    const int error = ferror(file) ? EIO : 0;
+    fclose(file);
+    return error;
+}

@@ -3,6 +3,7 @@
 #define QS_CKPT_RUN_LOCK_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "base/status.h"
 
@@ -12,6 +13,11 @@ qs_status qs_run_lock_take(const char *dir, bool takeover);
 
 /** Remove DIR/run.lock if it is still this process's own. */
 void qs_run_lock_release(const char *dir);
+
+/** What DIR/run.lock says, as text to compare by: it names one process at one time, so that two
+ * hosts that read the same text see the same directory. "" where there is none.
+ * \return 0, or the errno of a file that cannot be read. */
+int qs_run_lock_text(const char *dir, char *out, size_t capacity);
 
 /** Name of the lock file and of what taking it leaves behind when killed: "run.lock". */
 #define QS_RUN_LOCK_NAME "run.lock"

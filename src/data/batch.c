@@ -5,6 +5,7 @@
  *
  * Labels are read into `target` and shifted in place, so that reading allocates nothing. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/mem.h"
 #include "data/data.h"
@@ -108,6 +109,20 @@ static qs_status add_documents(const qs_data *d, int64_t sequence, qs_batch *b)
     return QS_OK;
 }
 
+/* From the file, or from what this rank was sent of it. */
+static qs_status read_tokens(const qs_data *d, int64_t begin, size_t bytes, int32_t *tokens,
+                             int32_t *labels)
+{
+    if (d->held != NULL) {
+        memcpy(tokens, d->held + begin, bytes);
+        memcpy(labels, d->held + d->n_tokens + begin, bytes);
+        return QS_OK;
+    }
+    const int64_t offset = begin * (int64_t)sizeof(int32_t);
+    QS_TRY(qs_io_read_all(d->fd, tokens, bytes, d->tokens_at + offset, d->path));
+    return qs_io_read_all(d->fd, labels, bytes, d->labels_at + offset, d->path);
+}
+
 static qs_status read_sequence(qs_data *d, int64_t sequence, int64_t number, qs_batch *b)
 {
     if (sequence < 0 || sequence >= d->n_sequences) {
@@ -124,9 +139,7 @@ static qs_status read_sequence(qs_data *d, int64_t sequence, int64_t number, qs_
                        "%s: sequence %lld with %lld tokens does not fit a batch of %lld", d->path,
                        (long long)sequence, (long long)length, (long long)b->token_capacity);
     }
-    const int64_t offset = begin * (int64_t)sizeof(int32_t);
-    QS_TRY(qs_io_read_all(d->fd, b->tokens + at, bytes, d->tokens_at + offset, d->path));
-    QS_TRY(qs_io_read_all(d->fd, b->target + at, bytes, d->labels_at + offset, d->path));
+    QS_TRY(read_tokens(d, begin, bytes, b->tokens + at, b->target + at));
     d->bytes_read += 2 * bytes;
     QS_TRY(check_values(d, sequence, b->tokens + at, b->target + at, length));
     QS_TRY(add_documents(d, sequence, b));

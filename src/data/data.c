@@ -1,13 +1,15 @@
 /* Token files: opening on all ranks, and the order of samples.
  *
- * Rank 0 reads and checks the index and sends it to the others; each rank opens the file for its
- * own tokens. The first rank of every other host also looks at the hashes, so that two hosts cannot
- * train on two files of one name. */
+ * The lowest rank that sees the file reads and checks the index and sends it to the others; each
+ * rank opens the file for its own tokens. The first rank of every other host also looks at the
+ * hashes, so that two hosts cannot train on two files of one name. Ranks of a host without the file
+ * are sent all tokens and labels: the order of samples runs through the whole file. */
 #include "data/data.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -15,6 +17,8 @@
 #include "base/mem.h"
 #include "base/rng.h"
 #include "data/data_impl.h"
+#include "store/hash.h"
+#include "store/seen.h"
 
 /** The scalars of the index, as they travel. */
 typedef struct {
@@ -30,6 +34,7 @@ void qs_data_close(qs_data *data)
     if (data->fd >= 0) {
         (void)close(data->fd); /* read only */
     }
+    qs_mem_free(data->held);
     qs_mem_free(data->seq_offsets);
     qs_mem_free(data->doc_offsets);
     qs_mem_free(data->seq_first_doc);
@@ -54,13 +59,7 @@ qs_status qs_data_open_bytes(qs_data *d)
 {
     d->fd = open(d->path, O_RDONLY | O_CLOEXEC);
     if (d->fd < 0) {
-        char host[256] = "this host";
-        int error = errno;
-        (void)gethostname(host, sizeof host - 1);
-        return QS_FAIL(
-            QS_ERR_INPUT_MISSING,
-            "%s: cannot be opened on host %s: %s; every host needs the file at this path", d->path,
-            host, strerror(error));
+        return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", d->path, strerror(errno));
     }
     return QS_OK;
 }
@@ -92,7 +91,7 @@ qs_status qs_data_open_alone(qs_data **out, const char *path)
     return QS_OK;
 }
 
-static qs_status share_header(qs_data *d, qs_comm *comm)
+static qs_status share_header(qs_data *d, const qs_seen *seen)
 {
     header h = {.vocab = d->vocab,
                 .seq_len = d->seq_len,
@@ -103,7 +102,7 @@ static qs_status share_header(qs_data *d, qs_comm *comm)
                 .tokens_at = d->tokens_at,
                 .labels_at = d->labels_at};
     memcpy(h.content, d->content, sizeof h.content);
-    QS_TRY(qs_comm_bcast(comm, &h, sizeof h, 0));
+    QS_TRY(qs_comm_bcast(seen->comm, &h, sizeof h, seen->root));
     d->vocab = h.vocab;
     d->seq_len = h.seq_len;
     d->n_sequences = h.n_sequences;
@@ -124,64 +123,116 @@ static qs_status allocate_index(qs_data *d)
     return QS_ALLOC(&d->doc_offsets, d->n_docs + 1, QS_MEM_DATA);
 }
 
-static qs_status share_index(qs_data *d, qs_comm *comm)
+static qs_status share_index(qs_data *d, const qs_seen *seen)
 {
-    QS_TRY(share_header(d, comm));
-    QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == 0 ? QS_OK : allocate_index(d)));
+    qs_comm *comm = seen->comm;
+    const int root = seen->root;
+    QS_TRY(share_header(d, seen));
+    QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == root ? QS_OK : allocate_index(d)));
     const size_t sequences = (size_t)d->n_sequences;
     const size_t documents = (size_t)d->n_docs;
-    QS_TRY(qs_comm_bcast(comm, d->seq_offsets, (sequences + 1) * sizeof *d->seq_offsets, 0));
-    QS_TRY(qs_comm_bcast(comm, d->seq_first_doc, (sequences + 1) * sizeof *d->seq_first_doc, 0));
-    QS_TRY(qs_comm_bcast(comm, d->seq_targets, sequences * sizeof *d->seq_targets, 0));
-    return qs_comm_bcast(comm, d->doc_offsets, (documents + 1) * sizeof *d->doc_offsets, 0);
+    QS_TRY(qs_comm_bcast(comm, d->seq_offsets, (sequences + 1) * sizeof *d->seq_offsets, root));
+    QS_TRY(qs_comm_bcast(comm, d->seq_first_doc, (sequences + 1) * sizeof *d->seq_first_doc, root));
+    QS_TRY(qs_comm_bcast(comm, d->seq_targets, sequences * sizeof *d->seq_targets, root));
+    return qs_comm_bcast(comm, d->doc_offsets, (documents + 1) * sizeof *d->doc_offsets, root);
 }
 
-/** This host's file must be the one that rank 0 read. */
-static qs_status check_same_file(const qs_data *d)
+/** Both hashes, as the file of this host has them. */
+typedef struct {
+    char tokens[QS_XXH128_HEX], labels[QS_XXH128_HEX];
+} content;
+
+static qs_status read_content(const char *path, content *out)
 {
     qs_h5 *file = NULL;
-    char content[33] = "";
-    char host[256] = "this host";
-    QS_TRY(qs_h5_open(&file, d->path));
-    qs_status st = qs_h5_attr_get_text(file, "tokens_xxh3", content, sizeof content);
+    QS_TRY(qs_h5_open(&file, path));
+    qs_status st = qs_h5_attr_get_text(file, "tokens_xxh3", out->tokens, sizeof out->tokens);
+    st = st == QS_OK ? qs_h5_attr_get_text(file, "labels_xxh3", out->labels, sizeof out->labels)
+                     : st;
     qs_status closed = qs_h5_close(file);
-    QS_TRY(st);
-    QS_TRY(closed);
-    if (strcmp(content, d->content) != 0) {
-        (void)gethostname(host, sizeof host - 1);
-        return QS_FAIL(
-            QS_ERR_DISAGREE,
-            "%s: tokens_xxh3=%s on host %s, but rank 0 has %s; copy rank 0's file to every host",
-            d->path, content, host, d->content);
-    }
-    return QS_OK;
+    return st != QS_OK ? st : closed;
 }
 
-static qs_status open_everywhere(qs_data *d, qs_comm *comm)
+/** Every host that has a file of this name must have the same one; *found: its hashes. */
+static qs_status compare_copies(const qs_data *d, const qs_seen *seen, content *found)
 {
-    QS_TRY(qs_data_open_bytes(d));
-    bool first_of_host = qs_comm_rank(comm) != 0 && qs_comm_local_rank(comm) == 0;
-    return first_of_host ? check_same_file(d) : QS_OK;
+    char mark[160] = "";
+    qs_status st = QS_OK;
+    memset(found, 0, sizeof *found);
+    if (qs_comm_rank(seen->comm) == seen->root || seen->compares) {
+        st = read_content(d->path, found);
+        snprintf(mark, sizeof mark, "tokens_xxh3=%s and labels_xxh3=%s", found->tokens,
+                 found->labels);
+    }
+    QS_TRY(qs_seen_compare(seen, d->path, st, mark));
+    return qs_comm_bcast(seen->comm, found, sizeof *found, seen->root);
+}
+
+/** What was sent must be what the file says of itself. */
+static qs_status check_held(const qs_data *d, const content *want)
+{
+    const size_t bytes = (size_t)d->n_tokens * sizeof *d->held;
+    char hex[QS_XXH128_HEX];
+    qs_xxh3_128_hex(d->held, bytes, hex);
+    bool same = strcmp(hex, want->tokens) == 0;
+    qs_xxh3_128_hex(d->held + d->n_tokens, bytes, hex);
+    same = same && strcmp(hex, want->labels) == 0;
+    return same ? QS_OK
+                : QS_FAIL(QS_ERR_INPUT_HASH,
+                          "%s: its tokens or labels do not match their hashes; prepare the data "
+                          "again",
+                          d->path);
+}
+
+static qs_status open_everywhere(qs_data *d, const qs_seen *seen)
+{
+    content want;
+    qs_status st = seen->mine ? qs_data_open_bytes(d) : QS_OK;
+    QS_TRY(qs_comm_agree(seen->comm, st));
+    if (seen->simple) {
+        return QS_OK;
+    }
+    QS_TRY(compare_copies(d, seen, &want));
+    if (seen->everywhere) {
+        return QS_OK;
+    }
+    const size_t bytes = (size_t)d->n_tokens * sizeof *d->held;
+    qs_stretch stretches[2] = {{.offset = d->tokens_at, .bytes = bytes},
+                               {.offset = d->labels_at, .bytes = bytes}};
+    if (!seen->mine) {
+        st = QS_ALLOC(&d->held, 2 * d->n_tokens, QS_MEM_DATA);
+        stretches[0].to = d->held;
+        stretches[1].to = d->held + d->n_tokens;
+    }
+    QS_TRY(qs_seen_read(seen, st, d->fd, d->path, stretches, seen->mine ? 0 : 2));
+    return qs_comm_agree(seen->comm, seen->mine ? QS_OK : check_held(d, &want));
 }
 
 qs_status qs_data_open(qs_data **out, const char *path, int64_t model_vocab, int64_t max_seq_len,
                        qs_comm *comm)
 {
     qs_data *d = NULL;
+    qs_seen seen;
     *out = NULL;
+    QS_TRY(qs_seen_find(&seen, path, "its ranks are sent all tokens by", comm));
     qs_status st = create(&d, path);
-    if (st == QS_OK && qs_comm_rank(comm) == 0) {
+    if (st == QS_OK && qs_comm_rank(comm) == seen.root) {
         st = load_index(d);
         st = st != QS_OK ? st : qs_data_check_fit(d, model_vocab, max_seq_len);
     }
     QS_GOTO(qs_comm_agree(comm, st));
-    QS_GOTO(share_index(d, comm));
-    QS_GOTO(qs_comm_agree(comm, open_everywhere(d, comm)));
+    QS_GOTO(share_index(d, &seen));
+    QS_GOTO(open_everywhere(d, &seen));
     *out = d;
     d = NULL;
 done:
     qs_data_close(d);
     return st;
+}
+
+size_t qs_data_held_bytes(const qs_data *data)
+{
+    return data->held != NULL ? 2 * (size_t)data->n_tokens * sizeof *data->held : 0;
 }
 
 /* ---- on paper ---- */

@@ -1,8 +1,9 @@
 /* Token files and the order of samples.
  *
  * The index (offsets, target counts) is replicated; tokens are read by the rank that trains on
- * them. Sample order is a keyed permutation per epoch, a pure function of (seed, epoch,
- * position), so there is no sampler state to save. */
+ * them. A rank whose host does not see the file is sent its tokens and labels once and keeps them.
+ * Sample order is a keyed permutation per epoch, a pure function of (seed, epoch, position), so
+ * there is no sampler state to save. */
 #ifndef QS_DATA_DATA_H
 #define QS_DATA_DATA_H
 
@@ -21,15 +22,21 @@ typedef struct {
     uint32_t *seq_targets;        /* [n_sequences] */
     int64_t tokens_at, labels_at; /* file offsets */
     char content[33];             /* tokens_xxh3, names the data in checkpoints */
-    int fd;
+    int fd;                       /* -1: this rank does not see the file */
+    int32_t *held; /* [2, n_tokens] tokens, then labels, where it does not; else NULL */
     uint64_t bytes_read;
 } qs_data;
 
-/** Open and check; rank 0 reads the index, the others get it. Collective. `model_vocab` > 0: token
- * ids must be below it. `max_seq_len` > 0: longer sequences are refused by number. */
+/** Open and check; the lowest rank that sees the file reads the index, the others get it.
+ * QS_ERR_DISAGREE where another host has another file of this name. Collective. `model_vocab` > 0:
+ * token ids must be below it. `max_seq_len` > 0: longer sequences are refused by number. */
 qs_status qs_data_open(qs_data **out, const char *path, int64_t model_vocab, int64_t max_seq_len,
                        qs_comm *comm);
 void qs_data_close(qs_data *data);
+
+/** Bytes of tokens and labels that this rank holds because it does not see the file: for the plan.
+ */
+size_t qs_data_held_bytes(const qs_data *data);
 
 /** Data on paper, for planning before there is a file: the index of full sequences of `seq_len`
  * tokens, a document each, with loss wherever there can be any. Nothing can be read from it.

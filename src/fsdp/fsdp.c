@@ -7,11 +7,6 @@
  */
 #include "fsdp/fsdp_impl.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <string.h>
-#include <unistd.h>
-
 #include "base/mem.h"
 #include "base/timer.h"
 #include "base/trace.h"
@@ -129,46 +124,6 @@ static qs_status allocate(qs_fsdp *f)
     return qs_embed_init(f);
 }
 
-static size_t largest_message(const qs_fsdp *f)
-{
-    size_t most = 0;
-    for (int u = 0; u < f->index->n_units; u++) {
-        most = f->layouts[u].message_bytes > most ? f->layouts[u].message_bytes : most;
-    }
-    return most;
-}
-
-/* Read the shares, those of another memory than the host's by way of a pinned buffer: two, so that
- * one is read while the other is copied. */
-static qs_status fill_shares(qs_fsdp *f, qs_share_fill fill, void *ctx)
-{
-    qs_status st = QS_OK;
-    const bool direct = qs_device_is_host(f->device);
-    uint8_t *staging[2] = {NULL, NULL};
-    qs_event copied[2] = {{0}};
-    for (int i = 0; i < 2 && !direct; i++) {
-        QS_GOTO(QS_HOST_ALLOC(f->device, &staging[i], largest_message(f), QS_MEM_WORK));
-    }
-    for (int u = 0; u < f->index->n_units; u++) {
-        const bool in_place = direct || f->offloaded[u];
-        uint8_t *message = in_place ? f->share[u] : staging[u % 2];
-        if (!in_place) {
-            QS_GOTO(qs_event_wait(copied[u % 2]));
-        }
-        QS_GOTO(fill(ctx, u, f->rank, f->nranks, message, &f->stats.read_bytes));
-        if (!in_place) {
-            QS_GOTO(qs_queue_copy(f->queue, f->share[u], message, f->layouts[u].message_bytes));
-            copied[u % 2] = qs_event_record(f->queue);
-        }
-    }
-    st = qs_queue_wait(f->queue);
-done:
-    for (int i = 0; i < 2; i++) {
-        qs_device_host_free(f->device, staging[i]);
-    }
-    return st;
-}
-
 /* The layers that stay, once and for all. Collective. */
 static qs_status gather_residents(qs_fsdp *f)
 {
@@ -182,9 +137,9 @@ static qs_status gather_residents(qs_fsdp *f)
     return qs_queue_wait(f->queue);
 }
 
-qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
-                              qs_queue *compute, const qs_fsdp_options *options, qs_share_fill fill,
-                              void *ctx)
+qs_status qs_fsdp_create_filled(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
+                                qs_queue *compute, const qs_fsdp_options *options,
+                                const qs_share_source *source)
 {
     *out = NULL;
     qs_fsdp *f = NULL;
@@ -199,10 +154,7 @@ qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm
         f->nranks = qs_comm_nranks(comm);
         st = allocate(f);
     }
-    if (st == QS_OK) {
-        st = fill_shares(f, fill, ctx);
-    }
-    st = qs_comm_agree(comm, st);
+    st = qs_comm_agree(comm, qs_shares_fill(f, st, source));
     if (st == QS_OK) {
         st = gather_residents(f);
     }
@@ -215,35 +167,6 @@ qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm
     }
     *out = f;
     return QS_OK;
-}
-
-typedef struct {
-    const qs_base_index *index;
-    int fd;
-    int error; /* errno of a failed open */
-} base_file;
-
-static qs_status fill_from_file(void *ctx, int u, int rank, int nranks, uint8_t *message,
-                                uint64_t *bytes_read)
-{
-    base_file *file = ctx;
-    if (file->fd < 0) {
-        return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", file->index->path,
-                       strerror(file->error));
-    }
-    return qs_base_read_share(file->index, file->fd, u, rank, nranks, message, bytes_read);
-}
-
-qs_status qs_fsdp_create(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
-                         qs_queue *compute, const qs_fsdp_options *options)
-{
-    base_file file = {.index = index, .fd = open(index->path, O_RDONLY | O_CLOEXEC)};
-    file.error = errno;
-    qs_status st = qs_fsdp_create_from(out, index, comm, compute, options, fill_from_file, &file);
-    if (file.fd >= 0) {
-        close(file.fd);
-    }
-    return st;
 }
 
 void qs_fsdp_destroy(qs_fsdp *f)

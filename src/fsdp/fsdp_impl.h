@@ -11,7 +11,19 @@
 typedef qs_status (*qs_share_fill)(void *ctx, int u, int rank, int nranks, uint8_t *message,
                                    uint64_t *bytes_read);
 
+/** Where shares come from. */
+typedef struct {
+    qs_share_fill fill;
+    void *ctx;
+    qs_comm *together; /* `fill` is collective over these ranks, unit by unit; NULL: it is not */
+} qs_share_source;
+
 /** qs_fsdp_create with another source of the shares. Collective. */
+qs_status qs_fsdp_create_filled(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
+                                qs_queue *compute, const qs_fsdp_options *options,
+                                const qs_share_source *source);
+
+/** The same with a `fill` that is not collective. */
 qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm *comm,
                               qs_queue *compute, const qs_fsdp_options *options, qs_share_fill fill,
                               void *ctx);
@@ -71,6 +83,10 @@ struct qs_fsdp {
     double gathers_until_s; /* end of the last gather */
     qs_fsdp_stats stats;
 };
+
+/** Fill all shares (fill.c). `so_far`: what creating has come to on this rank, `fsdp` may then be
+ * NULL; ranks that fill together are told. */
+qs_status qs_shares_fill(qs_fsdp *fsdp, qs_status so_far, const qs_share_source *source);
 
 void qs_embed_free(qs_fsdp *fsdp);
 qs_status qs_embed_init(qs_fsdp *fsdp);

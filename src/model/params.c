@@ -260,8 +260,8 @@ qs_status qs_model_load_params(qs_model *m)
     QS_GOTO(QS_ALLOC(&m->small, count, QS_MEM_BASE_SMALL));
     QS_GOTO(QS_ALLOC(&m->layers, m->config->n_layers, QS_MEM_BASE_SMALL));
     QS_GOTO(QS_ALLOC(&bytes, largest_small(index), QS_MEM_WORK));
-    fd = open(index->path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
+    fd = index->small != NULL ? -1 : open(index->path, O_RDONLY | O_CLOEXEC);
+    if (index->small == NULL && fd < 0) {
         st =
             QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", index->path, strerror(errno));
         goto done;

@@ -8,10 +8,14 @@ static const double MIB = 1048576.0;
  * buffers of NCCL where there are peers. */
 static const size_t CODE_BYTES = (size_t)256 << 20, NCCL_BYTES = (size_t)1 << 30;
 
-static size_t index_bytes(const qs_data *data)
+/* The index, and what is held of a file that this rank does not see. */
+static size_t data_bytes(const qs_data *data)
 {
-    return (size_t)(data->n_sequences + 1) * (2 * sizeof(int64_t) + sizeof(uint32_t)) +
-           (size_t)(data->n_docs + 1) * sizeof(int64_t);
+    return data == NULL
+               ? 0
+               : qs_data_held_bytes(data) +
+                     (size_t)(data->n_sequences + 1) * (2 * sizeof(int64_t) + sizeof(uint32_t)) +
+                     (size_t)(data->n_docs + 1) * sizeof(int64_t);
 }
 
 static size_t batch_bytes(const qs_model_shape *shape)
@@ -74,8 +78,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     host[QS_MEM_BASE_SHARD] += fsdp.host_shard_bytes;
     host[QS_MEM_ACTIVATION] += model.host_activation_bytes;
     host[QS_MEM_WORK] += fsdp.embed_host_bytes;
-    host[QS_MEM_DATA] +=
-        index_bytes(train) + batch_bytes(shape) + (eval != NULL ? index_bytes(eval) : 0);
+    host[QS_MEM_DATA] += data_bytes(train) + batch_bytes(shape) + data_bytes(eval);
     if (s->apart) { /* the other side of the mirrors */
         host[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
         host[QS_MEM_DATA] += model.input_bytes;

@@ -232,7 +232,9 @@ static qs_status prepare(sampler *s)
                                 .recompute = QS_RECOMPUTE_FULL,
                                 .logit_rows = s->most,
                                 .head_chunk_rows = session->index->head_chunk_rows};
-    QS_TRY(qs_decode_table_read(&s->table, s->data->path));
+    if (rank == 0) { /* it prints */
+        QS_TRY(qs_decode_table_read(&s->table, s->data->path));
+    }
     QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
     QS_TRY(QS_ALLOC(&s->logits, s->count * session->index->config.vocab, QS_MEM_WORK));
     QS_TRY(read_eos(s));

@@ -3,7 +3,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include "base/cores.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
@@ -83,6 +85,16 @@ static void describe_rope(const qs_session *s)
     }
 }
 
+/* With --verbose: what the launcher has made of the request, by every rank. */
+static void describe_place(const qs_session *s)
+{
+    char host[256] = "";
+    (void)gethostname(host, sizeof host - 1);
+    qs_log_debug("on host %s: local rank %d of %d, %d cores%s, %d threads", host,
+                 qs_comm_local_rank(s->comm), qs_comm_local_nranks(s->comm), qs_cores_available(),
+                 qs_cores_bound() ? " (bound)" : "", s->threads);
+}
+
 static void describe(const qs_session *s)
 {
     qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), kernels %s",
@@ -107,6 +119,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
+    describe_place(s);
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
     return qs_shard_group_make(&s->shard, config, s->index, &options, s->device, comm);
 }
@@ -169,12 +182,26 @@ static qs_status read_adapter(qs_session *s, const char *path)
     return read_checkpoint(s, step_dir);
 }
 
+/* What rank 0 has read: the settings, the layout, the vector. */
+static qs_status share_adapter(qs_session *s)
+{
+    const bool reader = qs_comm_rank(s->comm) == 0;
+    QS_TRY(qs_comm_bcast(s->comm, &s->config.lora, sizeof s->config.lora, 0));
+    QS_TRY(qs_comm_bcast(s->comm, &s->layout, sizeof s->layout, 0));
+    const int64_t count = s->layout.n_layers * s->layout.per_layer;
+    qs_status st = reader ? QS_OK : QS_ALLOC(&s->adapter, count, QS_MEM_LORA);
+    QS_TRY(qs_comm_agree(s->comm, st));
+    return qs_comm_bcast(s->comm, s->adapter, (size_t)count * sizeof *s->adapter, 0);
+}
+
 qs_status qs_session_load_adapter(qs_session *s, const char *path)
 {
     if (path == NULL || path[0] == '\0') {
         return QS_OK;
     }
-    QS_TRY(qs_comm_agree(s->comm, read_adapter(s, path)));
+    const bool reader = qs_comm_rank(s->comm) == 0;
+    QS_TRY(qs_comm_agree(s->comm, reader ? read_adapter(s, path) : QS_OK));
+    QS_TRY(share_adapter(s));
     qs_log_info("%s: LoRA rank %d, scale %g, %lld weights", path, s->layout.lora_rank,
                 (double)s->layout.scale, (long long)qs_lora_count(&s->layout));
     return QS_OK;

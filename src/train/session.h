@@ -44,8 +44,8 @@ typedef struct {
 qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm);
 
 /** Load an adapter: a PEFT directory, a checkpoint step-N, or a run directory (its newest
- * checkpoint); its settings replace those of the configuration. NULL or "": base only.
- * Collective. */
+ * checkpoint); its settings replace those of the configuration. Rank 0 reads it, the others need
+ * not see it. NULL or "": base only. Collective. */
 qs_status qs_session_load_adapter(qs_session *s, const char *path);
 
 /** Start the communicator of the device, prepare the operations for `shape`, and make room for the

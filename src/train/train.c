@@ -125,25 +125,25 @@ static qs_status allocate(run *r)
     return qs_batches_create(&r->batches, r->shape.group, r->shape.max_tokens);
 }
 
-/* This rank's share of fresh LoRA weights: by counter, or from a PEFT directory. */
-static qs_status init_lora(run *r)
+/* This rank's share of a PEFT directory, which rank 0 reads layer by layer. */
+static qs_status init_from_adapter(run *r)
 {
     qs_status st = QS_OK;
     const qs_lora_layout *layout = &r->session.layout;
     const int64_t width = qs_lora_shard_width(layout, r->nranks);
     const qs_range mine = qs_lora_shard(layout, r->rank, r->nranks);
+    const size_t bytes = (size_t)layout->per_layer * sizeof(float);
     qs_peft *peft = NULL;
     float *segment = NULL;
-    if (r->cfg->lora.init[0] == '\0') {
-        for (int l = 0; l < layout->n_layers; l++) {
-            qs_lora_init(layout, (uint64_t)r->cfg->seed, l, mine, r->optim->master + l * width);
-        }
-        return QS_OK;
+    st = QS_ALLOC(&segment, layout->per_layer, QS_MEM_WORK);
+    if (st == QS_OK && r->rank == 0) {
+        st = qs_peft_open(&peft, r->cfg->lora.init, layout);
     }
-    QS_GOTO(QS_ALLOC(&segment, layout->per_layer, QS_MEM_WORK));
-    QS_GOTO(qs_peft_open(&peft, r->cfg->lora.init, layout));
+    QS_GOTO(qs_comm_agree(r->comm, st));
     for (int l = 0; l < layout->n_layers; l++) {
-        QS_GOTO(qs_peft_read_layer(peft, l, segment));
+        st = r->rank == 0 ? qs_peft_read_layer(peft, l, segment) : QS_OK;
+        QS_GOTO(qs_comm_agree(r->comm, st));
+        QS_GOTO(qs_comm_bcast(r->comm, segment, bytes, 0));
         memcpy(r->optim->master + l * width, segment + mine.begin,
                (size_t)(mine.end - mine.begin) * sizeof(float));
     }
@@ -153,11 +153,26 @@ done:
     return st;
 }
 
+/* This rank's share of fresh LoRA weights: by counter, or from a PEFT directory. Collective. */
+static qs_status init_lora(run *r)
+{
+    const qs_lora_layout *layout = &r->session.layout;
+    const int64_t width = qs_lora_shard_width(layout, r->nranks);
+    const qs_range mine = qs_lora_shard(layout, r->rank, r->nranks);
+    if (r->cfg->lora.init[0] != '\0') {
+        return init_from_adapter(r);
+    }
+    for (int l = 0; l < layout->n_layers; l++) {
+        qs_lora_init(layout, (uint64_t)r->cfg->seed, l, mine, r->optim->master + l * width);
+    }
+    return QS_OK;
+}
+
 /* --dry-run: an adapter to start from is opened and checked, not read. */
 static qs_status check_init(const run *r)
 {
     qs_peft *peft = NULL;
-    if (r->cfg->lora.init[0] == '\0') {
+    if (r->cfg->lora.init[0] == '\0' || r->rank != 0) {
         return QS_OK;
     }
     const qs_status st = qs_peft_open(&peft, r->cfg->lora.init, &r->session.layout);
@@ -167,8 +182,10 @@ static qs_status check_init(const run *r)
 
 static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
 {
-    qs_ckpt_meta meta = {
-        .step = r->step, .config_yaml = config_yaml, .tokens_seen = r->tokens_seen};
+    qs_ckpt_meta meta = {.step = r->step,
+                         .config_yaml = config_yaml,
+                         .tokens_seen = r->tokens_seen,
+                         .seen = &r->run_dir.seen};
     snprintf(meta.run_id, sizeof meta.run_id, "%s", r->run_dir.run_id);
     snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
     snprintf(meta.device, sizeof meta.device, "%s", qs_device_description(r->session.device));
@@ -193,7 +210,7 @@ static qs_status resume_or_init(run *r)
                                      r->cfg->output));
     }
     if (step < 0) {
-        QS_TRY(qs_comm_agree(r->comm, init_lora(r)));
+        QS_TRY(init_lora(r));
         return qs_optim_push(r->optim, r->session.queue);
     }
     yaml = qs_config_dump(r->cfg);

@@ -10,6 +10,7 @@
 #include "hf/hf_config.h"
 #include "quant/layout.h"
 #include "store/hash.h"
+#include "store/seen.h"
 
 typedef enum { QS_TENSOR_NF4, QS_TENSOR_RAW, QS_TENSOR_SMALL } qs_tensor_kind;
 
@@ -35,9 +36,10 @@ typedef struct {
     qs_base_tensor *tensors;
     /* where the datasets lie in the file; -1 if empty */
     int64_t packed_at, absmax8_at, absmax32_at, raw_at, small_at, hash_at;
+    int64_t small_from; /* where its small bytes begin in index->small */
 } qs_base_unit;
 
-/** The whole index; equal on all ranks. */
+/** The whole index; equal on all ranks, but for what `seen` says of this one. */
 typedef struct {
     char *path;
     char *config_text; /* config.json as given */
@@ -54,10 +56,13 @@ typedef struct {
     char *source_path;   /* where the checkpoint was, as given to qshard quantize */
     char *quantizer;     /* program and version that wrote the file */
     int64_t zero_blocks; /* all-zero NF4 blocks found while quantizing */
+    qs_seen seen;        /* which ranks can read the file */
+    uint8_t *small;      /* the small bytes of all units, where not every rank can; else NULL */
 } qs_base_index;
 
-/** Open FILE and read its index: rank 0 opens and verifies, the others are told. Collective.
- * Caller frees with qs_base_index_free. */
+/** Open FILE and read its index: the lowest rank that sees the file opens and verifies it, the
+ * others are told. QS_ERR_DISAGREE where another host has another file of this name. Collective.
+ * `comm` must outlive the index. Caller frees with qs_base_index_free. */
 qs_status qs_base_index_read(qs_base_index **out, const char *path, qs_comm *comm);
 void qs_base_index_free(qs_base_index *index);
 
@@ -81,7 +86,14 @@ qs_weight qs_base_weight(const qs_base_index *index, const qs_base_tensor *tenso
 qs_status qs_base_read_share(const qs_base_index *index, int fd, int u, int rank, int nranks,
                              uint8_t *message, uint64_t *bytes_read);
 
-/** Read the small bytes of a unit and verify them. \param [out] small [small_bytes]. */
+/** The same for a rank that may not see the file (index->seen): its server reads the share, the
+ * verifying is this rank's. Collective over index->seen.comm, unless qs_seen_by_all: all ranks ask
+ * for a share at the same time. An error is this rank's alone if it comes from the verifying. */
+qs_status qs_base_fetch_share(const qs_base_index *index, int fd, int u, int rank, int nranks,
+                              uint8_t *message, uint64_t *bytes_read);
+
+/** Read the small bytes of a unit, from index->small where that is, and verify them. \param [out]
+ * small [small_bytes]. */
 qs_status qs_base_read_small(const qs_base_index *index, int fd, const qs_base_unit *unit,
                              uint8_t *small);
 

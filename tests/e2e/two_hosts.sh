@@ -8,17 +8,21 @@
 #   two_hosts.sh agent ...     what mpirun starts instead of ssh: runs the rest in the namespace of the host it is given
 #
 # Needs root and iproute2. QSHARD_HOSTS_TAG tells several pairs apart. QSHARD_HOSTS_MAP=slot makes neighbours of the ranks of
-# a host, as most launchers do; by default (node) they take turns.
+# a host, as most launchers do; by default (node) they take turns. QSHARD_MOUNTS_h1 and QSHARD_MOUNTS_h2 give a host files of its
+# own: "DIR=TARGET DIR=TARGET ..." puts the folder DIR where the host sees TARGET.
 set -euo pipefail
 tag=${QSHARD_HOSTS_TAG:-qsh}
+export QSHARD_HOSTS_OUTSIDE=${QSHARD_HOSTS_OUTSIDE:-$$} # a process that sees no host's mounts: h2 is entered from within h1
 export QSHARD_HOSTS_TAG=$tag OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 here=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 
-inside() { # inside HOST CMD...: in its network, under its name
-    local host=$1
+inside() { # inside HOST CMD...: in its network, under its name, with its mounts
+    local host=$1 mounts=QSHARD_MOUNTS_$1
     shift
     # shellcheck disable=SC2016 # the inner shell expands
-    nsenter --net="/run/netns/$tag-$host" unshare --uts sh -c 'hostname "$1"; shift; exec "$@"' sh "$host" "$@"
+    nsenter --mount="/proc/$QSHARD_HOSTS_OUTSIDE/ns/mnt" --net="/run/netns/$tag-$host" --wd="$PWD" unshare --uts --mount --propagation private sh -ec \
+        'hostname "$1"; for pair in $2; do mount --bind "${pair%%=*}" "${pair#*=}"; done; shift 2; exec "$@"' \
+        sh "$host" "${!mounts:-}" "$@"
 }
 
 case ${1:-} in

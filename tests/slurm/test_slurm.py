@@ -1,0 +1,247 @@
+"""The batch templates of slurm/ under a real Slurm: two nodes on this machine, started here (cluster.sh)."""
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.join(ROOT, "tests", "e2e"))
+import support  # noqa: E402
+
+CLUSTER = os.path.join(ROOT, "tests", "slurm", "cluster.sh")
+PATIENCE_S = 100 * int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))
+STEPS = 20
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+USR1_BIT = 1 << (signal.SIGUSR1 - 1)
+
+
+def reason_to_skip():
+    probe = subprocess.run([CLUSTER, "check"], capture_output=True, text=True)
+    return None if probe.returncode == 0 else (probe.stdout + probe.stderr).strip()
+
+
+SKIP = reason_to_skip()
+
+
+def wait_for(what, condition):
+    """The first value of condition() that is true."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {PATIENCE_S} s")
+
+
+def process(pid, name):
+    """A file of /proc of a process, "" where it is gone."""
+    try:
+        with open(f"/proc/{pid}/{name}", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+@unittest.skipIf(SKIP is not None, SKIP)
+class Slurm(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch("qshard-slurm-")
+        cls.cluster = os.path.join(cls.folder, "cluster")
+        cls.addClassCleanup(subprocess.run, [CLUSTER, "down", cls.cluster], check=False)
+        up = subprocess.run([CLUSTER, "up", cls.cluster], capture_output=True, text=True, timeout=120)
+        if up.returncode != 0:
+            raise unittest.SkipTest("Slurm does not start here: " + (up.stdout + up.stderr).strip())
+        shutil.copy(support.TINY_YAML, os.path.join(cls.folder, "run.yaml"))
+        cls.alone = os.path.join(cls.folder, "alone")
+        support.train(cls.alone, train__steps=STEPS)
+        cls.curve = support.curve(cls.alone)
+
+    # ---- a job ----
+
+    def slurm(self, *words, **more):
+        env = support.environment(1, QSHARD=support.QSHARD, **more)
+        env.pop("OMP_NUM_THREADS")  # the templates say it
+        done = subprocess.run([CLUSTER, "run", self.cluster, *words], cwd=self.folder, env=env, capture_output=True,
+                              text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S)
+        self.assertEqual(done.returncode, 0, f"{words}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def submit(self, template, output, options=(), words=(), nodes=2, steps=STEPS, **more):
+        """sbatch of a template of slurm/; returns (job, log file)."""
+        job = self.slurm("sbatch", "--parsable", f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--cpus-per-task=1",
+                         *options, os.path.join(ROOT, "slurm", f"{template}.sbatch"), "run.yaml",
+                         *support.settings(support.tiny(), os.path.join(self.folder, output), train__steps=steps), *words,
+                         **more).strip()
+        name = "qshard-scaling" if template == "scaling" else "qshard"
+        return job, os.path.join(self.folder, f"{name}_{job}.log")
+
+    def field(self, job, name):
+        return re.search(rf"\b{name}=(\S+)", self.slurm("scontrol", "show", "job", "-o", job))[1]
+
+    def end_of(self, job):
+        """(state, exit code of the script) once the job is over."""
+        state = wait_for(f"the end of job {job}", lambda: self.field(job, "JobState") in OVER and self.field(job, "JobState"))
+        return state, self.field(job, "ExitCode")
+
+    def text(self, log):
+        wait_for(log, lambda: os.path.exists(log))
+        with open(log, encoding="utf-8") as file:
+            return file.read()
+
+    def completes(self, job, log):
+        self.assertEqual(self.end_of(job), ("COMPLETED", "0:0"), self.text(log))
+
+    def ranks(self, job):
+        """Pids of the job's ranks on both nodes."""
+        pids = subprocess.run([CLUSTER, "pids", self.cluster], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in pids if process(pid, "comm").strip() == "qshard" and
+                f"\0SLURM_JOB_ID={job}\0" in "\0" + process(pid, "environ")]
+
+    def after_step(self, job, output, steps=3):
+        """The ranks of the job once it has done some steps, stopped where they are, so that no test depends on speed."""
+        path = os.path.join(self.folder, output, "metrics.jsonl")
+
+        def started():
+            self.assertNotIn(self.field(job, "JobState"), OVER)
+            return os.path.exists(path) and len(support.metrics(os.path.dirname(path))) >= steps
+
+        wait_for(f"step {steps} of job {job}", started)
+        pids = self.ranks(job)
+        self.assertEqual(len(pids), 2)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        return pids
+
+    def go_on(self, pids):
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+
+    def same_as_alone(self, output):
+        output = os.path.join(self.folder, output)
+        self.assertEqual(support.curve(output), self.curve)
+        self.assertEqual(support.adapter_digest(output), support.adapter_digest(self.alone))
+
+    # ---- tests ----
+
+    def test_all_templates_give_the_bits_of_one_rank(self):
+        support.train(os.path.join(self.folder, "mpirun"), ranks=2, train__steps=STEPS)
+        self.same_as_alone("mpirun")
+        started = [(name, *self.submit(name, name, nodes=nodes, words=["--verbose"]))
+                   for name, nodes in (("single_node", 1), ("multi_node", 2), ("multi_node_mpirun", 2))]
+        for name, job, log in started:
+            with self.subTest(template=name):
+                self.completes(job, log)
+                self.same_as_alone(name)
+                text = self.text(log)
+                self.assertIn("ended with exit code 0", text)
+                self.assertNotIn("requeue", text)
+                # What the launcher has made of the request: who is where, and with how many threads.
+                places = re.findall(r"on host (\w+): local rank (\d) of (\d), (\d+) cores.*, (\d+) threads", text)
+                hosts = {"single_node": [("0", "2"), ("1", "2")]}.get(name, [("0", "1")] * 2)
+                self.assertEqual(sorted(place[1:3] for place in places), hosts, text)
+                self.assertEqual(len({place[0] for place in places}), 1 if name == "single_node" else 2, text)
+                self.assertEqual({place[4] for place in places}, {"1"}, text)
+
+    def test_threads_follow_the_launcher(self):
+        """cpus-per-task becomes threads of a rank, under srun and under mpirun."""
+        for name in ("multi_node", "multi_node_mpirun"):
+            job, log = self.submit(name, f"threads-{name}", options=["--cpus-per-task=2"], words=["--verbose"], steps=2)
+            self.completes(job, log)
+            self.assertEqual(re.findall(r"local rank 0 of 1, .*, (\d+) threads", self.text(log)), ["2", "2"], self.text(log))
+
+    def test_usr1_before_the_limit_saves_requeues_and_resumes(self):
+        """Both ways to start at once: Slurm sends the signal at its own time, up to 30 s after the job could get it."""
+        names = ("multi_node", "multi_node_mpirun")
+        jobs = {}
+        for name in names:
+            batch = "B:" if name.endswith("mpirun") else ""
+            jobs[name] = self.submit(name, f"limit-{name}", options=["--time=1", f"--signal={batch}USR1@55"])
+        stopped = {name: self.after_step(jobs[name][0], f"limit-{name}") for name in names}
+        for name in names:
+            if name.endswith("mpirun"):
+                wait_for("USR1 in the script", lambda: "USR1: save and stop" in self.text(jobs[name][1]))
+            else:  # pending while the rank is stopped; Slurm may send CONT as well
+                wait_for("USR1 at the ranks", lambda: all(
+                    int(re.search(r"ShdPnd:\s*(\w+)", process(pid, "status") or "ShdPnd: ffff")[1], 16) & USR1_BIT or
+                    "saved; requeue" in self.text(jobs[name][1]) for pid in stopped[name]))
+            self.go_on(stopped[name])
+        for name in names:
+            with self.subTest(template=name):
+                job, log = jobs[name]
+                self.completes(job, log)
+                text = self.text(log)
+                self.assertEqual(self.field(job, "Restarts"), "1", text)
+                self.assertEqual((text.count("saved; requeue"), text.count("resuming after step")), (1, 1), text)
+                self.assertNotIn("error[", text)
+                self.same_as_alone(f"limit-{name}")
+
+    def test_scancel(self):
+        """Ends the job and its ranks; what was saved goes on under another launcher."""
+        job, log = self.submit("multi_node", "cancelled", words=["--set", "train.save_every=2"])
+        pids = self.after_step(job, "cancelled")
+        self.slurm("scancel", job)
+        self.go_on(pids)
+        self.assertEqual(self.end_of(job)[0], "CANCELLED")
+        wait_for("the end of the ranks", lambda: not self.ranks(job))
+        self.assertNotIn("saved; requeue", self.text(log))
+        done = support.train(os.path.join(self.folder, "cancelled"), ranks=3, train__steps=STEPS, train__save_every=2,
+                             options=["--takeover"])
+        self.assertIn("resuming after step", done.stderr)
+        self.same_as_alone("cancelled")
+
+    def test_a_failing_job_says_why_and_is_not_requeued(self):
+        for name in ("single_node", "multi_node", "multi_node_mpirun"):
+            with self.subTest(template=name):
+                job, log = self.submit(name, f"failing-{name}", nodes=1 if name == "single_node" else 2,
+                                       words=["--set", "train.micro_batch=0"])
+                self.assertEqual(self.end_of(job), ("FAILED", "2:0"), self.text(log))
+                text = self.text(log)
+                self.assertEqual(len(re.findall(r"^error\[E202\] .*micro_batch", text, re.M)), 1, text)
+                self.assertEqual(text.count("error[E"), 1, text)
+                self.assertNotIn("requeue", text)
+                self.assertEqual(self.field(job, "Restarts"), "0")
+
+    def test_a_killed_rank_ends_the_job(self):
+        job, log = self.submit("multi_node", "killed", words=["--set", "train.save_every=2"])
+        pids = self.after_step(job, "killed")
+        os.kill(pids[0], signal.SIGKILL)
+        self.go_on(pids)
+        self.assertEqual(self.end_of(job)[0], "FAILED", self.text(log))
+        self.assertNotIn("saved; requeue", self.text(log))
+        wait_for("the end of the ranks", lambda: not self.ranks(job))
+        again = self.submit("multi_node", "killed", words=["--set", "train.save_every=2", "--takeover"])
+        self.completes(*again)
+        self.same_as_alone("killed")
+
+    def test_scaling(self):
+        """One run on one and two nodes: a line each, with the same loss."""
+        job, log = self.submit("scaling", "unused", options=["--array=0-1", "--ntasks-per-node=1"], NODES="1 2",
+                               STEPS=str(STEPS), TABLE="table.csv")
+        logs = [log.replace(".log", f"_{element}.log") for element in range(2)]
+        wait_for("the end of the array", lambda: self.slurm("squeue", "-h", "-j", job) == "")
+        for element, path in enumerate(logs):
+            self.assertIn("done: the line is in", self.text(path))
+            self.assertNotIn("given back", self.text(path))
+            self.assertEqual(self.field(f"{job}_{element}", "NumNodes"), str(element + 1))
+        with open(os.path.join(self.folder, "table.csv"), encoding="utf-8") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: int(row["nodes"]))
+        self.assertEqual([(row["nodes"], row["ranks"]) for row in rows], [("1", "1"), ("2", "2")])
+        losses = [line["loss"] for line in support.metrics(self.alone) if "loss" in line]
+        for row in rows:
+            self.assertEqual(float(row["loss"]), losses[-1])
+            self.assertGreater(float(row["step_time_s"]), 0)
+            self.assertGreater(float(row["tokens_per_s"]), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
