@@ -344,18 +344,33 @@ static void start_table(const place *p)
     qs_bench_report_table(r, "sizes", columns, (int)(sizeof columns / sizeof *columns));
 }
 
+static int64_t first_size(const qs_bench_options *o)
+{
+    return o->begin_bytes > 0 ? o->begin_bytes : BEGIN_BYTES;
+}
+
+static int64_t last_size(const qs_bench_options *o)
+{
+    const int64_t begin = first_size(o);
+    const int64_t usual = begin > END_BYTES ? begin : END_BYTES;
+    return o->end_bytes > 0 ? o->end_bytes : usual;
+}
+
+static qs_status check_sizes(const qs_bench_options *o)
+{
+    return first_size(o) <= last_size(o)
+               ? QS_OK
+               : QS_FAIL(QS_ERR_USAGE,
+                         "--begin-bytes: %" PRId64 " is more than --end-bytes %" PRId64,
+                         first_size(o), last_size(o));
+}
+
 static qs_status measure_all(place *p)
 {
     const qs_bench_options *o = p->job->options;
     const collective_kind *kind = o->kind == QS_BENCH_GATHER ? &gather_kind : &reduce_kind;
-    const int64_t begin = o->begin_bytes > 0 ? o->begin_bytes : BEGIN_BYTES;
-    const int64_t usual = begin > END_BYTES ? begin : END_BYTES;
-    const int64_t end = o->end_bytes > 0 ? o->end_bytes : usual;
+    const int64_t begin = first_size(o), end = last_size(o);
     const int64_t factor = o->factor > 0 ? o->factor : FACTOR;
-    if (begin > end) {
-        return QS_FAIL(QS_ERR_USAGE, "--begin-bytes: %" PRId64 " is more than --end-bytes %" PRId64,
-                       begin, end);
-    }
     start_table(p);
     for (int64_t bytes = begin; bytes <= end; bytes *= factor) {
         QS_TRY(measure_size(p, kind, bytes));
@@ -369,6 +384,7 @@ static qs_status measure_all(place *p)
 qs_status qs_bench_collectives(qs_bench_job *job)
 {
     place p = {.job = job};
+    QS_TRY(qs_comm_agree(job->world, check_sizes(job->options)));
     qs_status st = open_place(&p);
     st = st == QS_OK ? measure_all(&p) : st;
     close_place(&p);

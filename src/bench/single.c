@@ -221,7 +221,7 @@ static void start_table(bench_run *r)
     qs_bench_report *report = r->job->report;
     qs_bench_report_number(report, "bounds", "copy GB/s", r->b.copy_rate * 1e-9);
     qs_bench_report_number(report, "bounds", "products GFLOP/s", r->b.matmul_rate * 1e-9);
-    qs_bench_report_text(report, "bounds", "products by", qs_bench_matmul_name(&r->b));
+    qs_bench_report_text(report, "bounds", "products by", r->b.matmul_name);
     qs_bench_report_note(report, "time: median of the batches; error: against fp64, over the "
                                  "largest magnitude of a row");
     qs_bench_report_table(report, "operations", columns, (int)(sizeof columns / sizeof *columns));

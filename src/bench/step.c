@@ -274,6 +274,7 @@ static qs_status measure_processor(bench_step *b)
     qs_bench bench = {0};
     const qs_ops_limits limits = qs_bench_least_limits(s->threads);
     qs_status st = qs_bench_open(&bench, s->backend.plugin, s->device, s->ops, s->threads, false);
+    bench.sharers = qs_comm_local_nranks(s->comm);
     st = st == QS_OK ? qs_bench_open_ops(&bench, &limits) : st;
     QS_TRY(qs_comm_agree(s->comm, st));
     st = qs_bench_bounds(&bench);

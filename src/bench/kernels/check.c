@@ -75,6 +75,12 @@ static qs_status fetch_weight(qs_bench *b, float **out, const qs_unit_view *view
 
 /* ---- judging ---- */
 
+/* The larger one; a NaN stays. */
+static double worse(double a, double b)
+{
+    return isnan(a) || isnan(b) ? NAN : a > b ? a : b;
+}
+
 /* One row; limit[i] is what the difference may be. */
 static void judge(qs_bench_check *c, const float *got, const double *want, const double *limit,
                   int64_t count)
@@ -82,13 +88,12 @@ static void judge(qs_bench_check *c, const float *got, const double *want, const
     double largest = 0, difference = 0;
     for (int64_t i = 0; i < count; i++) {
         const double d = fabs((double)got[i] - want[i]);
-        largest = fabs(want[i]) > largest ? fabs(want[i]) : largest;
-        difference = d > difference || !(d <= difference) ? d : difference; /* NaN stays */
+        largest = worse(largest, fabs(want[i]));
+        difference = worse(difference, d);
         c->wrong += !(d <= limit[i]);
     }
     c->checked += count;
-    const double error = difference / (largest > 0 ? largest : 1);
-    c->error = error > c->error || !(error <= c->error) ? error : c->error;
+    c->error = worse(c->error, difference / (largest > 0 ? largest : 1));
 }
 
 /* The same with one limit, a share of the row's largest magnitude. */
@@ -97,7 +102,7 @@ static void judge_row(qs_bench_check *c, const float *got, const double *want, d
 {
     double largest = 1e-3; /* a row of zeros has rounding errors, too */
     for (int64_t i = 0; i < count; i++) {
-        largest = fabs(want[i]) > largest ? fabs(want[i]) : largest;
+        largest = worse(largest, fabs(want[i]));
     }
     for (int64_t i = 0; i < count; i++) {
         limit[i] = share * largest;
@@ -205,8 +210,8 @@ static void compare_exactly(qs_bench_check *c, float got, float want, double *di
     const double d = fabs((double)got - (double)want);
     c->wrong += !(d == 0);
     c->checked++;
-    *difference = d > *difference || !(d <= *difference) ? d : *difference;
-    *largest = fabs((double)want) > *largest ? fabs((double)want) : *largest;
+    *difference = worse(*difference, d);
+    *largest = worse(*largest, fabs((double)want));
 }
 
 /* y = x W^T with x = unit vectors: columns of W, which bf16 holds exactly. */

@@ -16,6 +16,7 @@ qs_status qs_bench_open(qs_bench *b, const qs_plugin *plugin, qs_device *device,
                     .ops = ops,
                     .small = small,
                     .batches = BATCHES,
+                    .sharers = 1,
                     .random = 88172645463325252U};
     return qs_queue_create_on(device, &b->queue, threads);
 }

@@ -19,11 +19,13 @@ typedef struct {
     const qs_ops *ops;
     qs_queue *queue;
     bool ops_open;
-    bool small;         /* tiny shapes, one call a batch: to try the program itself */
-    int batches;        /* timed per figure */
-    double copy_rate;   /* B/s of a copy inside the device's memory, read + written */
-    double matmul_rate; /* FLOP/s: see qs_bench_bounds */
-    uint64_t random;    /* state of the generator */
+    bool small;           /* tiny shapes, one call a batch: to try the program itself */
+    int batches;          /* timed per figure */
+    int sharers;          /* ranks of this host that measure at the same time */
+    double copy_rate;     /* B/s of a copy inside the device's memory, read + written */
+    double matmul_rate;   /* FLOP/s: see qs_bench_bounds */
+    char matmul_name[32]; /* what it was measured by: "bf16 8192^3" */
+    uint64_t random;      /* state of the generator */
     void *taken[QS_BENCH_BUFFERS_MAX];
     int n_taken;
 } qs_bench;
@@ -50,12 +52,10 @@ qs_status qs_bench_open_ops(qs_bench *b, const qs_ops_limits *limits);
 void qs_bench_close(qs_bench *b);
 
 /** Measure the two bounds; the operations must be open. On a GPU a copy of 1 GiB in device memory
- * and a product of 8192^3 in bf16; on the CPU a copy of 256 MiB, and fused multiply-adds of the
- * register tile on operands in the L1 cache, both on all threads of the queue at once. */
+ * and a product of 8192^3 in bf16; on the CPU a copy of 256 MiB over all sharers, and fused
+ * multiply-adds of the register tile on operands in the L1 cache, both on all threads of the queue
+ * at once. */
 qs_status qs_bench_bounds(qs_bench *b);
-
-/** What qs_bench_bounds measured the products by, for a heading: "bf16 8192^3". */
-const char *qs_bench_matmul_name(const qs_bench *b);
 
 /** Time `call` in b->batches batches, each long enough for the clock. */
 qs_status qs_bench_time(qs_bench *b, qs_bench_call call, void *ctx, qs_bench_times *out);
