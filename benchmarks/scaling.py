@@ -129,7 +129,7 @@ def forecast(ranks, group, cost, options):
     seconds = {}
     for name, (count, size) in sent.items():
         seconds[name] = count * cost[1] * 1e-3 + size / (options.gbps * 1e9)
-    agreements = 12  # calls of a step with one pass, as counted
+    agreements = 6  # calls of a step with one pass and one micro-batch, as counted
     seconds["agreement"] = agreements * math.ceil(math.log2(ranks)) * options.latency_us * 1e-6
     return sent, seconds
 
