@@ -7,12 +7,14 @@
  * each input read once and each output written once; operations are 2 per multiply-add, the causal
  * half only for attention. Inputs are random: zeros run faster. The last rows add the operations of
  * a step up, which is what a step would take without gathers, launch gaps and the host: the
- * distance to the real step (qshard train) is what those cost. */
+ * distance to the real step (qshard bench step) is what those cost. The four that cost most are
+ * also measured by `qshard bench`, on any backend, with their results checked; this program needs
+ * neither MPI nor HDF5. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "bench_device.h"
-#include "quant/nf4.h"
+#include "bench/kernels/cases.h"
 
 enum { N_LINEARS = 7, TOKENS_MAX = 8, NAME_BYTES = 64 };
 
@@ -30,29 +32,21 @@ typedef struct {
 } layer_times;
 
 typedef struct {
-    bench *b;
+    qs_bench b;
+    FILE *csv; /* NULL: none */
     model_shape s;
     int64_t tokens;
-    /* the layer's unit */
-    qs_unit_view unit;
-    qs_weight w[N_LINEARS];
-    qs_lora lora[N_LINEARS];
+    qs_bench_unit unit;  /* the layer's */
     double unit_seconds; /* to open it */
     layer_times times;
 } state;
 
-/* What a call needs; every case fills what it uses. */
+/* What a call of the small operations needs; every case fills what it uses. */
 typedef struct {
-    state *st;
-    int i;
-    qs_mat x, y, z, u, v, dx, xa, work;
+    const state *st;
+    qs_mat x, y, z, u, v, dx;
     void *a, *c, *d, *e, *f;
     int64_t count;
-    qs_attention_shape attention;
-    qs_head_state head;
-    qs_unit_view unit;
-    qs_weight w;
-    bool plain;
 } op_case;
 
 static const char *const linear_names[N_LINEARS] = {"q", "k", "v", "o", "gate", "up", "down"};
@@ -65,81 +59,50 @@ static void linear_shape(const model_shape *s, int i, int64_t *out, int64_t *in)
     *in = i == 3 ? q : i == 6 ? s->ffn : s->hidden;
 }
 
-/* ---- a layer of NF4 weights with adapters ---- */
-
-static qs_status make_layer(state *st)
+/* Time `call` and print a row. `amount`: the bytes that it must move or the operations that it must
+ * do. The seconds also go to *seconds, if not NULL. */
+static qs_status row(state *st, const char *name, const char *shape, qs_bench_bound bound,
+                     double amount, qs_bench_call call, void *ctx, double *seconds)
 {
-    bench *b = st->b;
-    int64_t quanta = 0;
-    void *bytes = NULL, *map = NULL;
-    QS_TRY(bench_upload(b, &map, qs_dynamic_map, 256 * sizeof(float)));
-    for (int i = 0; i < N_LINEARS; i++) {
-        int64_t out, in;
-        linear_shape(&st->s, i, &out, &in);
-        st->w[i] = (qs_weight){QS_WEIGHT_NF4, out, in, quanta, QS_BF16, map, 0.02F};
-        quanta += qs_nf4_quanta(out * in);
-        void *a = NULL, *bb = NULL;
-        QS_TRY(bench_random(b, &a, b->ops->act_dtype, st->s.lora_rank * in));
-        QS_TRY(bench_random(b, &bb, b->ops->act_dtype, st->s.lora_rank * out));
-        st->lora[i] = (qs_lora){.a = a, .b = bb, .rank = st->s.lora_rank, .scale = 2.0F};
+    qs_bench_times times;
+    QS_TRY(qs_bench_time(&st->b, call, ctx, &times));
+    const bool copies = bound == QS_BENCH_COPY;
+    const double rate = amount / times.median;
+    const double ceiling = copies ? st->b.copy_rate : st->b.matmul_rate;
+    const double figure = rate * (copies ? 1e-9 : 1e-12);
+    const char *unit = copies ? "GB/s" : "TFLOP/s", *of = copies ? "copy" : "matmul";
+    const double share = ceiling > 0 ? 100 * rate / ceiling : 0;
+    printf("%-22s %-30s %10.4f ms %9.2f %-7s %6.1f %% of %s\n", name, shape, times.median * 1e3,
+           figure, unit, share, of);
+    if (st->csv != NULL) {
+        (void)fprintf(st->csv, "%s,%s,%.6f,%.4f,%s,%.2f,%s\n", name, shape, times.median * 1e3,
+                      figure, unit, share, of);
     }
-    const qs_unit_size size = {quanta, 0, 1, QS_BF16, 256, 1};
-    st->unit = (qs_unit_view){.layout = qs_unit_layout_make(&size, 1)};
-    const qs_unit_layout *layout = &st->unit.layout;
-    QS_TRY(bench_random(b, &bytes, QS_U8, (int64_t)layout->message_bytes));
-    /* The second level must be numbers: random bytes are not. */
-    float *absmax32 = malloc((size_t)quanta * sizeof *absmax32);
-    if (absmax32 == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "no memory for %lld floats", (long long)quanta);
+    (void)fflush(stdout);
+    if (seconds != NULL) {
+        *seconds = times.median;
     }
-    for (int64_t i = 0; i < quanta; i++) {
-        absmax32[i] = 0.01F;
-    }
-    qs_status status = qs_queue_copy(b->queue, (char *)bytes + layout->absmax32_at, absmax32,
-                                     (size_t)quanta * sizeof *absmax32);
-    status = status == QS_OK ? qs_queue_wait(b->queue) : status;
-    free(absmax32);
-    st->unit.base = bytes;
-    return status;
+    return QS_OK;
 }
-
-static qs_status open_unit(bench *b, void *ctx)
-{
-    const op_case *c = ctx;
-    state *st = c->st;
-    return b->ops->unit_open(b->queue, &st->unit, st->w, c->plain ? NULL : st->lora, N_LINEARS);
-}
-
-static double layer_weights(const state *st)
-{
-    double sum = 0;
-    for (int i = 0; i < N_LINEARS; i++) {
-        sum += (double)st->w[i].out * (double)st->w[i].in;
-    }
-    return sum;
-}
-
-static const double NF4_BYTES = 0.5 + 1.0 / 64 + 4.0 / 16384;
 
 static qs_status bench_decode(state *st)
 {
     char shape[NAME_BYTES];
-    op_case c = {.st = st};
-    const double bytes = layer_weights(st) * (NF4_BYTES + 2);
-    (void)snprintf(shape, sizeof shape, "%.1f M weights of a layer", layer_weights(st) * 1e-6);
-    return bench_row(st->b, "unit_open", shape, BENCH_COPY, bytes, open_unit, &c,
-                     &st->unit_seconds);
+    (void)snprintf(shape, sizeof shape, "%.1f M weights of a layer",
+                   qs_bench_unit_weights(&st->unit) * 1e-6);
+    return row(st, "unit_open", shape, QS_BENCH_COPY, qs_bench_unit_decode_bytes(&st->b, &st->unit),
+               qs_bench_unit_open, &st->unit, &st->unit_seconds);
 }
 
 /* ---- quantize ---- */
 
-static qs_status quantize_blocks(bench *b, void *ctx)
+static qs_status quantize_blocks(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->nf4_quantize_blocks(b->queue, c->x.data, c->x.dtype, c->count, c->a, c->c, c->d);
 }
 
-static qs_status quantize_absmax(bench *b, void *ctx)
+static qs_status quantize_absmax(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->nf4_quantize_absmax(b->queue, c->c, c->count / QS_NF4_BLOCK, 0.5F, c->e, c->f);
@@ -147,230 +110,123 @@ static qs_status quantize_absmax(bench *b, void *ctx)
 
 static qs_status bench_quantize(state *st)
 {
-    bench *b = st->b;
+    qs_bench *b = &st->b;
     op_case c = {.st = st, .count = st->s.ffn * st->s.hidden};
     const int64_t blocks = c.count / QS_NF4_BLOCK;
     char shape[NAME_BYTES];
-    QS_TRY(bench_mat(b, &c.x, st->s.ffn, st->s.hidden, 0));
-    QS_TRY(bench_zeros(b, &c.a, (size_t)c.count / 2));
-    QS_TRY(bench_zeros(b, &c.c, (size_t)blocks * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.d, sizeof(int64_t)));
-    QS_TRY(bench_zeros(b, &c.e, (size_t)blocks));
-    QS_TRY(bench_zeros(b, &c.f, (size_t)qs_nf4_quanta(c.count) * sizeof(float)));
+    QS_TRY(qs_bench_mat(b, &c.x, st->s.ffn, st->s.hidden, 0));
+    QS_TRY(qs_bench_zeros(b, &c.a, (size_t)c.count / 2));
+    QS_TRY(qs_bench_zeros(b, &c.c, (size_t)blocks * sizeof(float)));
+    QS_TRY(qs_bench_zeros(b, &c.d, sizeof(int64_t)));
+    QS_TRY(qs_bench_zeros(b, &c.e, (size_t)blocks));
+    QS_TRY(qs_bench_zeros(b, &c.f, (size_t)qs_nf4_quanta(c.count) * sizeof(float)));
     (void)snprintf(shape, sizeof shape, "%lld x %lld", (long long)st->s.ffn,
                    (long long)st->s.hidden);
-    QS_TRY(bench_row(b, "nf4_quantize_blocks", shape, BENCH_COPY,
-                     (double)c.count * (2 + 0.5 + 4.0 / 64), quantize_blocks, &c, NULL));
-    return bench_row(b, "nf4_quantize_absmax", shape, BENCH_COPY, (double)blocks * (4 + 1),
-                     quantize_absmax, &c, NULL);
+    QS_TRY(row(st, "nf4_quantize_blocks", shape, QS_BENCH_COPY,
+               (double)c.count * (2 + 0.5 + 4.0 / 64), quantize_blocks, &c, NULL));
+    return row(st, "nf4_quantize_absmax", shape, QS_BENCH_COPY, (double)blocks * (4 + 1),
+               quantize_absmax, &c, NULL);
 }
 
 /* ---- linears ---- */
 
-static qs_status linear_forward(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    return b->ops->linear_lora_forward(b->queue, &c->st->unit, &c->st->w[c->i], NULL, NULL,
-                                       &c->st->lora[c->i], &c->x, &c->xa, &c->y);
-}
-
-static qs_status linear_backward(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    return b->ops->linear_lora_backward(b->queue, &c->st->unit, &c->st->w[c->i], &c->st->lora[c->i],
-                                        &c->x, &c->xa, &c->y, &c->work, c->a, c->c, &c->dx, false);
-}
-
-static qs_status plain_forward(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    return b->ops->linear_forward(b->queue, &c->st->unit, &c->st->w[c->i], NULL, &c->x, &c->y);
-}
-
 /* FLOPs: the frozen product 2 out in T either way; LoRA's 2 r (in + out) T forward, 4 backward. */
 static qs_status bench_linear(state *st, int i)
 {
-    bench *b = st->b;
-    const int64_t rank = st->s.lora_rank, border = b->ops->border(st->s.lora_rank);
-    const qs_weight *w = &st->w[i];
-    op_case c = {.st = st, .i = i};
+    qs_bench_linear l;
     char shape[NAME_BYTES], name[NAME_BYTES];
-    QS_TRY(bench_mat(b, &c.x, st->tokens, w->in, border));
-    QS_TRY(bench_mat(b, &c.y, st->tokens, w->out, border));
-    QS_TRY(bench_mat(b, &c.dx, st->tokens, w->in, border));
-    QS_TRY(bench_mat(b, &c.xa, st->tokens, rank, 0));
-    QS_TRY(bench_mat(b, &c.work, st->tokens, rank, 0));
-    QS_TRY(bench_zeros(b, &c.a, (size_t)(rank * w->in) * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.c, (size_t)(rank * w->out) * sizeof(float)));
-    const double frozen = 2.0 * (double)st->tokens * (double)w->out * (double)w->in;
-    const double lora = 2.0 * (double)st->tokens * (double)rank * (double)(w->in + w->out);
+    QS_TRY(qs_bench_linear_make(&st->b, &l, &st->unit, i, st->tokens));
+    const double frozen = qs_bench_linear_flops(&l), lora = qs_bench_lora_flops(&l);
     (void)snprintf(shape, sizeof shape, "T %lld, %lld x %lld", (long long)st->tokens,
-                   (long long)w->out, (long long)w->in);
+                   (long long)l.w->out, (long long)l.w->in);
     if (i == 0 || i == 1 || i == 4 || i == 6) { /* the product alone, once a shape */
         (void)snprintf(name, sizeof name, "linear %s", linear_names[i]);
-        QS_TRY(bench_row(b, name, shape, BENCH_MATMUL, frozen, plain_forward, &c, NULL));
+        QS_TRY(row(st, name, shape, QS_BENCH_MATMUL, frozen, qs_bench_linear_forward, &l, NULL));
     }
     (void)snprintf(name, sizeof name, "lora fwd %s", linear_names[i]);
-    QS_TRY(bench_row(b, name, shape, BENCH_MATMUL, frozen + lora, linear_forward, &c,
-                     &st->times.linear[i][0]));
+    QS_TRY(row(st, name, shape, QS_BENCH_MATMUL, frozen + lora, qs_bench_lora_forward, &l,
+               &st->times.linear[i][0]));
     (void)snprintf(name, sizeof name, "lora bwd %s", linear_names[i]);
-    return bench_row(b, name, shape, BENCH_MATMUL, frozen + 2 * lora, linear_backward, &c,
-                     &st->times.linear[i][1]);
+    return row(st, name, shape, QS_BENCH_MATMUL, frozen + 2 * lora, qs_bench_lora_backward, &l,
+               &st->times.linear[i][1]);
 }
 
-/* ---- attention ---- */
+/* ---- attention, head ---- */
 
-static qs_status attention_forward(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    return b->ops->attention_forward(b->queue, &c->attention, &c->x, &c->y, &c->z, &c->u, c->a);
-}
-
-static qs_status attention_backward(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    qs_mat dk = c->y, dv = c->z;
-    dk.data = c->d;
-    dv.data = c->e;
-    return b->ops->attention_backward(b->queue, &c->attention, &c->x, &c->y, &c->z, &c->u, c->a,
-                                      &c->v, c->c, &c->dx, &dk, &dv);
-}
-
-/* One document. FLOPs: 2 T^2 hq forward, 2.5 times that backward (which recomputes the scores). */
 static qs_status bench_attention(state *st)
 {
-    bench *b = st->b;
-    const int64_t t = st->tokens, hq = (int64_t)st->s.n_heads * st->s.head_dim;
-    const int32_t cu[2] = {0, (int32_t)t};
-    op_case c = {.st = st};
-    void *cu_seqlens = NULL;
+    qs_bench_attention a;
     char shape[NAME_BYTES];
-    QS_TRY(bench_mat(b, &c.x, t, hq, 0));
-    QS_TRY(bench_mat(b, &c.y, t, st->s.kv, 0));
-    QS_TRY(bench_mat(b, &c.z, t, st->s.kv, 0));
-    QS_TRY(bench_mat(b, &c.u, t, hq, 0));
-    QS_TRY(bench_mat(b, &c.v, t, hq, 0));
-    QS_TRY(bench_mat(b, &c.dx, t, hq, 0));
-    QS_TRY(bench_zeros(b, &c.a, (size_t)(t * st->s.n_heads) * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.c, (size_t)(t * st->s.n_heads) * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.d, (size_t)(t * st->s.kv) * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.e, (size_t)(t * st->s.kv) * sizeof(float)));
-    QS_TRY(bench_upload(b, &cu_seqlens, cu, sizeof cu));
-    c.attention = (qs_attention_shape){.n_heads = st->s.n_heads,
-                                       .n_kv_heads = st->s.n_kv_heads,
-                                       .head_dim = st->s.head_dim,
-                                       .scale = 0.0884F,
-                                       .cu_seqlens = cu_seqlens,
-                                       .n_docs = 1,
-                                       .longest = t};
-    const double flops = 2.0 * (double)t * (double)t * (double)hq;
-    (void)snprintf(shape, sizeof shape, "T %lld, %d / %d heads of %d", (long long)t, st->s.n_heads,
-                   st->s.n_kv_heads, st->s.head_dim);
-    QS_TRY(bench_row(b, "attention fwd", shape, BENCH_MATMUL, flops, attention_forward, &c,
-                     &st->times.attention[0]));
-    return bench_row(b, "attention bwd", shape, BENCH_MATMUL, 2.5 * flops, attention_backward, &c,
-                     &st->times.attention[1]);
-}
-
-/* ---- head ---- */
-
-static qs_status head_chunk(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    return b->ops->head_chunk(b->queue, &c->unit, &c->w, 0, &c->head);
-}
-
-static qs_status head_finish(bench *b, void *ctx)
-{
-    op_case *c = ctx;
-    return b->ops->head_finish(b->queue, &c->head, 1e-4F, c->e, c->dx.data);
+    QS_TRY(qs_bench_attention_make(&st->b, &a, st->tokens, st->s.n_heads, st->s.n_kv_heads,
+                                   st->s.head_dim));
+    (void)snprintf(shape, sizeof shape, "T %lld, %d / %d heads of %d", (long long)st->tokens,
+                   st->s.n_heads, st->s.n_kv_heads, st->s.head_dim);
+    QS_TRY(row(st, "attention fwd", shape, QS_BENCH_MATMUL, qs_bench_attention_flops(&a, false),
+               qs_bench_attention_forward, &a, &st->times.attention[0]));
+    return row(st, "attention bwd", shape, QS_BENCH_MATMUL, qs_bench_attention_flops(&a, true),
+               qs_bench_attention_backward, &a, &st->times.attention[1]);
 }
 
 static qs_status bench_head(state *st)
 {
-    bench *b = st->b;
-    const int64_t rows = st->tokens, h = st->s.hidden, chunk = st->s.head_rows;
-    op_case c = {.st = st};
+    qs_bench_head h;
     char shape[NAME_BYTES];
-    void *bytes = NULL, *target = NULL;
-    const qs_unit_size size = {
-        0, (chunk * h + QS_NF4_QUANTUM - 1) / QS_NF4_QUANTUM, QS_NF4_QUANTUM, QS_BF16, 256, 1};
-    c.unit = (qs_unit_view){.layout = qs_unit_layout_make(&size, 1)};
-    QS_TRY(bench_random(b, &bytes, QS_BF16, (int64_t)c.unit.layout.message_bytes / 2));
-    c.unit.base = bytes;
-    c.w = (qs_weight){QS_WEIGHT_RAW, chunk, h, 0, QS_BF16, NULL, 0};
-    QS_TRY(bench_mat(b, &c.x, rows, h, 0));
-    QS_TRY(bench_mat(b, &c.dx, rows, h, 0));
-    QS_TRY(bench_zeros(b, &target, (size_t)rows * sizeof(int32_t)));
-    QS_TRY(bench_zeros(b, &c.a, (size_t)rows * 3 * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.c, (size_t)(rows * h) * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.d, (size_t)(rows * h) * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.e, (size_t)rows * sizeof(float)));
-    float *state_rows = c.a;
-    c.head = (qs_head_state){.rows = rows,
-                             .hidden = h,
-                             .x = c.x.data,
-                             .target = target,
-                             .max = state_rows,
-                             .sum = state_rows + rows,
-                             .target_logit = state_rows + 2 * rows,
-                             .o = c.c,
-                             .w_target = c.d};
-    (void)snprintf(shape, sizeof shape, "%lld rows, %lld x %lld", (long long)rows, (long long)chunk,
-                   (long long)h);
-    QS_TRY(bench_row(b, "head_chunk", shape, BENCH_MATMUL,
-                     4.0 * (double)rows * (double)chunk * (double)h, head_chunk, &c,
-                     &st->times.head_chunk));
-    return bench_row(b, "head_finish", shape, BENCH_COPY, (double)rows * (double)h * (4 + 4 + 2),
-                     head_finish, &c, &st->times.head_finish);
+    QS_TRY(qs_bench_head_make(&st->b, &h, st->tokens, st->s.head_rows, st->s.hidden));
+    (void)snprintf(shape, sizeof shape, "%lld rows, %lld x %lld", (long long)st->tokens,
+                   (long long)st->s.head_rows, (long long)st->s.hidden);
+    QS_TRY(row(st, "head_chunk", shape, QS_BENCH_MATMUL, qs_bench_head_flops(&h),
+               qs_bench_head_chunk, &h, &st->times.head_chunk));
+    return row(st, "head_finish", shape, QS_BENCH_COPY,
+               (double)st->tokens * (double)st->s.hidden * (4 + 4 + 2), qs_bench_head_finish, &h,
+               &st->times.head_finish);
 }
 
 /* ---- rows ---- */
 
-static qs_status rmsnorm_forward(bench *b, void *ctx)
+static qs_status rmsnorm_forward(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->rmsnorm_forward(b->queue, &c->x, c->a, 1e-5F, c->c, &c->y);
 }
 
-static qs_status rmsnorm_backward(bench *b, void *ctx)
+static qs_status rmsnorm_backward(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->rmsnorm_backward(b->queue, &c->y, &c->x, c->a, c->c, &c->dx);
 }
 
-static qs_status rope(bench *b, void *ctx)
+static qs_status rope(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->rope(b->queue, &c->x, c->st->s.n_heads, c->st->s.head_dim, c->st->s.head_dim,
                         c->d, c->e, c->f, false);
 }
 
-static qs_status add(bench *b, void *ctx)
+static qs_status add(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->add(b->queue, &c->x, &c->y);
 }
 
-static qs_status gather_rows(bench *b, void *ctx)
+static qs_status gather_rows(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->gather_rows(b->queue, &c->x, c->f, &c->y);
 }
 
-static qs_status swiglu_forward(bench *b, void *ctx)
+static qs_status swiglu_forward(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->glu_forward(b->queue, QS_GLU_SILU, &c->x, &c->y, &c->z);
 }
 
-static qs_status swiglu_backward(bench *b, void *ctx)
+static qs_status swiglu_backward(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->glu_backward(b->queue, QS_GLU_SILU, &c->x, &c->y, &c->z, &c->u, &c->v);
 }
 
-static qs_status positions(bench *b, void **out, int64_t count)
+static qs_status positions(qs_bench *b, void **out, int64_t count)
 {
     int32_t *host = malloc((size_t)count * sizeof *host);
     if (host == NULL) {
@@ -379,58 +235,58 @@ static qs_status positions(bench *b, void **out, int64_t count)
     for (int64_t i = 0; i < count; i++) {
         host[i] = (int32_t)i;
     }
-    const qs_status st = bench_upload(b, out, host, (size_t)count * sizeof *host);
+    const qs_status st = qs_bench_upload(b, out, host, (size_t)count * sizeof *host);
     free(host);
     return st;
 }
 
 static qs_status bench_hidden_rows(state *st)
 {
-    bench *b = st->b;
+    qs_bench *b = &st->b;
     const int64_t t = st->tokens, h = st->s.hidden;
     op_case c = {.st = st};
     char shape[NAME_BYTES];
     const double matrix = (double)t * (double)h * 2;
-    QS_TRY(bench_mat(b, &c.x, t, h, 0));
-    QS_TRY(bench_mat(b, &c.y, t, h, 0));
-    QS_TRY(bench_mat(b, &c.dx, t, h, 0));
-    QS_TRY(bench_random(b, &c.a, QS_F32, h));
-    QS_TRY(bench_zeros(b, &c.c, (size_t)t * sizeof(float)));
-    QS_TRY(bench_random(b, &c.d, QS_F32, t * st->s.head_dim / 2));
-    QS_TRY(bench_random(b, &c.e, QS_F32, t * st->s.head_dim / 2));
+    QS_TRY(qs_bench_mat(b, &c.x, t, h, 0));
+    QS_TRY(qs_bench_mat(b, &c.y, t, h, 0));
+    QS_TRY(qs_bench_mat(b, &c.dx, t, h, 0));
+    QS_TRY(qs_bench_random(b, &c.a, QS_F32, h));
+    QS_TRY(qs_bench_zeros(b, &c.c, (size_t)t * sizeof(float)));
+    QS_TRY(qs_bench_random(b, &c.d, QS_F32, t * st->s.head_dim / 2));
+    QS_TRY(qs_bench_random(b, &c.e, QS_F32, t * st->s.head_dim / 2));
     QS_TRY(positions(b, &c.f, t));
     (void)snprintf(shape, sizeof shape, "T %lld x %lld", (long long)t, (long long)h);
-    QS_TRY(bench_row(b, "rmsnorm fwd", shape, BENCH_COPY, 2 * matrix, rmsnorm_forward, &c,
-                     &st->times.rmsnorm[0]));
-    QS_TRY(bench_row(b, "rmsnorm bwd", shape, BENCH_COPY, 4 * matrix, rmsnorm_backward, &c,
-                     &st->times.rmsnorm[1]));
-    QS_TRY(bench_row(b, "rope", shape, BENCH_COPY, 2 * matrix, rope, &c, &st->times.rope));
-    QS_TRY(bench_row(b, "add", shape, BENCH_COPY, 3 * matrix, add, &c, NULL));
-    return bench_row(b, "gather_rows", shape, BENCH_COPY, 2 * matrix, gather_rows, &c, NULL);
+    QS_TRY(row(st, "rmsnorm fwd", shape, QS_BENCH_COPY, 2 * matrix, rmsnorm_forward, &c,
+               &st->times.rmsnorm[0]));
+    QS_TRY(row(st, "rmsnorm bwd", shape, QS_BENCH_COPY, 4 * matrix, rmsnorm_backward, &c,
+               &st->times.rmsnorm[1]));
+    QS_TRY(row(st, "rope", shape, QS_BENCH_COPY, 2 * matrix, rope, &c, &st->times.rope));
+    QS_TRY(row(st, "add", shape, QS_BENCH_COPY, 3 * matrix, add, &c, NULL));
+    return row(st, "gather_rows", shape, QS_BENCH_COPY, 2 * matrix, gather_rows, &c, NULL);
 }
 
 static qs_status bench_swiglu(state *st)
 {
-    bench *b = st->b;
+    qs_bench *b = &st->b;
     const int64_t t = st->tokens, f = st->s.ffn;
     op_case c = {.st = st};
     char shape[NAME_BYTES];
     const double matrix = (double)t * (double)f * 2;
-    QS_TRY(bench_mat(b, &c.x, t, f, 0));
-    QS_TRY(bench_mat(b, &c.y, t, f, 0));
-    QS_TRY(bench_mat(b, &c.z, t, f, 0));
-    QS_TRY(bench_mat(b, &c.u, t, f, 0));
-    QS_TRY(bench_mat(b, &c.v, t, f, 0));
+    QS_TRY(qs_bench_mat(b, &c.x, t, f, 0));
+    QS_TRY(qs_bench_mat(b, &c.y, t, f, 0));
+    QS_TRY(qs_bench_mat(b, &c.z, t, f, 0));
+    QS_TRY(qs_bench_mat(b, &c.u, t, f, 0));
+    QS_TRY(qs_bench_mat(b, &c.v, t, f, 0));
     (void)snprintf(shape, sizeof shape, "T %lld x %lld", (long long)t, (long long)f);
-    QS_TRY(bench_row(b, "swiglu fwd", shape, BENCH_COPY, 3 * matrix, swiglu_forward, &c,
-                     &st->times.swiglu[0]));
-    return bench_row(b, "swiglu bwd", shape, BENCH_COPY, 5 * matrix, swiglu_backward, &c,
-                     &st->times.swiglu[1]);
+    QS_TRY(row(st, "swiglu fwd", shape, QS_BENCH_COPY, 3 * matrix, swiglu_forward, &c,
+               &st->times.swiglu[0]));
+    return row(st, "swiglu bwd", shape, QS_BENCH_COPY, 5 * matrix, swiglu_backward, &c,
+               &st->times.swiglu[1]);
 }
 
 /* ---- the optimizer ---- */
 
-static qs_status adamw(bench *b, void *ctx)
+static qs_status adamw(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     const qs_update_args args = {.lr = 1e-4,
@@ -443,19 +299,19 @@ static qs_status adamw(bench *b, void *ctx)
     return b->ops->update(b->queue, &args, c->count, c->a, c->c, c->d, c->e);
 }
 
-static qs_status square_sums(bench *b, void *ctx)
+static qs_status square_sums(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->square_sums(b->queue, c->a, c->count / 4096, c->f);
 }
 
-static qs_status accumulate(bench *b, void *ctx)
+static qs_status accumulate(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->accumulate(b->queue, c->d, c->a, c->count);
 }
 
-static qs_status convert(bench *b, void *ctx)
+static qs_status convert(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
     return b->ops->convert(b->queue, c->a, c->count, c->x.data);
@@ -463,26 +319,26 @@ static qs_status convert(bench *b, void *ctx)
 
 static qs_status bench_optimizer(state *st)
 {
-    bench *b = st->b;
+    qs_bench *b = &st->b;
     op_case c = {.st = st};
     char shape[NAME_BYTES];
     for (int i = 0; i < N_LINEARS; i++) {
-        c.count += st->s.n_layers * st->s.lora_rank * (st->w[i].in + st->w[i].out);
+        c.count += st->s.n_layers * st->s.lora_rank * (st->unit.w[i].in + st->unit.w[i].out);
     }
     c.count -= c.count % 4096;
-    QS_TRY(bench_random(b, &c.a, QS_F32, c.count));
-    QS_TRY(bench_random(b, &c.c, QS_F32, c.count));
-    QS_TRY(bench_zeros(b, &c.d, (size_t)c.count * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.e, (size_t)c.count * sizeof(float)));
-    QS_TRY(bench_zeros(b, &c.f, (size_t)(c.count / 4096) * sizeof(double)));
-    QS_TRY(bench_mat(b, &c.x, 1, c.count, 0));
+    QS_TRY(qs_bench_random(b, &c.a, QS_F32, c.count));
+    QS_TRY(qs_bench_random(b, &c.c, QS_F32, c.count));
+    QS_TRY(qs_bench_zeros(b, &c.d, (size_t)c.count * sizeof(float)));
+    QS_TRY(qs_bench_zeros(b, &c.e, (size_t)c.count * sizeof(float)));
+    QS_TRY(qs_bench_zeros(b, &c.f, (size_t)(c.count / 4096) * sizeof(double)));
+    QS_TRY(qs_bench_mat(b, &c.x, 1, c.count, 0));
     (void)snprintf(shape, sizeof shape, "%.1f M LoRA weights", (double)c.count * 1e-6);
-    QS_TRY(bench_row(b, "adamw", shape, BENCH_COPY, 28.0 * (double)c.count, adamw, &c, NULL));
-    QS_TRY(bench_row(b, "square_sums", shape, BENCH_COPY, 4.0 * (double)c.count, square_sums, &c,
-                     NULL));
-    QS_TRY(bench_row(b, "accumulate", shape, BENCH_COPY, 12.0 * (double)c.count, accumulate, &c,
-                     NULL));
-    return bench_row(b, "convert", shape, BENCH_COPY, 6.0 * (double)c.count, convert, &c, NULL);
+    QS_TRY(row(st, "adamw", shape, QS_BENCH_COPY, 28.0 * (double)c.count, adamw, &c, NULL));
+    QS_TRY(
+        row(st, "square_sums", shape, QS_BENCH_COPY, 4.0 * (double)c.count, square_sums, &c, NULL));
+    QS_TRY(
+        row(st, "accumulate", shape, QS_BENCH_COPY, 12.0 * (double)c.count, accumulate, &c, NULL));
+    return row(st, "convert", shape, QS_BENCH_COPY, 6.0 * (double)c.count, convert, &c, NULL);
 }
 
 /* ---- a step, added up ---- */
@@ -494,10 +350,11 @@ static double model_flops(const state *st)
     const double layers = s->n_layers, hq = (double)s->n_heads * s->head_dim;
     double sides = 0;
     for (int i = 0; i < N_LINEARS; i++) {
-        sides += (double)(st->w[i].in + st->w[i].out);
+        sides += (double)(st->unit.w[i].in + st->unit.w[i].out);
     }
-    return 4 * layer_weights(st) * layers + 4.0 * (double)s->hidden * (double)s->vocab +
-           6.0 * (double)st->tokens * hq * layers + 6.0 * s->lora_rank * sides * layers;
+    return 4 * qs_bench_unit_weights(&st->unit) * layers +
+           4.0 * (double)s->hidden * (double)s->vocab + 6.0 * (double)st->tokens * hq * layers +
+           6.0 * s->lora_rank * sides * layers;
 }
 
 static void print_sum(const state *st)
@@ -522,13 +379,13 @@ static void print_sum(const state *st)
            head * 1e3);
     const double seconds[2] = {none, full};
     for (int i = 0; i < 2; i++) {
-        const double share = 100 * flops / seconds[i] / st->b->matmul_rate;
+        const double share = 100 * flops / seconds[i] / st->b.matmul_rate;
         const char *what = i == 0 ? "without recompute" : "with full recompute";
         printf("                       %-22s %10.2f ms %9.0f tokens/s, model FLOPs at %.1f %% of "
                "matmul\n",
                what, seconds[i] * 1e3, (double)st->tokens / seconds[i], share);
-        if (st->b->csv != NULL) {
-            (void)fprintf(st->b->csv, "sum %s,T %lld,%.6f,%.2f,tokens/s,%.2f,matmul\n", what,
+        if (st->csv != NULL) {
+            (void)fprintf(st->csv, "sum %s,T %lld,%.6f,%.2f,tokens/s,%.2f,matmul\n", what,
                           (long long)st->tokens, seconds[i] * 1e3, (double)st->tokens / seconds[i],
                           share);
         }
@@ -562,13 +419,16 @@ typedef qs_status (*group)(state *st);
 /* The layer stays; what a group took goes after it. */
 static qs_status run_group(state *st, group g)
 {
-    QS_TRY(make_layer(st));
-    op_case c = {.st = st};
-    QS_TRY(open_unit(st->b, &c));
+    int64_t out[N_LINEARS], in[N_LINEARS];
+    for (int i = 0; i < N_LINEARS; i++) {
+        linear_shape(&st->s, i, &out[i], &in[i]);
+    }
+    QS_TRY(qs_bench_unit_make(&st->b, &st->unit, N_LINEARS, out, in, st->s.lora_rank));
+    QS_TRY(qs_bench_unit_open(&st->b, &st->unit));
     QS_TRY(g(st));
-    QS_TRY(qs_queue_wait(st->b->queue));
-    st->b->ops->unit_close(st->b->queue);
-    bench_free_all(st->b);
+    QS_TRY(qs_queue_wait(st->b.queue));
+    st->b.ops->unit_close(st->b.queue);
+    qs_bench_free(&st->b);
     return QS_OK;
 }
 
@@ -580,29 +440,61 @@ static qs_status bench_linears(state *st)
     return QS_OK;
 }
 
-static qs_status run(bench *b, const int64_t *tokens, int n_tokens)
+static void print_bounds(const state *st)
+{
+    printf("# bounds of this run: copy %.1f GB/s (read + written), product %s %.2f TFLOP/s\n",
+           st->b.copy_rate * 1e-9, st->b.matmul_name, st->b.matmul_rate * 1e-12);
+    if (st->csv != NULL) {
+        (void)fprintf(st->csv, "bound copy,,,%.4f,GB/s,100,copy\n", st->b.copy_rate * 1e-9);
+        (void)fprintf(st->csv, "bound matmul,%s,,%.4f,TFLOP/s,100,matmul\n", st->b.matmul_name,
+                      st->b.matmul_rate * 1e-12);
+    }
+}
+
+static qs_status run(state *st, const int64_t *tokens, int n_tokens)
 {
     static const group once[] = {bench_decode, bench_quantize, bench_optimizer};
     static const group each[] = {bench_hidden_rows, bench_swiglu, bench_linears, bench_attention,
                                  bench_head};
-    state st = {.b = b, .s = b->small ? tiny : llama8};
     int64_t most = 0;
     for (int i = 0; i < n_tokens; i++) {
         most = tokens[i] > most ? tokens[i] : most;
     }
-    const qs_ops_limits limits = limits_of(&st.s, most);
-    QS_TRY(b->ops->open(b->queue, &limits));
-    QS_TRY(bench_ceilings(b));
+    const qs_ops_limits limits = limits_of(&st->s, most);
+    QS_TRY(qs_bench_open_ops(&st->b, &limits));
+    QS_TRY(qs_bench_bounds(&st->b));
+    print_bounds(st);
     for (size_t i = 0; i < sizeof once / sizeof *once; i++) {
-        QS_TRY(run_group(&st, once[i]));
+        QS_TRY(run_group(st, once[i]));
     }
     for (int t = 0; t < n_tokens; t++) {
-        st.tokens = tokens[t];
+        st->tokens = tokens[t];
         for (size_t i = 0; i < sizeof each / sizeof *each; i++) {
-            QS_TRY(run_group(&st, each[i]));
+            QS_TRY(run_group(st, each[i]));
         }
-        print_sum(&st);
+        print_sum(st);
     }
+    return QS_OK;
+}
+
+static qs_status open_all(state *st, const char *path, bool small, const char *csv,
+                          qs_device **device)
+{
+    char why[1024] = "";
+    const qs_plugin *plugin = qs_plugin_load(path, why, sizeof why);
+    if (plugin == NULL || plugin->probe(why, sizeof why) < 1) {
+        return QS_FAIL(QS_ERR_ENVIRONMENT, "%s", why);
+    }
+    QS_TRY(plugin->device_open(device, 0));
+    QS_TRY(qs_bench_open(&st->b, plugin, *device, plugin->ops(), 1, small));
+    if (csv != NULL) {
+        st->csv = fopen(csv, "w");
+        if (st->csv == NULL) {
+            return QS_FAIL(QS_ERR_IO, "%s: cannot be written", csv);
+        }
+        (void)fprintf(st->csv, "name,shape,ms,figure,unit,share,bound\n");
+    }
+    printf("# %s\n", qs_device_description(*device));
     return QS_OK;
 }
 
@@ -636,12 +528,16 @@ int main(int argc, char **argv)
         memcpy(tokens, usual, sizeof usual);
         tokens[0] = small ? 48 : tokens[0];
     }
-    bench b;
-    qs_status st = bench_open(&b, plugin, small, csv);
-    st = st == QS_OK ? run(&b, tokens, n_tokens) : st;
-    if (st != QS_OK) {
-        qs_error_print(st);
+    state st = {.s = small ? tiny : llama8};
+    qs_device *device = NULL;
+    qs_status status = open_all(&st, plugin, small, csv, &device);
+    status = status == QS_OK ? run(&st, tokens, n_tokens) : status;
+    qs_error_print(status);
+    qs_bench_close(&st.b);
+    qs_device_close(device);
+    if (st.csv != NULL && fclose(st.csv) != 0) {
+        (void)fprintf(stderr, "the CSV file could not be written\n");
+        return 4;
     }
-    bench_close(&b);
-    return qs_exit_code(st);
+    return qs_exit_code(status);
 }

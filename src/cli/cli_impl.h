@@ -23,10 +23,13 @@ typedef struct {
     int64_t tokens, head_chunk_rows, threads;
     const char *gpu;
     int64_t gpus, per_node;
+    const char *json; /* bench */
+    int64_t begin_bytes, end_bytes, factor, repeats, warmup, group, rows, cols, heads, kv_heads,
+        head_dim;
     double link_gbps[QS_CLI_LINKS_MAX]; /* in a node, between nodes; 0: not given */
     int n_links;
     qs_resume resume;
-    qs_device_kind device; /* of quantize; the others' stands in the configuration */
+    qs_device_kind device; /* of quantize and bench; the others' stands in the configuration */
     bool takeover, dry_run, single_quant, fold_scaling, shared_device, help, quiet, verbose;
     int64_t profile_steps[2]; /* first and last, from 1; 0: none */
 } qs_cli_args;
@@ -36,7 +39,7 @@ typedef struct {
     const char *usage;   /* what follows the name: "RUN.yaml" */
     const char *summary; /* one line */
     const struct argp_option *options;
-    int n_words; /* exactly so many arguments */
+    int n_words; /* exactly so many arguments; below 0: one, or up to -n_words */
     bool keys;   /* the help ends in the table of configuration keys */
     qs_status (*run)(const qs_cli_args *args, qs_comm *comm);
     bool collective; /* else rank 0 works alone */
@@ -61,10 +64,18 @@ qs_status qs_cli_parse(const qs_cli_command *command, int argc, char **argv, qs_
 /** Print the command's help on stdout. */
 void qs_cli_command_help(const qs_cli_command *command);
 
+/** "5G", "500M", "2T", "4096" behind --`option`: whole numbers of bytes; 1G is 2^30. */
+qs_status qs_cli_parse_size(const char *option, const char *text, int64_t *out);
+
+/** The configuration in file `path`, which rank 0 reads for all, with --set.
+ * Collective. */
+qs_status qs_cli_load_config(const qs_cli_args *args, const char *path, qs_config *cfg,
+                             qs_comm *comm);
+
 /** Option lists; each ends in an empty row. */
 extern const struct argp_option qs_cli_train_options[], qs_cli_eval_options[],
     qs_cli_sample_options[], qs_cli_quantize_options[], qs_cli_export_options[],
-    qs_cli_merge_options[], qs_cli_plan_options[], qs_cli_plain_options[];
+    qs_cli_merge_options[], qs_cli_plan_options[], qs_cli_bench_options[], qs_cli_plain_options[];
 
 qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm);
@@ -73,6 +84,7 @@ qs_status qs_cli_quantize(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_plan(const qs_cli_args *args, qs_comm *comm);
+qs_status qs_cli_bench(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_check(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_inspect(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm);

@@ -258,7 +258,7 @@ static void zsh_command(FILE *out, const qs_cli_command *command)
             zsh_option(out, o, true);
         }
     }
-    if (command->n_words > 0) {
+    if (command->n_words != 0) {
         fputs(" \\\n                '*:path:_files'", out);
     }
     fputs(" ;;\n", out);

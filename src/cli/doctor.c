@@ -15,6 +15,7 @@
 
 #include "backend/backend.h"
 #include "base/cores.h"
+#include "base/proc.h"
 #include "cli/cli_impl.h"
 #include "kernels/cpu/isa.h"
 #include "store/h5.h"
@@ -43,31 +44,12 @@ line(verdict v, const char *what, const char *remedy, const char *format, ...)
     broken_count += v == BROKEN;
 }
 
-/* The value behind "key :" in a file of /proc; "" if there is none. */
-static void proc_value(const char *path, const char *key, char *out, size_t capacity)
-{
-    char text[512];
-    FILE *file = fopen(path, "re");
-    out[0] = '\0';
-    while (file && fgets(text, sizeof text, file)) {
-        const char *colon = strchr(text, ':');
-        if (colon && strncmp(text, key, strlen(key)) == 0) {
-            colon += 1 + strspn(colon + 1, " \t");
-            snprintf(out, capacity, "%.*s", (int)strcspn(colon, "\n"), colon);
-            break;
-        }
-    }
-    if (file) {
-        fclose(file);
-    }
-}
-
 /* ---- the machine ---- */
 
 static void look_at_cpu(void)
 {
     char model[256];
-    proc_value("/proc/cpuinfo", "model name", model, sizeof model);
+    qs_proc_value("/proc/cpuinfo", "model name", model, sizeof model);
     const char *isa = qs_isa_get()->name;
     bool slow = strcmp(isa, "portable") == 0;
     line(slow ? NOTE : FINE, "CPU", "a CPU with AVX2 or AVX-512 is several times faster",
@@ -86,8 +68,8 @@ static void look_at_cpu(void)
 static void look_at_memory(void)
 {
     char total[64], available[64];
-    proc_value("/proc/meminfo", "MemTotal", total, sizeof total);
-    proc_value("/proc/meminfo", "MemAvailable", available, sizeof available);
+    qs_proc_value("/proc/meminfo", "MemTotal", total, sizeof total);
+    qs_proc_value("/proc/meminfo", "MemAvailable", available, sizeof available);
     double free_gib = strtod(available, NULL) * 1024 / GIB;
     line(free_gib < 1 ? NOTE : FINE, "memory", "qshard train --dry-run prints what a rank needs",
          "%.1f GiB, %.1f free", strtod(total, NULL) * 1024 / GIB, free_gib);

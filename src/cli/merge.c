@@ -13,25 +13,6 @@ enum { PATH_ROOM = QS_PATH_MAX + 64 };
 #define MIB (1024.0 * 1024.0)
 static const int64_t default_shard_bytes = INT64_C(5) << 30;
 
-/* "5G", "500M", "2T", "4096": whole numbers of bytes; 1G is 2^30. */
-static qs_status parse_size(const char *text, int64_t *out)
-{
-    static const char units[] = "KMGT";
-    char *end;
-    long long value = strtoll(text, &end, 10);
-    const char *unit = *end != '\0' ? strchr(units, *end) : NULL;
-    int shift = unit != NULL ? 10 * (int)(unit - units + 1) : 0;
-    bool number = text[0] >= '1' && text[0] <= '9' && value > 0;
-    if (!number || (unit == NULL ? *end != '\0' : end[1] != '\0') || value > INT64_MAX >> shift) {
-        return QS_FAIL(QS_ERR_USAGE,
-                       "--shard-size: \"%.40s\" is no size; give bytes, or a whole number with K, "
-                       "M, G or T, for example 5G",
-                       text);
-    }
-    *out = value << shift;
-    return QS_OK;
-}
-
 static qs_status parse_dtype(const char *text, int *out)
 {
     static const struct {
@@ -64,7 +45,9 @@ static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_m
     if (args->dtype != NULL) {
         QS_TRY(parse_dtype(args->dtype, &out->dtype));
     }
-    return args->shard_size != NULL ? parse_size(args->shard_size, &out->shard_bytes) : QS_OK;
+    return args->shard_size != NULL
+               ? qs_cli_parse_size("shard-size", args->shard_size, &out->shard_bytes)
+               : QS_OK;
 }
 
 static qs_status merge_checkpoint(qs_merge_options *o, const char *path, qs_merge_report *report)

@@ -37,6 +37,17 @@ enum {
     KEY_GPUS,
     KEY_PER_NODE,
     KEY_LINK,
+    KEY_JSON,
+    KEY_BEGIN,
+    KEY_END,
+    KEY_FACTOR,
+    KEY_REPEATS,
+    KEY_WARMUP,
+    KEY_GROUP,
+    KEY_SHAPE,
+    KEY_HEADS,
+    KEY_KV_HEADS,
+    KEY_HEAD_DIM,
     KEY_QUIET,
     KEY_VERBOSE,
 };
@@ -149,6 +160,35 @@ const struct argp_option qs_cli_plan_options[] = {
      3},
     COMMON};
 
+const struct argp_option qs_cli_bench_options[] = {
+    SET,
+    {"base", KEY_BASE, "FILE", 0,
+     "step: the base, with the settings' defaults; default: a RUN.yaml names it", 1},
+    {"begin-bytes", KEY_BEGIN, "SIZE", 0, "gather, reduce: the first size (default 16K)", 2},
+    {"end-bytes", KEY_END, "SIZE", 0, "gather, reduce: no size above it (default 16M)", 2},
+    {"factor", KEY_FACTOR, "N", 0, "gather, reduce: from size to size (default 4)", 2},
+    {"group", KEY_GROUP, "world|node|N", 0,
+     "gather, reduce: among all ranks (default), those of a node, or N at a time", 2},
+    {"shape", KEY_SHAPE, "OUTxIN", 0,
+     "gemm, decode: of the weight, default: four usual ones; head: rows of the chunk and hidden "
+     "(default 4096x2048)",
+     3},
+    {"tokens", KEY_TOKENS, "N", 0, "gemm, attention, head: rows (default 512)", 3},
+    {"heads", KEY_HEADS, "N", 0, "attention: heads of queries (default 32)", 3},
+    {"kv-heads", KEY_KV_HEADS, "N", 0,
+     "attention: heads of keys and values; default: a quarter of --heads", 3},
+    {"head-dim", KEY_HEAD_DIM, "N", 0, "attention: width of a head (default 64)", 3},
+    {"repeats", KEY_REPEATS, "N", 0,
+     "Measurements of a figure; default: 20 for gather and reduce, 5 for step, 7 else", 4},
+    {"warmup", KEY_WARMUP, "N", 0,
+     "gather, reduce, step: rounds before them that do not count; default: 5, step 2", 4},
+    {"json", KEY_JSON, "FILE", 0, "Write the results there as well; default: nowhere", 4},
+    {"threads", KEY_THREADS, "N", 0, "Threads of a rank; default: the cores it was given", 5},
+    {"device", KEY_DEVICE, "auto|cpu|cuda", 0,
+     "Where to compute (default cpu); of a step the key device says it", 5},
+    SHARED_DEVICE,
+    COMMON};
+
 const struct argp_option qs_cli_plain_options[] = {COMMON};
 
 /* ---- one option ---- */
@@ -165,6 +205,50 @@ static qs_status whole_number(const char *option, const char *text, int64_t low,
     }
     *out = value;
     return QS_OK;
+}
+
+qs_status qs_cli_parse_size(const char *option, const char *text, int64_t *out)
+{
+    static const char units[] = "KMGT";
+    char *end;
+    long long value = strtoll(text, &end, 10);
+    const char *unit = *end != '\0' ? strchr(units, *end) : NULL;
+    int shift = unit != NULL ? 10 * (int)(unit - units + 1) : 0;
+    bool number = text[0] >= '1' && text[0] <= '9' && value > 0;
+    if (!number || (unit == NULL ? *end != '\0' : end[1] != '\0') || value > INT64_MAX >> shift) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "--%s: \"%.40s\" is no size; give bytes, or a whole number with K, M, G or "
+                       "T, for example 5G",
+                       option, text);
+    }
+    *out = value << shift;
+    return QS_OK;
+}
+
+/* "4096x2048" */
+static qs_status set_shape(qs_cli_args *out, const char *text)
+{
+    long long rows = 0, cols = 0;
+    int end = 0;
+    if (sscanf(text, "%lldx%lld%n", &rows, &cols, &end) != 2 || text[end] != '\0' || rows < 1 ||
+        cols < 1 || rows > 1 << 20 || cols > 1 << 20) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "--shape: \"%.40s\" is not OUTxIN with numbers in 1 .. 1048576, for example "
+                       "4096x2048",
+                       text);
+    }
+    out->rows = rows;
+    out->cols = cols;
+    return QS_OK;
+}
+
+static qs_status set_group(const char *text, int64_t *out)
+{
+    if (strcmp(text, "world") == 0 || strcmp(text, "node") == 0) {
+        *out = text[0] == 'w' ? QS_SHARD_WORLD : QS_SHARD_NODE;
+        return QS_OK;
+    }
+    return whole_number("group", text, 1, 1000000, out);
 }
 
 /* The first is inside a node, the second between nodes. */
@@ -309,6 +393,9 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
     case KEY_GPU:
         out->gpu = text;
         break;
+    case KEY_JSON:
+        out->json = text;
+        break;
     case KEY_DUMP_GRADS:
         out->dump_grads = text;
         break;
@@ -322,6 +409,35 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
         return QS_FAIL(QS_ERR_BUG, "option %d has no meaning", key);
     }
     return QS_OK;
+}
+
+/* Those of bench alone. */
+static qs_status take_bench(qs_cli_args *out, int key, const char *text)
+{
+    switch (key) {
+    case KEY_BEGIN:
+        return qs_cli_parse_size("begin-bytes", text, &out->begin_bytes);
+    case KEY_END:
+        return qs_cli_parse_size("end-bytes", text, &out->end_bytes);
+    case KEY_FACTOR:
+        return whole_number("factor", text, 2, 1 << 20, &out->factor);
+    case KEY_REPEATS:
+        return whole_number("repeats", text, 1, 1000, &out->repeats);
+    case KEY_WARMUP:
+        return whole_number("warmup", text, 0, 1000, &out->warmup);
+    case KEY_GROUP:
+        return set_group(text, &out->group);
+    case KEY_SHAPE:
+        return set_shape(out, text);
+    case KEY_HEADS:
+        return whole_number("heads", text, 1, 1024, &out->heads);
+    case KEY_KV_HEADS:
+        return whole_number("kv-heads", text, 1, 1024, &out->kv_heads);
+    case KEY_HEAD_DIM:
+        return whole_number("head-dim", text, 2, 1024, &out->head_dim);
+    default:
+        return take_simple(out, key, text);
+    }
 }
 
 static qs_status take(qs_cli_args *out, int key, const char *text)
@@ -348,7 +464,7 @@ static qs_status take(qs_cli_args *out, int key, const char *text)
     case ARGP_KEY_ARG:
         return add_word(out, text);
     default:
-        return take_simple(out, key, text);
+        return take_bench(out, key, text);
     }
 }
 
@@ -455,18 +571,19 @@ static struct argp argp_of(const qs_cli_command *command)
 qs_status qs_cli_parse(const qs_cli_command *command, int argc, char **argv, qs_cli_args *out)
 {
     struct argp argp = argp_of(command);
-    *out = (qs_cli_args){.device = QS_DEVICE_CPU};
+    *out = (qs_cli_args){.device = QS_DEVICE_CPU, .warmup = -1, .group = QS_SHARD_WORLD};
     QS_TRY(check_words(command->options, argc, argv));
     error_t failed = argp_parse(&argp, argc, argv, ARGP_NO_ERRS | ARGP_NO_HELP, NULL, out);
     if (failed) { /* parse_one has said why; the rest was caught above */
         return QS_FAIL(QS_ERR_USAGE, "the command line cannot be understood; see qshard %s --help",
                        command->name);
     }
-    if (!out->help && out->n_words != command->n_words) {
-        return out->n_words > command->n_words
+    const int least = command->n_words < 0 ? 1 : command->n_words, most = abs(command->n_words);
+    if (!out->help && (out->n_words < least || out->n_words > most)) {
+        return out->n_words > most
                    ? QS_FAIL(QS_ERR_USAGE,
                              "\"%.80s\" is one argument too many; usage: qshard %s [OPTION...] %s",
-                             out->words[command->n_words], command->name, command->usage)
+                             out->words[most], command->name, command->usage)
                    : QS_FAIL(QS_ERR_USAGE,
                              "an argument is missing; usage: qshard %s [OPTION...] %s",
                              command->name, command->usage);

@@ -12,10 +12,9 @@
 #define MIB (1024.0 * 1024.0)
 
 /* Rank 0 reads the file and tells the others, which may not see it; each parses the same text. */
-static qs_status load_config(const qs_cli_args *args, qs_config_need need, qs_comm *comm,
-                             qs_config *cfg)
+qs_status qs_cli_load_config(const qs_cli_args *args, const char *path, qs_config *cfg,
+                             qs_comm *comm)
 {
-    const char *path = args->words[0];
     char *text = NULL;
     size_t bytes = 0;
     qs_status st = QS_OK;
@@ -24,13 +23,19 @@ static qs_status load_config(const qs_cli_args *args, qs_config_need need, qs_co
     }
     QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_comm_bcast_text(comm, &text, 0));
-    st = qs_config_parse(cfg, text, strlen(text), path, args->sets, args->n_sets);
-    st = st == QS_OK ? qs_config_require(cfg, need, path) : st;
+    st = qs_comm_agree(comm,
+                       qs_config_parse(cfg, text, strlen(text), path, args->sets, args->n_sets));
     cfg->allow_shared_device = args->shared_device;
-    st = qs_comm_agree(comm, st);
 done:
     free(text);
     return st;
+}
+
+static qs_status load_config(const qs_cli_args *args, qs_config_need need, qs_comm *comm,
+                             qs_config *cfg)
+{
+    QS_TRY(qs_cli_load_config(args, args->words[0], cfg, comm));
+    return qs_comm_agree(comm, qs_config_require(cfg, need, args->words[0]));
 }
 
 qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm)

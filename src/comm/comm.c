@@ -118,23 +118,34 @@ uint64_t qs_comm_foreign_bytes(const qs_comm *comm)
     return comm->foreign_bytes;
 }
 
-static void count(qs_comm *comm, int from, size_t bytes)
+qs_comm_traffic qs_comm_get_traffic(const qs_comm *comm, qs_comm_kind kind)
 {
-    comm->received_bytes += from != comm->rank ? bytes : 0;
-    comm->foreign_bytes += comm->hosts[from] != comm->hosts[comm->rank] ? bytes : 0;
+    return comm->traffic[kind];
 }
 
-static void count_gathered(qs_comm *comm, size_t bytes_per_rank)
+static void count(qs_comm *comm, qs_comm_kind kind, int from, size_t bytes)
 {
+    if (from == comm->rank || bytes == 0) {
+        return;
+    }
+    comm->received_bytes += bytes;
+    comm->foreign_bytes += comm->hosts[from] != comm->hosts[comm->rank] ? bytes : 0;
+    comm->traffic[kind].messages += kind != QS_COMM_SMALL;
+    comm->traffic[kind].bytes += bytes;
+}
+
+static void count_gathered(qs_comm *comm, qs_comm_kind kind, size_t bytes_per_rank)
+{
+    comm->traffic[kind].calls++;
     for (int r = 0; r < comm->nranks; r++) {
-        count(comm, r, bytes_per_rank);
+        count(comm, kind, r, bytes_per_rank);
     }
 }
 
 qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank,
                              qs_queue *queue)
 {
-    count_gathered(comm, bytes_per_rank);
+    count_gathered(comm, QS_COMM_GATHERS, bytes_per_rank);
     return comm->ops->all_gather(comm, send, recv, bytes_per_rank, queue);
 }
 
@@ -147,8 +158,9 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
         return QS_FAIL(QS_ERR_BUG, "rank %d sends itself %zu bytes and expects %zu", me,
                        send_bytes[me], recv_bytes[me]);
     }
+    comm->traffic[QS_COMM_EXCHANGES].calls++;
     for (int r = 0; r < comm->nranks; r++) {
-        count(comm, r, recv_bytes[r]);
+        count(comm, QS_COMM_EXCHANGES, r, recv_bytes[r]);
     }
     return comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at,
                                    queue);
@@ -156,18 +168,20 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
 
 qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank)
 {
-    count_gathered(comm, bytes_per_rank);
+    count_gathered(comm, QS_COMM_SMALL, bytes_per_rank);
     return comm->ops->all_gather_now(comm, send, recv, bytes_per_rank);
 }
 
 qs_status qs_comm_bcast(qs_comm *comm, void *data, size_t bytes, int root)
 {
-    count(comm, root, bytes);
+    comm->traffic[QS_COMM_SMALL].calls++;
+    count(comm, QS_COMM_SMALL, root, bytes);
     return comm->ops->bcast(comm, data, bytes, root);
 }
 
 qs_status qs_comm_barrier(qs_comm *comm)
 {
+    comm->traffic[QS_COMM_SMALL].calls++;
     return comm->ops->barrier(comm);
 }
 

@@ -119,4 +119,18 @@ uint64_t qs_comm_received_bytes(const qs_comm *comm);
 /** Those of them that came from other hosts. */
 uint64_t qs_comm_foreign_bytes(const qs_comm *comm);
 
+/** Calls by what they are made of: all_gather and all_to_all_v are a message to and from every
+ * other rank that has something to say; the small ones (all_gather_now, bcast, barrier, and what is
+ * built on them) are the transport's own affair, so that their messages are not counted. */
+typedef enum { QS_COMM_GATHERS, QS_COMM_EXCHANGES, QS_COMM_SMALL, QS_COMM_KIND_COUNT } qs_comm_kind;
+
+typedef struct {
+    uint64_t calls;
+    uint64_t messages; /* that this rank received from others; longer than 1 GiB still one */
+    uint64_t bytes;    /* received from others */
+} qs_comm_traffic;
+
+/** What this rank has asked for and received so far. */
+qs_comm_traffic qs_comm_get_traffic(const qs_comm *comm, qs_comm_kind kind);
+
 #endif

@@ -33,6 +33,7 @@ struct qs_comm {
     int local_rank, local_nranks;
     int *hosts; /* [nranks] the lowest rank on each rank's host */
     uint64_t received_bytes, foreign_bytes;
+    qs_comm_traffic traffic[QS_COMM_KIND_COUNT];
     int64_t *scratch; /* [nranks * QS_COMM_SCRATCH_VALUES] */
     bool agreed;      /* an error was agreed on: all ranks are leaving */
 };

@@ -1,0 +1,556 @@
+/* A training step and its parts, over and over: the same calls as a run makes (src/train/train.c),
+ * on made-up tokens, with nothing written.
+ *
+ *   gather     what compute stood still for units; the bound moves all of them, hidden or not
+ *   compute    the passes without it: embedding, layers, head
+ *   reduce     what is left of the reductions behind the passes, norm, loss
+ *   optimizer  AdamW on this rank's share
+ *   lora       gather of the new weights
+ *
+ * The bounds come from figures of the same run, of the slowest rank: FLOPs over the rate of
+ * products, bytes received over the rate of an all-gather of a layer, bytes of the optimizer over
+ * the rate of a copy. A second table counts what a rank receives in a step, by what it is for. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/rng.h"
+#include "base/timer.h"
+#include "bench/bench_impl.h"
+#include "optim/optim.h"
+#include "train/evaluate.h"
+#include "train/plan.h"
+#include "train/session.h"
+
+enum { REPEATS = 5, WARMUP = 2, GATHER_TRIES = 5 };
+
+enum { GATHER, COMPUTE, REDUCE, OPTIMIZER, LORA, TOTAL, PARTS };
+static const char *const part_names[PARTS] = {"gather",    "compute", "reduce",
+                                              "optimizer", "lora",    "total"};
+
+/* Who causes traffic; the agreements are what is left of the small calls. */
+enum { FOR_UNITS, FOR_EMBEDDING, FOR_GRADIENTS, FOR_LORA, FOR_AGREEMENT, PURPOSES };
+static const char *const purpose_names[PURPOSES] = {"units", "embedding", "gradients", "lora",
+                                                    "agreement"};
+
+typedef struct {
+    uint64_t calls, messages, bytes;
+} amount;
+
+typedef struct {
+    qs_bench_job *job;
+    qs_session session;
+    qs_data *data; /* on paper */
+    qs_model_shape shape;
+    int64_t slots, sequences; /* of a step */
+    qs_range mine;            /* slots of this rank */
+    int64_t tokens, targets;  /* of a step, all ranks */
+    qs_batch **batches;       /* [shape.group] */
+    qs_optim *optim;
+    qs_grads *grads;
+    double *slot_sums;
+    int64_t step;
+    double loss;
+    /* measured */
+    int64_t repeats;
+    double *times[PARTS]; /* [repeats] each */
+    double flops, gathered_bytes;
+    amount traffic[PURPOSES];
+    double copy_rate, matmul_rate, link_rate;
+    double startup_s, startup_cpu_s, step_cpu_s;
+} bench_step;
+
+static double cpu_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- what has been received ---- */
+
+/* By all communicators of the session, each once. */
+static amount received(const qs_session *s, qs_comm_kind kind)
+{
+    const qs_comm *const comms[] = {s->comm, s->device_comm, s->shard.comm, s->base_comm};
+    amount sum = {0, 0, 0};
+    for (int i = 0; i < 4; i++) {
+        bool seen = comms[i] == NULL;
+        for (int j = 0; j < i; j++) {
+            seen = seen || comms[j] == comms[i];
+        }
+        if (!seen) {
+            const qs_comm_traffic t = qs_comm_get_traffic(comms[i], kind);
+            sum.calls += t.calls;
+            sum.messages += t.messages;
+            sum.bytes += t.bytes;
+        }
+    }
+    return sum;
+}
+
+typedef struct {
+    amount kind[QS_COMM_KIND_COUNT];
+} snapshot;
+
+static snapshot look(const qs_session *s)
+{
+    snapshot now;
+    for (int k = 0; k < QS_COMM_KIND_COUNT; k++) {
+        now.kind[k] = received(s, (qs_comm_kind)k);
+    }
+    return now;
+}
+
+static amount minus(amount a, amount b)
+{
+    return (amount){a.calls - b.calls, a.messages - b.messages, a.bytes - b.bytes};
+}
+
+static amount since(const snapshot *before, const snapshot *now, qs_comm_kind kind)
+{
+    return minus(now->kind[kind], before->kind[kind]);
+}
+
+/* ---- batches ---- */
+
+/* Whole sequences of random ids, each position but the last with loss. */
+static void fill_batch(const bench_step *b, int64_t slot, qs_batch *batch)
+{
+    const qs_config *cfg = &b->session.config;
+    const int64_t vocab = b->session.index->config.vocab, length = cfg->train.seq_len;
+    const int64_t first = slot * cfg->train.micro_batch, left = b->sequences - first;
+    const qs_rng rng = qs_rng_make((uint64_t)cfg->seed, 0, (uint64_t)slot, 0, 0);
+    batch->n_sequences = left < cfg->train.micro_batch ? left : cfg->train.micro_batch;
+    batch->n_docs = (int)batch->n_sequences;
+    batch->n_tokens = batch->n_sequences * length;
+    batch->n_targets = batch->n_sequences * (length - 1);
+    for (int64_t t = 0; t < batch->n_tokens; t++) {
+        const int64_t at = t % length;
+        batch->tokens[t] =
+            (int32_t)((double)qs_rng_uniform(&rng, (uint64_t)t) * (double)(vocab - 1));
+        batch->position[t] = (int32_t)at;
+        batch->sample[t] = first + t / length;
+        batch->row_at[t] = at;
+    }
+    for (int64_t t = 0; t < batch->n_tokens; t++) {
+        batch->target[t] = t % length + 1 < length ? batch->tokens[t + 1] : -1;
+    }
+    for (int64_t d = 0; d <= batch->n_docs; d++) {
+        batch->cu_seqlens[d] = (int32_t)(d * length);
+    }
+}
+
+/* ---- a step ---- */
+
+static qs_status run_passes(bench_step *b)
+{
+    const qs_config *cfg = &b->session.config;
+    const int64_t group = b->shape.group;
+    const int64_t per_rank = qs_shard_width(b->slots, qs_comm_nranks(b->session.comm));
+    const qs_model_noise noise = {.dropout = (float)cfg->lora.dropout,
+                                  .seed = (uint64_t)cfg->seed,
+                                  .step = (uint64_t)b->step};
+    const float loss_scale = (float)(1.0 / (double)b->targets);
+    qs_micro_batch micro[QS_GROUP_MAX];
+    for (int64_t first = 0; first < per_rank; first += group) {
+        for (int64_t g = 0; g < group; g++) {
+            const int64_t slot = b->mine.begin + first + g;
+            micro[g] = (qs_micro_batch){.slot = -1};
+            if (slot < b->mine.end) {
+                fill_batch(b, slot, b->batches[g]);
+                micro[g] = (qs_micro_batch){.slot = slot, .batch = b->batches[g]};
+            }
+        }
+        QS_TRY(qs_comm_agree(b->session.comm, QS_OK)); /* as a run does after reading */
+        QS_TRY(qs_model_train_pass(b->session.model, micro, group, loss_scale, &noise, b->grads,
+                                   first + group >= per_rank));
+        for (int64_t g = 0; g < group; g++) {
+            if (micro[g].slot >= 0) {
+                b->slot_sums[micro[g].slot - b->mine.begin] = micro[g].loss_sum;
+            }
+        }
+    }
+    return QS_OK;
+}
+
+static qs_status gather_lora(bench_step *b)
+{
+    qs_session *s = &b->session;
+    return qs_lora_gather_as(&s->layout, s->ops, s->device_comm, s->queue, b->optim->d_master,
+                             s->lora_send, s->lora);
+}
+
+/* One step; parts[PARTS] in seconds. Its traffic is b->traffic but for the embedding's part of the
+ * exchanges, which count_embedding takes out of the gradients'. */
+static qs_status one_step(bench_step *b, double *parts)
+{
+    qs_session *s = &b->session;
+    double norm = 0, loss_sum = 0;
+    float *shard = NULL;
+    const snapshot before = look(s);
+    const double start = qs_time_s(), waited = qs_fsdp_get_stats(s->fsdp).wait_s;
+    const double flops = qs_model_flops(s->model);
+    qs_grads_begin(b->grads);
+    QS_TRY(run_passes(b));
+    const double passed = qs_time_s();
+    QS_TRY(qs_grads_finish(b->grads, &shard));
+    QS_TRY(qs_grads_norm(b->grads, shard, &norm));
+    QS_TRY(qs_sum_slots(s->comm, b->slots, b->slot_sums, &loss_sum));
+    const double reduced = qs_time_s();
+    b->optim->step = b->step;
+    QS_TRY(qs_comm_agree(s->comm,
+                         qs_optim_step(b->optim, s->ops, s->queue, &s->config, s->config.optim.lr,
+                                       qs_clip_scale(s->config.optim.clip, norm), shard)));
+    QS_TRY(qs_queue_wait(s->queue));
+    const double updated = qs_time_s();
+    const snapshot without_lora = look(s);
+    QS_TRY(gather_lora(b));
+    const double end = qs_time_s();
+    const snapshot now = look(s);
+
+    b->step++;
+    b->loss = loss_sum / (double)b->targets;
+    b->flops = qs_model_flops(s->model) - flops;
+    parts[GATHER] = qs_fsdp_get_stats(s->fsdp).wait_s - waited;
+    parts[COMPUTE] = passed - start - parts[GATHER];
+    parts[REDUCE] = reduced - passed;
+    parts[OPTIMIZER] = updated - reduced;
+    parts[LORA] = end - updated;
+    parts[TOTAL] = end - start;
+    b->traffic[FOR_UNITS] = since(&before, &now, QS_COMM_GATHERS);
+    b->traffic[FOR_LORA] = since(&without_lora, &now, QS_COMM_EXCHANGES);
+    b->traffic[FOR_GRADIENTS] =
+        minus(since(&before, &now, QS_COMM_EXCHANGES), b->traffic[FOR_LORA]);
+    b->traffic[FOR_AGREEMENT] = since(&before, &now, QS_COMM_SMALL);
+    return QS_OK;
+}
+
+/* The embedding asks its owners inside the passes: asked once more for the same ids, it causes the
+ * same traffic, which is then known apart. */
+static qs_status count_embedding(bench_step *b)
+{
+    qs_session *s = &b->session;
+    const int64_t per_rank = qs_shard_width(b->slots, qs_comm_nranks(s->comm));
+    const int64_t calls = (per_rank + b->shape.group - 1) / b->shape.group * b->shape.group;
+    const size_t bytes =
+        (size_t)(b->shape.max_tokens * s->index->config.hidden) * qs_dtype_bytes(s->ops->act_dtype);
+    void *rows = NULL;
+    QS_TRY(qs_comm_agree(s->comm, qs_device_alloc(s->device, &rows, bytes, QS_MEM_WORK)));
+    const snapshot before = look(s);
+    qs_status st = QS_OK;
+    for (int64_t i = 0; i < calls && st == QS_OK; i++) {
+        const int64_t slot = b->mine.begin + i;
+        b->batches[0]->n_tokens = 0;
+        if (slot < b->mine.end) {
+            fill_batch(b, slot, b->batches[0]);
+        }
+        st = qs_fsdp_embed(s->fsdp, b->batches[0]->tokens, b->batches[0]->n_tokens, rows);
+    }
+    st = st == QS_OK ? qs_queue_wait(s->queue) : st;
+    const snapshot now = look(s);
+    qs_device_free(s->device, rows);
+    b->traffic[FOR_EMBEDDING] = since(&before, &now, QS_COMM_EXCHANGES);
+    b->traffic[FOR_GRADIENTS] = minus(b->traffic[FOR_GRADIENTS], b->traffic[FOR_EMBEDDING]);
+    return st;
+}
+
+/* ---- bounds ---- */
+
+static qs_status least_of_ranks(qs_comm *comm, double *value)
+{
+    int64_t negative = -llround(*value);
+    QS_TRY(qs_comm_max_i64(comm, &negative, 1));
+    *value = -(double)negative;
+    return QS_OK;
+}
+
+/* On all ranks at the same time, as they compute in a step. */
+static qs_status measure_processor(bench_step *b)
+{
+    qs_session *s = &b->session;
+    qs_bench bench = {0};
+    const qs_ops_limits limits = qs_bench_least_limits(s->threads);
+    qs_status st = qs_bench_open(&bench, s->backend.plugin, s->device, s->ops, s->threads, false);
+    bench.sharers = qs_comm_local_nranks(s->comm);
+    st = st == QS_OK ? qs_bench_open_ops(&bench, &limits) : st;
+    QS_TRY(qs_comm_agree(s->comm, st));
+    st = qs_bench_bounds(&bench);
+    b->copy_rate = bench.copy_rate;
+    b->matmul_rate = bench.matmul_rate;
+    qs_bench_close(&bench);
+    QS_TRY(qs_comm_agree(s->comm, st));
+    QS_TRY(least_of_ranks(s->comm, &b->copy_rate));
+    return least_of_ranks(s->comm, &b->matmul_rate);
+}
+
+static size_t layer_message_bytes(const qs_session *s)
+{
+    size_t most = 1;
+    for (int u = 0; u < s->index->n_units; u++) {
+        const size_t bytes =
+            qs_unit_layout_make(&s->index->units[u].size, s->shard.nranks).message_bytes;
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+/* Bytes a second that a rank receives in an all-gather of the largest unit: the best of some. */
+static qs_status measure_link(bench_step *b)
+{
+    qs_session *s = &b->session;
+    const size_t share = layer_message_bytes(s);
+    const int nranks = qs_comm_nranks(s->base_comm);
+    void *send = NULL, *recv = NULL;
+    double best = INFINITY;
+    qs_status st = qs_device_alloc(s->device, &send, share, QS_MEM_WORK);
+    st = st == QS_OK ? qs_device_alloc(s->device, &recv, share * (size_t)nranks, QS_MEM_WORK) : st;
+    st = qs_comm_agree(s->comm, st);
+    for (int i = 0; i < GATHER_TRIES && st == QS_OK; i++) {
+        st = qs_comm_barrier(s->comm);
+        double start = qs_time_s();
+        st = st == QS_OK ? qs_comm_all_gather(s->base_comm, send, recv, share, s->queue) : st;
+        st = st == QS_OK ? qs_queue_wait(s->queue) : st;
+        double seconds = qs_time_s() - start;
+        st = st == QS_OK ? qs_bench_slowest(s->comm, &seconds, 1) : st;
+        best = seconds < best ? seconds : best;
+    }
+    qs_device_free(s->device, send);
+    qs_device_free(s->device, recv);
+    b->link_rate = nranks > 1 ? (double)share * (nranks - 1) / best : NAN;
+    return st;
+}
+
+/* Seconds that each part takes at least. */
+static void find_bounds(const bench_step *b, double bound[PARTS])
+{
+    const amount *t = b->traffic;
+    const double link = isfinite(b->link_rate) ? b->link_rate : INFINITY;
+    bound[COMPUTE] = b->flops / b->matmul_rate;
+    bound[GATHER] = (double)t[FOR_UNITS].bytes / link;
+    bound[REDUCE] = (double)t[FOR_GRADIENTS].bytes / link;
+    bound[LORA] = (double)t[FOR_LORA].bytes / link;
+    bound[OPTIMIZER] = 28.0 * (double)b->optim->count / b->copy_rate;
+    const double passes = bound[COMPUTE] > bound[GATHER] ? bound[COMPUTE] : bound[GATHER];
+    bound[TOTAL] = passes + bound[REDUCE] + bound[OPTIMIZER] + bound[LORA];
+}
+
+/* ---- set up ---- */
+
+static qs_status open_session(bench_step *b)
+{
+    qs_session *s = &b->session;
+    qs_config config = b->job->options->config;
+    qs_comm *world = b->job->world;
+    QS_TRY(qs_session_open(s, &config, world));
+    QS_TRY(qs_comm_agree(world, qs_data_assume(&b->data, config.train.seq_len)));
+    QS_TRY(qs_comm_agree(world, qs_lora_layout_make(&s->layout, &s->index->config, &config)));
+    b->sequences = config.train.global_batch;
+    b->slots = (b->sequences + config.train.micro_batch - 1) / config.train.micro_batch;
+    b->mine = qs_slots_of(b->slots, qs_comm_rank(world), qs_comm_nranks(world));
+    b->tokens = b->sequences * config.train.seq_len;
+    b->targets = b->sequences * (config.train.seq_len - 1);
+    b->shape = qs_plan_shape(s, b->data, NULL, b->slots);
+    return QS_OK;
+}
+
+static qs_status allocate(bench_step *b)
+{
+    const qs_session *s = &b->session;
+    const int rank = qs_comm_rank(s->comm), nranks = qs_comm_nranks(s->comm);
+    const int64_t width = qs_lora_shard_width(&s->layout, nranks);
+    QS_TRY(QS_ALLOC(&b->slot_sums, b->mine.end - b->mine.begin, QS_MEM_WORK));
+    for (int i = 0; i < PARTS; i++) {
+        QS_TRY(QS_ALLOC(&b->times[i], b->repeats, QS_MEM_WORK));
+    }
+    QS_TRY(qs_optim_create(&b->optim, s->device, &s->layout, rank, nranks));
+    QS_TRY(qs_grads_create(&b->grads, &s->layout, s->ops, s->device_comm, s->queue, b->slots,
+                           b->shape.group));
+    QS_TRY(qs_batches_create(&b->batches, b->shape.group, b->shape.max_tokens));
+    const qs_range mine = qs_lora_shard(&s->layout, rank, nranks);
+    for (int l = 0; l < s->layout.n_layers; l++) {
+        qs_lora_init(&s->layout, (uint64_t)s->config.seed, l, mine, b->optim->master + l * width);
+    }
+    return QS_OK;
+}
+
+static qs_status set_up(bench_step *b)
+{
+    qs_session *s = &b->session;
+    const double start = qs_time_s();
+    QS_TRY(open_session(b));
+    QS_TRY(qs_session_connect(s, &b->shape, true));
+    QS_TRY(qs_comm_agree(s->comm, allocate(b)));
+    QS_TRY(qs_session_build(s, &b->shape));
+    qs_grads_attach(b->grads, s->fsdp);
+    QS_TRY(qs_comm_agree(s->comm, qs_optim_push(b->optim, s->queue)));
+    QS_TRY(gather_lora(b));
+    b->startup_s = qs_time_s() - start;
+    b->startup_cpu_s = cpu_s();
+    return QS_OK;
+}
+
+static void close_all(bench_step *b)
+{
+    qs_batches_destroy(b->batches, b->shape.group);
+    qs_grads_destroy(b->grads);
+    qs_optim_destroy(b->optim);
+    qs_mem_free(b->slot_sums);
+    for (int i = 0; i < PARTS; i++) {
+        qs_mem_free(b->times[i]);
+    }
+    qs_data_close(b->data);
+    qs_session_close(&b->session);
+}
+
+/* ---- what is said ---- */
+
+static qs_status largest_of_ranks(bench_step *b)
+{
+    qs_comm *comm = b->session.comm;
+    int64_t flops = llround(b->flops);
+    QS_TRY(qs_comm_max_i64(comm, &flops, 1));
+    b->flops = (double)flops;
+    for (int p = 0; p < PURPOSES; p++) {
+        int64_t values[3] = {(int64_t)b->traffic[p].calls, (int64_t)b->traffic[p].messages,
+                             (int64_t)b->traffic[p].bytes};
+        QS_TRY(qs_comm_max_i64(comm, values, 3));
+        b->traffic[p] = (amount){(uint64_t)values[0], (uint64_t)values[1], (uint64_t)values[2]};
+    }
+    for (int i = 0; i < PARTS; i++) {
+        QS_TRY(qs_bench_slowest(comm, b->times[i], b->repeats));
+    }
+    return qs_bench_slowest(comm, &b->startup_s, 1);
+}
+
+/* CPU seconds of all ranks, as the mean of a rank: those that wait by polling count, too. */
+static qs_status mean_cpu(bench_step *b)
+{
+    qs_comm *comm = b->session.comm;
+    int64_t us[2] = {llround(b->startup_cpu_s * 1e6), llround(b->step_cpu_s * 1e6)};
+    QS_TRY(qs_comm_sum_i64(comm, us, 2));
+    b->startup_cpu_s = (double)us[0] * 1e-6 / qs_comm_nranks(comm);
+    b->step_cpu_s = (double)us[1] * 1e-6 / qs_comm_nranks(comm);
+    return QS_OK;
+}
+
+static void report_facts(const bench_step *b)
+{
+    const qs_session *s = &b->session;
+    qs_bench_report *r = b->job->report;
+    qs_bench_report_text(r, "settings", "base", s->config.base);
+    qs_bench_report_number(r, "settings", "global_batch", (double)s->config.train.global_batch);
+    qs_bench_report_number(r, "settings", "micro_batch", (double)s->config.train.micro_batch);
+    qs_bench_report_number(r, "settings", "seq_len", (double)s->config.train.seq_len);
+    qs_bench_report_number(r, "settings", "layers", s->layout.n_layers);
+    qs_bench_report_number(r, "settings", "slots", (double)b->slots);
+    qs_bench_report_number(r, "settings", "gather_group", (double)b->shape.group);
+    qs_bench_report_number(r, "settings", "shard_group", s->shard.nranks);
+    qs_bench_report_number(r, "settings", "repeats", (double)b->repeats);
+    qs_bench_report_number(r, "bounds", "copy GB/s", b->copy_rate * 1e-9);
+    qs_bench_report_number(r, "bounds", "products GFLOP/s", b->matmul_rate * 1e-9);
+    qs_bench_report_number(r, "bounds", "all-gather GB/s", b->link_rate * 1e-9);
+}
+
+static void report_parts(const bench_step *b)
+{
+    static const qs_bench_column columns[] = {
+        {"part", "", 12, QS_BENCH_TEXT},
+        {"time", "ms", 11, 3},
+        {"min", "ms", 11, 3},
+        {"max", "ms", 11, 3},
+        {"bound", "ms", 11, 3},
+        {"share", "%", 7, 1},
+    };
+    qs_bench_report *r = b->job->report;
+    double bound[PARTS], total = 0;
+    find_bounds(b, bound);
+    qs_bench_report_note(r, "time: median, slowest rank; share: bound / time. Gathers hide behind "
+                            "compute: time is what was waited for");
+    qs_bench_report_table(r, "parts", columns, (int)(sizeof columns / sizeof *columns));
+    for (int i = 0; i < PARTS; i++) {
+        const qs_bench_times t = qs_bench_summary(b->times[i], b->repeats);
+        const qs_bench_cell cells[] = {
+            QS_BENCH_T(part_names[i]),  QS_BENCH_N(t.median * 1e3),
+            QS_BENCH_N(t.min * 1e3),    QS_BENCH_N(t.max * 1e3),
+            QS_BENCH_N(bound[i] * 1e3), QS_BENCH_N(i == GATHER ? NAN : 100 * bound[i] / t.median)};
+        qs_bench_report_row(r, cells);
+        total = t.median;
+    }
+    qs_bench_report_number(r, "speed", "tokens/s", (double)b->tokens / total);
+    qs_bench_report_number(r, "speed", "bound tokens/s", (double)b->tokens / bound[TOTAL]);
+    qs_bench_report_number(r, "speed", "GFLOP a rank", b->flops * 1e-9);
+    qs_bench_report_number(r, "speed", "loss", b->loss);
+    qs_bench_report_number(r, "speed", "startup s", b->startup_s);
+    qs_bench_report_number(r, "speed", "startup CPU s a rank", b->startup_cpu_s);
+    qs_bench_report_number(r, "speed", "step CPU s a rank", b->step_cpu_s);
+}
+
+static void report_traffic(const bench_step *b)
+{
+    static const qs_bench_column columns[] = {
+        {"traffic", "", 12, QS_BENCH_TEXT},
+        {"calls", "", 11, 0},
+        {"messages", "", 11, 0},
+        {"bytes", "B", 13, 0},
+    };
+    qs_bench_report *r = b->job->report;
+    qs_bench_report_note(r, "received by a rank in a step, the most of all ranks; the messages of "
+                            "agreements (allgather, bcast) are the library's");
+    qs_bench_report_table(r, "traffic", columns, (int)(sizeof columns / sizeof *columns));
+    for (int p = 0; p < PURPOSES; p++) {
+        const qs_bench_cell cells[] = {
+            QS_BENCH_T(purpose_names[p]), QS_BENCH_N(b->traffic[p].calls),
+            QS_BENCH_N(p == FOR_AGREEMENT ? NAN : (double)b->traffic[p].messages),
+            QS_BENCH_N(b->traffic[p].bytes)};
+        qs_bench_report_row(r, cells);
+    }
+}
+
+/* ---- the whole ---- */
+
+static qs_status measure(bench_step *b, int64_t warmup)
+{
+    double parts[PARTS];
+    for (int64_t i = 0; i < warmup; i++) {
+        QS_TRY(one_step(b, parts));
+    }
+    const double cpu = cpu_s();
+    for (int64_t i = 0; i < b->repeats; i++) {
+        QS_TRY(one_step(b, parts));
+        for (int p = 0; p < PARTS; p++) {
+            b->times[p][i] = parts[p];
+        }
+    }
+    b->step_cpu_s = (cpu_s() - cpu) / (double)b->repeats;
+    QS_TRY(count_embedding(b));
+    QS_TRY(measure_processor(b));
+    return measure_link(b);
+}
+
+static qs_status run_step(bench_step *b)
+{
+    const qs_bench_options *o = b->job->options;
+    qs_session *s = &b->session;
+    b->repeats = o->repeats > 0 ? o->repeats : REPEATS;
+    QS_TRY(set_up(b));
+    QS_TRY(qs_bench_describe(b->job, s->device, s->ops, s->threads, qs_comm_name(s->device_comm)));
+    QS_TRY(measure(b, o->warmup >= 0 ? o->warmup : WARMUP));
+    QS_TRY(largest_of_ranks(b));
+    QS_TRY(mean_cpu(b));
+    report_facts(b);
+    report_parts(b);
+    report_traffic(b);
+    b->job->wrong += !isfinite(b->loss);
+    return QS_OK;
+}
+
+qs_status qs_bench_step(qs_bench_job *job)
+{
+    bench_step b = {.job = job};
+    const qs_status st = run_step(&b);
+    close_all(&b);
+    return st;
+}

@@ -1,0 +1,95 @@
+/* qshard bench: from the command line to the options of a benchmark. */
+#include <stdio.h>
+#include <string.h>
+
+#include "bench/bench.h"
+#include "cli/cli_impl.h"
+
+/* Two words only for a step, which then has its base from the file. */
+static qs_status check_words(const qs_cli_args *args, const qs_bench_options *o)
+{
+    if (args->n_words > 1 && o->kind != QS_BENCH_STEP) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "\"%.80s\" is one argument too many: only bench step reads a configuration",
+                       args->words[1]);
+    }
+    if (args->n_words > 1 && args->base != NULL) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "--base: %.80s names a base already; leave one of them out, or give --set "
+                       "base=%.80s",
+                       args->words[1], args->base);
+    }
+    return QS_OK;
+}
+
+static bool sets_base(const qs_cli_args *args)
+{
+    for (int i = 0; i < args->n_sets; i++) {
+        if (strncmp(args->sets[i], "base=", 5) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The defaults with a base, and --set. */
+static qs_status default_config(const qs_cli_args *args, qs_config *config)
+{
+    static const char none[] = "seed: 42\n"; /* a document must not be empty */
+    const char *sets[QS_CLI_SETS_MAX + 1];
+    char base[QS_PATH_MAX + 8] = "";
+    int count = 0;
+    if (args->base == NULL && !sets_base(args)) {
+        return QS_FAIL(QS_ERR_USAGE, "bench step needs --base BASE.h5, or a RUN.yaml that names "
+                                     "one; see qshard bench --help");
+    }
+    if (args->base != NULL) {
+        if (snprintf(base, sizeof base, "base=%s", args->base) >= (int)sizeof base) {
+            return QS_FAIL(QS_ERR_USAGE, "--base: the path is longer than %d bytes", QS_PATH_MAX);
+        }
+        sets[count++] = base;
+    }
+    for (int i = 0; i < args->n_sets; i++) {
+        sets[count++] = args->sets[i];
+    }
+    return qs_config_parse(config, none, sizeof none - 1, "qshard bench step", sets, count);
+}
+
+/* The configuration of a step: a file's, or the defaults; --set changes either. */
+static qs_status step_config(const qs_cli_args *args, qs_config *config, qs_comm *comm)
+{
+    if (args->n_words > 1) {
+        return qs_cli_load_config(args, args->words[1], config, comm);
+    }
+    const qs_status st = default_config(args, config);
+    config->allow_shared_device = args->shared_device;
+    return qs_comm_agree(comm, st);
+}
+
+qs_status qs_cli_bench(const qs_cli_args *args, qs_comm *comm)
+{
+    qs_bench_options o = {.device = args->device,
+                          .allow_shared_device = args->shared_device,
+                          .threads = args->threads,
+                          .json = args->json,
+                          .repeats = args->repeats,
+                          .warmup = args->warmup,
+                          .begin_bytes = args->begin_bytes,
+                          .end_bytes = args->end_bytes,
+                          .factor = args->factor,
+                          .group = args->group,
+                          .tokens = args->tokens,
+                          .rows = args->rows,
+                          .cols = args->cols,
+                          .heads = args->heads,
+                          .kv_heads = args->kv_heads,
+                          .head_dim = args->head_dim};
+    qs_status st = qs_bench_find(args->words[0], &o.kind);
+    st = st == QS_OK ? check_words(args, &o) : st;
+    QS_TRY(qs_comm_agree(comm, st));
+    if (o.kind == QS_BENCH_STEP) {
+        QS_TRY(step_config(args, &o.config, comm));
+        o.config.cpu.threads = args->threads > 0 ? args->threads : o.config.cpu.threads;
+    }
+    return qs_bench_run(&o, comm);
+}

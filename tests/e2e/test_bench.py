@@ -1,0 +1,158 @@
+"""qshard bench: what its tables say is what its JSON says, results are checked, and what is counted is what must travel."""
+import json
+import os
+import re
+import unittest
+
+import support
+
+BINARIES = os.path.dirname(support.QSHARD)
+EMULATED = os.path.join(BINARIES, "libqshard_emulated.so")
+MPIFAULT = os.path.join(BINARIES, "tests", "libmpifault.so")
+SIZES = ("--begin-bytes", "16K", "--end-bytes", "256K", "--repeats", 3, "--warmup", 1, "--threads", 1)
+
+
+def bench(*options, ranks=None, expect=0, **environment):
+    """(the finished process, its JSON document)"""
+    path = os.path.join(support.scratch(), "bench.json")
+    done = support.qshard("bench", *options, "--json", path, ranks=ranks, expect=expect, **environment)
+    document = None
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            document = json.load(file)
+    return done, document
+
+
+def rows(document, table):
+    return document["tables"][table]["rows"]
+
+
+class Collectives(unittest.TestCase):
+    def test_sizes_and_rates(self):
+        for name in ("gather", "reduce"):
+            for ranks, group in ((None, ()), (2, ()), (3, ()), (4, ("--group", 2)), (4, ("--group", "node"))):
+                with self.subTest(name=name, ranks=ranks, group=group):
+                    done, document = bench(name, *SIZES, *group, ranks=ranks)
+                    members = 2 if group == ("--group", 2) else ranks or 1
+                    self.assertEqual(document["settings"]["group"], members)
+                    self.assertEqual(document["host"]["ranks"], ranks or 1)
+                    self.assertEqual(document["host"]["comm"], "self" if ranks is None else "mpi")
+                    self.assertEqual(len(rows(document, "sizes")), 3)
+                    printed = re.findall(r"(?m)^ +\d+ .*", done.stdout)
+                    for row, line in zip(rows(document, "sizes"), printed, strict=True):
+                        self.assertEqual(row["#wrong"], 0)
+                        self.assertLessEqual(row["min"], row["time"])
+                        self.assertLessEqual(row["time"], row["max"])
+                        self.assertAlmostEqual(row["algbw"], row["size"] / row["time"] * 1e-3, delta=row["algbw"] * 1e-6)
+                        self.assertAlmostEqual(row["busbw"], row["algbw"] * (members - 1) / members,
+                                               delta=row["algbw"] * 1e-6)
+                        self.assertEqual(int(line.split()[0]), row["size"])
+
+    def test_messages(self):
+        """A gather is a message from every other rank; so is a reduction whose pieces all have owners."""
+        for name, size in (("gather", "64K"), ("reduce", "256K")):
+            for ranks in (2, 3, 4):
+                _, document = bench(name, "--begin-bytes", size, "--end-bytes", size, "--repeats", 1, "--threads", 1, ranks=ranks)
+                self.assertEqual(rows(document, "sizes")[0]["messages"], ranks - 1)
+
+    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
+    def test_a_changed_byte_is_found(self):
+        """Every rank's share arrives changed in its last byte at each of the others: exit 5, one line, the count."""
+        for name, bytes_each, wrong in (("gather", 65536 // 4, 12), ("reduce", 16384, 4)):
+            with self.subTest(name=name):
+                done, document = bench(name, "--begin-bytes", "64K", "--end-bytes", "64K", "--repeats", 1, "--threads", 1,
+                                       ranks=4, expect=5, LD_PRELOAD=MPIFAULT, QSHARD_FAULT_BYTES=str(bytes_each))
+                self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+                self.assertIn(f"error[E500] bench {name}: {wrong} elements are wrong", done.stderr)
+                self.assertEqual(rows(document, "sizes")[0]["#wrong"], wrong)
+                self.assertEqual(document["result"]["wrong"], wrong)
+
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_nccl(self):
+        for name in ("gather", "reduce"):
+            _, document = bench(name, *SIZES, "--device", "cuda", "--allow-shared-device", ranks=2, QSHARD_PLUGIN=EMULATED)
+            self.assertEqual(document["host"]["comm"], "nccl")
+            self.assertEqual(document["result"]["wrong"], 0)
+
+
+class Single(unittest.TestCase):
+    SMALL = {"gemm": ("--shape", "96x80", "--tokens", 20), "decode": ("--shape", "96x80"), "head": ("--shape", "96x80", "--tokens", 20),
+             "attention": ("--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--tokens", 40)}
+
+    def check(self, options, environment):
+        for name, shape in self.SMALL.items():
+            with self.subTest(name=name):
+                _, document = bench(name, *shape, *options, "--repeats", 2, **environment)
+                for row in rows(document, "operations"):
+                    self.assertGreater(row["checked"], 0)
+                    self.assertEqual(row["#wrong"], 0)
+                    self.assertGreaterEqual(row["error"], 0)
+                    self.assertAlmostEqual(row["share"], 100 * row["rate"] / row["bound"], delta=1e-5 * row["share"])
+
+    def test_cpu(self):
+        self.check((), {})
+
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_gpu(self):
+        self.check(("--device", "cuda"), {"QSHARD_PLUGIN": EMULATED})
+
+
+class Step(unittest.TestCase):
+    OPTIONS = ("--set", "device=cpu", "--set", "train.seq_len=64", "--set", "train.global_batch=8", "--set", "train.micro_batch=1",
+               "--threads", 1, "--repeats", 2, "--warmup", 1)
+
+    def step(self, *options, ranks=None):
+        _, document = bench("step", "--base", f"{support.tiny()}/base.h5", *self.OPTIONS, *options, ranks=ranks)
+        return document
+
+    def test_parts_add_up(self):
+        parts = {row["part"]: row for row in rows(self.step(), "parts")}
+        whole = sum(parts[name]["time"] for name in ("gather", "compute", "reduce", "optimizer", "lora"))
+        self.assertAlmostEqual(whole / parts["total"]["time"], 1, delta=0.3)  # medians of two steps on a busy machine
+        self.assertEqual(parts["gather"]["bound"], 0)
+        self.assertGreater(parts["compute"]["bound"], 0)
+
+    def test_any_ranks_the_same_loss(self):
+        losses = {ranks: self.step(ranks=ranks)["speed"]["loss"] for ranks in (None, 2, 3)}
+        self.assertEqual(len(set(losses.values())), 1, losses)
+
+    def test_a_file_and_its_changes(self):
+        _, document = bench("step", support.TINY_YAML, *support.settings(support.tiny(), "unused", train__global_batch=4),
+                            "--repeats", 1, "--warmup", 0)
+        self.assertEqual(document["settings"]["global_batch"], 4)
+        self.assertEqual(document["settings"]["seq_len"], 64)
+
+    def test_what_must_travel(self):
+        """With one pass a rank gathers each layer twice and each chunk once, but for those that a buffer still holds."""
+        traffic = {row["traffic"]: row for row in rows(self.step(ranks=2), "traffic")}
+        layers = 4
+        self.assertGreaterEqual(traffic["units"]["calls"], 2 * layers - 1)
+        self.assertEqual(traffic["units"]["messages"], traffic["units"]["calls"])
+        for name in ("gradients", "lora"):
+            self.assertEqual(traffic[name]["calls"], layers)
+            self.assertEqual(traffic[name]["messages"], layers)
+        self.assertIsNone(traffic["agreement"]["messages"])
+
+
+class Refused(unittest.TestCase):
+    def test_one_line_each(self):
+        for options, ranks, text in (
+                (("gathr",), None, "there are gather, reduce"), (("gather", "--factor", "1"), None, "--factor"),
+                (("gather", "--begin-bytes", "1M", "--end-bytes", "1K"), 2, "--begin-bytes"),
+                (("reduce", "--group", "2"), 3, "--group: 2"), (("gather", "--group", "host"), None, "--group"),
+                (("gemm",), 2, "without mpirun"), (("gemm", "run.yaml"), None, "one argument too many"),
+                (("gemm", "--shape", "4096"), None, "--shape"), (("step",), None, "--base"),
+                (("attention", "--heads", 5, "--kv-heads", 2), None, "--kv-heads 2"),
+                (("step", support.TINY_YAML, "--base", "x.h5"), None, "names a base already")):
+            with self.subTest(options=options):
+                done = support.qshard("bench", *options, ranks=ranks, expect=2)
+                self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+                self.assertIn(text, done.stderr)
+
+    def test_json_cannot_be_written(self):
+        done = support.qshard("bench", "gather", *SIZES, "--json", "/nowhere/bench.json", expect=4)
+        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,185 @@
+/* The checks of `qshard bench` find what is wrong, and nothing where all is right; what is measured
+ * is in order. Shapes have ragged ends. */
+#include <criterion/criterion.h>
+#include <math.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "bench/bench.h"
+#include "bench/kernels/check.h"
+
+static qs_bench b;
+
+static void open_bench(void)
+{
+    qs_log_init(0, 1, QS_LOG_QUIET, false);
+    cr_assert_eq(qs_bench_open(&b, NULL, qs_device_cpu(), qs_ops_cpu(), 2, true), QS_OK);
+}
+
+static void close_bench(void)
+{
+    qs_bench_close(&b);
+}
+
+TestSuite(bench, .init = open_bench, .fini = close_bench, .timeout = 120);
+
+static void is_right(qs_status st, const qs_bench_check *check, double error)
+{
+    cr_assert_eq(st, QS_OK, "%s", qs_error_text());
+    cr_assert_gt(check->checked, 0);
+    cr_assert_eq(check->wrong, 0, "%lld wrong, error %g", (long long)check->wrong, check->error);
+    cr_assert_lt(check->error, error);
+}
+
+/* Exactly one element was changed. */
+static void is_wrong(qs_status st, const qs_bench_check *check)
+{
+    cr_assert_eq(st, QS_OK, "%s", qs_error_text());
+    cr_assert_eq(check->wrong, 1, "%lld", (long long)check->wrong);
+    cr_assert(!(check->error < 1e-5), "%g", check->error);
+}
+
+/* An element of the last row, which every check looks at. */
+static float *last_row(const qs_mat *mat)
+{
+    return qs_mat_f32(mat) + (mat->rows - 1) * mat->stride + mat->cols / 2;
+}
+
+/* ---- products and weights ---- */
+
+static const int64_t OUT = 70, IN = 333, TOKENS = 19;
+
+static void make_linear(qs_bench_unit *u, qs_bench_linear *l)
+{
+    cr_assert_eq(qs_bench_unit_make(&b, u, 1, &OUT, &IN, 0), QS_OK);
+    cr_assert_eq(qs_bench_linear_make(&b, l, u, 0, TOKENS), QS_OK);
+    cr_assert_eq(qs_bench_dense_make(&b, l), QS_OK);
+}
+
+Test(bench, forward_and_dense_products_are_checked)
+{
+    qs_bench_unit u;
+    qs_bench_linear l;
+    qs_bench_check check;
+    make_linear(&u, &l);
+    cr_assert_eq(qs_bench_linear_forward(&b, &l), QS_OK);
+    is_right(qs_bench_check_forward(&b, &l, &check), &check, 1e-5);
+    const float kept = *last_row(&l.y);
+    *last_row(&l.y) = kept + 0.01F * fabsf(kept) + 1e-3F;
+    is_wrong(qs_bench_check_forward(&b, &l, &check), &check);
+    *last_row(&l.y) = NAN;
+    is_wrong(qs_bench_check_forward(&b, &l, &check), &check);
+
+    cr_assert_eq(qs_bench_dense(&b, &l), QS_OK);
+    is_right(qs_bench_check_dense(&b, &l, &check), &check, 1e-5);
+    *last_row(&l.y) += 1e-2F;
+    is_wrong(qs_bench_check_dense(&b, &l, &check), &check);
+}
+
+Test(bench, backward_products_are_checked)
+{
+    qs_bench_unit u;
+    qs_bench_linear l;
+    qs_bench_check check;
+    make_linear(&u, &l);
+    cr_assert_eq(qs_bench_linear_backward(&b, &l), QS_OK);
+    is_right(qs_bench_check_backward(&b, &l, &check), &check, 1e-5);
+    *last_row(&l.dx) += 1e-3F;
+    is_wrong(qs_bench_check_backward(&b, &l, &check), &check);
+}
+
+Test(bench, every_decoded_weight_is_checked)
+{
+    qs_bench_unit u;
+    qs_bench_check check;
+    cr_assert_eq(qs_bench_unit_make(&b, &u, 1, &OUT, &IN, 0), QS_OK);
+    cr_assert_eq(qs_bench_unit_decode_make(&b, &u), QS_OK);
+    cr_assert_eq(qs_bench_unit_decode(&b, &u), QS_OK);
+    is_right(qs_bench_check_decode(&b, &u, &check), &check, 1e-300);
+    cr_assert_eq(check.checked, OUT * IN);
+    u.out[OUT * IN / 3] += 1e-3F;
+    is_wrong(qs_bench_check_decode(&b, &u, &check), &check);
+}
+
+/* ---- attention, head ---- */
+
+Test(bench, attention_is_checked_both_ways)
+{
+    qs_bench_attention a;
+    qs_bench_check check;
+    cr_assert_eq(qs_bench_attention_make(&b, &a, 37, 6, 3, 20), QS_OK);
+    cr_assert_eq(qs_bench_attention_forward(&b, &a), QS_OK);
+    is_right(qs_bench_check_attention(&b, &a, false, &check), &check, 1e-5);
+    cr_assert_eq(qs_bench_attention_backward(&b, &a), QS_OK);
+    is_right(qs_bench_check_attention(&b, &a, true, &check), &check, 1e-5);
+    /* the first head of the last query, the first group's last key */
+    float *const elements[] = {qs_mat_f32(&a.dq) + 36 * a.dq.stride + 3,
+                               qs_mat_f32(&a.dk) + 36 * a.dk.stride + 3,
+                               qs_mat_f32(&a.dv) + 36 * a.dv.stride + 3};
+    for (int i = 0; i < 3; i++) {
+        const float kept = *elements[i];
+        *elements[i] += 1e-2F;
+        is_wrong(qs_bench_check_attention(&b, &a, true, &check), &check);
+        *elements[i] = kept;
+    }
+    qs_mat_f32(&a.o)[36 * a.o.stride + 3] += 1e-2F;
+    is_wrong(qs_bench_check_attention(&b, &a, false, &check), &check);
+}
+
+Test(bench, head_is_checked)
+{
+    qs_bench_head h;
+    qs_bench_check check;
+    cr_assert_eq(qs_bench_head_make(&b, &h, 11, 75, 48), QS_OK);
+    cr_assert_eq(qs_bench_head_chunk(&b, &h), QS_OK);
+    is_right(qs_bench_check_head(&b, &h, &check), &check, 1e-4);
+    float *const elements[] = {&h.state.max[10], &h.state.target_logit[10],
+                               &h.state.o[10 * 48 + 7]};
+    for (int i = 0; i < 3; i++) {
+        const float kept = *elements[i];
+        *elements[i] += 0.5F;
+        is_wrong(qs_bench_check_head(&b, &h, &check), &check);
+        *elements[i] = kept;
+    }
+}
+
+/* ---- what is measured ---- */
+
+static int calls;
+
+static qs_status count_call(qs_bench *bench, void *ctx)
+{
+    (void)bench;
+    (void)ctx;
+    calls++;
+    return QS_OK;
+}
+
+Test(bench, a_figure_is_the_median_of_its_batches)
+{
+    qs_bench_times t;
+    b.batches = 5;
+    cr_assert_eq(qs_bench_time(&b, count_call, NULL, &t), QS_OK);
+    cr_assert_eq(calls,
+                 2 + 1 + 5); /* warm-up, one to size the batches, which `small` keeps at one */
+    cr_assert_leq(t.min, t.median);
+    cr_assert_leq(t.median, t.max);
+}
+
+Test(bench, bounds_are_measured)
+{
+    cr_assert_eq(qs_bench_bounds(&b), QS_OK);
+    cr_assert_gt(b.copy_rate, 1e6);
+    cr_assert_gt(b.matmul_rate, 1e6);
+    cr_assert_eq(b.n_taken, 0);
+}
+
+Test(bench, names_are_found)
+{
+    qs_bench_kind kind = QS_BENCH_COUNT;
+    cr_assert_eq(qs_bench_find("reduce", &kind), QS_OK);
+    cr_assert_eq(kind, QS_BENCH_REDUCE);
+    cr_assert_eq(qs_bench_find("gathr", &kind), QS_ERR_USAGE);
+    cr_assert_not_null(
+        strstr(qs_error_text(), "gather, reduce, step, gemm, decode, attention, head"));
+}
