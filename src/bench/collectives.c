@@ -135,7 +135,8 @@ static qs_status reduce_make(collective *c)
 {
     place *p = c->p;
     QS_TRY(QS_ALLOC(&c->pattern, c->layout.per_layer, QS_MEM_WORK));
-    return qs_grads_create(&c->grads, &c->layout, p->backend.ops, p->comm, p->queue, p->nranks, 1);
+    const qs_levels levels = {.world = p->comm};
+    return qs_grads_create(&c->grads, &c->layout, p->backend.ops, &levels, p->queue, p->nranks, 1);
 }
 
 static qs_status reduce_fill(collective *c)

@@ -74,19 +74,13 @@ static double cpu_s(void)
 /* By all communicators of the session, each once. */
 static amount received(const qs_session *s, qs_comm_kind kind)
 {
-    const qs_comm *const comms[] = {s->comm, s->device_comm, s->shard.comm, s->base_comm};
+    const qs_comm *comms[QS_SESSION_COMMS_MAX];
     amount sum = {0, 0, 0};
-    for (int i = 0; i < 4; i++) {
-        bool seen = comms[i] == NULL;
-        for (int j = 0; j < i; j++) {
-            seen = seen || comms[j] == comms[i];
-        }
-        if (!seen) {
-            const qs_comm_traffic t = qs_comm_get_traffic(comms[i], kind);
-            sum.calls += t.calls;
-            sum.messages += t.messages;
-            sum.bytes += t.bytes;
-        }
+    for (int i = qs_session_comms(s, comms) - 1; i >= 0; i--) {
+        const qs_comm_traffic t = qs_comm_get_traffic(comms[i], kind);
+        sum.calls += t.calls;
+        sum.messages += t.messages;
+        sum.bytes += t.bytes;
     }
     return sum;
 }
@@ -179,7 +173,7 @@ static qs_status run_passes(bench_step *b)
 static qs_status gather_lora(bench_step *b)
 {
     qs_session *s = &b->session;
-    return qs_lora_gather_as(&s->layout, s->ops, s->device_comm, s->queue, b->optim->d_master,
+    return qs_lora_gather_as(&s->layout, s->ops, &s->levels, s->queue, b->optim->d_master,
                              s->lora_send, s->lora);
 }
 
@@ -366,7 +360,7 @@ static qs_status allocate(bench_step *b)
         QS_TRY(QS_ALLOC(&b->times[i], b->repeats, QS_MEM_WORK));
     }
     QS_TRY(qs_optim_create(&b->optim, s->device, &s->layout, rank, nranks));
-    QS_TRY(qs_grads_create(&b->grads, &s->layout, s->ops, s->device_comm, s->queue, b->slots,
+    QS_TRY(qs_grads_create(&b->grads, &s->layout, s->ops, &s->levels, s->queue, b->slots,
                            b->shape.group));
     QS_TRY(qs_batches_create(&b->batches, b->shape.group, b->shape.max_tokens));
     const qs_range mine = qs_lora_shard(&s->layout, rank, nranks);

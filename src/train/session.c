@@ -389,21 +389,31 @@ void qs_session_close(qs_session *s)
     memset(s, 0, sizeof *s);
 }
 
-void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign)
+int qs_session_comms(const qs_session *s, const qs_comm *out[QS_SESSION_COMMS_MAX])
 {
-    const qs_comm *const comms[] = {s->comm,          s->device_comm,  s->shard.comm,
-                                    s->base_comm,     s->host_inside,  s->host_across,
-                                    s->levels.inside, s->levels.across};
-    *received = *foreign = 0;
-    for (size_t i = 0; i < sizeof comms / sizeof *comms; i++) {
+    const qs_comm *const comms[QS_SESSION_COMMS_MAX] = {
+        s->comm,        s->device_comm, s->shard.comm,    s->base_comm,
+        s->host_inside, s->host_across, s->levels.inside, s->levels.across};
+    int count = 0;
+    for (int i = 0; i < QS_SESSION_COMMS_MAX; i++) {
         bool seen = comms[i] == NULL;
-        for (size_t j = 0; j < i; j++) {
-            seen = seen || comms[j] == comms[i];
+        for (int j = 0; j < count; j++) {
+            seen = seen || out[j] == comms[i];
         }
         if (!seen) {
-            *received += qs_comm_received_bytes(comms[i]);
-            *foreign += qs_comm_foreign_bytes(comms[i]);
+            out[count++] = comms[i];
         }
+    }
+    return count;
+}
+
+void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign)
+{
+    const qs_comm *comms[QS_SESSION_COMMS_MAX];
+    *received = *foreign = 0;
+    for (int i = qs_session_comms(s, comms) - 1; i >= 0; i--) {
+        *received += qs_comm_received_bytes(comms[i]);
+        *foreign += qs_comm_foreign_bytes(comms[i]);
     }
 }
 

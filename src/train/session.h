@@ -64,6 +64,11 @@ size_t qs_session_lora_bytes(const qs_session *s);
 
 void qs_session_close(qs_session *s);
 
+enum { QS_SESSION_COMMS_MAX = 8 };
+
+/** All communicators of the session, each once. \return how many. */
+int qs_session_comms(const qs_session *session, const qs_comm *out[QS_SESSION_COMMS_MAX]);
+
 /** Bytes that this rank has received so far by all communicators, and those from other hosts. */
 void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign);
 
