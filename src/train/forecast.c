@@ -86,11 +86,24 @@ static double linear_flops(const work_sizes *z, qs_linear linear, double launche
            (launches * (double)out * (double)in + adapter_launches * (double)(out + in) * rank);
 }
 
+/* DoRA's products with W beside those of LoRA: upwards and for dX one each where dropout parts x
+ * from drop(x), and one for the magnitudes. */
+static double dora_flops(const work_sizes *z, qs_linear linear, bool magnitudes)
+{
+    const qs_session *s = z->s;
+    const bool twice = s->config.lora.dropout > 0;
+    if (!s->layout.dora || !s->layout.targeted[linear]) {
+        return 0;
+    }
+    return linear_flops(z, linear, z->layers * ((twice ? 1 : 0) + (magnitudes ? 1 : 0)), 0);
+}
+
 static double forward_flops(const work_sizes *z, qs_linear from, qs_linear to)
 {
     double flops = 0;
     for (int i = (int)from; i <= (int)to; i++) {
         flops += linear_flops(z, (qs_linear)i, z->layers, z->layers);
+        flops += dora_flops(z, (qs_linear)i, false);
     }
     return flops;
 }
@@ -102,6 +115,7 @@ static double backward_flops(const work_sizes *z)
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         const double layers = z->layers - (i <= QS_V);
         flops += linear_flops(z, (qs_linear)i, layers, layers + z->layers);
+        flops += dora_flops(z, (qs_linear)i, true);
     }
     return flops;
 }
