@@ -16,7 +16,7 @@ qshard=$(realpath "$1")
 shift
 python=$(realpath -s "${ORACLE_PYTHON:-$here/../../build/oracle/bin/python}")
 cases=("$@")
-[ "${#cases[@]}" -gt 0 ] || cases=(tiny2 odd biases mistral qwen2 qwen3 yarn gemma2 gemma3)
+[ "${#cases[@]}" -gt 0 ] || cases=(tiny2 odd biases mistral qwen2 qwen3 yarn gemma2 gemma3 dora dora_dropout)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
