@@ -47,6 +47,11 @@ typedef struct {
     uint32_t site, layer;
     const int64_t *sample; /* [T] with dropout: the row's global sample */
     const int64_t *row_at; /* [T] with dropout: the row's number within its sample */
+    const float *gain; /* [out] fp32, DoRA (Liu et al. 2024, arXiv:2402.09353): magnitude / norm;
+                          NULL: plain LoRA. With it a linear is
+                              y = W x + bias + (gain - 1) W drop(x) + gain s B (A drop(x)),
+                          which without dropout is gain (W x + s B A x) + bias, as in peft */
+    const float *norm; /* [out] with gain: of the rows of W + s B A; no gradient passes it */
 } qs_lora;
 
 /** Geometry of one attention launch. q is [T, n_heads * head_dim], k and v are [T, n_kv_heads *
@@ -101,6 +106,7 @@ typedef struct {
     int64_t widest;    /* the longer side of the widest linear */
     int n_heads, n_kv_heads, head_dim;
     bool dropout;
+    bool dora;
     int lora_rank; /* 0: no adapters */
     int n_linears; /* of a layer, which unit_open makes ready together */
     int64_t out[QS_OPS_LINEARS_MAX], in[QS_OPS_LINEARS_MAX];
@@ -112,9 +118,9 @@ typedef struct {
     const char *name;   /* "strict", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
-    /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
-     * looked at)? If not, `why` gets one line: the field, its value, what is taken. Needs neither
-     * `open` nor a device. */
+    /** Can the operations compute a model of these head_dim and hidden, with DoRA if `dora` (the
+     * rest of `limits` is not looked at)? If not, `why` gets one line: the field, its value, what
+     * is taken. Needs neither `open` nor a device. */
     bool (*takes)(const qs_ops_limits *limits, char *why, size_t capacity);
 
     /** Upper bound of the scratch that one calling thread (CPU) or one queue (GPU) keeps. */
@@ -147,16 +153,28 @@ typedef struct {
 
     /** A linear as a layer has it: y = residual + x W^T + bias + s B (A drop(x)); bias, residual
      * [T, out] and the adapter (lora->a) may be NULL; y may be residual. Keeps xa for the backward;
-     * what lies there is the backend's own affair (a GPU keeps s A x). */
+     * what lies there is the backend's own affair (a GPU keeps s A x). With lora->gain: DoRA. */
     qs_status (*linear_lora_forward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                      const float *bias, const qs_mat *residual, const qs_lora *lora,
                                      const qs_mat *x, qs_mat *xa, qs_mat *y);
     /** Its backward: dx = dy W + s ((dy B) A) * mask / (1 - p), added to dx if `accumulate`; da and
-     * db as lora_backward. dx NULL: only the adapter's gradients are wanted. */
+     * db as lora_backward. dx NULL: only the adapter's gradients are wanted. With lora->gain g:
+     * dx = dy W + (((g - 1) dy) W + s (((g dy) B) A)) * mask / (1 - p), da and db from g dy. */
     qs_status (*linear_lora_backward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                       const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                       const qs_mat *dy, qs_mat *work, float *da, float *db,
                                       qs_mat *dx, bool accumulate);
+
+    /** DoRA: norm[i] of row i of W + s B A, of W alone without an adapter (lora->a NULL), and, with
+     * `magnitude` [out], gain[i] = magnitude[i] / norm[i]; 0 where the row is zero. All fp32. NULL
+     * where `takes` refuses DoRA, as dora_backward. */
+    qs_status (*dora_norms)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                            const qs_lora *lora, const float *magnitude, float *norm, float *gain);
+    /** DoRA: gradient of the magnitudes [out], overwritten: dm[i] = sum over t of dy[t, i] times
+     * (W drop(x) + s B xa)[t, i], over norm[i]; 0 where the norm is. xa: of linear_lora_forward. */
+    qs_status (*dora_backward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                               const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                               const qs_mat *dy, float *dm);
 
     /** y += s B (A drop(x)); keeps xa = A drop(x) [T, rank] for the backward (linear_lora_forward's
      * xa is not for this backward, nor this one's for linear_lora_backward). */

@@ -116,6 +116,30 @@ Test(layout, sets_take_what_a_layer_has_and_lists_must_be_met)
     }
 }
 
+Test(layout, magnitudes_follow_their_b)
+{
+    for (uint32_t targets = 1; targets < 128; targets++) {
+        qs_config c = config(targets);
+        c.lora.dora = true;
+        qs_lora_layout l = layout_of(&c);
+        int64_t at = 0;
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            cr_assert_eq(l.m_at[i], l.targeted[i] ? at + 8 * (l.in[i] + l.out[i]) : -1);
+            at += l.targeted[i] ? 8 * (l.in[i] + l.out[i]) + l.out[i] : 0;
+        }
+        cr_assert_eq(l.used, at);
+        qs_lora_stretch all[QS_LORA_STRETCHES_MAX];
+        const int n = qs_lora_stretches(&l, (qs_range){0, l.per_layer}, all);
+        at = 0;
+        for (int i = 0; i < n; i++) { /* A, B, m, A, B, m, ... without a gap */
+            cr_assert_eq(all[i].which, "ABm"[i % 3]);
+            cr_assert_eq(all[i].elements.begin, at);
+            at = all[i].elements.end;
+        }
+        cr_assert_eq(at, l.used);
+    }
+}
+
 Test(layout, shares_of_all_ranks_cover_the_segment_once)
 {
     qs_config c = config(0x7f);
@@ -243,6 +267,7 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
     for (size_t k = 0; k < sizeof choices / sizeof *choices; k++) {
         qs_config c = config(choices[k]), found;
         c.lora.rslora = k == 1;
+        c.lora.dora = k >= 3;
         c.lora.dropout = 0.1;
         qs_lora_layout l = layout_of(&c);
         float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
@@ -256,6 +281,7 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
         cr_assert_eq(found.lora.alpha, 12);
         cr_assert_eq(found.lora.dropout, 0.1);
         cr_assert_eq(found.lora.rslora, c.lora.rslora);
+        cr_assert_eq(found.lora.dora, c.lora.dora);
         cr_assert_eq(found.lora.targets, choices[k] | QS_TARGETS_SET);
         qs_peft *peft = NULL;
         cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
@@ -366,6 +392,34 @@ Test(peft, existing_directory_is_never_overwritten)
     free(x);
 }
 
+/* The key and the shape are peft's. */
+Test(peft, magnitudes_are_written_as_peft_names_them)
+{
+    qs_config c = config(1u << QS_K);
+    c.lora.dora = true;
+    qs_lora_layout l = layout_of(&c);
+    float *x = random_vector(&l);
+    char dir[192];
+    path_in(dir, "dora");
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+    qs_st_dir *tensors = NULL;
+    cr_assert_eq(qs_st_open(&tensors, dir, "adapter_model"), QS_OK);
+    cr_assert_eq(qs_st_count(tensors), 9);
+    const qs_st_tensor *t = qs_st_find(
+        tensors, "base_model.model.model.layers.2.self_attn.k_proj.lora_magnitude_vector");
+    cr_assert_not_null(t);
+    cr_assert_eq(t->rank, 1);
+    cr_assert_eq(t->shape[0], l.out[QS_K]);
+    qs_st_close(tensors);
+    qs_lora_layout plain = l;
+    plain.dora = false;
+    qs_peft *peft = NULL;
+    cr_assert_eq(qs_peft_open(&peft, dir, &plain), QS_ERR_INPUT_VALUE);
+    cr_assert_not_null(strstr(qs_error_text(), "use_dora=true, but lora.dora is false"), "%s",
+                       qs_error_text());
+    free(x);
+}
+
 /* An adapter of 16-bit weights is widened exactly. */
 static void write_16_bit(const char *dir, const qs_lora_layout *l, const qs_config *c,
                          const float *x, qs_dtype dtype, int64_t skip)
@@ -473,7 +527,9 @@ typedef struct {
 
 static const peft_case PEFT_CASES[] = {
     {"\"use_dora\": false, \"unknown_key\": [1, {}]", QS_OK, ""},
-    {"\"use_dora\": true", QS_ERR_INPUT_UNKNOWN, "use_dora"},
+    {"\"use_dora\": true", QS_OK, ""},
+    {"\"use_dora\": null", QS_OK, ""},
+    {"\"use_dora\": 1", QS_ERR_INPUT_VALUE, "use_dora"},
     {"\"bias\": \"all\"", QS_ERR_INPUT_UNKNOWN, "bias"},
     {"\"bias\": \"none\"", QS_OK, ""},
     {"\"modules_to_save\": [\"lm_head\"]", QS_ERR_INPUT_UNKNOWN, "modules_to_save"},

@@ -103,13 +103,15 @@ typedef struct {
     float *vector;
 } adapter;
 
-static adapter make_adapter(const qs_hf_config *model, uint32_t targets, bool rslora, float size)
+static adapter make_adapter(const qs_hf_config *model, uint32_t targets, bool rslora, bool dora,
+                            float size)
 {
     adapter a;
     memset(&a, 0, sizeof a);
     a.config.lora.rank = RANK;
     a.config.lora.alpha = 10;
     a.config.lora.rslora = rslora;
+    a.config.lora.dora = dora;
     a.config.lora.targets = targets;
     cr_assert_eq(qs_lora_layout_make(&a.layout, model, &a.config), QS_OK);
     int64_t count = a.layout.n_layers * a.layout.per_layer;
@@ -136,7 +138,7 @@ static void make_usual(void)
     tiny_hf o = {.dtype = QS_BF16, .untied = true, .biases = true};
     make_model("model", "base.h5", &o);
     qs_base_index *index = open_index("base.h5");
-    adapter a = make_adapter(&index->config, ALL, false, 0.5f);
+    adapter a = make_adapter(&index->config, ALL, false, false, 0.5f);
     write_adapter("adapter", &a);
     free(a.vector);
     qs_base_index_free(index);
@@ -149,7 +151,7 @@ typedef struct {
     uint32_t targets;
     int dtype; /* -1: as stored */
     int64_t shard_bytes;
-    bool original, rslora;
+    bool original, rslora, dora;
 } merge_case;
 
 /* All of a tensor of the base as floats, its chunks put together. */
@@ -224,15 +226,37 @@ static int linear_of(const char *name, int *layer)
     return -1;
 }
 
+/* What DoRA multiplies row `row` of W + scale B A by; 1 without it. */
+static double row_factor(const qs_st_tensor *t, const float *w, const adapter *a, int layer,
+                         int linear, int64_t row)
+{
+    const int64_t n = t->shape[1];
+    double squares = 0, ignored = 0;
+    if (!a->layout.dora) {
+        return 1;
+    }
+    for (int64_t j = 0; j < n; j++) {
+        const double x = (double)w[row * n + j] + product(a, layer, linear, row, j, &ignored);
+        squares += x * x;
+    }
+    const float *segment = a->vector + layer * a->layout.per_layer;
+    return (double)segment[a->layout.m_at[linear] + row] / sqrt(squares);
+}
+
 static void check_sum(const qs_st_tensor *t, const float *got, const float *w, const adapter *a,
                       int layer, int linear, qs_dtype dtype)
 {
+    double factor = 1;
     for (int64_t e = 0; e < t->count; e++) {
+        const int64_t row = e / t->shape[1], column = e % t->shape[1];
         double size = fabs((double)w[e]);
         double exact = (double)w[e];
-        exact += product(a, layer, linear, e / t->shape[1], e % t->shape[1], &size);
-        /* fp32: a rounding for each product and each sum, of terms that are at most `size` */
-        double most = half_ulp(exact, dtype) + (2 * RANK + 2) * 0x1p-24 * size;
+        factor = column == 0 ? row_factor(t, w, a, layer, linear, row) : factor;
+        exact = factor * (exact + product(a, layer, linear, row, column, &size));
+        /* fp32: a rounding for each product and each sum, of terms that are at most `size`; the
+         * length is a mean over the row, and better than its worst element. */
+        double most = half_ulp(exact, dtype) + (2 * RANK + 2) * 0x1p-24 * size * fabs(factor);
+        most += a->layout.dora ? 2 * RANK * 0x1p-24 * fabs(exact) : 0;
         cr_assert_leq(fabs((double)got[e] - exact), most, "%s: element %ld is %.9g, not %.9g",
                       t->name, (long)e, (double)got[e], exact);
     }
@@ -360,16 +384,23 @@ static qs_status merge(const merge_case *c, const char *out, int threads, qs_mer
 /* ---- what must hold ---- */
 
 static merge_case CASES[] = {
-    {{.dtype = QS_BF16, .untied = true, .biases = true}, ALL, -1, INT64_MAX, false, false},
-    {{.dtype = QS_BF16, .zero_rows = true}, 1 << QS_K | 1 << QS_DOWN, -1, SHARD, false, true},
-    {{.dtype = QS_F16, .untied = true}, ALL, QS_F16, SHARD, false, false},
-    {{.dtype = QS_F32, .biases = true}, ALL, QS_F32, INT64_MAX, false, false},
-    {{.dtype = QS_F32}, 1 << QS_GATE, QS_BF16, SHARD, false, false},
-    {{.dtype = QS_BF16}, ALL, QS_F32, INT64_MAX, false, false},
+    {{.dtype = QS_BF16, .untied = true, .biases = true}, ALL, -1, INT64_MAX, false, false, false},
+    {{.dtype = QS_BF16, .zero_rows = true},
+     1 << QS_K | 1 << QS_DOWN,
+     -1,
+     SHARD,
+     false,
+     true,
+     false},
+    {{.dtype = QS_F16, .untied = true}, ALL, QS_F16, SHARD, false, false, false},
+    {{.dtype = QS_F32, .biases = true}, ALL, QS_F32, INT64_MAX, false, false, false},
+    {{.dtype = QS_F32}, 1 << QS_GATE, QS_BF16, SHARD, false, false, false},
+    {{.dtype = QS_BF16}, ALL, QS_F32, INT64_MAX, false, false, false},
     {{.dtype = QS_BF16, .scheme = TINY_BNB_NESTED, .leave_raw = 1 + QS_K, .foreign_map = true},
      ALL,
      -1,
      INT64_MAX,
+     false,
      false,
      false},
     {{.dtype = QS_F16, .scheme = TINY_BNB_PLAIN, .leave_raw = 1 + QS_K},
@@ -377,18 +408,29 @@ static merge_case CASES[] = {
      -1,
      SHARD,
      false,
+     false,
      false},
-    {{.dtype = QS_BF16, .untied = true, .biases = true}, ALL, -1, SHARD, true, false},
-    {{.dtype = QS_F32}, ALL, QS_BF16, INT64_MAX, true, true},
-    {{.dtype = QS_F16}, 1 << QS_O, QS_F32, INT64_MAX, true, false},
-    {{.dtype = QS_BF16, .fused = true}, FUSED, -1, INT64_MAX, false, false},
-    {{.dtype = QS_BF16, .fused = true, .untied = true}, FUSED, QS_F32, INT64_MAX, true, false},
+    {{.dtype = QS_BF16, .untied = true, .biases = true, false}, ALL, -1, SHARD, true, false, false},
+    {{.dtype = QS_F32}, ALL, QS_BF16, INT64_MAX, true, true, false},
+    {{.dtype = QS_F16}, 1 << QS_O, QS_F32, INT64_MAX, true, false, false},
+    {{.dtype = QS_BF16, .fused = true, false}, FUSED, -1, INT64_MAX, false, false, false},
+    {{.dtype = QS_BF16, .fused = true, .untied = true, false},
+     FUSED,
+     QS_F32,
+     INT64_MAX,
+     true,
+     false,
+     false},
     {{.dtype = QS_F16, .scheme = TINY_BNB_NESTED, .fused = true, .leave_raw = 3},
      1 << QS_QKV | 1 << QS_DOWN,
      -1,
      INT64_MAX,
      false,
+     false,
      false},
+    {{.dtype = QS_BF16, .untied = true}, ALL, QS_F32, INT64_MAX, false, true, true},
+    {{.dtype = QS_BF16}, 1 << QS_K | 1 << QS_DOWN, -1, INT64_MAX, false, false, true},
+    {{.dtype = QS_F16}, ALL, QS_F32, INT64_MAX, true, false, true},
 };
 
 ParameterizedTestParameters(merge, weights_are_the_sum_rounded_once)
@@ -401,7 +443,7 @@ ParameterizedTest(merge_case *c, merge, weights_are_the_sum_rounded_once, .timeo
     qs_merge_report report;
     make_model("model", "base.h5", &c->model);
     qs_base_index *index = open_index("base.h5");
-    adapter a = make_adapter(&index->config, c->targets, c->rslora, 0.5f);
+    adapter a = make_adapter(&index->config, c->targets, c->rslora, c->dora, 0.5f);
     qs_dtype dtype = c->dtype >= 0 ? (qs_dtype)c->dtype : c->model.dtype;
     qs_base_index_free(index);
     write_adapter("adapter", &a);
@@ -429,7 +471,7 @@ Test(merge, threads_and_the_form_of_the_adapter_do_not_matter)
     cr_assert_eq(merge(&c, "three/", 3, &report), QS_OK, "%s", qs_error_text());
     cr_assert_eq(differs("one", "three"), 0);
     qs_base_index *index = open_index("base.h5");
-    adapter a = make_adapter(&index->config, ALL, false, 0.5f);
+    adapter a = make_adapter(&index->config, ALL, false, false, 0.5f);
     qs_merge_options options = {.base = "base.h5",
                                 .output = "vector",
                                 .dtype = QS_BF16,
@@ -467,7 +509,7 @@ Test(merge, config_keeps_its_spelling_and_loses_the_quantization)
         qs_merge_report report;
         make_model("model", "base.h5", &o);
         qs_base_index *index = open_index("base.h5");
-        adapter a = make_adapter(&index->config, ALL, false, 0.5f);
+        adapter a = make_adapter(&index->config, ALL, false, false, 0.5f);
         qs_base_index_free(index);
         write_adapter("adapter", &a);
         cr_assert_eq(merge(&c, "out", 1, &report), QS_OK, "%s", qs_error_text());
@@ -586,15 +628,16 @@ static const struct {
 static void make_unusual(void)
 {
     qs_base_index *index = open_index("base.h5");
-    adapter huge = make_adapter(&index->config, 1 << QS_V, false, 400.0f); /* 2.5 * 4 * 200^2 */
+    adapter huge =
+        make_adapter(&index->config, 1 << QS_V, false, false, 400.0f); /* 2.5 * 4 * 200^2 */
     write_adapter("huge", &huge);
     qs_hf_config other = index->config;
     other.n_layers = 3;
-    adapter deep = make_adapter(&other, ALL, false, 0.5f);
+    adapter deep = make_adapter(&other, ALL, false, false, 0.5f);
     write_adapter("deep", &deep);
     other = index->config;
     other.hidden = 80;
-    adapter broad = make_adapter(&other, ALL, false, 0.5f);
+    adapter broad = make_adapter(&other, ALL, false, false, 0.5f);
     write_adapter("broad", &broad);
     free(huge.vector);
     free(deep.vector);
@@ -662,7 +705,7 @@ static void make_run(const qs_hf_config *model, const char *sha)
     qs_comm *comm = NULL;
     qs_optim *o = NULL;
     qs_run_dir run_dir;
-    adapter a = make_adapter(model, ALL, false, 0.5f);
+    adapter a = make_adapter(model, ALL, false, false, 0.5f);
     cr_assert_eq(qs_config_parse(&cfg, yaml, strlen(yaml), "r", NULL, 0), QS_OK);
     cr_assert_eq(qs_lora_layout_make(&layout, model, &cfg), QS_OK);
     cr_assert_eq(qs_comm_self_create(&comm), QS_OK);

@@ -11,7 +11,7 @@
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
-enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 21 };
+enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 22 };
 
 static const char *const names[N_OPS] = {"linear_forward",
                                          "linear_backward",
@@ -33,7 +33,8 @@ static const char *const names[N_OPS] = {"linear_forward",
                                          "head, capped",
                                          "square_sums",
                                          "accumulate",
-                                         "update"};
+                                         "update",
+                                         "dora"};
 
 /* FNV-1a over the bytes of a result. */
 static uint64_t hash(const void *data, int64_t bytes, uint64_t start)
@@ -96,6 +97,45 @@ static void linear_ops(qs_queue *q, uint64_t out[4])
     for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) {
         free(rest[i]);
     }
+    fx_unit_destroy(&unit);
+}
+
+/* Norms, a linear both ways with dropout, the gradient of the magnitudes. */
+static void dora_ops(qs_queue *q, uint64_t *out)
+{
+    const qs_ops *ops = qs_ops_cpu();
+    const fx_weight_spec spec = {QS_WEIGHT_NF4, OUT, IN, QS_BF16, true, 3, 0};
+    fx_unit unit = fx_unit_create(&spec, 1);
+    qs_mat x = fx_mat(ROWS, IN, 3, 2), y = fx_mat(ROWS, OUT, 1, 3), dy = fx_mat(ROWS, OUT, 0, 4);
+    qs_mat dx = fx_mat(ROWS, IN, 2, 5), xa = fx_mat(ROWS, RANK, 0, 6),
+           work = fx_mat(ROWS, RANK, 0, 7);
+    float *a = fx_random(RANK * IN, 9), *b = fx_random(RANK * OUT, 10), *m = fx_random(OUT, 8);
+    float da[RANK * IN], db[RANK * OUT], norm[OUT], gain[OUT], dm[OUT];
+    int64_t sample[ROWS] = {0}, row_at[ROWS];
+    for (int t = 0; t < ROWS; t++) {
+        row_at[t] = t;
+    }
+    qs_lora lora = {.a = a, .b = b, .rank = RANK, .scale = 2.0F, .dropout = 0.1F, .seed = 1};
+    lora.sample = sample;
+    lora.row_at = row_at;
+    cr_assert_eq(ops->dora_norms(q, &unit.view, &unit.weight, &lora, m, norm, gain), QS_OK);
+    lora.norm = norm;
+    lora.gain = gain;
+    cr_assert_eq(ops->linear_lora_forward(q, &unit.view, &unit.weight, m, NULL, &lora, &x, &xa, &y),
+                 QS_OK);
+    cr_assert_eq(ops->dora_backward(q, &unit.view, &unit.weight, &lora, &x, &xa, &dy, dm), QS_OK);
+    cr_assert_eq(ops->linear_lora_backward(q, &unit.view, &unit.weight, &lora, &x, &xa, &dy, &work,
+                                           da, db, &dx, false),
+                 QS_OK);
+    *out = hash(norm, sizeof norm, hash(gain, sizeof gain, hash(dm, sizeof dm, hash_mat(&y, 0))));
+    *out = hash(da, sizeof da, hash(db, sizeof db, hash_mat(&dx, *out)));
+    qs_mat *mats[] = {&x, &y, &dy, &dx, &xa, &work};
+    for (size_t i = 0; i < sizeof mats / sizeof *mats; i++) {
+        fx_mat_free(mats[i]);
+    }
+    free(a);
+    free(b);
+    free(m);
     fx_unit_destroy(&unit);
 }
 
@@ -229,6 +269,7 @@ static void all_ops(qs_queue *q, uint64_t out[N_OPS])
     out[16] = head_op(q, 0.0F);
     out[17] = head_op(q, 2.0F);
     optim_ops(q, out + 18);
+    dora_ops(q, out + 21);
 }
 
 static void all_ops_with(int threads, uint64_t out[N_OPS])

@@ -141,8 +141,9 @@ Test(adamw, elements_without_gradient_only_decay_and_padding_stays_zero)
 }
 
 /* Each rank of three updates its share of two layers; put together that is every A at one rate and
- * every B at sixteen times it. SGD, so that the update is the rate times the gradient. */
-Test(optim, lora_plus_gives_every_b_a_rate_of_its_own)
+ * every B, and every magnitude, at sixteen times it. SGD, so that the update is the rate times the
+ * gradient. */
+static void check_lora_plus(bool dora)
 {
     enum { RANKS = 3, LAYERS = 2, IN = 300, OUT = 700, LORA = 8 };
     qs_lora_layout layout;
@@ -156,6 +157,7 @@ Test(optim, lora_plus_gives_every_b_a_rate_of_its_own)
     c.lora.targets = 0x2d; /* q, v, o, up */
     c.optim.name = QS_OPTIM_SGD;
     c.optim.lora_plus_ratio = 16.0;
+    c.lora.dora = dora;
     cr_assert_eq(qs_lora_layout_of_shapes(&layout, LAYERS, outs, ins, &c), QS_OK);
     const int64_t width = qs_lora_shard_width(&layout, RANKS);
     float *grad = malloc((size_t)(LAYERS * width) * sizeof *grad);
@@ -177,7 +179,7 @@ Test(optim, lora_plus_gives_every_b_a_rate_of_its_own)
                 if (layout.targeted[l] && at >= layout.a_at[l] && at < layout.b_at[l]) {
                     want = -0.25F;
                 } else if (layout.targeted[l] && at >= layout.b_at[l] &&
-                           at < layout.b_at[l] + LORA * layout.out[l]) {
+                           at < layout.b_at[l] + (LORA + dora) * layout.out[l]) {
                     want = -4.0F;
                 }
             }
@@ -188,6 +190,12 @@ Test(optim, lora_plus_gives_every_b_a_rate_of_its_own)
         qs_optim_destroy(o);
     }
     free(grad);
+}
+
+Test(optim, lora_plus_gives_every_b_a_rate_of_its_own)
+{
+    check_lora_plus(false);
+    check_lora_plus(true);
 }
 
 Test(optim, share_of_nothing_is_allowed)

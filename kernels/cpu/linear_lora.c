@@ -6,19 +6,14 @@
 
 enum { BLOCK_ROWS = 256 }; /* of a result that cannot be built where it belongs */
 
-static qs_mat rows_from(const qs_mat *mat, int64_t row0, int64_t rows)
-{
-    qs_mat part = *mat;
-    part.data = qs_mat_f32(mat) + row0 * mat->stride;
-    part.rows = rows;
-    return part;
-}
-
 /* y = x W^T + bias + adapter. */
 static qs_status products(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                           const float *bias, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
                           qs_mat *y)
 {
+    if (lora->gain != NULL) {
+        return qs_dora_forward(q, unit, w, bias, lora, x, xa, y);
+    }
     QS_TRY(qs_cpu_linear_forward(q, unit, w, bias, x, y));
     return lora->a == NULL ? QS_OK : qs_cpu_lora_forward(q, lora, x, xa, y);
 }
@@ -33,17 +28,14 @@ static qs_status add_in_place(qs_queue *q, const qs_unit_view *unit, const qs_we
     QS_TRY(qs_scratch(QS_SCRATCH_LORA, qs_lora_scratch_count(y->rows, y->cols), &block));
     for (int64_t row0 = 0; row0 < y->rows; row0 += BLOCK_ROWS) {
         int64_t rows = qs_min_i64(BLOCK_ROWS, y->rows - row0);
-        qs_mat x_part = rows_from(x, row0, rows);
-        qs_mat y_part = rows_from(y, row0, rows);
+        qs_mat x_part = qs_mat_rows(x, row0, rows);
+        qs_mat y_part = qs_mat_rows(y, row0, rows);
         qs_mat result = {block, rows, y->cols, y->cols, QS_F32};
         qs_mat xa_part = {0};
-        qs_lora lora_part = *lora;
+        qs_lora lora_part = {0};
         if (lora->a != NULL) {
-            xa_part = rows_from(xa, row0, rows);
-        }
-        if (lora->a != NULL && lora->dropout > 0.0F) {
-            lora_part.sample += row0;
-            lora_part.row_at += row0;
+            xa_part = qs_mat_rows(xa, row0, rows);
+            lora_part = qs_lora_rows(lora, row0);
         }
         QS_TRY(products(q, unit, w, bias, &lora_part, &x_part, &xa_part, &result));
         QS_TRY(qs_cpu_add(q, &result, &y_part));
@@ -67,8 +59,15 @@ qs_status qs_cpu_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, con
                                       const qs_mat *dy, qs_mat *work, float *da, float *db,
                                       qs_mat *dx, bool accumulate)
 {
+    const qs_weight_source frozen = {unit, w, qs_isa_get(), 0};
     if (dx != NULL) {
-        QS_TRY(qs_cpu_linear_backward(q, unit, w, dy, dx, accumulate));
+        /* With dropout the gain belongs to the masked part, which comes with the adapter's. */
+        const qs_gained left = {dy, lora->dropout > 0.0F ? NULL : lora->gain, 0.0F};
+        const qs_operand gradient = qs_gained_operand(&left),
+                         right = qs_weight_operand(&frozen, false);
+        QS_TRY(qs_gemm(q, dy->rows, w->in, w->out, &gradient, &right, dx->data, dx->stride,
+                       accumulate));
     }
-    return lora->a == NULL ? QS_OK : qs_cpu_lora_backward(q, lora, x, xa, dy, work, da, db, dx);
+    return lora->a == NULL ? QS_OK
+                           : qs_lora_backward_beside(q, &frozen, lora, x, xa, dy, work, da, db, dx);
 }

@@ -7,11 +7,6 @@
 
 enum { BLOCK_ROWS = 256 }; /* of the masked gradient */
 
-typedef struct {
-    const qs_lora *lora;
-    const qs_mat *x;
-} dropped;
-
 static bool has_dropout(const qs_lora *lora)
 {
     return lora->dropout > 0.0F;
@@ -32,17 +27,25 @@ static void dropout_row(const qs_lora *lora, int64_t row, int64_t width, int64_t
 static void dropped_load(const qs_operand *operand, int64_t row, int64_t first, int64_t count,
                          float *out)
 {
-    const dropped *d = operand->ctx;
+    const qs_dropped *d = operand->ctx;
     dropout_row(d->lora, row, d->x->cols, first, count,
                 qs_mat_f32(d->x) + row * d->x->stride + first, out);
 }
 
-static qs_operand dropped_operand(const dropped *d)
+qs_operand qs_dropped_operand(const qs_dropped *d)
 {
     if (has_dropout(d->lora)) {
         return (qs_operand){.load = dropped_load, .ctx = d};
     }
     return (qs_operand){.data = d->x->data, .stride = d->x->stride};
+}
+
+qs_status qs_lora_project(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa)
+{
+    const qs_dropped d = {lora, x};
+    qs_operand input = qs_dropped_operand(&d);
+    qs_operand a = {.data = lora->a, .stride = x->cols, .transposed = true};
+    return qs_gemm(q, x->rows, lora->rank, x->cols, &input, &a, xa->data, xa->stride, false);
 }
 
 qs_status qs_cpu_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
@@ -51,10 +54,7 @@ qs_status qs_cpu_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x,
     if (lora->a == NULL) {
         return QS_OK;
     }
-    const dropped d = {lora, x};
-    qs_operand input = dropped_operand(&d);
-    qs_operand a = {.data = lora->a, .stride = x->cols, .transposed = true};
-    QS_TRY(qs_gemm(q, x->rows, lora->rank, x->cols, &input, &a, xa->data, xa->stride, false));
+    QS_TRY(qs_lora_project(q, lora, x, xa));
     qs_operand scaled = {.data = xa->data, .stride = xa->stride, .scale = lora->scale};
     qs_operand b = {.data = lora->b, .stride = lora->rank, .transposed = true};
     return qs_gemm(q, x->rows, y->cols, lora->rank, &scaled, &b, y->data, y->stride, true);
@@ -93,8 +93,20 @@ int64_t qs_lora_scratch_count(int64_t tokens, int64_t widest)
     return qs_min_i64(BLOCK_ROWS, tokens) * widest;
 }
 
-/* dx += s (work A) * mask / (1 - p), a block of rows at a time. */
-static qs_status add_masked_product(qs_queue *q, const qs_lora *lora, const qs_mat *work,
+/* product += ((gain - 1) dy) W of some rows: DoRA's frozen weight saw drop(x), too. */
+static qs_status add_gained_product(qs_queue *q, const qs_weight_source *frozen,
+                                    const qs_lora *lora, const qs_mat *dy, float *product)
+{
+    const qs_gained gained = {dy, lora->gain, 1.0F};
+    const qs_operand left = qs_gained_operand(&gained), w = qs_weight_operand(frozen, false);
+    const int64_t in = frozen->weight->in;
+    return qs_gemm(q, dy->rows, in, dy->cols, &left, &w, product, in, true);
+}
+
+/* dx += (s (work A), and with DoRA ((gain - 1) dy) W) * mask / (1 - p), a block of rows at a time.
+ */
+static qs_status add_masked_product(qs_queue *q, const qs_weight_source *frozen,
+                                    const qs_lora *lora, const qs_mat *dy, const qs_mat *work,
                                     qs_mat *dx)
 {
     int64_t width = dx->cols;
@@ -109,31 +121,35 @@ static qs_status add_masked_product(qs_queue *q, const qs_lora *lora, const qs_m
                            .scale = lora->scale};
         qs_operand a = {.data = lora->a, .stride = width};
         QS_TRY(qs_gemm(q, args.rows, width, lora->rank, &left, &a, product, width, false));
+        if (lora->gain != NULL) {
+            const qs_mat part = qs_mat_rows(dy, args.row0, args.rows);
+            QS_TRY(add_gained_product(q, frozen, lora, &part, product));
+        }
         qs_parallel_for(q, qs_ceil_div(args.rows, args.rows_per_task), args.rows * width * 16,
                         masked_add_task, &args);
     }
     return QS_OK;
 }
 
-qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
-                               const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx)
+qs_status qs_lora_backward_beside(qs_queue *q, const qs_weight_source *frozen, const qs_lora *lora,
+                                  const qs_mat *x, const qs_mat *xa, const qs_mat *dy, qs_mat *work,
+                                  float *da, float *db, qs_mat *dx)
 {
-    if (lora->a == NULL) {
-        return QS_OK;
-    }
     int64_t rows = dy->rows, in = x->cols, out = dy->cols, rank = lora->rank;
-    qs_operand left = {.data = dy->data, .stride = dy->stride};
+    const qs_gained gradient = {dy, lora->gain, 0.0F};
+    qs_operand left = qs_gained_operand(&gradient);
     qs_operand b = {.data = lora->b, .stride = rank};
     QS_TRY(qs_gemm(q, rows, rank, out, &left, &b, work->data, work->stride, false));
 
-    const dropped d = {lora, x};
-    qs_operand input = dropped_operand(&d);
+    const qs_dropped d = {lora, x};
+    qs_operand input = qs_dropped_operand(&d);
     qs_operand work_t = {
         .data = work->data, .stride = work->stride, .transposed = true, .scale = lora->scale};
     QS_TRY(qs_gemm(q, rank, in, rows, &work_t, &input, da, in, false));
 
-    qs_operand dy_t = {
-        .data = dy->data, .stride = dy->stride, .transposed = true, .scale = lora->scale};
+    qs_operand dy_t = left;
+    dy_t.transposed = true;
+    dy_t.scale = lora->scale;
     qs_operand kept = {.data = xa->data, .stride = xa->stride};
     QS_TRY(qs_gemm(q, out, rank, rows, &dy_t, &kept, db, rank, false));
 
@@ -141,9 +157,16 @@ qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x
         return QS_OK;
     }
     if (has_dropout(lora)) {
-        return add_masked_product(q, lora, work, dx);
+        return add_masked_product(q, frozen, lora, dy, work, dx);
     }
     qs_operand scaled = {.data = work->data, .stride = work->stride, .scale = lora->scale};
     qs_operand a = {.data = lora->a, .stride = in};
     return qs_gemm(q, rows, in, rank, &scaled, &a, dx->data, dx->stride, true);
+}
+
+qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                               const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx)
+{
+    return lora->a == NULL ? QS_OK
+                           : qs_lora_backward_beside(q, NULL, lora, x, xa, dy, work, da, db, dx);
 }

@@ -22,6 +22,9 @@ static size_t scratch_bytes(const qs_ops_limits *l)
     if (l->dropout) {
         floats += qs_lora_scratch_count(l->tokens, l->widest);
     }
+    if (l->dora) {
+        floats += qs_dora_scratch_count(l->tokens, l->widest);
+    }
     return (size_t)floats * sizeof(float);
 }
 
@@ -79,6 +82,8 @@ const qs_ops *qs_ops_cpu(void)
         .linear_backward = qs_cpu_linear_backward,
         .linear_lora_forward = qs_cpu_linear_lora_forward,
         .linear_lora_backward = qs_cpu_linear_lora_backward,
+        .dora_norms = qs_cpu_dora_norms,
+        .dora_backward = qs_cpu_dora_backward,
         .lora_forward = qs_cpu_lora_forward,
         .lora_backward = qs_cpu_lora_backward,
         .rmsnorm_forward = qs_cpu_rmsnorm_forward,

@@ -20,8 +20,59 @@ qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed);
 void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
                            int64_t first, int64_t count, float *out);
 
-/** Floats that lora_backward with dropout, and the head, keep at most. */
+/** Rows [row0, row0 + rows) of a matrix, and the adapter of a call as seen from row `row0` on. */
+static inline qs_mat qs_mat_rows(const qs_mat *mat, int64_t row0, int64_t rows)
+{
+    qs_mat part = *mat;
+    part.data = qs_mat_f32(mat) + row0 * mat->stride;
+    part.rows = rows;
+    return part;
+}
+
+static inline qs_lora qs_lora_rows(const qs_lora *lora, int64_t row0)
+{
+    qs_lora part = *lora;
+    if (lora->dropout > 0.0F) {
+        part.sample += row0;
+        part.row_at += row0;
+    }
+    return part;
+}
+
+/** drop(x) as an operand: x itself without dropout. Both are borrowed by the operand. */
+typedef struct {
+    const qs_lora *lora;
+    const qs_mat *x;
+} qs_dropped;
+
+qs_operand qs_dropped_operand(const qs_dropped *dropped);
+
+/** A matrix with its columns times (gain - minus) as an operand: itself with gain NULL. */
+typedef struct {
+    const qs_mat *mat;
+    const float *gain; /* [cols] or NULL */
+    float minus;
+} qs_gained;
+
+qs_operand qs_gained_operand(const qs_gained *gained);
+
+/** xa = A drop(x). */
+qs_status qs_lora_project(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa);
+
+/** lora_backward; with lora->gain what belongs to the adapter of linear_lora_backward, for which
+ * `frozen` is the weight beside it. */
+qs_status qs_lora_backward_beside(qs_queue *q, const qs_weight_source *frozen, const qs_lora *lora,
+                                  const qs_mat *x, const qs_mat *xa, const qs_mat *dy, qs_mat *work,
+                                  float *da, float *db, qs_mat *dx);
+
+/** y = W x + bias + (gain - 1) W drop(x) + gain s B (A drop(x)); keeps xa. */
+qs_status qs_dora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                          const float *bias, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
+                          qs_mat *y);
+
+/** Floats that lora_backward with dropout, DoRA, and the head keep at most. */
 int64_t qs_lora_scratch_count(int64_t tokens, int64_t widest);
+int64_t qs_dora_scratch_count(int64_t tokens, int64_t widest);
 int64_t qs_head_scratch_count(int64_t loss_rows);
 
 qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
@@ -35,6 +86,11 @@ qs_status qs_cpu_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, con
                                       const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                       const qs_mat *dy, qs_mat *work, float *da, float *db,
                                       qs_mat *dx, bool accumulate);
+qs_status qs_cpu_dora_norms(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                            const qs_lora *lora, const float *magnitude, float *norm, float *gain);
+qs_status qs_cpu_dora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                               const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                               const qs_mat *dy, float *dm);
 qs_status qs_cpu_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
                               qs_mat *y);
 qs_status qs_cpu_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,

@@ -27,6 +27,10 @@ bool qs_cuda_takes(const qs_ops_limits *l, char *why, size_t capacity)
                  (long long)l->hidden, QS_NORM_COLS_MAX);
         return false;
     }
+    if (l->dora) {
+        snprintf(why, capacity, "lora.dora=true: there are no CUDA operations for DoRA");
+        return false;
+    }
     return true;
 }
 

@@ -173,6 +173,7 @@ static qs_status run_passes(bench_step *b)
 static qs_status gather_lora(bench_step *b)
 {
     qs_session *s = &b->session;
+    qs_model_adapter_changed(s->model);
     return qs_lora_gather_as(&s->layout, s->ops, &s->levels, s->queue, b->optim->d_master,
                              s->lora_send, s->lora);
 }
@@ -379,6 +380,9 @@ static qs_status set_up(bench_step *b)
     QS_TRY(qs_comm_agree(s->comm, allocate(b)));
     QS_TRY(qs_session_build(s, &b->shape));
     qs_grads_attach(b->grads, s->fsdp);
+    QS_TRY(qs_model_magnitudes(s->model,
+                               qs_lora_shard(&s->layout, qs_comm_rank(s->comm), s->nranks),
+                               qs_lora_shard_width(&s->layout, s->nranks), b->optim->master));
     QS_TRY(qs_comm_agree(s->comm, qs_optim_push(b->optim, s->queue)));
     QS_TRY(gather_lora(b));
     b->startup_s = qs_time_s() - start;

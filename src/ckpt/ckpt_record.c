@@ -30,9 +30,13 @@ static json_t *lora_object(const qs_lora_layout *layout)
             json_array_append_new(targets, json_string(short_name(i)));
         }
     }
-    return json_pack("{s:i, s:i, s:f, s:o, s:o}", "rank", layout->lora_rank, "layers",
-                     layout->n_layers, "scale", (double)layout->scale, "targets", targets, "shapes",
-                     shapes);
+    json_t *lora = json_pack("{s:i, s:i, s:f, s:o, s:o}", "rank", layout->lora_rank, "layers",
+                             layout->n_layers, "scale", (double)layout->scale, "targets", targets,
+                             "shapes", shapes);
+    if (layout->dora) { /* for readers; ours goes by the configuration */
+        json_object_set_new(lora, "dora", json_true());
+    }
+    return lora;
 }
 
 char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout)

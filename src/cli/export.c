@@ -82,6 +82,12 @@ static void print_loaders(const qs_config *cfg)
         fits = vllm_ranks[i] >= cfg->lora.rank ? vllm_ranks[i] : fits;
     }
     printf("  loads in  peft       yes\n");
+    if (cfg->lora.dora) {
+        printf("            vLLM       no: it has no DoRA; qshard merge makes a checkpoint for it\n"
+               "            llama.cpp  no: its converter knows no magnitudes; convert what qshard "
+               "merge makes\n");
+        return;
+    }
     if (fits) {
         printf("            vLLM       yes, with --max-lora-rank %lld\n", (long long)fits);
     } else {
@@ -111,8 +117,9 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     qs_status st = qs_peft_write(args->output, &layout, &cfg, base_name, vector);
     qs_mem_free(vector);
     QS_TRY(st);
-    printf("%s: %s, %d layers, rank %lld, %lld weights, base %s\n", args->output, step_dir,
-           layout.n_layers, (long long)cfg.lora.rank, (long long)qs_lora_count(&layout), base_name);
+    printf("%s: %s, %d layers, %srank %lld, %lld weights, base %s\n", args->output, step_dir,
+           layout.n_layers, layout.dora ? "DoRA of " : "", (long long)cfg.lora.rank,
+           (long long)qs_lora_count(&layout), base_name);
     print_loaders(&cfg);
     return QS_OK;
 }

@@ -214,8 +214,9 @@ static qs_status inspect_checkpoint(const char *path)
     QS_GOTO(qs_lora_layout_of_shapes(&layout, record.n_layers, record.out, record.in, &cfg));
     printf("%s: checkpoint\n  step        %" PRId64 "\n  run         %s\n  ranks       %d\n", path,
            m.step, m.run_id, m.nranks);
-    printf("  LoRA        %d layers, rank %d, scale %g, %" PRId64 " weights\n", layout.n_layers,
-           layout.lora_rank, (double)layout.scale, qs_lora_count(&layout));
+    printf("  %s        %d layers, rank %d, scale %g, %" PRId64 " weights\n",
+           layout.dora ? "DoRA" : "LoRA", layout.n_layers, layout.lora_rank, (double)layout.scale,
+           qs_lora_count(&layout));
     print_targets(layout.targeted);
     printf("  base        %s\n  data        %s\n", record.base_sha256, record.data_content);
     for (int i = 0; i < m.n_files; i++) {
@@ -254,8 +255,9 @@ static qs_status inspect_adapter(const char *path)
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         targeted[i] = config.targets >> i & 1;
     }
-    printf("%s: PEFT adapter\n  rank        %" PRId64 "\n  alpha       %g%s\n", path,
-           config.lora_rank, config.alpha, config.rslora ? " (rslora)" : "");
+    printf("%s: PEFT adapter%s\n  rank        %" PRId64 "\n  alpha       %g%s\n", path,
+           config.dora ? ", DoRA" : "", config.lora_rank, config.alpha,
+           config.rslora ? " (rslora)" : "");
     print_targets(targeted);
     return describe_tensors(path, "adapter_model");
 }

@@ -52,7 +52,7 @@ typedef struct {
         int64_t rank;
         double alpha, dropout;
         uint32_t targets; /* bit per qs_linear, and QS_TARGETS_SET */
-        bool rslora;
+        bool rslora, dora;
         char init[QS_PATH_MAX]; /* PEFT directory to continue from, or "" */
     } lora;
     struct {

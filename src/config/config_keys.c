@@ -193,6 +193,13 @@ const qs_key qs_keys[] = {
      .offset = AT(lora.rslora),
      .preset = "false",
      .meaning = "rank-stabilized scale (arXiv:2312.03732)"},
+    {.name = "lora.dora",
+     .type = QS_KEY_BOOL,
+     .offset = AT(lora.dora),
+     .preset = "false",
+     .meaning =
+         "weight-decomposed adapters, as peft computes them (DoRA, arXiv:2402.09353); on the "
+         "CPU only"},
     {.name = "lora.init",
      .type = QS_KEY_PATH,
      .offset = AT(lora.init),
@@ -239,7 +246,8 @@ const qs_key qs_keys[] = {
      .preset = "1.0",
      .high = 1e4,
      .above_low = true,
-     .meaning = "learning rate of every B over that of A (LoRA+, arXiv:2402.12354)"},
+     .meaning = "learning rate of every B, and of magnitudes, over that of A (LoRA+, "
+                "arXiv:2402.12354)"},
     {.name = "optim.clip",
      .type = QS_KEY_F64,
      .offset = AT(optim.clip),

@@ -2,6 +2,7 @@
  * over the ranks.
  *
  *   unit (layer) u:  | A_q | B_q | A_k | B_k | ... targets in qs_linear order | padding to 4096 |
+ *   with DoRA:       | A_q | B_q | m_q | A_k | B_k | m_k | ...    m: magnitudes [out]
  *
  * A unit's segment has C chunks of 4,096 elements; rank r owns chunks [r p, (r+1) p), p = ceil(C
  * / N). All layers are alike, so one layout serves them all. Sums over the vector (norm, slot
@@ -21,13 +22,15 @@ typedef struct {
     int n_layers;
     int lora_rank;
     float scale;
+    bool dora;
     bool targeted[QS_LINEAR_COUNT];
     int64_t out[QS_LINEAR_COUNT], in[QS_LINEAR_COUNT];
     int64_t a_at[QS_LINEAR_COUNT],
-        b_at[QS_LINEAR_COUNT]; /* element offsets in the layer's segment; -1 */
-    int64_t used;              /* elements of a layer that are weights */
-    int64_t chunks;            /* per layer */
-    int64_t per_layer;         /* chunks * 4096 */
+        b_at[QS_LINEAR_COUNT];     /* element offsets in the layer's segment; -1 */
+    int64_t m_at[QS_LINEAR_COUNT]; /* of the magnitudes; -1 without DoRA */
+    int64_t used;                  /* elements of a layer that are weights */
+    int64_t chunks;                /* per layer */
+    int64_t per_layer;             /* chunks * 4096 */
 } qs_lora_layout;
 
 /** Layout for a model and a configuration. */
@@ -52,24 +55,41 @@ qs_range qs_lora_shard(const qs_lora_layout *layout, int rank, int nranks);
 /** Elements of a layer per rank, padded: p * 4096, the same on every rank. */
 int64_t qs_lora_shard_width(const qs_lora_layout *layout, int nranks);
 
-/** A stretch of a segment that is one A, or one B. */
+/** One tensor of a linear's adapter. */
+typedef struct {
+    char which; /* 'A', 'B', 'm': DoRA's magnitudes */
+    int64_t at; /* in the segment */
+    int rank;   /* dimensions */
+    int64_t shape[2];
+    int64_t count;
+} qs_lora_part;
+
+enum { QS_LORA_PARTS_MAX = 3 };
+
+/** The tensors of a linear's adapter, in the order of the segment. \return how many; 0: no adapter.
+ */
+int qs_lora_parts(const qs_lora_layout *layout, int linear, qs_lora_part out[QS_LORA_PARTS_MAX]);
+
+/** A stretch of a segment that is one tensor. */
 typedef struct {
     qs_range elements;
-    bool is_b;
+    char which; /* as in qs_lora_part */
 } qs_lora_stretch;
 
-enum { QS_LORA_STRETCHES_MAX = 2 * QS_LINEAR_COUNT };
+enum { QS_LORA_STRETCHES_MAX = QS_LORA_PARTS_MAX * QS_LINEAR_COUNT };
 
 /** The stretches of `elements` of a segment, in order; padding is in none. \return how many. */
 int qs_lora_stretches(const qs_lora_layout *layout, qs_range elements,
                       qs_lora_stretch out[QS_LORA_STRETCHES_MAX]);
 
 /** Initial value of one element of layer `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) by counter from
- * `seed`, B = 0, padding 0. */
+ * `seed`, B = 0, padding 0. Magnitudes are left 0: they come from the base (qs_model_magnitudes).
+ */
 void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_range elements,
                   float *out);
 
-/** PEFT name of a weight: base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight */
+/** PEFT name of a weight: base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight; of
+ * magnitudes ...q_proj.lora_magnitude_vector, as peft writes it. */
 void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, char which);
 
 /** Fill a whole layer's segment from a PEFT adapter directory opened by lora_peft.c; see

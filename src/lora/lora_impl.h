@@ -8,12 +8,12 @@
 typedef struct {
     int64_t lora_rank;
     double alpha, dropout;
-    bool rslora;
+    bool rslora, dora;
     uint32_t targets; /* bit per qs_linear */
 } qs_peft_config;
 
 /** Parse adapter_config.json. What would change the function of the adapter and is not supported
- * (DoRA, biases, patterns, trained whole modules, ...) is refused by name. Pure: no I/O. */
+ * (biases, patterns, trained whole modules, ...) is refused by name. Pure: no I/O. */
 qs_status qs_peft_config_parse(qs_peft_config *out, const char *text, size_t bytes,
                                const char *path);
 

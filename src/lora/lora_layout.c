@@ -37,10 +37,11 @@ qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int6
     out->n_layers = n_layers;
     out->lora_rank = (int)cfg->lora.rank;
     out->scale = qs_lora_scale(cfg->lora.alpha, cfg->lora.rank, cfg->lora.rslora);
+    out->dora = cfg->lora.dora;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         out->out[i] = out_features[i];
         out->in[i] = in_features[i];
-        out->a_at[i] = out->b_at[i] = -1;
+        out->a_at[i] = out->b_at[i] = out->m_at[i] = -1;
         out->targeted[i] = cfg->lora.targets >> i & 1 && out->out[i] > 0;
         if (!out->targeted[i]) {
             continue;
@@ -49,6 +50,10 @@ qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int6
         out->a_at[i] = out->used;
         out->b_at[i] = out->a_at[i] + cfg->lora.rank * out->in[i];
         out->used = out->b_at[i] + out->out[i] * cfg->lora.rank;
+        if (out->dora) {
+            out->m_at[i] = out->used;
+            out->used += out->out[i];
+        }
     }
     if (out->used == 0) {
         return QS_FAIL(QS_ERR_CONFIG_VALUE, "lora.targets: no linear is named; nothing to train");
@@ -93,19 +98,30 @@ static int64_t min_of(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+int qs_lora_parts(const qs_lora_layout *layout, int linear, qs_lora_part out[QS_LORA_PARTS_MAX])
+{
+    const int64_t rank = layout->lora_rank, rows = layout->out[linear], in = layout->in[linear];
+    if (!layout->targeted[linear]) {
+        return 0;
+    }
+    out[0] = (qs_lora_part){'A', layout->a_at[linear], 2, {rank, in}, rank * in};
+    out[1] = (qs_lora_part){'B', layout->b_at[linear], 2, {rows, rank}, rows * rank};
+    out[2] = (qs_lora_part){'m', layout->m_at[linear], 1, {rows, 0}, rows};
+    return layout->dora ? 3 : 2;
+}
+
 int qs_lora_stretches(const qs_lora_layout *layout, qs_range elements,
                       qs_lora_stretch out[QS_LORA_STRETCHES_MAX])
 {
     int count = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        const int64_t b = layout->b_at[i];
-        const qs_range whole[2] = {{layout->a_at[i], b},
-                                   {b, b + layout->lora_rank * layout->out[i]}};
-        for (int which = 0; layout->targeted[i] && which < 2; which++) {
-            const qs_range part = {max_of(whole[which].begin, elements.begin),
-                                   min_of(whole[which].end, elements.end)};
-            if (part.begin < part.end) {
-                out[count++] = (qs_lora_stretch){part, which == 1};
+        qs_lora_part parts[QS_LORA_PARTS_MAX];
+        const int n = qs_lora_parts(layout, i, parts);
+        for (int k = 0; k < n; k++) {
+            const qs_range common = {max_of(parts[k].at, elements.begin),
+                                     min_of(parts[k].at + parts[k].count, elements.end)};
+            if (common.begin < common.end) {
+                out[count++] = (qs_lora_stretch){common, parts[k].which};
             }
         }
     }
@@ -135,8 +151,12 @@ void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_ran
 
 void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, char which)
 {
-    snprintf(out, capacity, "base_model.model.model.layers.%d.%s.lora_%c.weight", layer,
-             qs_linear_path(linear), which);
+    char part[32] = "magnitude_vector";
+    if (which != 'm') {
+        snprintf(part, sizeof part, "%c.weight", which);
+    }
+    snprintf(out, capacity, "base_model.model.model.layers.%d.%s.lora_%s", layer,
+             qs_linear_path(linear), part);
 }
 
 qs_status qs_lora_layout_check(const qs_lora_layout *layout, const qs_hf_config *model,

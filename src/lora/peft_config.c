@@ -21,22 +21,12 @@ static const char *short_name(qs_linear linear)
 
 /* Keys that must be absent, null, false, or empty: anything else is a feature that this program
  * does not have. */
-static const char *const MUST_BE_EMPTY[] = {"use_dora",
-                                            "modules_to_save",
-                                            "rank_pattern",
-                                            "alpha_pattern",
-                                            "fan_in_fan_out",
-                                            "lora_bias",
-                                            "layers_to_transform",
-                                            "layers_pattern",
-                                            "exclude_modules",
-                                            "layer_replication",
-                                            "trainable_token_indices",
-                                            "target_parameters",
-                                            "use_qalora",
-                                            "alora_invocation_tokens",
-                                            "arrow_config",
-                                            "use_bdlora"};
+static const char *const MUST_BE_EMPTY[] = {
+    "modules_to_save",         "rank_pattern",      "alpha_pattern",
+    "fan_in_fan_out",          "lora_bias",         "layers_to_transform",
+    "layers_pattern",          "exclude_modules",   "layer_replication",
+    "trainable_token_indices", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "arrow_config",      "use_bdlora"};
 
 static bool is_empty(const json_t *value)
 {
@@ -50,9 +40,10 @@ static qs_status check_features(const json_t *config, const char *path)
 {
     for (size_t i = 0; i < sizeof MUST_BE_EMPTY / sizeof *MUST_BE_EMPTY; i++) {
         if (!is_empty(json_object_get(config, MUST_BE_EMPTY[i]))) {
-            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: %s is set, which is not supported; only plain LoRA on linears is",
-                           path, MUST_BE_EMPTY[i]);
+            return QS_FAIL(
+                QS_ERR_INPUT_UNKNOWN,
+                "%s: %s is set, which is not supported; only LoRA and DoRA on linears are", path,
+                MUST_BE_EMPTY[i]);
         }
     }
     const char *type = NULL;
@@ -130,17 +121,24 @@ static qs_status parse_targets(const json_t *config, uint32_t *targets, const ch
     return QS_OK;
 }
 
+static qs_status parse_flag(const json_t *config, const char *key, bool *out, const char *path)
+{
+    const json_t *flag = json_object_get(config, key);
+    if (flag && !json_is_null(flag) && !json_is_boolean(flag)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: %s is neither true nor false", path, key);
+    }
+    *out = json_is_true(flag);
+    return QS_OK;
+}
+
 static qs_status parse_fields(qs_peft_config *out, const json_t *config, const char *path)
 {
     QS_TRY(check_features(config, path));
     QS_TRY(check_init(config, path));
     QS_TRY(qs_json_i64(config, "r", 1, 1024, &out->lora_rank, path));
     QS_TRY(qs_json_f64(config, "lora_alpha", 1e-9, 1e6, &out->alpha, path));
-    const json_t *rslora = json_object_get(config, "use_rslora");
-    if (rslora && !json_is_boolean(rslora)) {
-        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: use_rslora is neither true nor false", path);
-    }
-    out->rslora = json_is_true(rslora);
+    QS_TRY(parse_flag(config, "use_rslora", &out->rslora, path));
+    QS_TRY(parse_flag(config, "use_dora", &out->dora, path));
     if (json_object_get(config, "lora_dropout")) {
         QS_TRY(qs_json_f64(config, "lora_dropout", 0, 1, &out->dropout, path));
     }
@@ -180,6 +178,7 @@ qs_status qs_peft_settings(const char *dir, qs_config *cfg)
     cfg->lora.alpha = found.alpha;
     cfg->lora.dropout = found.dropout;
     cfg->lora.rslora = found.rslora;
+    cfg->lora.dora = found.dora;
     cfg->lora.targets = found.targets | QS_TARGETS_SET; /* peft, too, takes those it finds */
     return QS_OK;
 }
@@ -227,8 +226,8 @@ char *qs_peft_config_text(const qs_config *cfg, const qs_lora_layout *layout, co
         "inference_mode", 1, "init_lora_weights", 1, "lora_alpha", number(cfg->lora.alpha),
         "lora_dropout", cfg->lora.dropout, "modules_to_save", "peft_type", "LORA", "r",
         (json_int_t)cfg->lora.rank, "rank_pattern", "revision", "target_modules",
-        target_list(layout), "task_type", "CAUSAL_LM", "use_dora", 0, "use_rslora",
-        (int)cfg->lora.rslora);
+        target_list(layout), "task_type", "CAUSAL_LM", "use_dora", (int)cfg->lora.dora,
+        "use_rslora", (int)cfg->lora.rslora);
     if (!config) {
         return NULL;
     }

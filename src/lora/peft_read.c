@@ -37,6 +37,11 @@ static qs_status check_settings(const qs_lora_layout *layout, const char *dir)
                        dir, found.alpha, yes_no(found.rslora), (double)scale,
                        (double)layout->scale);
     }
+    if (found.dora != layout->dora) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: use_dora=%s, but lora.dora is %s; set lora.dora to the adapter's", dir,
+                       yes_no(found.dora), yes_no(layout->dora));
+    }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         const bool named = found.targets >> i & 1;
         if (layout->out[i] > 0 && named != layout->targeted[i]) {
@@ -49,31 +54,31 @@ static qs_status check_settings(const qs_lora_layout *layout, const char *dir)
     return QS_OK;
 }
 
-static void shape_of(const qs_lora_layout *layout, int linear, char which, int64_t shape[2])
+static qs_status wrong_shape(const char *path, const qs_st_tensor *t, const qs_lora_part *part)
 {
-    shape[0] = which == 'A' ? layout->lora_rank : layout->out[linear];
-    shape[1] = which == 'A' ? layout->in[linear] : layout->lora_rank;
+    char expected[64];
+    snprintf(expected, sizeof expected, part->rank == 2 ? "[%lld, %lld]" : "[%lld]",
+             (long long)part->shape[0], (long long)part->shape[1]);
+    return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                   "%s: tensor \"%s\" has %d dimensions [%lld, %lld], expected %s", path, t->name,
+                   t->rank, (long long)(t->rank > 0 ? t->shape[0] : 0),
+                   (long long)(t->rank > 1 ? t->shape[1] : 0), expected);
 }
 
-static qs_status find_tensor(const qs_peft *peft, int layer, int linear, char which,
+static qs_status find_tensor(const qs_peft *peft, int layer, int linear, const qs_lora_part *part,
                              const qs_st_tensor **out)
 {
     char name[NAME_ROOM];
-    int64_t shape[2];
     qs_dtype dtype;
     const char *path = qs_st_path(peft->tensors);
-    qs_lora_peft_name(name, sizeof name, layer, (qs_linear)linear, which);
-    shape_of(&peft->layout, linear, which, shape);
+    qs_lora_peft_name(name, sizeof name, layer, (qs_linear)linear, part->which);
     const qs_st_tensor *t = qs_st_find(peft->tensors, name);
     if (!t) {
         return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\" is missing", path, name);
     }
-    if (t->rank != 2 || t->shape[0] != shape[0] || t->shape[1] != shape[1]) {
-        return QS_FAIL(QS_ERR_INPUT_TENSOR,
-                       "%s: tensor \"%s\" has %d dimensions [%lld, %lld], expected [%lld, %lld]",
-                       path, name, t->rank, (long long)(t->rank > 0 ? t->shape[0] : 0),
-                       (long long)(t->rank > 1 ? t->shape[1] : 0), (long long)shape[0],
-                       (long long)shape[1]);
+    if (t->rank != part->rank || t->shape[0] != part->shape[0] ||
+        (t->rank == 2 && t->shape[1] != part->shape[1])) {
+        return wrong_shape(path, t, part);
     }
     if (qs_st_to_dtype(t->dtype, &dtype) != 0 ||
         (dtype != QS_F32 && dtype != QS_F16 && dtype != QS_BF16)) {
@@ -91,11 +96,12 @@ static qs_status check_tensors(const qs_peft *peft)
     const qs_st_tensor *t;
     for (int layer = 0; layer < peft->layout.n_layers; layer++) {
         for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-            if (peft->layout.targeted[i]) {
-                QS_TRY(find_tensor(peft, layer, i, 'A', &t));
-                QS_TRY(find_tensor(peft, layer, i, 'B', &t));
-                wanted += 2;
+            qs_lora_part parts[QS_LORA_PARTS_MAX];
+            const int n = qs_lora_parts(&peft->layout, i, parts);
+            for (int k = 0; k < n; k++) {
+                QS_TRY(find_tensor(peft, layer, i, &parts[k], &t));
             }
+            wanted += n;
         }
     }
     if (qs_st_count(peft->tensors) != wanted) {
@@ -127,10 +133,11 @@ qs_status qs_peft_open(qs_peft **out, const char *dir, const qs_lora_layout *lay
     return QS_OK;
 }
 
-static qs_status read_tensor(qs_peft *peft, int layer, int linear, char which, float *out)
+static qs_status read_tensor(qs_peft *peft, int layer, int linear, const qs_lora_part *part,
+                             float *out)
 {
     const qs_st_tensor *t = NULL;
-    QS_TRY(find_tensor(peft, layer, linear, which, &t));
+    QS_TRY(find_tensor(peft, layer, linear, part, &t));
     QS_TRY(qs_st_read_f32(peft->tensors, t, 0, t->count, out));
     for (int64_t i = 0; i < t->count; i++) {
         if (!isfinite(out[i])) {
@@ -146,9 +153,10 @@ qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment)
     const qs_lora_layout *layout = &peft->layout;
     memset(segment, 0, (size_t)layout->per_layer * sizeof *segment);
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        if (layout->targeted[i]) {
-            QS_TRY(read_tensor(peft, layer, i, 'A', segment + layout->a_at[i]));
-            QS_TRY(read_tensor(peft, layer, i, 'B', segment + layout->b_at[i]));
+        qs_lora_part parts[QS_LORA_PARTS_MAX];
+        const int n = qs_lora_parts(layout, i, parts);
+        for (int k = 0; k < n; k++) {
+            QS_TRY(read_tensor(peft, layer, i, &parts[k], segment + parts[k].at));
         }
     }
     return QS_OK;

@@ -16,25 +16,22 @@ enum { NAME_ROOM = 96, PATH_ROOM = QS_PATH_MAX + 64 };
 
 /* ---- the tensors ---- */
 
-static void add_item(qs_st_item *items, char (*names)[NAME_ROOM], int64_t at,
-                     const qs_lora_layout *layout, int layer, int linear, char which,
-                     const float *segment)
+static void add_item(qs_st_item *items, char (*names)[NAME_ROOM], int64_t at, int layer, int linear,
+                     const qs_lora_part *part, const float *segment)
 {
-    bool a = which == 'A';
-    qs_lora_peft_name(names[at], NAME_ROOM, layer, (qs_linear)linear, which);
+    qs_lora_peft_name(names[at], NAME_ROOM, layer, (qs_linear)linear, part->which);
     items[at] = (qs_st_item){
         .name = names[at],
         .dtype = QS_F32,
-        .rank = 2,
-        .shape = {a ? layout->lora_rank : layout->out[linear],
-                  a ? layout->in[linear] : layout->lora_rank},
-        .data = segment + (a ? layout->a_at[linear] : layout->b_at[linear]),
+        .rank = part->rank,
+        .shape = {part->shape[0], part->shape[1]},
+        .data = segment + part->at,
     };
 }
 
 qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, const float *vector)
 {
-    size_t most = (size_t)layout->n_layers * 2 * QS_LINEAR_COUNT;
+    size_t most = (size_t)layout->n_layers * QS_LORA_PARTS_MAX * QS_LINEAR_COUNT;
     qs_st_item *items = calloc(most, sizeof *items);
     char(*names)[NAME_ROOM] = calloc(most, sizeof *names);
     int64_t count = 0;
@@ -45,9 +42,10 @@ qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, 
     for (int layer = 0; layer < layout->n_layers; layer++) {
         const float *segment = vector + layer * layout->per_layer;
         for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-            if (layout->targeted[i]) {
-                add_item(items, names, count++, layout, layer, i, 'A', segment);
-                add_item(items, names, count++, layout, layer, i, 'B', segment);
+            qs_lora_part parts[QS_LORA_PARTS_MAX];
+            const int n = qs_lora_parts(layout, i, parts);
+            for (int k = 0; k < n; k++) {
+                add_item(items, names, count++, layer, i, &parts[k], segment);
             }
         }
     }
@@ -93,11 +91,11 @@ static char *model_card(const qs_config *cfg, const char *base_name)
     quote(out, base_name);
     fputs("\nlibrary_name: peft\ntags:\n- lora\n- qlora\n---\n\n", out);
     fprintf(out,
-            "# LoRA adapter\n\nRank %lld, alpha %g%s, trained with qshard on an NF4 base.\n\n"
+            "# LoRA adapter\n\nRank %lld, alpha %g%s%s, trained with qshard on an NF4 base.\n\n"
             "```python\nfrom peft import PeftModel\n"
             "model = PeftModel.from_pretrained(base_model, \"path/of/this/directory\")\n```\n",
             (long long)cfg->lora.rank, cfg->lora.alpha,
-            cfg->lora.rslora ? " (rank-stabilized)" : "");
+            cfg->lora.rslora ? " (rank-stabilized)" : "", cfg->lora.dora ? ", DoRA" : "");
     if (fclose(out) != 0) {
         free(text);
         return NULL;

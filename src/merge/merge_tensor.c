@@ -1,8 +1,9 @@
-/* One tensor of the result: pieces of some rows are decoded or read, get their part of B A, are
- * rounded once and written.
+/* One tensor of the result: pieces of some rows are decoded or read, get their part of B A and,
+ * with DoRA, their length, are rounded once and written.
  *
  * Bound: r multiply-adds a weight; of the base 0.5 byte is read and 2 are written. Every row is
  * computed by one thread in one order, so that the bits do not depend on threads. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -99,6 +100,7 @@ typedef struct {
     /* adapter */
     const float *a; /* [lora_rank, columns]; NULL: none */
     const float *b; /* [rows, lora_rank] */
+    const float *m; /* [rows] DoRA's magnitudes; NULL: plain LoRA */
     int lora_rank;
     float scale;
     /* to */
@@ -127,6 +129,23 @@ static void add_block(const piece *p, int64_t begin, int64_t end, int64_t column
     }
 }
 
+/* DoRA: rows [begin, end) of W + scale * B A to the lengths m. The length they had is that of the
+ * weights merged into, as in peft: with --original those of the original. A zero row has none. */
+static void set_lengths(const piece *p, int64_t begin, int64_t end)
+{
+    for (int64_t row = begin; row < end; row++) {
+        float *w = p->wide + row * p->columns;
+        double squares = 0;
+        for (int64_t j = 0; j < p->columns; j++) {
+            squares += (double)w[j] * (double)w[j];
+        }
+        const double factor = squares > 0 ? (double)p->m[row] / sqrt(squares) : 0;
+        for (int64_t j = 0; j < p->columns; j++) {
+            w[j] = (float)(factor * (double)w[j]);
+        }
+    }
+}
+
 /* Rows [begin, end) of the piece. \return whether all of them are finite. */
 static bool compute_rows(const piece *p, int64_t begin, int64_t end)
 {
@@ -142,6 +161,9 @@ static bool compute_rows(const piece *p, int64_t begin, int64_t end)
     for (int64_t column = 0; p->a != NULL && column < p->columns; column += BLOCK_COLUMNS) {
         int64_t left = p->columns - column;
         add_block(p, begin, end, column, left < BLOCK_COLUMNS ? left : BLOCK_COLUMNS);
+    }
+    if (p->m != NULL) {
+        set_lengths(p, begin, end);
     }
     qs_f32_store(out, p->dtype, p->wide + at, count);
     return qs_all_finite(out, p->dtype, count);
@@ -221,6 +243,7 @@ static qs_status write_piece(qs_merge_job *job, const source *s, int64_t row, in
     if (s->segment != NULL) {
         p.a = s->segment + lora->a_at[t->linear];
         p.b = s->segment + lora->b_at[t->linear] + (s->row + row) * lora->lora_rank;
+        p.m = lora->dora ? s->segment + lora->m_at[t->linear] + s->row + row : NULL;
     }
     if (!compute_piece(&p, job->options->threads)) {
         return QS_FAIL(QS_ERR_NUMERIC,

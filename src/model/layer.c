@@ -50,13 +50,15 @@ static const qs_layer_params *params_of(const qs_layer_call *call)
     return &call->model->layers[call->layer];
 }
 
-/* Multiply-adds of a linear and its adapter, twice: one launch of either direction. */
-static void count_linear(const qs_layer_call *call, qs_linear linear, double launches)
+/* Multiply-adds of a linear and its adapter, twice: one launch of either direction. `frozen`: so
+ * many products with W alone beside it. */
+static void count_linear(const qs_layer_call *call, qs_linear linear, double launches,
+                         double frozen)
 {
     qs_model *m = call->model;
     const qs_weight *w = &params_of(call)->linear[linear];
     double tokens = (double)call->batch->n_tokens;
-    m->flops += launches * 2.0 * tokens * (double)w->out * (double)w->in;
+    m->flops += (launches + frozen) * 2.0 * tokens * (double)w->out * (double)w->in;
     if (m->layout != NULL && m->layout->targeted[linear]) {
         m->flops += launches * 2.0 * tokens * (double)(w->out + w->in) * m->layout->lora_rank;
     }
@@ -77,8 +79,13 @@ static double attention_pairs(const qs_layer_call *call)
     return pairs;
 }
 
-/* The adapter's weights of a linear; a and b stay NULL where there is none. */
-static qs_lora adapter_weights(const qs_model *m, int layer, qs_linear linear)
+/* With DoRA the frozen weight multiplies x and drop(x), which differ. */
+static double frozen_twice(const qs_lora *lora)
+{
+    return lora->gain != NULL && lora->dropout > 0 ? 1 : 0;
+}
+
+qs_lora qs_layer_adapter(const qs_model *m, int layer, qs_linear linear)
 {
     const qs_lora_layout *layout = m->layout;
     if (layout == NULL || !layout->targeted[linear]) {
@@ -86,16 +93,18 @@ static qs_lora adapter_weights(const qs_model *m, int layer, qs_linear linear)
     }
     const char *segment =
         (const char *)m->lora + (size_t)((int64_t)layer * layout->per_layer) * m->act_bytes;
-    return (qs_lora){.a = segment + (size_t)layout->a_at[linear] * m->act_bytes,
-                     .b = segment + (size_t)layout->b_at[linear] * m->act_bytes,
-                     .rank = layout->lora_rank,
-                     .scale = layout->scale};
+    qs_lora lora = {.a = segment + (size_t)layout->a_at[linear] * m->act_bytes,
+                    .b = segment + (size_t)layout->b_at[linear] * m->act_bytes,
+                    .rank = layout->lora_rank,
+                    .scale = layout->scale};
+    qs_dora_attach(m, layer, linear, &lora);
+    return lora;
 }
 
 /* The same with the dropout of this micro-batch. */
 static qs_lora adapter_of(const qs_layer_call *call, qs_linear linear)
 {
-    qs_lora lora = adapter_weights(call->model, call->layer, linear);
+    qs_lora lora = qs_layer_adapter(call->model, call->layer, linear);
     if (lora.a != NULL && call->noise != NULL && call->noise->dropout > 0) {
         lora.dropout = call->noise->dropout;
         lora.seed = call->noise->seed;
@@ -116,7 +125,7 @@ qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit)
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         if (qs_linears(model->config->fused) >> i & 1) {
             w[count] = model->layers[layer].linear[i];
-            lora[count++] = adapter_weights(model, layer, (qs_linear)i);
+            lora[count++] = qs_layer_adapter(model, layer, (qs_linear)i);
         }
     }
     return model->ops->unit_open(model->queue, unit, w, lora, count);
@@ -139,7 +148,7 @@ static qs_status linear_to(const qs_layer_call *call, qs_linear linear, const qs
     qs_mat from = tokens_by(call, residual, w->out);
     QS_TRY(m->ops->linear_lora_forward(m->queue, call->unit, w, p->bias[linear],
                                        residual != NULL ? &from : NULL, &lora, x, &xa, y));
-    count_linear(call, linear, 1);
+    count_linear(call, linear, 1, frozen_twice(&lora));
     return QS_OK;
 }
 
@@ -164,11 +173,16 @@ static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, co
     float *db = adapted ? grad + m->layout->b_at[linear] : NULL;
     QS_TRY(m->ops->linear_lora_backward(m->queue, call->unit, w, &lora, x, &xa, dy, &scratch, da,
                                         db, dx, accumulate));
+    if (lora.gain != NULL) {
+        QS_TRY(m->ops->dora_backward(m->queue, call->unit, w, &lora, x, &xa, dy,
+                                     grad + m->layout->m_at[linear]));
+        count_linear(call, linear, 0, 1);
+    }
     if (adapted) {
         m->flops += 2.0 * (double)call->batch->n_tokens * (double)(w->out + w->in) * lora.rank;
     }
     if (dx != NULL) {
-        count_linear(call, linear, 1);
+        count_linear(call, linear, 1, frozen_twice(&lora));
     }
     return QS_OK;
 }

@@ -39,6 +39,7 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
                            rope_tables * shape->max_tokens * config->rotary_dim;
     bytes.small_bytes =
         (size_t)floats * sizeof(float) + (size_t)config->n_layers * sizeof(qs_layer_params);
+    bytes.adapter_bytes = qs_dora_bytes(&m);
     bytes.input_bytes = (size_t)shape->group * qs_input_bytes(shape);
     if (shape->offload) {
         bytes.host_activation_bytes = qs_offload_bytes(&m);
@@ -82,6 +83,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     set_widths(m);
     QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
     QS_GOTO(qs_model_load_params(m));
+    QS_GOTO(qs_dora_create(m));
     QS_GOTO(allocate_buffers(m));
     *out = m;
 done:
@@ -98,6 +100,7 @@ void qs_model_destroy(qs_model *m)
     }
     (void)qs_queue_wait(m->queue); /* operations may still use the buffers */
     qs_offload_destroy(m);
+    qs_dora_destroy(m);
     for (int64_t g = 0; m->micro != NULL && g < m->shape.group; g++) {
         qs_mem_free(m->micro[g].layers);
         qs_mirror_destroy(m->device, &m->micro[g].input.mirror);
@@ -233,6 +236,7 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count
         qs_unit_view view;
         qs_range_begin(m->queue, "layer %d forward", l);
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
+        QS_TRY(qs_dora_layer_norms(m, l, &view));
         QS_TRY(qs_layer_open(m, l, &view));
         for (int64_t g = 0; g < count; g++) {
             if (!is_idle(&group[g])) {
@@ -243,6 +247,7 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count
         QS_TRY(qs_fsdp_release(m->fsdp, u));
         qs_range_end(m->queue);
     }
+    qs_dora_pass_done(m);
     return QS_OK;
 }
 

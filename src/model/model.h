@@ -45,10 +45,20 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
                           const void *lora, const qs_model_shape *shape);
 void qs_model_destroy(qs_model *model);
 
+/** `lora` has new values: what was derived from them (DoRA's norms) is computed again in the next
+ * pass. */
+void qs_model_adapter_changed(qs_model *model);
+
+/** DoRA's start: the norms of the rows of every adapted W, for elements `elements` of the layers'
+ * segments (lora.h); those of layer l go to out + l * stride, on the host, where nothing but
+ * magnitudes is written. Does nothing without DoRA. Collective; waits. */
+qs_status qs_model_magnitudes(qs_model *model, qs_range elements, int64_t stride, float *out);
+
 /** Bytes that qs_model_create will allocate on the device, by class, for the plan; and, with
  * `offload`, in pinned host memory. */
 typedef struct {
     size_t activation_bytes, work_bytes, small_bytes, input_bytes;
+    size_t adapter_bytes; /* derived from the adapter */
     size_t host_activation_bytes;
 } qs_model_bytes;
 qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *layout,

@@ -85,6 +85,14 @@ typedef struct {
     float *cos, *sin; /* [max_tokens, rotary_dim / 2] */
 } qs_rope_table;
 
+/** DoRA: of every layer's adapted linears, one behind the other, on the device. */
+typedef struct {
+    float *norm, *gain; /* [n_layers, rows]; NULL without DoRA */
+    int64_t rows;       /* of a layer */
+    int at[QS_LINEAR_COUNT];
+    bool ready; /* they are those of the adapter as it is now */
+} qs_dora_state;
+
 struct qs_model {
     const qs_base_index *index;
     const qs_hf_config *config;
@@ -111,6 +119,7 @@ struct qs_model {
     void *activation_block, *work_block;
     qs_micro_acts *micro; /* [group] */
     qs_model_work work;
+    qs_dora_state dora;
     struct qs_offload *offload; /* NULL: activations stay on the device */
     double flops;
 };
@@ -136,6 +145,10 @@ qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t col
 qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit);
 void qs_layer_close(qs_model *model);
 
+/** The adapter's weights of a linear, with DoRA its gains; a and b stay NULL where there is none.
+ */
+qs_lora qs_layer_adapter(const qs_model *model, int layer, qs_linear linear);
+
 /** acts->x to `x_next` [T, hidden]. */
 qs_status qs_layer_forward(const qs_layer_call *call, void *x_next);
 
@@ -145,6 +158,17 @@ qs_status qs_layer_recompute(const qs_layer_call *call);
 /** `dx` [T, hidden + border]: gradient of the layer's output, replaced by that of its input; `grad`
  * [per_layer]: LoRA gradients. */
 qs_status qs_layer_backward(const qs_layer_call *call, void *dx, float *grad);
+
+/** DoRA's norms and gains. Without it these do nothing. */
+qs_status qs_dora_create(qs_model *model);
+void qs_dora_destroy(qs_model *model);
+size_t qs_dora_bytes(const qs_model *model);
+/** Point an adapter to its norms and gains. */
+void qs_dora_attach(const qs_model *model, int layer, qs_linear linear, qs_lora *lora);
+/** Compute those of a layer, unless a pass did so since the adapter changed. */
+qs_status qs_dora_layer_norms(qs_model *model, int layer, const qs_unit_view *unit);
+/** A pass upwards has been through all layers. */
+void qs_dora_pass_done(qs_model *model);
 
 /** Bring what the operations read of `batch` to the device. */
 qs_status qs_input_load(qs_model *model, qs_micro_acts *micro, const qs_batch *batch);

@@ -108,7 +108,8 @@ static qs_status update(qs_optim *optim, const qs_ops *ops, qs_queue *queue,
                        optim->d_m + at, optim->d_v + at);
 }
 
-/* Layer by layer, each A and each B by itself, for they learn at different rates. */
+/* Layer by layer, each A and each B by itself, for they learn at different rates. Magnitudes learn
+ * as B does: peft's LoRA+ counts every vector with it. */
 static qs_status update_stretches(qs_optim *optim, const qs_ops *ops, qs_queue *queue,
                                   qs_update_args args, double ratio, const float *grad)
 {
@@ -116,7 +117,7 @@ static qs_status update_stretches(qs_optim *optim, const qs_ops *ops, qs_queue *
     for (int64_t layer = 0; layer < optim->count; layer += optim->width) {
         for (int i = 0; i < optim->n_stretches; i++) {
             const qs_lora_stretch *stretch = &optim->stretches[i];
-            args.lr = stretch->is_b ? lr * ratio : lr;
+            args.lr = stretch->which != 'A' ? lr * ratio : lr;
             QS_TRY(
                 update(optim, ops, queue, &args, grad,
                        (qs_range){layer + stretch->elements.begin, layer + stretch->elements.end}));

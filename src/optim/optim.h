@@ -24,7 +24,7 @@ typedef struct {
     float *d_master, *d_m, *d_v; /* [count] on the device: what steps update; on the CPU the same */
     qs_mirror mirror[3];         /* the two sides of master, m and v */
     int64_t step;                /* updates done */
-    /* where a layer's A and B lie in this rank's share, [n_stretches]; a layer takes `width` */
+    /* where a layer's tensors lie in this rank's share, [n_stretches]; a layer takes `width` */
     qs_lora_stretch stretches[QS_LORA_STRETCHES_MAX];
     int n_stretches;
     int64_t width;
@@ -40,8 +40,9 @@ void qs_optim_destroy(qs_optim *optim);
 qs_status qs_optim_push(qs_optim *optim, qs_queue *queue);
 qs_status qs_optim_pull(qs_optim *optim, qs_queue *queue);
 
-/** One update with the reduced gradient `grad` [count], on the device. Every B learns at
- * optim.lora_plus_ratio times `lr` (LoRA+: Hayou et al. 2024, arXiv:2402.12354). */
+/** One update with the reduced gradient `grad` [count], on the device. Every B, and DoRA's
+ * magnitudes, learn at optim.lora_plus_ratio times `lr` (LoRA+: Hayou et al. 2024,
+ * arXiv:2402.12354). */
 qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
                         double lr, double grad_scale, const float *grad);
 

@@ -90,11 +90,26 @@ static double linear_flops(const work_sizes *z, qs_linear linear, double launche
            (launches * (double)out * (double)in + adapter_launches * (double)(out + in) * rank);
 }
 
+/* DoRA's products with W beside those of LoRA: upwards and for dX one each where dropout parts x
+ * from drop(x), and one for the magnitudes. */
+static double dora_flops(const work_sizes *z, qs_linear linear, bool magnitudes)
+{
+    const qs_session *s = z->s;
+    const bool twice = s->config.lora.dropout > 0;
+    if (!s->layout.dora || !s->layout.targeted[linear]) {
+        return 0;
+    }
+    return linear_flops(z, linear, z->layers * ((twice ? 1 : 0) + (magnitudes ? 1 : 0)), 0);
+}
+
 static double forward_flops(const work_sizes *z, unsigned linears)
 {
     double flops = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        flops += linears >> i & 1 ? linear_flops(z, (qs_linear)i, z->layers, z->layers) : 0;
+        if (linears >> i & 1) {
+            flops += linear_flops(z, (qs_linear)i, z->layers, z->layers);
+            flops += dora_flops(z, (qs_linear)i, false);
+        }
     }
     return flops;
 }
@@ -106,6 +121,7 @@ static double backward_flops(const work_sizes *z)
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         const double layers = z->layers - (QS_LINEARS_QKV >> i & 1);
         flops += linear_flops(z, (qs_linear)i, layers, layers + z->layers);
+        flops += dora_flops(z, (qs_linear)i, true);
     }
     return flops;
 }

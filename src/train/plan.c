@@ -67,7 +67,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     device[QS_MEM_BASE_SHARD] += fsdp.device_shard_bytes;
     device[QS_MEM_BASE_GATHER] += fsdp.gather_bytes;
     device[QS_MEM_BASE_SMALL] += model.small_bytes;
-    device[QS_MEM_LORA] += qs_session_lora_bytes(s);
+    device[QS_MEM_LORA] += qs_session_lora_bytes(s) + model.adapter_bytes;
     device[QS_MEM_LORA_GRAD] += qs_grads_bytes(layout, nranks, s->per_host, slots, shape->group);
     device[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
     device[QS_MEM_ACTIVATION] += model.activation_bytes;

@@ -28,20 +28,21 @@ static qs_status check_same_device(const qs_session *s)
     return QS_OK;
 }
 
-/* Sizes of the model alone. */
-static qs_ops_limits model_limits(const qs_hf_config *model)
+/* Sizes of the model alone, and whether its adapters are DoRA's. */
+static qs_ops_limits model_limits(const qs_hf_config *model, bool dora)
 {
     return (qs_ops_limits){.n_heads = model->n_heads,
                            .n_kv_heads = model->n_kv_heads,
                            .head_dim = model->head_dim,
-                           .hidden = model->hidden};
+                           .hidden = model->hidden,
+                           .dora = dora};
 }
 
 /* The CPU's operations take every model, a GPU's may not: said before anything is loaded. */
 static qs_status check_model_taken(qs_session *s)
 {
     char why[256] = "";
-    const qs_ops_limits model = model_limits(&s->index->config);
+    const qs_ops_limits model = model_limits(&s->index->config, s->config.lora.dora);
     if (s->backend.ops->takes(&model, why, sizeof why)) {
         return QS_OK;
     }
@@ -194,6 +195,16 @@ static qs_status share_adapter(qs_session *s)
     return qs_comm_bcast(s->comm, s->adapter, (size_t)count * sizeof *s->adapter, 0);
 }
 
+/* The device was chosen before the adapter was known. */
+static qs_status check_adapter_taken(const qs_session *s, const char *path)
+{
+    char why[256] = "";
+    const qs_ops_limits model = model_limits(&s->index->config, s->layout.dora);
+    return s->ops->takes(&model, why, sizeof why)
+               ? QS_OK
+               : QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s; set device: cpu", path, why);
+}
+
 qs_status qs_session_load_adapter(qs_session *s, const char *path)
 {
     if (path == NULL || path[0] == '\0') {
@@ -202,8 +213,9 @@ qs_status qs_session_load_adapter(qs_session *s, const char *path)
     const bool reader = qs_comm_rank(s->comm) == 0;
     QS_TRY(qs_comm_agree(s->comm, reader ? read_adapter(s, path) : QS_OK));
     QS_TRY(share_adapter(s));
-    qs_log_info("%s: LoRA rank %d, scale %g, %lld weights", path, s->layout.lora_rank,
-                (double)s->layout.scale, (long long)qs_lora_count(&s->layout));
+    QS_TRY(qs_comm_agree(s->comm, check_adapter_taken(s, path)));
+    qs_log_info("%s: %s rank %d, scale %g, %lld weights", path, s->layout.dora ? "DoRA" : "LoRA",
+                s->layout.lora_rank, (double)s->layout.scale, (long long)qs_lora_count(&s->layout));
     return QS_OK;
 }
 
@@ -217,7 +229,7 @@ static int64_t larger(int64_t a, int64_t b)
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape)
 {
     const qs_hf_config *model = &s->index->config;
-    qs_ops_limits limits = model_limits(model);
+    qs_ops_limits limits = model_limits(model, s->config.lora.dora);
     limits.threads = s->threads;
     limits.tokens = limits.documents = shape->max_tokens;
     limits.loss_rows = shape->max_targets;

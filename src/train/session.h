@@ -38,9 +38,9 @@ typedef struct {
     qs_model *model;
 } qs_session;
 
-/** Open the base; choose the device, the same kind on all ranks, and threads. A model that the
- * GPU's operations do not take is refused with device: cuda (QS_ERR_CONFIG_PAIR) and computed on
- * the CPU with auto. Collective. */
+/** Open the base; choose the device, the same kind on all ranks, and threads. A model, or DoRA,
+ * that the GPU's operations do not take is refused with device: cuda (QS_ERR_CONFIG_PAIR) and
+ * computed on the CPU with auto. Collective. */
 qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm);
 
 /** Load an adapter: a PEFT directory, a checkpoint step-N, or a run directory (its newest

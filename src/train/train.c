@@ -168,6 +168,17 @@ static qs_status init_lora(run *r)
     return QS_OK;
 }
 
+/* DoRA starts as the base is: every row keeps its length. */
+static qs_status init_magnitudes(run *r)
+{
+    const qs_lora_layout *layout = &r->session.layout;
+    if (r->cfg->lora.init[0] != '\0') {
+        return QS_OK; /* they came with the adapter */
+    }
+    return qs_model_magnitudes(r->session.model, qs_lora_shard(layout, r->rank, r->nranks),
+                               qs_lora_shard_width(layout, r->nranks), r->optim->master);
+}
+
 /* --dry-run: an adapter to start from is opened and checked, not read. */
 static qs_status check_init(const run *r)
 {
@@ -211,6 +222,7 @@ static qs_status resume_or_init(run *r)
     }
     if (step < 0) {
         QS_TRY(init_lora(r));
+        QS_TRY(init_magnitudes(r));
         return qs_optim_push(r->optim, r->session.queue);
     }
     yaml = qs_config_dump(r->cfg);
@@ -236,6 +248,7 @@ done:
 static qs_status gather_lora(run *r)
 {
     qs_session *s = &r->session;
+    qs_model_adapter_changed(s->model);
     return qs_lora_gather_as(&s->layout, s->ops, &s->levels, s->queue, r->optim->d_master,
                              s->lora_send, s->lora);
 }

@@ -71,6 +71,15 @@ class Golden(unittest.TestCase):
     def test_dynamic(self):
         self.check("dynamic")
 
+    def test_dropout(self):
+        self.check("dropout")
+
+    def test_dora(self):
+        self.check("dora")
+
+    def test_dora_with_dropout(self):
+        self.check("dora_dropout")
+
 
 class Derivative(unittest.TestCase):
     """Central differences of the printed loss, over all adapters at once: no other program is involved."""

@@ -34,6 +34,8 @@ class Case:
     settings: Settings
     seed: int
     micro_batch: int = 2
+    dropout: float = 0.0
+    dora: bool = False
 
     @property
     def seq_len(self):
@@ -270,6 +272,53 @@ CASES = {
             b_deviation=0.05,
             settings=Settings(lr=1e-3),
             seed=105,
+        ),
+        # DoRA: blocks cross rows, every linear has a bias, magnitudes are not the norms that they belong to.
+        Case(
+            name="dora",
+            model=(
+                "--hidden 72 --layers 2 --heads 4 --kv-heads 2 --head-dim 20 --ffn 248 --vocab 397 --untied "
+                "--attention-bias --mlp-bias --seed 22"
+            ).split(),
+            sequences=[[(40, 11)], [(5, 5), (5, 0), (33, 2)], [(6, 6)], [(48, 1)], [(13, 0), (13, 3)], [(21, 8)], [(3, 1)]],
+            eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3, weight_decay=0.01),
+            seed=112,
+            micro_batch=3,
+            dora=True,
+        ),
+        # The same with dropout, where peft multiplies the frozen weight by what dropout left, too.
+        Case(
+            name="dora_dropout",
+            model=(
+                "--hidden 72 --layers 2 --heads 4 --kv-heads 2 --head-dim 20 --ffn 248 --vocab 397 --untied "
+                "--attention-bias --mlp-bias --seed 22"
+            ).split(),
+            sequences=[[(40, 11)], [(5, 5), (5, 0), (33, 2)], [(6, 6)], [(48, 1)], [(13, 0), (13, 3)], [(21, 8)], [(3, 1)]],
+            eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=113,
+            dropout=0.3,
+            dora=True,
+        ),
+        # Dropout alone, against peft with the program's own masks.
+        Case(
+            name="dropout",
+            model="--hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 --vocab 320 --seed 23".split(),
+            sequences=[[(17, 5)], [(9, 0), (12, 4), (3, 0)], [(1, 0), (20, 20)], [(31, 10)], [(2, 0)], [(23, 1)]],
+            eval_sequences=[[(19, 6)], [(7, 0), (11, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=114,
+            dropout=0.25,
         ),
         # A real model, SmolLM2-135M-Instruct: English text (TEXTS) cut into documents of these lengths.
         Case(

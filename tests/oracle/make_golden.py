@@ -3,6 +3,7 @@
 
     make_golden.py CASE... [--model HF_DIR] [--base BASE.h5] [--out DIR] [--work DIR]
 
+With dropout the masks, and with them the order of samples, are the program's own (counter_random.py).
 W is what the C program computes with, NF4 rounded to bf16, then fp32: from nf4_reference.py, or from a base.h5. A
 case's step takes its whole training set, so the values hold for any order of samples.
 """
@@ -16,10 +17,12 @@ import tempfile
 import numpy as np
 
 from base_reader import read_base
-from cases import CASES
-from make_inputs import make_inputs
+from cases import CASES, LINEARS
+from make_inputs import RUN_SEED, make_inputs
 from nf4_reference import dequantize, quantize
-from reference_model import Tokens, base_model, gradients, step_loss, train, versions, with_adapter
+from reference_model import (
+    Tokens, add_dropout, base_model, gradients, program_order, remove_dropout, step_loss, train, versions, with_adapter,
+)
 from tensors import is_linear, read_hf
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden")
@@ -61,8 +64,13 @@ def make_golden(case, model_dir, base, inputs, out):
     model = with_adapter(base_model(config, weights), os.path.join(inputs, "adapter"))
     tokens, held_out = Tokens(os.path.join(inputs, "train.h5")), Tokens(os.path.join(inputs, "eval.h5"))
     eval_before = step_loss(model, held_out.sequences, backward=False)
-    first_loss, grads = gradients(model, tokens.sequences)
-    curve = train(model, case.settings, tokens, [range(len(tokens))] * case.settings.steps)
+    place, order = None, [range(len(tokens))] * case.settings.steps
+    if case.dropout > 0:  # masks go by the place in the step
+        place = add_dropout(model, case.dropout, RUN_SEED, LINEARS)
+        order = program_order(RUN_SEED, len(tokens), case.settings.steps, len(tokens))
+    first_loss, grads = gradients(model, [tokens.sequences[i] for i in order[0]], place)
+    curve = train(model, case.settings, tokens, order, place)
+    remove_dropout(model)
     golden = {
         "case": case.name,
         "made_with": versions(),

@@ -20,9 +20,10 @@ import numpy as np
 import xxhash
 
 from cases import CASES, TEXT
-from tensors import qshard_tiny, write_safetensors
+from tensors import qshard_tiny, read_hf, write_safetensors
 
 IGNORED = -100
+RUN_SEED = 1  # of the run: the order of samples, and dropout
 
 
 def integers(seed, name, count, limit):
@@ -149,8 +150,15 @@ def make_token_file(case, split, path, table, vocab, tokenizer_sha256):
 
 
 # --- adapter ----------------------------------------------------------------------------------------------------------
-def make_adapter(case, config):
+def make_magnitudes(case, name, weight):
+    """DoRA's: the lengths of the rows of the checkpoint's W, each off by a tenth or so."""
+    lengths = np.sqrt(np.sum(weight.astype(np.float64) ** 2, axis=1))
+    return (lengths * (1.0 + 0.1 * qshard_tiny.normals(case.seed, name + ".m", lengths.size))).astype(np.float32)
+
+
+def make_adapter(case, config, model_dir):
     """{PEFT name: array}: A as LoRA starts it, uniform in +-1/sqrt(in); B normal instead of zero."""
+    weights = read_hf(model_dir)[1] if case.dora else None
     shapes, tensors = qshard_tiny.tensor_shapes(config), {}
     for layer in range(config["num_hidden_layers"]):
         for linear in qshard_tiny.linear_shapes(config):
@@ -163,6 +171,8 @@ def make_adapter(case, config):
             b = qshard_tiny.normals(case.seed, name + ".B", out_features * case.lora_rank) * case.b_deviation
             tensors[name + ".lora_A.weight"] = a.reshape(case.lora_rank, in_features)
             tensors[name + ".lora_B.weight"] = b.astype(np.float32).reshape(out_features, case.lora_rank)
+            if case.dora:
+                tensors[name + ".lora_magnitude_vector"] = make_magnitudes(case, name, weights[module + ".weight"])
     return tensors
 
 
@@ -175,7 +185,7 @@ def adapter_config(case, config):
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": case.lora_alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": case.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": case.lora_rank,
@@ -183,7 +193,7 @@ def adapter_config(case, config):
         "revision": None,
         "target_modules": [linear.split(".")[1] for linear in qshard_tiny.linear_shapes(config)],
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": case.dora,
         "use_rslora": False,
     }
 
@@ -193,14 +203,15 @@ def run_yaml(case, out):
     """The run that the golden values belong to: every step takes the whole training set."""
     s = case.settings
     batch, micro, length = len(case.sequences), case.micro_batch, case.seq_len
+    dora = ", dora: true" if case.dora else ""
     return f"""# Oracle case {case.name}: {s.steps} steps over the whole training set, for tests/oracle/compare.py.
 base: {out}/base.h5
 data: {{train: {out}/train.h5, eval: {out}/eval.h5}}
 output: {out}/run
-seed: 1
+seed: {RUN_SEED}
 device: cpu
 train: {{steps: {s.steps}, global_batch: {batch}, micro_batch: {micro}, seq_len: {length}}}
-lora: {{rank: {case.lora_rank}, alpha: {case.lora_alpha}, dropout: 0.0, targets: all-linear, init: {out}/adapter}}
+lora: {{rank: {case.lora_rank}, alpha: {case.lora_alpha}, dropout: {case.dropout}, targets: all-linear, init: {out}/adapter{dora}}}
 optim: {{lr: {s.lr}, betas: {list(s.betas)}, eps: {s.eps}, weight_decay: {s.weight_decay}, clip: {s.clip},
         schedule: {s.schedule}, warmup: {s.warmup}, min_lr_ratio: {s.min_lr_ratio}}}
 cpu: {{gemm: strict}}
@@ -229,7 +240,7 @@ def make_inputs(name, out, model_dir=None):
     table += [b""] * (vocab - len(table))  # ids up to the model's last one are used, beyond the tokenizer's
     for split in ("train", "eval"):
         make_token_file(case, split, os.path.join(out, split + ".h5"), table, vocab, tokenizer_sha256)
-    write_safetensors(os.path.join(out, "adapter", "adapter_model.safetensors"), make_adapter(case, config))
+    write_safetensors(os.path.join(out, "adapter", "adapter_model.safetensors"), make_adapter(case, config, model_dir))
     with open(os.path.join(out, "adapter", "adapter_config.json"), "w", encoding="utf-8") as file:
         json.dump(adapter_config(case, config), file, indent=2)
         file.write("\n")

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from counter_random import DROPOUT_SITE, permuted, sample_key, uniforms
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,18 +63,80 @@ def with_adapter(model, adapter_dir):
     return PeftModel.from_pretrained(model, adapter_dir, is_trainable=True).eval()
 
 
+class CounterDropout(torch.nn.Module):
+    """The dropout of one linear's adapter with the masks of the program: `place` says which rows pass."""
+
+    def __init__(self, p, place, layer, linear):
+        super().__init__()
+        self.p, self.place, self.layer, self.site = np.float32(p), place, layer, DROPOUT_SITE + linear
+
+    def forward(self, x):
+        rows, width = x.shape[-2:]
+        drawn = uniforms(self.place.key, self.place.row * width, rows * width, self.site, self.layer)
+        kept = np.where(drawn >= self.p, np.float32(1) / (np.float32(1) - self.p), np.float32(0)).astype(np.float32)
+        return x * torch.from_numpy(kept.reshape(x.shape))
+
+
+class Place:
+    """Where a document stands: the step's seed and number, the global sample and the row within it."""
+
+    def __init__(self, seed):
+        self.seed, self.key, self.row = seed, None, 0
+
+    def at(self, step, sample, row):
+        self.key, self.row = sample_key(self.seed, step, sample), row
+
+
+def add_dropout(model, p, seed, linears):
+    """Puts CounterDropout into every adapter of `model` and has it trained with it; returns the Place to set."""
+    place = Place(seed)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            layer, linear = name.split(".layers.")[1].split(".", maxsplit=1)
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = CounterDropout(p, place, int(layer), linears.index(linear))
+            module.training = True  # peft's DoRA asks; the modules around it stay as they are
+    return place
+
+
+def remove_dropout(model):
+    """As in evaluation."""
+    model.eval()
+    for module in model.modules():
+        for adapter in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[adapter] = torch.nn.Identity()
+
+
+def program_order(seed, sequences, steps, batch):
+    """The sequences of each step as the program draws them."""
+    numbers = range(steps * batch)
+    order = [permuted(seed, number // sequences, sequences, number % sequences) for number in numbers]
+    return [order[step * batch : (step + 1) * batch] for step in range(steps)]
+
+
 def logits_of(model, ids):
     return model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
 
 
-def step_loss(model, sequences, backward):
-    """Mean loss over all positions that carry one, in the sequences of one step; gradients stay in the parameters."""
-    documents = [document for sequence in sequences for document in sequence]
-    total = sum(targets_of(labels) for _, labels in documents)
+def placed_documents(sequences):
+    """(position in the step, row of its first token within the sequence, ids, labels) of every document."""
+    for i, sequence in enumerate(sequences):
+        row = 0
+        for ids, labels in sequence:
+            yield i, row, ids, labels
+            row += len(ids)
+
+
+def step_loss(model, sequences, backward, step=0, place=None):
+    """Mean loss over all positions that carry one, in the sequences of one step; gradients stay in the parameters.
+    With dropout (`place`) the sequences must be in the order of the step."""
+    total = sum(targets_of(labels) for _, _, _, labels in placed_documents(sequences))
     loss_sum = 0.0
-    for ids, labels in documents:
+    for i, row, ids, labels in placed_documents(sequences):
         if targets_of(labels) == 0:
             continue
+        if place is not None:
+            place.at(step, step * len(sequences) + i, row)
         with torch.set_grad_enabled(backward):
             logits = logits_of(model, ids)
             # In float64: torch's float32 log_softmax on a CPU is 8e-6 too low over 49,152 words.
@@ -88,13 +151,16 @@ def step_loss(model, sequences, backward):
 
 def adapter_parameters(model):
     """{PEFT file name: parameter}; peft keeps the adapter's name inside its own."""
-    return {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+    names = {n: n.replace(".default.", ".") for n, p in model.named_parameters() if p.requires_grad}
+    # peft writes magnitudes without the last part of their name.
+    names = {n: file.replace("magnitude_vector.weight", "magnitude_vector") for n, file in names.items()}
+    return {names[n]: p for n, p in model.named_parameters() if n in names}
 
 
-def gradients(model, sequences):
+def gradients(model, sequences, place=None):
     """(mean loss, {PEFT name: gradient})."""
     model.zero_grad(set_to_none=True)
-    loss = step_loss(model, sequences, backward=True)
+    loss = step_loss(model, sequences, backward=True, place=place)
     return loss, {n: p.grad.numpy().copy() for n, p in adapter_parameters(model).items()}
 
 
@@ -110,7 +176,7 @@ def learning_rate(settings, step):
     return s.lr * (low + (1.0 - low) * height[s.schedule])
 
 
-def train(model, settings, tokens, order):
+def train(model, settings, tokens, order, place=None):
     """AdamW on the adapter; per step the loss before the update, the rate, and the gradient's norm before clipping."""
     s, parameters = settings, list(adapter_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=tuple(s.betas), eps=s.eps, weight_decay=s.weight_decay)
@@ -119,7 +185,7 @@ def train(model, settings, tokens, order):
         optimizer.zero_grad(set_to_none=False)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
-        loss = step_loss(model, [tokens.sequences[i] for i in sequences], backward=True)
+        loss = step_loss(model, [tokens.sequences[i] for i in sequences], True, step, place)
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in parameters))
         scale = min(1.0, s.clip / (norm + 1e-6)) if s.clip > 0 else 1.0
         for p in parameters:

@@ -65,11 +65,15 @@ COMMANDS = {
     "merge run": Command(("merge", "run", "-o", "out"), ("run", "base.h5")),
     "merge step": Command(("merge", STEP, "-o", "out"), ("run", "base.h5")),
     "merge adapter": Command(("merge", "adapter", "-o", "out", "--base", "base.h5"), ("adapter", "base.h5")),
+    "eval dora": Command(("eval", "run.yaml", "--adapter", "dora"), (*TRAIN, "dora")),
+    "init dora": Command(("train", "run.yaml", "--set", "lora.init=dora", "--set", "lora.dora=true"), (*TRAIN, "dora")),
+    "merge dora": Command(("merge", "dora", "-o", "out", "--base", "base.h5"), ("dora", "base.h5")),
     "merge original": Command(("merge", "adapter", "-o", "out", "--base", "base.h5", "--original", "model"),
                               ("adapter", "base.h5", "model")),
     **looking_at("model", "model", ("model",)), **looking_at("base", "base.h5", BASE),
             **looking_at("data", "train.h5", TRAIN),
-    **looking_at("adapter", "adapter", ("adapter",)), **looking_at("config", "run.yaml", ("run.yaml",)),
+    **looking_at("adapter", "adapter", ("adapter",)), **looking_at("dora", "dora", ("dora",)),
+    **looking_at("config", "run.yaml", ("run.yaml",)),
     **looking_at("run", "run", ("run",)), **looking_at("step", STEP, ("run",)),
     "inspect shard": Command(("inspect", STEP + "/rank-00000.h5"), ("run",)),
     "prep": prep("data.jsonl"),
@@ -118,6 +122,8 @@ def make_all(folder):
     run("train", "run.yaml", "--set", "output=run", ranks=2)
     to.field("run/run.json", "finished", False)(folder)  # killed between the last save and the end
     run("export", "run", "-o", "adapter")
+    run("train", "run.yaml", "--set", "output=dora-run", "--set", "lora.dora=true")
+    run("export", "dora-run", "-o", "dora")
 
 
 def make_shards(model, target):

@@ -17,7 +17,7 @@ not_a_file("eval adapter", LORA, says="adapter")
 for key, value, code in (("r", 0, 302), ("r", 2**40, 302), ("r", "8", 302), ("r", GONE, 302), ("lora_alpha", 0, 302),
                          ("lora_alpha", -1, 302), ("lora_alpha", "16", 302), ("lora_dropout", 2, 302),
                          ("use_rslora", 1, 302), ("peft_type", "LOHA", 303), ("peft_type", GONE, 302), ("bias", "all", 303),
-                         ("use_dora", True, 303), ("modules_to_save", ["lm_head"], 303),
+                         ("use_dora", 1, 302), ("modules_to_save", ["lm_head"], 303),
                          ("rank_pattern", {"q_proj": 4}, 303), ("fan_in_fan_out", True, 303),
                          ("target_modules", ".*proj", 303), ("target_modules", [], 303),
                          ("target_modules", ["lm_head"], 303), ("target_modules", ["../q_proj"], 303),
@@ -51,6 +51,32 @@ for command, ranks in (("eval adapter", 2), ("init", 2), ("merge adapter", None)
     for bits, word in ((NAN_F32, "NaN"), (INF_F32, "infinity")):
         case(command, f"adapter {word}", to.number_in(LORA, B_OF, bits, 5), 302, f"adapter: .*{B_OF}.*element 5.*not finite",
              ranks if word == "NaN" else None)
+
+# ---- DoRA: magnitudes and the flag that they belong to ----
+
+DORA, DORA_SETTINGS = "dora/adapter_model.safetensors", "dora/adapter_config.json"
+M_OF = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"
+for command, ranks in (("eval dora", 2), ("init dora", 2), ("merge dora", None), ("check dora", None)):
+    if command != "check dora":  # which has no model to say how many there must be
+        case(command, "adapter lacks a magnitude vector", to.without_tensor(DORA, M_OF), 305, f"dora: .*{M_OF}.*missing", ranks)
+        case(command, "adapter has a magnitude vector of two dimensions", to.changed_tensor(DORA, M_OF, shape=(96, 1)), 305,
+             f"dora: .*{M_OF}.*expected .96.", ranks)
+        case(command, "adapter has a short magnitude vector", to.changed_tensor(DORA, M_OF, shape=(95,), content=bytes(380)), 305,
+             f"dora: .*{M_OF}.*95.*expected .96.")
+        case(command, "adapter has magnitudes of I32", to.changed_tensor(DORA, M_OF, dtype="I32"), 303, f"dora: .*{M_OF}")
+        case(command, "adapter has use_dora and no magnitudes", to.tensors(DORA, lambda held: [
+            held.pop(name) for name in list(held) if "magnitude" in name]), 305, "dora: .*lora_magnitude_vector.*missing", ranks)
+    for bits, word in ((NAN_F32, "NaN"), (INF_F32, "infinity")):
+        case(command, f"magnitude is {word}", to.number_in(DORA, M_OF, bits, 5), 302, f"dora: .*{M_OF}.*element 5.*not finite",
+             ranks if word == "NaN" else None)
+for command, ranks in (("eval dora", 2), ("merge dora", None)):
+    case(command, "adapter has magnitudes without use_dora", to.field(DORA_SETTINGS, "use_dora", False), 305,
+         "dora: .*holds", ranks)
+case("init dora", "adapter has magnitudes without use_dora", to.field(DORA_SETTINGS, "use_dora", False), 302,
+     "dora: use_dora=false, but lora.dora is true", 2)
+case("init dora", "adapter has no use_dora", to.field(DORA_SETTINGS, "use_dora", GONE), 302,
+     "dora: use_dora=false, but lora.dora is true")
+case("inspect dora", "use_dora is a text", to.field(DORA_SETTINGS, "use_dora", "true"), 302, f"{DORA_SETTINGS}: .*use_dora")
 
 # ---- runs and checkpoints: resume, eval, export, merge, inspect, check ----
 
