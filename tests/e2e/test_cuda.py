@@ -111,7 +111,9 @@ class Training(unittest.TestCase):
                           "none": {"train__recompute": "none", "train__gather_group": 2},
                           "offload": {"memory__offload": "[activations, weights, embedding]"},
                           "offload-2": {"memory__offload": "[activations, weights]", "ranks": 2,
-                                        "train__gather_group": 2}}.items():
+                                        "train__gather_group": 2},
+                          "resident": {"memory__offload": "[weights]", "shard__keep_resident": 1, "shard__prefetch": 3},
+                          "resident-2": {"ranks": 2, "shard__keep_resident": 2, "shard__prefetch": 2}}.items():
             with self.subTest(name):
                 self.same_as_reference(name, **how)
 

@@ -1,11 +1,15 @@
 """Two network namespaces as two hosts: the same bits over a network as in one machine's memory."""
 import json
 import os
+import re
 import shutil
 import unittest
 
 import support
 from hosts import SKIP, HostsTest
+
+
+EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 
 
 @unittest.skipIf(SKIP is not None, SKIP)
@@ -72,6 +76,47 @@ class TwoHosts(HostsTest):
             self.assertLess(per_step, formula + 2048)
             flat = (foreign["node", 8][rank] - foreign["node", 3][rank]) / 5
             self.assertGreater(flat, 1.4 * per_step)
+
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_two_levels_of_gpus(self):
+        """Two hosts of two (emulated) cards each, sums inside first: the bits of one card."""
+        folder, gpus = support.scratch(), {"QSHARD_PLUGIN": EMULATED, "QSHARD_EMULATOR_DEVICES": "2"}
+        small = {"device": "cuda", "train__steps": 2, "train__global_batch": 5, "train__micro_batch": 1,
+                 "train__eval_every": 0, "data__eval": ""}
+        alone, across = os.path.join(folder, "alone"), os.path.join(folder, "across")
+        support.train(alone, environment=gpus, **small)
+        done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
+                          *support.settings(support.tiny(), across, shard__group="node", **small), QSHARD_HOSTS_MAP="slot", **gpus)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("between 2 hosts of 2 ranks", done.stdout + done.stderr)
+        self.assertEqual(support.curve(across), support.curve(alone))
+        self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
+
+    def test_a_slow_cable_is_measured(self):
+        """A gather cannot be faster than its bytes over the cable; the bits do not care; auto gives a node's copy more memory."""
+        mbit, folder = 20, support.scratch()
+        self.hosts("down")
+        slow = {"QSHARD_SLOW_LINK": os.path.join(os.path.dirname(support.QSHARD), "tests", "slow_link")}
+        done = self.hosts("up", mbit, **slow)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        alone = os.path.join(folder, "alone")
+        support.train(alone, train__steps=4, train__eval_every=0)
+        for ranks, group in ((2, "world"), (4, "auto")):
+            output = os.path.join(folder, group)
+            done = self.hosts("run", ranks, support.QSHARD, "train", support.TINY_YAML,
+                              *support.settings(support.tiny(), output, train__steps=4, train__eval_every=0,
+                                                shard__group=group), QSHARD_HOSTS_MAP="slot", **slow)
+            said = done.stdout + done.stderr
+            self.assertEqual(done.returncode, 0, said)
+            self.assertEqual(support.curve(output), support.curve(alone))
+            found = re.search(r"a layer's takes (\S+) ms \((\S+) MB from", said)
+            over_the_cable_ms = 8e3 * float(found[2]) / mbit
+            if group == "world":
+                self.assertGreater(float(found[1]), 0.9 * over_the_cable_ms - 1)  # the cable lets half a millisecond through at once
+                self.assertRegex(said, r"T\* = \d+ tokens, a pass takes 160 of a rank")
+                self.assertRegex(said, r"warning: a pass takes fewer tokens")
+            else:
+                self.assertRegex(said, r"auto is node: .* of which 80 % may be taken")
 
 
 def lora_shards(config, lora_rank, ranks):
