@@ -91,7 +91,8 @@ int qs_model_order(const qs_base_index *index, bool backward, int *units);
 
 /** What a layer takes on this rank. */
 typedef struct {
-    double gather_s;     /* of one layer, from all others of the group; 0: none is gathered */
+    double gather_s[2]; /* of a layer, and of another, from all others of the group: the first opens
+                           connections; 0: there is none that is gathered */
     size_t gather_bytes; /* that each of them sends */
     double token_s;      /* of a layer's forward, for each token; 0: not measured */
 } qs_probe;

@@ -18,12 +18,13 @@ static void find_gathered(const qs_model *m, int found[2])
     }
 }
 
-/* Acquire the layer by itself, and wait until it is there. */
+/* Acquire the layer by itself, all ranks together, and wait until it is there. */
 static qs_status acquire_alone(qs_model *m, int layer, qs_unit_view *view, double *seconds)
 {
     const int u = qs_base_layer_unit(m->index, layer);
     QS_TRY(qs_fsdp_begin(m->fsdp, &u, 1));
     QS_TRY(qs_queue_wait(m->queue));
+    QS_TRY(qs_fsdp_barrier(m->fsdp));
     const double since = qs_time_s();
     QS_TRY(qs_fsdp_acquire(m->fsdp, u, view));
     QS_TRY(qs_queue_wait(m->queue));
@@ -100,15 +101,11 @@ qs_status qs_model_probe(qs_model *m, int64_t tokens, int64_t length, qs_probe *
     if (layers[0] < 0) {
         return QS_OK;
     }
-    if (layers[1] >= 0) { /* connections open with the first messages */
-        QS_TRY(acquire_alone(m, layers[1], &view, &seconds));
+    if (layers[1] >= 0) {
+        QS_TRY(acquire_alone(m, layers[1], &view, &out->gather_s[0]));
         QS_TRY(release(m, layers[1]));
     }
-    QS_TRY(qs_fsdp_barrier(m->fsdp));
-    QS_TRY(acquire_alone(m, layers[0], &view, &out->gather_s));
-    if (layers[1] >= 0 && seconds < out->gather_s) { /* something came in between */
-        out->gather_s = seconds;
-    }
+    QS_TRY(acquire_alone(m, layers[0], &view, &out->gather_s[1]));
     out->gather_bytes = view.layout.message_bytes;
     if (tokens > 0) {
         QS_TRY(probe_forward(m, layers[0], &view, tokens, length, &seconds));

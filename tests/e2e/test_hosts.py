@@ -86,7 +86,8 @@ class TwoHosts(HostsTest):
         alone, across = os.path.join(folder, "alone"), os.path.join(folder, "across")
         support.train(alone, environment=gpus, **small)
         done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
-                          *support.settings(support.tiny(), across, shard__group="node", **small), QSHARD_HOSTS_MAP="slot", **gpus)
+                          *support.settings(support.tiny(), across, shard__group="node", **small), "--allow-shared-device",
+                          QSHARD_HOSTS_MAP="slot", **gpus)  # the cards of both hosts have the same names
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("between 2 hosts of 2 ranks", done.stdout + done.stderr)
         self.assertEqual(support.curve(across), support.curve(alone))

@@ -1,6 +1,6 @@
 /* A cable between two network namespaces that carries so many bits a second and no more, for
  * kernels whose traffic control has no shaper: a TUN device in each, and this program carries
- * packets from one to the other, each no sooner than the rate allows.
+ * packets from one to the other, each when the rate has carried its last byte.
  *
  *   slow_link NAMESPACE_A ADDRESS_A NAMESPACE_B ADDRESS_B DEVICE MBIT_PER_S     (0: as fast as it
  * can)
@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MTU = 32000, BURST_NS = 500000 }; /* a sleeping writer may catch up half a millisecond */
+enum { MTU = 9000, BURST_NS = 500000 }; /* a sleeping writer may catch up half a millisecond */
 
 static int64_t now_ns(void)
 {
@@ -67,28 +67,34 @@ static int open_end(const char *name, const char *address, const char *device)
     return fd;
 }
 
-/* One direction: it is busy with what it has sent until `free_ns`. */
+/* One direction, and the packet that is on its way: it arrives at `due_ns`, when the cable has
+ * carried its last byte. */
 typedef struct {
     int from, to;
-    int64_t free_ns;
+    int64_t due_ns;
+    ssize_t bytes; /* 0: none */
+    char packet[MTU + 64];
 } direction;
 
-/* Carry what the rate allows by now. Returns when the next packet may go; 0: none is waiting. */
+/* Carry what the rate allows by now. Returns when the next packet arrives; 0: none is on its way.
+ */
 static int64_t carry(direction *d, double ns_per_byte)
 {
-    static char packet[MTU + 64];
     for (;;) {
         const int64_t now = now_ns();
-        if (d->free_ns > now) {
-            return d->free_ns;
+        if (d->bytes > 0) {
+            if (d->due_ns > now) {
+                return d->due_ns;
+            }
+            (void)!write(d->to, d->packet, (size_t)d->bytes); /* full: dropped, as by a switch */
         }
-        const ssize_t bytes = read(d->from, packet, sizeof packet);
-        if (bytes <= 0) {
+        d->bytes = read(d->from, d->packet, sizeof d->packet);
+        if (d->bytes <= 0) {
+            d->bytes = 0;
             return 0;
         }
-        const int64_t start = d->free_ns > now - BURST_NS ? d->free_ns : now - BURST_NS;
-        d->free_ns = start + (int64_t)((double)bytes * ns_per_byte);
-        (void)!write(d->to, packet, (size_t)bytes); /* full: dropped, as a switch would */
+        const int64_t start = d->due_ns > now - BURST_NS ? d->due_ns : now - BURST_NS;
+        d->due_ns = start + (int64_t)((double)d->bytes * ns_per_byte);
     }
 }
 
@@ -110,7 +116,9 @@ int main(int argc, char **argv)
     }
     const double rate = atof(argv[6]), ns_per_byte = rate > 0 ? 8000.0 / rate : 0;
     const int a = open_end(argv[1], argv[2], argv[5]), b = open_end(argv[3], argv[4], argv[5]);
-    direction there = {.from = a, .to = b}, back = {.from = b, .to = a};
+    static direction there, back;
+    there.from = back.to = a;
+    there.to = back.from = b;
     printf("ready\n");
     fflush(stdout);
     for (;;) {
