@@ -152,6 +152,20 @@ class Slurm(unittest.TestCase):
                 self.assertEqual(len({place[0] for place in places}), 1 if name == "single_node" else 2, text)
                 self.assertEqual({place[4] for place in places}, {"1"}, text)
 
+    def test_groups_on_two_nodes_give_the_bits_of_one_rank(self):
+        """Two ranks on each of two nodes: one base over all, one a node, one a rank; sums inside of a node first."""
+        started = [(group, *self.submit("multi_node", f"group-{group}", options=["--ntasks-per-node=2"],
+                                        words=["--set", f"shard.group={group}"])) for group in ("world", "node", 1)]
+        for group, job, log in started:
+            with self.subTest(group=group):
+                self.completes(job, log)
+                self.same_as_alone(f"group-{group}")
+                text = self.text(log)
+                self.assertIn("between 2 hosts of 2 ranks", text)
+                gathered = [line["gathered_bytes"] for line in support.metrics(os.path.join(self.folder, f"group-{group}"), "ranks.jsonl")]
+                self.assertEqual(all(gathered), group != 1, gathered)
+                self.assertEqual(any(gathered), group != 1, gathered)
+
     def test_threads_follow_the_launcher(self):
         """cpus-per-task becomes threads of a rank, under srun and under mpirun."""
         for name in ("multi_node", "multi_node_mpirun"):
