@@ -48,6 +48,19 @@ void fx_mat_free(qs_mat *mat)
     mat->data = NULL;
 }
 
+qs_lora fx_adapter(int rank, int64_t in, int64_t out, float dropout, uint64_t seed)
+{
+    return (qs_lora){.a = fx_random(rank * in, seed),
+                     .b = fx_random(rank * out, seed + 1),
+                     .rank = rank,
+                     .scale = 1.25F,
+                     .dropout = dropout,
+                     .seed = 42,
+                     .step = 7,
+                     .site = QS_RNG_DROPOUT + 2,
+                     .layer = 5};
+}
+
 double fx_at(const qs_mat *mat, int64_t row, int64_t col)
 {
     return (double)qs_mat_f32(mat)[row * mat->stride + col];

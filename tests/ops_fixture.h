@@ -19,6 +19,10 @@ void fx_mat_free(qs_mat *mat);
 
 double fx_at(const qs_mat *mat, int64_t row, int64_t col);
 
+/** An adapter of random A [rank, in] and B [out, rank] (free both) with a scale, and dropout of
+ * some step and layer; `sample` and `row_at` are the caller's. */
+qs_lora fx_adapter(int rank, int64_t in, int64_t out, float dropout, uint64_t seed);
+
 /** A weight inside a unit that was gathered from `nranks` messages. */
 typedef struct {
     qs_weight_kind kind;

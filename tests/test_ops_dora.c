@@ -82,17 +82,9 @@ static fixture make(const dora_case *c)
     f.dm = fx_random(c->out, 13);
     f.sample = malloc((size_t)(c->rows + 1) * sizeof *f.sample);
     f.row_at = malloc((size_t)(c->rows + 1) * sizeof *f.row_at);
-    f.lora = (qs_lora){.a = fx_random(c->rank * c->in, 14),
-                       .b = fx_random(c->rank * c->out, 15),
-                       .rank = c->rank,
-                       .scale = 1.25F,
-                       .dropout = c->dropout,
-                       .seed = 42,
-                       .step = 7,
-                       .site = QS_RNG_DROPOUT + 2,
-                       .layer = 5,
-                       .sample = f.sample,
-                       .row_at = f.row_at};
+    f.lora = fx_adapter(c->rank, c->in, c->out, c->dropout, 14);
+    f.lora.sample = f.sample;
+    f.lora.row_at = f.row_at;
     draw_masks(&f);
     f.x64 = malloc((size_t)(c->rows * c->in + 1) * sizeof *f.x64);
     for (int64_t t = 0; t < c->rows; t++) {

@@ -42,17 +42,9 @@ static lora_fixture lora_create(const lora_case *c)
     f.db = fx_random(c->rank * c->out, 8);
     f.sample = malloc((size_t)(c->rows + 1) * sizeof *f.sample);
     f.row_at = malloc((size_t)(c->rows + 1) * sizeof *f.row_at);
-    f.lora = (qs_lora){.a = fx_random(c->rank * c->in, 9),
-                       .b = fx_random(c->rank * c->out, 10),
-                       .rank = c->rank,
-                       .scale = 1.25F,
-                       .dropout = c->dropout,
-                       .seed = 42,
-                       .step = 7,
-                       .site = QS_RNG_DROPOUT + 2,
-                       .layer = 5,
-                       .sample = f.sample,
-                       .row_at = f.row_at};
+    f.lora = fx_adapter(c->rank, c->in, c->out, c->dropout, 9);
+    f.lora.sample = f.sample;
+    f.lora.row_at = f.row_at;
     f.mask = malloc((size_t)(c->rows * c->in + 1) * sizeof *f.mask);
     for (int64_t t = 0; t < c->rows; t++) {
         f.sample[t] = t / 3; /* samples of three rows */
