@@ -53,29 +53,38 @@ class TwoHosts(HostsTest):
     def test_a_host_sends_its_sum_once(self):
         """Ranks of a host that are neighbours add up first: what crosses the cable is, byte for byte, each host's nodes of the slot
         tree and its new weights, and a few words that keep the ranks together."""
-        folder, foreign = support.scratch(), {}
+        folder, lines = support.scratch(), {}
         alone = os.path.join(folder, "alone")
         support.train(alone, train__steps=8, train__eval_every=0)
-        for order, steps in (("slot", 3), ("slot", 8), ("node", 3), ("node", 8)):
-            output = os.path.join(folder, f"{order}-{steps}")
-            done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
-                              *support.settings(support.tiny(), output, train__steps=steps, train__eval_every=0,
-                                                shard__group="node"), QSHARD_HOSTS_MAP=order)
-            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-            foreign[order, steps] = [line["foreign_bytes"] for line in support.metrics(output, "ranks.jsonl")[-4:]]
-        self.assertEqual(support.curve(os.path.join(folder, "slot-8")), support.curve(alone))
-        self.assertEqual(support.adapter_digest(os.path.join(folder, "slot-8")), support.adapter_digest(alone))
+        for order, group in (("slot", "node"), ("node", "node"), ("slot", "world")):
+            for steps in (3, 8):
+                output = os.path.join(folder, f"{order}-{group}-{steps}")
+                done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
+                                  *support.settings(support.tiny(), output, train__steps=steps, train__eval_every=0,
+                                                    shard__group=group), QSHARD_HOSTS_MAP=order)
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+                lines[order, group, steps] = support.metrics(output, "ranks.jsonl")[-4:]
+            self.assertEqual(support.curve(output), support.curve(alone))
+            self.assertEqual(support.adapter_digest(output), support.adapter_digest(alone))
+
+        def per_step(order, group, what, rank):
+            return (lines[order, group, 8][rank][what] - lines[order, group, 3][rank][what]) / 5
+
         layers, shards = lora_shards(os.path.join(support.tiny(), "model", "config.json"), lora_rank=8, ranks=4)
         # 5 slots: host 0 has 0, 1 and sends (0 1); host 1 has 2, 3, 4 and sends (2 3) and (4)
         nodes_of_the_other = [2, 2, 1, 1]
+        rows = 2 * 2 * 64 * (128 * 2 + 4)  # most of the embedding that a rank asks for: tokens, bf16 rows and ids
         for rank in range(4):
-            per_step = (foreign["slot", 8][rank] - foreign["slot", 3][rank]) / 5
-            peer = (rank + 2) % 4
+            two_levels, peer = per_step("slot", "node", "foreign_bytes", rank), (rank + 2) % 4
             formula = 4 * layers * (nodes_of_the_other[rank] * shards[rank] + shards[peer])
-            self.assertGreaterEqual(per_step, formula)
-            self.assertLess(per_step, formula + 2048)
-            flat = (foreign["node", 8][rank] - foreign["node", 3][rank]) / 5
-            self.assertGreater(flat, 1.4 * per_step)
+            self.assertGreaterEqual(two_levels, formula)
+            self.assertLess(two_levels, formula + 2048)
+            self.assertGreater(per_step("node", "node", "foreign_bytes", rank), 1.4 * two_levels)
+            # one base over both hosts: two of the three peers that a gather hears from are on the other one
+            rest = per_step("slot", "world", "foreign_bytes", rank) - two_levels
+            gathered = 2 / 3 * per_step("slot", "world", "gathered_bytes", rank)
+            self.assertGreaterEqual(rest, gathered - 1)
+            self.assertLess(rest, gathered + rows + 2048)
 
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_two_levels_of_gpus(self):
