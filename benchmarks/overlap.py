@@ -8,7 +8,7 @@ tests build beside the program; a rank of one thread on each. The model is made 
 of. Beside each time stands what the formula says: every layer that has to be gathered, up or down, takes the longer of its gather
 and the compute of the one before,
 
-    step = step without waiting + U max(0, g - f) + D max(0, g - b)
+    step = step without waiting + passes (U max(0, g - f) + D max(0, g - b))
 
 g: bytes of a layer that a rank receives / rate; f: forward of a layer, which the program measures at its start (T* = g / f per
 token); b: the rest of a layer's share of the step; U, D: layers gathered upwards and downwards (the buffers keep some). The
@@ -27,9 +27,9 @@ import tempfile
 TOP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 HOSTS = os.path.join(TOP, "tests", "e2e", "two_hosts.sh")
 PREP = os.path.join(TOP, "src", "prep")
-LAYERS, TOKENS, BUFFERS = 8, 256, 2
+LAYERS, TOKENS, BUFFERS, PASSES = 8, 256, 2, 4
 MODEL = ("--layers", LAYERS, "--hidden", 512, "--heads", 8, "--kv-heads", 4, "--ffn", 1408, "--examples", 4000)
-SETTINGS = {"train.seq_len": TOKENS, "train.global_batch": 2, "train.micro_batch": 1, "train.recompute": "full",
+SETTINGS = {"train.seq_len": TOKENS, "train.global_batch": 2 * PASSES, "train.micro_batch": 1, "train.recompute": "full",
             "train.gather_group": 1, "train.eval_every": 0, "train.save_every": 0, "data.eval": "", "lora.dropout": 0}
 ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
                "OMPI_MCA_rmaps_base_oversubscribe": "1", "QSHARD_HOSTS_TAG": f"qo{os.getpid()}"}
@@ -92,9 +92,9 @@ def median_of(runs, what):
 
 def predicted(free_s, gather_s, forward_s):
     """The formula above, for a step that takes free_s when nothing waits."""
-    backward_s = free_s / LAYERS - forward_s
-    return (free_s + (LAYERS - BUFFERS) * max(0.0, gather_s - forward_s)
-            + (LAYERS - 1) * max(0.0, gather_s - backward_s))
+    backward_s = free_s / PASSES / LAYERS - forward_s
+    return free_s + PASSES * ((LAYERS - BUFFERS) * max(0.0, gather_s - forward_s)
+                              + (LAYERS - 1) * max(0.0, gather_s - backward_s))
 
 
 def summarize(runs, rates):
@@ -148,7 +148,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--qshard", required=True, help="the program; tests/slow_link beside it")
     parser.add_argument("--rates", type=int, nargs="+", default=[0, 1600, 800, 400, 200, 100, 50], help="Mbit/s, 0: no limit")
-    parser.add_argument("--steps", type=int, default=12, help="of a run; the first three are left out [%(default)s]")
+    parser.add_argument("--steps", type=int, default=8, help="of a run; the first three are left out [%(default)s]")
     parser.add_argument("--repeats", type=int, default=3, help="of every rate, in turns [%(default)s]")
     parser.add_argument("--json", help="write what was measured")
     parser.add_argument("--plot", help="write a picture (needs matplotlib)")

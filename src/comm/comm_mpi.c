@@ -419,6 +419,15 @@ static const qs_comm_ops mpi_ops = {
     .destroy = mpi_destroy,
 };
 
+/* Over TCP, Open MPI's receivers ask for a long message by a word that waits in the one stream behind
+ * what they send themselves, so that the two directions of an exchange take turns: twice the time
+ * (docs/decisions.md, "Communication"). Without `put` the sender goes on by itself. Other transports
+ * and other MPIs know nothing of it, and a user's own setting stands. */
+static void tune_tcp(void)
+{
+    (void)setenv("OMPI_MCA_btl_tcp_flags", "send", 0);
+}
+
 /* FUNNELED: only the thread that created the communicator calls MPI, from the idle callback too. */
 static qs_status start_mpi(int *argc, char ***argv, bool *started)
 {
@@ -430,6 +439,7 @@ static qs_status start_mpi(int *argc, char ***argv, bool *started)
                                            "started again");
     }
     if (!initialized) {
+        tune_tcp();
         if (MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level) != MPI_SUCCESS) {
             return QS_FAIL(QS_ERR_ENVIRONMENT,
                            "MPI: MPI_Init_thread failed; is this program started by the mpirun or "
