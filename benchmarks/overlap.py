@@ -139,6 +139,8 @@ def plot(summary, path):
     axes.plot(rates, [line["node_s"] for line in lines], "s-", label="a copy on each host")
     axes.axvline(8e-6 * summary["received_bytes"] / summary["forward_s"], color="gray", linestyle=":", label="T* = tokens of a pass")
     axes.set(xscale="log", xlabel="link, Mbit/s", ylabel="step, s", ylim=(0, None))
+    axes.set_xticks(rates, map(str, rates))
+    axes.minorticks_off()
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
