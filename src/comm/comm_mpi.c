@@ -419,10 +419,10 @@ static const qs_comm_ops mpi_ops = {
     .destroy = mpi_destroy,
 };
 
-/* Over TCP, Open MPI's receivers ask for a long message by a word that waits in the one stream behind
- * what they send themselves, so that the two directions of an exchange take turns: twice the time
- * (docs/decisions.md, "Communication"). Without `put` the sender goes on by itself. Other transports
- * and other MPIs know nothing of it, and a user's own setting stands. */
+/* Over TCP, Open MPI's receivers ask for a long message by a word that waits in the one stream
+ * behind what they send themselves, so that the two directions of an exchange take turns: twice the
+ * time (docs/decisions.md, "Communication"). Without `put` the sender goes on by itself. Other
+ * transports and other MPIs know nothing of it, and a user's own setting stands. */
 static void tune_tcp(void)
 {
     (void)setenv("OMPI_MCA_btl_tcp_flags", "send", 0);
