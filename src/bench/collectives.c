@@ -15,17 +15,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/levels.h"
 #include "base/timer.h"
 #include "bench/bench_impl.h"
 #include "fsdp/fsdp.h"
+#include "train/shard_group.h"
 
 enum { BEGIN_BYTES = 1 << 14, END_BYTES = 1 << 24, FACTOR = 4, REPEATS = 20, WARMUP = 5 };
 
 typedef struct {
     qs_bench_job *job;
     qs_backend backend;
-    qs_comm *group; /* over the host's memory; the world, or a part of it */
-    qs_comm *comm;  /* over the device's memory, of the same ranks */
+    qs_comm *group;           /* over the host's memory; the world, or a part of it */
+    qs_comm *comm;            /* over the device's memory, of the same ranks */
+    qs_backend_levels levels; /* of the group: what reductions take */
     qs_queue *queue;
     bool ops_open;
     int rank, nranks; /* of the group */
@@ -135,8 +138,8 @@ static qs_status reduce_make(collective *c)
 {
     place *p = c->p;
     QS_TRY(QS_ALLOC(&c->pattern, c->layout.per_layer, QS_MEM_WORK));
-    const qs_levels levels = {.world = p->comm};
-    return qs_grads_create(&c->grads, &c->layout, p->backend.ops, &levels, p->queue, p->nranks, 1);
+    return qs_grads_create(&c->grads, &c->layout, p->backend.ops, &p->levels.levels, p->queue,
+                           p->nranks, 1);
 }
 
 static qs_status reduce_fill(collective *c)
@@ -200,8 +203,13 @@ static const collective_kind reduce_kind = {reduce_size, reduce_make,  reduce_fi
 /* Messages that this rank has received by the collective under test so far. */
 static uint64_t messages(const place *p)
 {
-    return qs_comm_get_traffic(p->comm, QS_COMM_GATHERS).messages +
-           qs_comm_get_traffic(p->comm, QS_COMM_EXCHANGES).messages;
+    const qs_comm *const comms[] = {p->comm, p->levels.levels.inside, p->levels.levels.across};
+    uint64_t sum = 0;
+    for (int i = 0; i < 3 && comms[i] != NULL; i++) {
+        sum += qs_comm_get_traffic(comms[i], QS_COMM_GATHERS).messages +
+               qs_comm_get_traffic(comms[i], QS_COMM_EXCHANGES).messages;
+    }
+    return sum;
 }
 
 /* All rounds of a size; times[] is what this rank took in those behind the warm-up, and the last
@@ -259,32 +267,18 @@ static qs_status measure_size(place *p, const collective_kind *kind, int64_t byt
 
 /* ---- the place ---- */
 
-static qs_status check_group(int64_t group, int nranks)
-{
-    return group <= 0 || nranks % group == 0
-               ? QS_OK
-               : QS_FAIL(QS_ERR_USAGE,
-                         "--group: %" PRId64
-                         ", but there are %d ranks, which is no multiple of it; "
-                         "allowed: world | node | a divisor of the ranks",
-                         group, nranks);
-}
-
 static qs_status open_group(place *p)
 {
-    qs_comm *world = p->job->world;
     const int64_t group = p->job->options->group;
-    QS_TRY(qs_comm_agree(world, check_group(group, qs_comm_nranks(world))));
-    p->group = world;
-    if (group == QS_SHARD_NODE) {
-        QS_TRY(qs_comm_split(world, qs_comm_host(world), &p->group));
-    } else if (group > 0 && group < qs_comm_nranks(world)) {
-        QS_TRY(qs_comm_split(world, qs_comm_rank(world) / (int)group, &p->group));
-    }
-    QS_TRY(qs_backend_comm(&p->comm, &p->backend, p->group));
+    QS_TRY(qs_shard_group_split(&p->group, group != 0 ? group : QS_SHARD_WORLD, p->job->world,
+                                "--group"));
+    QS_TRY(qs_comm_agree_after(p->job->world, p->group,
+                               qs_backend_comm(&p->comm, &p->backend, p->group)));
     p->rank = qs_comm_rank(p->group);
     p->nranks = qs_comm_nranks(p->group);
-    return QS_OK;
+    return qs_comm_agree_after(
+        p->job->world, p->group,
+        qs_backend_levels_open(&p->levels, &p->backend, p->group, p->comm, NULL, NULL));
 }
 
 static qs_status open_place(place *p)
@@ -315,7 +309,8 @@ static void close_place(place *p)
     }
     qs_queue_destroy(p->queue);
     qs_mem_free(p->times);
-    if (p->group != NULL) {
+    qs_backend_levels_close(&p->levels);
+    if (p->comm != NULL) {
         qs_backend_comm_destroy(p->comm, p->group);
     }
     if (p->group != p->job->world) {

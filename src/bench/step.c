@@ -19,10 +19,8 @@
 #include "base/rng.h"
 #include "base/timer.h"
 #include "bench/bench_impl.h"
-#include "optim/optim.h"
-#include "train/evaluate.h"
 #include "train/plan.h"
-#include "train/session.h"
+#include "train/trainer.h"
 
 enum { REPEATS = 5, WARMUP = 2, GATHER_TRIES = 5 };
 
@@ -45,12 +43,8 @@ typedef struct {
     qs_data *data; /* on paper */
     qs_model_shape shape;
     int64_t slots, sequences; /* of a step */
-    qs_range mine;            /* slots of this rank */
     int64_t tokens, targets;  /* of a step, all ranks */
-    qs_batch **batches;       /* [shape.group] */
-    qs_optim *optim;
-    qs_grads *grads;
-    double *slot_sums;
+    qs_trainer trainer;
     int64_t step;
     double loss;
     /* measured */
@@ -110,73 +104,28 @@ static amount since(const snapshot *before, const snapshot *now, qs_comm_kind ki
 
 /* ---- batches ---- */
 
-/* Whole sequences of random ids, each position but the last with loss. */
-static void fill_batch(const bench_step *b, int64_t slot, qs_batch *batch)
+/* qs_slot_load: whole sequences of random ids, each position but the last with loss. */
+static qs_status fill_batch(void *ctx, int64_t slot, qs_batch *batch)
 {
+    const bench_step *b = ctx;
     const qs_config *cfg = &b->session.config;
     const int64_t vocab = b->session.index->config.vocab, length = cfg->train.seq_len;
     const int64_t first = slot * cfg->train.micro_batch, left = b->sequences - first;
+    const int64_t sequences = left < cfg->train.micro_batch ? left : cfg->train.micro_batch;
     const qs_rng rng = qs_rng_make((uint64_t)cfg->seed, 0, (uint64_t)slot, 0, 0);
-    batch->n_sequences = left < cfg->train.micro_batch ? left : cfg->train.micro_batch;
-    batch->n_docs = (int)batch->n_sequences;
-    batch->n_tokens = batch->n_sequences * length;
-    batch->n_targets = batch->n_sequences * (length - 1);
+    qs_batch_lay_out(batch, sequences * length, length, first);
+    batch->n_targets = sequences * (length - 1);
     for (int64_t t = 0; t < batch->n_tokens; t++) {
-        const int64_t at = t % length;
         batch->tokens[t] =
             (int32_t)((double)qs_rng_uniform(&rng, (uint64_t)t) * (double)(vocab - 1));
-        batch->position[t] = (int32_t)at;
-        batch->sample[t] = first + t / length;
-        batch->row_at[t] = at;
     }
     for (int64_t t = 0; t < batch->n_tokens; t++) {
         batch->target[t] = t % length + 1 < length ? batch->tokens[t + 1] : -1;
     }
-    for (int64_t d = 0; d <= batch->n_docs; d++) {
-        batch->cu_seqlens[d] = (int32_t)(d * length);
-    }
-}
-
-/* ---- a step ---- */
-
-static qs_status run_passes(bench_step *b)
-{
-    const qs_config *cfg = &b->session.config;
-    const int64_t group = b->shape.group;
-    const int64_t per_rank = qs_shard_width(b->slots, qs_comm_nranks(b->session.comm));
-    const qs_model_noise noise = {.dropout = (float)cfg->lora.dropout,
-                                  .seed = (uint64_t)cfg->seed,
-                                  .step = (uint64_t)b->step};
-    const float loss_scale = (float)(1.0 / (double)b->targets);
-    qs_micro_batch micro[QS_GROUP_MAX];
-    for (int64_t first = 0; first < per_rank; first += group) {
-        for (int64_t g = 0; g < group; g++) {
-            const int64_t slot = b->mine.begin + first + g;
-            micro[g] = (qs_micro_batch){.slot = -1};
-            if (slot < b->mine.end) {
-                fill_batch(b, slot, b->batches[g]);
-                micro[g] = (qs_micro_batch){.slot = slot, .batch = b->batches[g]};
-            }
-        }
-        QS_TRY(qs_comm_agree(b->session.comm, QS_OK)); /* as a run does after reading */
-        QS_TRY(qs_model_train_pass(b->session.model, micro, group, loss_scale, &noise, b->grads,
-                                   first + group >= per_rank));
-        for (int64_t g = 0; g < group; g++) {
-            if (micro[g].slot >= 0) {
-                b->slot_sums[micro[g].slot - b->mine.begin] = micro[g].loss_sum;
-            }
-        }
-    }
     return QS_OK;
 }
 
-static qs_status gather_lora(bench_step *b)
-{
-    qs_session *s = &b->session;
-    qs_model_adapter_changed(s->model);
-    return qs_lora_gather_as(&s->layout, s->ops, &s->levels, s->queue, b->optim->d_master,
-                             s->lora_send, s->lora);
-}
+/* ---- a step ---- */
 
 /* One step; parts[PARTS] in seconds. Its traffic is b->traffic but for the embedding's part of the
  * exchanges, which count_embedding takes out of the gradients'. */
@@ -188,21 +137,22 @@ static qs_status one_step(bench_step *b, double *parts)
     const snapshot before = look(s);
     const double start = qs_time_s(), waited = qs_fsdp_get_stats(s->fsdp).wait_s;
     const double flops = qs_model_flops(s->model);
-    qs_grads_begin(b->grads);
-    QS_TRY(run_passes(b));
+    const qs_model_noise noise = {.dropout = (float)s->config.lora.dropout,
+                                  .seed = (uint64_t)s->config.seed,
+                                  .step = (uint64_t)b->step};
+    QS_TRY(
+        qs_trainer_passes(&b->trainer, (float)(1.0 / (double)b->targets), &noise, fill_batch, b));
     const double passed = qs_time_s();
-    QS_TRY(qs_grads_finish(b->grads, &shard));
-    QS_TRY(qs_grads_norm(b->grads, shard, &norm));
-    QS_TRY(qs_sum_slots(s->comm, b->slots, b->slot_sums, &loss_sum));
+    QS_TRY(qs_trainer_sums(&b->trainer, &shard, &norm, &loss_sum));
     const double reduced = qs_time_s();
-    b->optim->step = b->step;
-    QS_TRY(qs_comm_agree(s->comm,
-                         qs_optim_step(b->optim, s->ops, s->queue, &s->config, s->config.optim.lr,
-                                       qs_clip_scale(s->config.optim.clip, norm), shard)));
+    b->trainer.optim->step = b->step;
+    QS_TRY(qs_comm_agree(s->comm, qs_optim_step(b->trainer.optim, s->ops, s->queue, &s->config,
+                                                s->config.optim.lr,
+                                                qs_clip_scale(s->config.optim.clip, norm), shard)));
     QS_TRY(qs_queue_wait(s->queue));
     const double updated = qs_time_s();
     const snapshot without_lora = look(s);
-    QS_TRY(gather_lora(b));
+    QS_TRY(qs_trainer_gather(&b->trainer));
     const double end = qs_time_s();
     const snapshot now = look(s);
 
@@ -237,12 +187,13 @@ static qs_status count_embedding(bench_step *b)
     const snapshot before = look(s);
     qs_status st = QS_OK;
     for (int64_t i = 0; i < calls && st == QS_OK; i++) {
-        const int64_t slot = b->mine.begin + i;
-        b->batches[0]->n_tokens = 0;
-        if (slot < b->mine.end) {
-            fill_batch(b, slot, b->batches[0]);
+        const int64_t slot = b->trainer.mine.begin + i;
+        qs_batch *batch = b->trainer.batches[0];
+        batch->n_tokens = 0;
+        if (slot < b->trainer.mine.end) {
+            st = fill_batch(b, slot, batch);
         }
-        st = qs_fsdp_embed(s->fsdp, b->batches[0]->tokens, b->batches[0]->n_tokens, rows);
+        st = st == QS_OK ? qs_fsdp_embed(s->fsdp, batch->tokens, batch->n_tokens, rows) : st;
     }
     st = st == QS_OK ? qs_queue_wait(s->queue) : st;
     const snapshot now = look(s);
@@ -281,7 +232,7 @@ static qs_status measure_processor(bench_step *b)
     return least_of_ranks(s->comm, &b->matmul_rate);
 }
 
-static size_t layer_message_bytes(const qs_session *s)
+static size_t largest_share_bytes(const qs_session *s)
 {
     size_t most = 1;
     for (int u = 0; u < s->index->n_units; u++) {
@@ -296,7 +247,7 @@ static size_t layer_message_bytes(const qs_session *s)
 static qs_status measure_link(bench_step *b)
 {
     qs_session *s = &b->session;
-    const size_t share = layer_message_bytes(s);
+    const size_t share = largest_share_bytes(s);
     const int nranks = qs_comm_nranks(s->base_comm);
     void *send = NULL, *recv = NULL;
     double best = INFINITY;
@@ -327,7 +278,7 @@ static void find_bounds(const bench_step *b, double bound[PARTS])
     bound[GATHER] = (double)t[FOR_UNITS].bytes / link;
     bound[REDUCE] = (double)t[FOR_GRADIENTS].bytes / link;
     bound[LORA] = (double)t[FOR_LORA].bytes / link;
-    bound[OPTIMIZER] = 28.0 * (double)b->optim->count / b->copy_rate;
+    bound[OPTIMIZER] = 28.0 * (double)b->trainer.optim->count / b->copy_rate;
     const double passes = bound[COMPUTE] > bound[GATHER] ? bound[COMPUTE] : bound[GATHER];
     bound[TOTAL] = passes + bound[REDUCE] + bound[OPTIMIZER] + bound[LORA];
 }
@@ -344,7 +295,6 @@ static qs_status open_session(bench_step *b)
     QS_TRY(qs_comm_agree(world, qs_lora_layout_make(&s->layout, &s->index->config, &config)));
     b->sequences = config.train.global_batch;
     b->slots = (b->sequences + config.train.micro_batch - 1) / config.train.micro_batch;
-    b->mine = qs_slots_of(b->slots, qs_comm_rank(world), qs_comm_nranks(world));
     b->tokens = b->sequences * config.train.seq_len;
     b->targets = b->sequences * (config.train.seq_len - 1);
     b->shape = qs_plan_shape(s, b->data, NULL, b->slots);
@@ -353,22 +303,10 @@ static qs_status open_session(bench_step *b)
 
 static qs_status allocate(bench_step *b)
 {
-    const qs_session *s = &b->session;
-    const int rank = qs_comm_rank(s->comm), nranks = qs_comm_nranks(s->comm);
-    const int64_t width = qs_lora_shard_width(&s->layout, nranks);
-    QS_TRY(QS_ALLOC(&b->slot_sums, b->mine.end - b->mine.begin, QS_MEM_WORK));
     for (int i = 0; i < PARTS; i++) {
         QS_TRY(QS_ALLOC(&b->times[i], b->repeats, QS_MEM_WORK));
     }
-    QS_TRY(qs_optim_create(&b->optim, s->device, &s->layout, rank, nranks));
-    QS_TRY(qs_grads_create(&b->grads, &s->layout, s->ops, &s->levels, s->queue, b->slots,
-                           b->shape.group));
-    QS_TRY(qs_batches_create(&b->batches, b->shape.group, b->shape.max_tokens));
-    const qs_range mine = qs_lora_shard(&s->layout, rank, nranks);
-    for (int l = 0; l < s->layout.n_layers; l++) {
-        qs_lora_init(&s->layout, (uint64_t)s->config.seed, l, mine, b->optim->master + l * width);
-    }
-    return QS_OK;
+    return qs_trainer_create(&b->trainer, &b->session, &b->shape, b->slots);
 }
 
 static qs_status set_up(bench_step *b)
@@ -379,12 +317,10 @@ static qs_status set_up(bench_step *b)
     QS_TRY(qs_session_connect(s, &b->shape, true));
     QS_TRY(qs_comm_agree(s->comm, allocate(b)));
     QS_TRY(qs_session_build(s, &b->shape));
-    qs_grads_attach(b->grads, s->fsdp);
-    QS_TRY(qs_model_magnitudes(s->model,
-                               qs_lora_shard(&s->layout, qs_comm_rank(s->comm), s->nranks),
-                               qs_lora_shard_width(&s->layout, s->nranks), b->optim->master));
-    QS_TRY(qs_comm_agree(s->comm, qs_optim_push(b->optim, s->queue)));
-    QS_TRY(gather_lora(b));
+    qs_grads_attach(b->trainer.grads, s->fsdp);
+    QS_TRY(qs_trainer_start_anew(&b->trainer, (uint64_t)s->config.seed));
+    QS_TRY(qs_comm_agree(s->comm, qs_optim_push(b->trainer.optim, s->queue)));
+    QS_TRY(qs_trainer_gather(&b->trainer));
     b->startup_s = qs_time_s() - start;
     b->startup_cpu_s = cpu_s();
     return QS_OK;
@@ -392,10 +328,7 @@ static qs_status set_up(bench_step *b)
 
 static void close_all(bench_step *b)
 {
-    qs_batches_destroy(b->batches, b->shape.group);
-    qs_grads_destroy(b->grads);
-    qs_optim_destroy(b->optim);
-    qs_mem_free(b->slot_sums);
+    qs_trainer_destroy(&b->trainer);
     for (int i = 0; i < PARTS; i++) {
         qs_mem_free(b->times[i]);
     }

@@ -270,6 +270,11 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
     return agreed;
 }
 
+qs_status qs_comm_agree_after(qs_comm *comm, const qs_comm *part, qs_status st)
+{
+    return st == QS_OK || qs_comm_agreed(part) ? qs_comm_agree(comm, st) : st;
+}
+
 bool qs_comm_agreed(const qs_comm *comm)
 {
     return comm->agreed;

@@ -94,6 +94,11 @@ qs_status qs_comm_gather_time(qs_comm *comm, size_t bytes, double *seconds);
  * the others are told and keep silent. */
 qs_status qs_comm_agree(qs_comm *comm, qs_status mine);
 
+/** After a call that was collective over `part` alone, a communicator split from this one: what
+ * failed there is over for all, if the part has agreed on it; else it is this rank's alone, and
+ * returned as it is. Collective over `comm`. */
+qs_status qs_comm_agree_after(qs_comm *comm, const qs_comm *part, qs_status st);
+
 /** Threads for this rank: `wanted`, OMP_NUM_THREADS, or its share of the cores that it is bound to
  * among all ranks whose bindings overlap its own (base/cores.h). Collective, since only the
  * others know whether they run on the same cores. */

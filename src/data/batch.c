@@ -49,6 +49,23 @@ void qs_batch_destroy(qs_batch *b)
     free(b);
 }
 
+void qs_batch_lay_out(qs_batch *batch, int64_t tokens, int64_t length, int64_t sample)
+{
+    batch->n_tokens = tokens;
+    batch->n_docs = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = t % length;
+        batch->position[t] = (int32_t)at;
+        batch->row_at[t] = at;
+        batch->sample[t] = sample + t / length;
+        if (at == 0) {
+            batch->cu_seqlens[batch->n_docs++] = (int32_t)t;
+        }
+    }
+    batch->cu_seqlens[batch->n_docs] = (int32_t)tokens;
+    batch->n_sequences = batch->n_docs;
+}
+
 /** Ids must exist, and labels be ids or QS_DATA_IGNORED. */
 static qs_status check_values(const qs_data *d, int64_t sequence, const int32_t *tokens,
                               const int32_t *labels, int64_t count)

@@ -63,6 +63,11 @@ typedef struct {
 qs_status qs_batch_create(qs_batch **out, int64_t tokens, int64_t docs);
 void qs_batch_destroy(qs_batch *batch);
 
+/** Lay out `tokens` tokens as documents of `length` (the last may be shorter), samples from
+ * `sample` on: positions and borders. Which tokens, and what they have to predict, is the caller's.
+ */
+void qs_batch_lay_out(qs_batch *batch, int64_t tokens, int64_t length, int64_t sample);
+
 /** Read the sequences `sequence[0..count)` of the file into `batch`; `number[i]` is what goes to
  * `sample`. Not collective. */
 qs_status qs_data_read(qs_data *data, const int64_t *sequence, const int64_t *number, int64_t count,

@@ -68,7 +68,7 @@ static void poll_queue(void *ctx)
     (void)qs_queue_poll(f->queue);
 }
 
-/* Where the bytes of unit `u` begin: its share, or the whole unit if it stays. */
+/* Bytes of unit `u` that this rank keeps: its share, or the whole unit if it stays. */
 static size_t kept_bytes(const qs_fsdp *f, int u)
 {
     return f->layouts[u].message_bytes * (size_t)(f->at_hand[u] ? f->nranks : 1);
@@ -88,7 +88,6 @@ static qs_status allocate_shares(qs_fsdp *f)
     uint8_t *device_at = f->shares, *host_at = f->host_shares;
     for (int u = 0; u < n_units; u++) {
         uint8_t **at = f->offloaded[u] ? &host_at : &device_at;
-        f->whole[u] = f->at_hand[u] ? *at : NULL;
         f->share[u] = *at + (f->at_hand[u] ? f->layouts[u].message_bytes * (size_t)f->rank : 0);
         *at += kept_bytes(f, u);
     }
@@ -100,7 +99,6 @@ static qs_status allocate(qs_fsdp *f)
     const int n_units = f->index->n_units;
     QS_TRY(QS_ALLOC(&f->layouts, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->share, n_units, QS_MEM_BASE_SMALL));
-    QS_TRY(QS_ALLOC(&f->whole, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->offloaded, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->at_hand, n_units, QS_MEM_BASE_SMALL));
     QS_TRY(QS_ALLOC(&f->held, n_units, QS_MEM_BASE_SMALL));
@@ -124,13 +122,19 @@ static qs_status allocate(qs_fsdp *f)
     return qs_embed_init(f);
 }
 
+/* A unit at hand, from its first rank's message on. */
+static uint8_t *whole_unit(const qs_fsdp *f, int u)
+{
+    return f->share[u] - f->layouts[u].message_bytes * (size_t)f->rank;
+}
+
 /* The layers that stay, once and for all. Collective. */
 static qs_status gather_residents(qs_fsdp *f)
 {
     for (int u = 0; u < f->index->n_units && f->nranks > 1; u++) {
         if (f->at_hand[u]) {
             const size_t bytes = f->layouts[u].message_bytes;
-            QS_TRY(qs_comm_all_gather(f->comm, f->share[u], f->whole[u], bytes, f->queue));
+            QS_TRY(qs_comm_all_gather(f->comm, f->share[u], whole_unit(f, u), bytes, f->queue));
             f->stats.gathered_bytes += bytes * (uint64_t)(f->nranks - 1);
         }
     }
@@ -192,7 +196,7 @@ void qs_fsdp_destroy(qs_fsdp *f)
     qs_embed_free(f);
     qs_device_free(f->device, f->shares);
     qs_device_host_free(f->device, f->host_shares);
-    void *const owned[] = {f->held, f->at_hand, f->offloaded, f->whole, f->share, f->layouts};
+    void *const owned[] = {f->held, f->at_hand, f->offloaded, f->share, f->layouts};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) {
         qs_mem_free(owned[i]);
     }
@@ -322,7 +326,7 @@ qs_status qs_fsdp_acquire(qs_fsdp *f, int u, qs_unit_view *view)
         QS_TRY(drop_on_error(f, mine.buffer, wait_for_gather(f, mine.buffer)));
     }
     view->layout = f->layouts[u];
-    view->base = mine.buffer < 0 ? f->whole[u] : f->buffers[mine.buffer].bytes;
+    view->base = mine.buffer < 0 ? whole_unit(f, u) : f->buffers[mine.buffer].bytes;
     f->held[u]++;
     return gather_ahead(f);
 }

@@ -72,11 +72,10 @@ struct qs_fsdp {
     qs_unit_layout *layouts; /* [n_units] */
     uint8_t **share;         /* [n_units] this rank's message of each unit */
     bool *offloaded;         /* [n_units] the share lies in pinned host memory */
-    bool *at_hand;           /* [n_units] whole in `whole`: never gathered */
-    uint8_t **whole;         /* [n_units] messages of all ranks, NULL: gathered when used */
-    uint8_t *shares;         /* those on the device, and units that stay */
-    uint8_t *host_shares;    /* those in pinned host memory */
-    int *held;               /* [n_units] acquires per unit */
+    bool *at_hand;        /* [n_units] whole on this rank, its share at its place: never gathered */
+    uint8_t *shares;      /* those on the device, and units that stay */
+    uint8_t *host_shares; /* those in pinned host memory */
+    int *held;            /* [n_units] acquires per unit */
     qs_gather_plan plan;
     qs_gather_buffer buffers[QS_GATHER_BUFFERS_MAX];
     qs_embed embed;

@@ -37,21 +37,6 @@ static qs_status release(qs_model *m, int layer)
     return qs_fsdp_release(m->fsdp, qs_base_layer_unit(m->index, layer));
 }
 
-/* Documents of `length` tokens. Which ones does not matter: the rows are zeros. */
-static void fill_batch(qs_batch *batch, int64_t tokens, int64_t length)
-{
-    batch->n_tokens = tokens;
-    batch->n_docs = 0;
-    for (int64_t t = 0; t < tokens; t++) {
-        batch->target[t] = -1;
-        batch->position[t] = (int32_t)(t % length);
-        if (t % length == 0) {
-            batch->cu_seqlens[batch->n_docs++] = (int32_t)t;
-        }
-    }
-    batch->cu_seqlens[batch->n_docs] = (int32_t)tokens;
-}
-
 /* The second of two forwards: the first finds algorithms and fills caches. */
 static qs_status time_forward(qs_model *m, int layer, const qs_unit_view *view,
                               const qs_batch *batch, double *seconds)
@@ -85,7 +70,10 @@ static qs_status probe_forward(qs_model *m, int layer, const qs_unit_view *view,
 {
     qs_batch *batch = NULL;
     QS_TRY(qs_batch_create(&batch, tokens, tokens));
-    fill_batch(batch, tokens, length < tokens ? length : tokens);
+    qs_batch_lay_out(batch, tokens, length, 0); /* which tokens does not matter: rows are zeros */
+    for (int64_t t = 0; t < tokens; t++) {
+        batch->target[t] = -1;
+    }
     const qs_status st = time_forward(m, layer, view, batch, seconds);
     qs_batch_destroy(batch);
     return st;

@@ -4,11 +4,6 @@
 
 enum { CPU_TOKENS = 128 }; /* enough for products at their speed, and over in no time */
 
-double qs_gathers_hidden_from(double gather_s, double token_s)
-{
-    return token_s > 0 ? gather_s / token_s : 0;
-}
-
 /* The better of two gathers, each by the rank that it takes longest, and the fastest compute of all
  * ranks. */
 static qs_status agree_on_times(const qs_probe *probe, double *gather_s, double *token_s,
@@ -34,10 +29,10 @@ qs_status qs_gathers_report(const qs_session *s, const qs_model_shape *shape, do
     }
     QS_TRY(qs_model_probe(s->model, probed, s->config.train.seq_len, &probe));
     QS_TRY(agree_on_times(&probe, &gather_s, &token_s, s->comm));
-    const double needed = qs_gathers_hidden_from(gather_s, token_s);
-    if (needed <= 0) {
+    if (gather_s <= 0 || token_s <= 0) {
         return QS_OK;
     }
+    const double needed = gather_s / token_s;
     const double received = (double)probe.gather_bytes * (s->shard.nranks - 1);
     qs_log_info(
         "gathers: a layer's takes %.3g ms (%.3g MB from %d ranks: %.3g MB/s), its forward "

@@ -299,13 +299,6 @@ static qs_status prepare_lora(qs_session *s, bool trained)
     return st;
 }
 
-/* What failed in a group is over for all, if the group has agreed on it; else it is this rank's
- * alone. */
-static qs_status agree_on_group(qs_session *s, const qs_comm *group, qs_status st)
-{
-    return st == QS_OK || qs_comm_agreed(group) ? qs_comm_agree(s->comm, st) : st;
-}
-
 static qs_status connect_group(qs_session *s)
 {
     s->base_comm = s->device_comm;
@@ -313,43 +306,23 @@ static qs_status connect_group(qs_session *s)
         return QS_OK;
     }
     s->base_comm = NULL;
-    return agree_on_group(s, s->shard.comm,
-                          qs_backend_comm(&s->base_comm, &s->backend, s->shard.comm));
+    return qs_comm_agree_after(s->comm, s->shard.comm,
+                               qs_backend_comm(&s->base_comm, &s->backend, s->shard.comm));
 }
 
-/* Gradients and LoRA's new weights take two levels where hosts have several ranks each. */
+/* Gradients and LoRA's new weights take two levels where hosts have several ranks each. The group
+ * that shares the base serves inside of a host if it is that. */
 static qs_status connect_levels(qs_session *s)
 {
-    s->levels = (qs_levels){.world = s->device_comm};
-    if (s->per_host == 0) {
-        return QS_OK;
+    const bool is_host = s->shard.comm != s->comm && s->shard.most == s->per_host;
+    QS_TRY(qs_backend_levels_open(&s->levels, &s->backend, s->comm, s->device_comm,
+                                  is_host ? s->shard.comm : NULL, is_host ? s->base_comm : NULL));
+    if (s->per_host > 0) {
+        qs_log_info(
+            "LoRA: sums and weights inside of each host first, then between %d hosts of %d ranks",
+            s->nranks / s->per_host, s->per_host);
     }
-    const int rank = qs_comm_rank(s->comm);
-    qs_comm *inside = NULL, *across = NULL;
-    QS_TRY(qs_comm_split(s->comm, rank / s->per_host, &s->host_inside));
-    QS_TRY(qs_comm_split(s->comm, rank % s->per_host, &s->host_across));
-    QS_TRY(
-        agree_on_group(s, s->host_inside, qs_backend_comm(&inside, &s->backend, s->host_inside)));
-    s->levels.inside = inside;
-    QS_TRY(
-        agree_on_group(s, s->host_across, qs_backend_comm(&across, &s->backend, s->host_across)));
-    s->levels.across = across;
-    qs_log_info(
-        "LoRA: sums and weights inside of each host first, then between %d hosts of %d ranks",
-        s->nranks / s->per_host, s->per_host);
     return QS_OK;
-}
-
-static void close_levels(qs_session *s)
-{
-    if (s->levels.inside != NULL) {
-        qs_backend_comm_destroy(s->levels.inside, s->host_inside);
-    }
-    if (s->levels.across != NULL) {
-        qs_backend_comm_destroy(s->levels.across, s->host_across);
-    }
-    qs_comm_destroy(s->host_inside);
-    qs_comm_destroy(s->host_across);
 }
 
 qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained)
@@ -371,8 +344,9 @@ qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool tr
 qs_status qs_session_build(qs_session *s, const qs_model_shape *shape)
 {
     const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
-    QS_TRY(agree_on_group(s, s->base_comm,
-                          qs_fsdp_create(&s->fsdp, s->index, s->base_comm, s->queue, &options)));
+    QS_TRY(
+        qs_comm_agree_after(s->comm, s->base_comm,
+                            qs_fsdp_create(&s->fsdp, s->index, s->base_comm, s->queue, &options)));
     return qs_comm_agree(s->comm, qs_model_create(&s->model, s->index, s->fsdp, s->ops, s->queue,
                                                   &s->layout, s->lora, shape));
 }
@@ -390,7 +364,7 @@ void qs_session_close(qs_session *s)
     if (s->ops_open) {
         s->ops->close(s->queue);
     }
-    close_levels(s);
+    qs_backend_levels_close(&s->levels);
     if (s->base_comm != s->device_comm && s->base_comm != NULL) {
         qs_backend_comm_destroy(s->base_comm, s->shard.comm);
     }
@@ -404,8 +378,8 @@ void qs_session_close(qs_session *s)
 int qs_session_comms(const qs_session *s, const qs_comm *out[QS_SESSION_COMMS_MAX])
 {
     const qs_comm *const comms[QS_SESSION_COMMS_MAX] = {
-        s->comm,        s->device_comm, s->shard.comm,    s->base_comm,
-        s->host_inside, s->host_across, s->levels.inside, s->levels.across};
+        s->comm,          s->device_comm,   s->shard.comm,           s->base_comm,
+        s->levels.inside, s->levels.across, s->levels.levels.inside, s->levels.levels.across};
     int count = 0;
     for (int i = 0; i < QS_SESSION_COMMS_MAX; i++) {
         bool seen = comms[i] == NULL;

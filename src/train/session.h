@@ -3,7 +3,7 @@
 #ifndef QS_TRAIN_SESSION_H
 #define QS_TRAIN_SESSION_H
 
-#include "backend/backend.h"
+#include "backend/levels.h"
 #include "comm/comm.h"
 #include "config/config.h"
 #include "data/data.h"
@@ -22,8 +22,7 @@ typedef struct {
     qs_shard_group shard; /* the ranks that share one copy of the base with this one */
     qs_comm *base_comm;   /* theirs over the device's memory; may be device_comm */
     int per_host;         /* ranks of each host where LoRA takes two levels (comm.h), else 0 */
-    qs_comm *host_inside, *host_across; /* then: communicators of the two, over host memory */
-    qs_levels levels;                   /* device_comm and those two over the device's memory */
+    qs_backend_levels levels;
     qs_backend backend;
     qs_device *device;
     qs_queue *queue;

@@ -87,19 +87,26 @@ static qs_status choose(int64_t *group, const qs_base_index *index, const qs_fsd
     return QS_OK;
 }
 
-static qs_status check_multiple(int64_t group, int nranks)
+static qs_status check_multiple(int64_t group, int nranks, const char *name)
 {
     return group <= 0 || nranks % group == 0
                ? QS_OK
                : QS_FAIL(QS_ERR_CONFIG_PAIR,
-                         "shard.group: %lld, but the run has %d ranks, which is no multiple of it; "
+                         "%s: %lld, but the run has %d ranks, which is no multiple of it; "
                          "start another number of ranks, or set world, node or auto",
-                         (long long)group, nranks);
+                         name, (long long)group, nranks);
 }
 
-static int color_of(int64_t group, const qs_comm *world)
+qs_status qs_shard_group_split(qs_comm **out, int64_t group, qs_comm *world, const char *name)
 {
-    return group == QS_SHARD_NODE ? qs_comm_host(world) : qs_comm_rank(world) / (int)group;
+    const int nranks = qs_comm_nranks(world), rank = qs_comm_rank(world);
+    *out = world;
+    QS_TRY(qs_comm_agree(world, check_multiple(group, nranks, name)));
+    if (group == QS_SHARD_WORLD || group == nranks) {
+        return QS_OK;
+    }
+    const int color = group == QS_SHARD_NODE ? qs_comm_host(world) : rank / (int)group;
+    return qs_comm_split(world, color, out);
 }
 
 qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
@@ -116,11 +123,10 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     if (group == QS_SHARD_AUTO) {
         QS_TRY(choose(&group, index, options, device, world));
     }
-    QS_TRY(qs_comm_agree(world, check_multiple(group, nranks)));
-    if (group == QS_SHARD_WORLD || group == nranks) {
+    QS_TRY(qs_shard_group_split(&out->comm, group, world, "shard.group"));
+    if (out->comm == world) {
         return QS_OK;
     }
-    QS_TRY(qs_comm_split(world, color_of(group, world), &out->comm));
     out->nranks = qs_comm_nranks(out->comm);
     int64_t most = out->nranks;
     QS_TRY(qs_comm_max_i64(world, &most, 1));
@@ -136,7 +142,7 @@ qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
                                 const qs_group_links *links)
 {
     int64_t group = config->shard.group;
-    QS_TRY(check_multiple(group, nranks));
+    QS_TRY(check_multiple(group, nranks, "shard.group"));
     if (group == QS_SHARD_AUTO) {
         const size_t needed = kept_bytes(index, options, per_node);
         group = is_tight(needed, free_bytes_each, links) ? QS_SHARD_WORLD : QS_SHARD_NODE;

@@ -12,6 +12,11 @@ typedef struct {
     int most;      /* ranks of the largest group, the same on every rank */
 } qs_shard_group;
 
+/** Cut `world` into groups: of `group` neighbours, of a node's ranks (QS_SHARD_NODE), or one of
+ * all. *out is this rank's, `world` itself where that is all. Collective. `name` is for the
+ * message. \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
+qs_status qs_shard_group_split(qs_comm **out, int64_t group, qs_comm *world, const char *name);
+
 /** How much longer the gathers of the whole run take than those of a node. */
 typedef struct {
     double node_s, world_s; /* of a layer; 0: not known */

@@ -29,6 +29,7 @@
 #include "train/sampler.h"
 #include "train/session.h"
 #include "train/trace_file.h"
+#include "train/trainer.h"
 
 enum { WARM_UP_STEPS = 2 };  /* of a start: products choose their algorithms, files enter caches */
 enum { NOT_FINITE_MAX = 3 }; /* skipped updates in a row before the run stops */
@@ -46,12 +47,9 @@ typedef struct {
     qs_model_shape shape;
     qs_memory_plan plan;
     qs_run_dir run_dir;
-    qs_batch **batches; /* [shape.group] */
-    qs_optim *optim;
-    qs_grads *grads;
+    qs_trainer trainer;
     qs_metrics *metrics;
-    double *slot_sums; /* [slots of this rank] */
-    int64_t step;      /* updates done */
+    int64_t step; /* updates done */
     int64_t not_finite;
     int64_t tokens, targets; /* of this rank so far */
     int64_t tokens_seen;     /* of all ranks, over all starts */
@@ -114,17 +112,6 @@ static void shape_run(run *r)
         qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, r->sampler.slots);
 }
 
-static qs_status allocate(run *r)
-{
-    const qs_lora_layout *layout = &r->session.layout;
-    const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
-    QS_TRY(QS_ALLOC(&r->slot_sums, slots.end - slots.begin, QS_MEM_WORK));
-    QS_TRY(qs_optim_create(&r->optim, r->session.device, layout, r->rank, r->nranks));
-    QS_TRY(qs_grads_create(&r->grads, layout, r->session.ops, &r->session.levels, r->session.queue,
-                           r->sampler.slots, r->shape.group));
-    return qs_batches_create(&r->batches, r->shape.group, r->shape.max_tokens);
-}
-
 /* This rank's share of a PEFT directory, which rank 0 reads layer by layer. */
 static qs_status init_from_adapter(run *r)
 {
@@ -144,7 +131,7 @@ static qs_status init_from_adapter(run *r)
         st = r->rank == 0 ? qs_peft_read_layer(peft, l, segment) : QS_OK;
         QS_GOTO(qs_comm_agree(r->comm, st));
         QS_GOTO(qs_comm_bcast(r->comm, segment, bytes, 0));
-        memcpy(r->optim->master + l * width, segment + mine.begin,
+        memcpy(r->trainer.optim->master + l * width, segment + mine.begin,
                (size_t)(mine.end - mine.begin) * sizeof(float));
     }
 done:
@@ -153,30 +140,12 @@ done:
     return st;
 }
 
-/* This rank's share of fresh LoRA weights: by counter, or from a PEFT directory. Collective. */
+/* Fresh LoRA weights, or those of a PEFT directory. Collective. */
 static qs_status init_lora(run *r)
 {
-    const qs_lora_layout *layout = &r->session.layout;
-    const int64_t width = qs_lora_shard_width(layout, r->nranks);
-    const qs_range mine = qs_lora_shard(layout, r->rank, r->nranks);
-    if (r->cfg->lora.init[0] != '\0') {
-        return init_from_adapter(r);
-    }
-    for (int l = 0; l < layout->n_layers; l++) {
-        qs_lora_init(layout, (uint64_t)r->cfg->seed, l, mine, r->optim->master + l * width);
-    }
-    return QS_OK;
-}
-
-/* DoRA starts as the base is: every row keeps its length. */
-static qs_status init_magnitudes(run *r)
-{
-    const qs_lora_layout *layout = &r->session.layout;
-    if (r->cfg->lora.init[0] != '\0') {
-        return QS_OK; /* they came with the adapter */
-    }
-    return qs_model_magnitudes(r->session.model, qs_lora_shard(layout, r->rank, r->nranks),
-                               qs_lora_shard_width(layout, r->nranks), r->optim->master);
+    return r->cfg->lora.init[0] != '\0'
+               ? init_from_adapter(r)
+               : qs_trainer_start_anew(&r->trainer, (uint64_t)r->cfg->seed);
 }
 
 /* --dry-run: an adapter to start from is opened and checked, not read. */
@@ -222,15 +191,14 @@ static qs_status resume_or_init(run *r)
     }
     if (step < 0) {
         QS_TRY(init_lora(r));
-        QS_TRY(init_magnitudes(r));
-        return qs_optim_push(r->optim, r->session.queue);
+        return qs_optim_push(r->trainer.optim, r->session.queue);
     }
     yaml = qs_config_dump(r->cfg);
     const qs_ckpt_meta expect = meta_of(r, yaml);
     qs_ckpt_meta loaded;
-    QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->optim, &loaded,
-                         r->comm));
-    QS_GOTO(qs_optim_push(r->optim, r->session.queue));
+    QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->trainer.optim,
+                         &loaded, r->comm));
+    QS_GOTO(qs_optim_push(r->trainer.optim, r->session.queue));
     r->step = loaded.step;
     r->tokens_seen = loaded.tokens_seen;
     qs_log_info("%s: resuming after step %" PRId64, r->cfg->output, r->step);
@@ -245,58 +213,17 @@ done:
     return st;
 }
 
-static qs_status gather_lora(run *r)
-{
-    qs_session *s = &r->session;
-    qs_model_adapter_changed(s->model);
-    return qs_lora_gather_as(&s->layout, s->ops, &s->levels, s->queue, r->optim->d_master,
-                             s->lora_send, s->lora);
-}
-
 /* ---- one step ---- */
 
-/* The micro-batch of `slot`, read into batch g; *micro says what the model has to do. */
-static qs_status load_slot(run *r, int64_t slot, int64_t g, qs_micro_batch *micro)
+/* qs_slot_load: from the token file, in the order of the sampler. */
+static qs_status load_slot(void *ctx, int64_t slot, qs_batch *batch)
 {
+    run *r = ctx;
     int64_t sequence[QS_MICRO_BATCH_MAX], number[QS_MICRO_BATCH_MAX];
-    qs_batch *batch = r->batches[g];
     const int64_t count = qs_sampler_slot(&r->sampler, r->step, slot, sequence, number);
     QS_TRY(qs_data_read(r->train_data, sequence, number, count, batch));
-    micro->slot = slot;
-    micro->batch = batch->n_targets > 0 ? batch : NULL;
     r->tokens += batch->n_tokens;
     r->targets += batch->n_targets;
-    return QS_OK;
-}
-
-/* All passes of a step. The number of passes is the same on every rank. */
-static qs_status run_passes(run *r, float loss_scale)
-{
-    const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
-    const int64_t group = r->shape.group;
-    const int64_t per_rank = qs_shard_width(r->sampler.slots, r->nranks);
-    const qs_model_noise noise = {.dropout = (float)r->cfg->lora.dropout,
-                                  .seed = (uint64_t)r->cfg->seed,
-                                  .step = (uint64_t)r->step};
-    qs_micro_batch micro[QS_GROUP_MAX];
-    for (int64_t first = 0; first < per_rank; first += group) {
-        qs_status st = QS_OK;
-        for (int64_t g = 0; g < group; g++) {
-            const int64_t slot = slots.begin + first + g;
-            micro[g] = (qs_micro_batch){.slot = -1};
-            if (slot < slots.end && st == QS_OK) {
-                st = load_slot(r, slot, g, &micro[g]);
-            }
-        }
-        QS_TRY(qs_comm_agree(r->comm, st));
-        QS_TRY(qs_model_train_pass(r->session.model, micro, group, loss_scale, &noise, r->grads,
-                                   first + group >= per_rank));
-        for (int64_t g = 0; g < group; g++) {
-            if (micro[g].slot >= 0) {
-                r->slot_sums[micro[g].slot - slots.begin] = micro[g].loss_sum;
-            }
-        }
-    }
     return QS_OK;
 }
 
@@ -311,7 +238,7 @@ static qs_status dump_grads(run *r, const float *shard)
         r->comm, qs_mirror_create(s->device, &full,
                                   (size_t)(layout->n_layers * layout->per_layer) * sizeof(float),
                                   QS_MEM_WORK)));
-    QS_GOTO(qs_lora_gather(layout, &s->levels, s->queue, shard, full.device));
+    QS_GOTO(qs_lora_gather(layout, &s->levels.levels, s->queue, shard, full.device));
     QS_GOTO(qs_mirror_pull(s->queue, &full, 0, full.bytes));
     QS_GOTO(qs_queue_wait(s->queue));
     if (r->rank == 0) {
@@ -339,8 +266,8 @@ static qs_status apply_update(run *r, const float *shard, const qs_step_metrics 
         return QS_OK;
     }
     r->not_finite = 0;
-    r->optim->step = r->step;
-    return qs_optim_step(r->optim, r->session.ops, r->session.queue, r->cfg, m->lr,
+    r->trainer.optim->step = r->step;
+    return qs_optim_step(r->trainer.optim, r->session.ops, r->session.queue, r->cfg, m->lr,
                          qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard);
 }
 
@@ -359,7 +286,7 @@ static qs_status train_step(run *r, qs_step_metrics *m)
 {
     const double start = qs_time_s();
     const qs_fsdp_stats before = qs_fsdp_get_stats(r->session.fsdp);
-    const double reduced = qs_grads_wait_s(r->grads);
+    const double reduced = qs_grads_wait_s(r->trainer.grads);
     double loss_sum = 0;
     float *shard = NULL;
     *m = (qs_step_metrics){.step = r->step + 1,
@@ -368,14 +295,14 @@ static qs_status train_step(run *r, qs_step_metrics *m)
                            .lr = qs_lr_at(r->cfg, r->step, r->sampler.steps)};
     const float loss_scale = m->tokens > 0 ? (float)(1.0 / (double)m->tokens) : 0;
 
-    qs_grads_begin(r->grads);
-    QS_TRY(run_passes(r, loss_scale));
+    const qs_model_noise noise = {.dropout = (float)r->cfg->lora.dropout,
+                                  .seed = (uint64_t)r->cfg->seed,
+                                  .step = (uint64_t)r->step};
+    QS_TRY(qs_trainer_passes(&r->trainer, loss_scale, &noise, load_slot, r));
     const double reduce_start = qs_time_s();
-    m->reduce_s = qs_grads_wait_s(r->grads) - reduced; /* between layers */
+    m->reduce_s = qs_grads_wait_s(r->trainer.grads) - reduced; /* between layers */
     qs_range_begin(r->session.queue, "sums");
-    QS_TRY(qs_grads_finish(r->grads, &shard));
-    QS_TRY(qs_grads_norm(r->grads, shard, &m->grad_norm));
-    QS_TRY(qs_sum_slots(r->comm, r->sampler.slots, r->slot_sums, &loss_sum));
+    QS_TRY(qs_trainer_sums(&r->trainer, &shard, &m->grad_norm, &loss_sum));
     m->loss = m->tokens > 0 ? loss_sum / (double)m->tokens : 0;
     m->reduce_s += qs_time_s() - reduce_start;
     qs_range_end(r->session.queue);
@@ -384,7 +311,7 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     }
     qs_range_begin(r->session.queue, "update");
     QS_TRY(qs_comm_agree(r->comm, apply_update(r, shard, m)));
-    QS_TRY(gather_lora(r));
+    QS_TRY(qs_trainer_gather(&r->trainer));
     qs_range_end(r->session.queue);
     m->step_time_s = qs_time_s() - start;
     const qs_fsdp_stats after = qs_fsdp_get_stats(r->session.fsdp);
@@ -416,7 +343,7 @@ static qs_status evaluate(run *r)
 {
     qs_eval_result result;
     QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, r->shape.group,
-                       r->batches, &result));
+                       r->trainer.batches, &result));
     qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
                 result.loss, exp(result.loss), result.targets);
     return keep_going(r, qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
@@ -450,13 +377,13 @@ static qs_status save(run *r, qs_status *last_save)
 {
     char *yaml = qs_config_dump(r->cfg);
     qs_ckpt_meta meta = meta_of(r, yaml);
-    r->optim->step = r->step;
-    *last_save = qs_comm_agree(r->comm, qs_optim_pull(r->optim, r->session.queue));
+    r->trainer.optim->step = r->step;
+    *last_save = qs_comm_agree(r->comm, qs_optim_pull(r->trainer.optim, r->session.queue));
     if (*last_save != QS_OK) {
         free(yaml);
         return *last_save;
     }
-    *last_save = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->optim, r->comm);
+    *last_save = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->trainer.optim, r->comm);
     free(yaml);
     if (*last_save == QS_ERR_IO_FULL) {
         qs_log_warn("step %" PRId64 ": not saved: %s", r->step, qs_error_text());
@@ -690,11 +617,12 @@ static qs_status run_training(run *r)
 {
     QS_TRY(qs_comm_agree(r->comm, qs_device_reserve(r->session.device, reserve_bytes(r))));
     QS_TRY(qs_session_connect(&r->session, &r->shape, true));
-    QS_TRY(qs_comm_agree(r->comm, allocate(r)));
+    QS_TRY(qs_comm_agree(r->comm,
+                         qs_trainer_create(&r->trainer, &r->session, &r->shape, r->sampler.slots)));
     QS_TRY(qs_session_build(&r->session, &r->shape));
-    qs_grads_attach(r->grads, r->session.fsdp);
+    qs_grads_attach(r->trainer.grads, r->session.fsdp);
     QS_TRY(resume_or_init(r));
-    QS_TRY(gather_lora(r));
+    QS_TRY(qs_trainer_gather(&r->trainer));
     if (r->options->dump_grads != NULL) {
         return first_gradient(r);
     }
@@ -747,10 +675,7 @@ qs_status qs_train_run(const qs_train_options *options, qs_comm *comm)
     const qs_status st = run_all(&r);
     qs_progress_end();
     qs_metrics_close(r.metrics);
-    qs_batches_destroy(r.batches, r.shape.group);
-    qs_grads_destroy(r.grads);
-    qs_optim_destroy(r.optim);
-    qs_mem_free(r.slot_sums);
+    qs_trainer_destroy(&r.trainer);
     if (st != QS_OK && r.step == 0) {
         qs_run_dir_abandon(&r.run_dir); /* nothing has been done in it */
     }

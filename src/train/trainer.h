@@ -1,0 +1,44 @@
+/* What a step of training holds and does, whatever its tokens come from and whatever is written
+ * about it: a run (train.c) and the benchmark of a step make the same calls. */
+#ifndef QS_TRAIN_TRAINER_H
+#define QS_TRAIN_TRAINER_H
+
+#include "optim/optim.h"
+#include "train/session.h"
+
+typedef struct {
+    qs_session *session; /* borrowed */
+    int64_t slots;       /* micro-batches of a step, over all ranks */
+    int64_t group;       /* micro-batches of a pass */
+    qs_range mine;       /* slots of this rank */
+    qs_batch **batches;  /* [group] */
+    double *slot_sums;   /* [slots of this rank] losses of the last step */
+    qs_optim *optim;
+    qs_grads *grads;
+} qs_trainer;
+
+/** Between qs_session_connect and qs_session_build. Not collective. */
+qs_status qs_trainer_create(qs_trainer *trainer, qs_session *session, const qs_model_shape *shape,
+                            int64_t slots);
+void qs_trainer_destroy(qs_trainer *trainer);
+
+/** A fresh adapter on the host's side of the optimizer: A by counter of `seed`, B zero, and with
+ * DoRA magnitudes that keep every row as it is. Collective. */
+qs_status qs_trainer_start_anew(qs_trainer *trainer, uint64_t seed);
+
+/** Fill `batch` with the micro-batch of `slot`. One without targets takes no part. */
+typedef qs_status (*qs_slot_load)(void *ctx, int64_t slot, qs_batch *batch);
+
+/** All passes of a step, whose number is the same on every rank: gradients of the loss sums times
+ * `loss_scale`, on their way to the owners. Collective. */
+qs_status qs_trainer_passes(qs_trainer *trainer, float loss_scale, const qs_model_noise *noise,
+                            qs_slot_load load, void *ctx);
+
+/** Behind them: this rank's shard of the gradient (borrowed until the next passes), the norm of the
+ * whole, and the loss sum of all slots in their order. Collective. */
+qs_status qs_trainer_sums(qs_trainer *trainer, float **shard, double *norm, double *loss_sum);
+
+/** Everybody's new weights, from the optimizers to the model. Collective. */
+qs_status qs_trainer_gather(qs_trainer *trainer);
+
+#endif
