@@ -8,11 +8,12 @@
  * there are two, as in peft.
  *
  * What only DoRA needs, beside what LoRA does, with r the rank and T the tokens:
- *     norms      once a step and layer: W decoded once, r + 1 multiply-adds a weight
- *     magnitudes a product with W for each micro-batch's backward, since (W + s B A) drop(x) is
- * kept by nobody: out * in multiply-adds a token, and no memory The norms are those of the sums
- * themselves: expanding them into ||W||^2 + 2 s W.(B A) + ... takes as many multiply-adds, and
- * subtracts large numbers where B A opposes W. */
+ *     norms       once a step and layer: W decoded once, r + 1 multiply-adds a weight
+ *     magnitudes  a product with W for each micro-batch's backward, since nobody keeps
+ *                 (W + s B A) drop(x): out * in multiply-adds a token, and no memory
+ *
+ * The norms are those of the sums themselves: expanding them into ||W||^2 + 2 s W.(B A) + ... takes
+ * as many multiply-adds, and subtracts large numbers where B A opposes W. */
 #include <math.h>
 #include <string.h>
 

@@ -3,7 +3,7 @@
  *
  *   gather   every rank's share to every rank (qs_comm_all_gather): what a unit's gather is
  *   reduce   a gradient a rank, to the owners of its pieces along the slot tree (qs_grads): what
- * the reduction of a layer is
+ *            the reduction of a layer is
  *
  * The size is that of the whole: what a rank has after a gather, or puts into a reduction. In both
  * a rank receives (n - 1) / n of it, so that the bus bandwidth is size / time times that, and is to

@@ -2,12 +2,11 @@
  * kernels whose traffic control has no shaper: a TUN device in each, and this program carries
  * packets from one to the other, each when the rate has carried its last byte.
  *
- *   slow_link NAMESPACE_A ADDRESS_A NAMESPACE_B ADDRESS_B DEVICE MBIT_PER_S     (0: as fast as it
- * can)
+ *   slow_link NAMESPACE_A ADDRESS_A NAMESPACE_B ADDRESS_B DEVICE MBIT_PER_S
  *
- * Both directions have the rate each. A packet waits in the sender's device when its turn has not
- * come, so that nothing is dropped but by a full queue there, as on a real link. Runs until it is
- * ended; the devices go with it. Needs root and /dev/net/tun. */
+ * Both directions have the rate each; 0 is as fast as it can. SLOTS packets wait here for their
+ * turn, more in the sender's device. Runs until it is ended; the devices go with it. Needs root and
+ * /dev/net/tun. */
 #include <fcntl.h>
 #include <linux/if.h>
 #include <linux/if_tun.h>
