@@ -461,30 +461,86 @@ typedef struct {
     fx_base base;
     int64_t count; /* of the first call; it grows from call to call */
     int bad_rank;  /* asks for an id outside the vocabulary; -1: none */
+    qs_status (*calls)(qs_fsdp *f, team_member *me);
 } embed_case;
+
+enum { EMBED_CALLS = 4, EMBED_MOST = 600 };
+
+/* What a rank asks for in call `call`: some ask for nothing. */
+static int64_t embed_tokens(const embed_case *t, int rank, int call, int32_t *tokens)
+{
+    const qs_rng rng = qs_rng_make(5, (uint64_t)call, (uint64_t)rank, 1, 0);
+    const int64_t count = (rank + call) % 3 == 2 ? 0 : t->count * (call + 1);
+    for (int64_t i = 0; i < count; i++) {
+        tokens[i] = (int32_t)(qs_rng_u32(&rng, (uint64_t)i) % FX_VOCAB);
+    }
+    if (rank == t->bad_rank && call == 1) {
+        tokens[count / 2] = FX_VOCAB;
+    }
+    return count;
+}
+
+static qs_status ask(qs_fsdp *f, team_member *me, int call)
+{
+    int32_t tokens[EMBED_MOST];
+    const int64_t count = embed_tokens(me->ctx, me->rank, call, tokens);
+    QS_TRY(qs_fsdp_embed_ask(f, tokens, count));
+    memset(tokens, 0xff, sizeof tokens); /* nobody looks at them any more */
+    return QS_OK;
+}
+
+static qs_status place_checked(qs_fsdp *f, team_member *me, int call)
+{
+    int32_t tokens[EMBED_MOST];
+    float rows[EMBED_MOST * FX_HIDDEN];
+    const int64_t count = embed_tokens(me->ctx, me->rank, call, tokens);
+    memset(rows, 0xff, sizeof rows);
+    QS_TRY(qs_fsdp_embed_place(f, rows));
+    return fx_check_rows(tokens, count, rows);
+}
 
 static qs_status embed_calls(qs_fsdp *f, team_member *me)
 {
-    enum { MOST = 600 };
-    embed_case *t = me->ctx;
-    int32_t tokens[MOST];
-    float rows[MOST * FX_HIDDEN];
-    for (int call = 0; call < 4; call++) {
-        qs_rng rng = qs_rng_make(5, (uint64_t)call, (uint64_t)me->rank, 1, 0);
-        int64_t count = (me->rank + call) % 3 == 2 ? 0 : t->count * (call + 1);
-        for (int64_t i = 0; i < count; i++) {
-            tokens[i] = (int32_t)(qs_rng_u32(&rng, (uint64_t)i) % FX_VOCAB);
-        }
-        if (me->rank == t->bad_rank && call == 1) {
-            tokens[count / 2] = FX_VOCAB;
-        }
-        memset(rows, 0xff, sizeof rows);
-        QS_TRY(qs_fsdp_embed(f, tokens, count, rows));
-        QS_TRY(fx_check_rows(tokens, count, rows));
+    for (int call = 0; call < EMBED_CALLS; call++) {
+        QS_TRY(ask(f, me, call));
+        QS_TRY(place_checked(f, me, call));
         const int order[] = {call, call + 1};
-        QS_TRY(visit_some(f, order, 2, 1)); /* exchanges and gathers share a queue */
+        QS_TRY(visit_some(f, order, 2, 1)); /* gathers under way beside the exchanges */
     }
     return QS_OK;
+}
+
+/* Rows of one call are on their way, and ids of the next, while units are used. */
+static qs_status embed_ahead(qs_fsdp *f, team_member *me)
+{
+    QS_TRY(ask(f, me, 0));
+    QS_TRY(qs_fsdp_embed_answer(f));
+    for (int call = 0; call < EMBED_CALLS; call++) {
+        if (call + 1 < EMBED_CALLS) {
+            QS_TRY(ask(f, me, call + 1));
+        }
+        TEAM_CHECK(qs_fsdp_embed_open(f) == (call + 1 < EMBED_CALLS ? 2 : 1), "call %d: %d open",
+                   call, qs_fsdp_embed_open(f));
+        const int order[] = {call, call + 1};
+        QS_TRY(visit_some(f, order, 2, 1));
+        QS_TRY(place_checked(f, me, call));
+        QS_TRY(qs_fsdp_embed_answer(f));
+        QS_TRY(qs_fsdp_embed_answer(f)); /* the second time it has nothing to do */
+    }
+    QS_TRY(qs_fsdp_embed_answer(f)); /* nor without a request */
+    return ask(f, me, 0);            /* left under way at destroy */
+}
+
+static qs_status embed_misuse(qs_fsdp *f, team_member *me)
+{
+    float rows[EMBED_MOST * FX_HIDDEN];
+    TEAM_CHECK(qs_fsdp_embed_place(f, rows) == QS_ERR_BUG, "rows without a request");
+    QS_TRY(ask(f, me, 0));
+    TEAM_CHECK(qs_fsdp_embed(f, NULL, 0, rows) == QS_ERR_BUG, "past an open request");
+    QS_TRY(ask(f, me, 2));
+    TEAM_CHECK(qs_fsdp_embed_ask(f, NULL, 0) == QS_ERR_BUG, "a third request");
+    QS_TRY(place_checked(f, me, 0));
+    return place_checked(f, me, 2);
 }
 
 static qs_status embed_body(team_member *me)
@@ -494,7 +550,7 @@ static qs_status embed_body(team_member *me)
     /* Room for just the largest call: with few tokens and many ranks some rows take several rounds.
      */
     QS_TRY(open_base(&f, me, &t->base, 4 * t->count));
-    qs_status st = embed_calls(f, me);
+    qs_status st = t->calls(f, me);
     qs_fsdp_destroy(f);
     return st;
 }
@@ -507,13 +563,27 @@ ParameterizedTest(int *n, fsdp, every_token_gets_its_row)
 {
     static const qs_dtype dtypes[] = {QS_BF16, QS_F16, QS_F32};
     static const int64_t counts[] = {1, 3, 150}; /* 150: every id several times */
+    qs_status (*const calls[])(qs_fsdp *, team_member *) = {embed_calls, embed_ahead};
     for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
         for (size_t c = 0; c < sizeof counts / sizeof *counts; c++) {
-            embed_case t = {.count = counts[c], .bad_rank = -1};
-            fx_base_make(&t.base, dtypes[d]);
-            team_expect_ok(*n, embed_body, &t);
+            for (size_t k = 0; k < sizeof calls / sizeof *calls; k++) {
+                embed_case t = {.count = counts[c], .bad_rank = -1, .calls = calls[k]};
+                fx_base_make(&t.base, dtypes[d]);
+                team_expect_ok(*n, embed_body, &t);
+            }
         }
     }
+}
+
+ParameterizedTestParameters(fsdp, requests_out_of_order_are_refused)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, fsdp, requests_out_of_order_are_refused)
+{
+    embed_case t = {.count = 7, .bad_rank = -1, .calls = embed_misuse};
+    fx_base_make(&t.base, QS_BF16);
+    team_expect_ok(*n, embed_body, &t);
 }
 
 ParameterizedTestParameters(fsdp, a_token_outside_the_vocabulary_is_everyones_error)
@@ -522,15 +592,18 @@ ParameterizedTestParameters(fsdp, a_token_outside_the_vocabulary_is_everyones_er
 }
 ParameterizedTest(int *n, fsdp, a_token_outside_the_vocabulary_is_everyones_error)
 {
-    embed_case t = {.count = 7, .bad_rank = *n > 2 ? 2 : 0};
-    team_member members[TEAM_MAX];
-    fx_base_make(&t.base, QS_BF16);
-    team_run(members, *n, embed_body, &t);
-    for (int r = 0; r < *n; r++) {
-        cr_expect_eq(members[r].st, QS_ERR_BUG, "rank %d: %d %s", r, (int)members[r].st,
-                     members[r].text);
-        cr_expect_not_null(strstr(members[r].text, "outside the vocabulary"), "%s",
-                           members[r].text);
+    qs_status (*const calls[])(qs_fsdp *, team_member *) = {embed_calls, embed_ahead};
+    for (size_t k = 0; k < sizeof calls / sizeof *calls; k++) {
+        embed_case t = {.count = 7, .bad_rank = *n > 2 ? 2 : 0, .calls = calls[k]};
+        team_member members[TEAM_MAX];
+        fx_base_make(&t.base, QS_BF16);
+        team_run(members, *n, embed_body, &t);
+        for (int r = 0; r < *n; r++) {
+            cr_expect_eq(members[r].st, QS_ERR_BUG, "rank %d: %d %s", r, (int)members[r].st,
+                         members[r].text);
+            cr_expect_not_null(strstr(members[r].text, "outside the vocabulary"), "%s",
+                               members[r].text);
+        }
     }
 }
 

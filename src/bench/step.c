@@ -105,8 +105,9 @@ static amount since(const snapshot *before, const snapshot *now, qs_comm_kind ki
 /* ---- batches ---- */
 
 /* qs_slot_load: whole sequences of random ids, each position but the last with loss. */
-static qs_status fill_batch(void *ctx, int64_t slot, qs_batch *batch)
+static qs_status fill_batch(void *ctx, int64_t step, int64_t slot, qs_batch *batch)
 {
+    (void)step;
     const bench_step *b = ctx;
     const qs_config *cfg = &b->session.config;
     const int64_t vocab = b->session.index->config.vocab, length = cfg->train.seq_len;
@@ -127,21 +128,28 @@ static qs_status fill_batch(void *ctx, int64_t slot, qs_batch *batch)
 
 /* ---- a step ---- */
 
-/* One step; parts[PARTS] in seconds. Its traffic is b->traffic but for the embedding's part of the
- * exchanges, which count_embedding takes out of the gradients'. */
+/* For rows of the embedding, which are exchanged inside the passes. */
+static amount embedding(const qs_session *s)
+{
+    const qs_comm_traffic t = qs_fsdp_get_stats(s->fsdp).embedding;
+    return (amount){t.calls, t.messages, t.bytes};
+}
+
+/* One step; parts[PARTS] in seconds. */
 static qs_status one_step(bench_step *b, double *parts)
 {
     qs_session *s = &b->session;
     double norm = 0, loss_sum = 0;
     float *shard = NULL;
     const snapshot before = look(s);
+    const amount embedded = embedding(s);
     const double start = qs_time_s(), waited = qs_fsdp_get_stats(s->fsdp).wait_s;
     const double flops = qs_model_flops(s->model);
     const qs_model_noise noise = {.dropout = (float)s->config.lora.dropout,
                                   .seed = (uint64_t)s->config.seed,
                                   .step = (uint64_t)b->step};
-    QS_TRY(
-        qs_trainer_passes(&b->trainer, (float)(1.0 / (double)b->targets), &noise, fill_batch, b));
+    QS_TRY(qs_trainer_passes(&b->trainer, (float)(1.0 / (double)b->targets), &noise, fill_batch, b,
+                             true));
     const double passed = qs_time_s();
     QS_TRY(qs_trainer_sums(&b->trainer, &shard, &norm, &loss_sum));
     const double reduced = qs_time_s();
@@ -167,40 +175,12 @@ static qs_status one_step(bench_step *b, double *parts)
     parts[TOTAL] = end - start;
     b->traffic[FOR_UNITS] = since(&before, &now, QS_COMM_GATHERS);
     b->traffic[FOR_LORA] = since(&without_lora, &now, QS_COMM_EXCHANGES);
+    b->traffic[FOR_EMBEDDING] = minus(embedding(s), embedded);
     b->traffic[FOR_GRADIENTS] =
-        minus(since(&before, &now, QS_COMM_EXCHANGES), b->traffic[FOR_LORA]);
+        minus(minus(since(&before, &now, QS_COMM_EXCHANGES), b->traffic[FOR_LORA]),
+              b->traffic[FOR_EMBEDDING]);
     b->traffic[FOR_AGREEMENT] = since(&before, &now, QS_COMM_SMALL);
     return QS_OK;
-}
-
-/* The embedding asks its owners inside the passes: asked once more for the same ids, it causes the
- * same traffic, which is then known apart. */
-static qs_status count_embedding(bench_step *b)
-{
-    qs_session *s = &b->session;
-    const int64_t per_rank = qs_shard_width(b->slots, qs_comm_nranks(s->comm));
-    const int64_t calls = (per_rank + b->shape.group - 1) / b->shape.group * b->shape.group;
-    const size_t bytes =
-        (size_t)(b->shape.max_tokens * s->index->config.hidden) * qs_dtype_bytes(s->ops->act_dtype);
-    void *rows = NULL;
-    QS_TRY(qs_comm_agree(s->comm, qs_device_alloc(s->device, &rows, bytes, QS_MEM_WORK)));
-    const snapshot before = look(s);
-    qs_status st = QS_OK;
-    for (int64_t i = 0; i < calls && st == QS_OK; i++) {
-        const int64_t slot = b->trainer.mine.begin + i;
-        qs_batch *batch = b->trainer.batches[0];
-        batch->n_tokens = 0;
-        if (slot < b->trainer.mine.end) {
-            st = fill_batch(b, slot, batch);
-        }
-        st = st == QS_OK ? qs_fsdp_embed(s->fsdp, batch->tokens, batch->n_tokens, rows) : st;
-    }
-    st = st == QS_OK ? qs_queue_wait(s->queue) : st;
-    const snapshot now = look(s);
-    qs_device_free(s->device, rows);
-    b->traffic[FOR_EMBEDDING] = since(&before, &now, QS_COMM_EXCHANGES);
-    b->traffic[FOR_GRADIENTS] = minus(b->traffic[FOR_GRADIENTS], b->traffic[FOR_EMBEDDING]);
-    return st;
 }
 
 /* ---- bounds ---- */
@@ -456,7 +436,6 @@ static qs_status measure(bench_step *b, int64_t warmup)
         }
     }
     b->step_cpu_s = (cpu_s() - cpu) / (double)b->repeats;
-    QS_TRY(count_embedding(b));
     QS_TRY(measure_processor(b));
     return measure_link(b);
 }

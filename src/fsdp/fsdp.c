@@ -66,6 +66,7 @@ static void poll_queue(void *ctx)
 {
     qs_fsdp *f = ctx;
     (void)qs_queue_poll(f->queue);
+    (void)qs_queue_poll(f->host_queue);
 }
 
 /* Bytes of unit `u` that this rank keeps: its share, or the whole unit if it stays. */
@@ -114,11 +115,8 @@ static qs_status allocate(qs_fsdp *f)
                                planned.gather_bytes / (size_t)buffers, QS_MEM_BASE_GATHER));
     }
     QS_TRY(qs_queue_create_on(f->device, &f->queue, 1));
-    if (qs_device_is_host(f->device)) {
-        f->host_queue = f->queue;
-    } else {
-        QS_TRY(qs_queue_create(&f->host_queue, 1));
-    }
+    QS_TRY(qs_queue_create(&f->host_queue, 1));
+    f->row_queue = qs_device_is_host(f->device) ? f->host_queue : f->queue;
     return qs_embed_init(f);
 }
 
@@ -181,13 +179,13 @@ void qs_fsdp_destroy(qs_fsdp *f)
     if (f->nranks > 1) {
         qs_queue_set_idle(f->compute, NULL, NULL);
     }
-    if (f->queue != NULL) {
-        (void)qs_queue_wait(f->queue); /* a prefetch may still write into a buffer */
+    /* What was started ahead may still write into a buffer. */
+    if (f->host_queue != NULL) {
+        (void)qs_queue_wait(f->queue);
+        (void)qs_queue_wait(f->host_queue);
         (void)qs_queue_wait(f->compute);
     }
-    if (f->host_queue != f->queue) {
-        qs_queue_destroy(f->host_queue);
-    }
+    qs_queue_destroy(f->host_queue);
     qs_queue_destroy(f->queue);
     for (int b = 0; b < QS_GATHER_BUFFERS_MAX; b++) {
         qs_device_free(f->device, f->buffers[b].bytes);

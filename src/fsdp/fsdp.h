@@ -24,13 +24,14 @@ typedef struct {
     uint64_t read_bytes;     /* of base.h5, by this rank */
     uint64_t gathers;
     double gather_s; /* time that gathers were under way; 0 on a device that does not tell */
-    double wait_s;   /* time that compute stood still for them */
+    double wait_s;   /* time that compute stood still for them, and for rows of the embedding */
+    qs_comm_traffic embedding; /* ids and rows that came from others */
 } qs_fsdp_stats;
 
 /** What qs_fsdp_create needs to know beside the base. */
 typedef struct {
     const qs_ops *ops;       /* for the rows of the embedding; of the compute queue's device */
-    int64_t max_tokens;      /* of one qs_fsdp_embed call */
+    int64_t max_tokens;      /* of one request for rows of the embedding; alike on all ranks */
     bool offload_layers;     /* keep the layers' shares in pinned host memory */
     bool offload_vocabulary; /* likewise embedding and head */
     int64_t prefetch;        /* gathers ahead of use, 1 to QS_PREFETCH_MAX; one buffer more */
@@ -61,9 +62,30 @@ qs_status qs_fsdp_begin(qs_fsdp *fsdp, const int *units, int count);
 qs_status qs_fsdp_acquire(qs_fsdp *fsdp, int u, qs_unit_view *view);
 qs_status qs_fsdp_release(qs_fsdp *fsdp, int u);
 
-/** Rows of the embedding table for `tokens` [count] (host memory), in the ops' act_dtype, into out
- * [count, hidden] on the device: owners are asked by all-to-all, no rank gathers the table.
- * Collective, count may be 0. */
+/* Rows of the embedding table: owners are asked by all-to-all, no rank gathers the table. Requests
+ * are answered and placed in the order in which they are made. All calls are collective, the same
+ * sequence on every rank; those that wait for others do so as briefly as there is compute between
+ * them. */
+
+enum { QS_EMBED_OPEN_MAX = 2 }; /* requests: rows of one are on their way, ids of another */
+
+/** Send the ids of `tokens` [count] (host memory; count may be 0), which are not needed any more
+ * when the call returns. At most QS_EMBED_OPEN_MAX requests are open. An id outside of the
+ * vocabulary is everybody's QS_ERR_BUG when the request is answered. */
+qs_status qs_fsdp_embed_ask(qs_fsdp *fsdp, const int32_t *tokens, int64_t count);
+
+/** Requests that have been made and not placed. */
+int qs_fsdp_embed_open(const qs_fsdp *fsdp);
+
+/** Send the rows that others want for the oldest open request. Nothing to do without one, or the
+ * second time. */
+qs_status qs_fsdp_embed_answer(qs_fsdp *fsdp);
+
+/** Rows of the oldest open request, in the ops' act_dtype, to out [count, hidden] on the device.
+ * Answers first where nobody has. */
+qs_status qs_fsdp_embed_place(qs_fsdp *fsdp, void *out);
+
+/** All three, without a request ahead: QS_ERR_BUG if one is open. */
 qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, void *out);
 
 qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *fsdp);

@@ -28,25 +28,36 @@ qs_status qs_fsdp_create_from(qs_fsdp **out, const qs_base_index *index, qs_comm
                               qs_queue *compute, const qs_fsdp_options *options, qs_share_fill fill,
                               void *ctx);
 
-/** Buffers of the embedding's exchange. Positions count rows, owner by owner. */
+/** Rows of the embedding that have been asked for. Positions count rows, owner by owner. */
 typedef struct {
-    int64_t room;       /* ids that one call can want */
-    int64_t round;      /* rows that one rank gets from one owner in a round */
-    int32_t *row_of;    /* [vocab] position of a token's row in `want` while a call runs, else -1 */
+    int64_t tokens;
+    qs_status st;             /* what came of collecting the ids; told when they are answered */
+    int32_t *want;            /* [room] each id once, grouped by owner */
+    int64_t *at;              /* [nranks + 1] first position of each owner in `want` */
+    int32_t *sent, *received; /* [nranks, header + round] messages of ids to and from each rank */
+    qs_mirror index;          /* [max_tokens] int32: the row of each token */
+    qs_event arrived;         /* `received` is there */
+    qs_event index_read;      /* the device has taken `index` */
+} qs_embed_request;
+
+/** Buffers of the embedding's exchange. */
+typedef struct {
+    int64_t room;  /* ids that one call can want */
+    int64_t round; /* rows that one rank gets from one owner in a round */
+    qs_embed_request requests[QS_EMBED_OPEN_MAX];
+    int first, open;    /* those that have been asked and not placed: from `first` on */
+    bool is_answered;   /* the first of them: its rows are on their way */
+    int32_t *row_of;    /* [vocab] position of a token's row while ids are collected, else -1 */
     int32_t *unique;    /* [room] ids in order of first appearance */
-    int32_t *want;      /* [room] the same ids, grouped by owner */
-    int32_t *asked;     /* [nranks * round] ids that others want from here in this round */
-    int64_t *counts;    /* [4 nranks] rows wanted from each rank, rows that each rank asks; the same
-                           of this round */
+    int64_t *counts;    /* [4 nranks] rows of a round that are wanted and asked, and their places */
     size_t *exchange;   /* [4 nranks] bytes and offsets of an exchange */
-    int64_t *at;        /* [nranks + 1] first position of each owner in `want` */
     qs_mirror asked_at; /* [nranks * round] int64: where the asked rows lie in the shares, bytes */
-    qs_mirror index;    /* [max_tokens] int32: the row of each token */
     uint8_t *answer;    /* [nranks * round * row_bytes] on the device */
     uint8_t *rows;      /* [room * row_bytes] on the device: rows as stored */
+    double departed_s;  /* when the rows of the first request set out */
     qs_event answered;  /* `asked_at` and `answer` have been read */
-    qs_event index_read; /* the device has taken `index` */
-    qs_event rows_read;  /* compute has read `rows` */
+    qs_event landed;    /* `rows` are there */
+    qs_event rows_read; /* compute has read `rows` */
 } qs_embed;
 
 /** What is under way into a gather buffer; which unit that is, the plan knows. */
@@ -66,8 +77,9 @@ struct qs_fsdp {
     qs_comm *comm;
     qs_device *device;
     qs_queue *compute;
-    qs_queue *queue;      /* gathers, embedding rows, attached reductions, in program order */
-    qs_queue *host_queue; /* embedding ids; on the CPU the same queue */
+    qs_queue *queue;      /* gathers and attached reductions, in program order */
+    qs_queue *host_queue; /* ids of the embedding: they wait for no gather */
+    qs_queue *row_queue;  /* rows of the embedding: on the CPU with the ids, else with gathers */
     int rank, nranks;
     qs_unit_layout *layouts; /* [n_units] */
     uint8_t **share;         /* [n_units] this rank's message of each unit */

@@ -145,11 +145,6 @@ double qs_model_flops(const qs_model *m)
     return m->flops;
 }
 
-static bool is_idle(const qs_micro_batch *micro)
-{
-    return micro->slot < 0 || micro->batch == NULL || micro->batch->n_tokens == 0;
-}
-
 static qs_layer_call call_of(qs_model *m, int layer, int64_t g, const qs_unit_view *view,
                              const qs_batch *batch, const qs_model_noise *noise)
 {
@@ -160,53 +155,6 @@ static qs_layer_call call_of(qs_model *m, int layer, int64_t g, const qs_unit_vi
                            .input = &m->micro[g].input,
                            .noise = noise,
                            .acts = &m->micro[g].layers[layer]};
-}
-
-static qs_status check_sizes(const qs_model *m, const qs_batch *batch)
-{
-    if (batch != NULL &&
-        (batch->n_tokens > m->shape.max_tokens || batch->n_targets > m->shape.max_targets)) {
-        return QS_FAIL(QS_ERR_BUG,
-                       "micro-batch of %lld tokens, %lld targets in room for %lld, %lld",
-                       (long long)batch->n_tokens, (long long)batch->n_targets,
-                       (long long)m->shape.max_tokens, (long long)m->shape.max_targets);
-    }
-    return QS_OK;
-}
-
-/* Gemma's factor of token rows, rounded as transformers rounds it: to the type of the rows. */
-static qs_status scale_embedding(qs_model *m, void *rows, int64_t tokens)
-{
-    float by = (float)sqrt((double)m->config->hidden);
-    if (!m->config->gemma) {
-        return QS_OK;
-    }
-    if (m->ops->act_dtype == QS_BF16) {
-        by = qs_f32_from_bf16(qs_bf16_from_f32(by));
-    }
-    qs_mat x = qs_model_mat(m, rows, tokens, m->config->hidden, 0);
-    return m->ops->scale(m->queue, by, &x);
-}
-
-/* Micro-batches to the device, and token rows to the input of layer 0. Collective for each
- * micro-batch of the group. */
-static qs_status embed(qs_model *m, const qs_micro_batch *group, int64_t count)
-{
-    qs_range_begin(m->queue, "embedding");
-    for (int64_t g = 0; g < count; g++) {
-        const qs_batch *batch = is_idle(&group[g]) ? NULL : group[g].batch;
-        QS_TRY(check_sizes(m, batch));
-        m->micro[g].head.rows = 0;
-        if (batch != NULL) {
-            QS_TRY(qs_input_load(m, &m->micro[g], batch));
-        }
-        const int64_t tokens = batch != NULL ? batch->n_tokens : 0;
-        void *rows = m->micro[g].layers[0].x;
-        QS_TRY(qs_fsdp_embed(m->fsdp, batch != NULL ? batch->tokens : NULL, tokens, rows));
-        QS_TRY(scale_embedding(m, rows, tokens));
-    }
-    qs_range_end(m->queue);
-    return QS_OK;
 }
 
 /* Where layer `layer` of micro-batch g writes: the next layer's input. */
@@ -225,12 +173,13 @@ static qs_status layer_up(qs_model *m, int layer, int64_t g, const qs_unit_view 
     return qs_offload_after_forward(m, g, layer, batch->n_tokens);
 }
 
-/* Layers upwards. */
-static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count,
-                         const qs_model_noise *noise)
+/* Layers upwards, the first one behind the rows of the embedding. `next`: the group of the pass
+ * that follows, NULL for none. */
+static qs_status forward(qs_model *m, const qs_micro_batch *group, const qs_micro_batch *next,
+                         int64_t count, const qs_model_noise *noise)
 {
     const int layers = m->config->n_layers;
-    QS_TRY(embed(m, group, count));
+    QS_TRY(qs_embedding_begin(m, group, next, count));
     for (int l = 0; l < layers; l++) {
         const int u = qs_base_layer_unit(m->index, l);
         qs_unit_view view;
@@ -238,8 +187,14 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, int64_t count
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
         QS_TRY(qs_dora_layer_norms(m, l, &view));
         QS_TRY(qs_layer_open(m, l, &view));
+        if (l == 1) {
+            QS_TRY(qs_embedding_proceed(m));
+        }
         for (int64_t g = 0; g < count; g++) {
-            if (!is_idle(&group[g])) {
+            if (l == 0) {
+                QS_TRY(qs_embedding_place(m, g));
+            }
+            if (!qs_model_is_idle(&group[g])) {
                 QS_TRY(layer_up(m, l, g, &view, group[g].batch, noise));
             }
         }
@@ -256,13 +211,13 @@ static qs_status head(qs_model *m, const qs_micro_batch *group, int64_t count, f
 {
     qs_range_begin(m->queue, "head");
     for (int64_t g = 0; g < count; g++) {
-        if (!is_idle(&group[g])) {
+        if (!qs_model_is_idle(&group[g])) {
             QS_TRY(qs_head_begin(m, &m->micro[g]));
         }
     }
     QS_TRY(qs_head_run(m, count, keep));
     for (int64_t g = 0; g < count; g++) {
-        if (!is_idle(&group[g])) {
+        if (!qs_model_is_idle(&group[g])) {
             QS_TRY(qs_head_end(m, &m->micro[g], group[g].batch->n_tokens, loss_scale, keep));
         }
     }
@@ -280,7 +235,7 @@ static qs_status layer_down(qs_model *m, int layer, int64_t g, const qs_unit_vie
     if (grad == NULL) {
         return QS_ERR_BUG; /* recorded there */
     }
-    if (!is_idle(micro)) {
+    if (!qs_model_is_idle(micro)) {
         const qs_layer_call call = call_of(m, layer, g, view, micro->batch, noise);
         QS_TRY(qs_offload_before_backward(m, g, layer));
         QS_TRY(qs_layer_recompute(&call));
@@ -325,20 +280,22 @@ static qs_status collect_losses(qs_model *m, qs_micro_batch *group, int64_t coun
     return QS_OK;
 }
 
-qs_status qs_model_train_pass(qs_model *m, qs_micro_batch *group, int64_t count, float loss_scale,
-                              const qs_model_noise *noise, qs_grads *grads, bool reduce)
+qs_status qs_model_train_pass(qs_model *m, qs_micro_batch *group, const qs_micro_batch *next,
+                              int64_t count, float loss_scale, const qs_model_noise *noise,
+                              qs_grads *grads, bool reduce)
 {
     QS_TRY(announce(m, true));
-    QS_TRY(forward(m, group, count, noise));
+    QS_TRY(forward(m, group, next, count, noise));
     QS_TRY(head(m, group, count, loss_scale, true));
     QS_TRY(backward(m, group, count, noise, grads, reduce));
     return collect_losses(m, group, count);
 }
 
-qs_status qs_model_eval_pass(qs_model *m, qs_micro_batch *group, int64_t count)
+qs_status qs_model_eval_pass(qs_model *m, qs_micro_batch *group, const qs_micro_batch *next,
+                             int64_t count)
 {
     QS_TRY(announce(m, false));
-    QS_TRY(forward(m, group, count, NULL));
+    QS_TRY(forward(m, group, next, count, NULL));
     QS_TRY(head(m, group, count, 0, false));
     return collect_losses(m, group, count);
 }
@@ -397,8 +354,8 @@ qs_status qs_model_logits(qs_model *m, const qs_batch *batch, bool all, float *l
     qs_micro_acts *micro = &m->micro[0];
     int64_t rows = 0;
     QS_TRY(announce(m, false));
-    QS_TRY(forward(m, &one, 1, NULL));
-    if (!is_idle(&one)) {
+    QS_TRY(forward(m, &one, NULL, 1, NULL));
+    if (!qs_model_is_idle(&one)) {
         QS_TRY(pick_rows(m, batch, all, &rows));
     }
     micro->head.rows = rows;

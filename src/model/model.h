@@ -72,13 +72,16 @@ typedef struct {
 
 /** Forward, loss and backward of `group[count]` (count <= shape.group; the same on every rank).
  * The gradient of the loss sum times `loss_scale` goes into `grads`; after the last pass of a
- * step (`reduce`) each layer's reduction starts as soon as its backward ends. */
-qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, int64_t count,
-                              float loss_scale, const qs_model_noise *noise, qs_grads *grads,
-                              bool reduce);
+ * step (`reduce`) each layer's reduction starts as soon as its backward ends. `next` [count]: what
+ * the very next pass of this model will be given as `group`, whose rows of the embedding come
+ * behind this pass; NULL where that is not known. */
+qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, const qs_micro_batch *next,
+                              int64_t count, float loss_scale, const qs_model_noise *noise,
+                              qs_grads *grads, bool reduce);
 
 /** Forward and loss only. */
-qs_status qs_model_eval_pass(qs_model *model, qs_micro_batch *group, int64_t count);
+qs_status qs_model_eval_pass(qs_model *model, qs_micro_batch *group, const qs_micro_batch *next,
+                             int64_t count);
 
 /** Logits of the last token of each document of `batch` ([n_docs, vocab]) or, with `all`, of every
  * token, in host memory. Collective. */

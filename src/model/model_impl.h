@@ -93,6 +93,14 @@ typedef struct {
     bool ready; /* they are those of the adapter as it is now */
 } qs_dora_state;
 
+/** Whose rows of the embedding are wanted next (embedding.c): micro-batches of the pass at hand,
+ * then those of the next. */
+typedef struct {
+    const qs_micro_batch *now, *next; /* [count] each; next may be NULL */
+    int64_t count;
+    int64_t asked; /* of both together */
+} qs_coming;
+
 struct qs_model {
     const qs_base_index *index;
     const qs_hf_config *config;
@@ -120,6 +128,7 @@ struct qs_model {
     qs_micro_acts *micro; /* [group] */
     qs_model_work work;
     qs_dora_state dora;
+    qs_coming coming;
     struct qs_offload *offload; /* NULL: activations stay on the device */
     double flops;
 };
@@ -169,6 +178,19 @@ void qs_dora_attach(const qs_model *model, int layer, qs_linear linear, qs_lora 
 qs_status qs_dora_layer_norms(qs_model *model, int layer, const qs_unit_view *unit);
 /** A pass upwards has been through all layers. */
 void qs_dora_pass_done(qs_model *model);
+
+/** Nothing to compute for it. */
+bool qs_model_is_idle(const qs_micro_batch *micro);
+
+/** Begin a pass: its micro-batches go to the device, and rows are asked for as far as none are.
+ * `next`: the micro-batches of the pass behind it, NULL for none. Both are borrowed until the end
+ * of the pass. Collective, as are the two below. */
+qs_status qs_embedding_begin(qs_model *model, const qs_micro_batch *now, const qs_micro_batch *next,
+                             int64_t count);
+/** The rows of micro-batch g to the input of its layer 0; in ascending order. */
+qs_status qs_embedding_place(qs_model *model, int64_t g);
+/** Move the requests ahead on: answer what has been asked, ask for what follows. */
+qs_status qs_embedding_proceed(qs_model *model);
 
 /** Bring what the operations read of `batch` to the device. */
 qs_status qs_input_load(qs_model *model, qs_micro_acts *micro, const qs_batch *batch);

@@ -9,24 +9,6 @@
 #include "hf/safetensors.h"
 #include "train/train.h"
 
-qs_status qs_batches_create(qs_batch ***out, int64_t group, int64_t tokens)
-{
-    *out = NULL;
-    QS_TRY(QS_ALLOC(out, group, QS_MEM_DATA));
-    for (int64_t g = 0; g < group; g++) {
-        QS_TRY(qs_batch_create(&(*out)[g], tokens, tokens));
-    }
-    return QS_OK;
-}
-
-void qs_batches_destroy(qs_batch **batches, int64_t group)
-{
-    for (int64_t g = 0; batches != NULL && g < group; g++) {
-        qs_batch_destroy(batches[g]);
-    }
-    qs_mem_free(batches);
-}
-
 qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum)
 {
     qs_status st = QS_OK;
@@ -53,54 +35,58 @@ done:
     return st;
 }
 
-/* Sequences [slot * micro_batch, ...) of the file, in file order. */
-static qs_status read_slot(qs_data *data, int64_t micro_batch, int64_t slot, qs_batch *batch)
+typedef struct {
+    qs_data *data;
+    int64_t micro_batch;
+} file_order;
+
+/* qs_slot_load: sequences [slot * micro_batch, ...) of the file, in file order. */
+static qs_status load_slot(void *ctx, int64_t step, int64_t slot, qs_batch *batch)
 {
+    (void)step;
+    const file_order *o = ctx;
     int64_t sequence[QS_MICRO_BATCH_MAX];
     int64_t count = 0;
-    for (int64_t i = slot * micro_batch; count < micro_batch && i < data->n_sequences; i++) {
+    for (int64_t i = slot * o->micro_batch; count < o->micro_batch && i < o->data->n_sequences;
+         i++) {
         sequence[count++] = i;
     }
-    return qs_data_read(data, sequence, sequence, count, batch);
+    return qs_data_read(o->data, sequence, sequence, count, batch);
 }
 
-static qs_status eval_passes(qs_session *s, qs_data *data, int64_t micro_batch, int64_t group,
-                             qs_batch **batches, int64_t slots, double *sums)
+static qs_status eval_passes(qs_session *s, qs_feed *feed, const qs_feed_source *source,
+                             int64_t slots, double *sums)
 {
-    const int nranks = qs_comm_nranks(s->comm);
-    const qs_range range = qs_slots_of(slots, qs_comm_rank(s->comm), nranks);
-    const int64_t per_rank = (slots + nranks - 1) / nranks;
-    qs_micro_batch micro[QS_GROUP_MAX];
+    const int64_t per_rank = qs_shard_width(slots, qs_comm_nranks(s->comm)), group = feed->group;
+    QS_TRY(qs_feed_load(feed, s->comm, source, 0, 0));
     for (int64_t first = 0; first < per_rank; first += group) {
-        qs_status st = QS_OK;
-        for (int64_t g = 0; g < group; g++) {
-            const int64_t slot = range.begin + first + g;
-            micro[g] = (qs_micro_batch){.slot = -1};
-            if (slot < range.end && st == QS_OK) {
-                st = read_slot(data, micro_batch, slot, batches[g]);
-                micro[g].slot = slot;
-                micro[g].batch = batches[g]->n_targets > 0 ? batches[g] : NULL;
-            }
+        qs_micro_batch *micro = qs_feed_take(feed);
+        if (first + group < per_rank) {
+            QS_TRY(qs_feed_load(feed, s->comm, source, 0, first + group));
         }
-        QS_TRY(qs_comm_agree(s->comm, st));
-        QS_TRY(qs_model_eval_pass(s->model, micro, group));
+        QS_TRY(qs_model_eval_pass(s->model, micro, qs_feed_ahead(feed), group));
         for (int64_t g = 0; g < group; g++) {
             if (micro[g].slot >= 0) {
-                sums[micro[g].slot - range.begin] = micro[g].loss_sum;
+                sums[micro[g].slot - source->mine.begin] = micro[g].loss_sum;
             }
         }
     }
     return QS_OK;
 }
 
-qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, int64_t group,
-                      qs_batch **batches, qs_eval_result *out)
+qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed *feed,
+                      qs_eval_result *out)
 {
     qs_status st = QS_OK;
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
+    file_order order = {.data = data, .micro_batch = micro_batch};
+    const qs_feed_source source = {
+        .mine = qs_slots_of(slots, qs_comm_rank(s->comm), qs_comm_nranks(s->comm)),
+        .load = load_slot,
+        .ctx = &order};
     double *sums = NULL, total = 0;
     QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
-    QS_GOTO(eval_passes(s, data, micro_batch, group, batches, slots, sums));
+    QS_GOTO(eval_passes(s, feed, &source, slots, sums));
     QS_GOTO(qs_sum_slots(s->comm, slots, sums, &total));
     *out = (qs_eval_result){.loss = data->n_targets > 0 ? total / (double)data->n_targets : 0,
                             .targets = data->n_targets,
@@ -150,22 +136,22 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
                                   .group = group,
                                   .logit_rows = options->dump_logits != NULL ? tokens : 0,
                                   .head_chunk_rows = s->index->head_chunk_rows};
-    qs_batch **batches = NULL;
+    qs_feed feed = {0};
     qs_eval_result result;
     QS_GOTO(qs_session_connect(s, &shape, false));
     QS_GOTO(qs_session_build(s, &shape));
-    QS_GOTO(qs_comm_agree(s->comm, qs_batches_create(&batches, group, tokens)));
+    QS_GOTO(qs_comm_agree(s->comm, qs_feed_create(&feed, group, tokens)));
     if (options->dump_logits != NULL) {
-        QS_GOTO(dump_logits(s, data, batches[0], options->dump_logits));
+        QS_GOTO(dump_logits(s, data, feed.batches[0], options->dump_logits));
     }
-    QS_GOTO(qs_evaluate(s, data, micro_batch, group, batches, &result));
+    QS_GOTO(qs_evaluate(s, data, micro_batch, &feed, &result));
     if (qs_comm_rank(s->comm) == 0) {
         printf("eval_loss %.17g perplexity %.6g targets %lld sequences %lld\n", result.loss,
                exp(result.loss), (long long)result.targets, (long long)result.sequences);
         fflush(stdout);
     }
 done:
-    qs_batches_destroy(batches, group);
+    qs_feed_destroy(&feed);
     return st;
 }
 

@@ -3,6 +3,7 @@
 #ifndef QS_TRAIN_EVALUATE_H
 #define QS_TRAIN_EVALUATE_H
 
+#include "train/feed.h"
 #include "train/session.h"
 
 typedef struct {
@@ -10,16 +11,12 @@ typedef struct {
     int64_t targets, sequences;
 } qs_eval_result;
 
-/** Evaluate `data` with the session's model, whose shape must have room for micro_batch sequences
- * of it. Collective. */
-qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, int64_t group,
-                      qs_batch **batches, qs_eval_result *out);
+/** Evaluate `data` with the session's model, whose shape and `feed`, with no pass ahead, must have
+ * room for micro_batch sequences of it. Collective. */
+qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed *feed,
+                      qs_eval_result *out);
 
 /** Add per-slot sums over all ranks in slot order: `mine` are this rank's slots. Collective. */
 qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum);
-
-/** `group` batches of the given room. */
-qs_status qs_batches_create(qs_batch ***out, int64_t group, int64_t tokens);
-void qs_batches_destroy(qs_batch **batches, int64_t group);
 
 #endif

@@ -18,10 +18,11 @@ static size_t data_bytes(const qs_data *data)
                      (size_t)(data->n_docs + 1) * sizeof(int64_t);
 }
 
+/* Micro-batches of a pass and of the one behind it. */
 static size_t batch_bytes(const qs_model_shape *shape)
 {
     const size_t per_token = 4 * sizeof(int32_t) + 2 * sizeof(int64_t);
-    return (size_t)(shape->group * shape->max_tokens) * per_token;
+    return (size_t)(2 * shape->group * shape->max_tokens) * per_token;
 }
 
 static int64_t larger(int64_t a, int64_t b)

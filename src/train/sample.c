@@ -218,13 +218,15 @@ static qs_status prepare(sampler *s)
     qs_session *session = s->session;
     const int rank = qs_comm_rank(session->comm), nranks = qs_comm_nranks(session->comm);
     s->most = (s->data->n_sequences + nranks - 1) / nranks;
-    int64_t tokens = 1;
-    for (int64_t p = rank; p < s->data->n_sequences; p += nranks) {
-        tokens += s->data->seq_offsets[p + 1] - s->data->seq_offsets[p] + s->new_tokens;
-        s->count++;
+    int64_t tokens = qs_data_longest(s->data, 1); /* rank 0 prints any prompt */
+    for (int r = 0; r < nranks; r++) { /* one shape for all: they exchange rows of the embedding */
+        int64_t of_rank = 1;
+        for (int64_t p = r; p < s->data->n_sequences; p += nranks) {
+            of_rank += s->data->seq_offsets[p + 1] - s->data->seq_offsets[p] + s->new_tokens;
+            s->count += r == rank;
+        }
+        tokens = of_rank > tokens ? of_rank : tokens;
     }
-    const int64_t longest = qs_data_longest(s->data, 1); /* rank 0 prints any prompt */
-    tokens = tokens > longest ? tokens : longest;
     s->shape = (qs_model_shape){.max_tokens = tokens,
                                 .max_targets = s->most,
                                 .seq_len = session->config.train.seq_len,

@@ -51,9 +51,8 @@ typedef struct {
     qs_metrics *metrics;
     int64_t step; /* updates done */
     int64_t not_finite;
-    int64_t tokens, targets; /* of this rank so far */
-    int64_t tokens_seen;     /* of all ranks, over all starts */
-    int64_t lines_lost;      /* metrics that a full disk swallowed */
+    int64_t tokens_seen; /* of all ranks, over all starts */
+    int64_t lines_lost;  /* metrics that a full disk swallowed */
     double started_s;
     int64_t profiled[2]; /* first and last step of the profile, from 1; 0: none */
     qs_step_metrics last;
@@ -216,15 +215,12 @@ done:
 /* ---- one step ---- */
 
 /* qs_slot_load: from the token file, in the order of the sampler. */
-static qs_status load_slot(void *ctx, int64_t slot, qs_batch *batch)
+static qs_status load_slot(void *ctx, int64_t step, int64_t slot, qs_batch *batch)
 {
-    run *r = ctx;
+    const run *r = ctx;
     int64_t sequence[QS_MICRO_BATCH_MAX], number[QS_MICRO_BATCH_MAX];
-    const int64_t count = qs_sampler_slot(&r->sampler, r->step, slot, sequence, number);
-    QS_TRY(qs_data_read(r->train_data, sequence, number, count, batch));
-    r->tokens += batch->n_tokens;
-    r->targets += batch->n_targets;
-    return QS_OK;
+    const int64_t count = qs_sampler_slot(&r->sampler, step, slot, sequence, number);
+    return qs_data_read(r->train_data, sequence, number, count, batch);
 }
 
 /* Write the reduced gradient under PEFT names (--dump-grads). */
@@ -282,6 +278,25 @@ static int64_t step_tokens(const run *r)
     return tokens;
 }
 
+static bool due(int64_t step, int64_t every)
+{
+    return every > 0 && step % every == 0;
+}
+
+/* Is there an evaluation behind the update that makes `step` of them? */
+static bool eval_due(const run *r, int64_t step)
+{
+    return r->eval_data != NULL && step > 0 &&
+           (due(step, r->cfg->train.eval_every) || step == r->sampler.steps);
+}
+
+/* Does the model go on with another step, as far as one knows? */
+static bool another_follows(const run *r)
+{
+    const int64_t done = r->step + 1;
+    return r->options->dump_grads == NULL && done < r->sampler.steps && !eval_due(r, done);
+}
+
 static qs_status train_step(run *r, qs_step_metrics *m)
 {
     const double start = qs_time_s();
@@ -298,7 +313,7 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     const qs_model_noise noise = {.dropout = (float)r->cfg->lora.dropout,
                                   .seed = (uint64_t)r->cfg->seed,
                                   .step = (uint64_t)r->step};
-    QS_TRY(qs_trainer_passes(&r->trainer, loss_scale, &noise, load_slot, r));
+    QS_TRY(qs_trainer_passes(&r->trainer, loss_scale, &noise, load_slot, r, another_follows(r)));
     const double reduce_start = qs_time_s();
     m->reduce_s = qs_grads_wait_s(r->trainer.grads) - reduced; /* between layers */
     qs_range_begin(r->session.queue, "sums");
@@ -342,8 +357,8 @@ static qs_status keep_going(run *r, qs_status st)
 static qs_status evaluate(run *r)
 {
     qs_eval_result result;
-    QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, r->shape.group,
-                       r->trainer.batches, &result));
+    QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, &r->trainer.feed,
+                       &result));
     qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
                 result.loss, exp(result.loss), result.targets);
     return keep_going(r, qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
@@ -355,8 +370,8 @@ static qs_status report_ranks(run *r)
     uint64_t received = 0, foreign = 0;
     qs_session_traffic(&r->session, &received, &foreign);
     const qs_rank_metrics mine = {
-        .tokens = r->tokens,
-        .targets = r->targets,
+        .tokens = r->trainer.tokens,
+        .targets = r->trainer.targets,
         .flops = qs_model_flops(r->session.model),
         .read_bytes = stats.read_bytes,
         .data_bytes = r->train_data->bytes_read,
@@ -399,11 +414,6 @@ static qs_status save(run *r, qs_status *last_save)
     return qs_comm_agree(r->comm, st);
 }
 
-static bool due(int64_t step, int64_t every)
-{
-    return every > 0 && step % every == 0;
-}
-
 /* One flag for all: a signal anywhere, or rank 0's clock past max_time. */
 static qs_status stop_wanted(run *r, bool *stop)
 {
@@ -425,18 +435,12 @@ static void show(const run *r, const qs_step_metrics *m)
     }
 }
 
-static bool eval_due(const run *r)
-{
-    return r->eval_data != NULL && r->step > 0 &&
-           (due(r->step, r->cfg->train.eval_every) || r->step == r->sampler.steps);
-}
-
 /* A run that was stopped between a checkpoint and its evaluation makes up for it. */
 static qs_status missed_evaluation(run *r)
 {
     int64_t last = qs_metrics_last_eval(r->metrics);
     QS_TRY(qs_comm_bcast(r->comm, &last, sizeof last, 0));
-    return eval_due(r) && last < r->step ? evaluate(r) : QS_OK;
+    return eval_due(r, r->step) && last < r->step ? evaluate(r) : QS_OK;
 }
 
 /* With --trace alone: two steps of this start, behind its warm-up if there are so many. */
@@ -488,7 +492,7 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
         *saved = *last_save == QS_OK ? r->step : *saved;
         QS_TRY(report_ranks(r));
     }
-    return eval_due(r) && (!*stop || r->step == r->sampler.steps) ? evaluate(r) : QS_OK;
+    return eval_due(r, r->step) && (!*stop || r->step == r->sampler.steps) ? evaluate(r) : QS_OK;
 }
 
 static qs_status step_loop(run *r)

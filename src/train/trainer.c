@@ -7,20 +7,17 @@ qs_status qs_trainer_create(qs_trainer *t, qs_session *s, const qs_model_shape *
                             int64_t slots)
 {
     const int rank = qs_comm_rank(s->comm);
-    *t = (qs_trainer){.session = s,
-                      .slots = slots,
-                      .group = shape->group,
-                      .mine = qs_slots_of(slots, rank, s->nranks)};
+    *t = (qs_trainer){.session = s, .slots = slots, .mine = qs_slots_of(slots, rank, s->nranks)};
     QS_TRY(QS_ALLOC(&t->slot_sums, t->mine.end - t->mine.begin, QS_MEM_WORK));
     QS_TRY(qs_optim_create(&t->optim, s->device, &s->layout, rank, s->nranks));
     QS_TRY(qs_grads_create(&t->grads, &s->layout, s->ops, &s->levels.levels, s->queue, slots,
                            shape->group));
-    return qs_batches_create(&t->batches, shape->group, shape->max_tokens);
+    return qs_feed_create(&t->feed, shape->group, shape->max_tokens);
 }
 
 void qs_trainer_destroy(qs_trainer *t)
 {
-    qs_batches_destroy(t->batches, t->group);
+    qs_feed_destroy(&t->feed);
     qs_grads_destroy(t->grads);
     qs_optim_destroy(t->optim);
     qs_mem_free(t->slot_sums);
@@ -37,38 +34,31 @@ qs_status qs_trainer_start_anew(qs_trainer *t, uint64_t seed)
     return qs_model_magnitudes(s->model, mine, width, t->optim->master);
 }
 
-/* What the pass that begins with this rank's slot `first` has to do. */
-static qs_status load_pass(qs_trainer *t, int64_t first, qs_slot_load load, void *ctx,
-                           qs_micro_batch *micro)
-{
-    qs_status st = QS_OK;
-    for (int64_t g = 0; g < t->group; g++) {
-        const int64_t slot = t->mine.begin + first + g;
-        micro[g] = (qs_micro_batch){.slot = -1};
-        if (slot < t->mine.end && st == QS_OK) {
-            st = load(ctx, slot, t->batches[g]);
-            micro[g].slot = slot;
-            micro[g].batch = t->batches[g]->n_targets > 0 ? t->batches[g] : NULL;
-        }
-    }
-    return qs_comm_agree(t->session->comm, st);
-}
-
 qs_status qs_trainer_passes(qs_trainer *t, float loss_scale, const qs_model_noise *noise,
-                            qs_slot_load load, void *ctx)
+                            qs_slot_load load, void *ctx, bool more)
 {
-    qs_micro_batch micro[QS_GROUP_MAX];
-    const int64_t per_rank = qs_shard_width(t->slots, t->session->nranks);
+    const qs_session *s = t->session;
+    const qs_feed_source source = {.mine = t->mine, .load = load, .ctx = ctx};
+    const int64_t per_rank = qs_shard_width(t->slots, s->nranks), group = t->feed.group;
+    const int64_t step = (int64_t)noise->step;
     qs_grads_begin(t->grads);
-    for (int64_t first = 0; first < per_rank; first += t->group) {
-        QS_TRY(load_pass(t, first, load, ctx, micro));
-        QS_TRY(qs_model_train_pass(t->session->model, micro, t->group, loss_scale, noise, t->grads,
-                                   first + t->group >= per_rank));
-        for (int64_t g = 0; g < t->group; g++) {
+    QS_TRY(qs_feed_load(&t->feed, s->comm, &source, step, 0));
+    for (int64_t first = 0; first < per_rank; first += group) {
+        const bool last = first + group >= per_rank;
+        qs_micro_batch *micro = qs_feed_take(&t->feed);
+        if (!last || more) {
+            QS_TRY(qs_feed_load(&t->feed, s->comm, &source, last ? step + 1 : step,
+                                last ? 0 : first + group));
+        }
+        QS_TRY(qs_model_train_pass(s->model, micro, qs_feed_ahead(&t->feed), group, loss_scale,
+                                   noise, t->grads, last));
+        for (int64_t g = 0; g < group; g++) {
             if (micro[g].slot >= 0) {
                 t->slot_sums[micro[g].slot - t->mine.begin] = micro[g].loss_sum;
             }
         }
+        t->tokens += t->feed.tokens[t->feed.now];
+        t->targets += t->feed.targets[t->feed.now];
     }
     return QS_OK;
 }

@@ -4,15 +4,16 @@
 #define QS_TRAIN_TRAINER_H
 
 #include "optim/optim.h"
+#include "train/feed.h"
 #include "train/session.h"
 
 typedef struct {
     qs_session *session; /* borrowed */
     int64_t slots;       /* micro-batches of a step, over all ranks */
-    int64_t group;       /* micro-batches of a pass */
     qs_range mine;       /* slots of this rank */
-    qs_batch **batches;  /* [group] */
-    double *slot_sums;   /* [slots of this rank] losses of the last step */
+    qs_feed feed;
+    int64_t tokens, targets; /* of this rank's slots so far */
+    double *slot_sums;       /* [slots of this rank] losses of the last step */
     qs_optim *optim;
     qs_grads *grads;
 } qs_trainer;
@@ -26,13 +27,11 @@ void qs_trainer_destroy(qs_trainer *trainer);
  * DoRA magnitudes that keep every row as it is. Collective. */
 qs_status qs_trainer_start_anew(qs_trainer *trainer, uint64_t seed);
 
-/** Fill `batch` with the micro-batch of `slot`. One without targets takes no part. */
-typedef qs_status (*qs_slot_load)(void *ctx, int64_t slot, qs_batch *batch);
-
-/** All passes of a step, whose number is the same on every rank: gradients of the loss sums times
- * `loss_scale`, on their way to the owners. Collective. */
+/** All passes of step noise->step, whose number is the same on every rank: gradients of the loss
+ * sums times `loss_scale`, on their way to the owners. `more`: the session's model is next used for
+ * the step behind this one, whose first pass is then loaded ahead. Collective. */
 qs_status qs_trainer_passes(qs_trainer *trainer, float loss_scale, const qs_model_noise *noise,
-                            qs_slot_load load, void *ctx);
+                            qs_slot_load load, void *ctx, bool more);
 
 /** Behind them: this rank's shard of the gradient (borrowed until the next passes), the norm of the
  * whole, and the loss sum of all slots in their order. Collective. */

@@ -26,7 +26,8 @@ class Trace(unittest.TestCase):
             mine = [span[1:] for span in spans if span[0] == rank]
             compute = {name: (begin, end) for lane, name, begin, end in mine if lane == "compute"}
             self.assertEqual([name for name in compute if name.startswith("step")], ["step 3", "step 4"])
-            for name in ("embedding", "head", "sums", "update",
+            self.assertEqual(len([1 for lane, n, *_ in mine if (lane, n) == ("compute", "embedding")]), 4)  # micro-batches
+            for name in ("head", "sums", "update",
                          *(f"layer {i} {way}" for i in range(LAYERS) for way in ("forward", "backward"))):
                 self.assertEqual(len([1 for lane, n, *_ in mine if (lane, n) == ("compute", name)]), 2, name)
             begin, end = compute["step 4"]
@@ -39,6 +40,15 @@ class Trace(unittest.TestCase):
                 (b, e), = [(b, e) for lane, name, b, e in last if (lane, name) == ("reduce", f"layer {layer}")]
                 self.assertGreater(b, compute[f"layer {layer} backward"][0])
                 self.assertLessEqual(e, compute["update"][0] + 1)
+            # rows of the embedding travel behind the layers: those of the step's first micro-batch came a step ago, those of
+            # the second leave as the first is placed; what leaves behind them is for the next step
+            rows = sorted((b, e) for lane, name, b, e in last if (lane, name) == ("gather", "rows of the embedding"))
+            placed = sorted((b, e) for lane, name, b, e in last if (lane, name) == ("compute", "embedding"))
+            self.assertEqual((len(rows), len(placed)), (2, 2))
+            self.assertGreaterEqual(rows[0][0], placed[0][0])
+            self.assertLessEqual(rows[0][1], placed[1][1])
+            self.assertGreaterEqual(rows[1][0], placed[1][0])
+            self.assertLessEqual(rows[1][0], compute["layer 1 forward"][1])
             # a unit is gathered before its layer computes
             for lane, name, b, e in last:
                 match = re.fullmatch(r"layers\.(\d+)", name)
