@@ -339,7 +339,7 @@ def check_variants(bench, case):
 
 def check_dora(bench, case):
     """The same model with DoRA, from adapters of its own."""
-    settings = {**case.settings, "lora.dora": "true", "lora.init": ""}
+    settings = {**case.settings, "lora.dora": "true", "lora.init": "", "lora.dropout": 0.1}
     dora = Case(f"{case.name}-dora", case.model, case.yaml, settings)
     if bench.check("losses with DoRA near the CPU's", near_cpu, bench, dora):
         bench.check("DoRA: the same bits again", same_bits, bench, dora, "dora-again")
