@@ -118,8 +118,8 @@ typedef struct {
     const char *name;   /* "strict", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
-    /** Can the operations compute a model of these head_dim and hidden, with DoRA if `dora` (the
-     * rest of `limits` is not looked at)? If not, `why` gets one line: the field, its value, what
+    /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
+     * looked at)? If not, `why` gets one line: the field, its value, what
      * is taken. Needs neither `open` nor a device. */
     bool (*takes)(const qs_ops_limits *limits, char *why, size_t capacity);
 
@@ -166,8 +166,7 @@ typedef struct {
                                       qs_mat *dx, bool accumulate);
 
     /** DoRA: norm[i] of row i of W + s B A, of W alone without an adapter (lora->a NULL), and, with
-     * `magnitude` [out], gain[i] = magnitude[i] / norm[i]; 0 where the row is zero. All fp32. NULL
-     * where `takes` refuses DoRA, as dora_backward. */
+     * `magnitude` [out], gain[i] = magnitude[i] / norm[i]; 0 where the row is zero. All fp32. */
     qs_status (*dora_norms)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                             const qs_lora *lora, const float *magnitude, float *norm, float *gain);
     /** DoRA: gradient of the magnitudes [out], overwritten: dm[i] = sum over t of dy[t, i] times

@@ -280,6 +280,83 @@ ParameterizedTest(int *n, grads, gathered_vectors_are_in_order_without_padding)
     }
 }
 
+typedef struct {
+    qs_lora_layout layout;
+    int per_host;
+} magnitude_case;
+
+/* Three linears' magnitudes: in one chunk, across two, across many; nothing but they is numbered.
+ */
+static magnitude_case magnitude_case_make(int per_host)
+{
+    magnitude_case c = {.layout = fx_lora(11, 9), .per_host = per_host};
+    const int64_t at[] = {100, 4000, 9000}, count[] = {50, 200, 20000};
+    c.layout.dora = true;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        c.layout.targeted[i] = i < 3;
+        c.layout.in[i] = 0;
+        c.layout.out[i] = i < 3 ? count[i] : 0;
+        c.layout.m_at[i] = i < 3 ? at[i] : -1;
+    }
+    return c;
+}
+
+static qs_status magnitude_body(team_member *me)
+{
+    const magnitude_case *c = me->ctx;
+    const qs_lora_layout *layout = &c->layout;
+    qs_status st = QS_OK;
+    float *shard = NULL, *send = NULL, *full = NULL;
+    qs_levels levels = {0};
+    const int64_t width = qs_lora_shard_width(layout, me->nranks), rows = 50 + 200 + 20000;
+    const qs_range mine = qs_lora_shard(layout, me->rank, me->nranks);
+    QS_GOTO(levels_make(&levels, me, c->per_host));
+    QS_GOTO(QS_ALLOC(&shard, layout->n_layers * width, QS_MEM_OPTIM));
+    QS_GOTO(QS_ALLOC(&send, layout->n_layers * qs_lora_magnitude_width(layout, me->nranks),
+                     QS_MEM_LORA));
+    QS_GOTO(QS_ALLOC(&full, layout->n_layers * rows, QS_MEM_LORA));
+    TEAM_CHECK(qs_lora_magnitudes(layout) == rows, "%d magnitudes",
+               (int)qs_lora_magnitudes(layout));
+    for (int l = 0; l < layout->n_layers; l++) {
+        int64_t number = 0;
+        for (int64_t i = 0; i < width; i++) {
+            shard[l * width + i] = -1.0F;
+        }
+        for (int i = 0; i < 3; i++) {
+            for (int64_t e = layout->m_at[i]; e < layout->m_at[i] + layout->out[i]; e++) {
+                const float value = (float)(l * rows + number++);
+                if (e >= mine.begin && e < mine.end) {
+                    shard[l * width + e - mine.begin] = value;
+                }
+            }
+        }
+    }
+    QS_GOTO(qs_lora_gather_magnitudes(layout, &levels, me->queue, shard, send, full));
+    for (int64_t i = 0; i < layout->n_layers * rows; i++) {
+        TEAM_CHECK(full[i] == (float)i, "magnitude %d is %g", (int)i, (double)full[i]);
+    }
+done:
+    levels_destroy(&levels);
+    qs_mem_free(shard);
+    qs_mem_free(send);
+    qs_mem_free(full);
+    return st;
+}
+
+ParameterizedTestParameters(grads, gathered_magnitudes_are_in_order)
+{
+    return cr_make_param_array(int, rank_counts, N_RANK_COUNTS);
+}
+ParameterizedTest(int *n, grads, gathered_magnitudes_are_in_order)
+{
+    magnitude_case c = magnitude_case_make(0);
+    team_expect_ok(*n, magnitude_body, &c);
+    if (*n == 4 || *n == 8) { /* hosts of two ranks: across, then inside */
+        c.per_host = 2;
+        team_expect_ok(*n, magnitude_body, &c);
+    }
+}
+
 /* ---- what crosses between hosts ---- */
 
 /* Bytes that ranks of this rank's number on other hosts send it in a step: their hosts' nodes of

@@ -157,6 +157,30 @@ Test(layout, shares_of_all_ranks_cover_the_segment_once)
     }
 }
 
+Test(layout, magnitudes_of_all_ranks_are_those_of_the_layer_once)
+{
+    qs_config c = config(0x7f);
+    cr_assert_eq(qs_lora_magnitude_width(&(qs_lora_layout){.chunks = 1}, 1), 0);
+    c.lora.dora = true;
+    const qs_lora_layout l = layout_of(&c);
+    int64_t rows = 0;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        rows += l.targeted[i] ? l.out[i] : 0;
+    }
+    cr_assert_eq(qs_lora_magnitudes(&l), rows);
+    for (int n = 1; n <= 12; n++) {
+        int64_t at = 0, most = 0;
+        for (int r = 0; r < n; r++) {
+            const qs_range share = qs_lora_magnitude_shard(&l, r, n);
+            cr_assert_eq(share.begin, at, "rank %d of %d", r, n);
+            most = share.end - at > most ? share.end - at : most;
+            at = share.end;
+        }
+        cr_assert_eq(at, rows, "n=%d", n);
+        cr_assert_eq(qs_lora_magnitude_width(&l, n), most);
+    }
+}
+
 Test(layout, scale_follows_alpha_rank_and_rslora)
 {
     qs_config c = config(1);

@@ -11,6 +11,7 @@
  * products of rank r. What the thin ones read again: X for XA and for dA, dY for dY B and for dB.
  *
  * xa is s A drop(x), bf16, whatever way was taken: each of forward and backward decides by itself.
+ * Linears with a gain are DoRA's: dora.cu.
  *
  * Roundings: Y, dX once to bf16 from an fp32 sum; with a start (residual, or bias + residual
  * rounded to Y's type, or the dX so far) some of cuBLASLt's kernels round the product to bf16, too,
@@ -21,7 +22,8 @@
  * Registers on sm_80 to sm_120: bias_kernel 20 to 46, xa_kernel 30 to 32; no shared memory, no
  * spills.
  */
-#include "kernels/cuda/core/border.h"
+#include "kernels/cuda/bordered.cuh"
+#include "kernels/cuda/dora.cuh"
 #include "kernels/cuda/lora.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -97,65 +99,27 @@ static qs_status keep_xa(qs_queue *q, const qs_mat *border, const qs_mat *xa)
     return qs_cuda_launched("xa_kernel");
 }
 
-/* ---- the bordered matrix and its parts ---- */
-
-typedef struct {
-    const qs_cuda_linear *linear; /* NULL: the plain way */
-    int64_t border;
-} bordered;
+/* ---- the bordered matrix ---- */
 
 /* The linear of an opened unit with its adapter in the border, if `mat` has a border, too. */
-static bordered find_bordered(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                              const qs_lora *lora, const qs_mat *mat)
+static qs_bordered find_bordered(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                 const qs_lora *lora, const qs_mat *mat)
 {
-    bordered found = {NULL, 0};
-    const qs_cuda_context *context = qs_cuda_context_of(q);
-    if (context == NULL || lora->a == NULL) {
-        return found;
-    }
-    const qs_cuda_linear *linear = qs_cuda_opened(context, unit, w);
-    found.border = qs_border_width(context->limits.lora_rank);
-    if (linear != NULL && linear->bordered && lora->rank <= found.border &&
-        qs_border_usable((uintptr_t)mat->data, mat->cols, mat->stride, found.border)) {
-        found.linear = linear;
+    qs_bordered found = qs_bordered_linear(q, unit, w, lora);
+    if (!qs_bordered_fits(&found, mat)) {
+        found.linear = NULL;
     }
     return found;
 }
 
-static qs_mat part_of(const qs_cuda_linear *linear, int64_t row, int64_t rows, int64_t col,
-                      int64_t cols)
-{
-    qs_bf16 *data = (qs_bf16 *)linear->matrix + row * linear->stride + col;
-    return {data, rows, cols, linear->stride, QS_BF16};
-}
-
-/* `cols` columns of a matrix's rows from `col` on, which may lie behind its own. */
-static qs_mat columns_of(const qs_mat *mat, int64_t col, int64_t cols)
-{
-    qs_mat part = *mat;
-    part.data = (qs_bf16 *)mat->data + col;
-    part.cols = cols;
-    return part;
-}
-
 /* ---- frozen ---- */
-
-static qs_status frozen_matrix(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                               qs_mat *matrix)
-{
-    const void *data;
-    *matrix = {NULL, w->out, w->in, 0, QS_BF16};
-    QS_TRY(qs_cuda_weight_matrix(q, unit, w, &data, &matrix->stride));
-    matrix->data = const_cast<void *>(data);
-    return QS_OK;
-}
 
 /* y = x W^T + start */
 static qs_status frozen_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                 const qs_mat *x, const qs_mat *start, qs_mat *y)
 {
     qs_mat matrix;
-    QS_TRY(frozen_matrix(q, unit, w, &matrix));
+    QS_TRY(qs_frozen_matrix(q, unit, w, &matrix));
     return qs_cuda_multiply(q, 1.0f, x, false, &matrix, true, start, y);
 }
 
@@ -179,7 +143,7 @@ extern "C" qs_status qs_cuda_linear_backward(qs_queue *q, const qs_unit_view *un
     if (dy->rows == 0) {
         return QS_OK;
     }
-    QS_TRY(frozen_matrix(q, unit, w, &matrix));
+    QS_TRY(qs_frozen_matrix(q, unit, w, &matrix));
     return qs_cuda_multiply(q, 1.0f, dy, false, &matrix, false, accumulate ? dx : NULL, dx);
 }
 
@@ -187,14 +151,14 @@ extern "C" qs_status qs_cuda_linear_backward(qs_queue *q, const qs_unit_view *un
 
 /* Y = [X | s drop(X) A^T] [W | B]^T + start. The whole border is written: A's zero rows make the
  * zeros that meet B's zero columns. */
-static qs_status bordered_forward(qs_queue *q, const bordered *to, const qs_lora *lora,
+static qs_status bordered_forward(qs_queue *q, const qs_bordered *to, const qs_lora *lora,
                                   const qs_mat *x, const qs_mat *start, qs_mat *xa, qs_mat *y)
 {
     const qs_cuda_linear *l = to->linear;
-    const qs_mat a = part_of(l, l->out, to->border, 0, l->in);
-    const qs_mat w_and_b = part_of(l, 0, l->out, 0, l->in + to->border);
-    const qs_mat wide = columns_of(x, 0, x->cols + to->border);
-    qs_mat border = columns_of(x, x->cols, to->border);
+    const qs_mat a = qs_bordered_part(l, l->out, to->border, 0, l->in);
+    const qs_mat w_and_b = qs_bordered_part(l, 0, l->out, 0, l->in + to->border);
+    const qs_mat wide = qs_columns_of(x, 0, x->cols + to->border);
+    qs_mat border = qs_columns_of(x, x->cols, to->border);
     qs_mat input;
     QS_TRY(qs_cuda_lora_input(q, lora, x, &input));
     QS_TRY(qs_cuda_multiply(q, lora->scale, &input, false, &a, true, NULL, &border));
@@ -211,8 +175,11 @@ extern "C" qs_status qs_cuda_linear_lora_forward(qs_queue *q, const qs_unit_view
     if (x->rows == 0) {
         return QS_OK;
     }
+    if (lora->a != NULL && lora->gain != NULL) {
+        return qs_cuda_dora_forward(q, unit, w, bias, residual, lora, x, xa, y);
+    }
     QS_TRY(start_sum(q, bias, residual, y, &start));
-    const bordered to = find_bordered(q, unit, w, lora, x);
+    const qs_bordered to = find_bordered(q, unit, w, lora, x);
     if (to.linear != NULL) {
         return bordered_forward(q, &to, lora, x, start, xa, y);
     }
@@ -221,17 +188,17 @@ extern "C" qs_status qs_cuda_linear_lora_forward(qs_queue *q, const qs_unit_view
 }
 
 /* dX (+)= [dY | s dY B] [W ; A], when s dY B stands in dY's border. */
-static qs_status bordered_input_gradient(qs_queue *q, const bordered *to, const qs_mat *dy,
+static qs_status bordered_input_gradient(qs_queue *q, const qs_bordered *to, const qs_mat *dy,
                                          qs_mat *dx, bool accumulate)
 {
     const qs_cuda_linear *l = to->linear;
-    const qs_mat w_over_a = part_of(l, 0, l->out + to->border, 0, l->in);
-    const qs_mat wide = columns_of(dy, 0, dy->cols + to->border);
+    const qs_mat w_over_a = qs_bordered_part(l, 0, l->out + to->border, 0, l->in);
+    const qs_mat wide = qs_columns_of(dy, 0, dy->cols + to->border);
     return qs_cuda_multiply(q, 1.0f, &wide, false, &w_over_a, false, accumulate ? dx : NULL, dx);
 }
 
 /* s dY B: with its padding into dY's border, or into `work` without one. */
-static qs_status output_gradient_by_b(qs_queue *q, const bordered *to, const qs_lora *lora,
+static qs_status output_gradient_by_b(qs_queue *q, const qs_bordered *to, const qs_lora *lora,
                                       const qs_mat *dy, const qs_mat *work, qs_mat *product)
 {
     if (to->linear == NULL) {
@@ -240,9 +207,9 @@ static qs_status output_gradient_by_b(qs_queue *q, const bordered *to, const qs_
         return qs_cuda_multiply(q, lora->scale, dy, false, &b, false, NULL, product);
     }
     const qs_cuda_linear *l = to->linear;
-    const qs_mat b = part_of(l, 0, l->out, l->in, to->border);
-    qs_mat border = columns_of(dy, dy->cols, to->border);
-    *product = columns_of(dy, dy->cols, lora->rank);
+    const qs_mat b = qs_bordered_part(l, 0, l->out, l->in, to->border);
+    qs_mat border = qs_columns_of(dy, dy->cols, to->border);
+    *product = qs_columns_of(dy, dy->cols, lora->rank);
     return qs_cuda_multiply(q, lora->scale, dy, false, &b, false, NULL, &border);
 }
 
@@ -255,10 +222,13 @@ extern "C" qs_status qs_cuda_linear_lora_backward(qs_queue *q, const qs_unit_vie
     if (lora->a == NULL) {
         return dx == NULL ? QS_OK : qs_cuda_linear_backward(q, unit, w, dy, dx, accumulate);
     }
-    const bordered to = find_bordered(q, unit, w, lora, dy);
+    if (lora->gain != NULL) {
+        return qs_cuda_dora_gradients(q, unit, w, lora, x, xa, dy, work, da, db, dx, accumulate);
+    }
+    const qs_bordered to = find_bordered(q, unit, w, lora, dy);
     qs_mat product;
     QS_TRY(output_gradient_by_b(q, &to, lora, dy, work, &product));
-    QS_TRY(qs_cuda_lora_gradients(q, lora, 1.0f, 1.0f, x, xa, dy, &product, da, db));
+    QS_TRY(qs_cuda_lora_gradients(q, lora, 1.0f, 1.0f, x, xa, dy, &product, false, da, db));
     if (dx == NULL) {
         return QS_OK;
     }

@@ -17,6 +17,7 @@
  */
 #include "kernels/cuda/lora.cuh"
 
+#include "kernels/cuda/bordered.cuh"
 #include "kernels/cuda/core/philox.h"
 #include "kernels/cuda/vector.cuh"
 
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(QS_ROW_THREADS)
     });
 }
 
-static qs_status dropout_launch(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *y)
+qs_status qs_cuda_lora_drop(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *y)
 {
     const bool vectors = qs_mat_is_vectors(x) && qs_mat_is_vectors(y);
     const qs_row_tiles tiles = qs_row_tiles_make(x->rows, vectors ? x->cols / QS_VECTOR : x->cols);
@@ -143,8 +144,8 @@ static qs_status dropout_launch(qs_queue *q, const qs_lora *lora, const qs_mat *
     return qs_cuda_launched("dropout_kernel");
 }
 
-static qs_status masked_add_launch(qs_queue *q, const qs_lora *lora, const qs_mat *product,
-                                   const qs_mat *dx)
+qs_status qs_cuda_lora_add_masked(qs_queue *q, const qs_lora *lora, const qs_mat *product,
+                                  const qs_mat *dx)
 {
     const bool vectors = qs_mat_is_vectors(product) && qs_mat_is_vectors(dx);
     const qs_row_tiles tiles =
@@ -193,15 +194,7 @@ qs_status qs_cuda_lora_input(qs_queue *q, const qs_lora *lora, const qs_mat *x, 
         return QS_FAIL(QS_ERR_BUG, "dropout on %lld rows, more than the limits say",
                        (long long)x->rows);
     }
-    return dropout_launch(q, lora, x, input);
-}
-
-static qs_mat rows_from(const qs_mat *mat, int64_t row0, int64_t rows)
-{
-    qs_mat part = *mat;
-    part.data = (uint8_t *)mat->data + row0 * mat->stride * (int64_t)qs_dtype_bytes(mat->dtype);
-    part.rows = rows;
-    return part;
+    return qs_cuda_lora_drop(q, lora, x, input);
 }
 
 /* A block of rows at a time: the product in fp32, then its masked elements to dx. */
@@ -213,13 +206,11 @@ static qs_status add_masked_product(qs_queue *q, const qs_lora *lora, float scal
     const int64_t block = product.rows;
     for (int64_t row0 = 0; row0 < dx->rows; row0 += block) {
         product.rows = qs_hd_min(block, dx->rows - row0);
-        const qs_mat work_part = rows_from(work, row0, product.rows);
-        const qs_mat dx_part = rows_from(dx, row0, product.rows);
-        qs_lora lora_part = *lora;
-        lora_part.sample += row0;
-        lora_part.row_at += row0;
+        const qs_mat work_part = qs_rows_from(work, row0, product.rows);
+        const qs_mat dx_part = qs_rows_from(dx, row0, product.rows);
+        const qs_lora lora_part = qs_cuda_lora_rows(lora, row0);
         QS_TRY(qs_cuda_multiply(q, scale, &work_part, false, a, false, NULL, &product));
-        QS_TRY(masked_add_launch(q, &lora_part, &product, &dx_part));
+        QS_TRY(qs_cuda_lora_add_masked(q, &lora_part, &product, &dx_part));
     }
     return QS_OK;
 }
@@ -250,14 +241,16 @@ qs_status qs_cuda_lora_add(qs_queue *q, const qs_lora *lora, float first, float 
 
 qs_status qs_cuda_lora_gradients(qs_queue *q, const qs_lora *lora, float a_scale, float b_scale,
                                  const qs_mat *x, const qs_mat *xa, const qs_mat *dy,
-                                 const qs_mat *work, float *da, float *db)
+                                 const qs_mat *work, bool accumulate, float *da, float *db)
 {
     qs_mat a_gradient = {da, lora->rank, x->cols, x->cols, QS_F32};
     qs_mat b_gradient = {db, dy->cols, lora->rank, lora->rank, QS_F32};
     qs_mat input;
     QS_TRY(qs_cuda_lora_input(q, lora, x, &input));
-    QS_TRY(qs_cuda_multiply(q, a_scale, work, true, &input, false, NULL, &a_gradient));
-    return qs_cuda_multiply(q, b_scale, dy, true, xa, false, NULL, &b_gradient);
+    QS_TRY(qs_cuda_multiply(q, a_scale, work, true, &input, false, accumulate ? &a_gradient : NULL,
+                            &a_gradient));
+    return qs_cuda_multiply(q, b_scale, dy, true, xa, false, accumulate ? &b_gradient : NULL,
+                            &b_gradient);
 }
 
 /* ---- the operations: s with the second product, so that xa = A drop(x) and work = dy B ---- */
@@ -280,6 +273,7 @@ extern "C" qs_status qs_cuda_lora_backward(qs_queue *q, const qs_lora *lora, con
     }
     const qs_mat b = qs_cuda_lora_b(lora, dy->cols);
     QS_TRY(qs_cuda_multiply(q, 1.0f, dy, false, &b, false, NULL, work));
-    QS_TRY(qs_cuda_lora_gradients(q, lora, lora->scale, lora->scale, x, xa, dy, work, da, db));
+    QS_TRY(
+        qs_cuda_lora_gradients(q, lora, lora->scale, lora->scale, x, xa, dy, work, false, da, db));
     return dx == NULL ? QS_OK : qs_cuda_lora_input_gradient(q, lora, lora->scale, work, dx);
 }

@@ -17,6 +17,8 @@ const qs_ops *qs_ops_cuda(void)
         .linear_backward = qs_cuda_linear_backward,
         .linear_lora_forward = qs_cuda_linear_lora_forward,
         .linear_lora_backward = qs_cuda_linear_lora_backward,
+        .dora_norms = qs_cuda_dora_norms,
+        .dora_backward = qs_cuda_dora_backward,
         .lora_forward = qs_cuda_lora_forward,
         .lora_backward = qs_cuda_lora_backward,
         .rmsnorm_forward = qs_cuda_rmsnorm_forward,

@@ -4,6 +4,7 @@
 #define QS_KERNELS_CUDA_OPS_CUDA_H
 
 #include "device/device_impl.h"
+#include "kernels/cuda/core/dora.h"
 #include "kernels/ops.h"
 
 /* ---- what an opened queue carries (context.c) ---- */
@@ -29,6 +30,7 @@ typedef struct {
     void *attention;     /* scratch of the attention's backward */
     void *lora;          /* bf16 [tokens, widest] with dropout, else nothing */
     void *lora_sum;      /* fp32 scratch of adapter gradients */
+    void *dora;          /* with DoRA a block of tokens (core/dora.h), else nothing */
     void *gemm_workspace;
     size_t single_bytes, attention_bytes, lora_bytes, lora_sum_bytes, gemm_workspace_bytes;
     const uint8_t *open_base; /* of the opened unit, NULL: none */
@@ -52,10 +54,14 @@ void qs_cuda_close(qs_queue *q);
 size_t qs_cuda_attention_scratch(const qs_ops_limits *limits); /* context->attention */
 size_t qs_cuda_lora_scratch(const qs_ops_limits *limits);      /* context->lora */
 size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits);  /* context->lora_sum */
+size_t qs_cuda_dora_scratch(const qs_ops_limits *limits);      /* context->dora */
 size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* context->decoded */
 size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* context->single */
 
-enum { QS_CUDA_PIECES = 8 };
+/** What context->dora is cut into. */
+qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits);
+
+enum { QS_CUDA_PIECES = 9 };
 
 /** All of them, one behind the other. */
 typedef struct {
@@ -131,6 +137,11 @@ qs_status qs_cuda_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, co
                                        const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                        const qs_mat *dy, qs_mat *work, float *da, float *db,
                                        qs_mat *dx, bool accumulate);
+qs_status qs_cuda_dora_norms(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                             const qs_lora *lora, const float *magnitude, float *norm, float *gain);
+qs_status qs_cuda_dora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
+                                const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
+                                const qs_mat *dy, float *dm);
 qs_status qs_cuda_lora_forward(qs_queue *q, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
                                qs_mat *y);
 qs_status qs_cuda_lora_backward(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,

@@ -8,6 +8,7 @@
 #include "kernels/cuda/core/attention_tiles.h"
 #include "kernels/cuda/core/bf16.h"
 #include "kernels/cuda/core/border.h"
+#include "kernels/cuda/core/dora.h"
 #include "kernels/cuda/core/norm.h"
 #include "kernels/cuda/core/rows.h"
 
@@ -25,10 +26,6 @@ bool qs_cuda_takes(const qs_ops_limits *l, char *why, size_t capacity)
     if (l->hidden > QS_NORM_COLS_MAX) {
         snprintf(why, capacity, "hidden_size=%lld: the CUDA operations take up to %d",
                  (long long)l->hidden, QS_NORM_COLS_MAX);
-        return false;
-    }
-    if (l->dora) {
-        snprintf(why, capacity, "lora.dora=true: there are no CUDA operations for DoRA");
         return false;
     }
     return true;
@@ -83,6 +80,16 @@ size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits)
     return 0; /* the products sum over all tokens by themselves */
 }
 
+qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits)
+{
+    return qs_dora_scratch_of(limits->tokens, limits->widest, qs_border_width(limits->lora_rank));
+}
+
+size_t qs_cuda_dora_scratch(const qs_ops_limits *limits)
+{
+    return limits->dora ? qs_cuda_dora_pieces(limits).total : 0;
+}
+
 /* ---- the whole ---- */
 
 static size_t product(int64_t a, int64_t b, size_t element)
@@ -100,6 +107,7 @@ qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *l, size_t gemm_workspace_b
                             qs_cuda_attention_scratch(l),
                             qs_cuda_lora_scratch(l),
                             qs_cuda_lora_sum_scratch(l),
+                            qs_cuda_dora_scratch(l),
                             gemm_workspace_bytes,
                         }};
     for (int i = 0; i < QS_CUDA_PIECES; i++) {

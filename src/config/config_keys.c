@@ -197,9 +197,7 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_BOOL,
      .offset = AT(lora.dora),
      .preset = "false",
-     .meaning =
-         "weight-decomposed adapters, as peft computes them (DoRA, arXiv:2402.09353); on the "
-         "CPU only"},
+     .meaning = "weight-decomposed adapters, as peft computes them (DoRA, arXiv:2402.09353)"},
     {.name = "lora.init",
      .type = QS_KEY_PATH,
      .offset = AT(lora.init),

@@ -166,4 +166,9 @@ qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
                             const qs_levels *levels, qs_queue *queue, const float *shard,
                             void *send, void *full);
 
+/** DoRA's magnitudes of the vector alone, in fp32: to full [n_layers * qs_lora_magnitudes]. `send`
+ * [n_layers * qs_lora_magnitude_width] is scratch on the device. Collective; waits. */
+qs_status qs_lora_gather_magnitudes(const qs_lora_layout *layout, const qs_levels *levels,
+                                    qs_queue *queue, const float *shard, float *send, float *full);
+
 #endif

@@ -9,6 +9,10 @@
  * An all-to-all in which everybody gets the same piece: unlike an all-gather it takes a short last
  * shard, so that every piece lands in its place, and neither a copy nor room for padding is needed.
  *
+ * DoRA's magnitudes travel once more where the compute type is not fp32, as they are: rounded to
+ * bf16, a row's length could not change by less than 2^-9. A rank's lie one behind the other among
+ * those of the layer, as its chunks do among all elements.
+ *
  * With two levels a piece crosses to another host once, to the rank of the same number, and is then
  * handed on inside: 1 / (ranks of a host) of the bytes between hosts. */
 #include "base/mem.h"
@@ -19,6 +23,8 @@ enum { LAYERS_IN_FLIGHT = 8 }; /* enough to fill a network; bounds the requests 
 /* What an exchange works on. */
 typedef struct {
     const qs_lora_layout *layout;
+    qs_range (*piece)(const qs_lora_layout *layout, int rank, int nranks);
+    int64_t per_layer, width; /* elements from layer to layer, in the full vector and in a shard */
     qs_queue *queue;
     size_t element; /* bytes of one */
     uint8_t *full;
@@ -34,15 +40,15 @@ static qs_status exchange_pieces(const vector *v, qs_comm *comm, int layer, int 
     const size_t n = (size_t)qs_comm_nranks(comm);
     size_t *send_bytes = v->exchange, *send_at = send_bytes + n;
     size_t *recv_bytes = send_at + n, *recv_at = recv_bytes + n;
-    const qs_range mine = qs_lora_shard(v->layout, first + qs_comm_rank(comm) * stride, v->nranks);
+    const qs_range mine = v->piece(v->layout, first + qs_comm_rank(comm) * stride, v->nranks);
     for (int m = 0; m < (int)n; m++) {
-        const qs_range theirs = qs_lora_shard(v->layout, first + m * stride, v->nranks);
+        const qs_range theirs = v->piece(v->layout, first + m * stride, v->nranks);
         send_bytes[m] = (size_t)(mine.end - mine.begin) * v->element;
         send_at[m] = 0;
         recv_bytes[m] = (size_t)(theirs.end - theirs.begin) * v->element;
         recv_at[m] = (size_t)theirs.begin * v->element;
     }
-    uint8_t *to = v->full + (size_t)(layer * v->layout->per_layer) * v->element;
+    uint8_t *to = v->full + (size_t)(layer * v->per_layer) * v->element;
     if (from == NULL) {
         from = to + (size_t)mine.begin * v->element;
     }
@@ -54,7 +60,7 @@ static qs_status exchange_pieces(const vector *v, qs_comm *comm, int layer, int 
 static qs_status exchange_layers(const vector *v, qs_comm *comm, int first, int stride, int sets,
                                  const uint8_t *shard)
 {
-    const size_t width_bytes = (size_t)qs_lora_shard_width(v->layout, v->nranks) * v->element;
+    const size_t width_bytes = (size_t)v->width * v->element;
     qs_event landed[LAYERS_IN_FLIGHT] = {{0}};
     for (int l = 0; l < v->layout->n_layers; l++) {
         qs_event *slot = &landed[l % LAYERS_IN_FLIGHT];
@@ -79,18 +85,27 @@ static qs_status gather_levels(const vector *v, const qs_levels *levels, const u
     return exchange_layers(v, levels->inside, 0, 1, hosts, NULL);
 }
 
+static qs_status gather_vector(vector *v, const qs_levels *levels, const void *shard)
+{
+    QS_TRY(QS_ALLOC(&v->exchange, 4 * v->nranks, QS_MEM_WORK));
+    qs_status st = gather_levels(v, levels, shard);
+    qs_mem_free(v->exchange);
+    return st;
+}
+
 static qs_status gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
                         const void *shard, size_t element, void *full)
 {
+    const int nranks = qs_comm_nranks(levels->world);
     vector v = {.layout = layout,
+                .piece = qs_lora_shard,
+                .per_layer = layout->per_layer,
+                .width = qs_lora_shard_width(layout, nranks),
                 .queue = queue,
                 .element = element,
                 .full = full,
-                .nranks = qs_comm_nranks(levels->world)};
-    QS_TRY(QS_ALLOC(&v.exchange, 4 * v.nranks, QS_MEM_WORK));
-    qs_status st = gather_levels(&v, levels, shard);
-    qs_mem_free(v.exchange);
-    return st;
+                .nranks = nranks};
+    return gather_vector(&v, levels, shard);
 }
 
 qs_status qs_lora_gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
@@ -109,4 +124,41 @@ qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
     const int64_t width = qs_lora_shard_width(layout, qs_comm_nranks(levels->world));
     QS_TRY(ops->convert(queue, shard, layout->n_layers * width, send));
     return gather(layout, levels, queue, send, qs_dtype_bytes(ops->act_dtype), full);
+}
+
+/* A layer's magnitudes out of this rank's elements, one linear's behind the other's. */
+static qs_status pack_magnitudes(const qs_lora_layout *layout, qs_queue *queue, qs_range elements,
+                                 const float *shard, float *send)
+{
+    qs_lora_stretch part[QS_LORA_STRETCHES_MAX];
+    const int n = qs_lora_stretches(layout, elements, part);
+    for (int i = 0; i < n; i++) {
+        if (part[i].which == 'm') {
+            const int64_t count = part[i].elements.end - part[i].elements.begin;
+            QS_TRY(qs_queue_copy(queue, send, shard + (part[i].elements.begin - elements.begin),
+                                 (size_t)count * sizeof *send));
+            send += count;
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_lora_gather_magnitudes(const qs_lora_layout *layout, const qs_levels *levels,
+                                    qs_queue *queue, const float *shard, float *send, float *full)
+{
+    const int nranks = qs_comm_nranks(levels->world);
+    const qs_range mine = qs_lora_shard(layout, qs_comm_rank(levels->world), nranks);
+    vector v = {.layout = layout,
+                .piece = qs_lora_magnitude_shard,
+                .per_layer = qs_lora_magnitudes(layout),
+                .width = qs_lora_magnitude_width(layout, nranks),
+                .queue = queue,
+                .element = sizeof *full,
+                .full = (uint8_t *)full,
+                .nranks = nranks};
+    for (int l = 0; l < layout->n_layers; l++) {
+        QS_TRY(pack_magnitudes(layout, queue, mine, shard + l * qs_lora_shard_width(layout, nranks),
+                               send + l * v.width));
+    }
+    return gather_vector(&v, levels, send);
 }

@@ -28,8 +28,9 @@ qs_status qs_reduce_stage_create(qs_reduce_stage *stage, qs_comm *comm, int memb
     for (int m = 0, at = 0; m < members; m++) {
         qs_slot_node nodes[QS_SLOT_NODES_MAX];
         const int n = qs_slot_nodes(slots, ranges[m], nodes);
-        memcpy(stage->nodes + at, nodes, (size_t)n * sizeof *nodes);
-        at += n;
+        for (int i = 0; i < n; i++) {
+            stage->nodes[at++] = nodes[i];
+        }
         stage->first_node[m + 1] = at;
     }
     return QS_OK;

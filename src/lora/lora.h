@@ -55,6 +55,12 @@ qs_range qs_lora_shard(const qs_lora_layout *layout, int rank, int nranks);
 /** Elements of a layer per rank, padded: p * 4096, the same on every rank. */
 int64_t qs_lora_shard_width(const qs_lora_layout *layout, int nranks);
 
+/** DoRA's magnitudes of a layer, its linears one behind the other: how many there are (0 without
+ * DoRA), those that lie in this rank's chunks, and the most that lie in any rank's. */
+int64_t qs_lora_magnitudes(const qs_lora_layout *layout);
+qs_range qs_lora_magnitude_shard(const qs_lora_layout *layout, int rank, int nranks);
+int64_t qs_lora_magnitude_width(const qs_lora_layout *layout, int nranks);
+
 /** One tensor of a linear's adapter. */
 typedef struct {
     char which; /* 'A', 'B', 'm': DoRA's magnitudes */

@@ -128,6 +128,43 @@ int qs_lora_stretches(const qs_lora_layout *layout, qs_range elements,
     return count;
 }
 
+/* Magnitudes in front of element `end` of a segment. */
+static int64_t magnitudes_before(const qs_lora_layout *layout, int64_t end)
+{
+    int64_t count = 0;
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        if (layout->m_at[i] >= 0 && layout->m_at[i] < end) {
+            count += min_of(layout->out[i], end - layout->m_at[i]);
+        }
+    }
+    return count;
+}
+
+int64_t qs_lora_magnitudes(const qs_lora_layout *layout)
+{
+    return layout->dora ? magnitudes_before(layout, layout->per_layer) : 0;
+}
+
+qs_range qs_lora_magnitude_shard(const qs_lora_layout *layout, int rank, int nranks)
+{
+    const qs_range elements = qs_lora_shard(layout, rank, nranks);
+    if (!layout->dora) {
+        return (qs_range){0, 0};
+    }
+    return (qs_range){magnitudes_before(layout, elements.begin),
+                      magnitudes_before(layout, max_of(elements.end, elements.begin))};
+}
+
+int64_t qs_lora_magnitude_width(const qs_lora_layout *layout, int nranks)
+{
+    int64_t most = 0;
+    for (int r = 0; r < nranks; r++) {
+        const qs_range share = qs_lora_magnitude_shard(layout, r, nranks);
+        most = max_of(most, share.end - share.begin);
+    }
+    return most;
+}
+
 /* Kaiming uniform with a = sqrt(5) in PEFT's words: U(-1/sqrt(in), 1/sqrt(in)). The counter is the
  * place in the segment, so a value does not depend on who computes it. */
 void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_range elements,

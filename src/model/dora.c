@@ -7,16 +7,6 @@
 
 #include "base/mem.h"
 
-/* Rows of a layer's adapted linears. */
-static int64_t rows_of_layer(const qs_lora_layout *layout)
-{
-    int64_t rows = 0;
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        rows += layout->targeted[i] ? layout->out[i] : 0;
-    }
-    return rows;
-}
-
 static bool has_dora(const qs_model *m)
 {
     return m->layout != NULL && m->layout->dora;
@@ -24,7 +14,7 @@ static bool has_dora(const qs_model *m)
 
 static int64_t float_count(const qs_model *m)
 {
-    return has_dora(m) ? 2 * m->config->n_layers * rows_of_layer(m->layout) : 0;
+    return has_dora(m) ? 2 * m->config->n_layers * qs_lora_magnitudes(m->layout) : 0;
 }
 
 size_t qs_dora_bytes(const qs_model *m)
@@ -37,7 +27,7 @@ qs_status qs_dora_create(qs_model *m)
     if (!has_dora(m)) {
         return QS_OK;
     }
-    const int64_t rows = rows_of_layer(m->layout);
+    const int64_t rows = qs_lora_magnitudes(m->layout);
     QS_TRY(QS_DEVICE_ALLOC(m->device, &m->dora.norm, float_count(m), QS_MEM_LORA));
     m->dora.gain = m->dora.norm + m->config->n_layers * rows;
     m->dora.rows = rows;
@@ -62,18 +52,25 @@ void qs_dora_attach(const qs_model *m, int layer, qs_linear linear, qs_lora *lor
     }
 }
 
+static const float *magnitudes_of(const qs_model *m, int layer, int linear)
+{
+    if (m->dora.magnitude != NULL) {
+        return m->dora.magnitude + layer * m->dora.rows + m->dora.at[linear];
+    }
+    return (const float *)m->lora + layer * m->layout->per_layer + m->layout->m_at[linear];
+}
+
 qs_status qs_dora_layer_norms(qs_model *m, int layer, const qs_unit_view *unit)
 {
     if (!has_dora(m) || m->dora.ready) {
         return QS_OK;
     }
-    const float *segment = (const float *)m->lora + layer * m->layout->per_layer;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         if (m->layout->targeted[i]) {
             const qs_lora lora = qs_layer_adapter(m, layer, (qs_linear)i);
             const int64_t at = layer * m->dora.rows + m->dora.at[i];
             QS_TRY(m->ops->dora_norms(m->queue, unit, &m->layers[layer].linear[i], &lora,
-                                      segment + m->layout->m_at[i], m->dora.norm + at,
+                                      magnitudes_of(m, layer, i), m->dora.norm + at,
                                       m->dora.gain + at));
         }
     }

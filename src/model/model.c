@@ -65,7 +65,7 @@ static qs_status allocate_buffers(qs_model *m)
 
 qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *fsdp,
                           const qs_ops *ops, qs_queue *queue, const qs_lora_layout *layout,
-                          const void *lora, const qs_model_shape *shape)
+                          const void *lora, const float *magnitudes, const qs_model_shape *shape)
 {
     qs_status st = QS_OK;
     qs_model *m = NULL;
@@ -79,6 +79,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     m->device = qs_queue_device(queue);
     m->layout = lora != NULL ? layout : NULL;
     m->lora = lora;
+    m->dora.magnitude = magnitudes;
     m->shape = *shape;
     set_widths(m);
     QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
@@ -185,8 +186,8 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, const qs_micr
         qs_unit_view view;
         qs_range_begin(m->queue, "layer %d forward", l);
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
-        QS_TRY(qs_dora_layer_norms(m, l, &view));
         QS_TRY(qs_layer_open(m, l, &view));
+        QS_TRY(qs_dora_layer_norms(m, l, &view));
         if (l == 1) {
             QS_TRY(qs_embedding_proceed(m));
         }

@@ -38,15 +38,16 @@ typedef struct {
 } qs_micro_batch;
 
 /** All pointers are borrowed for the life of the model. `lora` is the full LoRA vector, [n_layers
- * * per_layer] of the ops' act_dtype on the queue's device; NULL: base only. `ops` must be open on
- * `queue`. */
+ * * per_layer] of the ops' act_dtype on the queue's device; NULL: base only. `magnitudes`: DoRA's,
+ * [n_layers * qs_lora_magnitudes] in fp32 there; NULL: they are read of `lora`, which is fp32.
+ * `ops` must be open on `queue`. */
 qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *fsdp,
                           const qs_ops *ops, qs_queue *queue, const qs_lora_layout *layout,
-                          const void *lora, const qs_model_shape *shape);
+                          const void *lora, const float *magnitudes, const qs_model_shape *shape);
 void qs_model_destroy(qs_model *model);
 
-/** `lora` has new values: what was derived from them (DoRA's norms) is computed again in the next
- * pass. */
+/** `lora` and `magnitudes` have new values: what was derived from them (DoRA's norms) is computed
+ * again in the next pass. */
 void qs_model_adapter_changed(qs_model *model);
 
 /** DoRA's start: the norms of the rows of every adapted W, for elements `elements` of the layers'

@@ -87,8 +87,9 @@ typedef struct {
 
 /** DoRA: of every layer's adapted linears, one behind the other, on the device. */
 typedef struct {
-    float *norm, *gain; /* [n_layers, rows]; NULL without DoRA */
-    int64_t rows;       /* of a layer */
+    float *norm, *gain;     /* [n_layers, rows]; NULL without DoRA */
+    const float *magnitude; /* [n_layers, rows]; NULL: they stand in the LoRA vector */
+    int64_t rows;           /* of a layer */
     int at[QS_LINEAR_COUNT];
     bool ready; /* they are those of the adapter as it is now */
 } qs_dora_state;

@@ -28,21 +28,20 @@ static qs_status check_same_device(const qs_session *s)
     return QS_OK;
 }
 
-/* Sizes of the model alone, and whether its adapters are DoRA's. */
-static qs_ops_limits model_limits(const qs_hf_config *model, bool dora)
+/* Sizes of the model alone. */
+static qs_ops_limits model_limits(const qs_hf_config *model)
 {
     return (qs_ops_limits){.n_heads = model->n_heads,
                            .n_kv_heads = model->n_kv_heads,
                            .head_dim = model->head_dim,
-                           .hidden = model->hidden,
-                           .dora = dora};
+                           .hidden = model->hidden};
 }
 
 /* The CPU's operations take every model, a GPU's may not: said before anything is loaded. */
 static qs_status check_model_taken(qs_session *s)
 {
     char why[256] = "";
-    const qs_ops_limits model = model_limits(&s->index->config, s->config.lora.dora);
+    const qs_ops_limits model = model_limits(&s->index->config);
     if (s->backend.ops->takes(&model, why, sizeof why)) {
         return QS_OK;
     }
@@ -195,16 +194,6 @@ static qs_status share_adapter(qs_session *s)
     return qs_comm_bcast(s->comm, s->adapter, (size_t)count * sizeof *s->adapter, 0);
 }
 
-/* The device was chosen before the adapter was known. */
-static qs_status check_adapter_taken(const qs_session *s, const char *path)
-{
-    char why[256] = "";
-    const qs_ops_limits model = model_limits(&s->index->config, s->layout.dora);
-    return s->ops->takes(&model, why, sizeof why)
-               ? QS_OK
-               : QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s; set device: cpu", path, why);
-}
-
 qs_status qs_session_load_adapter(qs_session *s, const char *path)
 {
     if (path == NULL || path[0] == '\0') {
@@ -213,7 +202,6 @@ qs_status qs_session_load_adapter(qs_session *s, const char *path)
     const bool reader = qs_comm_rank(s->comm) == 0;
     QS_TRY(qs_comm_agree(s->comm, reader ? read_adapter(s, path) : QS_OK));
     QS_TRY(share_adapter(s));
-    QS_TRY(qs_comm_agree(s->comm, check_adapter_taken(s, path)));
     qs_log_info("%s: %s rank %d, scale %g, %lld weights", path, s->layout.dora ? "DoRA" : "LoRA",
                 s->layout.lora_rank, (double)s->layout.scale, (long long)qs_lora_count(&s->layout));
     return QS_OK;
@@ -229,11 +217,12 @@ static int64_t larger(int64_t a, int64_t b)
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape)
 {
     const qs_hf_config *model = &s->index->config;
-    qs_ops_limits limits = model_limits(model, s->config.lora.dora);
+    qs_ops_limits limits = model_limits(model);
     limits.threads = s->threads;
     limits.tokens = limits.documents = shape->max_tokens;
     limits.loss_rows = shape->max_targets;
     limits.dropout = s->config.lora.dropout > 0;
+    limits.dora = s->config.lora.dora;
     limits.lora_rank = s->layout.lora_rank;
     limits.head_rows = s->index->head_chunk_rows;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
@@ -268,26 +257,48 @@ static int64_t send_count(const qs_session *s)
     return s->ops->act_dtype == QS_F32 ? 0 : s->layout.n_layers * width;
 }
 
-size_t qs_session_lora_bytes(const qs_session *s)
+/* Magnitudes that lie beside the vector, which is rounded, and those that a rank sends. */
+static int64_t magnitude_count(const qs_session *s)
 {
-    return (size_t)(lora_count(s) + send_count(s)) * qs_dtype_bytes(s->ops->act_dtype);
+    return s->ops->act_dtype == QS_F32 ? 0 : s->layout.n_layers * qs_lora_magnitudes(&s->layout);
 }
 
-/* Room for the LoRA vector on the device, and what was loaded into it. */
-static qs_status prepare_lora(qs_session *s, bool trained)
+static int64_t magnitude_send_count(const qs_session *s)
+{
+    return s->ops->act_dtype == QS_F32
+               ? 0
+               : s->layout.n_layers * qs_lora_magnitude_width(&s->layout, s->nranks);
+}
+
+size_t qs_session_lora_bytes(const qs_session *s)
+{
+    return (size_t)(lora_count(s) + send_count(s)) * qs_dtype_bytes(s->ops->act_dtype) +
+           (size_t)(magnitude_count(s) + magnitude_send_count(s)) * sizeof(float);
+}
+
+/* Room for the LoRA vector on the device, and for DoRA's magnitudes beside it. */
+static qs_status allocate_lora(qs_session *s, bool trained)
 {
     const size_t element = qs_dtype_bytes(s->ops->act_dtype);
-    const size_t bytes = (size_t)lora_count(s) * element;
+    const int64_t magnitudes = magnitude_count(s);
     if (trained) {
         QS_TRY(qs_device_alloc(s->device, &s->lora_send, (size_t)send_count(s) * element,
                                QS_MEM_LORA));
-    } else if (s->adapter == NULL) {
-        return QS_OK;
     }
-    QS_TRY(qs_device_alloc(s->device, &s->lora, bytes, QS_MEM_LORA));
-    if (s->adapter == NULL) {
-        return QS_OK;
+    if (trained && magnitudes > 0) {
+        QS_TRY(
+            QS_DEVICE_ALLOC(s->device, &s->magnitudes_send, magnitude_send_count(s), QS_MEM_LORA));
     }
+    if (magnitudes > 0) {
+        QS_TRY(QS_DEVICE_ALLOC(s->device, &s->magnitudes, magnitudes, QS_MEM_LORA));
+    }
+    return qs_device_alloc(s->device, &s->lora, (size_t)lora_count(s) * element, QS_MEM_LORA);
+}
+
+/* What was loaded, in the type of the operations. */
+static qs_status upload_lora(qs_session *s)
+{
+    const size_t bytes = (size_t)lora_count(s) * qs_dtype_bytes(s->ops->act_dtype);
     void *rounded = NULL;
     QS_TRY(qs_mem_alloc(&rounded, bytes, QS_MEM_LORA));
     qs_f32_store(rounded, s->ops->act_dtype, s->adapter, lora_count(s));
@@ -297,6 +308,38 @@ static qs_status prepare_lora(qs_session *s, bool trained)
     }
     qs_mem_free(rounded);
     return st;
+}
+
+/* The magnitudes of what was loaded, layer by layer and linear by linear. */
+static qs_status upload_magnitudes(qs_session *s)
+{
+    const qs_lora_layout *layout = &s->layout;
+    float *to = s->magnitudes;
+    for (int64_t l = 0; magnitude_count(s) > 0 && l < layout->n_layers; l++) {
+        const float *segment = s->adapter + l * layout->per_layer;
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            if (layout->m_at[i] >= 0) {
+                QS_TRY(qs_queue_copy(s->queue, to, segment + layout->m_at[i],
+                                     (size_t)layout->out[i] * sizeof *to));
+                to += layout->out[i];
+            }
+        }
+    }
+    return qs_queue_wait(s->queue);
+}
+
+/* Room for the LoRA vector, and what was loaded into it. */
+static qs_status prepare_lora(qs_session *s, bool trained)
+{
+    if (!trained && s->adapter == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(allocate_lora(s, trained));
+    if (s->adapter == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(upload_lora(s));
+    return upload_magnitudes(s);
 }
 
 static qs_status connect_group(qs_session *s)
@@ -348,7 +391,7 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape)
         qs_comm_agree_after(s->comm, s->base_comm,
                             qs_fsdp_create(&s->fsdp, s->index, s->base_comm, s->queue, &options)));
     return qs_comm_agree(s->comm, qs_model_create(&s->model, s->index, s->fsdp, s->ops, s->queue,
-                                                  &s->layout, s->lora, shape));
+                                                  &s->layout, s->lora, s->magnitudes, shape));
 }
 
 void qs_session_close(qs_session *s)
@@ -358,6 +401,8 @@ void qs_session_close(qs_session *s)
     if (s->device != NULL) {
         qs_device_free(s->device, s->lora);
         qs_device_free(s->device, s->lora_send);
+        qs_device_free(s->device, s->magnitudes);
+        qs_device_free(s->device, s->magnitudes_send);
     }
     qs_mem_free(s->adapter);
     qs_base_index_free(s->index);

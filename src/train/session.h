@@ -30,14 +30,17 @@ typedef struct {
     bool ops_open;
     qs_base_index *index;
     qs_lora_layout layout;
-    float *adapter;  /* [n_layers * per_layer] as loaded, on the host; NULL: none was */
-    void *lora;      /* the same in the ops' act_dtype on the device; NULL: base only */
-    void *lora_send; /* [n_layers * shard_width] of that type: scratch of the gather, or NULL */
+    float *adapter;    /* [n_layers * per_layer] as loaded, on the host; NULL: none was */
+    void *lora;        /* the same in the ops' act_dtype on the device; NULL: base only */
+    void *lora_send;   /* [n_layers * shard_width] of that type: scratch of the gather, or NULL */
+    float *magnitudes; /* DoRA's [n_layers * qs_lora_magnitudes] on the device, where that type is
+                          not fp32; else NULL: they are read of `lora` */
+    float *magnitudes_send; /* [n_layers * qs_lora_magnitude_width]: ditto */
     qs_fsdp *fsdp;
     qs_model *model;
 } qs_session;
 
-/** Open the base; choose the device, the same kind on all ranks, and threads. A model, or DoRA,
+/** Open the base; choose the device, the same kind on all ranks, and threads. A model
  * that the GPU's operations do not take is refused with device: cuda (QS_ERR_CONFIG_PAIR) and
  * computed on the CPU with auto. Collective. */
 qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm);
@@ -58,7 +61,7 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape);
 qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape);
 
-/** Bytes of s->lora and s->lora_send in training. */
+/** Bytes of s->lora and what stands beside it, in training. */
 size_t qs_session_lora_bytes(const qs_session *s);
 
 void qs_session_close(qs_session *s);

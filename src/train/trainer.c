@@ -73,7 +73,12 @@ qs_status qs_trainer_sums(qs_trainer *t, float **shard, double *norm, double *lo
 qs_status qs_trainer_gather(qs_trainer *t)
 {
     qs_session *s = t->session;
+    const qs_levels *levels = &s->levels.levels;
     qs_model_adapter_changed(s->model);
-    return qs_lora_gather_as(&s->layout, s->ops, &s->levels.levels, s->queue, t->optim->d_master,
-                             s->lora_send, s->lora);
+    QS_TRY(qs_lora_gather_as(&s->layout, s->ops, levels, s->queue, t->optim->d_master, s->lora_send,
+                             s->lora));
+    return s->magnitudes == NULL
+               ? QS_OK
+               : qs_lora_gather_magnitudes(&s->layout, levels, s->queue, t->optim->d_master,
+                                           s->magnitudes_send, s->magnitudes);
 }

@@ -57,7 +57,7 @@ class Memory(unittest.TestCase):
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_gpu(self):
         for ranks, more in ((1, {}), (2, {"train__recompute": "none", "lora__dropout": 0}),
-                            (2, {"memory__offload": "[activations, weights, embedding]"})):
+                            (3, {"lora__dora": "true"}), (2, {"memory__offload": "[activations, weights, embedding]"})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, {"QSHARD_PLUGIN": EMULATED}, ("--gpu", "H100"), WORKSPACE_MIB, device="cuda", **more)
 

@@ -191,6 +191,47 @@ done:
 
 /* ---- the operations ---- */
 
+typedef struct {
+    const qs_unit_view *unit;
+    const qs_weight *w;
+    qs_lora lora;
+    const qs_mat *x, *dy;
+} dora_inputs;
+
+/* The same linear and adapter with magnitudes, on the unit that is open. */
+static qs_status dump_dora(dump *d, const dora_inputs *in)
+{
+    const qs_weight *w = in->w;
+    const int64_t t = in->x->rows, rank = in->lora.rank;
+    const qs_dtype act = d->ops->act_dtype;
+    qs_lora lora = in->lora;
+    qs_mat m, norm, gain, y, xa, work, dx, da, db, dm;
+    d->op = "dora";
+    QS_TRY(input(d, "m", QS_F32, 1, w->out, 0, 1.0F, &m));
+    QS_TRY(empty(d, QS_F32, 1, w->out, 0, &norm));
+    QS_TRY(empty(d, QS_F32, 1, w->out, 0, &gain));
+    QS_TRY(empty(d, act, t, w->out, 0, &y));
+    QS_TRY(empty(d, act, t, rank, 0, &xa));
+    QS_TRY(empty(d, act, t, rank, 0, &work));
+    QS_TRY(empty(d, act, t, w->in, 0, &dx));
+    QS_TRY(empty(d, QS_F32, rank, w->in, 0, &da));
+    QS_TRY(empty(d, QS_F32, w->out, rank, 0, &db));
+    QS_TRY(empty(d, QS_F32, 1, w->out, 0, &dm));
+    QS_TRY(d->ops->dora_norms(d->queue, in->unit, w, &lora, m.data, norm.data, gain.data));
+    QS_TRY(output(d, "norm", &norm));
+    lora.norm = norm.data;
+    lora.gain = gain.data;
+    QS_TRY(d->ops->linear_lora_forward(d->queue, in->unit, w, NULL, NULL, &lora, in->x, &xa, &y));
+    QS_TRY(output(d, "y", &y));
+    QS_TRY(d->ops->linear_lora_backward(d->queue, in->unit, w, &lora, in->x, &xa, in->dy, &work,
+                                        da.data, db.data, &dx, false));
+    QS_TRY(d->ops->dora_backward(d->queue, in->unit, w, &lora, in->x, &xa, in->dy, dm.data));
+    QS_TRY(output(d, "dx", &dx));
+    QS_TRY(output(d, "da", &da));
+    QS_TRY(output(d, "db", &db));
+    return output(d, "dm", &dm);
+}
+
 static qs_status dump_linear(dump *d)
 {
     const int64_t t = d->small ? 24 : 512, out = d->small ? 96 : 1024, in = d->small ? 64 : 2048;
@@ -227,6 +268,7 @@ static qs_status dump_linear(dump *d)
     QS_TRY(output(d, "dx", &dx));
     QS_TRY(output(d, "da", &da));
     QS_TRY(output(d, "db", &db));
+    QS_TRY(dump_dora(d, &(dora_inputs){&unit, &w, lora, &x, &dy}));
     QS_TRY(qs_queue_wait(d->queue));
     d->ops->unit_close(d->queue);
     return QS_OK;
@@ -411,6 +453,7 @@ static qs_status run(dump *d, const char *path)
                             .n_heads = 4,
                             .n_kv_heads = 2,
                             .head_dim = d->small ? 32 : 128,
+                            .dora = true,
                             .lora_rank = 16,
                             .n_linears = 1,
                             .hidden = 2048,

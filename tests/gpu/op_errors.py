@@ -40,6 +40,16 @@ def lora64(t):
             "da": LORA_SCALE * g.T @ t["x"], "db": LORA_SCALE * t["dy"].T @ xa}
 
 
+def dora64(t):
+    """No gradient passes the norm."""
+    moved = t["w"] + LORA_SCALE * t["b"] @ t["a"]
+    norm = np.sqrt((moved ** 2).sum(axis=1))
+    gain, z = t["m"][0] / norm, t["x"] @ moved.T
+    u = t["dy"] * gain
+    return {"norm": norm[None, :], "y": gain * z, "dx": u @ moved, "da": LORA_SCALE * (u @ t["b"]).T @ t["x"],
+            "db": LORA_SCALE * u.T @ (t["x"] @ t["a"].T), "dm": ((t["dy"] * z).sum(axis=0) / norm)[None, :]}
+
+
 def rmsnorm64(t):
     rstd = 1.0 / np.sqrt((t["x"] ** 2).mean(axis=1, keepdims=True) + EPS)
     unit, g = t["x"] * rstd, t["dy"] * t["w"]
@@ -124,6 +134,12 @@ def torch_results(torch, op, t, device):
         x, a, b = leaf("x", True), leaf("a", True), leaf("b", True)
         y = linear(x, leaf("w")) + linear(linear(x, a), b) * LORA_SCALE
         return {"y": y, **gradients(y, "dy", x=x, a=a, b=b)}
+    if op == "dora":
+        x, a, b, m, w = leaf("x", True), leaf("a", True), leaf("b", True), leaf("m", True), leaf("w")
+        norm = (w + LORA_SCALE * b @ a).detach().norm(dim=1)[None, :]
+        base = linear(x, w)
+        y = base + (m / norm - 1) * base + m / norm * linear(linear(x, a), b) * LORA_SCALE
+        return {"norm": norm, "y": y, **gradients(y, "dy", x=x, a=a, b=b, m=m)}
     if op == "rmsnorm":
         x = leaf("x", True)
         wide = x.float()
@@ -156,7 +172,7 @@ def torch_results(torch, op, t, device):
     return {"loss": loss[None, :], **gradients(loss.mean(), None, x=x)}
 
 
-REFERENCES = {"linear": linear64, "lora": lora64, "rmsnorm": rmsnorm64, "swiglu": swiglu64, "geglu": geglu64,
+REFERENCES = {"linear": linear64, "lora": lora64, "dora": dora64, "rmsnorm": rmsnorm64, "swiglu": swiglu64, "geglu": geglu64,
               "rope": rope64, "attention": attention64, "head": head64}
 
 
@@ -168,6 +184,8 @@ def main():
     tensors = read(sys.argv[1])
     if "w" in tensors.get("linear", {}) and "lora" in tensors:
         tensors["lora"] |= {name: tensors["linear"][name] for name in ("w", "x", "dy")}
+        if "dora" in tensors:
+            tensors["dora"] |= {name: tensors["lora"][name] for name in ("w", "x", "dy", "a", "b")}
     try:
         import torch
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -337,6 +337,18 @@ def check_variants(bench, case):
     bench.check("killed and resumed", killed_and_resumed, bench, case)
 
 
+def check_dora(bench, case):
+    """The same model with DoRA, from adapters of its own."""
+    settings = {**case.settings, "lora.dora": "true", "lora.init": "", "lora.dropout": 0.1}
+    dora = Case(f"{case.name}-dora", case.model, case.yaml, settings)
+    if bench.check("losses with DoRA near the CPU's", near_cpu, bench, dora):
+        bench.check("DoRA: the same bits again", same_bits, bench, dora, "dora-again")
+        bench.check("DoRA: the same bits with recompute: none", same_bits, bench, dora, "dora-none", train__recompute="none")
+        bench.check("DoRA: peak memory beside the plan", plan_is_kept, bench, dora, "dora-plan")
+        bench.check("DoRA without dropout near the CPU's", near_cpu, bench,
+                    Case(f"{dora.name}-0", case.model, case.yaml, {**settings, "lora.dropout": 0}))
+
+
 def check_ranks(bench, case):
     if shutil.which("mpirun") is None:
         bench.cannot("several ranks on one GPU", "no mpirun")
@@ -363,6 +375,7 @@ def main():
         bench.cannot("bits, memory, offload, ranks, resume", "the first model did not train")
     else:
         check_variants(bench, case)
+        check_dora(bench, case)
         check_ranks(bench, case)
     check_smollm2(bench)
     return 1 if bench.failures else 0
