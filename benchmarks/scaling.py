@@ -123,13 +123,13 @@ def forecast(ranks, group, cost, options):
     owners = min(ranks, m["lora_layer_chunks"])
     width = math.ceil(m["lora_layer_chunks"] / ranks) * CHUNK_BYTES
     sent = {"units": (units * (group - 1), (2 * m["layers"] * m["layer_bytes"] + m["chunks"] * m["chunk_bytes"]) * (group - 1) / group),
-            "embedding": (3 * (group - 1), m["tokens"] * m["row_bytes"] * (group - 1) / group),
+            "embedding": (2 * (group - 1), m["tokens"] * m["row_bytes"] * (group - 1) / group),
             "gradients": (m["layers"] * (ranks - 1), m["layers"] * (ranks - 1) * width),
             "lora": (m["layers"] * (owners - 1), m["layers"] * (owners - 1) * width / 2)}
     seconds = {}
     for name, (count, size) in sent.items():
         seconds[name] = count * cost[1] * 1e-3 + size / (options.gbps * 1e9)
-    agreements = 6  # calls of a step with one pass and one micro-batch, as counted
+    agreements = 4  # calls of a step with one pass and one micro-batch, as counted
     seconds["agreement"] = agreements * math.ceil(math.log2(ranks)) * options.latency_us * 1e-6
     return sent, seconds
 

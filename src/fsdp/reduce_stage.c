@@ -1,7 +1,5 @@
 #include "fsdp/reduce_stage.h"
 
-#include <string.h>
-
 #include "base/mem.h"
 
 int qs_reduce_stage_nodes(int64_t slots, const qs_range *ranges, int members, int *most)
