@@ -259,11 +259,10 @@ class Pieces:
         """Numbers the pieces of all texts and finds where their tokens lie."""
         self.cuts = cuts
         flat = list(chain.from_iterable(cuts))
-        numbers = list(map(self.known.number.get, flat))
-        if None in numbers:
-            self.learn(sorted({p for p, n in zip(flat, numbers) if n is None}), tokenizer)
-            numbers = list(map(self.known.number.get, flat))
-        self.numbers = np.array(numbers, dtype=np.int64)
+        unknown = set(flat).difference(self.known.number)
+        if unknown:
+            self.learn(sorted(unknown), tokenizer)
+        self.numbers = np.fromiter(map(self.known.number.__getitem__, flat), np.int64, len(flat))
         starts = self.known.starts
         self.lengths = starts[self.numbers + 1] - starts[self.numbers]
         self.first_pieces = list(accumulate(map(len, cuts), initial=0))
@@ -368,7 +367,8 @@ def split_by_lengths(words, ids, lengths):
     last = np.searchsorted(tokens_end, ends)
     if not len(ids) or last[-1] != len(ids) - 1 or (tokens_end[last] != ends).any():
         return None
-    return [part.tolist() for part in np.split(ids, last[:-1] + 1)]
+    flat, borders = ids.tolist(), (last + 1).tolist()
+    return [flat[begin:end] for begin, end in zip([0, *borders], borders)]
 
 
 def tokens_around(encoding, border):
