@@ -5,7 +5,6 @@
 
 #include "bench/kernels/measure.h"
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/half.h"
 #include "kernels/cpu/parallel.h"
 
 enum { SIDE_MIN = 128, SIDE_MAX = 8192, SIDE_FACTOR = 8 };
@@ -92,23 +91,6 @@ static void tile_task(void *ctx, int64_t index, int thread)
     }
 }
 
-typedef struct {
-    _Alignas(64) uint16_t a[QS_HALF_MR * TILE_DEPTH], b[QS_HALF_NR * TILE_DEPTH];
-    float scale[QS_HALF_NR * TILE_DEPTH / QS_HALF_STRETCH], y[QS_HALF_MR * QS_HALF_NR];
-} half_operands;
-
-static void half_task(void *ctx, int64_t index, int thread)
-{
-    (void)index;
-    (void)thread;
-    half_operands o;
-    const qs_half *half = ctx;
-    memset(&o, 0, sizeof o);
-    for (int i = 0; i < TILES_A_TASK; i++) {
-        half->tile(TILE_DEPTH, o.a, o.b, o.scale, o.y);
-    }
-}
-
 static double cpu_s(void)
 {
     struct timespec t;
@@ -118,30 +100,17 @@ static double cpu_s(void)
 
 /* By the CPU time of all threads together, times their number: a core that others use meanwhile
  * does not lower it. */
-static double tiles_rate(const qs_bench *b, qs_task task, void *ctx, int64_t tasks, int tile)
-{
-    const int threads = qs_queue_threads(b->queue);
-    const double flops = 2.0 * tile * TILE_DEPTH * TILES_A_TASK * (double)tasks;
-    double best = 0;
-    for (int i = 0; i < TRIES; i++) {
-        const double start = cpu_s();
-        qs_parallel_for(b->queue, tasks, (int64_t)flops, task, ctx);
-        const double rate = flops / (cpu_s() - start) * threads;
-        best = rate > best ? rate : best;
-    }
-    return best;
-}
-
 static void measure_tiles(qs_bench *b)
 {
     const qs_isa *isa = qs_isa_get();
     const int threads = qs_queue_threads(b->queue);
     const int64_t tasks = b->small ? 1 : (int64_t)TASKS_A_THREAD * threads;
-    b->matmul_rate = tiles_rate(b, tile_task, NULL, tasks, isa->mr * isa->nr);
-    if (qs_half_get() != NULL) { /* portable C (a test) is slow: one task */
-        const bool slow = qs_half_get() == qs_half_portable();
-        b->fp16_rate = tiles_rate(b, half_task, (void *)(uintptr_t)qs_half_get(), slow ? 1 : tasks,
-                                  QS_HALF_MR * QS_HALF_NR);
+    const double flops = 2.0 * isa->mr * isa->nr * TILE_DEPTH * TILES_A_TASK * (double)tasks;
+    for (int i = 0; i < TRIES; i++) {
+        const double start = cpu_s();
+        qs_parallel_for(b->queue, tasks, (int64_t)flops, tile_task, NULL);
+        const double rate = flops / (cpu_s() - start) * threads;
+        b->matmul_rate = rate > b->matmul_rate ? rate : b->matmul_rate;
     }
 }
 

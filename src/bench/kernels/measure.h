@@ -24,7 +24,6 @@ typedef struct {
     int sharers;          /* ranks of this host that measure at the same time */
     double copy_rate;     /* B/s of a copy inside the device's memory, read + written */
     double matmul_rate;   /* FLOP/s: see qs_bench_bounds */
-    double fp16_rate;     /* the same of the CPU's fp16 products; 0: it has none */
     char matmul_name[32]; /* what it was measured by: "bf16 8192^3" */
     uint64_t random;      /* state of the generator */
     void *taken[QS_BENCH_BUFFERS_MAX];
