@@ -115,7 +115,7 @@ typedef struct {
 } qs_ops_limits;
 
 typedef struct {
-    const char *name;   /* "strict", "cuda" */
+    const char *name;   /* "strict", "fp16", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
     /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
@@ -264,5 +264,10 @@ typedef struct {
 
 /** The CPU's reference table. */
 const qs_ops *qs_ops_cpu(void);
+
+/** The same with the products of frozen NF4 matrices in fp16 (kernels/cpu/gemm_fp16.h); NULL where
+ * the CPU has no AVX512-FP16. The same bits on every CPU that has it, other bits than qs_ops_cpu's.
+ */
+const qs_ops *qs_ops_cpu_fp16(void);
 
 #endif

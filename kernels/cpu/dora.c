@@ -149,16 +149,16 @@ static qs_status add_dropped(qs_queue *q, const qs_weight_source *source, const 
     return QS_OK;
 }
 
-qs_status qs_dora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                          const float *bias, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
-                          qs_mat *y)
+qs_status qs_dora_forward(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                          const qs_weight *w, const float *bias, const qs_lora *lora,
+                          const qs_mat *x, qs_mat *xa, qs_mat *y)
 {
     const qs_weight_source source = {unit, w, qs_isa_get(), 0};
     if (lora->dropout > 0.0F) {
-        QS_TRY(qs_cpu_linear_forward(q, unit, w, bias, x, y));
+        QS_TRY(qs_linear_forward_by(q, products, unit, w, bias, x, y));
         return add_dropped(q, &source, lora, x, xa, y);
     }
-    QS_TRY(qs_cpu_linear_forward(q, unit, w, NULL, x, y));
+    QS_TRY(qs_linear_forward_by(q, products, unit, w, NULL, x, y));
     QS_TRY(qs_cpu_lora_forward(q, lora, x, xa, y));
     apply_gain(q, (gain_args){.gain = lora->gain, .bias = bias, .y = y});
     return QS_OK;

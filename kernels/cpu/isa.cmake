@@ -8,3 +8,17 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     set_source_files_properties(kernels/cpu/isa_avx512.c PROPERTIES
         COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mfma;-mf16c;-mprefer-vector-width=512")
 endif()
+
+# The fp16 product (kernels/cpu/half_avx512.c) is assembly; binutils before 2.38 do not know its instructions.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    include(CheckCSourceCompiles)
+    check_c_source_compiles("int main(void) { __asm__ volatile(\"vfmadd231ph (%%rax)%{1to32%}, %%zmm1, %%zmm2\" : :); return 0; }"
+        QSHARD_ASSEMBLER_HAS_FP16)
+    set(QSHARD_FP16_OPTIONS -mavx512f -mavx512bw -mavx512vl -mfma -mf16c)
+    if(QSHARD_ASSEMBLER_HAS_FP16)
+        list(APPEND QSHARD_FP16_OPTIONS -DQS_HALF_ASSEMBLER)
+    endif()
+    set_source_files_properties(kernels/cpu/half_avx512.c PROPERTIES
+        COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};${QSHARD_FP16_OPTIONS}")
+endif()
+set_source_files_properties(kernels/cpu/half.c PROPERTIES COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS}")

@@ -3,6 +3,7 @@
  * or columns of it). */
 #include <string.h>
 
+#include "kernels/cpu/gemm_fp16.h"
 #include "kernels/cpu/ops_impl.h"
 #include "kernels/cpu/parallel.h"
 
@@ -127,13 +128,24 @@ static void bias_task(void *ctx, int64_t index, int thread)
     }
 }
 
-qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                const float *bias, const qs_mat *x, qs_mat *y)
+qs_status qs_frozen_product(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                            const qs_weight *w, bool transposed, int64_t rows,
+                            const qs_operand *left, qs_mat *to, bool accumulate)
 {
-    qs_weight_source source = {unit, w, qs_isa_get(), 0};
-    qs_operand left = {.data = x->data, .stride = x->stride};
-    qs_operand right = qs_weight_operand(&source, true);
-    QS_TRY(qs_gemm(q, x->rows, w->out, w->in, &left, &right, y->data, y->stride, false));
+    if (products == QS_PRODUCTS_FP16 && qs_gemm_fp16_takes(w)) {
+        return qs_gemm_fp16(q, unit, w, transposed, rows, left, to->data, to->stride, accumulate);
+    }
+    const qs_weight_source source = {unit, w, qs_isa_get(), 0};
+    const qs_operand right = qs_weight_operand(&source, transposed);
+    return qs_gemm(q, rows, transposed ? w->out : w->in, transposed ? w->in : w->out, left, &right,
+                   to->data, to->stride, accumulate);
+}
+
+qs_status qs_linear_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                               const qs_weight *w, const float *bias, const qs_mat *x, qs_mat *y)
+{
+    const qs_operand left = {.data = x->data, .stride = x->stride};
+    QS_TRY(qs_frozen_product(q, products, unit, w, true, x->rows, &left, y, false));
     if (bias != NULL) {
         bias_args args = {y, bias, qs_rows_per_task(w->out)};
         qs_parallel_for(q, qs_ceil_div(x->rows, args.rows_per_task), x->rows * w->out, bias_task,
@@ -142,11 +154,9 @@ qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_
     return QS_OK;
 }
 
-qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                 const qs_mat *dy, qs_mat *dx, bool accumulate)
+qs_status qs_linear_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                const qs_weight *w, const qs_mat *dy, qs_mat *dx, bool accumulate)
 {
-    qs_weight_source source = {unit, w, qs_isa_get(), 0};
-    qs_operand left = {.data = dy->data, .stride = dy->stride};
-    qs_operand right = qs_weight_operand(&source, false);
-    return qs_gemm(q, dy->rows, w->in, w->out, &left, &right, dx->data, dx->stride, accumulate);
+    const qs_operand left = {.data = dy->data, .stride = dy->stride};
+    return qs_frozen_product(q, products, unit, w, false, dy->rows, &left, dx, accumulate);
 }

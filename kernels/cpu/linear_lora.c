@@ -7,22 +7,22 @@
 enum { BLOCK_ROWS = 256 }; /* of a result that cannot be built where it belongs */
 
 /* y = x W^T + bias + adapter. */
-static qs_status products(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                          const float *bias, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
-                          qs_mat *y)
+static qs_status multiply(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                          const qs_weight *w, const float *bias, const qs_lora *lora,
+                          const qs_mat *x, qs_mat *xa, qs_mat *y)
 {
     if (lora->gain != NULL) {
-        return qs_dora_forward(q, unit, w, bias, lora, x, xa, y);
+        return qs_dora_forward(q, products, unit, w, bias, lora, x, xa, y);
     }
-    QS_TRY(qs_cpu_linear_forward(q, unit, w, bias, x, y));
+    QS_TRY(qs_linear_forward_by(q, products, unit, w, bias, x, y));
     return lora->a == NULL ? QS_OK : qs_cpu_lora_forward(q, lora, x, xa, y);
 }
 
 /* The residual lies where the result belongs: a block of rows is built in scratch and added to it.
  * The same bits as with a result of its own, since no row of a product knows of the others. */
-static qs_status add_in_place(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                              const float *bias, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
-                              qs_mat *y)
+static qs_status add_in_place(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                              const qs_weight *w, const float *bias, const qs_lora *lora,
+                              const qs_mat *x, qs_mat *xa, qs_mat *y)
 {
     float *block;
     QS_TRY(qs_scratch(QS_SCRATCH_LORA, qs_lora_scratch_count(y->rows, y->cols), &block));
@@ -37,36 +37,34 @@ static qs_status add_in_place(qs_queue *q, const qs_unit_view *unit, const qs_we
             xa_part = qs_mat_rows(xa, row0, rows);
             lora_part = qs_lora_rows(lora, row0);
         }
-        QS_TRY(products(q, unit, w, bias, &lora_part, &x_part, &xa_part, &result));
+        QS_TRY(multiply(q, products, unit, w, bias, &lora_part, &x_part, &xa_part, &result));
         QS_TRY(qs_cpu_add(q, &result, &y_part));
     }
     return QS_OK;
 }
 
-qs_status qs_cpu_linear_lora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                     const float *bias, const qs_mat *residual, const qs_lora *lora,
-                                     const qs_mat *x, qs_mat *xa, qs_mat *y)
+qs_status qs_linear_lora_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                    const qs_weight *w, const float *bias, const qs_mat *residual,
+                                    const qs_lora *lora, const qs_mat *x, qs_mat *xa, qs_mat *y)
 {
     if (residual != NULL && residual->data == y->data) {
-        return add_in_place(q, unit, w, bias, lora, x, xa, y);
+        return add_in_place(q, products, unit, w, bias, lora, x, xa, y);
     }
-    QS_TRY(products(q, unit, w, bias, lora, x, xa, y));
+    QS_TRY(multiply(q, products, unit, w, bias, lora, x, xa, y));
     return residual == NULL ? QS_OK : qs_cpu_add(q, residual, y);
 }
 
-qs_status qs_cpu_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                      const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
-                                      const qs_mat *dy, qs_mat *work, float *da, float *db,
-                                      qs_mat *dx, bool accumulate)
+qs_status qs_linear_lora_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                     const qs_weight *w, const qs_lora *lora, const qs_mat *x,
+                                     const qs_mat *xa, const qs_mat *dy, qs_mat *work, float *da,
+                                     float *db, qs_mat *dx, bool accumulate)
 {
     const qs_weight_source frozen = {unit, w, qs_isa_get(), 0};
     if (dx != NULL) {
         /* With dropout the gain belongs to the masked part, which comes with the adapter's. */
         const qs_gained left = {dy, lora->dropout > 0.0F ? NULL : lora->gain, 0.0F};
-        const qs_operand gradient = qs_gained_operand(&left),
-                         right = qs_weight_operand(&frozen, false);
-        QS_TRY(qs_gemm(q, dy->rows, w->in, w->out, &gradient, &right, dx->data, dx->stride,
-                       accumulate));
+        const qs_operand gradient = qs_gained_operand(&left);
+        QS_TRY(qs_frozen_product(q, products, unit, w, false, dy->rows, &gradient, dx, accumulate));
     }
     return lora->a == NULL ? QS_OK
                            : qs_lora_backward_beside(q, &frozen, lora, x, xa, dy, work, da, db, dx);

@@ -1,6 +1,8 @@
 #include "kernels/ops.h"
 
 #include "kernels/cpu/attention_impl.h"
+#include "kernels/cpu/gemm_fp16.h"
+#include "kernels/cpu/half.h"
 #include "kernels/cpu/ops_impl.h"
 
 static int64_t max_i64(int64_t a, int64_t b)
@@ -26,6 +28,13 @@ static size_t scratch_bytes(const qs_ops_limits *l)
         floats += qs_dora_scratch_count(l->tokens, l->widest);
     }
     return (size_t)floats * sizeof(float);
+}
+
+/* With fp16 products beside strict ones, which share the packing space. */
+static size_t fp16_scratch_bytes(const qs_ops_limits *l)
+{
+    return scratch_bytes(l) +
+           (size_t)qs_gemm_fp16_scratch_count(l->threads, l->tokens, l->widest) * sizeof(float);
 }
 
 static bool takes(const qs_ops_limits *limits, char *why, size_t capacity)
@@ -66,46 +75,82 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
     return QS_OK;
 }
 
+/* The linears of a table: each operation with its kind of products filled in. */
+#define LINEARS(prefix, products)                                                                  \
+    static qs_status prefix##_linear_forward(qs_queue *q, const qs_unit_view *unit,                \
+                                             const qs_weight *w, const float *bias,                \
+                                             const qs_mat *x, qs_mat *y)                           \
+    {                                                                                              \
+        return qs_linear_forward_by(q, products, unit, w, bias, x, y);                             \
+    }                                                                                              \
+    static qs_status prefix##_linear_backward(qs_queue *q, const qs_unit_view *unit,               \
+                                              const qs_weight *w, const qs_mat *dy, qs_mat *dx,    \
+                                              bool accumulate)                                     \
+    {                                                                                              \
+        return qs_linear_backward_by(q, products, unit, w, dy, dx, accumulate);                    \
+    }                                                                                              \
+    static qs_status prefix##_linear_lora_forward(                                                 \
+        qs_queue *q, const qs_unit_view *unit, const qs_weight *w, const float *bias,              \
+        const qs_mat *residual, const qs_lora *lora, const qs_mat *x, qs_mat *xa, qs_mat *y)       \
+    {                                                                                              \
+        return qs_linear_lora_forward_by(q, products, unit, w, bias, residual, lora, x, xa, y);    \
+    }                                                                                              \
+    static qs_status prefix##_linear_lora_backward(                                                \
+        qs_queue *q, const qs_unit_view *unit, const qs_weight *w, const qs_lora *lora,            \
+        const qs_mat *x, const qs_mat *xa, const qs_mat *dy, qs_mat *work, float *da, float *db,   \
+        qs_mat *dx, bool accumulate)                                                               \
+    {                                                                                              \
+        return qs_linear_lora_backward_by(q, products, unit, w, lora, x, xa, dy, work, da, db, dx, \
+                                          accumulate);                                             \
+    }
+
+LINEARS(strict, QS_PRODUCTS_STRICT)
+LINEARS(fp16, QS_PRODUCTS_FP16)
+
+/* What the tables have in common. */
+#define COMMON                                                                                     \
+    .act_dtype = QS_F32, .takes = takes, .open = open_queue, .close = close_queue,                 \
+    .border = border, .unit_open = unit_open, .unit_close = close_queue,                           \
+    .dora_norms = qs_cpu_dora_norms, .dora_backward = qs_cpu_dora_backward,                        \
+    .lora_forward = qs_cpu_lora_forward, .lora_backward = qs_cpu_lora_backward,                    \
+    .rmsnorm_forward = qs_cpu_rmsnorm_forward, .rmsnorm_backward = qs_cpu_rmsnorm_backward,        \
+    .rope = qs_cpu_rope, .attention_forward = qs_cpu_attention_forward,                            \
+    .attention_backward = qs_cpu_attention_backward, .glu_forward = qs_cpu_glu_forward,            \
+    .glu_backward = qs_cpu_glu_backward, .add = qs_cpu_add, .scale = qs_cpu_scale,                 \
+    .gather_rows = qs_cpu_gather_rows, .scatter_rows = qs_cpu_scatter_rows,                        \
+    .copy_rows = qs_cpu_copy_rows, .convert = qs_cpu_convert, .head_chunk = qs_cpu_head_chunk,     \
+    .head_finish = qs_cpu_head_finish, .square_sums = qs_cpu_square_sums,                          \
+    .accumulate = qs_cpu_accumulate, .update = qs_cpu_update,                                      \
+    .nf4_quantize_blocks = qs_cpu_nf4_quantize_blocks,                                             \
+    .nf4_quantize_absmax = qs_cpu_nf4_quantize_absmax
+
 const qs_ops *qs_ops_cpu(void)
 {
     static const qs_ops table = {
         .name = "strict",
-        .act_dtype = QS_F32,
-        .takes = takes,
         .scratch_bytes = scratch_bytes,
-        .open = open_queue,
-        .close = close_queue,
-        .border = border,
-        .unit_open = unit_open,
-        .unit_close = close_queue,
-        .linear_forward = qs_cpu_linear_forward,
-        .linear_backward = qs_cpu_linear_backward,
-        .linear_lora_forward = qs_cpu_linear_lora_forward,
-        .linear_lora_backward = qs_cpu_linear_lora_backward,
-        .dora_norms = qs_cpu_dora_norms,
-        .dora_backward = qs_cpu_dora_backward,
-        .lora_forward = qs_cpu_lora_forward,
-        .lora_backward = qs_cpu_lora_backward,
-        .rmsnorm_forward = qs_cpu_rmsnorm_forward,
-        .rmsnorm_backward = qs_cpu_rmsnorm_backward,
-        .rope = qs_cpu_rope,
-        .attention_forward = qs_cpu_attention_forward,
-        .attention_backward = qs_cpu_attention_backward,
-        .glu_forward = qs_cpu_glu_forward,
-        .glu_backward = qs_cpu_glu_backward,
-        .add = qs_cpu_add,
-        .scale = qs_cpu_scale,
-        .gather_rows = qs_cpu_gather_rows,
-        .scatter_rows = qs_cpu_scatter_rows,
-        .copy_rows = qs_cpu_copy_rows,
-        .convert = qs_cpu_convert,
-        .head_chunk = qs_cpu_head_chunk,
-        .head_finish = qs_cpu_head_finish,
-        .square_sums = qs_cpu_square_sums,
-        .accumulate = qs_cpu_accumulate,
-        .update = qs_cpu_update,
-        .nf4_quantize_blocks = qs_cpu_nf4_quantize_blocks,
-        .nf4_quantize_absmax = qs_cpu_nf4_quantize_absmax,
+        .linear_forward = strict_linear_forward,
+        .linear_backward = strict_linear_backward,
+        .linear_lora_forward = strict_linear_lora_forward,
+        .linear_lora_backward = strict_linear_lora_backward,
+        COMMON,
+    };
+    return &table;
+}
+
+const qs_ops *qs_ops_cpu_fp16(void)
+{
+    if (qs_half_get() == NULL) {
+        return NULL;
+    }
+    static const qs_ops table = {
+        .name = "fp16",
+        .scratch_bytes = fp16_scratch_bytes,
+        .linear_forward = fp16_linear_forward,
+        .linear_backward = fp16_linear_backward,
+        .linear_lora_forward = fp16_linear_lora_forward,
+        .linear_lora_backward = fp16_linear_lora_backward,
+        COMMON,
     };
     return &table;
 }

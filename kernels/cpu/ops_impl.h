@@ -16,6 +16,17 @@ typedef struct {
 
 qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed);
 
+/** How a frozen matrix is multiplied. */
+typedef enum {
+    QS_PRODUCTS_STRICT, /* qs_gemm */
+    QS_PRODUCTS_FP16,   /* qs_gemm_fp16 where it takes the matrix, else qs_gemm */
+} qs_products;
+
+/** to (+)= left W^T if `transposed`, else left W; `left` has `rows` rows and is not transposed. */
+qs_status qs_frozen_product(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                            const qs_weight *w, bool transposed, int64_t rows,
+                            const qs_operand *left, qs_mat *to, bool accumulate);
+
 /** qs_weight_decode at full speed: the same bits. */
 void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
                            int64_t first, int64_t count, float *out);
@@ -66,26 +77,27 @@ qs_status qs_lora_backward_beside(qs_queue *q, const qs_weight_source *frozen, c
                                   float *da, float *db, qs_mat *dx);
 
 /** y = W x + bias + (gain - 1) W drop(x) + gain s B (A drop(x)); keeps xa. */
-qs_status qs_dora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                          const float *bias, const qs_lora *lora, const qs_mat *x, qs_mat *xa,
-                          qs_mat *y);
+qs_status qs_dora_forward(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                          const qs_weight *w, const float *bias, const qs_lora *lora,
+                          const qs_mat *x, qs_mat *xa, qs_mat *y);
 
 /** Floats that lora_backward with dropout, DoRA, and the head keep at most. */
 int64_t qs_lora_scratch_count(int64_t tokens, int64_t widest);
 int64_t qs_dora_scratch_count(int64_t tokens, int64_t widest);
 int64_t qs_head_scratch_count(int64_t loss_rows);
 
-qs_status qs_cpu_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                const float *bias, const qs_mat *x, qs_mat *y);
-qs_status qs_cpu_linear_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                 const qs_mat *dy, qs_mat *dx, bool accumulate);
-qs_status qs_cpu_linear_lora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                     const float *bias, const qs_mat *residual, const qs_lora *lora,
-                                     const qs_mat *x, qs_mat *xa, qs_mat *y);
-qs_status qs_cpu_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                      const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
-                                      const qs_mat *dy, qs_mat *work, float *da, float *db,
-                                      qs_mat *dx, bool accumulate);
+/** The operations of both tables: the products with a frozen matrix by `products`. */
+qs_status qs_linear_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                               const qs_weight *w, const float *bias, const qs_mat *x, qs_mat *y);
+qs_status qs_linear_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                const qs_weight *w, const qs_mat *dy, qs_mat *dx, bool accumulate);
+qs_status qs_linear_lora_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                    const qs_weight *w, const float *bias, const qs_mat *residual,
+                                    const qs_lora *lora, const qs_mat *x, qs_mat *xa, qs_mat *y);
+qs_status qs_linear_lora_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                     const qs_weight *w, const qs_lora *lora, const qs_mat *x,
+                                     const qs_mat *xa, const qs_mat *dy, qs_mat *work, float *da,
+                                     float *db, qs_mat *dx, bool accumulate);
 qs_status qs_cpu_dora_norms(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                             const qs_lora *lora, const float *magnitude, float *norm, float *gain);
 qs_status qs_cpu_dora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,

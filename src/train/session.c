@@ -56,6 +56,25 @@ static qs_status check_model_taken(qs_session *s)
     return qs_backend_open(&s->backend, QS_DEVICE_CPU, s->comm, false);
 }
 
+/* How the CPU multiplies frozen matrices: `auto` and `strict` in fp32, fp16 where every rank's CPU
+ * can. By the CPUs' features alone, never by a timing: the bits differ. */
+static qs_status choose_products(qs_session *s)
+{
+    const bool wanted = s->config.cpu.gemm == QS_GEMM_FP16;
+    if (!qs_device_is_host(s->device) || !wanted) {
+        s->config.cpu.gemm = QS_GEMM_STRICT;
+        return QS_OK;
+    }
+    const qs_ops *ops = qs_ops_cpu_fp16();
+    QS_TRY(qs_comm_agree(
+        s->comm, ops != NULL ? QS_OK
+                             : QS_FAIL(QS_ERR_ENVIRONMENT,
+                                       "cpu.gemm: fp16 needs a CPU with AVX512-FP16 on every rank; "
+                                       "cpu.gemm: strict computes on any")));
+    s->ops = ops;
+    return QS_OK;
+}
+
 static qs_status open_device(qs_session *s)
 {
     const qs_config *config = &s->config;
@@ -65,6 +84,7 @@ static qs_status open_device(qs_session *s)
     s->device = s->backend.device;
     s->ops = s->backend.ops;
     QS_TRY(check_same_device(s));
+    QS_TRY(choose_products(s));
     s->apart = !qs_device_is_host(s->device);
     s->config.device = s->apart ? QS_DEVICE_CUDA : QS_DEVICE_CPU;
     QS_TRY(qs_comm_threads(s->comm, (int)config->cpu.threads, &s->threads));

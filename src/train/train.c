@@ -77,6 +77,7 @@ static qs_status open_inputs(run *r)
     const qs_config *cfg = r->cfg;
     QS_TRY(qs_session_open(&r->session, cfg, r->comm));
     r->config.device = r->session.config.device; /* what auto stands for: recorded */
+    r->config.cpu.gemm = r->session.config.cpu.gemm;
     const int64_t vocab = r->session.index->config.vocab;
     QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
     if (cfg->data_eval[0] != '\0') {
@@ -672,8 +673,6 @@ qs_status qs_train_run(const qs_train_options *options, qs_comm *comm)
              .nranks = qs_comm_nranks(comm),
              .started_s = qs_time_s()};
     r.config = options->config;
-    r.config.cpu.gemm =
-        QS_GEMM_STRICT; /* what auto stands for in this build: recorded, so that resume can tell */
     r.cfg = &r.config;
     qs_signals_install();
     const qs_status st = run_all(&r);

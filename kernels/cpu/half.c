@@ -1,0 +1,152 @@
+/* Choice of the table, and the portable one: the definition of the bits. */
+#include "kernels/cpu/half.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/dtype.h"
+#include "quant/nf4.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+/* ---- portable ---- */
+
+/* The half nearest to `value`, ties to even, as a double. Adding 1.5 * 2^52 units of the half's
+ * last place and taking them away again leaves a multiple of that unit, rounded once. */
+static inline double round_to_half(double value)
+{
+    const uint64_t hidden = 52, bias = 1023, half_least = bias - 14, half_most = bias + 16;
+    uint64_t bits, exponent;
+    memcpy(&bits, &value, sizeof bits);
+    exponent = bits >> hidden & 0x7FF;
+    exponent = exponent < half_least ? half_least : exponent;
+    exponent = exponent > half_most ? half_most : exponent;
+    const uint64_t shift_bits = (exponent - 10 + hidden) << hidden | UINT64_C(1) << (hidden - 1);
+    double shift, rounded;
+    memcpy(&shift, &shift_bits, sizeof shift);
+    rounded = copysign((value + shift) - shift, value);
+    return fabs(rounded) > 65504.0 ? copysign(HUGE_VAL, value) : rounded;
+}
+
+/* Products of two halves are exact in double, and so is their sum with a half wherever that could
+ * change what it rounds to: a tie needs both within 2^53 of each other. */
+static void stretch(int64_t depth, const uint16_t *a, const uint16_t *b, const float *scale,
+                    float *y)
+{
+    double sum[QS_HALF_MR][QS_HALF_NR] = {{0}};
+    for (int64_t k = 0; k < depth; k++) {
+        double row[QS_HALF_NR];
+        for (int j = 0; j < QS_HALF_NR; j++) {
+            row[j] = (double)qs_f32_from_f16(b[k * QS_HALF_NR + j]);
+        }
+        for (int i = 0; i < QS_HALF_MR; i++) {
+            const double left = (double)qs_f32_from_f16(a[k * QS_HALF_MR + i]);
+            for (int j = 0; j < QS_HALF_NR; j++) {
+                sum[i][j] = round_to_half(left * row[j] + sum[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < QS_HALF_MR; i++) {
+        for (int j = 0; j < QS_HALF_NR; j++) {
+            float *to = y + (int64_t)i * QS_HALF_NR + j;
+            *to = fmaf((float)sum[i][j], scale[j], *to);
+        }
+    }
+}
+
+static void portable_tile(int64_t depth, const uint16_t *a, const uint16_t *b, const float *scale,
+                          float *y)
+{
+    for (int64_t k = 0; k < depth; k += QS_HALF_STRETCH, scale += QS_HALF_NR) {
+        const int64_t here = depth - k < QS_HALF_STRETCH ? depth - k : QS_HALF_STRETCH;
+        stretch(here, a + k * QS_HALF_MR, b + k * QS_HALF_NR, scale, y);
+    }
+}
+
+static void portable_pack(const float *const x[QS_HALF_MR], const float *scale, int64_t count,
+                          uint16_t *out)
+{
+    for (int i = 0; i < QS_HALF_MR; i++) {
+        for (int64_t k = 0; k < count; k++) {
+            out[k * QS_HALF_MR + i] = x[i] == NULL ? 0 : qs_f16_from_f32(x[i][k] * scale[i]);
+        }
+    }
+}
+
+static int code_at(const uint8_t *packed, int k)
+{
+    return k % 2 == 0 ? packed[k / 2] >> 4 : packed[k / 2] & 15;
+}
+
+static void portable_decode_columns(const uint8_t *const packed[QS_HALF_GROUP], uint16_t *out)
+{
+    for (int j = 0; j < QS_HALF_GROUP; j++) {
+        for (int k = 0; k < QS_NF4_BLOCK; k++) {
+            out[k * QS_HALF_NR + j] =
+                packed[j] == NULL ? 0 : qs_f16_from_f32(qs_nf4_code[code_at(packed[j], k)]);
+        }
+    }
+}
+
+static void portable_decode_row(const uint8_t *packed, float factor, uint16_t *out)
+{
+    for (int j = 0; j < QS_HALF_GROUP; j++) {
+        out[j] = qs_f16_from_f32(qs_nf4_code[code_at(packed, j)] * factor);
+    }
+}
+
+const qs_half *qs_half_portable(void)
+{
+    static const qs_half table = {.name = "portable",
+                                  .tile = portable_tile,
+                                  .pack = portable_pack,
+                                  .decode_columns = portable_decode_columns,
+                                  .decode_row = portable_decode_row};
+    return &table;
+}
+
+/* ---- choice ---- */
+
+bool qs_half_supported(void)
+{
+#if defined(__x86_64__)
+    const unsigned fp16 = 1U << 23; /* leaf 7, EDX */
+    unsigned a, b, c, d;
+    __builtin_cpu_init(); /* asks the operating system's side, too */
+    return qs_half_avx512() != NULL && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & fp16) != 0;
+#else
+    return false;
+#endif
+}
+
+static const qs_half *_Atomic forced;
+
+const qs_half *qs_half_get(void)
+{
+    const qs_half *half = forced;
+    if (half != NULL) {
+        return half;
+    }
+    const char *wanted = getenv("QSHARD_CPU_FP16");
+    if (wanted != NULL && strcmp(wanted, "portable") == 0) {
+        return qs_half_portable();
+    }
+    return qs_half_supported() ? qs_half_avx512() : NULL;
+}
+
+bool qs_half_force(const char *name)
+{
+    if (name != NULL && strcmp(name, "avx512fp16") == 0 && !qs_half_supported()) {
+        return false;
+    }
+    forced = name == NULL                      ? NULL
+             : strcmp(name, "avx512fp16") == 0 ? qs_half_avx512()
+                                               : qs_half_portable();
+    return true;
+}

@@ -1,0 +1,175 @@
+/* Compares the AVX512-FP16 inner loops with the portable ones, bit for bit: exit 0 if they agree, 1
+ * if not, 77 where the CPU lacks them. Links statically and needs nothing else, so that it can run
+ * as the only program of an emulated machine. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/half.h"
+#include "quant/nf4.h"
+
+enum {
+    MR = QS_HALF_MR,
+    NR = QS_HALF_NR,
+    DEPTH = 4 * QS_HALF_STRETCH,
+    SCALES = DEPTH / QS_HALF_STRETCH * NR,
+    ROUNDS = 40,
+};
+
+static uint64_t seed;
+
+static uint32_t bits(void)
+{
+    seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (uint32_t)(seed >> 32);
+}
+
+static float uniform(void)
+{
+    return (float)(bits() >> 8) * 0x1p-23F - 1.0F;
+}
+
+/* Halves by kind of round: |.| < 512; small, to subnormal; any finite; any at all. */
+static uint16_t some_half(int kind)
+{
+    const uint32_t any = bits();
+    const uint16_t sign = any & 0x8000U, fraction = any & 0x3FFU;
+    const unsigned spread = any >> 16 & 31U;
+    const unsigned exponent = kind == 0   ? spread % 24
+                              : kind == 1 ? spread % 4
+                              : kind == 2 ? (spread == 31 ? 30 : spread)
+                                          : spread;
+    return (uint16_t)(sign | exponent << 10 | fraction);
+}
+
+/* NaN is NaN: which one is not defined. */
+static int differ_f32(const char *what, int round, const float *a, const float *b, int count)
+{
+    for (int i = 0; i < count; i++) {
+        if (memcmp(&a[i], &b[i], sizeof *a) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
+            printf("%s, round %d: element %d is %a, not %a\n", what, round, i, (double)a[i],
+                   (double)b[i]);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int is_nan(uint16_t half)
+{
+    return (half & 0x7FFF) > 0x7C00;
+}
+
+static int differ_f16(const char *what, int round, const uint16_t *a, const uint16_t *b, int count)
+{
+    for (int i = 0; i < count; i++) {
+        if (a[i] != b[i] && !(is_nan(a[i]) && is_nan(b[i]))) {
+            printf("%s, round %d: element %d is %04x, not %04x\n", what, round, i, a[i], b[i]);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int compare_tiles(const qs_half *fast, const qs_half *slow)
+{
+    static uint16_t a[DEPTH * MR], b[DEPTH * NR];
+    static float scale[SCALES], y[2][MR * NR];
+    for (int round = 0; round < ROUNDS; round++) {
+        const int kind = round % 4;
+        const int64_t depth = round < 4 ? DEPTH : 1 + bits() % DEPTH;
+        for (int i = 0; i < DEPTH * MR; i++) {
+            a[i] = some_half(kind);
+        }
+        for (int i = 0; i < DEPTH * NR; i++) { /* kind 3: infinities from sums alone, and NaN */
+            b[i] = kind == 3 && bits() % 2000 != 0 ? some_half(1) : some_half(kind == 0 ? 1 : kind);
+            b[i] = kind == 0 ? (uint16_t)(0x3C00U - bits() % 0x2000U) | (b[i] & 0x8000U) : b[i];
+        }
+        for (int i = 0; i < SCALES; i++) {
+            scale[i] = uniform();
+        }
+        for (int i = 0; i < MR * NR; i++) {
+            y[0][i] = y[1][i] = round % 2 == 0 ? 0.0F : uniform();
+        }
+        fast->tile(depth, a, b, scale, y[0]);
+        slow->tile(depth, a, b, scale, y[1]);
+        if (differ_f32("tile", round, y[0], y[1], MR * NR)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int compare_packs(const qs_half *fast, const qs_half *slow)
+{
+    static float x[MR][QS_HALF_STRETCH];
+    static uint16_t out[2][QS_HALF_STRETCH * MR];
+    for (int round = 0; round < ROUNDS; round++) {
+        const float *rows[MR];
+        float scale[MR];
+        for (int i = 0; i < MR; i++) {
+            rows[i] = bits() % 8 == 0 ? NULL : x[i];
+            scale[i] = ldexpf(1.0F, (int)(bits() % 40) - 20);
+            for (int k = 0; k < QS_HALF_STRETCH; k++) {
+                const uint32_t any = bits();
+                if (round % 2 == 0) {
+                    x[i][k] = uniform() * 512;
+                } else {
+                    memcpy(&x[i][k], &any, sizeof any);
+                }
+            }
+        }
+        const int64_t count = round < 2 ? QS_HALF_STRETCH : 1 + bits() % QS_HALF_STRETCH;
+        memset(out, 0x55, sizeof out);
+        fast->pack(rows, scale, count, out[0]);
+        slow->pack(rows, scale, count, out[1]);
+        if (differ_f16("pack", round, out[0], out[1], QS_HALF_STRETCH * MR)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int compare_decoders(const qs_half *fast, const qs_half *slow)
+{
+    static uint8_t packed[QS_HALF_GROUP][QS_NF4_BLOCK / 2];
+    static uint16_t out[2][QS_HALF_STRETCH * NR];
+    static const float extremes[] = {0.0F, 1e-40F, 1e-7F, -0.3F, 65519.0F, 3e38F, INFINITY, NAN};
+    for (int round = 0; round < ROUNDS; round++) {
+        const uint8_t *rows[QS_HALF_GROUP];
+        for (int i = 0; i < QS_HALF_GROUP; i++) {
+            rows[i] = bits() % 8 == 0 ? NULL : packed[i];
+            for (int k = 0; k < QS_NF4_BLOCK / 2; k++) {
+                packed[i][k] = (uint8_t)(bits() >> 8);
+            }
+        }
+        memset(out, 0x55, sizeof out);
+        fast->decode_columns(rows, out[0]);
+        slow->decode_columns(rows, out[1]);
+        if (differ_f16("decode_columns", round, out[0], out[1], QS_HALF_STRETCH * NR)) {
+            return 1;
+        }
+        const float factor = round < 8 ? extremes[round] : uniform();
+        fast->decode_row(packed[0], factor, out[0]);
+        slow->decode_row(packed[0], factor, out[1]);
+        if (differ_f16("decode_row", round, out[0], out[1], QS_HALF_STRETCH * NR)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int main(void)
+{
+    enum { SKIPPED = 77 };
+    if (!qs_half_supported()) {
+        printf("half: this CPU, or this build, has no AVX512-FP16: not compared\n");
+        return SKIPPED;
+    }
+    const qs_half *fast = qs_half_avx512(), *slow = qs_half_portable();
+    const int wrong =
+        compare_tiles(fast, slow) + compare_packs(fast, slow) + compare_decoders(fast, slow);
+    printf("half: %s\n", wrong == 0 ? "the same bits in assembly and in C" : "DIFFERENT BITS");
+    return wrong == 0 ? 0 : 1;
+}
