@@ -15,10 +15,6 @@ static const char *const tables[] = {"portable", "avx512fp16"};
 
 enum { N_TABLES = 2 };
 
-/* Error of bf16 operands with fp32 sums (norm of the difference over the norm), the least that
- * others train with. */
-static const double BF16_ERROR = 2.4e-3;
-
 typedef struct {
     fx_weight_spec weight;
     int64_t rows;
@@ -26,7 +22,7 @@ typedef struct {
 
 static product_case cases[] = {
     {{QS_WEIGHT_NF4, 96, 64, QS_BF16, true, 1, 0}, 0},
-    {{QS_WEIGHT_NF4, 96, 64, QS_F32, true, 1, 0}, 5}, /* a sum of 64: bf16 rounding of W shows */
+    {{QS_WEIGHT_NF4, 96, 64, QS_BF16, true, 1, 0}, 5}, /* one block: W's rounding shows most */
     {{QS_WEIGHT_NF4, 1, 64, QS_BF16, true, 1, 0}, 9},
     {{QS_WEIGHT_NF4, 130, 320, QS_BF16, true, 2, 0}, 37},
     {{QS_WEIGHT_NF4, 300, 704, QS_F16, true, 3, 0}, 15},
@@ -57,23 +53,40 @@ static double weight_at(const fx_unit *unit, bool transposed, int64_t k, int64_t
     return (double)(transposed ? unit->plain[j * in + k] : unit->plain[k * in + j]);
 }
 
-/* Of one row: norm of the difference from fp64, over that which a sum of such terms with random
- * signs has (a sum that happens to cancel would say little). */
-static double relative_error(const fx_unit *unit, bool transposed, const qs_mat *left, int64_t t,
-                             const qs_mat *before, const qs_mat *got)
+static double to_bf16(double value)
 {
-    double difference = 0, size = 0;
+    return (double)qs_f32_from_bf16(qs_bf16_from_f32((float)value));
+}
+
+/* Squares of one row's differences from fp64, over those of a sum of such terms with random signs
+ * (a sum that happens to cancel would say little): of `got`, and of what bf16 operands give at
+ * best, summed exactly, rounded to bf16 and added to what is there in bf16. Others train with that.
+ */
+typedef struct {
+    double got, bf16;
+} row_errors;
+
+static row_errors errors_of(const fx_unit *unit, bool transposed, const qs_mat *left, int64_t t,
+                            const qs_mat *before, const qs_mat *got)
+{
+    row_errors e = {0, 0};
+    double size = 0;
     for (int64_t j = 0; j < got->cols; j++) {
-        double sum = before != NULL ? fx_at(before, t, j) : 0.0;
-        size += sum * sum;
+        const double start = before != NULL ? fx_at(before, t, j) : 0.0;
+        double sum = 0, bf16 = 0;
+        size += start * start;
         for (int64_t k = 0; k < left->cols; k++) {
-            const double term = fx_at(left, t, k) * weight_at(unit, transposed, k, j);
-            sum += term;
-            size += term * term;
+            const double x = fx_at(left, t, k), w = weight_at(unit, transposed, k, j);
+            sum += x * w;
+            bf16 += to_bf16(x) * to_bf16(w);
+            size += x * w * x * w;
         }
-        difference += (sum - fx_at(got, t, j)) * (sum - fx_at(got, t, j));
+        const double product = to_bf16(bf16), mine = sum - (fx_at(got, t, j) - start);
+        const double theirs = start + sum - (before != NULL ? to_bf16(start + product) : product);
+        e.got += mine * mine;
+        e.bf16 += theirs * theirs;
     }
-    return sqrt(difference / size);
+    return (row_errors){e.got / size, e.bf16 / size};
 }
 
 /* Rows of very different sizes, which each have a power of two of their own. */
@@ -105,21 +118,21 @@ ParameterizedTest(product_case *c, fp16, is_better_than_bf16_operands)
                 if (!qs_half_force(tables[t])) {
                     continue;
                 }
-                /* Row by row: a large row would hide a small one's error. */
                 qs_mat before = fx_mat(c->rows, n, 1, 2), to = fx_mat(c->rows, n, 1, 2);
                 multiply(2, &unit, transposed, &left, &to, accumulate);
-                double squares = 0;
+                row_errors sum = {0, 0}; /* each row over its own size: they are far apart */
                 for (int64_t row = 0; row < c->rows; row++) {
-                    const double error = relative_error(&unit, transposed, &left, row,
-                                                        accumulate ? &before : NULL, &to);
-                    squares += error * error;
-                    cr_assert_leq(error, 2 * BF16_ERROR, "%s, transposed %d, row %ld: %g",
-                                  tables[t], transposed, (long)row, error);
+                    const row_errors e =
+                        errors_of(&unit, transposed, &left, row, accumulate ? &before : NULL, &to);
+                    sum.got += e.got;
+                    sum.bf16 += e.bf16;
                 }
-                const double mean = c->rows > 0 ? sqrt(squares / (double)c->rows) : 0;
-                const bool one_sum = n == 1; /* nothing to average over */
-                cr_assert_leq(mean, one_sum ? 2 * BF16_ERROR : BF16_ERROR, "%s, transposed %d: %g",
-                              tables[t], transposed, mean);
+                /* The sum of one block alone, which no model has: W is not rounded to bf16 here,
+                 * and that is as large a difference as all that bf16 operands lose. */
+                const double limit = k <= QS_HALF_STRETCH ? 1.5 * 1.5 : 1.0;
+                cr_expect_leq(sum.got, limit * sum.bf16,
+                              "%s, %d columns, k %d, accumulate %d: %g, bf16 %g", tables[t], (int)n,
+                              (int)k, accumulate, sqrt(sum.got), sqrt(sum.bf16));
                 fx_mat_free(&before);
                 fx_mat_free(&to);
             }
