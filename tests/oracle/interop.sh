@@ -5,7 +5,8 @@
 #   tests/oracle/interop.sh QSHARD [CASE...]        in the oracle's environment: ORACLE_PYTHON [build/oracle/bin/python]
 #
 # A table at the end: relative L2 distance of the logits. Limits: peft 1e-3 (bitsandbytes rounds the second level its own
-# way), merged in fp32 1e-4, merged in bf16 2e-2. Exit 1 if one is missed.
+# way), merged in fp32 1e-4, merged in bf16 2e-2. With VLLM_SITE=DIR, made by vllm_env.sh, vLLM's own check of the exported
+# adapter as well (it has no DoRA, and says so). Exit 1 if one is missed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -ge 1 ] || {
@@ -31,6 +32,18 @@ distance() {
     fi
 }
 
+# served CASE: what vLLM says to the exported adapter.
+served() {
+    local text
+    [ -n "${VLLM_SITE:-}" ] || { echo "not installed" && return; }
+    text=$(PYTHONPATH=$VLLM_SITE "$python" "$here/vllm_check.py" exported model 2>"$work/error") || true
+    case "$1:$text" in
+        *:ok*) echo "${text#ok }" ;;
+        dora*:"refused vLLM does not yet support DoRA.") echo "${text#refused }" ;;
+        *) echo "FAILED: $(tail -n 1 <<<"$text$(cat "$work/error")" | cut -c 1-120)" ;;
+    esac
+}
+
 failed=0 rows=()
 for case in "${cases[@]}"; do
     folder=$work/$case
@@ -49,9 +62,10 @@ for case in "${cases[@]}"; do
     }
     numbers=("$(distance peft-load exported model --data eval.h5 --logits logits.safetensors)"
         "$(distance merge-load merged32 --data eval.h5 --logits logits.safetensors)"
-        "$(distance merge-load merged16 --data eval.h5 --logits logits.safetensors --tol 2e-2)")
+        "$(distance merge-load merged16 --data eval.h5 --logits logits.safetensors --tol 2e-2)"
+        "$(served "$case")")
     case "${numbers[*]}" in *FAILED*) failed=1 ;; esac
-    rows+=("| $case | ${numbers[0]} | ${numbers[1]} | ${numbers[2]} |")
+    rows+=("| $case | ${numbers[0]} | ${numbers[1]} | ${numbers[2]} | ${numbers[3]} |")
 done
-printf '%s\n' '| case | exported, in peft | merged in fp32, in transformers | merged in bf16 |' '|---|---|---|---|' "${rows[@]}"
+printf '%s\n' '| case | exported, in peft | merged in fp32, in transformers | merged in bf16 | exported, to vLLM |' '|---|---|---|---|---|' "${rows[@]}"
 exit $failed
