@@ -6,7 +6,7 @@
 #
 # A table at the end: relative L2 distance of the logits. Limits: peft 1e-3 (bitsandbytes rounds the second level its own
 # way), merged in fp32 1e-4, merged in bf16 2e-2. With VLLM_SITE=DIR, made by vllm_env.sh, vLLM's own check of the exported
-# adapter as well (it has no DoRA, and says so). Exit 1 if one is missed.
+# adapter as well, and with LLAMA_CPP=DIR (llama_cpp_check.py) llama.cpp's converter; neither has DoRA. Exit 1 if one is missed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -ge 1 ] || {
@@ -32,18 +32,21 @@ distance() {
     fi
 }
 
-# served CASE: what vLLM says to the exported adapter.
-served() {
-    local text
-    [ -n "${VLLM_SITE:-}" ] || { echo "not installed" && return; }
-    text=$(PYTHONPATH=$VLLM_SITE "$python" "$here/vllm_check.py" exported model 2>"$work/error") || true
-    case "$1:$text" in
+# taken DIR CASE COMMAND...: what the check of another program says, where DIR tells that it is there. DoRA must be refused.
+taken() {
+    local text dir=$1 case=$2
+    shift 2
+    [ -n "$dir" ] || { echo "not installed" && return; }
+    text=$("$@" 2>"$work/error") || true
+    case "$case:$text" in
+        dora*:refused*) echo refused ;;
+        dora*) echo "FAILED: not refused: $text" ;;
         *:ok*) echo "${text#ok }" ;;
-        dora*:"refused vLLM does not yet support DoRA.") echo "${text#refused }" ;;
         *) echo "FAILED: $(tail -n 1 <<<"$text$(cat "$work/error")" | cut -c 1-120)" ;;
     esac
 }
 
+vllm=${VLLM_SITE:-} llama_cpp=${LLAMA_CPP:-}
 failed=0 rows=()
 for case in "${cases[@]}"; do
     folder=$work/$case
@@ -63,9 +66,10 @@ for case in "${cases[@]}"; do
     numbers=("$(distance peft-load exported model --data eval.h5 --logits logits.safetensors)"
         "$(distance merge-load merged32 --data eval.h5 --logits logits.safetensors)"
         "$(distance merge-load merged16 --data eval.h5 --logits logits.safetensors --tol 2e-2)"
-        "$(served "$case")")
+        "$(taken "$vllm" "$case" env PYTHONPATH="$vllm" "$python" "$here/vllm_check.py" exported model)"
+        "$(taken "$llama_cpp" "$case" "$python" "$here/llama_cpp_check.py" "$llama_cpp" exported model)")
     case "${numbers[*]}" in *FAILED*) failed=1 ;; esac
-    rows+=("| $case | ${numbers[0]} | ${numbers[1]} | ${numbers[2]} | ${numbers[3]} |")
+    rows+=("| $case | ${numbers[0]} | ${numbers[1]} | ${numbers[2]} | ${numbers[3]} | ${numbers[4]} |")
 done
-printf '%s\n' '| case | exported, in peft | merged in fp32, in transformers | merged in bf16 | exported, to vLLM |' '|---|---|---|---|---|' "${rows[@]}"
+printf '%s\n' '| case | exported, in peft | merged in fp32, in transformers | merged in bf16 | to vLLM | to llama.cpp |' '|---|---|---|---|---|---|' "${rows[@]}"
 exit $failed
