@@ -308,6 +308,8 @@ class Pieces:
     def compare(self, tokenizer, texts):
         """Gives up cutting, for good, if it changed the ids of one of the first texts."""
         sample = texts[: max(COMPARED_TEXTS - tokenizer.compared, 0)]
+        if not sample:
+            return
         tokenizer.compared += len(sample)
         whole = self.rust.encode_batch(sample, add_special_tokens=False)
         want = list(chain.from_iterable([encoding.ids for encoding in whole]))
