@@ -130,6 +130,9 @@ ParameterizedTest(product_case *c, fp16, is_better_than_bf16_operands)
                 /* The sum of one block alone, which no model has: W is not rounded to bf16 here,
                  * and that is as large a difference as all that bf16 operands lose. */
                 const double limit = k <= QS_HALF_STRETCH ? 1.5 * 1.5 : 1.0;
+                cr_log_info("%s, %d rows, %d columns, k %d, accumulate %d: %.2f of bf16's error",
+                            tables[t], (int)c->rows, (int)n, (int)k, accumulate,
+                            sqrt(sum.got / sum.bf16));
                 cr_expect_leq(sum.got, limit * sum.bf16,
                               "%s, %d columns, k %d, accumulate %d: %g, bf16 %g", tables[t], (int)n,
                               (int)k, accumulate, sqrt(sum.got), sqrt(sum.bf16));

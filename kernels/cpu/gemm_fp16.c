@@ -311,12 +311,7 @@ qs_status qs_gemm_fp16(qs_queue *queue, const qs_unit_view *unit, const qs_weigh
     return QS_OK;
 }
 
-int64_t qs_gemm_fp16_scratch_count(int threads, int64_t rows, int64_t widest)
+int64_t qs_gemm_fp16_scratch_count(int threads)
 {
-    const int64_t least = rows_at_once(widest), padded = panels_of(rows) * MR;
-    /* Narrower matrices take more rows at once, and no more floats. */
-    const int64_t packed = qs_min_i64(padded * widest / 2, (int64_t)PACKED_MAX > least * widest / 2
-                                                               ? (int64_t)PACKED_MAX
-                                                               : least * widest / 2);
-    return packed + padded + (int64_t)threads * SLIVER;
+    return (int64_t)threads * SLIVER;
 }

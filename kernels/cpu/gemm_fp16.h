@@ -30,7 +30,9 @@ qs_status qs_gemm_fp16(qs_queue *queue, const qs_unit_view *unit, const qs_weigh
                        bool transposed, int64_t m, const qs_operand *a, float *c, int64_t c_stride,
                        bool accumulate);
 
-/** Floats of packing space that qs_gemm_fp16 keeps at most, as qs_gemm_scratch_count. */
-int64_t qs_gemm_fp16_scratch_count(int threads, int64_t rows, int64_t widest);
+/** Floats of packing space that qs_gemm_fp16 keeps beside what qs_gemm does for the same
+ * operands, at most: its left operand takes half of the strict one's room, a thread's sliver
+ * more. */
+int64_t qs_gemm_fp16_scratch_count(int threads);
 
 #endif

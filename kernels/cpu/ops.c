@@ -30,11 +30,10 @@ static size_t scratch_bytes(const qs_ops_limits *l)
     return (size_t)floats * sizeof(float);
 }
 
-/* With fp16 products beside strict ones, which share the packing space. */
+/* fp16 products share their packing space with the strict ones. */
 static size_t fp16_scratch_bytes(const qs_ops_limits *l)
 {
-    return scratch_bytes(l) +
-           (size_t)qs_gemm_fp16_scratch_count(l->threads, l->tokens, l->widest) * sizeof(float);
+    return scratch_bytes(l) + (size_t)qs_gemm_fp16_scratch_count(l->threads) * sizeof(float);
 }
 
 static bool takes(const qs_ops_limits *limits, char *why, size_t capacity)

@@ -47,7 +47,7 @@ static bool make_room(void)
     return true;
 }
 
-void qs_trace_add(qs_lane lane, double begin_s, double end_s, const char *format, ...)
+static void add(qs_lane lane, double begin_s, double end_s, const char *format, va_list args)
 {
     if (!trace.on || begin_s < trace.zero_s) {
         return;
@@ -60,10 +60,25 @@ void qs_trace_add(qs_lane lane, double begin_s, double end_s, const char *format
     span->lane = lane;
     span->begin_s = begin_s - trace.zero_s;
     span->end_s = end_s - trace.zero_s;
+    vsnprintf(span->name, sizeof span->name, format, args);
+}
+
+void qs_trace_add(qs_lane lane, double begin_s, double end_s, const char *format, ...)
+{
     va_list args;
     va_start(args, format);
-    vsnprintf(span->name, sizeof span->name, format, args);
+    add(lane, begin_s, end_s, format, args);
     va_end(args);
+}
+
+double qs_trace_wait(double since_s, const char *format, ...)
+{
+    const double now_s = qs_time_s();
+    va_list args;
+    va_start(args, format);
+    add(QS_LANE_COMPUTE, since_s, now_s, format, args);
+    va_end(args);
+    return now_s - since_s;
 }
 
 const qs_span *qs_trace_spans(size_t *count, size_t *lost)

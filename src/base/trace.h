@@ -28,6 +28,10 @@ bool qs_trace_on(void);
 void qs_trace_add(qs_lane lane, double begin_s, double end_s, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
+/** The calling rank stood still since `since_s`: a span in the row of compute.
+ * \return for how long, seconds, whether tracing is on or not. */
+double qs_trace_wait(double since_s, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
 /** The spans [*count], in the order in which they ended; *lost of them could not be kept. Valid
  * until the next call of this file. */
 const qs_span *qs_trace_spans(size_t *count, size_t *lost);

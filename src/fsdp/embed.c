@@ -415,9 +415,7 @@ static qs_status wait_for_rows(qs_fsdp *f)
 {
     const double since = qs_time_s();
     const qs_status st = qs_queue_after(f->compute, f->embed.landed);
-    const double now = qs_time_s();
-    f->stats.wait_s += now - since;
-    qs_trace_add(QS_LANE_COMPUTE, since, now, "wait for rows of the embedding");
+    f->stats.wait_s += qs_trace_wait(since, "wait for rows of the embedding");
     return st;
 }
 

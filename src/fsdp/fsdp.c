@@ -296,10 +296,8 @@ static qs_status wait_for_gather(qs_fsdp *f, int buffer)
     }
     const double since = qs_time_s();
     const qs_status st = settle(f, buffer);
-    const double now = qs_time_s();
-    f->stats.wait_s += now - since;
-    qs_trace_add(QS_LANE_COMPUTE, since, now, "wait for %s",
-                 f->index->units[f->buffers[buffer].unit].name);
+    f->stats.wait_s +=
+        qs_trace_wait(since, "wait for %s", f->index->units[f->buffers[buffer].unit].name);
     return st;
 }
 

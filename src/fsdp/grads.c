@@ -441,9 +441,7 @@ static qs_status wait_for(qs_grads *g, const reduction *flight)
 {
     const double since = qs_time_s();
     const qs_status st = qs_queue_after(g->compute, flight->landed);
-    const double now = qs_time_s();
-    g->wait_s += now - since;
-    qs_trace_add(QS_LANE_COMPUTE, since, now, "wait for sums of layer %d", flight->layer);
+    g->wait_s += qs_trace_wait(since, "wait for sums of layer %d", flight->layer);
     return st;
 }
 

@@ -55,21 +55,14 @@ static qs_status load_slot(void *ctx, int64_t step, int64_t slot, qs_batch *batc
 }
 
 static qs_status eval_passes(qs_session *s, qs_feed *feed, const qs_feed_source *source,
-                             int64_t slots, double *sums)
+                             double *sums)
 {
-    const int64_t per_rank = qs_shard_width(slots, qs_comm_nranks(s->comm)), group = feed->group;
-    QS_TRY(qs_feed_load(feed, s->comm, source, 0, 0));
-    for (int64_t first = 0; first < per_rank; first += group) {
-        qs_micro_batch *micro = qs_feed_take(feed);
-        if (first + group < per_rank) {
-            QS_TRY(qs_feed_load(feed, s->comm, source, 0, first + group));
-        }
-        QS_TRY(qs_model_eval_pass(s->model, micro, qs_feed_ahead(feed), group));
-        for (int64_t g = 0; g < group; g++) {
-            if (micro[g].slot >= 0) {
-                sums[micro[g].slot - source->mine.begin] = micro[g].loss_sum;
-            }
-        }
+    qs_micro_batch *micro;
+    bool last = false;
+    for (int64_t first = 0; !last; first += feed->group) {
+        QS_TRY(qs_feed_turn(feed, source, 0, first, false, &micro, &last));
+        QS_TRY(qs_model_eval_pass(s->model, micro, qs_feed_ahead(feed), feed->group));
+        qs_feed_keep_losses(feed, source, sums);
     }
     return QS_OK;
 }
@@ -80,13 +73,10 @@ qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed
     qs_status st = QS_OK;
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
     file_order order = {.data = data, .micro_batch = micro_batch};
-    const qs_feed_source source = {
-        .mine = qs_slots_of(slots, qs_comm_rank(s->comm), qs_comm_nranks(s->comm)),
-        .load = load_slot,
-        .ctx = &order};
+    const qs_feed_source source = qs_feed_source_make(s->comm, slots, load_slot, &order);
     double *sums = NULL, total = 0;
     QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
-    QS_GOTO(eval_passes(s, feed, &source, slots, sums));
+    QS_GOTO(eval_passes(s, feed, &source, sums));
     QS_GOTO(qs_sum_slots(s->comm, slots, sums, &total));
     *out = (qs_eval_result){.loss = data->n_targets > 0 ? total / (double)data->n_targets : 0,
                             .targets = data->n_targets,

@@ -21,8 +21,17 @@ void qs_feed_destroy(qs_feed *feed)
     *feed = (qs_feed){0};
 }
 
-qs_status qs_feed_load(qs_feed *feed, qs_comm *comm, const qs_feed_source *source, int64_t step,
-                       int64_t first)
+qs_feed_source qs_feed_source_make(qs_comm *comm, int64_t slots, qs_slot_load load, void *ctx)
+{
+    return (qs_feed_source){.comm = comm,
+                            .slots = slots,
+                            .mine = qs_slots_of(slots, qs_comm_rank(comm), qs_comm_nranks(comm)),
+                            .load = load,
+                            .ctx = ctx};
+}
+
+/* Into the half that the pass at hand does not have, unless it is there already. */
+static qs_status load_pass(qs_feed *feed, const qs_feed_source *source, int64_t step, int64_t first)
 {
     qs_status st = QS_OK;
     if (feed->ahead) {
@@ -44,17 +53,36 @@ qs_status qs_feed_load(qs_feed *feed, qs_comm *comm, const qs_feed_source *sourc
         }
     }
     feed->ahead = true;
-    return qs_comm_agree(comm, st);
+    return qs_comm_agree(source->comm, st);
 }
 
-qs_micro_batch *qs_feed_take(qs_feed *feed)
+qs_status qs_feed_turn(qs_feed *feed, const qs_feed_source *source, int64_t step, int64_t first,
+                       bool more, qs_micro_batch **micro, bool *last)
 {
+    const int64_t per_rank = qs_shard_width(source->slots, qs_comm_nranks(source->comm));
+    const int64_t next = first + feed->group;
+    *last = next >= per_rank;
+    QS_TRY(load_pass(feed, source, step, first));
     feed->now = 1 - feed->now;
     feed->ahead = false;
-    return feed->micro[feed->now];
+    *micro = feed->micro[feed->now];
+    if (!*last) {
+        return load_pass(feed, source, step, next);
+    }
+    return more ? load_pass(feed, source, step + 1, 0) : QS_OK;
 }
 
 const qs_micro_batch *qs_feed_ahead(const qs_feed *feed)
 {
     return feed->ahead ? feed->micro[1 - feed->now] : NULL;
+}
+
+void qs_feed_keep_losses(const qs_feed *feed, const qs_feed_source *source, double *sums)
+{
+    const qs_micro_batch *micro = feed->micro[feed->now];
+    for (int64_t g = 0; g < feed->group; g++) {
+        if (micro[g].slot >= 0) {
+            sums[micro[g].slot - source->mine.begin] = micro[g].loss_sum;
+        }
+    }
 }

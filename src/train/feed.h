@@ -13,7 +13,9 @@ typedef qs_status (*qs_slot_load)(void *ctx, int64_t step, int64_t slot, qs_batc
 
 /** Where micro-batches come from. */
 typedef struct {
-    qs_range mine; /* slots of this rank in every step */
+    qs_comm *comm;
+    int64_t slots; /* of every step, over all ranks */
+    qs_range mine; /* those of this rank */
     qs_slot_load load;
     void *ctx;
 } qs_feed_source;
@@ -31,15 +33,20 @@ typedef struct {
 qs_status qs_feed_create(qs_feed *feed, int64_t group, int64_t tokens);
 void qs_feed_destroy(qs_feed *feed);
 
-/** Read the pass of `step` that begins with slot `first` of this rank's, unless one is ahead
- * already. Collective. */
-qs_status qs_feed_load(qs_feed *feed, qs_comm *comm, const qs_feed_source *source, int64_t step,
-                       int64_t first);
+/** Slots `slots` of every step, shared out among the ranks of `comm`. */
+qs_feed_source qs_feed_source_make(qs_comm *comm, int64_t slots, qs_slot_load load, void *ctx);
 
-/** The pass that was loaded, [group], until the next call. */
-qs_micro_batch *qs_feed_take(qs_feed *feed);
+/** Turn to the pass of `step` that begins with slot `first` of this rank's (micro-batches [group],
+ * until the next call), and read the pass behind it: the next of the step or, behind the last one
+ * and with `more`, the first of the next step. \param [out] last  no pass of the step follows.
+ * Collective. */
+qs_status qs_feed_turn(qs_feed *feed, const qs_feed_source *source, int64_t step, int64_t first,
+                       bool more, qs_micro_batch **micro, bool *last);
 
-/** The pass behind the one that was taken; NULL where it has not been loaded. */
+/** The pass behind that; NULL where it has not been read. */
 const qs_micro_batch *qs_feed_ahead(const qs_feed *feed);
+
+/** The losses of the pass at hand to sums [slots of this rank]. */
+void qs_feed_keep_losses(const qs_feed *feed, const qs_feed_source *source, double *sums);
 
 #endif

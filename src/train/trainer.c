@@ -7,8 +7,9 @@ qs_status qs_trainer_create(qs_trainer *t, qs_session *s, const qs_model_shape *
                             int64_t slots)
 {
     const int rank = qs_comm_rank(s->comm);
-    *t = (qs_trainer){.session = s, .slots = slots, .mine = qs_slots_of(slots, rank, s->nranks)};
-    QS_TRY(QS_ALLOC(&t->slot_sums, t->mine.end - t->mine.begin, QS_MEM_WORK));
+    const qs_range mine = qs_slots_of(slots, rank, s->nranks);
+    *t = (qs_trainer){.session = s, .slots = slots};
+    QS_TRY(QS_ALLOC(&t->slot_sums, mine.end - mine.begin, QS_MEM_WORK));
     QS_TRY(qs_optim_create(&t->optim, s->device, &s->layout, rank, s->nranks));
     QS_TRY(qs_grads_create(&t->grads, &s->layout, s->ops, &s->levels.levels, s->queue, slots,
                            shape->group));
@@ -38,27 +39,18 @@ qs_status qs_trainer_passes(qs_trainer *t, float loss_scale, const qs_model_nois
                             qs_slot_load load, void *ctx, bool more)
 {
     const qs_session *s = t->session;
-    const qs_feed_source source = {.mine = t->mine, .load = load, .ctx = ctx};
-    const int64_t per_rank = qs_shard_width(t->slots, s->nranks), group = t->feed.group;
-    const int64_t step = (int64_t)noise->step;
+    const qs_feed_source source = qs_feed_source_make(s->comm, t->slots, load, ctx);
+    qs_feed *feed = &t->feed;
+    qs_micro_batch *micro;
+    bool last = false;
     qs_grads_begin(t->grads);
-    QS_TRY(qs_feed_load(&t->feed, s->comm, &source, step, 0));
-    for (int64_t first = 0; first < per_rank; first += group) {
-        const bool last = first + group >= per_rank;
-        qs_micro_batch *micro = qs_feed_take(&t->feed);
-        if (!last || more) {
-            QS_TRY(qs_feed_load(&t->feed, s->comm, &source, last ? step + 1 : step,
-                                last ? 0 : first + group));
-        }
-        QS_TRY(qs_model_train_pass(s->model, micro, qs_feed_ahead(&t->feed), group, loss_scale,
+    for (int64_t first = 0; !last; first += feed->group) {
+        QS_TRY(qs_feed_turn(feed, &source, (int64_t)noise->step, first, more, &micro, &last));
+        QS_TRY(qs_model_train_pass(s->model, micro, qs_feed_ahead(feed), feed->group, loss_scale,
                                    noise, t->grads, last));
-        for (int64_t g = 0; g < group; g++) {
-            if (micro[g].slot >= 0) {
-                t->slot_sums[micro[g].slot - t->mine.begin] = micro[g].loss_sum;
-            }
-        }
-        t->tokens += t->feed.tokens[t->feed.now];
-        t->targets += t->feed.targets[t->feed.now];
+        qs_feed_keep_losses(feed, &source, t->slot_sums);
+        t->tokens += feed->tokens[feed->now];
+        t->targets += feed->targets[feed->now];
     }
     return QS_OK;
 }

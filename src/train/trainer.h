@@ -10,7 +10,6 @@
 typedef struct {
     qs_session *session; /* borrowed */
     int64_t slots;       /* micro-batches of a step, over all ranks */
-    qs_range mine;       /* slots of this rank */
     qs_feed feed;
     int64_t tokens, targets; /* of this rank's slots so far */
     double *slot_sums;       /* [slots of this rank] losses of the last step */
