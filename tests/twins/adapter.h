@@ -1,5 +1,5 @@
-/* What the twin tests of linears and of LoRA share: an adapter on both sides, the size of what was
- * summed, and a comparison with a limit for each element. */
+/* What the twin tests of linears (linear_layer.h) and of LoRA alone share: an adapter on both
+ * sides, the size of what was summed, and a comparison with a limit for each element. */
 #ifndef QS_TESTS_ADAPTER_H
 #define QS_TESTS_ADAPTER_H
 
@@ -91,6 +91,17 @@ typedef struct {
     int64_t row, col;
 } ad_factor;
 
+/** A matrix as a factor; the same transposed. */
+static inline ad_factor ad_of(const tw_mat *mat)
+{
+    return (ad_factor){mat->host.data, mat->host.stride, 1};
+}
+
+static inline ad_factor ad_transposed(ad_factor f)
+{
+    return (ad_factor){f.data, f.col, f.row};
+}
+
 /** limit[i * n + j] += times * sum over k of |a[i][k]| |b[k][j]|: what rounding a's or b's elements
  * can change in a product. */
 static inline void ad_add_products(double *limit, int64_t m, int64_t n, int64_t k, ad_factor a,
@@ -136,6 +147,14 @@ static inline void ad_add_rounded_start(double *limit, const float *start, int64
     for (int64_t i = 0; start != NULL && i < count; i++) {
         limit[i] += AD_HALF_ULP * fabs((double)start[i]);
     }
+}
+
+/** Roundings that the size of an adapter's part adds to in y or dx of a linear, on the longest way:
+ * of xa (or s dy B), of the part as a product of its own, of the sum that it is added to and, with
+ * a `start`, of the frozen product in that sum. */
+static inline int ad_part_roundings(const float *start)
+{
+    return start != NULL ? 4 : 3;
 }
 
 static inline float *ad_zeros(int64_t count)

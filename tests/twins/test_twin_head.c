@@ -344,20 +344,13 @@ static void run_case(const tw_backend *b, const head_case *c, float cap)
     b->ops->close(b->queue);
 }
 
-static void run_cases(const head_case *cases, size_t count)
+static void with_and_without_cap(const tw_backend *b, const head_case *c)
 {
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int n = tw_backends(backends);
-    for (int i = 0; i < n; i++) {
-        for (size_t k = 0; k < count; k++) {
-            run_case(&backends[i], &cases[k], 0.0F);
-            run_case(&backends[i], &cases[k], 2.5F);
-        }
-    }
-    tw_backends_close(backends, n);
+    run_case(b, c, 0.0F);
+    run_case(b, c, 2.5F);
 }
 
-#define RUN_CASES(cases) run_cases((cases), sizeof(cases) / sizeof *(cases))
+#define RUN_CASES(cases) TW_CHECK_CASES(with_and_without_cap, cases)
 
 Test(twin_head, one_slice_of_any_width, .timeout = 120)
 {
@@ -411,47 +404,45 @@ Test(twin_head, other_types_of_weight, .timeout = 120)
     RUN_CASES(cases);
 }
 
-Test(twin_head, no_rows_no_work, .timeout = 60)
+static void no_rows(const tw_backend *b)
 {
     static const head_case c = {0, 16, 40, 16, QS_BF16, 1, 2.0F};
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int n = tw_backends(backends);
-    for (int i = 0; i < n; i++) {
-        const tw_backend *b = &backends[i];
-        open_for(b, &c);
-        inputs in = make_inputs(b, &c);
-        qs_head_state s = {.rows = 0, .hidden = c.hidden};
-        cr_assert_eq(b->ops->head_chunk(b->queue, &in.chunks[0].view, &in.chunks[0].weight, 0, &s),
-                     QS_OK);
-        cr_assert_eq(b->ops->head_finish(b->queue, &s, 1.0F, NULL, NULL), QS_OK);
-        cr_assert_eq(qs_queue_wait(b->queue), QS_OK);
-        free_inputs(b, &in);
-        b->ops->close(b->queue);
-    }
-    tw_backends_close(backends, n);
+    open_for(b, &c);
+    inputs in = make_inputs(b, &c);
+    qs_head_state s = {.rows = 0, .hidden = c.hidden};
+    cr_assert_eq(b->ops->head_chunk(b->queue, &in.chunks[0].view, &in.chunks[0].weight, 0, &s),
+                 QS_OK);
+    cr_assert_eq(b->ops->head_finish(b->queue, &s, 1.0F, NULL, NULL), QS_OK);
+    cr_assert_eq(qs_queue_wait(b->queue), QS_OK);
+    free_inputs(b, &in);
+    b->ops->close(b->queue);
+}
+
+Test(twin_head, no_rows_no_work, .timeout = 60)
+{
+    tw_each_backend(no_rows);
 }
 
 /* A broken row shows in its own loss and in no other. */
-Test(twin_head, nan_shows_in_its_row_alone, .timeout = 60)
+static void broken_row(const tw_backend *b)
 {
     static const head_case c = {4, 16, 4200, 4200, QS_BF16, 1, 2.0F};
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int n = tw_backends(backends);
-    for (int i = 0; i < n; i++) {
-        const tw_backend *b = &backends[i];
-        open_for(b, &c);
-        inputs in = make_inputs(b, &c);
-        in.x[2 * c.hidden + 5] = NAN;
-        results got = run_device(b, &in, (mode){.gradient = true});
-        for (int64_t r = 0; r < c.rows; r++) {
-            cr_assert_eq(isfinite(got.loss[r]) != 0, r != 2, "%s: row %lld", b->name, (long long)r);
-            for (int64_t k = 0; k < c.hidden; k++) {
-                cr_assert_eq(isfinite(got.dx[r * c.hidden + k]) != 0, r != 2);
-            }
+    open_for(b, &c);
+    inputs in = make_inputs(b, &c);
+    in.x[2 * c.hidden + 5] = NAN;
+    results got = run_device(b, &in, (mode){.gradient = true});
+    for (int64_t r = 0; r < c.rows; r++) {
+        cr_assert_eq(isfinite(got.loss[r]) != 0, r != 2, "%s: row %lld", b->name, (long long)r);
+        for (int64_t k = 0; k < c.hidden; k++) {
+            cr_assert_eq(isfinite(got.dx[r * c.hidden + k]) != 0, r != 2);
         }
-        free_results(&got);
-        free_inputs(b, &in);
-        b->ops->close(b->queue);
     }
-    tw_backends_close(backends, n);
+    free_results(&got);
+    free_inputs(b, &in);
+    b->ops->close(b->queue);
+}
+
+Test(twin_head, nan_shows_in_its_row_alone, .timeout = 60)
+{
+    tw_each_backend(broken_row);
 }

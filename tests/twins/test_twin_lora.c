@@ -90,16 +90,6 @@ static void assert_mat(const tw_backend *b, const tw_mat *mat, const double *lim
     free(want);
 }
 
-static ad_factor factor(const tw_mat *mat)
-{
-    return (ad_factor){mat->host.data, mat->host.stride, 1};
-}
-
-static ad_factor transposed(ad_factor f)
-{
-    return (ad_factor){f.data, f.col, f.row};
-}
-
 /* |xa| as its own rounding and drop(x)'s see it: |xa| + sum |A| |drop(x)|. */
 static float *xa_sizes(const bench *n)
 {
@@ -142,15 +132,15 @@ static void check_results(const tw_backend *b, const bench *n, const char *what)
         if (c->dropout == 0.0F) { /* a masked product is fp32 until it has been added */
             ad_add_rounded_product(dx, &n->dx.host, n->dx_start);
         }
-        ad_add_products(dx, c->rows, c->in, c->rank, factor(&n->work),
+        ad_add_products(dx, c->rows, c->in, c->rank, ad_of(&n->work),
                         (ad_factor){n->ad.a, c->in, 1},
                         s / (1.0 - (double)c->dropout) * AD_HALF_ULP);
         assert_mat(b, &n->dx, dx, what);
     }
-    ad_add_products(da, c->rank, c->in, c->rows, transposed(factor(&n->work)),
+    ad_add_products(da, c->rank, c->in, c->rows, ad_transposed(ad_of(&n->work)),
                     (ad_factor){n->dropped, c->in, 1},
                     s * AD_HALF_ULP * (c->dropout > 0.0F ? 2 : 1));
-    ad_add_products(db, c->out, c->rank, c->rows, transposed(factor(&n->dy)), sizes,
+    ad_add_products(db, c->out, c->rank, c->rows, ad_transposed(ad_of(&n->dy)), sizes,
                     s * AD_HALF_ULP);
     float *got_da = tw_read(b, n->da, (size_t)(c->rank * c->in) * sizeof *got_da);
     float *got_db = tw_read(b, n->db, (size_t)(c->out * c->rank) * sizeof *got_db);
@@ -195,18 +185,6 @@ static void check(const tw_backend *b, const lora_case *c)
     bench_free(b, &again);
 }
 
-static void check_all(const lora_case *cases, size_t count)
-{
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int n = tw_backends(backends);
-    for (int i = 0; i < n; i++) {
-        for (size_t c = 0; c < count; c++) {
-            check(&backends[i], &cases[c]);
-        }
-    }
-    tw_backends_close(backends, n);
-}
-
 Test(twin_lora, products)
 {
     static const lora_case cases[] = {
@@ -214,7 +192,7 @@ Test(twin_lora, products)
         {17, 45, 333, 13, 0.0F, 3, true}, {33, 64, 128, 64, 0.0F, 0, true},
         {33, 64, 128, 1, 0.0F, 0, false},
     };
-    check_all(cases, sizeof cases / sizeof *cases);
+    TW_CHECK_CASES(check, cases);
 }
 
 /* Widths of whole pieces and not; rows that begin on a Philox block and not (333 * row_at); one
@@ -226,7 +204,7 @@ Test(twin_lora, dropout)
         {17, 333, 45, 4, 0.3F, 0, true}, {1, 8, 64, 8, 0.3F, 0, true},
         {40, 16, 136, 8, 0.9F, 1, true}, {21, 30, 50, 8, 0.3F, 0, false},
     };
-    check_all(cases, sizeof cases / sizeof *cases);
+    TW_CHECK_CASES(check, cases);
 }
 
 /* One-hot adapters show the mask itself: with A = e_f^T and B = 1, y is s drop(x)'s feature f. */
@@ -268,16 +246,16 @@ static void check_mask(const tw_backend *b, int64_t in, float p)
     adapter_free(b, &ad);
 }
 
+static void masks(const tw_backend *b)
+{
+    check_mask(b, 24, 0.4F); /* whole pieces */
+    check_mask(b, 13, 0.4F);
+    check_mask(b, 9, 1.0F); /* nothing is kept */
+}
+
 Test(twin_lora, the_mask_is_the_hosts)
 {
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int n = tw_backends(backends);
-    for (int i = 0; i < n; i++) {
-        check_mask(&backends[i], 24, 0.4F); /* whole pieces */
-        check_mask(&backends[i], 13, 0.4F);
-        check_mask(&backends[i], 9, 1.0F); /* nothing is kept */
-    }
-    tw_backends_close(backends, n);
+    tw_each_backend(masks);
 }
 
 static void check_none(const tw_backend *b)
@@ -321,11 +299,6 @@ static void check_empty(const tw_backend *b)
 
 Test(twin_lora, no_adapter_and_no_rows)
 {
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int n = tw_backends(backends);
-    for (int i = 0; i < n; i++) {
-        check_none(&backends[i]);
-        check_empty(&backends[i]);
-    }
-    tw_backends_close(backends, n);
+    tw_each_backend(check_none);
+    tw_each_backend(check_empty);
 }

@@ -182,16 +182,6 @@ static void check_nf4(const tw_backend *b, qs_dtype dtype, bool nested, int nran
     many_free(b, &m);
 }
 
-static void for_backends(void (*check)(const tw_backend *b))
-{
-    tw_backend backends[TW_BACKENDS_MAX];
-    const int count = tw_backends(backends);
-    for (int i = 0; i < count; i++) {
-        check(&backends[i]);
-    }
-    tw_backends_close(backends, count);
-}
-
 static void types(const tw_backend *b)
 {
     check_nf4(b, QS_BF16, true, 3, 0.05F);
@@ -201,7 +191,7 @@ static void types(const tw_backend *b)
 
 Test(twin_unit, weights_of_all_types)
 {
-    for_backends(types);
+    tw_each_backend(types);
 }
 
 static void layouts(const tw_backend *b)
@@ -213,7 +203,7 @@ static void layouts(const tw_backend *b)
 
 Test(twin_unit, weights_of_all_layouts)
 {
-    for_backends(layouts);
+    tw_each_backend(layouts);
 }
 
 /* fp16 near its largest number and among its subnormals; bf16 far outside of fp16. Subnormals of
@@ -228,7 +218,7 @@ static void scales(const tw_backend *b)
 
 Test(twin_unit, weights_of_extreme_scales)
 {
-    for_backends(scales);
+    tw_each_backend(scales);
 }
 
 /* Raw weights, in place or copied: in one message and across, whole 16-byte pieces and not, quanta
@@ -269,7 +259,7 @@ static void raw(const tw_backend *b)
 
 Test(twin_unit, raw_weights)
 {
-    for_backends(raw);
+    tw_each_backend(raw);
 }
 
 /* A weight of either kind at the same number and of the same shape, both in one opened unit; and a
@@ -307,7 +297,7 @@ static void kinds(const tw_backend *b)
 
 Test(twin_unit, kinds_do_not_mix)
 {
-    for_backends(kinds);
+    tw_each_backend(kinds);
 }
 
 /* Other bytes where an opened unit lay, as when a buffer is gathered into again: after unit_close
@@ -347,5 +337,5 @@ static void reuse(const tw_backend *b)
 
 Test(twin_unit, a_closed_unit_is_forgotten)
 {
-    for_backends(reuse);
+    tw_each_backend(reuse);
 }

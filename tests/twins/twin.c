@@ -79,6 +79,16 @@ void tw_open(const tw_backend *b, const qs_ops_limits *limits)
     cr_assert_eq(b->ops->open(b->queue, limits), QS_OK, "%s: %s", b->name, qs_error_text());
 }
 
+void tw_each_backend(void (*body)(const tw_backend *b))
+{
+    tw_backend backends[TW_BACKENDS_MAX];
+    const int count = tw_backends(backends);
+    for (int i = 0; i < count; i++) {
+        body(&backends[i]);
+    }
+    tw_backends_close(backends, count);
+}
+
 void tw_on_backends(void (*body)(const tw_backend *b))
 {
     tw_backend backends[TW_BACKENDS_MAX];

@@ -32,6 +32,22 @@ void tw_backends_close(tw_backend *backends, int count);
 
 bool tw_is_cpu(const tw_backend *b);
 
+/** Run `body(b)` on every backend, which opens it itself. */
+void tw_each_backend(void (*body)(const tw_backend *b));
+
+/** `check(b, &cases[i])` for every case of an array, on every backend. */
+#define TW_CHECK_CASES(check, cases)                                                               \
+    do {                                                                                           \
+        tw_backend tw_backends_[TW_BACKENDS_MAX];                                                  \
+        const int tw_count_ = tw_backends(tw_backends_);                                           \
+        for (int tw_i_ = 0; tw_i_ < tw_count_; tw_i_++) {                                          \
+            for (size_t tw_c_ = 0; tw_c_ < sizeof(cases) / sizeof *(cases); tw_c_++) {             \
+                check(&tw_backends_[tw_i_], &(cases)[tw_c_]);                                      \
+            }                                                                                      \
+        }                                                                                          \
+        tw_backends_close(tw_backends_, tw_count_);                                                \
+    } while (0)
+
 /** Run `body(b)` on every backend, opened for small calls: for operations that take nothing from
  * the limits. */
 void tw_on_backends(void (*body)(const tw_backend *b));
