@@ -7,7 +7,7 @@
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
-enum { MAX_DOCS = 6 };
+enum { MAX_DOCS = 6, MAX_DIM = 272 };
 
 typedef struct {
     int n_heads, n_kv_heads, head_dim, n_docs;
@@ -67,7 +67,7 @@ static double reference_loss(const void *ctx)
 {
     const reference *r = ctx;
     const attention_case *c = r->c;
-    double loss = 0.0, out[256];
+    double loss = 0.0, out[MAX_DIM];
     for (int d = 0; d < c->n_docs; d++) {
         for (int64_t t = c->cu[d]; t < c->cu[d + 1]; t++) {
             for (int h = 0; h < c->n_heads; h++) {
@@ -147,7 +147,7 @@ static void check_forward(const attention_case *c, float cap)
     fixture f = fixture_capped(c, cap);
     cr_assert_eq(qs_ops_cpu()->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
                  QS_OK);
-    double out[256];
+    double out[MAX_DIM];
     for (int d = 0; d < c->n_docs; d++) {
         for (int64_t t = c->cu[d]; t < c->cu[d + 1]; t++) {
             for (int h = 0; h < c->n_heads; h++) {
@@ -186,6 +186,7 @@ ParameterizedTestParameters(attention, forward_matches_fp64)
         {5, 1, 8, 2, {0, 65, 260}, 65},
         {2, 1, 8, 2, {0, 65, 400}, 129},
         {2, 1, 8, 2, {0, 65, 100}, 1000},
+        {2, 1, 260, 1, {0, 140}, 0}, /* a sum of more than 256 */
     };
     return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
 }
@@ -240,6 +241,10 @@ ParameterizedTestParameters(attention, backward_is_the_derivative)
         {2, 1, 3, 2, {0, 65, 150}, 64},
         {5, 1, 3, 2, {0, 66, 210}, 66},
         {2, 1, 3, 2, {0, 20, 60}, 1000},
+        {4, 2, 3, 3, {0, 300, 310, 440}, 0}, /* several blocks of keys */
+        {2, 1, 3, 1, {0, 420}, 150},
+        {2, 1, 3, 2, {0, 10, 330}, 100},
+        {1, 1, 260, 1, {0, 40}, 0},
     };
     return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
 }
@@ -247,6 +252,36 @@ ParameterizedTest(attention_case *c, attention, backward_is_the_derivative)
 {
     check_backward(c, 0.0F);
     check_backward(c, 2.0F); /* most scores are beyond it */
+}
+
+/* The tasks of a block of queries add to its gradient one after the other; with more threads than
+ * cores they do wait for each other. */
+Test(attention, gradients_are_added_in_the_order_of_the_keys, .timeout = 120)
+{
+    static const attention_case c = {6, 2, 16, 3, {0, 900, 910, 1300}, 0};
+    fixture f = fixture_create(&c);
+    const qs_ops *ops = qs_ops_cpu();
+    const size_t bytes = (size_t)f.dq.rows * (size_t)f.dq.stride * sizeof(float);
+    float *first = malloc(bytes);
+    for (int window = 0; window <= 400; window += 200) {
+        f.shape.window = window;
+        for (int round = 0; round < 12; round++) {
+            qs_queue *queue = fx_queue(1 + round % 6 * 2);
+            cr_assert_eq(ops->attention_forward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse),
+                         QS_OK);
+            cr_assert_eq(ops->attention_backward(queue, &f.shape, &f.q, &f.k, &f.v, &f.o, f.lse,
+                                                 &f.d_o, f.delta, &f.dq, &f.dk, &f.dv),
+                         QS_OK);
+            if (round == 0) {
+                memcpy(first, qs_mat_f32(&f.dq), bytes);
+            }
+            cr_assert_arr_eq(first, qs_mat_f32(&f.dq), bytes, "window %d, %d threads", window,
+                             1 + round % 6 * 2);
+            qs_queue_destroy(queue);
+        }
+    }
+    free(first);
+    fixture_destroy(&f);
 }
 
 Test(attention, a_document_does_not_see_its_neighbours)

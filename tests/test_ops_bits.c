@@ -11,7 +11,7 @@
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
-enum { ROWS = 203, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 22 };
+enum { ROWS = 403, IN = 333, OUT = 290, RANK = 8, HEADS = 6, KV_HEADS = 2, DIM = 20, N_OPS = 22 };
 
 static const char *const names[N_OPS] = {"linear_forward",
                                          "linear_backward",

@@ -112,3 +112,34 @@ Test(parallel, little_work_stays_in_the_calling_thread)
     }
     qs_queue_destroy(queue);
 }
+
+typedef struct {
+    _Atomic int64_t done;
+    uint64_t value;
+} ordered_sum;
+
+/* Does not commute: another order is another value. */
+static void ordered_task(void *ctx, int64_t index, int thread)
+{
+    ordered_sum *sum = ctx;
+    qs_parallel_await(&sum->done, index);
+    sum->value = sum->value * 31 + (uint64_t)index;
+    if (index % 7 == 3 && thread % 2 == 1) {
+        usleep(500); /* the others come to wait */
+    }
+    atomic_store_explicit(&sum->done, index + 1, memory_order_release);
+}
+
+Test(parallel, tasks_may_wait_for_earlier_ones, .timeout = 60)
+{
+    ordered_sum alone = {0};
+    for (int threads = 1; threads <= 9; threads += 2) {
+        qs_queue *queue = fx_queue(threads);
+        ordered_sum sum = {0};
+        qs_parallel_for(queue, 300, MUCH_WORK, ordered_task, &sum);
+        cr_assert_eq(sum.done, 300);
+        alone = threads == 1 ? sum : alone;
+        cr_assert_eq(sum.value, alone.value, "%d threads", threads);
+        qs_queue_destroy(queue);
+    }
+}

@@ -5,7 +5,7 @@
 #include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/parallel.h"
 
-enum { BLOCK = QS_ATTENTION_BLOCK };
+enum { OWN = QS_ATTENTION_OWN, STEP = QS_ATTENTION_STEP };
 
 typedef struct {
     qs_attention_plan plan;
@@ -17,37 +17,36 @@ typedef struct {
 
 /* One head of a task. */
 typedef struct {
-    float *max, *sum, *by; /* [BLOCK] running maximum and sum; factor of what was summed before */
-    float *queries;        /* packed */
-    float *out;            /* of the task's first row */
+    float *max, *sum, *by; /* [OWN] running maximum and sum; factor of what was summed before */
+    float *queries, *out;  /* [OWN][copy_stride]; out is scaled at the end */
 } head_state;
 
-/* Scores of one block of keys to probabilities relative to the new maximum; older sums are scaled
- * down. */
+/* Scores of some keys and the task's queries from number `from` on to probabilities relative to the
+ * new maximum; older sums are scaled down. */
 static void softmax_step(const forward_args *f, const qs_attention_task *task,
-                         const head_state *head, float *scores, int64_t key, int64_t cols)
+                         const head_state *head, int64_t from, float *scores, int64_t key,
+                         int64_t cols)
 {
     const qs_attention_shape *shape = f->plan.shape;
     const float scale = shape->cap > 0.0F ? 1.0F : shape->scale; /* the cap takes scaled scores */
-    for (int64_t i = 0; i < task->rows; i++) {
+    for (int64_t i = from; i < task->rows; i++) {
         qs_visible_keys visible = qs_visible(shape, task->begin + i, key, cols);
-        if (shape->cap > 0.0F) {
-            f->isa->soft_cap(scores + i * BLOCK + visible.first, visible.count, shape->scale,
-                             shape->cap);
-        }
+        float *row = scores + i * STEP + visible.first;
         if (visible.count == 0) { /* of a window's first block; there may be no maximum yet */
             head->by[i] = 0.0F;
             continue;
         }
-        float most = f->isa->max(scores + i * BLOCK + visible.first, visible.count) * scale;
-        float before = head->max[i];
+        if (shape->cap > 0.0F) {
+            f->isa->soft_cap(row, visible.count, shape->scale, shape->cap);
+        }
+        float most = f->isa->max(row, visible.count) * scale, before = head->max[i];
         head->max[i] = most > before ? most : before;
         head->by[i] = before - head->max[i];
     }
-    f->isa->exp_sum(head->by, task->rows, 1.0F, 0.0F);
-    for (int64_t i = 0; i < task->rows; i++) {
-        float *row = scores + i * BLOCK;
-        qs_visible_keys visible = qs_visible(f->plan.shape, task->begin + i, key, cols);
+    f->isa->exp_sum(head->by + from, task->rows - from, 1.0F, 0.0F);
+    for (int64_t i = from; i < task->rows; i++) {
+        float *row = scores + i * STEP;
+        qs_visible_keys visible = qs_visible(shape, task->begin + i, key, cols);
         float sum = f->isa->exp_sum(row + visible.first, visible.count, scale, head->max[i]);
         head->sum[i] = head->sum[i] * head->by[i] + sum;
         qs_zero_hidden(row, cols, visible);
@@ -63,17 +62,16 @@ static void scale_rows(float *data, int64_t stride, int64_t rows, int64_t cols, 
     }
 }
 
+/* `vectors` and `copies` are what the head may use of the workspace. */
 static void head_begin(const forward_args *f, const qs_attention_task *task, int number,
-                       float *vectors, float *packed, head_state *head)
+                       float *vectors, float *copies, head_state *head)
 {
-    int dim = f->plan.shape->head_dim, at = task->head + number;
     head->max = vectors;
-    head->sum = vectors + BLOCK;
-    head->by = vectors + 2 * BLOCK;
-    head->queries = packed;
-    head->out = qs_mat_f32(f->o) + task->begin * f->o->stride + (int64_t)at * dim;
-    qs_operand queries = qs_head_operand(f->qm, task->begin, at, dim, false);
-    qs_pack_left(f->isa, &queries, task->rows, dim, packed);
+    head->sum = vectors + OWN;
+    head->by = vectors + 2 * OWN;
+    head->queries = copies;
+    head->out = copies + f->plan.copy_count;
+    qs_block_copy(&f->plan, f->qm, task->begin, task->rows, task->head + number, head->queries);
     for (int64_t i = 0; i < task->rows; i++) {
         head->max[i] = -INFINITY;
         head->sum[i] = 0.0F;
@@ -83,47 +81,58 @@ static void head_begin(const forward_args *f, const qs_attention_task *task, int
 static void head_end(const forward_args *f, const qs_attention_task *task, int number,
                      const head_state *head)
 {
-    float *lse = f->lse + (task->head + number) * f->qm->rows + task->begin;
+    int dim = f->plan.shape->head_dim, at = task->head + number;
+    float *lse = f->lse + at * f->qm->rows + task->begin;
+    float *o = qs_mat_f32(f->o) + task->begin * f->o->stride + (int64_t)at * dim;
     for (int64_t i = 0; i < task->rows; i++) {
         head->by[i] = 1.0F / head->sum[i];
         lse[i] = (float)((double)head->max[i] + qs_log_fixed((double)head->sum[i]));
     }
-    scale_rows(head->out, f->o->stride, task->rows, f->plan.shape->head_dim, head->by);
+    scale_rows(head->out, f->plan.copy_stride, task->rows, dim, head->by);
+    for (int64_t i = 0; i < task->rows; i++) {
+        memcpy(o + i * f->o->stride, head->out + i * f->plan.copy_stride, (size_t)dim * sizeof *o);
+    }
+}
+
+/* Keys [key, key + cols), copied and turned, and the queries that see some of them. */
+static void take_keys(const forward_args *f, const qs_attention_task *task, const head_state *head,
+                      int64_t key, int64_t cols, const float *keys, const float *values,
+                      float *scores)
+{
+    const int64_t dim = f->plan.shape->head_dim, stride = f->plan.copy_stride;
+    const int64_t from = key > task->begin ? key - task->begin : 0, rows = task->rows - from;
+    const bool more = key > qs_attention_first_key(&f->plan, task);
+    qs_block queries = {head->queries + from * stride, stride, false};
+    qs_block weights = {scores + from * STEP, STEP, false};
+    float *out = head->out + from * stride;
+    qs_block_multiply(rows, cols, dim, queries, keys, QS_ATTENTION_TURNED, scores + from * STEP,
+                      STEP, false);
+    softmax_step(f, task, head, from, scores, key, cols);
+    if (more) {
+        scale_rows(out, stride, rows, dim, head->by + from);
+    }
+    qs_block_multiply(rows, dim, cols, weights, values, stride, out, stride, more);
 }
 
 static void forward_task(void *ctx, int64_t index, int thread)
 {
     const forward_args *f = ctx;
-    int dim = f->plan.shape->head_dim;
     qs_attention_task task = qs_attention_task_at(&f->plan, index, true);
     float *scores = f->plan.workspace + thread * f->plan.per_thread;
-    float *vectors = scores + BLOCK * BLOCK;
-    float *keys = vectors + QS_ATTENTION_HEADS * 3 * BLOCK;
-    float *values = keys + f->plan.pack_count, *p = values + f->plan.pack_count;
+    float *vectors = scores + QS_ATTENTION_SCORES * OWN * STEP;
+    float *keys = vectors + QS_ATTENTION_VECTORS * OWN, *values = keys + f->plan.copy_count;
     head_state head[QS_ATTENTION_HEADS];
     for (int h = 0; h < task.heads; h++) {
-        head_begin(f, &task, h, vectors + h * 3 * BLOCK, p + (1 + h) * f->plan.pack_count,
+        head_begin(f, &task, h, vectors + h * 3 * OWN, values + (1 + 2 * h) * f->plan.copy_count,
                    &head[h]);
     }
-    qs_operand weights = qs_square_operand(scores, false);
-    int64_t first = qs_attention_first_key(&f->plan, &task);
-    for (int64_t key = first; key < task.begin + task.rows; key += BLOCK) {
-        int64_t cols = qs_min_i64(BLOCK, task.doc_end - key);
-        bool more = key > first;
-        qs_operand k = qs_head_operand(f->km, key, task.kv_head, dim, true);
-        qs_operand v = qs_head_operand(f->vm, key, task.kv_head, dim, false);
-        qs_pack_right(f->isa, &k, cols, dim, keys);
-        qs_pack_right(f->isa, &v, dim, cols, values);
+    for (int64_t key = qs_attention_first_key(&f->plan, &task); key < task.begin + task.rows;
+         key += STEP) {
+        int64_t cols = qs_min_i64(STEP, task.doc_end - key);
+        qs_block_turn(&f->plan, f->km, key, cols, task.kv_head, keys);
+        qs_block_copy(&f->plan, f->vm, key, cols, task.kv_head, values);
         for (int h = 0; h < task.heads; h++) {
-            qs_multiply_packed(f->isa, task.rows, cols, dim, head[h].queries, keys, scores, BLOCK,
-                               false);
-            softmax_step(f, &task, &head[h], scores, key, cols);
-            if (more) {
-                scale_rows(head[h].out, f->o->stride, task.rows, dim, head[h].by);
-            }
-            qs_pack_left(f->isa, &weights, task.rows, cols, p);
-            qs_multiply_packed(f->isa, task.rows, dim, cols, p, values, head[h].out, f->o->stride,
-                               more);
+            take_keys(f, &task, &head[h], key, cols, keys, values, scores);
         }
     }
     for (int h = 0; h < task.heads; h++) {

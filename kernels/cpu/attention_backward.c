@@ -1,12 +1,16 @@
 /* Attention's gradients. With P = exp(scale Q K^T - lse) and delta = rowsum(dO * O):
  *     dV = P^T dO,   dS = P * (dO V^T - delta) * scale,   dQ = dS K,   dK = dS^T Q.
  * A cap makes c = cap tanh(scale Q K^T / cap) of the scores, and dS gets its slope 1 - (c / cap)^2.
- * P and dS are recomputed for each output block, once for dQ and once for dK and dV: 7 products
- * instead of 5, and no two threads add to the same place. */
+ *
+ * A task owns a block of keys and goes over the blocks of queries, so P and dS are computed once
+ * for all three gradients: 5 products. dK and dV are its own. To a block of dQ the tasks add one
+ * after the other, in ascending order of their keys: a task waits until the one before it has
+ * passed the block. Tasks begin in that order and see the same blocks of queries but for one at
+ * either end, so one that started later follows at a distance and seldom waits. */
 #include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/parallel.h"
 
-enum { BLOCK = QS_ATTENTION_BLOCK, DELTA_ROWS = 32 };
+enum { OWN = QS_ATTENTION_OWN, STEP = QS_ATTENTION_STEP, DELTA_ROWS = 32 };
 
 typedef struct {
     qs_attention_plan plan;
@@ -17,18 +21,29 @@ typedef struct {
     qs_mat *dq, *dk, *dv;
 } backward_args;
 
-/* P and dS of one pair of blocks, and the packed operands of the products that make them. */
+/* A thread's workspace: P and dS of one pair of blocks, copies, and sums. Of K and V also what is
+ * turned, as the right operands of products over head_dim. */
 typedef struct {
-    float *p, *ds; /* [BLOCK][BLOCK] */
-    const float *queries, *d_out, *keys, *values;
+    float *p, *ds; /* [STEP][OWN] */
+    float *keys_turned, *values_turned;
+    float *keys, *queries, *d_out; /* [OWN][copy_stride] */
+    float *dk, *dv;
 } pair_work;
 
-/* A thread's workspace: two squares, then packed operands. */
-static float *workspace(const backward_args *g, int thread, pair_work *w)
+static pair_work workspace(const backward_args *g, int thread)
 {
-    w->p = g->plan.workspace + thread * g->plan.per_thread;
-    w->ds = w->p + BLOCK * BLOCK;
-    return w->ds + BLOCK * BLOCK;
+    float *scores = g->plan.workspace + thread * g->plan.per_thread;
+    float *copies = scores + QS_ATTENTION_SCORES * OWN * STEP;
+    int64_t count = g->plan.copy_count;
+    return (pair_work){.p = scores,
+                       .ds = scores + OWN * STEP,
+                       .keys_turned = copies,
+                       .values_turned = copies + count,
+                       .keys = copies + 2 * count,
+                       .queries = copies + 3 * count,
+                       .d_out = copies + 4 * count,
+                       .dk = copies + 5 * count,
+                       .dv = copies + 6 * count};
 }
 
 static void delta_task(void *ctx, int64_t index, int thread)
@@ -52,11 +67,14 @@ static void pair(const backward_args *g, const pair_work *w, int head, int64_t q
 {
     const qs_attention_shape *shape = g->plan.shape;
     const bool capped = shape->cap > 0.0F;
-    int dim = g->plan.shape->head_dim;
-    qs_multiply_packed(g->isa, rows, cols, dim, w->queries, w->keys, w->p, BLOCK, false);
-    qs_multiply_packed(g->isa, rows, cols, dim, w->d_out, w->values, w->ds, BLOCK, false);
+    qs_block queries = {w->queries, g->plan.copy_stride, false};
+    qs_block d_out = {w->d_out, g->plan.copy_stride, false};
+    qs_block_multiply(rows, cols, shape->head_dim, queries, w->keys_turned, QS_ATTENTION_TURNED,
+                      w->p, OWN, false);
+    qs_block_multiply(rows, cols, shape->head_dim, d_out, w->values_turned, QS_ATTENTION_TURNED,
+                      w->ds, OWN, false);
     for (int64_t i = 0; i < rows; i++) {
-        float *p = w->p + i * BLOCK, *ds = w->ds + i * BLOCK;
+        float *p = w->p + i * OWN, *ds = w->ds + i * OWN;
         int64_t at = head * g->qm->rows + query + i;
         qs_visible_keys visible = qs_visible(shape, query + i, key, cols);
         int64_t from = visible.first;
@@ -72,100 +90,71 @@ static void pair(const backward_args *g, const pair_work *w, int head, int64_t q
     }
 }
 
-static void pack_left(const backward_args *g, const qs_mat *mat, int64_t row, int64_t rows,
-                      int head, float *packed)
+/* dQ of some queries of one head, when the tasks of earlier keys have added theirs. `step` numbers
+ * the steps over all heads. */
+static void add_dq(const backward_args *g, const qs_attention_task *task, const pair_work *w,
+                   int head, int64_t query, int64_t rows, int64_t cols, int64_t step)
 {
-    int dim = g->plan.shape->head_dim;
-    qs_operand operand = qs_head_operand(mat, row, head, dim, false);
-    qs_pack_left(g->isa, &operand, rows, dim, packed);
+    const int64_t dim = g->plan.shape->head_dim;
+    const qs_attention_task queries = {.doc_begin = task->doc_begin, .begin = query};
+    const bool more = qs_attention_first_key(&g->plan, &queries) < task->begin;
+    float *dq = qs_mat_f32(g->dq) + query * g->dq->stride + head * dim;
+    if (more) {
+        qs_parallel_await(&g->plan.passed[task->number - g->plan.shape->n_kv_heads], step + 1);
+    }
+    qs_block ds = {w->ds, OWN, false};
+    qs_block_multiply(rows, dim, cols, ds, w->keys, g->plan.copy_stride, dq, g->dq->stride, more);
+    atomic_store_explicit(&g->plan.passed[task->number], step + 1, memory_order_release);
 }
 
-/* As the right side of a product over dim (`transposed`), or over rows. */
-static void pack_right(const backward_args *g, const qs_mat *mat, int64_t row, int64_t rows,
-                       int head, bool transposed, float *packed)
+/* The gradients that the task's keys and queries [query, query + rows) of its head `h` make. */
+static void take_queries(const backward_args *g, const qs_attention_task *task, const pair_work *w,
+                         int h, int64_t query, int64_t rows)
 {
-    int dim = g->plan.shape->head_dim;
-    qs_operand operand = qs_head_operand(mat, row, head, dim, transposed);
-    if (transposed) {
-        qs_pack_right(g->isa, &operand, rows, dim, packed);
-    } else {
-        qs_pack_right(g->isa, &operand, dim, rows, packed);
-    }
+    const int64_t dim = g->plan.shape->head_dim, stride = g->plan.copy_stride;
+    const int64_t cols =
+        qs_min_i64(task->rows, query + rows - task->begin); /* later keys are hidden */
+    const int64_t step = (h * g->plan.count * OWN + query - task->doc_begin) / STEP;
+    const qs_block p = {w->p, OWN, true}, ds = {w->ds, OWN, true};
+    int head = task->head + h;
+    qs_block_copy(&g->plan, g->qm, query, rows, head, w->queries);
+    qs_block_copy(&g->plan, g->d_o, query, rows, head, w->d_out);
+    pair(g, w, head, query, rows, task->begin, cols);
+    add_dq(g, task, w, head, query, rows, cols, step);
+    qs_block_multiply(cols, dim, rows, p, w->d_out, stride, w->dv, stride, true);
+    qs_block_multiply(cols, dim, rows, ds, w->queries, stride, w->dk, stride, true);
 }
 
-static void dq_task(void *ctx, int64_t index, int thread)
+static void copy_out(const backward_args *g, const qs_attention_task *task, const float *sums,
+                     qs_mat *to)
 {
-    const backward_args *g = ctx;
-    int dim = g->plan.shape->head_dim;
-    int64_t size = g->plan.pack_count;
-    qs_attention_task task = qs_attention_task_at(&g->plan, index, true);
-    pair_work w;
-    float *keys_t = workspace(g, thread, &w), *values_t = keys_t + size;
-    float *keys = values_t + size, *ds = keys + size, *of_heads = ds + size;
-    w.keys = keys_t;
-    w.values = values_t;
-    for (int h = 0; h < task.heads; h++) {
-        float *queries = of_heads + 2 * h * size;
-        pack_left(g, g->qm, task.begin, task.rows, task.head + h, queries);
-        pack_left(g, g->d_o, task.begin, task.rows, task.head + h, queries + size);
-    }
-    qs_operand left = qs_square_operand(w.ds, false);
-    int64_t first = qs_attention_first_key(&g->plan, &task);
-    for (int64_t key = first; key < task.begin + task.rows; key += BLOCK) {
-        int64_t cols = qs_min_i64(BLOCK, task.doc_end - key);
-        pack_right(g, g->km, key, cols, task.kv_head, true, keys_t);
-        pack_right(g, g->vm, key, cols, task.kv_head, true, values_t);
-        pack_right(g, g->km, key, cols, task.kv_head, false, keys);
-        for (int h = 0; h < task.heads; h++) {
-            int head = task.head + h;
-            float *dq = qs_mat_f32(g->dq) + task.begin * g->dq->stride + (int64_t)head * dim;
-            w.queries = of_heads + 2 * h * size;
-            w.d_out = w.queries + size;
-            pair(g, &w, head, task.begin, task.rows, key, cols);
-            qs_pack_left(g->isa, &left, task.rows, cols, ds);
-            qs_multiply_packed(g->isa, task.rows, dim, cols, ds, keys, dq, g->dq->stride,
-                               key > first);
-        }
+    const int64_t dim = g->plan.shape->head_dim;
+    float *out = qs_mat_f32(to) + task->begin * to->stride + task->kv_head * dim;
+    for (int64_t i = 0; i < task->rows; i++) {
+        memcpy(out + i * to->stride, sums + i * g->plan.copy_stride, (size_t)dim * sizeof *out);
     }
 }
 
 /* One block of keys against all queries that see them, of all heads that share them. */
-static void dkv_task(void *ctx, int64_t index, int thread)
+static void keys_task(void *ctx, int64_t index, int thread)
 {
     const backward_args *g = ctx;
-    int dim = g->plan.shape->head_dim;
-    int64_t size = g->plan.pack_count;
-    /* The first group of its kv_head stands for all of them. */
-    qs_attention_task task = qs_attention_task_at(&g->plan, index * g->plan.groups_per_kv, false);
-    pair_work w;
-    float *keys = workspace(g, thread, &w), *values = keys + size, *left = values + size;
-    float *queries = left + size, *d_out = queries + size, *right = d_out + size;
-    w.keys = keys;
-    w.values = values;
-    w.queries = queries;
-    w.d_out = d_out;
-    pack_right(g, g->km, task.begin, task.rows, task.kv_head, true, keys);
-    pack_right(g, g->vm, task.begin, task.rows, task.kv_head, true, values);
-    float *dk = qs_mat_f32(g->dk) + task.begin * g->dk->stride + (int64_t)task.kv_head * dim;
-    float *dv = qs_mat_f32(g->dv) + task.begin * g->dv->stride + (int64_t)task.kv_head * dim;
-    qs_operand p = qs_square_operand(w.p, true), ds = qs_square_operand(w.ds, true);
+    qs_attention_task task = qs_attention_keys_task_at(&g->plan, index);
+    pair_work w = workspace(g, thread);
+    qs_block_turn(&g->plan, g->km, task.begin, task.rows, task.kv_head, w.keys_turned);
+    qs_block_turn(&g->plan, g->vm, task.begin, task.rows, task.kv_head, w.values_turned);
+    qs_block_copy(&g->plan, g->km, task.begin, task.rows, task.kv_head, w.keys);
+    memset(w.dk, 0, (size_t)g->plan.copy_count * sizeof *w.dk);
+    memset(w.dv, 0, (size_t)g->plan.copy_count * sizeof *w.dv);
     int64_t query_end = qs_attention_query_end(&g->plan, &task);
-    bool more = false;
-    for (int head = task.head; head < task.head + g->plan.heads_per_kv; head++) {
-        for (int64_t query = task.begin; query < query_end; query += BLOCK) {
-            int64_t rows = qs_min_i64(BLOCK, query_end - query);
-            pack_left(g, g->qm, query, rows, head, queries);
-            pack_left(g, g->d_o, query, rows, head, d_out);
-            pair(g, &w, head, query, rows, task.begin, task.rows);
-            qs_pack_left(g->isa, &p, task.rows, rows, left);
-            pack_right(g, g->d_o, query, rows, head, false, right);
-            qs_multiply_packed(g->isa, task.rows, dim, rows, left, right, dv, g->dv->stride, more);
-            qs_pack_left(g->isa, &ds, task.rows, rows, left);
-            pack_right(g, g->qm, query, rows, head, false, right);
-            qs_multiply_packed(g->isa, task.rows, dim, rows, left, right, dk, g->dk->stride, more);
-            more = true;
+    for (int h = 0; h < task.heads; h++) {
+        for (int64_t query = task.begin; query < query_end; query += STEP) {
+            take_queries(g, &task, &w, h, query, qs_min_i64(STEP, task.doc_end - query));
         }
     }
+    atomic_store_explicit(&g->plan.passed[task.number], INT64_MAX, memory_order_release);
+    copy_out(g, &task, w.dk, g->dk);
+    copy_out(g, &task, w.dv, g->dv);
 }
 
 qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
@@ -187,7 +176,6 @@ qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape
     int64_t work = qs_attention_work(shape);
     QS_TRY(qs_attention_plan_make(q, shape, &args.plan));
     qs_parallel_for(q, qs_ceil_div(o->rows, DELTA_ROWS), o->rows * o->cols, delta_task, &args);
-    qs_parallel_for(q, qs_attention_tasks(&args.plan), work, dq_task, &args);
-    qs_parallel_for(q, args.plan.count * shape->n_kv_heads, work, dkv_task, &args);
+    qs_parallel_for(q, args.plan.count * shape->n_kv_heads, work, keys_task, &args);
     return QS_OK;
 }

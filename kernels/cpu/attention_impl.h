@@ -1,53 +1,60 @@
-/* What attention's forward and backward share: the cut into tasks, and each thread's workspace.
+/* What attention's forward and backward share: the cut into tasks, each thread's workspace, and
+ * products of blocks.
  *
- * Within a document queries and keys are cut into blocks of QS_ATTENTION_BLOCK. A task owns one
- * block (of queries for the output and dQ, of keys for dK and dV) of some heads that share their
- * keys, and goes over the blocks of the other kind in ascending order, leaving out those that lie
- * after it or outside of its window. So nothing is added from two threads, and nothing depends on
- * how many there are (Dao 2023, arXiv:2307.08691, without the atomics). Operands are packed once
- * for all products of a task that use them. */
+ * Within a document queries and keys are cut into blocks of QS_ATTENTION_OWN. A task owns one block
+ * (of queries in the forward, of keys in the backward) of some heads that share their keys, and
+ * goes over the others in ascending order, QS_ATTENTION_STEP at a time, leaving out those that lie
+ * after it or outside of its window. Nothing depends on how many threads there are (after Dao
+ * 2023, arXiv:2307.08691). A task copies rows once for all products that take them; only K and V
+ * are turned as well. */
 #ifndef QS_KERNELS_CPU_ATTENTION_IMPL_H
 #define QS_KERNELS_CPU_ATTENTION_IMPL_H
 
+#include <stdatomic.h>
 #include <string.h>
 
 #include "kernels/cpu/ops_impl.h"
 
 enum {
-    QS_ATTENTION_BLOCK = 64,
-    QS_ATTENTION_HEADS = 4, /* most query heads of a task */
+    QS_ATTENTION_OWN = 128,
+    QS_ATTENTION_STEP = 64,
+    QS_ATTENTION_HEADS = 4, /* most query heads of a task of the forward */
     /* Workspace of a thread, enough for the forward and the backward. */
-    QS_ATTENTION_SQUARES = 2,
+    QS_ATTENTION_SCORES = 2,
     QS_ATTENTION_VECTORS = 3 * QS_ATTENTION_HEADS,
-    QS_ATTENTION_PACKS = 4 + 2 * QS_ATTENTION_HEADS,
+    QS_ATTENTION_COPIES = 2 + 2 * QS_ATTENTION_HEADS,
 };
 
 /** The tasks of a launch: blocks of all documents, numbered through, times groups of heads. */
 typedef struct {
     const qs_attention_shape *shape;
-    int64_t *first;     /* [n_docs + 1] number of a document's first block */
-    int64_t count;      /* blocks in all */
-    int heads_per_kv;   /* query heads that share keys and values */
-    int groups_per_kv;  /* tasks that they are dealt to */
-    int64_t pack_count; /* floats of one packed operand */
-    float *workspace;   /* [threads][per_thread] */
+    int64_t *first;      /* [n_docs + 1] number of a document's first block */
+    int64_t count;       /* blocks in all */
+    int heads_per_kv;    /* query heads that share keys and values */
+    int groups_per_kv;   /* tasks that they are dealt to */
+    int64_t copy_stride; /* of copied rows: head_dim, and room */
+    int64_t copy_count;  /* floats of a block's rows, as they are or turned */
+    float *workspace;    /* [threads][per_thread] */
     int64_t per_thread;
+    _Atomic int64_t *passed; /* [count][n_kv_heads] for the backward's tasks; zeros */
 } qs_attention_plan;
 
 /** One task: a block of rows, the document they belong to, and heads [head, head + heads) of one
  * kv_head. */
 typedef struct {
+    int64_t number;
     int64_t doc_begin, doc_end; /* rows */
     int64_t begin, rows;
     int kv_head, head, heads;
 } qs_attention_task;
 
 /** Floats that attention keeps at most. */
-int64_t qs_attention_scratch_count(int threads, int64_t documents, int head_dim);
+int64_t qs_attention_scratch_count(int threads, int64_t tokens, int64_t documents, int kv_heads,
+                                   int head_dim);
 
-/** Number the blocks and provide each thread with QS_ATTENTION_SQUARES block x block matrices,
- * _VECTORS rows of a block, and space for _PACKS operands. Memory is the calling thread's, until
- * its next attention. */
+/** Number the blocks and provide each thread with QS_ATTENTION_SCORES matrices of OWN x STEP,
+ * _VECTORS vectors of OWN, and space for _COPIES blocks. Memory is the calling thread's, until its
+ * next attention. */
 qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
                                  qs_attention_plan *out);
 
@@ -59,7 +66,11 @@ int64_t qs_attention_tasks(const qs_attention_plan *plan);
 qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t number,
                                        bool late_first);
 
-/** The first row of the first block of keys that a task's queries see. */
+/** Task `number` of the backward, of blocks times kv_heads: a block of keys and all heads that
+ * share them. That of the block before, of the same kv_head, has the number less n_kv_heads. */
+qs_attention_task qs_attention_keys_task_at(const qs_attention_plan *plan, int64_t number);
+
+/** The first row of the first QS_ATTENTION_STEP keys that queries from task->begin on see. */
 int64_t qs_attention_first_key(const qs_attention_plan *plan, const qs_attention_task *task);
 
 /** The row behind the last query that sees one of a task's keys. */
@@ -68,21 +79,30 @@ int64_t qs_attention_query_end(const qs_attention_plan *plan, const qs_attention
 /** Operations of a whole pass over the scores, for qs_parallel_for. */
 int64_t qs_attention_work(const qs_attention_shape *shape);
 
-/** The columns of a head in a matrix, from row `row` on. */
-static inline qs_operand qs_head_operand(const qs_mat *mat, int64_t row, int head, int head_dim,
-                                         bool transposed)
-{
-    return (qs_operand){.data = qs_mat_f32(mat) + row * mat->stride + (int64_t)head * head_dim,
-                        .stride = mat->stride,
-                        .transposed = transposed};
-}
+/* ---- blocks of one head in a thread's cache ---- */
 
-static inline qs_operand qs_square_operand(const float *square, bool transposed)
-{
-    return (qs_operand){.data = square, .stride = QS_ATTENTION_BLOCK, .transposed = transposed};
-}
+/** A left operand: element (i, k) at data[i * stride + k], or at data[k * stride + i]. */
+typedef struct {
+    const float *data;
+    int64_t stride;
+    bool in_columns;
+} qs_block;
 
-/** Keys of a block that a query sees: `count` of them from the block's number `first` on. */
+/** Rows [row, row + rows) of a head: copy[rows][copy_stride], with zeros up to what a tile reads.
+ */
+void qs_block_copy(const qs_attention_plan *plan, const qs_mat *mat, int64_t row, int64_t rows,
+                   int head, float *copy);
+
+/** The same transposed: turned[head_dim][QS_ATTENTION_TURNED]. */
+enum { QS_ATTENTION_TURNED = QS_ATTENTION_OWN + 16 };
+void qs_block_turn(const qs_attention_plan *plan, const qs_mat *mat, int64_t row, int64_t rows,
+                   int head, float *turned);
+
+/** c[m, n] (+)= left[m, k] right[k, n]: the bits of qs_gemm. */
+void qs_block_multiply(int64_t m, int64_t n, int64_t k, qs_block left, const float *right,
+                       int64_t right_stride, float *c, int64_t c_stride, bool accumulate);
+
+/** Of some keys those that a query sees: `count` of them from number `first` on. */
 typedef struct {
     int64_t first, count;
 } qs_visible_keys;

@@ -3,33 +3,42 @@
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/scratch.h"
 
-enum { BLOCK = QS_ATTENTION_BLOCK };
+enum { OWN = QS_ATTENTION_OWN, STEP = QS_ATTENTION_STEP };
 
 static int64_t max_i64(int64_t a, int64_t b)
 {
     return a > b ? a : b;
 }
 
-static int64_t pack_count(int64_t dim)
+/* Rows an odd number of cache lines apart, so that they spread over all sets of the cache. */
+static int64_t copy_stride(int64_t dim)
 {
-    return max_i64(qs_packed_count(BLOCK, max_i64(dim, BLOCK)), qs_packed_count(dim, BLOCK));
+    return qs_ceil_div(dim, QS_GEMM_NR_MAX) * QS_GEMM_NR_MAX + 16;
+}
+
+static int64_t copy_count(int64_t dim)
+{
+    return max_i64(OWN * copy_stride(dim), dim * QS_ATTENTION_TURNED);
 }
 
 static int64_t per_thread_count(int64_t dim)
 {
-    return QS_ATTENTION_SQUARES * BLOCK * BLOCK + QS_ATTENTION_VECTORS * BLOCK +
-           QS_ATTENTION_PACKS * pack_count(dim);
+    return QS_ATTENTION_SCORES * OWN * STEP + QS_ATTENTION_VECTORS * OWN +
+           QS_ATTENTION_COPIES * copy_count(dim);
 }
 
-/* The numbers of the documents' first blocks, in floats. */
-static int64_t index_count(int64_t documents)
+/* Floats of `count` numbers of 8 bytes. */
+static int64_t numbers(int64_t count)
 {
-    return qs_ceil_div(2 * (documents + 1), 16) * 16;
+    return qs_ceil_div(2 * count, 16) * 16;
 }
 
-int64_t qs_attention_scratch_count(int threads, int64_t documents, int head_dim)
+int64_t qs_attention_scratch_count(int threads, int64_t tokens, int64_t documents, int kv_heads,
+                                   int head_dim)
 {
-    return index_count(documents) + threads * per_thread_count(head_dim);
+    int64_t blocks = tokens / OWN + documents; /* each document's last one may be shorter */
+    return numbers(documents + 1) + numbers(blocks * kv_heads) +
+           threads * per_thread_count(head_dim);
 }
 
 qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
@@ -39,20 +48,27 @@ qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
     out->shape = shape;
     out->heads_per_kv = shape->n_heads / shape->n_kv_heads;
     out->groups_per_kv = (int)qs_ceil_div(out->heads_per_kv, QS_ATTENTION_HEADS);
-    out->pack_count = pack_count(shape->head_dim);
+    out->copy_stride = copy_stride(shape->head_dim);
+    out->copy_count = copy_count(shape->head_dim);
     out->per_thread = per_thread_count(shape->head_dim);
     float *memory;
     QS_TRY(qs_scratch(QS_SCRATCH_ATTENTION,
-                      qs_attention_scratch_count(threads, shape->n_docs, shape->head_dim),
+                      qs_attention_scratch_count(threads, shape->cu_seqlens[shape->n_docs],
+                                                 shape->n_docs, shape->n_kv_heads, shape->head_dim),
                       &memory));
     out->first = (int64_t *)(void *)memory;
-    out->workspace = memory + index_count(shape->n_docs);
+    memory += numbers(shape->n_docs + 1);
     out->count = 0;
     for (int d = 0; d < shape->n_docs; d++) {
         out->first[d] = out->count;
-        out->count += qs_ceil_div(shape->cu_seqlens[d + 1] - shape->cu_seqlens[d], BLOCK);
+        out->count += qs_ceil_div(shape->cu_seqlens[d + 1] - shape->cu_seqlens[d], OWN);
     }
     out->first[shape->n_docs] = out->count;
+    out->passed = (_Atomic int64_t *)(void *)memory;
+    for (int64_t i = 0; i < out->count * shape->n_kv_heads; i++) {
+        atomic_init(&out->passed[i], 0);
+    }
+    out->workspace = memory + numbers(out->count * shape->n_kv_heads);
     return QS_OK;
 }
 
@@ -89,14 +105,24 @@ qs_attention_task qs_attention_task_at(const qs_attention_plan *plan, int64_t nu
         block = plan->count - 1 - block;
     }
     int doc = doc_of_block(plan, block);
-    qs_attention_task task = {.doc_begin = plan->shape->cu_seqlens[doc],
+    qs_attention_task task = {.number = number,
+                              .doc_begin = plan->shape->cu_seqlens[doc],
                               .doc_end = plan->shape->cu_seqlens[doc + 1],
                               .kv_head = group / plan->groups_per_kv};
-    task.begin = task.doc_begin + (block - plan->first[doc]) * BLOCK;
-    task.rows = qs_min_i64(BLOCK, task.doc_end - task.begin);
+    task.begin = task.doc_begin + (block - plan->first[doc]) * OWN;
+    task.rows = qs_min_i64(OWN, task.doc_end - task.begin);
     int within = group % plan->groups_per_kv * QS_ATTENTION_HEADS;
     task.head = task.kv_head * plan->heads_per_kv + within;
     task.heads = (int)qs_min_i64(QS_ATTENTION_HEADS, plan->heads_per_kv - within);
+    return task;
+}
+
+qs_attention_task qs_attention_keys_task_at(const qs_attention_plan *plan, int64_t number)
+{
+    /* The first group of its kv_head stands for all of them. */
+    qs_attention_task task = qs_attention_task_at(plan, number * plan->groups_per_kv, false);
+    task.number = number;
+    task.heads = plan->heads_per_kv;
     return task;
 }
 
@@ -107,7 +133,7 @@ int64_t qs_attention_first_key(const qs_attention_plan *plan, const qs_attention
         return task->doc_begin;
     }
     int64_t first = max_i64(0, before - plan->shape->window + 1);
-    return task->doc_begin + first / BLOCK * BLOCK;
+    return task->doc_begin + first / STEP * STEP;
 }
 
 int64_t qs_attention_query_end(const qs_attention_plan *plan, const qs_attention_task *task)

@@ -129,42 +129,20 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out + i, src + 2 * i, QS_F16, count - i);
 }
 
-typedef float max_f16x __attribute__((vector_size(64)));
+#define ISA_LANES 8
+#define isa_max(a, b) ((lanes)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define isa_min(a, b) ((lanes)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define isa_fma(a, b, c) ((lanes)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 
-static inline max_f16x isa_max16(max_f16x a, max_f16x b)
+/* Products of the lower halves of four 64-bit lanes. */
+#define isa_mul_even(a, b) ((lanes_u64)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
+
+/* Upper half to the lower, down to one lane. */
+static inline float isa_fold(__m256 v)
 {
-    __m256 left[2], right[2];
-    memcpy(left, &a, sizeof left);
-    memcpy(right, &b, sizeof right);
-    left[0] = _mm256_max_ps(left[0], right[0]);
-    left[1] = _mm256_max_ps(left[1], right[1]);
-    memcpy(&a, left, sizeof left);
-    return a;
-}
-
-static inline max_f16x isa_min16(max_f16x a, max_f16x b)
-{
-    __m256 left[2], right[2];
-    memcpy(left, &a, sizeof left);
-    memcpy(right, &b, sizeof right);
-    left[0] = _mm256_min_ps(left[0], right[0]);
-    left[1] = _mm256_min_ps(left[1], right[1]);
-    memcpy(&a, left, sizeof left);
-    return a;
-}
-
-typedef uint64_t mul_u8x __attribute__((vector_size(64)));
-
-/* Products of the lower halves of eight 64-bit lanes. */
-static inline mul_u8x isa_mul_even(mul_u8x a, mul_u8x b)
-{
-    __m256i left[2], right[2];
-    memcpy(left, &a, sizeof left);
-    memcpy(right, &b, sizeof right);
-    left[0] = _mm256_mul_epu32(left[0], right[0]);
-    left[1] = _mm256_mul_epu32(left[1], right[1]);
-    memcpy(&a, left, sizeof left);
-    return a;
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 #include "kernels/cpu/isa_template.h"

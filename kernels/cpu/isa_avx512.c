@@ -122,11 +122,23 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out + i, src + 2 * i, QS_F16, count - i);
 }
 
-#define isa_max16(a, b) ((f16x)_mm512_max_ps((__m512)(a), (__m512)(b)))
-#define isa_min16(a, b) ((f16x)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define ISA_LANES 16
+#define isa_max(a, b) ((lanes)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define isa_min(a, b) ((lanes)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define isa_fma(a, b, c) ((lanes)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 
 /* Products of the lower halves of eight 64-bit lanes. */
-#define isa_mul_even(a, b) ((u8x)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
+#define isa_mul_even(a, b) ((lanes_u64)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
+
+/* Upper half to the lower, down to one lane. */
+static inline float isa_fold(__m512 v)
+{
+    __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 #include "kernels/cpu/isa_template.h"
 

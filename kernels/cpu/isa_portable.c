@@ -68,25 +68,38 @@ static inline void isa_widen_f16(const uint8_t *src, int64_t count, float *out)
     qs_f32_load(out, src, QS_F16, count);
 }
 
-typedef float max_f16x __attribute__((vector_size(64)));
-typedef int32_t max_i16x __attribute__((vector_size(64)));
+#define ISA_LANES 4
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t four_i32 __attribute__((vector_size(16)));
 
-static inline max_f16x select16(max_i16x mask, max_f16x yes, max_f16x no)
+static inline four select4(four_i32 mask, four yes, four no)
 {
-    return (max_f16x)((mask & (max_i16x)yes) | (~mask & (max_i16x)no));
+    return (four)((mask & (four_i32)yes) | (~mask & (four_i32)no));
 }
 
-static inline max_f16x isa_max16(max_f16x a, max_f16x b)
+static inline four isa_max(four a, four b)
 {
-    return select16(a > b, a, b);
+    return select4(a > b, a, b);
 }
 
-static inline max_f16x isa_min16(max_f16x a, max_f16x b)
+static inline four isa_min(four a, four b)
 {
-    return select16(a < b, a, b);
+    return select4(a < b, a, b);
 }
 
-/* Products of the lower halves of eight 64-bit lanes. */
+static inline four isa_fma(four a, four b, four c)
+{
+    return (four){fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]), fmaf(a[2], b[2], c[2]),
+                  fmaf(a[3], b[3], c[3])};
+}
+
+/* Products of the lower halves of two 64-bit lanes. */
 #define isa_mul_even(a, b) (((a)&0xFFFFFFFFU) * ((b)&0xFFFFFFFFU))
+
+/* Upper half to the lower, down to one lane. */
+static inline float isa_fold(four v)
+{
+    return (v[0] + v[2]) + (v[1] + v[3]);
+}
 
 #include "kernels/cpu/isa_template.h"

@@ -1,13 +1,18 @@
 /* The inner loops, written once. The including file defines
  *
- *   ISA_NAME, ISA_TABLE            "avx512", qs_isa_avx512
- *   ISA_MR, ISA_NV                 rows and vectors of a register tile
- *   vec, VEC_LANES                 the vector of the register tile, and vec_load, vec_store,
- * vec_zero, vec_splat, vec_add, vec_fma, each one instruction isa_transpose, isa_nf4_block,
- * isa_round16, isa_widen_f16
+ *   ISA_NAME, ISA_TABLE       "avx512", qs_isa_avx512
+ *   ISA_MR, ISA_NV            rows and vectors of a register tile
+ *   vec, VEC_LANES            the vector of the register tile, and vec_load, vec_store, vec_zero,
+ *                             vec_splat, vec_add, vec_fma, each one instruction
+ *   ISA_LANES                 floats of the vector that everything below the tile works on: 4, 8
+ *                             or 16
+ *   isa_max, isa_min, isa_fma, isa_mul_even, isa_fold
+ *                             of such vectors, where C has no operator for it
+ *   isa_transpose, isa_nf4_block, isa_widen_f16
  *
- * Everything below the tile works on 16 lanes as GCC vectors: one register, two, or four, the
- * same operations on the same lanes in each. Multiplication and addition are not contracted
+ * Below the tile a loop takes 16 elements at a time, in as many vectors as they need: the same
+ * operations on the same 16 lanes for any of them. (GCC's vectors may be wider than a register, but
+ * GCC 12 then moves them through memory.) Multiplication and addition are not contracted
  * (-ffp-contract=off). */
 #include <math.h>
 #include <string.h>
@@ -16,11 +21,12 @@
 
 /* ---- register tile ---- */
 
-/* `rows` and `vectors` are constants at every call below, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void tile_fixed(int rows, int vectors, int64_t depth,
-                                                             const float *a, const float *b,
-                                                             float *c, int64_t c_stride,
-                                                             bool accumulate)
+/* Element (i, k) of the left operand is at a[i * a_row + k * a_step]. `rows`, `vectors` and some of
+ * the steps are constants at every call below: the sums stay in registers, and of the operands
+ * only two pointers move. */
+static inline __attribute__((always_inline)) void
+tile_fixed(int rows, int vectors, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
+           const float *b, int64_t b_step, float *c, int64_t c_stride, bool accumulate)
 {
     vec sum[ISA_MR][ISA_NV];
 #pragma GCC unroll 16
@@ -38,14 +44,14 @@ static inline __attribute__((always_inline)) void tile_fixed(int rows, int vecto
         }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            vec left = vec_splat(a[i]);
+            vec left = vec_splat(a[i * a_row]);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
                 sum[i][v] = vec_fma(left, right[v], sum[i][v]);
             }
         }
-        a += ISA_MR;
-        b += ISA_NV * VEC_LANES;
+        a += a_step;
+        b += b_step;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
@@ -59,13 +65,13 @@ static inline __attribute__((always_inline)) void tile_fixed(int rows, int vecto
 
 #define TILE_CASE(r)                                                                               \
     case r:                                                                                        \
-        tile_fixed(r <= ISA_MR ? r : ISA_MR, vectors, depth, a, b, c, c_stride, accumulate);       \
+        tile_fixed(r <= ISA_MR ? r : ISA_MR, vectors, depth, a, a_row, a_step, b, b_step, c,       \
+                   c_stride, accumulate);                                                          \
         break;
 
-static inline __attribute__((always_inline)) void tile_rows(int rows, int vectors, int64_t depth,
-                                                            const float *a, const float *b,
-                                                            float *c, int64_t c_stride,
-                                                            bool accumulate)
+static inline __attribute__((always_inline)) void
+tile_rows(int rows, int vectors, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
+          const float *b, int64_t b_step, float *c, int64_t c_stride, bool accumulate)
 {
     switch (rows) {
         TILE_CASE(1)
@@ -89,43 +95,64 @@ static inline __attribute__((always_inline)) void tile_rows(int rows, int vector
     }
 }
 
-/* All vectors, or the first only: adapters of rank 16 and less need no more. */
-static void tile_wide(int rows, int64_t depth, const float *a, const float *b, float *c,
+enum { TILE_COLS = ISA_NV * VEC_LANES };
+
+/* A function of its own for each way in which operands lie, of constant steps where they have any.
+ */
+#define TILE(name, vectors, a_row, a_step, b_step)                                                 \
+    static void name(int rows, int64_t depth, const float *a, int64_t a_stride, const float *b,    \
+                     int64_t b_stride, float *c, int64_t c_stride, bool accumulate)                \
+    {                                                                                              \
+        (void)a_stride;                                                                            \
+        (void)b_stride;                                                                            \
+        tile_rows(rows, vectors, depth, a, a_row, a_step, b, b_step, c, c_stride, accumulate);     \
+    }
+TILE(tile_packed, ISA_NV, 1, ISA_MR, TILE_COLS)
+TILE(tile_packed_narrow, 1, 1, ISA_MR, TILE_COLS) /* adapters of rank 16 and less need no more */
+TILE(tile_in_rows, ISA_NV, a_stride, 1, b_stride)
+TILE(tile_in_columns, ISA_NV, 1, a_stride, b_stride)
+
+typedef void tile_function(int rows, int64_t depth, const float *a, int64_t a_stride,
+                           const float *b, int64_t b_stride, float *c, int64_t c_stride,
+                           bool accumulate);
+
+/* A ragged right edge: the whole tile beside C, then the columns that exist. */
+static void tile_edge(tile_function *tile, int rows, int cols, int64_t depth, const float *a,
+                      int64_t a_stride, const float *b, int64_t b_stride, float *c,
                       int64_t c_stride, bool accumulate)
 {
-    tile_rows(rows, ISA_NV, depth, a, b, c, c_stride, accumulate);
-}
-
-static void tile_narrow(int rows, int64_t depth, const float *a, const float *b, float *c,
-                        int64_t c_stride, bool accumulate)
-{
-    tile_rows(rows, 1, depth, a, b, c, c_stride, accumulate);
+    float whole[ISA_MR * TILE_COLS];
+    tile(rows, depth, a, a_stride, b, b_stride, whole, TILE_COLS, false);
+    for (int i = 0; i < rows; i++) {
+        for (int j = 0; j < cols; j++) {
+            float sum = whole[i * TILE_COLS + j];
+            c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + sum : sum;
+        }
+    }
 }
 
 static void isa_tile(int rows, int cols, int64_t depth, const float *a, const float *b, float *c,
                      int64_t c_stride, bool accumulate)
 {
-    enum { NR = ISA_NV * VEC_LANES };
-    if (cols == NR) {
-        tile_wide(rows, depth, a, b, c, c_stride, accumulate);
-        return;
-    }
-    if (cols == VEC_LANES) {
-        tile_narrow(rows, depth, a, b, c, c_stride, accumulate);
-        return;
-    }
-    /* A ragged right edge: the whole tile beside C, then the columns that exist. */
-    float whole[ISA_MR * NR];
-    if (cols < VEC_LANES) {
-        tile_narrow(rows, depth, a, b, whole, NR, false);
+    if (cols == TILE_COLS) {
+        tile_packed(rows, depth, a, 0, b, 0, c, c_stride, accumulate);
+    } else if (cols == VEC_LANES) {
+        tile_packed_narrow(rows, depth, a, 0, b, 0, c, c_stride, accumulate);
     } else {
-        tile_wide(rows, depth, a, b, whole, NR, false);
+        tile_edge(cols < VEC_LANES ? tile_packed_narrow : tile_packed, rows, cols, depth, a, 0, b,
+                  0, c, c_stride, accumulate);
     }
-    for (int i = 0; i < rows; i++) {
-        for (int j = 0; j < cols; j++) {
-            float sum = whole[i * NR + j];
-            c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + sum : sum;
-        }
+}
+
+static void isa_tile_plain(int rows, int cols, int64_t depth, const float *a, int64_t a_stride,
+                           bool a_in_columns, const float *b, int64_t b_stride, float *c,
+                           int64_t c_stride, bool accumulate)
+{
+    tile_function *tile = a_in_columns ? tile_in_columns : tile_in_rows;
+    if (cols == TILE_COLS) {
+        tile(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    } else {
+        tile_edge(tile, rows, cols, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
     }
 }
 
@@ -157,135 +184,167 @@ static void isa_widen(const uint8_t *src, qs_dtype dtype, int64_t count, float *
     }
 }
 
-/* ---- 16 lanes ---- */
+/* ---- vectors of ISA_LANES floats; 16 elements are LANE_PARTS of them ---- */
 
-typedef float f16x __attribute__((vector_size(64)));
-typedef int32_t i16x __attribute__((vector_size(64)));
+enum { LANE_PARTS = 16 / ISA_LANES };
 
-static inline f16x lanes_load(const float *p)
+typedef float lanes __attribute__((vector_size(4 * ISA_LANES)));
+typedef int32_t lanes_i32 __attribute__((vector_size(4 * ISA_LANES)));
+
+static inline lanes lanes_load(const float *p)
 {
-    f16x v;
+    lanes v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-static inline void lanes_store(float *p, f16x v)
+static inline void lanes_store(float *p, lanes v)
 {
     memcpy(p, &v, sizeof v);
 }
 
-/* The last, shorter vector: missing lanes are `fill`. */
-static inline f16x lanes_load_part(const float *p, int64_t count, float fill)
+static inline lanes lanes_splat(float x)
 {
-    float part[16];
+    return x - (lanes){0};
+}
+
+/* The last elements of a row, fewer than 16: a copy with `fill` behind them. */
+static inline const float *tail(const float *p, int64_t count, float fill, float copy[16])
+{
     for (int i = 0; i < 16; i++) {
-        part[i] = i < count ? p[i] : fill;
+        copy[i] = i < count ? p[i] : fill;
     }
-    return lanes_load(part);
-}
-
-static inline void lanes_store_part(float *p, int64_t count, f16x v)
-{
-    float part[16];
-    lanes_store(part, v);
-    memcpy(p, part, (size_t)count * sizeof *p);
-}
-
-static inline f16x lanes_splat(float x)
-{
-    return (f16x){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    return copy;
 }
 
 /* The tree of every 16-lane sum: the upper half is added to the lower until one lane is left. */
-static inline float lanes_sum(f16x v)
+static inline float lanes_sum(lanes part[LANE_PARTS])
 {
-    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
-    v += __builtin_shufflevector(v, v, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0);
-    return v[0];
+    for (int half = LANE_PARTS / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            part[i] += part[i + half];
+        }
+    }
+    return isa_fold(part[0]);
 }
 
 /* exp: n = round(x / ln 2), r = x - n ln 2 in two pieces, the series to r^7 (|r| <= 0.347: the next
- * term is 5e-9), times 2^n. Below -87 the result is 0, because denormals are not worth their
- * time; from 88.38 on, where n = 128, it is infinity. The bounds are the first operands, so that
- * NaN goes through. */
-static inline f16x lanes_exp(f16x x)
+ * term is 5e-9), times 2^n. From -87.68 down, where n = -127, that is 0, because denormals are not
+ * worth their time; from 88.38 on, where n = 128, it is infinity: the bits of both powers say so,
+ * and no lane has to be asked. The bounds are the first operands, so that NaN goes through. */
+static inline lanes lanes_exp(lanes x)
 {
-    const f16x lo = lanes_splat(-87.0F), hi = lanes_splat(89.0F);
-    const f16x round = lanes_splat(12582912.0F); /* 1.5 * 2^23: adding it rounds to an integer */
-    f16x bounded = isa_min16(hi, isa_max16(lo, x));
-    f16x shifted = bounded * lanes_splat(1.44269504F) + round;
-    f16x n = shifted - round;
-    f16x r = bounded - n * lanes_splat(0.693359375F);
-    r = r - n * lanes_splat(-2.12194440e-4F);
-    /* (1/2 + r/6) + r^2 ((1/24 + r/120) + r^2 (1/720 + r/5040)): shorter chains than Horner's. */
-    f16x square = r * r;
-    f16x low = r * lanes_splat(1.0F / 6.0F) + lanes_splat(0.5F);
-    f16x middle = r * lanes_splat(1.0F / 120.0F) + lanes_splat(1.0F / 24.0F);
-    f16x high = r * lanes_splat(1.0F / 5040.0F) + lanes_splat(1.0F / 720.0F);
-    f16x value = ((high * square + middle) * square + low) * square + r + lanes_splat(1.0F);
-    value *= (f16x)(((i16x)shifted - ((i16x)round - 127)) << 23);
-    return (f16x)(~(x <= lo) & (i16x)value);
+    const lanes lo = lanes_splat(-88.0F), hi = lanes_splat(89.0F);
+    const lanes round = lanes_splat(12582912.0F); /* 1.5 * 2^23: adding it rounds to an integer */
+    lanes bounded = isa_min(hi, isa_max(lo, x));
+    lanes shifted = isa_fma(bounded, lanes_splat(1.44269504F), round);
+    lanes n = shifted - round;
+    lanes r = isa_fma(n, lanes_splat(-0.693359375F), bounded);
+    r = isa_fma(n, lanes_splat(2.12194440e-4F), r);
+    /* 1 + r + r^2 ((1/2 + r/6) + r^2 ((1/24 + r/120) + r^2 (1/720 + r/5040))): shorter chains than
+     * Horner's. */
+    lanes square = r * r;
+    lanes low = isa_fma(r, lanes_splat(1.0F / 6.0F), lanes_splat(0.5F));
+    lanes middle = isa_fma(r, lanes_splat(1.0F / 120.0F), lanes_splat(1.0F / 24.0F));
+    lanes high = isa_fma(r, lanes_splat(1.0F / 5040.0F), lanes_splat(1.0F / 720.0F));
+    lanes value = isa_fma(isa_fma(high, square, middle), square, low);
+    value = isa_fma(value, square, r) + lanes_splat(1.0F);
+    return value * (lanes)(((lanes_i32)shifted - ((lanes_i32)round - 127)) << 23);
+}
+
+static inline void dot_step(lanes sum[LANE_PARTS], const float *x, const float *y)
+{
+    for (int p = 0; p < LANE_PARTS; p++) {
+        sum[p] += lanes_load(x + p * ISA_LANES) * lanes_load(y + p * ISA_LANES);
+    }
 }
 
 static float isa_dot(const float *x, const float *y, int64_t count)
 {
-    f16x sum = lanes_splat(0.0F);
+    lanes sum[LANE_PARTS] = {{0}};
+    float left[16], right[16];
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        sum += lanes_load(x + i) * lanes_load(y + i);
+        dot_step(sum, x + i, y + i);
     }
     if (i < count) {
-        sum += lanes_load_part(x + i, count - i, 0.0F) * lanes_load_part(y + i, count - i, 0.0F);
+        dot_step(sum, tail(x + i, count - i, 0.0F, left), tail(y + i, count - i, 0.0F, right));
     }
     return lanes_sum(sum);
+}
+
+static inline void dot3_step(lanes sum[LANE_PARTS], const float *x, const float *y, const float *z)
+{
+    for (int p = 0; p < LANE_PARTS; p++) {
+        sum[p] += lanes_load(x + p * ISA_LANES) * lanes_load(y + p * ISA_LANES) *
+                  lanes_load(z + p * ISA_LANES);
+    }
 }
 
 static float isa_dot3(const float *x, const float *y, const float *z, int64_t count)
 {
-    f16x sum = lanes_splat(0.0F);
+    lanes sum[LANE_PARTS] = {{0}};
+    float first[16], second[16], third[16];
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        sum += lanes_load(x + i) * lanes_load(y + i) * lanes_load(z + i);
+        dot3_step(sum, x + i, y + i, z + i);
     }
     if (i < count) {
         int64_t left = count - i;
-        sum += lanes_load_part(x + i, left, 0.0F) * lanes_load_part(y + i, left, 0.0F) *
-               lanes_load_part(z + i, left, 0.0F);
+        dot3_step(sum, tail(x + i, left, 0.0F, first), tail(y + i, left, 0.0F, second),
+                  tail(z + i, left, 0.0F, third));
     }
     return lanes_sum(sum);
 }
 
-static float isa_max(const float *x, int64_t count)
+static float isa_largest(const float *x, int64_t count)
 {
-    f16x most = lanes_splat(-INFINITY);
+    lanes most = lanes_splat(-INFINITY);
+    float copy[16], lane[ISA_LANES];
     for (int64_t i = 0; i < count; i += 16) {
-        f16x v = i + 16 <= count ? lanes_load(x + i) : lanes_load_part(x + i, count - i, -INFINITY);
-        most = isa_max16(v, most); /* of NaN and a number, the number */
+        const float *from = i + 16 <= count ? x + i : tail(x + i, count - i, -INFINITY, copy);
+        for (int p = 0; p < LANE_PARTS; p++) {
+            most = isa_max(lanes_load(from + p * ISA_LANES), most); /* of NaN and a number, this */
+        }
     }
-    float lane[16];
     lanes_store(lane, most);
-    for (int i = 1; i < 16; i++) {
+    for (int i = 1; i < ISA_LANES; i++) {
         lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
     }
     return lane[0];
 }
 
+/* In place; a tail is the caller's. */
+static inline void exp_step(float *x, lanes by, lanes minus)
+{
+    for (int p = 0; p < LANE_PARTS; p++) {
+        float *at = x + p * ISA_LANES;
+        lanes_store(at, lanes_exp(lanes_load(at) * by - minus));
+    }
+}
+
+static inline void sum_step(lanes sum[LANE_PARTS], const float *x)
+{
+    for (int p = 0; p < LANE_PARTS; p++) {
+        sum[p] += lanes_load(x + p * ISA_LANES);
+    }
+}
+
 static float isa_exp_sum(float *x, int64_t count, float scale, float shift)
 {
-    f16x sum = lanes_splat(0.0F);
-    const f16x by = lanes_splat(scale), minus = lanes_splat(shift);
+    lanes sum[LANE_PARTS] = {{0}};
+    const lanes by = lanes_splat(scale), minus = lanes_splat(shift);
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        f16x e = lanes_exp(lanes_load(x + i) * by - minus);
-        lanes_store(x + i, e);
-        sum += e;
+        exp_step(x + i, by, minus);
+        sum_step(sum, x + i);
     }
     if (i < count) {
-        f16x e = lanes_exp(lanes_load_part(x + i, count - i, 0.0F) * by - minus);
-        lanes_store_part(x + i, count - i, e);
-        sum += lanes_load_part(x + i, count - i, 0.0F);
+        float copy[16];
+        tail(x + i, count - i, 0.0F, copy);
+        exp_step(copy, by, minus);
+        memcpy(x + i, copy, (size_t)(count - i) * sizeof *x);
+        sum_step(sum, tail(x + i, count - i, 0.0F, copy));
     }
     return lanes_sum(sum);
 }
@@ -299,31 +358,41 @@ static void isa_softmax_backward(const float *p, int64_t count, float delta, flo
 
 /* tanh within 2 ulp: near 0 the polynomial of Cephes' tanhf, where 1 - 2 / (1 + exp(2 |x|)) would
  * cancel. */
-static inline f16x lanes_tanh(f16x x)
+static inline lanes lanes_tanh(lanes x)
 {
-    const f16x one = lanes_splat(1.0F), z = x * x;
-    f16x near = lanes_splat(-5.70498872745e-3F) * z + lanes_splat(2.06390887954e-2F);
+    const lanes one = lanes_splat(1.0F), z = x * x;
+    lanes near = lanes_splat(-5.70498872745e-3F) * z + lanes_splat(2.06390887954e-2F);
     near = near * z + lanes_splat(-5.37397155531e-2F);
     near = near * z + lanes_splat(1.33314422036e-1F);
     near = near * z + lanes_splat(-3.33332819422e-1F);
     near = near * z * x + x;
-    const i16x sign = (i16x)x & (i16x)lanes_splat(-0.0F);
-    const f16x size = (f16x)((i16x)x ^ sign);
-    const f16x far = one - lanes_splat(2.0F) / (one + lanes_exp(size + size));
-    const i16x is_near = size < lanes_splat(0.625F);
-    return (f16x)((is_near & (i16x)near) | (~is_near & ((i16x)far | sign)));
+    const lanes_i32 sign = (lanes_i32)x & (lanes_i32)lanes_splat(-0.0F);
+    const lanes size = (lanes)((lanes_i32)x ^ sign);
+    const lanes far = one - lanes_splat(2.0F) / (one + lanes_exp(size + size));
+    const lanes_i32 is_near = size < lanes_splat(0.625F);
+    return (lanes)((is_near & (lanes_i32)near) | (~is_near & ((lanes_i32)far | sign)));
+}
+
+static inline void soft_cap_step(float *x, lanes by, lanes most)
+{
+    for (int p = 0; p < LANE_PARTS; p++) {
+        float *at = x + p * ISA_LANES;
+        lanes_store(at, most * lanes_tanh(lanes_load(at) * by / most));
+    }
 }
 
 static void isa_soft_cap(float *x, int64_t count, float scale, float cap)
 {
-    const f16x by = lanes_splat(scale), most = lanes_splat(cap);
+    const lanes by = lanes_splat(scale), most = lanes_splat(cap);
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        lanes_store(x + i, most * lanes_tanh(lanes_load(x + i) * by / most));
+        soft_cap_step(x + i, by, most);
     }
     if (i < count) {
-        const f16x part = lanes_load_part(x + i, count - i, 0.0F);
-        lanes_store_part(x + i, count - i, most * lanes_tanh(part * by / most));
+        float copy[16];
+        tail(x + i, count - i, 0.0F, copy);
+        soft_cap_step(copy, by, most);
+        memcpy(x + i, copy, (size_t)(count - i) * sizeof *x);
     }
 }
 
@@ -336,7 +405,7 @@ static void isa_soft_cap_backward(const float *capped, int64_t count, float delt
     }
 }
 
-static inline f16x lanes_sigmoid(f16x x)
+static inline lanes lanes_sigmoid(lanes x)
 {
     return lanes_splat(1.0F) / (lanes_splat(1.0F) + lanes_exp(-x));
 }
@@ -346,132 +415,132 @@ static inline f16x lanes_sigmoid(f16x x)
 static const float GELU_1 = 1.5957691216057308F;   /* 2 sqrt(2 / pi) */
 static const float GELU_3 = 0.071354816272600244F; /* that times 0.044715 */
 
-static inline f16x lanes_glu(qs_glu glu, f16x g)
+static inline lanes lanes_glu(qs_glu glu, lanes g)
 {
-    const f16x z = g * (lanes_splat(GELU_1) + lanes_splat(GELU_3) * (g * g));
+    const lanes z = g * (lanes_splat(GELU_1) + lanes_splat(GELU_3) * (g * g));
     return lanes_sigmoid(glu == QS_GLU_SILU ? g : z);
 }
 
 /* dz / dg */
-static inline f16x lanes_glu_slope(qs_glu glu, f16x g)
+static inline lanes lanes_glu_slope(qs_glu glu, lanes g)
 {
-    const f16x slope = lanes_splat(GELU_1) + lanes_splat(3.0F * GELU_3) * (g * g);
+    const lanes slope = lanes_splat(GELU_1) + lanes_splat(3.0F * GELU_3) * (g * g);
     return glu == QS_GLU_SILU ? lanes_splat(1.0F) : slope;
+}
+
+static inline void glu_step(qs_glu glu, const float *gate, const float *up, float *act)
+{
+    for (int p = 0; p < LANE_PARTS; p++) {
+        lanes g = lanes_load(gate + p * ISA_LANES);
+        lanes_store(act + p * ISA_LANES, g * lanes_glu(glu, g) * lanes_load(up + p * ISA_LANES));
+    }
 }
 
 static void isa_glu(qs_glu glu, const float *gate, const float *up, int64_t count, float *act)
 {
-    for (int64_t i = 0; i < count; i += 16) {
-        if (i + 16 <= count) {
-            f16x g = lanes_load(gate + i);
-            lanes_store(act + i, g * lanes_glu(glu, g) * lanes_load(up + i));
-        } else {
-            f16x g = lanes_load_part(gate + i, count - i, 0.0F);
-            f16x u = lanes_load_part(up + i, count - i, 0.0F);
-            lanes_store_part(act + i, count - i, g * lanes_glu(glu, g) * u);
-        }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        glu_step(glu, gate + i, up + i, act + i);
+    }
+    if (i < count) {
+        float g[16], u[16], out[16];
+        int64_t left = count - i;
+        glu_step(glu, tail(gate + i, left, 0.0F, g), tail(up + i, left, 0.0F, u), out);
+        memcpy(act + i, out, (size_t)left * sizeof *act);
     }
 }
 
 /* d (g s) / dg = s + g s (1 - s) dz / dg, s = sigmoid(z). */
+static inline void glu_backward_step(qs_glu glu, const float *gate, const float *up,
+                                     const float *dact, float *dgate, float *dup)
+{
+    const lanes one = lanes_splat(1.0F);
+    for (int p = 0; p < LANE_PARTS; p++) {
+        lanes g = lanes_load(gate + p * ISA_LANES), u = lanes_load(up + p * ISA_LANES);
+        lanes d = lanes_load(dact + p * ISA_LANES), s = lanes_glu(glu, g);
+        lanes_store(dgate + p * ISA_LANES,
+                    d * u * (s + g * s * (one - s) * lanes_glu_slope(glu, g)));
+        lanes_store(dup + p * ISA_LANES, d * (g * s));
+    }
+}
+
 static void isa_glu_backward(qs_glu glu, const float *gate, const float *up, const float *dact,
                              int64_t count, float *dgate, float *dup)
 {
-    const f16x one = lanes_splat(1.0F);
-    for (int64_t i = 0; i < count; i += 16) {
-        bool whole = i + 16 <= count;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        glu_backward_step(glu, gate + i, up + i, dact + i, dgate + i, dup + i);
+    }
+    if (i < count) {
+        float g[16], u[16], d[16], dg[16], du[16];
         int64_t left = count - i;
-        f16x g = whole ? lanes_load(gate + i) : lanes_load_part(gate + i, left, 0.0F);
-        f16x u = whole ? lanes_load(up + i) : lanes_load_part(up + i, left, 0.0F);
-        f16x d = whole ? lanes_load(dact + i) : lanes_load_part(dact + i, left, 0.0F);
-        f16x s = lanes_glu(glu, g);
-        f16x dg = d * u * (s + g * s * (one - s) * lanes_glu_slope(glu, g));
-        f16x du = d * (g * s);
-        if (whole) {
-            lanes_store(dgate + i, dg);
-            lanes_store(dup + i, du);
-        } else {
-            lanes_store_part(dgate + i, left, dg);
-            lanes_store_part(dup + i, left, du);
-        }
+        glu_backward_step(glu, tail(gate + i, left, 0.0F, g), tail(up + i, left, 0.0F, u),
+                          tail(dact + i, left, 0.0F, d), dg, du);
+        memcpy(dgate + i, dg, (size_t)left * sizeof *dgate);
+        memcpy(dup + i, du, (size_t)left * sizeof *dup);
     }
 }
 
 /* ---- dropout ---- */
 
-typedef uint32_t u16x __attribute__((vector_size(64)));
-typedef uint64_t u8x __attribute__((vector_size(64)));
+typedef uint32_t lanes_u32 __attribute__((vector_size(4 * ISA_LANES)));
+typedef uint64_t lanes_u64 __attribute__((vector_size(4 * ISA_LANES)));
 
-static inline u16x lanes_splat_u32(uint32_t x)
+/* High and low words of products of 32 bits: those of the even lanes, then of the odd ones. */
+static inline lanes_u32 mul_words(lanes_u32 x, uint32_t by, lanes_u32 *high)
 {
-    return (u16x){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    const lanes_u64 upper = (lanes_u64){0} + 0xFFFFFFFF00000000U;
+    lanes_u32 factor = (lanes_u32){0} + by;
+    lanes_u64 even = isa_mul_even((lanes_u64)x, (lanes_u64)factor);
+    lanes_u64 odd = isa_mul_even((lanes_u64)x >> 32, (lanes_u64)factor);
+    *high = (lanes_u32)((even >> 32) | (odd & upper));
+    return (lanes_u32)((even & ~upper) | (odd << 32));
 }
 
-/* High and low words of 16 products of 32 bits: those of the even lanes, then of the odd ones. */
-static inline u16x mul_words(u16x x, uint32_t by, u16x *high)
+/* The words of blocks block .. block + ISA_LANES - 1 in element order: Philox4x32-10 as behind
+ * qs_rng_block, a block in each lane. */
+static inline void philox(const qs_rng *rng, uint64_t block, uint32_t out[4 * ISA_LANES])
 {
-    const u8x upper = (u8x)lanes_splat_u32(0) + 0xFFFFFFFF00000000U;
-    u16x factor = lanes_splat_u32(by);
-    u8x even = isa_mul_even((u8x)x, (u8x)factor);
-    u8x odd = isa_mul_even((u8x)x >> 32, (u8x)factor);
-    *high = (u16x)((even >> 32) | (odd & upper));
-    return (u16x)((even & ~upper) | (odd << 32));
-}
-
-/* Words of blocks block .. block + 15 in element order: Philox4x32-10 as behind qs_rng_block, a
- * block in each lane. */
-static void philox16(const qs_rng *rng, uint64_t block, uint32_t out[64])
-{
-    uint32_t low[16], high[16];
-    for (uint64_t lane = 0; lane < 16; lane++) {
-        low[lane] = (uint32_t)(block + lane);
-        high[lane] = (uint32_t)((block + lane) >> 32);
+    uint32_t word[4][ISA_LANES];
+    for (uint64_t lane = 0; lane < ISA_LANES; lane++) {
+        word[0][lane] = (uint32_t)(block + lane);
+        word[1][lane] = (uint32_t)((block + lane) >> 32);
     }
-    u16x c0, c1, c2 = lanes_splat_u32(rng->site), c3 = lanes_splat_u32(rng->layer);
-    memcpy(&c0, low, sizeof c0);
-    memcpy(&c1, high, sizeof c1);
+    lanes_u32 c0, c1, c2 = (lanes_u32){0} + rng->site, c3 = (lanes_u32){0} + rng->layer;
+    memcpy(&c0, word[0], sizeof c0);
+    memcpy(&c1, word[1], sizeof c1);
     uint32_t key0 = (uint32_t)rng->key, key1 = (uint32_t)(rng->key >> 32);
     for (int round = 0; round < 10; round++) {
-        u16x high0, high1;
-        u16x low0 = mul_words(c0, 0xD2511F53U, &high0);
-        u16x low1 = mul_words(c2, 0xCD9E8D57U, &high1);
-        c0 = high1 ^ c1 ^ lanes_splat_u32(key0);
-        c2 = high0 ^ c3 ^ lanes_splat_u32(key1);
+        lanes_u32 high0, high1;
+        lanes_u32 low0 = mul_words(c0, 0xD2511F53U, &high0);
+        lanes_u32 low1 = mul_words(c2, 0xCD9E8D57U, &high1);
+        c0 = high1 ^ c1 ^ key0;
+        c2 = high0 ^ c3 ^ key1;
         c1 = low1;
         c3 = low0;
         key0 += 0x9E3779B9U;
         key1 += 0xBB67AE85U;
     }
-    for (int half = 0; half < 2; half++) {
-        u16x first, second; /* words 0 and 1, and 2 and 3, of eight blocks */
-        if (half == 0) {
-            first = __builtin_shufflevector(c0, c1, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
-                                            7, 23);
-            second = __builtin_shufflevector(c2, c3, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
-                                             22, 7, 23);
-        } else {
-            first = __builtin_shufflevector(c0, c1, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
-                                            14, 30, 15, 31);
-            second = __builtin_shufflevector(c2, c3, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
-                                             14, 30, 15, 31);
+    memcpy(word[0], &c0, sizeof c0);
+    memcpy(word[1], &c1, sizeof c1);
+    memcpy(word[2], &c2, sizeof c2);
+    memcpy(word[3], &c3, sizeof c3);
+    for (int lane = 0; lane < ISA_LANES; lane++) {
+        for (int w = 0; w < 4; w++) {
+            out[4 * lane + w] = word[w][lane];
         }
-        u16x four = __builtin_shufflevector(first, second, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21,
-                                            6, 7, 22, 23);
-        u16x more = __builtin_shufflevector(first, second, 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28,
-                                            29, 14, 15, 30, 31);
-        memcpy(out + half * 32, &four, sizeof four);
-        memcpy(out + half * 32 + 16, &more, sizeof more);
     }
 }
 
 static void isa_dropout(const qs_rng *rng, uint64_t element, int64_t count, float p, float keep,
                         const float *x, float *out)
 {
+    enum { WORDS = 4 * ISA_LANES };
     while (count > 0) {
-        uint32_t words[64];
+        uint32_t words[WORDS];
         int64_t skip = (int64_t)(element % 4);
-        int64_t here = 64 - skip < count ? 64 - skip : count;
-        philox16(rng, element / 4, words);
+        int64_t here = WORDS - skip < count ? WORDS - skip : count;
+        philox(rng, element / 4, words);
         for (int64_t i = 0; i < here; i++) {
             /* As qs_rng_uniform. Not x * 0: a dropped element is 0 whatever it was. */
             float uniform = (float)(int32_t)(words[skip + i] >> 8) * 0x1p-24F;
@@ -492,12 +561,13 @@ const qs_isa *ISA_TABLE(void)
         .mr = ISA_MR,
         .nr = ISA_NV * VEC_LANES,
         .tile = isa_tile,
+        .tile_plain = isa_tile_plain,
         .transpose = isa_transpose,
         .nf4_decode = isa_nf4_decode,
         .widen = isa_widen,
         .dot = isa_dot,
         .dot3 = isa_dot3,
-        .max = isa_max,
+        .max = isa_largest,
         .exp_sum = isa_exp_sum,
         .softmax_backward = isa_softmax_backward,
         .soft_cap = isa_soft_cap,

@@ -19,8 +19,9 @@ static size_t scratch_bytes(const qs_ops_limits *l)
     int64_t packs =
         max_i64(qs_gemm_scratch_count(l->threads, l->tokens, l->widest),
                 qs_gemm_scratch_count(l->threads, l->loss_rows, max_i64(l->widest, slice)));
-    int64_t floats = packs + qs_attention_scratch_count(l->threads, l->documents, l->head_dim) +
-                     qs_head_scratch_count(l->loss_rows);
+    int64_t floats =
+        packs + qs_head_scratch_count(l->loss_rows) +
+        qs_attention_scratch_count(l->threads, l->tokens, l->documents, l->n_kv_heads, l->head_dim);
     if (l->dropout) {
         floats += qs_lora_scratch_count(l->tokens, l->widest);
     }

@@ -9,7 +9,7 @@
 #include "kernels/cpu/parallel.h"
 
 #include <pthread.h>
-#include <stdatomic.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <time.h>
@@ -195,4 +195,15 @@ void qs_parallel_for(qs_queue *queue, int64_t count, int64_t work, qs_task task,
         qs_queue_idle(queue);
     }
     end(t, queue);
+}
+
+void qs_parallel_await(const _Atomic int64_t *counter, int64_t count)
+{
+    for (int spins = 0; atomic_load_explicit(counter, memory_order_acquire) < count; spins++) {
+        if (spins < SPINS) {
+            relax();
+        } else {
+            sched_yield(); /* more threads than cores: the other one may need this one's */
+        }
+    }
 }
