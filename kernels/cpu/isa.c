@@ -10,7 +10,7 @@
 
 static const qs_isa *_Atomic chosen;
 
-static bool cpu_runs(const char *name)
+bool qs_isa_runs(const char *name)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -29,7 +29,7 @@ static bool cpu_runs(const char *name)
 
 static const qs_isa *usable(const qs_isa *isa)
 {
-    return isa != NULL && cpu_runs(isa->name) ? isa : NULL;
+    return isa != NULL && qs_isa_runs(isa->name) ? isa : NULL;
 }
 
 static const qs_isa *find(const char *name)

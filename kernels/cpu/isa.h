@@ -93,6 +93,9 @@ const qs_isa *qs_isa_get(void);
  * cannot run it. */
 bool qs_isa_force(const char *name);
 
+/** Whether this CPU can run the table called `name`. */
+bool qs_isa_runs(const char *name);
+
 /** The tables, NULL where the compiler could not build one. */
 const qs_isa *qs_isa_avx512(void);
 const qs_isa *qs_isa_avx2(void);

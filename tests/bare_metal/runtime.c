@@ -1,5 +1,5 @@
-/* What tests/cases/half.c needs of a C library, on a machine with nothing but a serial port. Its
- * formats alone: %s %d %a and hexadecimals of four digits. */
+/* What tests/cases/half.c and isa.c need of a C library, on a machine with nothing but a serial
+ * port. Its formats alone: %s %d %a and hexadecimals of four digits. */
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,7 +16,7 @@ enum {
     SHUTDOWN = 0x8900 /* of Bochs */
 };
 
-int case_main(void);            /* main of tests/cases/half.c */
+int case_main(void);            /* main of the case */
 int __cpu_indicator_init(void); /* libgcc's, which a C library calls at start */
 void run(void);
 
@@ -100,6 +100,17 @@ void *memcpy(void *restrict to, const void *restrict from, size_t bytes)
     void *const start = to;
     __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(bytes) : : "memory");
     return start;
+}
+
+void *memmove(void *to, const void *from, size_t bytes)
+{
+    if ((uintptr_t)to - (uintptr_t)from >= bytes) {
+        return memcpy(to, from, bytes);
+    }
+    char *last = (char *)to + bytes - 1;
+    const char *source = (const char *)from + bytes - 1;
+    __asm__ volatile("std; rep movsb; cld" : "+D"(last), "+S"(source), "+c"(bytes) : : "memory");
+    return to;
 }
 
 void *memset(void *to, int value, size_t bytes)
