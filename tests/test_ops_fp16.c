@@ -11,7 +11,7 @@
 #include "kernels/cpu/half.h"
 #include "ops_fixture.h"
 
-static const char *const tables[] = {"portable", "avx512fp16"};
+static const char *const tables[] = {"portable", "avx2", "avx512fp16"};
 
 enum { N_TABLES = 2 };
 

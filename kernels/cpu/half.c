@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/dtype.h"
+#include "kernels/cpu/isa.h"
 #include "quant/nf4.h"
 
 #if defined(__x86_64__)
@@ -125,28 +126,36 @@ bool qs_half_supported(void)
 #endif
 }
 
+/* By name, NULL if there is none or this CPU cannot run it. */
+static const qs_half *find(const char *name)
+{
+    if (strcmp(name, "avx512fp16") == 0) {
+        return qs_half_supported() ? qs_half_avx512() : NULL;
+    }
+    if (strcmp(name, "avx2") == 0) {
+        return qs_isa_runs("avx2") ? qs_half_avx2() : NULL;
+    }
+    return strcmp(name, "portable") == 0 ? qs_half_portable() : NULL;
+}
+
 static const qs_half *_Atomic forced;
 
 const qs_half *qs_half_get(void)
 {
     const qs_half *half = forced;
-    if (half != NULL) {
-        return half;
-    }
     const char *wanted = getenv("QSHARD_CPU_FP16");
-    if (wanted != NULL && strcmp(wanted, "portable") == 0) {
-        return qs_half_portable();
+    if (half == NULL && wanted != NULL) {
+        half = find(wanted);
     }
-    return qs_half_supported() ? qs_half_avx512() : NULL;
+    return half != NULL ? half : find("avx512fp16");
 }
 
 bool qs_half_force(const char *name)
 {
-    if (name != NULL && strcmp(name, "avx512fp16") == 0 && !qs_half_supported()) {
+    const qs_half *half = name != NULL ? find(name) : NULL;
+    if (name != NULL && half == NULL) {
         return false;
     }
-    forced = name == NULL                      ? NULL
-             : strcmp(name, "avx512fp16") == 0 ? qs_half_avx512()
-                                               : qs_half_portable();
+    forced = half;
     return true;
 }

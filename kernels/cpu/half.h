@@ -1,5 +1,6 @@
 /* Inner loops of the fp16 product (gemm_fp16.h): one table for AVX512-FP16, one in portable C that
- * computes the same bits anywhere, slowly. The table is the instruction set; the arithmetic is one.
+ * computes the same bits anywhere, slowly, and one for AVX2 that does so less slowly. The table is
+ * the instruction set; the arithmetic is one.
  *
  * A tile is 8 rows x 96 columns. Its operands are packed:
  *     a      [k][8]            halves: rows of X or dY, each scaled by its own power of two
@@ -42,17 +43,18 @@ typedef struct {
 /** The table for AVX512-FP16, NULL where the assembler could not build it; runs only where
  * qs_half_supported. */
 const qs_half *qs_half_avx512(void);
+const qs_half *qs_half_avx2(void); /* runs where qs_isa_runs("avx2") */
 const qs_half *qs_half_portable(void);
 
 /** Whether this CPU, and this build, have AVX512-FP16. */
 bool qs_half_supported(void);
 
-/** The table in use: AVX512-FP16, or NULL without it. QSHARD_CPU_FP16=portable (for tests) takes
- * portable C on any CPU. */
+/** The table in use: AVX512-FP16, or NULL without it. QSHARD_CPU_FP16=portable|avx2 (for tests)
+ * takes that one if this CPU runs it. */
 const qs_half *qs_half_get(void);
 
-/** Use the table called `name` ("avx512fp16", "portable") from now on, NULL: as by default (for
- * tests). \return false if this CPU cannot run it. */
+/** Use the table called `name` ("avx512fp16", "avx2", "portable") from now on, NULL: as by default
+ * (for tests). \return false if this CPU cannot run it. */
 bool qs_half_force(const char *name);
 
 #endif

@@ -1,12 +1,14 @@
-/* Compares the AVX512-FP16 inner loops with the portable ones, bit for bit: exit 0 if they agree, 1
- * if not, 77 where the CPU lacks them. Links statically and needs nothing else, so that it can run
- * as the only program of an emulated machine. */
+/* Compares the fp16 product's inner loops with the portable ones, bit for bit: exit 0 if those for
+ * AVX512-FP16 and for AVX2 agree, 1 if not, 77 if only the latter could be compared, and do. Links
+ * statically and needs nothing else, so that it can run as the only program of an emulated machine.
+ */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/cpu/half.h"
+#include "kernels/cpu/isa.h"
 #include "quant/nf4.h"
 
 enum {
@@ -160,16 +162,26 @@ static int compare_decoders(const qs_half *fast, const qs_half *slow)
     return 0;
 }
 
+static int compare(const qs_half *fast)
+{
+    const qs_half *slow = qs_half_portable();
+    const int wrong =
+        compare_tiles(fast, slow) + compare_packs(fast, slow) + compare_decoders(fast, slow);
+    printf("half: %s: %s\n", fast->name, wrong == 0 ? "the same bits" : "DIFFERENT BITS");
+    return wrong;
+}
+
 int main(void)
 {
     enum { SKIPPED = 77 };
-    if (!qs_half_supported()) {
-        printf("half: this CPU, or this build, has no AVX512-FP16: not compared\n");
-        return SKIPPED;
+    int wrong = 0;
+    if (qs_half_avx2() != NULL && qs_isa_runs("avx2")) {
+        wrong += compare(qs_half_avx2());
     }
-    const qs_half *fast = qs_half_avx512(), *slow = qs_half_portable();
-    const int wrong =
-        compare_tiles(fast, slow) + compare_packs(fast, slow) + compare_decoders(fast, slow);
-    printf("half: %s\n", wrong == 0 ? "the same bits in assembly and in C" : "DIFFERENT BITS");
-    return wrong == 0 ? 0 : 1;
+    if (qs_half_supported()) {
+        wrong += compare(qs_half_avx512());
+    } else {
+        printf("half: this CPU, or this build, has no AVX512-FP16: not compared\n");
+    }
+    return wrong > 0 ? 1 : qs_half_supported() ? 0 : SKIPPED;
 }
