@@ -17,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "base/cores.h"
+#include "base/cores_impl.h"
 #include "base/dtype.h"
 #include "base/log.h"
 #include "base/mem.h"
@@ -589,4 +589,31 @@ Test(cores, bound_rank_uses_its_binding)
     cr_assert_eq(sched_setaffinity(0, sizeof one, &one), 0);
     cr_assert_eq(qs_cores_available(), 1);
     cr_assert_eq(qs_threads_for_rank(8, 3, 0), 1);
+}
+
+/* A machine of two sockets with four cores each, two hardware threads a core: 2 i and 2 i + 1. */
+Test(cores, a_thread_gets_a_core_and_memory_the_nodes_next_to_them)
+{
+    static const struct {
+        unsigned begin, end; /* hardware threads of the binding */
+        int cores, first, last, nodes;
+    } cases[] = {
+        {0, 15, 8, 0, 14, 2}, {0, 7, 4, 0, 6, 1}, {8, 15, 4, 8, 14, 1}, {5, 9, 3, 5, 8, 2}};
+    hwloc_topology_t topology;
+    cr_assert_eq(hwloc_topology_init(&topology), 0);
+    cr_assert_eq(hwloc_topology_set_synthetic(topology, "pack:2 [numa] core:4 pu:2"), 0);
+    cr_assert_eq(hwloc_topology_load(topology), 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        hwloc_bitmap_t set = hwloc_bitmap_alloc(), nodes = hwloc_bitmap_alloc();
+        hwloc_bitmap_set_range(set, cases[i].begin, (int)cases[i].end);
+        int cpus[16];
+        cr_assert_eq(qs_cores_list(topology, set, cpus, 16), cases[i].cores, "case %zu", i);
+        cr_expect_eq(cpus[0], cases[i].first, "case %zu", i);
+        cr_expect_eq(cpus[cases[i].cores - 1], cases[i].last, "case %zu", i);
+        cr_expect_eq(qs_cores_list(topology, set, cpus, 2), 2);
+        cr_expect_eq(qs_cores_nodes(topology, set, nodes), cases[i].nodes, "case %zu", i);
+        hwloc_bitmap_free(set);
+        hwloc_bitmap_free(nodes);
+    }
+    hwloc_topology_destroy(topology);
 }

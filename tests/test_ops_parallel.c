@@ -1,10 +1,13 @@
 /* The parallel loop below all operations. */
+#define _GNU_SOURCE /* sched_getaffinity */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <unistd.h>
 
+#include "base/places.h"
 #include "kernels/cpu/parallel.h"
 #include "ops_fixture.h"
 
@@ -142,4 +145,43 @@ Test(parallel, tasks_may_wait_for_earlier_ones, .timeout = 60)
         cr_assert_eq(sum.value, alone.value, "%d threads", threads);
         qs_queue_destroy(queue);
     }
+}
+
+typedef struct {
+    _Atomic int inside;
+    cpu_set_t set[3]; /* of each thread */
+} affinities;
+
+static void note_affinity(void *ctx, int64_t index, int thread)
+{
+    (void)index;
+    affinities *a = ctx;
+    sched_getaffinity(0, sizeof a->set[thread], &a->set[thread]);
+    a->inside++;
+    for (int i = 0; i < 20000 && a->inside < 3; i++) {
+        usleep(1000);
+    }
+}
+
+/* On the two ends of what there is, in either order; the caller goes where it went before. */
+Test(parallel, helpers_go_to_their_places, .timeout = 60)
+{
+    cpu_set_t all;
+    cr_assert_eq(sched_getaffinity(0, sizeof all, &all), 0);
+    int first = CPU_SETSIZE, last = 0;
+    for (int i = 0; i < CPU_SETSIZE; i++) {
+        if (CPU_ISSET((size_t)i, &all)) {
+            first = i < first ? i : first;
+            last = i;
+        }
+    }
+    qs_places_set((const int[]){first, last, first}, 3);
+    qs_queue *queue = fx_queue(3);
+    affinities a = {0};
+    qs_parallel_for(queue, 3, MUCH_WORK, note_affinity, &a);
+    cr_assert(CPU_EQUAL(&a.set[0], &all));
+    cr_assert(CPU_COUNT(&a.set[1]) == 1 && CPU_COUNT(&a.set[2]) == 1);
+    cr_assert((CPU_ISSET((size_t)last, &a.set[1]) && CPU_ISSET((size_t)first, &a.set[2])) ||
+              (CPU_ISSET((size_t)first, &a.set[1]) && CPU_ISSET((size_t)last, &a.set[2])));
+    qs_queue_destroy(queue);
 }

@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "base/places.h"
+
 enum {
     WORK_PER_THREAD =
         32768, /* operations that make waking one more thread (about 5 us) worth while */
@@ -86,9 +88,17 @@ static int join_next(team *t, uint64_t *seen)
     return thread;
 }
 
+typedef struct {
+    team *team;
+    int number; /* from 1, for its place; a loop has numbers of its own for those who come */
+} helper_start;
+
 static void *helper_main(void *arg)
 {
-    team *t = arg;
+    helper_start start = *(helper_start *)arg;
+    free(arg);
+    qs_places_take(start.number);
+    team *t = start.team;
     uint64_t seen = 0;
     for (int thread = join_next(t, &seen); thread > 0; thread = join_next(t, &seen)) {
         for (int64_t i = t->next++; i < t->count; i = t->next++) {
@@ -119,6 +129,20 @@ static void key_create(void)
     team_key_error = pthread_key_create(&team_key, team_destroy);
 }
 
+static bool helper_create(team *t)
+{
+    helper_start *start = malloc(sizeof *start);
+    if (start == NULL) {
+        return false;
+    }
+    *start = (helper_start){t, t->helpers + 1};
+    if (pthread_create(&t->helper[t->helpers], NULL, helper_main, start) != 0) {
+        free(start);
+        return false;
+    }
+    return true;
+}
+
 /* This thread's team with as many of `helpers` as can be had; NULL if there can be none. */
 static team *team_of_thread(int helpers)
 {
@@ -136,8 +160,7 @@ static team *team_of_thread(int helpers)
         pthread_mutex_init(&t->lock, NULL);
         pthread_cond_init(&t->wake, NULL);
     }
-    while (t->helpers < helpers && t->helpers < MAX_HELPERS &&
-           pthread_create(&t->helper[t->helpers], NULL, helper_main, t) == 0) {
+    while (t->helpers < helpers && t->helpers < MAX_HELPERS && helper_create(t)) {
         t->helpers++;
     }
     return t;

@@ -1,12 +1,13 @@
 /* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf()
  * tells apart. Asked is the calling thread, because the threads that it starts inherit its binding.
  */
-#include "base/cores.h"
+#include "base/cores_impl.h"
 
-#include <hwloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
+
+#include "base/places.h"
 
 typedef struct {
     int cores; /* that this process may use */
@@ -29,28 +30,99 @@ static core_view fallback_view(void)
     return (core_view){.cores = online > 0 ? (int)online : 1, .bound = 0};
 }
 
+/* Of the calling thread: what it may run on within what the job may use. `topology` is NULL if
+ * hwloc cannot say. */
+typedef struct {
+    hwloc_topology_t topology;
+    hwloc_cpuset_t mine;
+} own_cores;
+
+static own_cores binding_open(void)
+{
+    own_cores b = {NULL, hwloc_bitmap_alloc()};
+    if (b.mine == NULL || hwloc_topology_init(&b.topology) != 0) {
+        b.topology = NULL;
+        return b;
+    }
+    if (hwloc_topology_load(b.topology) != 0) {
+        hwloc_topology_destroy(b.topology);
+        b.topology = NULL;
+        return b;
+    }
+    hwloc_const_cpuset_t allowed = hwloc_topology_get_allowed_cpuset(b.topology);
+    if (hwloc_get_cpubind(b.topology, b.mine, HWLOC_CPUBIND_THREAD) != 0) {
+        hwloc_bitmap_copy(b.mine, allowed);
+    }
+    hwloc_bitmap_and(b.mine, b.mine, allowed);
+    return b;
+}
+
+static void binding_close(own_cores *b)
+{
+    hwloc_bitmap_free(b->mine);
+    if (b->topology != NULL) {
+        hwloc_topology_destroy(b->topology);
+    }
+}
+
+static core_view view_of(const own_cores *b)
+{
+    core_view view = fallback_view();
+    if (b->topology != NULL && !hwloc_bitmap_iszero(b->mine)) {
+        hwloc_const_cpuset_t allowed = hwloc_topology_get_allowed_cpuset(b->topology);
+        view.cores = cores_touched_by(b->topology, b->mine);
+        view.bound = view.cores < cores_touched_by(b->topology, allowed);
+    }
+    return view.cores >= 1 ? view : fallback_view();
+}
+
 static core_view look(void)
 {
-    hwloc_topology_t topology;
-    if (hwloc_topology_init(&topology) != 0) {
-        return fallback_view();
-    }
-    core_view view = fallback_view();
-    hwloc_cpuset_t mine = hwloc_bitmap_alloc();
-    if (mine != NULL && hwloc_topology_load(topology) == 0) {
-        hwloc_const_cpuset_t allowed = hwloc_topology_get_allowed_cpuset(topology);
-        if (hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) != 0) {
-            hwloc_bitmap_copy(mine, allowed);
+    own_cores b = binding_open();
+    core_view view = view_of(&b);
+    binding_close(&b);
+    return view;
+}
+
+int qs_cores_list(hwloc_topology_t topology, hwloc_const_cpuset_t set, int *cpus, int most)
+{
+    int count = 0;
+    hwloc_obj_t core = NULL;
+    hwloc_cpuset_t here = hwloc_bitmap_alloc();
+    while (here != NULL && count < most &&
+           (core = hwloc_get_next_obj_by_type(topology, HWLOC_OBJ_CORE, core)) != NULL) {
+        hwloc_bitmap_and(here, core->cpuset, set);
+        if (!hwloc_bitmap_iszero(here)) {
+            cpus[count++] = hwloc_bitmap_first(here);
         }
-        hwloc_bitmap_and(mine, mine, allowed);
-        if (!hwloc_bitmap_iszero(mine)) {
-            view.cores = cores_touched_by(topology, mine);
-            view.bound = view.cores < cores_touched_by(topology, allowed);
+    }
+    hwloc_bitmap_free(here);
+    return count;
+}
+
+int qs_cores_nodes(hwloc_topology_t topology, hwloc_const_cpuset_t set, hwloc_nodeset_t nodes)
+{
+    hwloc_cpuset_to_nodeset(topology, set, nodes);
+    return hwloc_bitmap_weight(nodes);
+}
+
+void qs_cores_place(int threads)
+{
+    own_cores b = binding_open();
+    hwloc_nodeset_t nodes = hwloc_bitmap_alloc();
+    int *cpus = calloc((size_t)threads, sizeof *cpus);
+    if (b.topology != NULL && nodes != NULL && cpus != NULL) {
+        if (qs_cores_nodes(b.topology, b.mine, nodes) > 1) {
+            (void)hwloc_set_membind(b.topology, nodes, HWLOC_MEMBIND_INTERLEAVE,
+                                    HWLOC_MEMBIND_THREAD | HWLOC_MEMBIND_BYNODESET);
+        }
+        if (view_of(&b).bound && qs_cores_list(b.topology, b.mine, cpus, threads) == threads) {
+            qs_places_set(cpus, threads);
         }
     }
-    hwloc_bitmap_free(mine);
-    hwloc_topology_destroy(topology);
-    return view.cores >= 1 ? view : fallback_view();
+    free(cpus);
+    hwloc_bitmap_free(nodes);
+    binding_close(&b);
 }
 
 int qs_cores_available(void)

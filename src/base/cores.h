@@ -24,6 +24,13 @@ int qs_threads_for_rank(int local_nranks, int local_rank, int wanted);
  * number `index`. */
 int qs_threads_for_share(int sharers, int index, int wanted);
 
+/** Settle down on a binding that no other rank shares, for `threads` threads of a team. Bound by
+ * the launcher, and with a core for each of them: each gets one of its own (places.h). Not bound,
+ * others may be on the same cores without knowing, and the system may choose. On cores next to
+ * several memory nodes: pages go to these nodes in turns, because tasks go to any thread; with a
+ * rank for each node, which is faster, they are the rank's own. */
+void qs_cores_place(int threads);
+
 /** What qs_comm_threads compares: processes that can compete for cores have equal `host`, and do
  * if their masks of hardware threads overlap (numbers past the mask are folded into it, which can
  * only make a share smaller). */

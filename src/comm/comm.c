@@ -324,6 +324,9 @@ qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads)
         index += r < comm->rank ? competes : 0;
     }
     *threads = qs_threads_for_share(sharers, index, wanted);
+    if (sharers == 1) {
+        qs_cores_place(*threads);
+    }
 done:
     free(all);
     return st;

@@ -101,7 +101,8 @@ qs_status qs_comm_agree_after(qs_comm *comm, const qs_comm *part, qs_status st);
 
 /** Threads for this rank: `wanted`, OMP_NUM_THREADS, or its share of the cores that it is bound to
  * among all ranks whose bindings overlap its own (base/cores.h). Collective, since only the
- * others know whether they run on the same cores. */
+ * others know whether they run on the same cores; where none does, the rank settles down on its
+ * binding (qs_cores_place). */
 qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads);
 
 /** True if the last qs_comm_agree returned an error: every rank knows, and all may leave in peace.
