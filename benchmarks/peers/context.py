@@ -1,0 +1,62 @@
+"""What every case gets: options, the program, the peers, what the machine has."""
+import os
+import time
+
+from . import models, ours
+from .client import Peer
+
+# Each aim's peer setting: torch's dtype by the name in the tables.
+SETTINGS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class Context:
+    def __init__(self, options):
+        self.options, self.quick, self.work = options, options.quick, os.path.abspath(options.work)
+        os.makedirs(self.work, exist_ok=True)
+        self.threads = options.threads
+        self.program = ours.Program(options.qshard, self.threads, self.work)
+        self.cpu = ours.this_cpu()
+        self.started = time.monotonic()
+
+    def turns(self, usual):
+        """How often each side has its turn: --turns, or what the case wants; once for a smoke run."""
+        return self.options.turns or (1 if self.quick else usual)
+
+    def peer(self, **more):
+        return Peer(self.options.peer_python, self.threads, self.work, **more)
+
+    def path(self, *parts):
+        return os.path.join(self.work, *parts)
+
+    def log(self, text):
+        print(f"[{time.monotonic() - self.started:5.0f} s] {text}", flush=True)
+
+    def bounds(self):
+        """{"copy GB/s", "products GFLOP/s"}, measured now by the program."""
+        report = self.program.bench("gemm", "--shape", "512x512", "--tokens", "64", "--repeats", "1")
+        return report["bounds"]
+
+    # --- models: {"name", "folder", "base"}
+    def small_model(self):
+        return self._model("SmolLM2-135M", self.options.model)
+
+    def big_model(self):
+        """TinyLlama's shape; in a smoke run the small model stands for it."""
+        if self.quick:
+            return self.small_model()
+        self.log("the checkpoint of 1.1B, 2.2 GB, made up")
+        return self._model("Llama 1.1B", models.llama_1b(self.path("llama-1b")))
+
+    def _model(self, name, folder):
+        base = self.path(name.split()[-1] + ".h5")
+        if not os.path.exists(base):
+            self.program.quantize(folder, base)
+        return {"name": name, "folder": folder, "base": base}
+
+    def workload(self, model, length, sequences, batch=1, adapter=""):
+        """Settings of ours.Program.train for random sequences of `length` tokens; the file of tokens is made."""
+        tokens = self.path(f"{model['name'].split()[-1]}-{length}-{sequences}.h5")
+        if not os.path.exists(tokens):
+            models.write_tokens(tokens, model["folder"], sequences, length)
+        return {"base": model["base"], "tokens": tokens, "length": length, "batch": batch, "adapter": adapter,
+                "recompute": "none", "gemm": "auto"}
