@@ -6,9 +6,9 @@
 
 benchmarks/cpu_peers makes what it needs and calls it. Both sides get all cores, one after the other, in turns; a ratio is
 taken turn by turn, its median counts, its spread is printed. Results are compared first. The peer runs in fp32 and in bf16,
-with torch.compile where that helps, and with a malloc that keeps memory. Bounds are measured in the same run: products by a
-register tile in the L1 cache, and a copy. --json FILE keeps cases that are not measured now, so that a run may be continued.
-Exit code 5: a result is wrong; aims that are not met are printed, and are no failure.
+with torch.compile and sleeping threads where that helps, and with a malloc that keeps memory. Bounds are measured in the
+same run: products by a register tile in the L1 cache, and a copy. --json FILE keeps cases that are not measured now, so that
+a run may be continued. Exit code 5: a result is wrong; aims that are not met are printed, and are no failure.
 """
 import argparse
 import datetime
@@ -56,9 +56,9 @@ def markdown(report):
     parts = [tables.summary_of({name: case["rows"] for name, case in cases.items()})]
     for name, case in cases.items():
         about = case["about"]
-        parts += [f"### {name}", f"{ABOUT[name]} {about['cpu']} ({', '.join(about['flags'])}), {about['threads']} threads, "
-                                 f"qshard {about['commit']}, {about['date']}, load {about['load']:.1f} before; {about['peers']}",
-                  tables.markdown_of(case["rows"])]
+        where = (f"{about['cpu']} ({', '.join(about['flags'])}), {about['threads']} threads, qshard {about['commit']}, "
+                 f"{about['date']}, load {about['load']:.1f} before{', a smoke run' if about['quick'] else ''}")
+        parts += [f"### {name}", f"{ABOUT[name]} {where}; {about['peers']}", tables.markdown_of(case["rows"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,11 +69,11 @@ def measure(options, report):
     from peers.context import Context
 
     context, wrong = Context(options), []
-    with context.peer() as peer:
-        versions = peer.ask("about")
+    versions = context.choose_peer_settings()
     peers = (f"torch {versions['torch']} ({versions['cpu_capability']}, bf16 "
              f"{'by oneDNN' if versions['bf16_in_onednn'] else 'without oneDNN'}), transformers {versions['transformers']}, "
-             f"peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}.")
+             f"peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}"
+             f"{', OMP_WAIT_POLICY=PASSIVE' if context.peer_settings else ''}.")
     commit = context.program.bench("decode", "--shape", "64x64", "--repeats", "1")["commit"]
     for name in options.cases or CASES:
         about = {"cpu": context.cpu["name"], "flags": context.cpu["flags"], "threads": context.threads, "commit": commit,
@@ -118,7 +118,8 @@ def parse(argv):
     parser.add_argument("--model", help="directory of SmolLM2-135M")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side [all cores]")
     parser.add_argument("--turns", type=int, default=0, help="of each side [as a case needs: 2 to 5]")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds of a peer's product; what takes longer is left out [%(default)s]")
+    parser.add_argument("--limit", type=float, default=20.0,
+                        help="seconds of a peer's product; what takes longer is left out [%(default)s]")
     parser.add_argument("--quick", action="store_true", help="a turn of small shapes: does it work?")
     parser.add_argument("--work", default="build/cpu_peers", help="checkpoints and bases are kept there, 4 GB [%(default)s]")
     parser.add_argument("--json", help="keep the results there, with those of cases that are not measured now")

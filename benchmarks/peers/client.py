@@ -16,6 +16,9 @@ SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "server.py")
 # glibc then gives no freed memory back, so that torch does not wait for fresh pages at every large tensor: the peer's best.
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
 
+# torch and bitsandbytes each bring an OpenMP of their own, whose threads wait by spinning in each other's way.
+WAITS_ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 class PeerError(Exception):
     """The peer said that something is wrong: a bug or a missing module, not a slow machine."""
@@ -24,11 +27,12 @@ class PeerError(Exception):
 class Peer:
     """`with Peer(python, threads) as peer: peer.ask("decode", out=..., limit_s=60)`."""
 
-    def __init__(self, python, threads, scratch=None, keeps_memory=True):
+    def __init__(self, python, threads, scratch=None, keeps_memory=True, settings=None):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
                        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         if scratch:
             environment["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(scratch, "inductor")
+        environment.update(settings or {})
         if keeps_memory:
             environment.update(KEEPS_MEMORY)
         self.errors = tempfile.TemporaryFile("w+")

@@ -2,8 +2,8 @@
 import os
 import time
 
-from . import models, ours
-from .client import Peer
+from . import models, ours, stats
+from .client import WAITS_ASLEEP, Peer
 
 # Each aim's peer setting: torch's dtype by the name in the tables.
 SETTINGS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -17,13 +17,29 @@ class Context:
         self.program = ours.Program(options.qshard, self.threads, self.work)
         self.cpu = ours.this_cpu()
         self.started = time.monotonic()
+        self.peer_settings = {}
 
     def turns(self, usual):
         """How often each side has its turn: --turns, or what the case wants; once for a smoke run."""
         return self.options.turns or (1 if self.quick else usual)
 
     def peer(self, **more):
-        return Peer(self.options.peer_python, self.threads, self.work, **more)
+        return Peer(self.options.peer_python, self.threads, self.work, settings=self.peer_settings, **more)
+
+    def choose_peer_settings(self):
+        """Lets the peer's threads wait in the way that makes its decode and product in fp32 faster. Its versions."""
+        seconds, versions = [], {}
+        for settings in ({}, WAITS_ASLEEP):
+            self.peer_settings = settings
+            with self.peer() as peer:
+                versions = peer.ask("about")
+                answer = peer.ask("gemm", direction="forward", out=2048, tokens=512, dtype="float32", compiled=False,
+                                  repeats=5, slow_s=60.0, **{"in": 2048})
+                seconds.append(stats.figure(answer["seconds"])["median"])
+        self.peer_settings = WAITS_ASLEEP if seconds[1] < seconds[0] else {}
+        self.log(f"the peer's product takes {1e3 * seconds[0]:.0f} ms, with threads that wait asleep {1e3 * seconds[1]:.0f} ms: "
+                 f"{'so they do' if self.peer_settings else 'so they spin'}")
+        return versions
 
     def path(self, *parts):
         return os.path.join(self.work, *parts)
