@@ -8,14 +8,12 @@ import time
 import numpy as np
 
 from . import stats
-from .client import PeerError
 from .tables import AIMS, judged
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "tests", "oracle"))
 
 from base_reader import Base  # noqa: E402  (needs the path)
 
-TRANSFORMERS_S = 300.0
 KINDS = {"U8": np.uint8, "F32": np.float32, "BF16": np.uint16}
 
 
@@ -60,8 +58,7 @@ def differences(base_path, peer_path):
 
 def run(context):
     model = context.big_model()
-    outputs = {"ours": context.path("quantized.h5"), "theirs": context.path("quantized.safetensors"),
-               "transformers": context.path("quantized-transformers")}
+    outputs = {"ours": context.path("quantized.h5"), "theirs": context.path("quantized.safetensors")}
     peaks = {"ours": [], "theirs": []}
 
     def our_turn():
@@ -77,7 +74,7 @@ def run(context):
         return {**answer, "before": before}
 
     context.log(f"quantize {model['name']}")
-    results = stats.in_turns({"theirs": their_turn, "ours": our_turn}, context.turns(3))
+    results = stats.in_turns({"theirs": their_turn, "ours": our_turn}, context.turns(2))
     theirs = [answer["seconds"] for answer in results["theirs"]]
     size = os.path.getsize(os.path.join(model["folder"], "model.safetensors"))
     read = [size / seconds / 1e9 for seconds in results["ours"]]
@@ -89,14 +86,9 @@ def run(context):
                      "its modules alone": f"{results['theirs'][0]['before']:.0f} MiB",
                      "qshard reads": f"{stats.figure(read)['median']:.2f} GB/s, a copy does "
                                      f"{context.bounds()['copy GB/s']:.1f}"}}
-    try:
-        with context.peer(keeps_memory=False) as peer:
-            answer = peer.ask("quantize_transformers", limit_s=TRANSFORMERS_S, model=model["folder"],
-                              out=outputs["transformers"])
-            row["theirs"]["transformers, from_pretrained"] = {**stats.figure([answer["seconds"]]),
-                                                              "mib": peer.ask("peak")["mib"]}
-    except (stats.Gone, PeerError) as error:
-        row["theirs"]["transformers, from_pretrained"] = {"note": str(error)}
+    once = context.quantized_for_peer(model)
+    row["theirs"]["transformers, from_pretrained and save"] = {**stats.figure([once["seconds"]]), "mib": once["mib"],
+                                                               "note": "once"}
     counts = differences(outputs["ours"], outputs["theirs"])
     row["facts"]["differ"] = (f"{counts['codes']} of {counts['of']} codes, {counts['absmax8']} of {counts['blocks']} absmax, "
                               f"{counts['absmax32']} of {counts['groups']} nested absmax")

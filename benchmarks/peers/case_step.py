@@ -12,7 +12,7 @@ from .ours import gemm_settings
 from .tables import AIMS, judged
 
 LOSS_OFF = {"float32": 1e-3, "bfloat16": 2e-2}
-COMPILE_S = 120.0
+COMPILE_S = 90.0
 STEP_S = 600.0  # a step of the peer that takes longer is left out
 HELPS = 1.05
 
@@ -24,6 +24,7 @@ class Workload:
         self.context, self.model, self.length, self.warm = context, model, length, warm
         self.turns = context.turns(turns)
         self.adapter = context.path("adapter-" + model["name"].split()[-1])
+        self.for_peer = context.quantized_for_peer(model)["folder"]
         self.settings = context.workload(model, length, 4, adapter=self.adapter)
         self.runs = {path: [] for path in gemm_settings(context.cpu)}
 
@@ -51,7 +52,7 @@ def measure(context, workload, dtype, limit_s, compiled):
     longer than the limit, or does not fit into memory.
     """
     with context.peer() as peer:
-        peer.ask("load", model=workload.model["folder"], adapter=workload.adapter, dtype=dtype, recompute="none",
+        peer.ask("load", model=workload.for_peer, adapter=workload.adapter, dtype=dtype, recompute="none",
                  compiled=compiled)
         order, done, losses = context.program.order(workload.settings, workload.warm + 1), 0, []
         theirs, ours = [], []
@@ -79,7 +80,7 @@ def compile_helps(context, workload):
         for compiled in (False, True):
             begin = time.monotonic()
             try:
-                peer.ask("load", model=workload.model["folder"], adapter=workload.adapter, dtype="float32", recompute="none",
+                peer.ask("load", model=workload.for_peer, adapter=workload.adapter, dtype="float32", recompute="none",
                          compiled=compiled)
                 for _ in range(3):
                     left = max(1.0, COMPILE_S - (time.monotonic() - begin))

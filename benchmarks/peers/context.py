@@ -1,4 +1,5 @@
 """What every case gets: options, the program, the peers, what the machine has."""
+import json
 import os
 import time
 
@@ -68,6 +69,21 @@ class Context:
         if not os.path.exists(base):
             self.program.quantize(folder, base)
         return {"name": name, "folder": folder, "base": base}
+
+    def quantized_for_peer(self, model):
+        """{"folder", "seconds", "mib"}: the model as transformers and bitsandbytes save it, made once, so that the peer does
+        not quantize at each of its starts. PeerError or stats.Gone where that fails."""
+        folder = self.path("bitsandbytes-" + model["name"].split()[-1])
+        made = os.path.join(folder, "made.json")
+        if not os.path.exists(made):
+            self.log(f"{model['name']} quantized by transformers and bitsandbytes")
+            with self.peer(keeps_memory=False) as peer:
+                answer = peer.ask("quantize_transformers", model=model["folder"], out=folder)
+                answer["mib"] = peer.ask("peak")["mib"]
+            with open(made, "w", encoding="utf-8") as file:
+                json.dump(answer, file)
+        with open(made, encoding="utf-8") as file:
+            return {**json.load(file), "folder": folder}
 
     def workload(self, model, length, sequences, batch=1, adapter=""):
         """Settings of ours.Program.train for random sequences of `length` tokens; the file of tokens is made."""

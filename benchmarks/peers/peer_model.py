@@ -10,21 +10,26 @@ loaded = {}  # "model", "optimizer", and "tokens" by path
 
 
 def base_model(folder, dtype, checkpointing=False):
-    """The 4-bit model, all of it but W in `dtype`; both sides round W to bf16, the checkpoint's type."""
+    """The 4-bit model of a bf16 or a bitsandbytes checkpoint, all of it but W in `dtype`."""
+    import bitsandbytes
     import torch
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    kind = getattr(torch, dtype)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                      bnb_4bit_compute_dtype=kind)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16,
-                                                 device_map="cpu", attn_implementation="sdpa")
+    kind, more = getattr(torch, dtype), {}
+    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is None:
+        more["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                         bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", attn_implementation="sdpa",
+                                                 **more)
     if checkpointing:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(kind)
+    for module in model.modules():  # a checkpoint says what it was made for
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = kind, True
     model.config.use_cache = False
     return model
 
