@@ -97,7 +97,7 @@ def compile_helps(context, workload):
 def one_workload(context, workload, hopeless, compiled):
     """A row. `hopeless`: settings that were over their limit with shorter sequences; those of this row are added."""
     length = workload.length
-    row = {"what": f"{workload.model['name']}, T {length}", "unit": "tokens/s", "ours": {}, "theirs": {}, "ratios": {},
+    row = {"what": f"{workload.model['name']}, T {length}", "unit": "tokens/s", "ours": {}, "theirs": dict.fromkeys(SETTINGS), "ratios": {},
            "facts": {}, "wrong": []}
     found, offs = {}, []
     for name, dtype in SETTINGS.items():
