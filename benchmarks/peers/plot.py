@@ -14,6 +14,7 @@ def draw(cases, path, title):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     bars = bars_of(cases)[::-1]
     colours = {True: "tab:green", False: "tab:red", None: "tab:grey"}
@@ -28,5 +29,8 @@ def draw(cases, path, title):
     axes.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="ratio; blue: aim (at most, for ranks); black: spread of the turns", title=title,
              ylim=(-0.7, len(bars) - 0.3))
+    for of in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        of(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.tick_params(axis="x", which="both", labelsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
