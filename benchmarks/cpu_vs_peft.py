@@ -8,17 +8,16 @@ tokens (one sequence of T a step), the same micro-batch, AdamW, threads and reco
 gradient checkpointing). First their losses over the same steps must agree: fp32 within 1e-3, bf16 within 2e-2, relative.
 Then each is started in turn, --repeats times, as a process of its own with a step of warm-up, and the median over the
 repeats of each run's median step counts. Memory is the largest resident set of that process. ratio_bf16 and ratio_fp32
-are our tokens/s over the peer's.
+are our tokens/s over the peer's. Threads wait asleep on both sides (OMP_WAIT_POLICY): the peer's two OpenMP libraries
+spin in each other's way otherwise. benchmarks/cpu_peers has the other cases.
 
 Runs in the oracle's environment (tests/oracle/setup.sh): benchmarks/cpu_vs_peft makes it.
 """
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,56 +25,25 @@ import time
 import h5py
 import numpy as np
 
+from peers import models, peer_model
+from peers.client import WAITS_ASLEEP
+from peers.ours import STEP_YAML, RunError, run_process
+from peers.stats import worst_off
+
 WARM = 1
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LIMITS = {"float32": 1e-3, "bfloat16": 2e-2}
 
-YAML = """base: {base}
-data: {{train: {tokens}}}
-output: {out}
-device: cpu
-train: {{steps: {steps}, global_batch: 1, micro_batch: 1, seq_len: {length}, recompute: {recompute}, save_every: 0}}
-lora: {{rank: 16, alpha: 32, dropout: 0.0, targets: all-linear, init: {adapter}}}
-optim: {{lr: 1.0e-4, schedule: constant, warmup: 0, clip: 0}}
-"""
-
-
 # --- the peer: a process of its own ---------------------------------------------------------------------------------------
-def peer_model(options):
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)  # of all but W, which both sides round to bf16, the checkpoint's type
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                      bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.model, quantization_config=quantization, dtype=torch.bfloat16,
-                                                 device_map="cpu", attn_implementation="sdpa")
-    checkpointing = options.recompute == "full"
-    if checkpointing:
-        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.config.use_cache = False
-    if options.make_adapter:
-        torch.manual_seed(1)
-        config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
-        get_peft_model(model, config).save_pretrained(options.adapter)
-        return None
-    model = PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
-    return model.train()
-
-
 def peer(options):
     """Prints a JSON line: the losses and the seconds of each step."""
     import torch
 
-    model = peer_model(options)
-    if model is None:
+    torch.set_num_threads(options.threads)
+    if options.make_adapter:
+        peer_model.with_adapter(peer_model.base_model(options.model, options.dtype), options.adapter)
         return
+    model = peer_model.base_model(options.model, options.dtype, options.recompute == "full")
+    model = peer_model.with_adapter(model, options.adapter).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
     with h5py.File(options.data, "r") as file:
         tokens = torch.from_numpy(file["tokens"][()].astype(np.int64)).view(-1, options.length)
@@ -95,27 +63,12 @@ def peer(options):
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------------
-def run_process(command, environment):
-    """(stdout, largest resident set in MiB)."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, text=True)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        err.seek(0)
-        if process.returncode != 0:
-            lines = [line for line in err.read().splitlines() if line.strip()] or ["no output"]
-            sys.exit(f"cpu_vs_peft: {' '.join(command[:3])} ...: exit {process.returncode}: {lines[-1]}")
-        return out.read(), usage.ru_maxrss / 1024
-
-
 class Bench:
     def __init__(self, options, work):
         self.options, self.work = options, work
         self.base, self.adapter = os.path.join(work, "base.h5"), os.path.join(work, "adapter")
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
-        with open(os.path.join(options.model, "config.json"), encoding="utf-8") as file:
-            self.vocab = json.load(file)["vocab_size"]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false",
+                            **WAITS_ASLEEP}
         self.number = 0
 
     def prepare(self):
@@ -131,23 +84,15 @@ class Bench:
         return os.path.join(self.work, f"order-{length}")
 
     def write_tokens(self, length):
-        """Random tokens as prepared text: qshard-prep takes pre-tokenized JSONL."""
-        steps, rng = WARM + self.options.steps, np.random.default_rng(length)
-        lines = os.path.join(self.work, f"tokens-{length}.jsonl")
-        with open(lines, "w", encoding="utf-8") as file:
-            for _ in range(steps):
-                ids = rng.integers(0, self.vocab, length).tolist()
-                file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
-        run_process([sys.executable, os.path.join(ROOT, "src", "prep", "qshard_prep.py"), "--model", self.options.model,
-                     lines, "-o", self.tokens_path(length), "--seq-len", str(length)], self.environment)
+        models.write_tokens(self.tokens_path(length), self.options.model, WARM + self.options.steps, length)
 
     def ours(self, length, recompute, steps):
         """(losses, seconds of each step, MiB)."""
         self.number += 1
         out, yaml = os.path.join(self.work, f"run-{self.number}"), os.path.join(self.work, f"run-{self.number}.yaml")
         with open(yaml, "w", encoding="utf-8") as file:
-            file.write(YAML.format(base=self.base, tokens=self.tokens_path(length), out=out, steps=steps, length=length,
-                                   recompute=recompute, adapter=self.adapter))
+            file.write(STEP_YAML.format(base=self.base, tokens=self.tokens_path(length), out=out, steps=steps, batch=1,
+                                        length=length, recompute=recompute, adapter=self.adapter, gemm="auto"))
         run_process([self.options.qshard, "train", yaml, "--dump-order", self.order_path(length)], self.environment)
         _, mib = run_process([self.options.qshard, "train", yaml], self.environment)
         with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:
@@ -158,8 +103,8 @@ class Bench:
     def peer_run(self, dtype, length, recompute, steps, more=()):
         text, mib = run_process(
             [sys.executable, os.path.abspath(__file__), "--peer", "--model", self.options.model, "--adapter", self.adapter,
-             "--data", self.tokens_path(length), "--order", self.order_path(length), "--dtype", dtype, "--length", str(length), "--steps", str(steps),
-             "--recompute", recompute, "--threads", str(self.options.threads), *more], self.environment)
+             "--data", self.tokens_path(length), "--order", self.order_path(length), "--dtype", dtype, "--length", length,
+             "--steps", steps, "--recompute", recompute, "--threads", self.options.threads, *more], self.environment)
         if more:
             return None
         row = json.loads(text.splitlines()[-1])
@@ -167,10 +112,6 @@ class Bench:
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------------
-def worst_loss(ours, theirs):
-    return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(ours, theirs))
-
-
 def one_case(bench, length, recompute):
     """A row: medians of the repeats, in turns."""
     options = bench.options
@@ -187,7 +128,7 @@ def one_case(bench, length, recompute):
         row[name] = {"tokens_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates),
                      "peak_mib": max(mib for _, _, mib in runs)}
     for name, limit in LIMITS.items():
-        row[name]["loss_off"] = worst_loss(rows["qshard"][0][0], rows[name][0][0])
+        row[name]["loss_off"] = worst_off(rows["qshard"][0][0], rows[name][0][0])
         row[name]["loss_agrees"] = row[name]["loss_off"] <= limit
     row["ratio_bf16"] = row["qshard"]["tokens_per_s"] / row["bfloat16"]["tokens_per_s"]
     row["ratio_fp32"] = row["qshard"]["tokens_per_s"] / row["float32"]["tokens_per_s"]
@@ -250,7 +191,10 @@ def main():
     options.tokens, options.recompute = options.tokens or [512], options.recompute or ["none"]
     if not options.qshard:
         parser.error("--qshard: where is the program?")
-    return compare(options)
+    try:
+        return compare(options)
+    except RunError as error:
+        sys.exit(f"cpu_vs_peft: {error}")
 
 
 if __name__ == "__main__":

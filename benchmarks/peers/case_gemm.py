@@ -1,0 +1,108 @@
+"""Products with an NF4 matrix, forward and dX: ours against bitsandbytes' decode and torch's product."""
+from . import stats
+from .client import PeerError
+from .context import SETTINGS
+from .ours import operations
+from .tables import AIMS, judged
+
+SHAPES, TOKENS = ((2048, 2048), (5632, 2048), (4096, 14336)), (128, 512, 2048)
+DIRECTIONS = ("forward", "backward")
+OFF_AT_MOST = {"float32": 1e-5, "bfloat16": 2e-2}  # of the peer, over the largest of a row: inputs and result are rounded
+COMPILE_S = 90.0
+HELPS = 1.05
+
+
+def flops(shape, tokens):
+    return 2.0 * shape[0] * shape[1] * tokens
+
+
+def compile_helps(context, shape, tokens):
+    """Whether torch.compile makes fp32's forward faster: tried once, in a process of its own, within COMPILE_S."""
+    with context.peer() as peer:
+        asked = {"direction": "forward", "out": shape[0], "in": shape[1], "tokens": tokens, "dtype": "float32", "repeats": 3,
+                 "slow_s": COMPILE_S}
+        try:
+            eager, compiled = (min(peer.ask("gemm", limit_s=COMPILE_S, compiled=way, **asked)["seconds"])
+                               for way in (False, True))
+        except (stats.Gone, PeerError) as error:  # no C++ compiler, for one
+            context.log(f"torch.compile is not used: {error}")
+            return False
+    context.log(f"torch.compile has {eager / compiled:.2f} times eager's speed: "
+                f"{'used' if eager / compiled > HELPS else 'not used'}")
+    return eager / compiled > HELPS
+
+
+class Peers:
+    """The peer's settings. Slow ones are not asked for what would take longer than the limit, by their rate so far."""
+
+    def __init__(self, context, peer, compiled):
+        self.context, self.peer, self.rates, self.compiled = context, peer, {}, compiled
+
+    def ask(self, dtype, direction, shape, tokens):
+        """The answer, or Gone with what it would have taken."""
+        rate, limit_s = self.rates.get((dtype, direction)), self.context.options.limit
+        if rate is not None and flops(shape, tokens) / rate > limit_s:
+            raise stats.Gone(f"left out: about {flops(shape, tokens) / rate:.0f} s at its {rate / 1e9:.2g} GFLOP/s")
+        answer = self.peer.ask("gemm", direction=direction, out=shape[0], tokens=tokens, dtype=dtype, repeats=3,
+                               compiled=self.compiled, slow_s=limit_s / 4, **{"in": shape[1]})
+        self.rates[dtype, direction] = flops(shape, tokens) / min(answer["seconds"])
+        return answer
+
+
+def one_product(context, peers, shape, tokens):
+    """Two rows, forward and backward."""
+    work, notes = flops(shape, tokens), {}
+
+    def our_turn():
+        return operations(context.program.bench("gemm", "--shape", f"{shape[0]}x{shape[1]}", "--tokens", tokens,
+                                                "--repeats", 3))
+
+    def their_turn(dtype, direction):
+        try:
+            return peers.ask(dtype, direction, shape, tokens)
+        except stats.Gone as gone:
+            notes[dtype, direction] = str(gone)
+            raise
+
+    sides = {"ours": our_turn}
+    for dtype in SETTINGS.values():
+        for direction in DIRECTIONS:
+            sides[dtype, direction] = lambda dtype=dtype, direction=direction: their_turn(dtype, direction)
+    results = stats.in_turns(sides, context.turns(3))
+    rows = []
+    for direction in DIRECTIONS:
+        row = {"what": f"{'Y' if direction == 'forward' else 'dX'}, {shape[0]}x{shape[1]}, M {tokens}", "unit": "GFLOP/s",
+               "ours": {}, "theirs": {}, "ratios": {}, "facts": {}, "wrong": []}
+        paths = [path for kind, path in results["ours"][0] if kind == direction]
+        rates = {path: [work / turn[direction, path]["time"] / 1e6 for turn in results["ours"]] for path in paths}
+        for path in paths:
+            row["ours"][path] = {**stats.figure(rates[path]), "error": results["ours"][0][direction, path]["error"]}
+        best = max(paths, key=lambda path: row["ours"][path]["median"])
+        bound = stats.figure([turn[direction, best]["bound"] for turn in results["ours"]])["median"]
+        row["facts"]["bound"] = f"{bound:.0f} GFLOP/s, {100 * row['ours'][best]['median'] / bound:.0f} % reached"
+        for name, dtype in SETTINGS.items():
+            answers = results[dtype, direction]
+            if not answers:
+                row["theirs"][name] = {"note": notes[dtype, direction]}
+                continue
+            theirs = [work / stats.figure(answer["seconds"])["median"] / 1e9 for answer in answers]
+            row["theirs"][name] = {**stats.figure(theirs), "error": answers[0]["error"]}
+            if not answers[0]["error"] <= OFF_AT_MOST[dtype]:
+                row["wrong"].append(f"{name} of the peer is off by {answers[0]['error']:.1e}")
+            row["ratios"][name] = judged(stats.ratio(rates[best], theirs, lower_is_better=False), AIMS["gemm"][name],
+                                         ceiling=bound / row["theirs"][name]["median"])
+        rows.append(row)
+    return rows
+
+
+def run(context):
+    rows = []
+    shapes, tokens = (((1024, 1024),), (128,)) if context.quick else (SHAPES, TOKENS)
+    compiled = compile_helps(context, shapes[0], tokens[-1])
+    with context.peer() as peer:
+        peers = Peers(context, peer, compiled)
+        for shape in shapes:
+            for count in tokens:
+                context.log(f"gemm {shape[0]}x{shape[1]}, M {count}")
+                rows += one_product(context, peers, shape, count)
+    return rows

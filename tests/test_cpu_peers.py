@@ -1,0 +1,279 @@
+"""What benchmarks/cpu_peers says of what it measured: reports of the program, ratios, aims, tables, a peer that is too slow.
+
+No torch: the peer is a stand-in that answers as benchmarks/peers/server.py does."""
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+BENCHMARKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+
+import cpu_peers  # noqa: E402  (the folder is on the path from here on)
+from peers import case_quantize, client, models, ours, plot, stats, tables  # noqa: E402
+
+BINARY = os.path.join(os.environ.get("QSHARD_BINARY_DIR", ""), "qshard")
+SAID = """run: done: 3 steps in 0.3 s
+memory of rank 0                 plan MiB
+  base shard                          9.0
+  total                               9.0
+memory of rank 0                 plan MiB     peak MiB
+  base shard                          0.3          0.2
+  LoRA weights                        0.6          0.6
+  total                               8.5          8.4
+peak resident set 30 MiB
+"""
+
+
+def report_of(*rows):
+    return {"format": "qshard-bench", "tables": {"operations": {"rows": [
+        {"operation": name, "time": time, "rate": 1.0, "bound": 2.0, "error": 0.0} for name, time in rows]}}}
+
+
+def a_row(**ratios):
+    return {"what": "Y, 4x4", "unit": "s", "ours": {"strict": {**stats.figure([1.0, 2.0]), "error": 1e-6}},
+            "theirs": {"fp32": stats.figure([3.0]), "bf16": {"note": "over 30 s"}}, "ratios": ratios,
+            "facts": {"bound": "5"}, "wrong": []}
+
+
+class Reports(unittest.TestCase):
+    def test_operations_are_found_with_their_paths(self):
+        found = ours.operations(report_of(("dense", 1), ("nf4 forward", 2), ("nf4 backward fp16", 3), ("decode, bf16", 4)))
+        self.assertEqual({key: row["time"] for key, row in found.items()},
+                         {("dense", "strict"): 1, ("forward", "strict"): 2, ("backward", "fp16"): 3, ("decode", "bf16"): 4})
+
+    def test_other_files_are_refused(self):
+        for report in ([], {}, {"format": "qshard-bench"}, {"format": "qshard-bench", "tables": {"operations": {"rows": []}}}):
+            with self.subTest(report=report), self.assertRaises(ours.RunError):
+                ours.operations(report)
+
+    def test_the_last_table_of_memory_counts(self):
+        self.assertEqual(ours.memory_table(SAID),
+                         {"base shard": (0.3, 0.2), "LoRA weights": (0.6, 0.6), "total": (8.5, 8.4)})
+        with self.assertRaises(ours.RunError):
+            ours.memory_table("memory of rank 0                 plan MiB\n  total    1.0\n")
+
+    def test_a_cpu_with_fp16_is_measured_with_it(self):
+        text = "processor : 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 avx512f avx512_fp16 other\n"
+        cpu = ours.cpu_of(text)
+        self.assertEqual(cpu, {"name": "A CPU", "flags": ["avx2", "avx512f", "avx512_fp16"]})
+        self.assertEqual(ours.gemm_settings(cpu), ["strict", "fp16"])
+        self.assertEqual(ours.gemm_settings(ours.cpu_of("flags : avx2")), ["strict"])
+
+    @unittest.skipUnless(os.access(BINARY, os.X_OK), "no program beside the tests")
+    def test_the_program_writes_what_is_read_here(self):
+        with tempfile.TemporaryDirectory() as folder:
+            program = ours.Program(BINARY, 1, folder)
+            report = program.bench("gemm", "--shape", "64x64", "--tokens", 32, "--repeats", 1)
+            found = ours.operations(report)
+            self.assertLessEqual({("dense", "strict"), ("forward", "strict"), ("backward", "strict")}, set(found))
+            self.assertGreater(report["bounds"]["products GFLOP/s"], 0)
+            with self.assertRaisesRegex(ours.RunError, "exit 2: error"):
+                program.bench("gemm", "--shape", "nonsense")
+
+
+class Ratios(unittest.TestCase):
+    def test_ratios_are_taken_turn_by_turn(self):
+        self.assertEqual(stats.ratio([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]), {"median": 2.0, "low": 1.0, "high": 3.0})
+        self.assertEqual(stats.ratio([10.0, 20.0], [5.0, 4.0], lower_is_better=False), {"median": 3.5, "low": 2.0, "high": 5.0})
+        self.assertEqual(stats.ratio([1.0, 2.0], [8.0])["high"], 8.0)
+        self.assertIsNone(stats.ratio([1.0], []))
+
+    def test_a_side_that_is_gone_is_not_asked_again(self):
+        asked = []
+
+        def slow():
+            asked.append("slow")
+            raise stats.Gone("over 1 s")
+
+        self.assertEqual(stats.in_turns({"slow": slow, "fast": lambda: asked.append("fast") or 1}, 3),
+                         {"slow": [], "fast": [1, 1, 1]})
+        self.assertEqual(asked, ["slow", "fast", "fast", "fast"])
+
+    def test_a_loss_that_is_not_a_number_is_infinitely_off(self):
+        self.assertEqual(stats.worst_off([1.0, float("nan")], [1.0, 1.0]), float("inf"))
+        self.assertAlmostEqual(stats.worst_off([1.0, 2.2], [1.0, 2.0]), 0.1)
+
+    def test_aims(self):
+        value = stats.figure([1.8])
+        self.assertTrue(tables.met(tables.judged(value, 1.8)))
+        self.assertFalse(tables.met(tables.judged(value, 1.9)))
+        self.assertTrue(tables.met(tables.judged(value, 1.9, most=True)))
+        self.assertFalse(tables.met(tables.judged(value, 1.7, most=True)))
+        self.assertIsNone(tables.met(tables.judged(value)))
+        self.assertTrue(tables.met(tables.judged(value, 1.5, more=True)))
+        self.assertIsNone(tables.met(tables.judged(value, 3.0, more=True)))  # cut off: it may have been met
+
+
+class Tables(unittest.TestCase):
+    def test_cells_say_what_is_not_met_and_what_was_cut_off(self):
+        rows = [a_row(fp32=tables.judged(stats.figure([1.0, 1.5, 2.0]), 1.7, ceiling=3.0),
+                      bf16=tables.judged(stats.figure([9.0]), 3.0, more=True))]
+        text = tables.markdown_of(rows)
+        head, rule, line = text.splitlines()
+        self.assertEqual(head.count("|"), line.count("|"))
+        self.assertEqual(rule.count("|"), head.count("|"))
+        self.assertIn("ratio fp32, aim 1.7", head)
+        self.assertIn("| 1.5 (1 to 2), off 1.0e-06 |", line)
+        self.assertIn("| over 30 s |", line)
+        self.assertIn("| 1.5 (1 to 2) of 3, **not met** |", line)
+        self.assertIn("| over 9, met |", line)
+
+    def test_different_aims_of_a_column_stand_in_its_cells(self):
+        rows = [a_row(x=tables.judged(stats.figure([2.0]), aim)) for aim in (1.8, 2.5)]
+        text = tables.markdown_of(rows)
+        self.assertIn("2 (2 to 2), aim 1.8, met", text)
+        self.assertIn("2 (2 to 2), aim 2.5, **not met**", text)
+        self.assertEqual(tables.summary_of({"decode": rows}).splitlines()[2:],
+                         ["| decode | x | 1.8 | 1 of 1 | 2 | 2 |", "| decode | x | 2.5 | 0 of 1 | 2 | 2 |"])
+
+    def test_the_worst_row_is_named_for_limits_too(self):
+        rows = [a_row(time=tables.judged(stats.figure([value]), 1.05, most=True)) for value in (0.9, 1.0, 1.2)]
+        self.assertEqual(tables.summary_of({"ranks": rows}).splitlines()[2], "| ranks | time | at most 1.05 | 2 of 3 | 1.2 | 1 |")
+
+    def test_text_around_the_marks_stays(self):
+        text = f"a\n{tables.BEGIN}\nold\n{tables.END}\nb\n"
+        new = tables.between_marks(text, "new\n")
+        self.assertEqual(new, f"a\n{tables.BEGIN}\nnew\n{tables.END}\nb\n")
+        self.assertEqual(tables.between_marks(new, "new"), new)
+        for bad in ("", tables.BEGIN, tables.END + tables.BEGIN, text + text):
+            with self.assertRaises(ValueError):
+                tables.between_marks(bad, "new")
+
+    def test_every_aim_has_a_bar(self):
+        rows = [a_row(fp32=tables.judged(stats.figure([2.0]), 1.7), bf16=tables.judged(stats.figure([2.0])), gone=None)]
+        self.assertEqual([label for label, _ in plot.bars_of({"gemm": rows})], ["gemm: Y, 4x4, fp32"])
+
+
+class Command(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.json, self.doc = (os.path.join(folder.name, name) for name in ("results.json", "doc.md"))
+        about = {"cpu": "A CPU", "flags": ["avx2"], "threads": 2, "commit": "abc", "date": "2026-01-01", "load": 0.1,
+                 "peers": "torch 1.", "quick": False}
+        self.report = {"format": "cpu-peers", "cases": {"gemm": {"about": about, "rows": [
+            a_row(fp32=tables.judged(stats.figure([2.0]), 1.7))]}}}
+
+    def render(self, *options):
+        cpu_peers.write_json(self.json, self.report)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            self.assertEqual(cpu_peers.main(["--json", self.json, "--render", *options]), 0)
+        return said.getvalue()
+
+    def test_tables_go_between_the_marks_of_a_document(self):
+        with open(self.doc, "w", encoding="utf-8") as file:
+            file.write(f"# Speed\n{tables.BEGIN}\n{tables.END}\nend\n")
+        self.assertIn("| gemm | fp32 | 1.7 | 1 of 1 | 2 | 2 |", self.render("--markdown", self.doc))
+        with open(self.doc, encoding="utf-8") as file:
+            text = file.read()
+        self.assertRegex(text, r"(?s)\A# Speed\n.*### gemm\n.*A CPU \(avx2\), 2 threads, qshard abc.*\nend\n\Z")
+
+    def test_errors_are_one_line(self):
+        with open(self.json, "w", encoding="utf-8") as file:
+            file.write("{}")
+        for words in (["--json", self.json, "--render"], ["--render"], ["nonsense"], ["gemm"]):
+            with self.subTest(words=words):
+                done = subprocess.run([sys.executable, os.path.join(BENCHMARKS, "cpu_peers.py"), *words], capture_output=True,
+                                      text=True, check=False)
+                self.assertNotEqual(done.returncode, 0)
+                self.assertRegex(done.stderr.splitlines()[-1], r"^cpu_peers(\.py)?: ")
+                self.assertNotIn("Traceback", done.stderr)
+
+
+class StandIn(unittest.TestCase):
+    """client.Peer against a process that answers, fails, is slow, and dies."""
+
+    def setUp(self):
+        self.file = tempfile.NamedTemporaryFile("w", suffix=".py")
+        self.addCleanup(self.file.close)
+        self.file.write("import json, sys, time\n"
+                        "for line in sys.stdin:\n"
+                        "    asked = json.loads(line)\n"
+                        "    if asked['what'] == 'slow': time.sleep(60)\n"
+                        "    if asked['what'] == 'die': sys.exit('it broke')\n"
+                        "    failed = {'bug': {'failed': 'KeyError: x', 'memory': False},\n"
+                        "              'full': {'failed': 'MemoryError: y', 'memory': True}}\n"
+                        "    print(json.dumps(failed.get(asked['what'], asked)), flush=True)\n")
+        self.file.flush()
+        real, client.SERVER = client.SERVER, self.file.name
+        self.addCleanup(setattr, client, "SERVER", real)
+
+    def test_answers_failures_limits(self):
+        with client.Peer(sys.executable, 1) as peer:
+            self.assertEqual(peer.ask("step", sequence=3), {"what": "step", "sequence": 3})
+            with self.assertRaisesRegex(client.PeerError, "KeyError: x"):
+                peer.ask("bug")
+            with self.assertRaisesRegex(stats.Gone, "no memory: MemoryError"):
+                peer.ask("full")
+            with self.assertRaisesRegex(stats.Gone, "over 1 s"):
+                peer.ask("slow", limit_s=1.0)
+            with self.assertRaises(stats.Gone):
+                peer.ask("step")
+
+    def test_a_death_is_told_with_its_last_line(self):
+        with client.Peer(sys.executable, 1) as peer, self.assertRaisesRegex(client.PeerError, "exit 1: it broke"):
+            peer.ask("die")
+
+
+class Inputs(unittest.TestCase):
+    def test_the_large_checkpoint_has_its_size(self):
+        shapes = models.shapes_of(models.LLAMA_1B)
+        self.assertEqual(len(shapes), 22 * 9 + 3)
+        self.assertEqual(sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values()), 1100048384)
+
+    @unittest.skipUnless(os.access(BINARY, os.X_OK), "no program beside the tests")
+    def test_a_small_one_is_quantized_trained_and_equal_to_itself(self):
+        config = {**models.LLAMA_1B, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+                  "num_key_value_heads": 1, "intermediate_size": 256, "vocab_size": 512}
+        with tempfile.TemporaryDirectory() as folder:
+            model, base, tokens = (os.path.join(folder, name) for name in ("model", "base.h5", "tokens.h5"))
+            models.write_checkpoint(model, config)
+            program = ours.Program(BINARY, 1, folder)
+            program.quantize(model, base)
+            models.write_tokens(tokens, model, 2, 32)
+            settings = {"base": base, "tokens": tokens, "length": 32, "batch": 1, "adapter": "", "recompute": "none",
+                        "gemm": "strict"}
+            self.assertEqual(sorted(program.order(settings, 2)), [0, 1])
+            run = program.train(settings, 2)
+            self.assertEqual(len(run["seconds"]), 2)
+            self.assertAlmostEqual(run["losses"][0], 6.24, delta=0.3)  # ln 512: random weights know nothing
+            self.assertIn("total", run["memory"])
+            self.assertGreater(run["gflop"], 0)
+            other = os.path.join(folder, "peer.safetensors")
+            write_as_bitsandbytes(base, other)
+            counts = case_quantize.differences(base, other)
+            self.assertEqual((counts["codes"], counts["absmax8"], counts["absmax32"]), (0, 0, 0))
+            self.assertEqual(counts["of"], 2 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256))
+            write_as_bitsandbytes(base, other, flipped=True)
+            self.assertEqual(case_quantize.differences(base, other)["codes"], 1)
+
+
+def write_as_bitsandbytes(base_path, path, flipped=False):
+    """The linears of a base under the names of a bitsandbytes checkpoint; `flipped`: one code of one is another."""
+    base = case_quantize.Base(base_path)
+    tensors = {}
+    for name in base.names("nf4"):
+        state = base.nf4(name)
+        packed = state.packed.copy()
+        if flipped:
+            packed[0] ^= 1
+            flipped = False
+        tensors.update({name: ("U8", packed), name + ".absmax": ("U8", state.absmax8),
+                        name + ".nested_absmax": ("F32", state.absmax32)})
+    base.close()
+    header, at = {}, 0
+    for name, (kind, array) in tensors.items():
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for _, array in tensors.values()))
+
+
+if __name__ == "__main__":
+    unittest.main()
