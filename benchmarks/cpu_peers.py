@@ -12,6 +12,7 @@ a run may be continued. Exit code 5: a result is wrong; aims that are not met ar
 """
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import sys
@@ -64,8 +65,6 @@ def markdown(report):
 
 def measure(options, report):
     """Runs the cases; each is written as soon as it is there. The texts of what is wrong."""
-    import importlib
-
     from peers.context import Context
 
     context, wrong = Context(options), []
@@ -136,13 +135,31 @@ def parse(argv):
         parser.error("--render needs --json FILE")
     if not options.render and not (options.qshard and options.peer_python and options.model):
         parser.error("--qshard, --peer-python and --model: benchmarks/cpu_peers gives them")
+    check_outputs(parser, options)
     return options
+
+
+def check_outputs(parser, options):
+    """That all can be written is found out now, not after twenty minutes."""
+    for path in (options.json, options.markdown, options.plot):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            parser.error(f"{path}: there is no such folder")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"{options.plot}: {sys.executable} has no matplotlib")
+    if options.markdown and os.path.exists(options.markdown):
+        with open(options.markdown, encoding="utf-8") as file:
+            try:
+                tables.between_marks(file.read(), "")
+            except ValueError as error:
+                parser.error(f"{options.markdown}: {error}")
 
 
 def main(argv):
     options = parse(argv)
-    report, wrong = read_json(options.json), []
-    if not options.render:
+    report = read_json(options.json)
+    if options.render:
+        wrong = [f"{name}: {text}" for name, case in report["cases"].items() for text in tables.wrong_of(case["rows"])]
+    else:
         try:
             wrong = measure(options, report)
         except (ours.RunError, client.PeerError) as error:

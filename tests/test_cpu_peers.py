@@ -4,7 +4,9 @@ No torch: the peer is a stand-in that answers as benchmarks/peers/server.py does
 import contextlib
 import io
 import json
+import math
 import os
+import types
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ BENCHMARKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "ben
 sys.path.insert(0, BENCHMARKS)
 
 import cpu_peers  # noqa: E402  (the folder is on the path from here on)
-from peers import case_quantize, client, models, ours, plot, stats, tables  # noqa: E402
+from peers import case_gemm, case_quantize, client, models, ours, plot, stats, tables  # noqa: E402
 
 BINARY = os.path.join(os.environ.get("QSHARD_BINARY_DIR", ""), "qshard")
 SAID = """run: done: 3 steps in 0.3 s
@@ -95,7 +97,9 @@ class Ratios(unittest.TestCase):
         self.assertEqual(asked, ["slow", "fast", "fast", "fast"])
 
     def test_a_loss_that_is_not_a_number_is_infinitely_off(self):
-        self.assertEqual(stats.worst_off([1.0, float("nan")], [1.0, 1.0]), float("inf"))
+        for ours_, theirs in (([1.0, math.nan], [1.0, 1.0]), ([1.0, 1.0], [1.0, math.nan]), ([1.0, 1.0], [math.nan, 1.0]),
+                              ([], [1.0])):
+            self.assertEqual(stats.worst_off(ours_, theirs), math.inf, (ours_, theirs))
         self.assertAlmostEqual(stats.worst_off([1.0, 2.2], [1.0, 2.0]), 0.1)
 
     def test_aims(self):
@@ -135,6 +139,11 @@ class Tables(unittest.TestCase):
         rows = [a_row(time=tables.judged(stats.figure([value]), 1.05, most=True)) for value in (0.9, 1.0, 1.2)]
         self.assertEqual(tables.summary_of({"ranks": rows}).splitlines()[2], "| ranks | time | at most 1.05 | 2 of 3 | 1.2 | 1 |")
 
+    def test_a_wrong_row_meets_nothing(self):
+        row = {**a_row(fp32=tables.judged(stats.figure([2.0]), 1.7)), "wrong": ["off by 1"]}
+        self.assertIn("| Y, 4x4, **WRONG** |", tables.markdown_of([row]))
+        self.assertIn("| gemm | fp32 | 1.7 | 0 of 1 |", tables.summary_of({"gemm": [row]}))
+
     def test_text_around_the_marks_stays(self):
         text = f"a\n{tables.BEGIN}\nold\n{tables.END}\nb\n"
         new = tables.between_marks(text, "new\n")
@@ -173,6 +182,23 @@ class Command(unittest.TestCase):
             text = file.read()
         self.assertRegex(text, r"(?s)\A# Speed\n.*### gemm\n.*A CPU \(avx2\), 2 threads, qshard abc.*\nend\n\Z")
 
+    def test_a_wrong_result_stays_wrong_when_it_is_shown_again(self):
+        self.report["cases"]["gemm"]["rows"][0]["wrong"] = ["off by 1"]
+        cpu_peers.write_json(self.json, self.report)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(cpu_peers.main(["--json", self.json, "--render"]), cpu_peers.WRONG)
+        self.assertEqual(said.getvalue(), "cpu_peers: WRONG gemm: Y, 4x4: off by 1\n")
+
+    def test_what_cannot_be_written_is_said_before_anything_is_measured(self):
+        with open(self.doc, "w", encoding="utf-8") as file:
+            file.write("no marks\n")
+        lost = os.path.join(os.path.dirname(self.doc), "none", "x")
+        for words in (["--json", lost], ["--markdown", lost], ["--plot", lost], ["--markdown", self.doc]):
+            with self.subTest(words=words), self.assertRaises(SystemExit) as end, \
+                    contextlib.redirect_stderr(io.StringIO()):
+                cpu_peers.main(["--qshard", "none", "--peer-python", "none", "--model", "none", *words])
+            self.assertEqual(end.exception.code, 2)
+
     def test_errors_are_one_line(self):
         with open(self.json, "w", encoding="utf-8") as file:
             file.write("{}")
@@ -183,6 +209,26 @@ class Command(unittest.TestCase):
                 self.assertNotEqual(done.returncode, 0)
                 self.assertRegex(done.stderr.splitlines()[-1], r"^cpu_peers(\.py)?: ")
                 self.assertNotIn("Traceback", done.stderr)
+
+
+class Products(unittest.TestCase):
+    """case_gemm with a program and a peer that answer at once."""
+
+    def test_fp16_has_an_aim_of_its_peak_and_the_peer_is_checked(self):
+        report = {"format": "qshard-bench", "tables": {"operations": {"rows": [
+            {"operation": f"nf4 {direction}{path}", "time": time, "bound": 100.0, "error": 1e-6}
+            for direction in case_gemm.DIRECTIONS for path, time in (("", 4.0), (" fp16", 2.0))]}}}
+        context = types.SimpleNamespace(turns=lambda usual: 1, options=types.SimpleNamespace(limit=20.0),
+                                        program=types.SimpleNamespace(bench=lambda *_: report))
+        peer = types.SimpleNamespace(ask=lambda what, dtype, **_: {
+            "seconds": [4e-3], "error": {"float32": 1e-6, "bfloat16": math.nan}[dtype]})
+        rows = case_gemm.one_product(context, case_gemm.Peers(context, peer, False), (1000, 1000), 70)
+        self.assertEqual([row["what"] for row in rows], ["Y, 1000x1000, M 70", "dX, 1000x1000, M 70"])
+        for row in rows:  # 0.14 GFLOP in 2 ms: 70 of 100 GFLOP/s
+            self.assertAlmostEqual(row["ratios"]["fp16 of its peak"]["median"], 0.7)
+            self.assertTrue(tables.met(row["ratios"]["fp16 of its peak"]))
+            self.assertAlmostEqual(row["ratios"]["fp32"]["median"], 2.0)  # of the faster path
+            self.assertEqual(row["wrong"], ["bf16 of the peer is off by nan"])
 
 
 class StandIn(unittest.TestCase):

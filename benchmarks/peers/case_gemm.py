@@ -3,7 +3,7 @@ from . import stats
 from .client import PeerError
 from .context import SETTINGS
 from .ours import operations
-from .tables import AIMS, judged
+from .tables import AIMS, FP16_SHARE, judged
 
 SHAPES, TOKENS = ((2048, 2048), (5632, 2048), (4096, 14336)), (128, 512, 2048)
 DIRECTIONS = ("forward", "backward")
@@ -80,6 +80,10 @@ def one_product(context, peers, shape, tokens):
         best = max(paths, key=lambda path: row["ours"][path]["median"])
         bound = stats.figure([turn[direction, best]["bound"] for turn in results["ours"]])["median"]
         row["facts"]["bound"] = f"{bound:.0f} GFLOP/s, {100 * row['ours'][best]['median'] / bound:.0f} % reached"
+        for path in paths:
+            if "fp16" in path:
+                shares = [rate / turn[direction, path]["bound"] for rate, turn in zip(rates[path], results["ours"])]
+                row["ratios"][f"{path} of its peak"] = judged(stats.figure(shares), FP16_SHARE)
         for name, dtype in SETTINGS.items():
             answers = results[dtype, direction]
             if not answers:

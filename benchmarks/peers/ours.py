@@ -81,7 +81,7 @@ class Program:
             return json.load(file)
 
     def quantize(self, model, base):
-        """(seconds the program says it took, MiB) of a fresh base."""
+        """The largest resident set in MiB of making a fresh base."""
         if os.path.exists(base):
             os.unlink(base)
         _, mib = run_process([self.path, "quantize", model, "-o", base, "--threads", self.threads], self.environment)

@@ -48,10 +48,10 @@ class Gone(Exception):
 
 
 def relative_off(a, b):
-    """|a - b| / |b|, infinite where a is not a number."""
-    return abs(a - b) / abs(b) if math.isfinite(a) and b else math.inf
+    """|a - b| / |b|, infinite where either is not finite, or b is 0."""
+    return abs(a - b) / abs(b) if math.isfinite(a) and math.isfinite(b) and b else math.inf
 
 
 def worst_off(ours, theirs):
-    """The largest relative distance of two lists of losses."""
-    return max(relative_off(a, b) for a, b in zip(ours, theirs))
+    """The largest relative distance of the losses of the steps that both did; infinite where there is none."""
+    return max((relative_off(a, b) for a, b in zip(ours, theirs)), default=math.inf)

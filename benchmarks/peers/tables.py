@@ -7,10 +7,10 @@ a side {"median", "low", "high"} in that unit, with "error" (against fp64), "mib
 left out has only a note. A ratio is {"median", "low", "high"}, with "aim" and "most" (true: the aim is an upper limit),
 "ceiling" (what it would be at the bound) and "more" (true: the peer was cut off, so that the ratio is larger than this).
 """
-# What a 2-core machine with AVX512-FP16 and without AMX is to reach. GEMM there: 500 of a peak of 750 GFLOP/s as well.
+# What a 2-core machine with AVX512-FP16 and without AMX is to reach; products in fp16 there 500 of 750 GFLOP/s as well.
+FP16_SHARE = 500 / 750
 AIMS = {"gemm": {"fp32": 1.7, "bf16": 3.0}, "decode": {"cached": 2.0, "DRAM": 1.8}, "step": {"fp32": 1.8, "bf16": 3.0},
         "ranks": {"time": 1.05, "bytes": 0.6, "plan": 1.05}, "quantize": {"bitsandbytes": 3.0}}
-FP16_SHARE = 500 / 750
 
 
 def judged(ratio, aim=None, most=False, ceiling=None, more=False):
@@ -101,7 +101,7 @@ def markdown_of(rows):
             *(ratio_head(rows, name) for name in ratios), *facts]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [row["what"], *(side_cell(row["ours"].get(name)) for name in ours),
+        cells = [row["what"] + (", **WRONG**" if row.get("wrong") else ""), *(side_cell(row["ours"].get(name)) for name in ours),
                  *(side_cell(row["theirs"].get(name)) for name in theirs),
                  *(ratio_cell(row["ratios"].get(name), len(aims_of(rows, name)) > 1) for name in ratios),
                  *(row["facts"].get(name, "") for name in facts)]
@@ -121,7 +121,8 @@ def summary_of(cases):
             for aim, most in sorted(aims_of(rows, name)):
                 ratios = [row["ratios"][name] for row in rows if (row["ratios"].get(name) or {}).get("aim") == aim]
                 medians = sorted((ratio["median"] for ratio in ratios), reverse=most)
-                count = sum(met(ratio) is True for ratio in ratios)
+                count = sum(met(row["ratios"].get(name)) is True and not row.get("wrong") for row in rows
+                            if (row["ratios"].get(name) or {}).get("aim") == aim)
                 lines.append(f"| {case} | {name} | {'at most ' if most else ''}{aim:g} | {count} of {len(ratios)} "
                              f"| {number(medians[0])} | {number(medians[len(medians) // 2])} |")
     return "\n".join(lines)
