@@ -58,6 +58,11 @@ static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
     static float y[2][SUMS];
     for (int round = 0; round < ROUNDS; round++) {
         const int kind = round % KINDS;
+        if (kind == 1 || kind == 2) {
+#ifdef QS_TILE_NO_UNDERFLOW
+            continue;
+#endif
+        }
         const int64_t steps = round < KINDS ? STEPS : bits() % (STEPS + 1);
         for (int i = 0; i < COUNT;
              i++) { /* the last kind: a few of any in one, no NaN everywhere */
