@@ -44,13 +44,13 @@ display_library: nogui
 clock: sync=none
 RC
 
+# Bochs 3.0 turns differences of equal exponents into 0 that are normal numbers below 2^-125 (s_subMagsF32.cc): rounds with such
+# numbers are left out, unless that is mended (BOCHS_MENDED=1).
 rounds=(-DQS_TILE_NO_UNDERFLOW)
 [ -z "${BOCHS_MENDED:-}" ] || rounds=(-UQS_TILE_NO_UNDERFLOW)
 
 # CASE OBJECT..: the case as the machine's only program.
 run_case() {
-    # Bochs 3.0 turns differences of equal exponents into 0 that are normal numbers below 2^-125 (s_subMagsF32.cc): rounds with
-    # such numbers are left out, unless it is said to be mended (BOCHS_MENDED=1).
     compile -fno-builtin-printf "${rounds[@]}" -Dmain=case_main "$top/tests/cases/$1.c" -o case.o
     gcc -static -nostdlib -no-pie -Wl,--gc-sections,--build-id=none,-T,"$top/tests/bare_metal/link.ld" -o program.elf \
         entry.o case.o "${@:2}" runtime.o fma.o -lgcc

@@ -1,5 +1,5 @@
-/* What tests/cases/half.c and tile.c need of a C library, on a machine with nothing but a serial port. Its
- * formats alone: %s %d %a and hexadecimals of four digits. */
+/* What tests/cases/half.c and tile.c need of a C library, on a machine with nothing but a serial
+ * port. Its formats alone: %s %d %a and hexadecimals of four digits. */
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>

@@ -6,6 +6,12 @@
 #include <math.h>
 #include <stdio.h>
 
+#ifdef QS_TILE_NO_UNDERFLOW /* an emulator that is wrong there: tests/bare_metal/run.sh */
+enum { SMALL_ONES = 0 };
+#else
+enum { SMALL_ONES = 1 };
+#endif
+
 enum {
     STEPS = 5,
     COUNT = STEPS * QS_TILE_STEP_ELEMS,
@@ -58,10 +64,8 @@ static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
     static float y[2][SUMS];
     for (int round = 0; round < ROUNDS; round++) {
         const int kind = round % KINDS;
-        if (kind == 1 || kind == 2) {
-#ifdef QS_TILE_NO_UNDERFLOW
+        if ((kind == 1 || kind == 2) && !SMALL_ONES) {
             continue;
-#endif
         }
         const int64_t steps = round < KINDS ? STEPS : bits() % (STEPS + 1);
         for (int i = 0; i < COUNT;
