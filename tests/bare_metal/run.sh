@@ -44,7 +44,7 @@ display_library: nogui
 clock: sync=none
 RC
 
-# Bochs 3.0 turns differences of equal exponents into 0 that are normal numbers below 2^-125 (s_subMagsF32.cc): rounds with such
+# Bochs (3.1 in the making) turns differences of equal exponents into 0 that are normal numbers below 2^-125 (s_subMagsF32.cc): rounds with such
 # numbers are left out, unless that is mended (BOCHS_MENDED=1).
 rounds=(-DQS_TILE_NO_UNDERFLOW)
 [ -z "${BOCHS_MENDED:-}" ] || rounds=(-UQS_TILE_NO_UNDERFLOW)
