@@ -115,7 +115,7 @@ typedef struct {
 } qs_ops_limits;
 
 typedef struct {
-    const char *name;   /* "strict", "fp16", "cuda" */
+    const char *name;   /* "strict", "fp16", "amx", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
     /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
@@ -269,5 +269,10 @@ const qs_ops *qs_ops_cpu(void);
  * the CPU has no AVX512-FP16. The same bits on every CPU that has it, other bits than qs_ops_cpu's.
  */
 const qs_ops *qs_ops_cpu_fp16(void);
+
+/** Likewise in bf16 tiles (kernels/cpu/gemm_amx.h); NULL where the CPU or its kernel has no
+ * AMX-BF16.
+ */
+const qs_ops *qs_ops_cpu_amx(void);
 
 #endif

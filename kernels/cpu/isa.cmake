@@ -22,3 +22,16 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};${QSHARD_FP16_OPTIONS}")
 endif()
 set_source_files_properties(kernels/cpu/half.c PROPERTIES COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS}")
+
+# So is the bf16 product on AMX; binutils before 2.34 do not know its instructions.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    check_c_source_compiles("int main(void) { __asm__ volatile(\"tdpbf16ps %%tmm1, %%tmm2, %%tmm3\" : :); return 0; }"
+        QSHARD_ASSEMBLER_HAS_AMX)
+    set(QSHARD_AMX_OPTIONS -mavx512f -mavx512bw -mavx512vl)
+    if(QSHARD_ASSEMBLER_HAS_AMX)
+        list(APPEND QSHARD_AMX_OPTIONS -DQS_TILE_ASSEMBLER)
+    endif()
+    set_source_files_properties(kernels/cpu/tile_amx.c PROPERTIES
+        COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};${QSHARD_AMX_OPTIONS}")
+endif()
+set_source_files_properties(kernels/cpu/tile.c PROPERTIES COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS}")

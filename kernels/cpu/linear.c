@@ -3,6 +3,7 @@
  * or columns of it). */
 #include <string.h>
 
+#include "kernels/cpu/gemm_amx.h"
 #include "kernels/cpu/gemm_fp16.h"
 #include "kernels/cpu/ops_impl.h"
 #include "kernels/cpu/parallel.h"
@@ -137,8 +138,10 @@ qs_status qs_frozen_product(qs_queue *q, qs_products products, const qs_unit_vie
     }
     const qs_weight_source source = {unit, w, qs_isa_get(), 0};
     const qs_operand right = qs_weight_operand(&source, transposed);
-    return qs_gemm(q, rows, transposed ? w->out : w->in, transposed ? w->in : w->out, left, &right,
-                   to->data, to->stride, accumulate);
+    const bool tiles = products == QS_PRODUCTS_AMX && w->kind == QS_WEIGHT_NF4;
+    return (tiles ? qs_gemm_amx : qs_gemm)(q, rows, transposed ? w->out : w->in,
+                                           transposed ? w->in : w->out, left, &right, to->data,
+                                           to->stride, accumulate);
 }
 
 qs_status qs_linear_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,

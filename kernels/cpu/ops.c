@@ -1,9 +1,11 @@
 #include "kernels/ops.h"
 
 #include "kernels/cpu/attention_impl.h"
+#include "kernels/cpu/gemm_amx.h"
 #include "kernels/cpu/gemm_fp16.h"
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/ops_impl.h"
+#include "kernels/cpu/tile.h"
 
 static int64_t max_i64(int64_t a, int64_t b)
 {
@@ -31,10 +33,17 @@ static size_t scratch_bytes(const qs_ops_limits *l)
     return (size_t)floats * sizeof(float);
 }
 
-/* fp16 products share their packing space with the strict ones. */
+/* Products of other kinds share their packing space with the strict ones. */
 static size_t fp16_scratch_bytes(const qs_ops_limits *l)
 {
     return scratch_bytes(l) + (size_t)qs_gemm_fp16_scratch_count(l->threads) * sizeof(float);
+}
+
+static size_t amx_scratch_bytes(const qs_ops_limits *l)
+{
+    const int64_t longest = l->tokens > l->widest ? l->tokens : l->widest;
+    return scratch_bytes(l) +
+           (size_t)qs_gemm_amx_scratch_count(l->threads, longest) * sizeof(float);
 }
 
 static bool takes(const qs_ops_limits *limits, char *why, size_t capacity)
@@ -106,6 +115,7 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
 
 LINEARS(strict, QS_PRODUCTS_STRICT)
 LINEARS(fp16, QS_PRODUCTS_FP16)
+LINEARS(amx, QS_PRODUCTS_AMX)
 
 /* What the tables have in common. */
 #define COMMON                                                                                     \
@@ -150,6 +160,23 @@ const qs_ops *qs_ops_cpu_fp16(void)
         .linear_backward = fp16_linear_backward,
         .linear_lora_forward = fp16_linear_lora_forward,
         .linear_lora_backward = fp16_linear_lora_backward,
+        COMMON,
+    };
+    return &table;
+}
+
+const qs_ops *qs_ops_cpu_amx(void)
+{
+    if (qs_tile_get() == NULL) {
+        return NULL;
+    }
+    static const qs_ops table = {
+        .name = "amx",
+        .scratch_bytes = amx_scratch_bytes,
+        .linear_forward = amx_linear_forward,
+        .linear_backward = amx_linear_backward,
+        .linear_lora_forward = amx_linear_lora_forward,
+        .linear_lora_backward = amx_linear_lora_backward,
         COMMON,
     };
     return &table;

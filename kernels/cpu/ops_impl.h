@@ -20,6 +20,7 @@ qs_operand qs_weight_operand(const qs_weight_source *source, bool transposed);
 typedef enum {
     QS_PRODUCTS_STRICT, /* qs_gemm */
     QS_PRODUCTS_FP16,   /* qs_gemm_fp16 where it takes the matrix, else qs_gemm */
+    QS_PRODUCTS_AMX,    /* qs_gemm_amx for NF4, else qs_gemm */
 } qs_products;
 
 /** to (+)= left W^T if `transposed`, else left W; `left` has `rows` rows and is not transposed. */

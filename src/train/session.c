@@ -56,21 +56,27 @@ static qs_status check_model_taken(qs_session *s)
     return qs_backend_open(&s->backend, QS_DEVICE_CPU, s->comm, false);
 }
 
-/* How the CPU multiplies frozen matrices: `auto` and `strict` in fp32, fp16 where every rank's CPU
- * can. By the CPUs' features alone, never by a timing: the bits differ. */
+/* How the CPU multiplies frozen matrices: `auto` and `strict` in fp32, fp16 and amx where every
+ * rank's CPU can. By the CPUs' features alone, never by a timing: the bits differ. */
 static qs_status choose_products(qs_session *s)
 {
-    const bool wanted = s->config.cpu.gemm == QS_GEMM_FP16;
+    const bool amx = s->config.cpu.gemm == QS_GEMM_AMX;
+    const bool wanted = amx || s->config.cpu.gemm == QS_GEMM_FP16;
     if (!qs_device_is_host(s->device) || !wanted) {
+        if (wanted) {
+            qs_log_warn("cpu.gemm: %s is for the CPU and has no effect with device: cuda",
+                        amx ? "amx" : "fp16");
+        }
         s->config.cpu.gemm = QS_GEMM_STRICT;
         return QS_OK;
     }
-    const qs_ops *ops = qs_ops_cpu_fp16();
+    const qs_ops *ops = amx ? qs_ops_cpu_amx() : qs_ops_cpu_fp16();
     QS_TRY(qs_comm_agree(
         s->comm, ops != NULL ? QS_OK
                              : QS_FAIL(QS_ERR_ENVIRONMENT,
-                                       "cpu.gemm: fp16 needs a CPU with AVX512-FP16 on every rank; "
-                                       "cpu.gemm: strict computes on any")));
+                                       "cpu.gemm: %s needs a CPU with %s on every rank; "
+                                       "cpu.gemm: strict computes on any",
+                                       amx ? "amx" : "fp16", amx ? "AMX-BF16" : "AVX512-FP16")));
     s->ops = ops;
     return QS_OK;
 }

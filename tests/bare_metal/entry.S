@@ -1,5 +1,5 @@
 /* Where the boot sector jumps to: the serial port, a stack, zeroed variables, and the registers of
- * AVX-512 (XCR0 0xe7). An exception finds no handler and ends the machine. */
+ * AVX-512 and AMX (XCR0 0x600e7). An exception finds no handler and ends the machine. */
     .section .entry, "ax"
     .globl entry
 entry:
@@ -23,7 +23,7 @@ entry:
     rep stosb
     xor %ecx, %ecx
     xor %edx, %edx
-    mov $0xe7, %eax
+    mov $0x600e7, %eax
     xsetbv
     call run
 1:  hlt

@@ -1,5 +1,5 @@
-/* The fp16 products (kernels/cpu/gemm_fp16.h), on any CPU by way of the portable inner loops, and
- * on one with AVX512-FP16 by the assembly, too. */
+/* The products of cpu.gemm: fp16 and amx (kernels/cpu/gemm_fp16.h, gemm_amx.h), on any CPU by way
+ * of the portable inner loops, and by the instructions where the CPU has them. */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <math.h>
@@ -7,13 +7,38 @@
 #include <string.h>
 
 #include "base/dtype.h"
-#include "kernels/cpu/gemm_fp16.h"
 #include "kernels/cpu/half.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/tile.h"
 #include "ops_fixture.h"
 
-static const char *const tables[] = {"portable", "avx2", "avx512fp16"};
+enum { N_TABLES = 3, N_PATHS = 2 };
 
-enum { N_TABLES = 2 };
+typedef struct {
+    const char *name, *variable; /* the variable that forces a table */
+    const qs_ops *(*ops)(void);
+    bool (*force)(const char *table);
+    bool (*supported)(void);
+    const char *tables[N_TABLES];
+    int64_t rounded_once; /* up to so deep sums may lose 1.5 times what bf16 operands do */
+} product_path;
+
+static const product_path paths[N_PATHS] = {
+    {"fp16",
+     "QSHARD_CPU_FP16",
+     qs_ops_cpu_fp16,
+     qs_half_force,
+     qs_half_supported,
+     {"portable", "avx2", "avx512fp16"},
+     QS_HALF_STRETCH},
+    {"amx",
+     "QSHARD_CPU_AMX",
+     qs_ops_cpu_amx,
+     qs_tile_force,
+     qs_tile_supported,
+     {"portable", "amx", NULL},
+     0},
+};
 
 typedef struct {
     fx_weight_spec weight;
@@ -33,12 +58,12 @@ static product_case cases[] = {
 
 enum { N_CASES = sizeof cases / sizeof *cases };
 
-/* to = left W^T or left W with the table of the fp16 operations. */
-static void multiply(int threads, const fx_unit *unit, bool transposed, const qs_mat *left,
-                     qs_mat *to, bool accumulate)
+/* to = left W^T or left W with the table of the path in use. */
+static void multiply(const product_path *path, int threads, const fx_unit *unit, bool transposed,
+                     const qs_mat *left, qs_mat *to, bool accumulate)
 {
     qs_queue *queue = fx_queue(threads);
-    const qs_ops *ops = qs_ops_cpu_fp16();
+    const qs_ops *ops = path->ops();
     cr_assert_eq(
         transposed ? ops->linear_forward(queue, &unit->view, &unit->weight, NULL, left, to)
                    : ops->linear_backward(queue, &unit->view, &unit->weight, left, to, accumulate),
@@ -102,11 +127,7 @@ static qs_mat left_operand(int64_t rows, int64_t cols, uint64_t seed)
     return mat;
 }
 
-ParameterizedTestParameters(fp16, is_better_than_bf16_operands)
-{
-    return cr_make_param_array(product_case, cases, N_CASES);
-}
-ParameterizedTest(product_case *c, fp16, is_better_than_bf16_operands)
+static void better(const product_path *path, const product_case *c)
 {
     fx_unit unit = fx_unit_create(&c->weight, 11);
     for (int transposed = 0; transposed < 2; transposed++) {
@@ -114,12 +135,12 @@ ParameterizedTest(product_case *c, fp16, is_better_than_bf16_operands)
         const int64_t k = transposed ? c->weight.in : c->weight.out;
         qs_mat left = left_operand(c->rows, k, 1);
         for (int accumulate = 0; accumulate < (transposed ? 1 : 2); accumulate++) {
-            for (int t = 0; t < N_TABLES; t++) {
-                if (!qs_half_force(tables[t])) {
+            for (int t = 0; t < N_TABLES && path->tables[t] != NULL; t++) {
+                if (!path->force(path->tables[t])) {
                     continue;
                 }
                 qs_mat before = fx_mat(c->rows, n, 1, 2), to = fx_mat(c->rows, n, 1, 2);
-                multiply(2, &unit, transposed, &left, &to, accumulate);
+                multiply(path, 2, &unit, transposed, &left, &to, accumulate);
                 row_errors sum = {0, 0}; /* each row over its own size: they are far apart */
                 for (int64_t row = 0; row < c->rows; row++) {
                     const row_errors e =
@@ -129,13 +150,14 @@ ParameterizedTest(product_case *c, fp16, is_better_than_bf16_operands)
                 }
                 /* The sum of one block alone, which no model has: W is not rounded to bf16 here,
                  * and that is as large a difference as all that bf16 operands lose. */
-                const double limit = k <= QS_HALF_STRETCH ? 1.5 * 1.5 : 1.0;
-                cr_log_info("%s, %d rows, %d columns, k %d, accumulate %d: %.2f of bf16's error",
-                            tables[t], (int)c->rows, (int)n, (int)k, accumulate,
+                const double limit = k <= path->rounded_once ? 1.5 * 1.5 : 1.0;
+                cr_log_info("%s %s, %d rows, %d columns, k %d, accumulate %d: %.2f of bf16's error",
+                            path->name, path->tables[t], (int)c->rows, (int)n, (int)k, accumulate,
                             sqrt(sum.got / sum.bf16));
                 cr_expect_leq(sum.got, limit * sum.bf16,
-                              "%s, %d columns, k %d, accumulate %d: %g, bf16 %g", tables[t], (int)n,
-                              (int)k, accumulate, sqrt(sum.got), sqrt(sum.bf16));
+                              "%s %s, %d columns, k %d, accumulate %d: %g, bf16 %g", path->name,
+                              path->tables[t], (int)n, (int)k, accumulate, sqrt(sum.got),
+                              sqrt(sum.bf16));
                 fx_mat_free(&before);
                 fx_mat_free(&to);
             }
@@ -145,26 +167,33 @@ ParameterizedTest(product_case *c, fp16, is_better_than_bf16_operands)
     fx_unit_destroy(&unit);
 }
 
-ParameterizedTestParameters(fp16, bits_do_not_depend_on_threads_rows_or_table)
+ParameterizedTestParameters(products, is_better_than_bf16_operands)
 {
     return cr_make_param_array(product_case, cases, N_CASES);
 }
-ParameterizedTest(product_case *c, fp16, bits_do_not_depend_on_threads_rows_or_table)
+ParameterizedTest(product_case *c, products, is_better_than_bf16_operands)
+{
+    for (int i = 0; i < N_PATHS; i++) {
+        better(&paths[i], c);
+    }
+}
+
+static void same_bits(const product_path *path, const product_case *c)
 {
     fx_unit unit = fx_unit_create(&c->weight, 12);
     for (int transposed = 0; transposed < 2; transposed++) {
         const int64_t n = transposed ? c->weight.out : c->weight.in;
         const int64_t k = transposed ? c->weight.in : c->weight.out;
         qs_mat left = left_operand(c->rows, k, 3), want = fx_mat(c->rows, n, 0, 4);
-        cr_assert(qs_half_force("portable"));
-        multiply(1, &unit, transposed, &left, &want, false);
+        cr_assert(path->force("portable"));
+        multiply(path, 1, &unit, transposed, &left, &want, false);
         const size_t bytes = (size_t)(c->rows * n) * sizeof(float);
-        for (int t = 0; t < N_TABLES; t++) {
-            for (int threads = 1; threads <= 5 && qs_half_force(tables[t]); threads += 2) {
+        for (int t = 0; t < N_TABLES && path->tables[t] != NULL; t++) {
+            for (int threads = 1; threads <= 5 && path->force(path->tables[t]); threads += 2) {
                 qs_mat got = fx_mat(c->rows, n, 0, 5);
-                multiply(threads, &unit, transposed, &left, &got, false);
-                cr_assert_eq(memcmp(got.data, want.data, bytes), 0, "%s, %d threads", tables[t],
-                             threads);
+                multiply(path, threads, &unit, transposed, &left, &got, false);
+                cr_assert_eq(memcmp(got.data, want.data, bytes), 0, "%s %s, %d threads", path->name,
+                             path->tables[t], threads);
                 fx_mat_free(&got);
             }
         }
@@ -172,7 +201,7 @@ ParameterizedTest(product_case *c, fp16, bits_do_not_depend_on_threads_rows_or_t
             qs_mat row = left, got = fx_mat(1, n, 0, 6);
             row.data = qs_mat_f32(&left) + (c->rows - 1) * left.stride;
             row.rows = 1;
-            multiply(1, &unit, transposed, &row, &got, false);
+            multiply(path, 1, &unit, transposed, &row, &got, false);
             cr_assert_eq(
                 memcmp(got.data, qs_mat_f32(&want) + (c->rows - 1) * n, (size_t)n * sizeof(float)),
                 0);
@@ -184,49 +213,66 @@ ParameterizedTest(product_case *c, fp16, bits_do_not_depend_on_threads_rows_or_t
     fx_unit_destroy(&unit);
 }
 
-/* Matrices that the path does not take are multiplied strictly: the same bits. */
-Test(fp16, other_matrices_are_strict)
+ParameterizedTestParameters(products, bits_do_not_depend_on_threads_rows_or_table)
 {
-    fx_weight_spec specs[] = {{QS_WEIGHT_NF4, 130, 333, QS_BF16, true, 2, 0},
-                              {QS_WEIGHT_NF4, 40, 96, QS_BF16, true, 2, 0},
-                              {QS_WEIGHT_RAW, 77, 128, QS_BF16, true, 3, 128},
-                              {QS_WEIGHT_RAW, 64, 64, QS_F32, true, 1, 64}};
-    cr_assert(qs_half_force("portable"));
-    qs_queue *queue = fx_queue(2);
-    for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
-        fx_unit unit = fx_unit_create(&specs[i], 7);
-        cr_assert_not(qs_gemm_fp16_takes(&unit.weight));
-        qs_mat x = fx_mat(9, specs[i].in, 0, 1),
-               y[2] = {fx_mat(9, specs[i].out, 0, 2), fx_mat(9, specs[i].out, 0, 3)};
-        cr_assert_eq(qs_ops_cpu()->linear_forward(queue, &unit.view, &unit.weight, NULL, &x, &y[0]),
-                     QS_OK);
-        cr_assert_eq(
-            qs_ops_cpu_fp16()->linear_forward(queue, &unit.view, &unit.weight, NULL, &x, &y[1]),
-            QS_OK);
-        cr_assert_eq(memcmp(y[0].data, y[1].data, (size_t)(9 * specs[i].out) * sizeof(float)), 0);
-        fx_mat_free(&x);
-        fx_mat_free(&y[0]);
-        fx_mat_free(&y[1]);
-        fx_unit_destroy(&unit);
+    return cr_make_param_array(product_case, cases, N_CASES);
+}
+ParameterizedTest(product_case *c, products, bits_do_not_depend_on_threads_rows_or_table)
+{
+    for (int i = 0; i < N_PATHS; i++) {
+        same_bits(&paths[i], c);
     }
+}
+
+/* Matrices that the path does not take are multiplied strictly: the same bits. */
+static void strict(const product_path *path, const fx_weight_spec *spec)
+{
+    cr_assert(path->force("portable"));
+    qs_queue *queue = fx_queue(2);
+    fx_unit unit = fx_unit_create(spec, 7);
+    qs_mat x = fx_mat(9, spec->in, 0, 1);
+    qs_mat y[2] = {fx_mat(9, spec->out, 0, 2), fx_mat(9, spec->out, 0, 3)};
+    const qs_ops *ops[2] = {qs_ops_cpu(), path->ops()};
+    for (int i = 0; i < 2; i++) {
+        cr_assert_eq(ops[i]->linear_forward(queue, &unit.view, &unit.weight, NULL, &x, &y[i]),
+                     QS_OK);
+    }
+    cr_assert_eq(memcmp(y[0].data, y[1].data, (size_t)(9 * spec->out) * sizeof(float)), 0);
+    fx_mat_free(&x);
+    fx_mat_free(&y[0]);
+    fx_mat_free(&y[1]);
+    fx_unit_destroy(&unit);
     qs_queue_destroy(queue);
 }
 
+Test(products, other_matrices_are_strict)
+{
+    const fx_weight_spec raw[] = {{QS_WEIGHT_RAW, 77, 128, QS_BF16, true, 3, 128},
+                                  {QS_WEIGHT_RAW, 64, 64, QS_F32, true, 1, 64}};
+    const fx_weight_spec across[] = {{QS_WEIGHT_NF4, 130, 333, QS_BF16, true, 2, 0},
+                                     {QS_WEIGHT_NF4, 40, 96, QS_BF16, true, 2, 0}};
+    for (int i = 0; i < 2; i++) {
+        strict(&paths[0], &raw[i]);
+        strict(&paths[1], &raw[i]);
+        strict(&paths[0], &across[i]); /* rows that do not start on a block */
+    }
+}
+
 /* Of the largest and the smallest floats nothing overflows or is lost on the way. */
-Test(fp16, extremes_of_fp32_come_out_as_they_went_in)
+static void extremes(const product_path *path)
 {
     fx_weight_spec spec = {QS_WEIGHT_NF4, 64, 128, QS_BF16, true, 1, 0};
     fx_unit unit = fx_unit_create(&spec, 5);
     qs_mat plain = fx_mat(1, 128, 0, 1), small = fx_mat(1, 128, 0, 1), large = fx_mat(1, 128, 0, 1);
     qs_mat y[3] = {fx_mat(1, 64, 0, 2), fx_mat(1, 64, 0, 2), fx_mat(1, 64, 0, 2)};
-    cr_assert(qs_half_force("portable"));
+    cr_assert(path->force("portable"));
     for (int k = 0; k < 128; k++) {
         qs_mat_f32(&small)[k] = ldexpf(qs_mat_f32(&plain)[k], -90);
         qs_mat_f32(&large)[k] = ldexpf(qs_mat_f32(&plain)[k], 115);
     }
-    multiply(1, &unit, true, &plain, &y[0], false);
-    multiply(1, &unit, true, &small, &y[1], false);
-    multiply(1, &unit, true, &large, &y[2], false);
+    multiply(path, 1, &unit, true, &plain, &y[0], false);
+    multiply(path, 1, &unit, true, &small, &y[1], false);
+    multiply(path, 1, &unit, true, &large, &y[2], false);
     for (int j = 0; j < 64; j++) {
         cr_assert_eq(ldexpf(qs_mat_f32(&y[1])[j], 90), qs_mat_f32(&y[0])[j]);
         cr_assert_eq(ldexpf(qs_mat_f32(&y[2])[j], -115), qs_mat_f32(&y[0])[j]);
@@ -240,19 +286,26 @@ Test(fp16, extremes_of_fp32_come_out_as_they_went_in)
     fx_unit_destroy(&unit);
 }
 
+Test(products, extremes_of_fp32_come_out_as_they_went_in)
+{
+    for (int i = 0; i < N_PATHS; i++) {
+        extremes(&paths[i]);
+    }
+}
+
 /* NaN and infinity stay in their row and make every element of it that they touch not finite. */
-Test(fp16, what_is_not_finite_stays_in_its_row)
+static void not_finite(const product_path *path)
 {
     fx_weight_spec spec = {QS_WEIGHT_NF4, 96, 192, QS_BF16, true, 1, 0};
     const float bad[] = {NAN, INFINITY, -INFINITY};
     for (int transposed = 0; transposed < 2; transposed++) {
         fx_unit unit = fx_unit_create(&spec, 6);
         const int64_t k = transposed ? 192 : 96, n = transposed ? 96 : 192;
-        for (int t = 0; t < N_TABLES; t++) {
-            for (int i = 0; i < 3 && qs_half_force(tables[t]); i++) {
+        for (int t = 0; t < N_TABLES && path->tables[t] != NULL; t++) {
+            for (int i = 0; i < 3 && path->force(path->tables[t]); i++) {
                 qs_mat left = fx_mat(3, k, 0, 1), to = fx_mat(3, n, 0, 2);
                 qs_mat_f32(&left)[k + 70] = bad[i];
-                multiply(1, &unit, transposed, &left, &to, false);
+                multiply(path, 1, &unit, transposed, &left, &to, false);
                 for (int64_t j = 0; j < n; j++) {
                     cr_assert(isfinite(fx_at(&to, 0, j)) && isfinite(fx_at(&to, 2, j)));
                     cr_assert_not(isfinite(fx_at(&to, 1, j)));
@@ -265,12 +318,65 @@ Test(fp16, what_is_not_finite_stays_in_its_row)
     }
 }
 
-Test(fp16, is_no_choice_without_the_instructions)
+Test(products, what_is_not_finite_stays_in_its_row)
 {
-    cr_assert(qs_half_force(NULL));
-    cr_assert_eq(unsetenv("QSHARD_CPU_FP16"), 0);
-    cr_assert_eq(qs_ops_cpu_fp16() != NULL, qs_half_supported());
-    cr_assert_eq(setenv("QSHARD_CPU_FP16", "portable", 1), 0);
-    cr_assert_str_eq(qs_ops_cpu_fp16()->name, "fp16");
-    cr_assert_eq(unsetenv("QSHARD_CPU_FP16"), 0);
+    for (int i = 0; i < N_PATHS; i++) {
+        not_finite(&paths[i]);
+    }
+}
+
+Test(products, are_no_choice_without_the_instructions)
+{
+    for (int i = 0; i < N_PATHS; i++) {
+        cr_assert(paths[i].force(NULL));
+        cr_assert_eq(unsetenv(paths[i].variable), 0);
+        cr_assert_eq(paths[i].ops() != NULL, paths[i].supported());
+        cr_assert_eq(setenv(paths[i].variable, "portable", 1), 0);
+        cr_assert_str_eq(paths[i].ops()->name, paths[i].name);
+        cr_assert_eq(unsetenv(paths[i].variable), 0);
+    }
+}
+
+/* amx: operands in bf16 and nothing else is lost but by sums in fp32. An element's terms pass at
+ * most 16 additions in a step, one of even and odd, one to its block's sum for each step of the
+ * block, and one for each block. Rows of W that start anywhere, odd depths, both directions. */
+ParameterizedTestParameters(products, amx_loses_roundings_of_sums_alone)
+{
+    static product_case odd[] = {
+        {{QS_WEIGHT_NF4, 130, 333, QS_BF16, true, 2, 0}, 33},
+        {{QS_WEIGHT_NF4, 257, 1025, QS_F32, true, 3, 0}, 3},
+        {{QS_WEIGHT_NF4, 1056, 31, QS_F16, false, 2, 0}, 64},
+        {{QS_WEIGHT_NF4, 300, 704, QS_BF16, true, 3, 0}, 70},
+    };
+    return cr_make_param_array(product_case, odd, sizeof odd / sizeof *odd);
+}
+ParameterizedTest(product_case *c, products, amx_loses_roundings_of_sums_alone)
+{
+    const product_path *path = &paths[1];
+    fx_unit unit = fx_unit_create(&c->weight, 21);
+    for (int transposed = 0; transposed < 2; transposed++) {
+        const int64_t n = transposed ? c->weight.out : c->weight.in;
+        const int64_t k = transposed ? c->weight.in : c->weight.out;
+        const double additions =
+            16 + 1 + (double)qs_min_i64(k, 1024) / 32 + 1 + (double)k / 1024 + 1;
+        qs_mat left = left_operand(c->rows, k, 1), to = fx_mat(c->rows, n, 1, 2);
+        cr_assert(path->force("portable"));
+        multiply(path, 2, &unit, transposed, &left, &to, false);
+        for (int64_t t = 0; t < c->rows; t++) {
+            for (int64_t j = 0; j < n; j++) {
+                double sum = 0, size = 0;
+                for (int64_t i = 0; i < k; i++) {
+                    const double term =
+                        to_bf16(fx_at(&left, t, i)) * to_bf16(weight_at(&unit, transposed, i, j));
+                    sum += term;
+                    size += fabs(term);
+                }
+                cr_assert_leq(fabs(fx_at(&to, t, j) - sum), additions * 0x1p-24 * size,
+                              "row %d, column %d of %d, k %d", (int)t, (int)j, (int)n, (int)k);
+            }
+        }
+        fx_mat_free(&left);
+        fx_mat_free(&to);
+    }
+    fx_unit_destroy(&unit);
 }

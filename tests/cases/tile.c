@@ -1,0 +1,123 @@
+/* Compares the bf16 product's inner loops for AMX with the portable ones, bit for bit: exit 0 if
+ * they agree, 1 if not, 77 if this CPU, its kernel or this build has none. Links statically and
+ * needs nothing else, so that it can run as the only program of an emulated machine. */
+#include "kernels/cpu/tile.h"
+
+#include <math.h>
+#include <stdio.h>
+
+#ifdef QS_TILE_NO_UNDERFLOW /* an emulator that is wrong there: tests/bare_metal/run.sh */
+enum { SMALL_ONES = 0 };
+#else
+enum { SMALL_ONES = 1 };
+#endif
+
+enum {
+    STEPS = 5,
+    COUNT = STEPS * QS_TILE_STEP_ELEMS,
+    SUMS = QS_TILE_SIDE * QS_TILE_SIDE,
+    ROUNDS = 24,
+    KINDS = 6,
+    LENGTH = 77,
+};
+
+static uint64_t seed;
+
+static uint32_t bits(void)
+{
+    seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (uint32_t)(seed >> 32);
+}
+
+/* bf16 by kind of round: around 1; products around the smallest normal number, where results
+ * vanish; squares of the smallest; subnormal operands among others; any finite; any at all. */
+static uint16_t some_bf16(int kind)
+{
+    const uint32_t any = bits();
+    const uint16_t sign = any & 0x8000U, fraction = any & 0x7FU;
+    const unsigned spread = any >> 16 & 255U;
+    const unsigned exponent = kind == 0   ? 120 + spread % 12
+                              : kind == 1 ? 62 + spread % 6
+                              : kind == 2 ? 58 + spread % 12
+                              : kind == 3 ? (spread % 3 == 0 ? 0 : 100 + spread % 20)
+                              : kind == 4 ? (spread == 255 ? 254 : spread)
+                                          : spread;
+    return (uint16_t)(sign | exponent << 7 | fraction);
+}
+
+/* NaN is NaN: which one is not defined. */
+static int differ(const char *what, int round, const float *a, const float *b, int count)
+{
+    for (int i = 0; i < count; i++) {
+        if (memcmp(&a[i], &b[i], sizeof *a) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
+            printf("%s, round %d: element %d is %a, not %a\n", what, round, i, (double)a[i],
+                   (double)b[i]);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
+{
+    static uint16_t a[COUNT], b[COUNT];
+    static float y[2][SUMS];
+    for (int round = 0; round < ROUNDS; round++) {
+        const int kind = round % KINDS;
+        if ((kind == 1 || kind == 2) && !SMALL_ONES) {
+            continue;
+        }
+        const int64_t steps = round < KINDS ? STEPS : bits() % (STEPS + 1);
+        for (int i = 0; i < COUNT;
+             i++) { /* the last kind: a few of any in one, no NaN everywhere */
+            a[i] = some_bf16(kind == KINDS - 1 && bits() % 500 != 0 ? 0 : kind);
+            b[i] = some_bf16(kind == KINDS - 1 ? 0 : kind);
+        }
+        memset(y, 0x55, sizeof y);
+        fast->begin();
+        fast->tile(steps, a, b, y[0]);
+        fast->end();
+        slow->tile(steps, a, b, y[1]);
+        if (differ("tile", round, y[0], y[1], SUMS)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int compare_packs(const qs_tile *fast, const qs_tile *slow)
+{
+    for (int round = 0; round < ROUNDS; round++) {
+        uint32_t words[2][LENGTH], out[2][2 * LENGTH];
+        float x[2][LENGTH];
+        const int64_t count = 1 + bits() % LENGTH;
+        for (int i = 0; i < LENGTH; i++) {
+            words[0][i] = bits();
+            words[1][i] = bits() % 8 == 0 ? 0x7F800001U : words[0][i] ^ 0x8000U; /* ties */
+        }
+        memcpy(x, words, sizeof x);
+        memset(out, 0x55, sizeof out);
+        fast->pair(x[0], x[1], count, out[0]);
+        fast->round(x[1], count, (uint16_t *)(void *)(out[0] + LENGTH));
+        slow->pair(x[0], x[1], count, out[1]);
+        slow->round(x[1], count, (uint16_t *)(void *)(out[1] + LENGTH));
+        if (memcmp(out[0], out[1], sizeof out[0]) != 0) {
+            printf("round or pair, round %d: differ\n", round);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int main(void)
+{
+    enum { SKIPPED = 77 };
+    if (!qs_tile_supported()) {
+        printf("tile: this CPU, its kernel or this build has no AMX-BF16: not compared\n");
+        return SKIPPED;
+    }
+    const qs_tile *fast = qs_tile_amx(), *slow = qs_tile_portable();
+    const int wrong = compare_tiles(fast, slow) + compare_packs(fast, slow);
+    printf("tile: %s: %s\n", fast->name, wrong == 0 ? "the same bits" : "DIFFERENT BITS");
+    return wrong > 0 ? 1 : 0;
+}
