@@ -1,4 +1,5 @@
 """The tokenizer's ids: texts are encoded in chunks, and the ids must be those of the whole text."""
+import itertools
 import json
 import os
 import random
@@ -37,7 +38,9 @@ def merges_of_everything(rng):
     """Merges at random, so that a wrong cut shows: of letters, white space, marks and digits."""
     alphabet = byte_alphabet()
     common = [alphabet[byte] for byte in b" \n\t.a(1he'" + "é".encode()]
-    merges, seen = [], set(alphabet) | {"he"}
+    spaces = [alphabet[byte] for byte in b" \n\t"]
+    merges = [f"{left} {right}" for left in spaces for right in spaces]
+    seen = set(alphabet) | {"he"} | {merge.replace(" ", "") for merge in merges}
     while len(merges) < 150:
         left, right = (rng.choice(common if rng.random() < 0.6 else sorted(seen)) for _ in range(2))
         if left + right not in seen and len(left + right) < 7:
@@ -74,6 +77,17 @@ class Tokens(FolderTest):
                     self.assertTrue(all("".join(tokenizer.cut(text)) == text for text in samples))
                     self.assert_same_ids(tokenizer, samples)
                     self.assertIsNotNone(tokenizer.cut, "the comparison found a difference")
+
+    def test_every_short_text_of_plain_white_space(self):
+        """Such texts are cut by a quick way of their own."""
+        samples = ["".join(chars) for n in range(6) for chars in itertools.product(" \na1.", repeat=n)]
+        for name, pre_tokenizer in KNOWN.items():
+            with self.subTest(name=name):
+                tokenizer = self.tokenizer(pre_tokenizer)
+                for i in range(0, len(samples), 100):
+                    self.assert_same_ids(tokenizer, samples[i : i + 100])
+                self.assertIsNotNone(tokenizer.cut, "the comparison found a difference")
+                self.assertTrue(all("".join(tokenizer.cut(text)) == text for text in samples))
 
     def test_what_is_not_certain_is_encoded_whole(self):
         for changes in (

@@ -9,13 +9,14 @@ as chunks of about a word, and only chunks that have not come up yet are encoded
 both ways give the same ids is tested, and checked again on the first texts of every run.
 """
 
+import collections
 import hashlib
+import itertools
 import json
 import os
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain, islice
 
 import numpy as np
 import tokenizers
@@ -168,7 +169,7 @@ class Tokenizer:
         prompts = [example.prompt for example in examples if example.prompt is not None]
         pieces = Pieces(self, [example.text for example in examples] + prompts)
         ranges, straddling = pieces.learned_ranges(examples)
-        borders = np.array(pieces.text_borders[: len(examples) + 1], dtype=np.int64)
+        borders = pieces.text_borders[: len(examples) + 1]
         tokens, begins, ends = pieces.tokens(borders[-1]), borders[:-1], borders[1:]
         learned = covered(len(tokens), ranges)
         with_bos = np.array([example.with_bos for example in examples], dtype=bool)
@@ -207,27 +208,36 @@ class Tokenizer:
 
 def covered(count, ranges):
     """An array of bool that is true inside the [begin, end) of `ranges`."""
-    edges = np.array(ranges, dtype=np.int64).reshape(-1, 2)
-    steps = np.bincount(edges[:, 0], minlength=count + 1) - np.bincount(edges[:, 1], minlength=count + 1)
+    steps = np.bincount(ranges[:, 0], minlength=count + 1) - np.bincount(ranges[:, 1], minlength=count + 1)
     return np.cumsum(steps)[:count] > 0
 
 
 class Known:
-    """Texts that have been encoded: the ids of the text with number k are flat[starts[k] : starts[k + 1]]."""
+    """Texts that have been encoded, numbered as they came up: text k has the ids flat[starts[k] : starts[k + 1]]."""
 
     def __init__(self):
-        self.number = {}
+        self.number = collections.defaultdict(itertools.count().__next__)
         self.flat = np.zeros(1 << 12, dtype=np.uint32)
         self.starts = np.zeros(1 << 12, dtype=np.int64)
+        self.chars = np.zeros(1 << 12, dtype=np.int64)  # characters of each text
+
+    def numbers(self, texts):
+        """(the numbers of `texts`, those of them that are new in the order of their numbers): the new ones are to be added."""
+        first = len(self.number)
+        numbers = np.fromiter(map(self.number.__getitem__, texts), np.int64, len(texts))
+        return numbers, list(islice(reversed(self.number), len(self.number) - first))[::-1]
 
     def add(self, texts, ids):
-        first, begin = len(self.number), int(self.starts[len(self.number)])
-        self.number.update(zip(texts, range(first, first + len(texts))))
-        ends = begin + np.cumsum([len(some) for some in ids], dtype=np.int64)
-        self.starts = with_room(self.starts, first + len(texts) + 1)
-        self.starts[first + 1 : first + 1 + len(texts)] = ends
-        self.flat = with_room(self.flat, int(self.starts[first + len(texts)]))
-        self.flat[begin : self.starts[first + len(texts)]] = list(chain.from_iterable(ids))
+        """The newest texts and the ids of each."""
+        end = len(self.number)
+        first = end - len(texts)
+        self.chars = with_room(self.chars, end)
+        self.chars[first:end] = list(map(len, texts))
+        self.starts = with_room(self.starts, end + 1)
+        begin = int(self.starts[first])
+        self.starts[first + 1 : end + 1] = begin + np.cumsum(list(map(len, ids)), dtype=np.int64)
+        self.flat = with_room(self.flat, int(self.starts[end]))
+        self.flat[begin : self.starts[end]] = list(chain.from_iterable(ids))
 
 
 def with_room(array, count):
@@ -256,50 +266,50 @@ class Pieces:
             self.lay_out([[text] for text in texts], tokenizer)
 
     def lay_out(self, cuts, tokenizer):
-        """Numbers the pieces of all texts and finds where their tokens lie."""
-        self.cuts = cuts
-        flat = list(chain.from_iterable(cuts))
-        unknown = set(flat).difference(self.known.number)
-        if unknown:
-            self.learn(sorted(unknown), tokenizer)
-        self.numbers = np.fromiter(map(self.known.number.__getitem__, flat), np.int64, len(flat))
-        starts = self.known.starts
-        self.lengths = starts[self.numbers + 1] - starts[self.numbers]
-        self.first_pieces = list(accumulate(map(len, cuts), initial=0))
-        # Tokens before each piece of the batch, and before each text.
-        self.before = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
-        self.text_borders = [self.before[first] for first in self.first_pieces]
+        """Numbers the pieces of all texts and finds where their characters and tokens lie."""
+        known = self.known
+        self.flat = list(chain.from_iterable(cuts))
+        self.numbers, new = known.numbers(self.flat)
+        if new:
+            known.add(new, self.learned(new, tokenizer))
+        self.starts = known.starts[self.numbers]
+        self.lengths = known.starts[self.numbers + 1] - self.starts
+        # Tokens and characters before each piece of the batch, and before each text.
+        self.before = sums(self.lengths)
+        self.chars_before = sums(known.chars[self.numbers])
+        first_pieces = sums(list(map(len, cuts)))
+        self.text_borders = self.before[first_pieces]
+        self.text_chars = self.chars_before[first_pieces]
 
-    def learn(self, pieces, tokenizer):
-        """Encodes pieces: texts one by one, but chunks many in one text, as a call each would cost more than the encoding.
-        Words stand in a text as they do in any, and the lengths of its tokens tell which are whose; what is no word, or
-        does not come out even, is kept apart by an added token."""
+    def learned(self, pieces, tokenizer):
+        """The ids of each piece: of texts one by one, but of chunks many in one text, as a call each would cost more than
+        the encoding. Words stand in a text as they do in any, and the lengths of its tokens tell which are whose; what is
+        no word, or does not come out even, is kept apart by an added token."""
         if not tokenizer.cut:
             encodings = self.rust.encode_batch(pieces, add_special_tokens=False)
             self.encodings.update(zip(pieces, encodings))
-            self.known.add(pieces, [encoding.ids for encoding in encodings])
-            return
+            return [encoding.ids for encoding in encodings]
         added = tokenizer.added
-        own = [piece for piece in pieces if piece in added]
-        self.known.add(own, [[added[piece]] for piece in own])
+        found = {piece: [added[piece]] for piece in pieces if piece in added}
         words = [piece for piece in pieces if PLAIN_WORD.fullmatch(piece)]
         others = [piece for piece in pieces if not PLAIN_WORD.fullmatch(piece) and piece not in added]
         groups = [words[i : i + JOINED_CHUNKS] for i in range(0, len(words), JOINED_CHUNKS)]
         for group, ids in zip(groups, self.encode_fast(["".join(group) for group in groups])):
-            found = split_by_lengths(group, np.array(ids, dtype=np.int64), tokenizer.lengths())
-            if found is None:
+            of_words = split_by_lengths(group, np.array(ids, dtype=np.int64), tokenizer.lengths())
+            if of_words is None:
                 others.extend(group)
             else:
-                self.known.add(group, found)
+                found.update(zip(group, of_words))
         separator, number = next(iter(added.items()))
         groups = [others[i : i + JOINED_CHUNKS] for i in range(0, len(others), JOINED_CHUNKS)]
         for group, ids in zip(groups, self.encode_fast([separator.join(group) for group in groups])):
             ends = [i for i, token in enumerate(ids) if token == number] + [len(ids)]
             begins = [0] + [end + 1 for end in ends[:-1]]
-            found = [ids[b:e] for b, e in zip(begins, ends)]
-            if len(found) != len(group):  # the separator was not taken as one
-                found = [self.rust.encode(p, add_special_tokens=False).ids for p in group]
-            self.known.add(group, found)
+            if len(ends) == len(group):
+                found.update((p, ids[b:e]) for p, b, e in zip(group, begins, ends))
+            else:  # the separator was not taken as one
+                found.update((p, self.rust.encode(p, add_special_tokens=False).ids) for p in group)
+        return [found[piece] for piece in pieces]
 
     def encode_fast(self, texts):
         encodings = self.rust.encode_batch_fast(texts, add_special_tokens=False)
@@ -313,53 +323,49 @@ class Pieces:
         tokenizer.compared += len(sample)
         whole = self.rust.encode_batch(sample, add_special_tokens=False)
         want = list(chain.from_iterable([encoding.ids for encoding in whole]))
-        lengths = [end - begin for begin, end in zip(self.text_borders, self.text_borders[1:])]
-        same = lengths[: len(sample)] == [len(encoding.ids) for encoding in whole]
+        lengths = np.diff(self.text_borders)[: len(sample)].tolist()
+        same = lengths == [len(encoding.ids) for encoding in whole]
         if not same or self.tokens(len(want)).tolist() != want:
             tokenizer.cut = None
 
     def tokens(self, count):
         """The first `count` tokens of all texts."""
-        starts = self.known.starts[self.numbers]
-        before = np.array(self.before[:-1], dtype=np.int64)
-        places = np.repeat(starts - before, self.lengths)[:count]
+        places = np.repeat(self.starts - self.before[:-1], self.lengths)[:count]
         return self.known.flat[places + np.arange(len(places))]
 
     def learned_ranges(self, examples):
         """([begin, end) in the tokens of all texts, how many tokens straddle); the texts begin with the examples'."""
-        ranges, straddling, prompt = [], 0, len(examples)
-        for k, example in enumerate(examples):
-            begin, end = self.text_borders[k], self.text_borders[k + 1]
-            if example.prompt is not None:
-                # Both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
-                begin += self.text_borders[prompt + 1] - self.text_borders[prompt]
-                prompt += 1
-                if begin < end:
-                    ranges.append((begin, end))
-            elif example.spans == [(0, len(example.text))]:
-                ranges.append((begin, end))
-            elif example.spans:
-                ends = list(accumulate(map(len, self.cuts[k])))
-                for first, last in example.spans:
-                    begin_before, begin_until = self.place(first, k, ends)
-                    end_before, end_until = self.place(last, k, ends)
-                    straddling += begin_until - begin_before + end_until - end_before
-                    if begin_until < end_before:
-                        ranges.append((begin_until, end_before))
-        return ranges, straddling
+        borders = self.text_borders
+        prompts = [k for k, example in enumerate(examples) if example.prompt is not None]
+        # Both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
+        begins = borders[prompts] + np.diff(borders[len(examples) :])
+        ranges = np.stack([begins, borders[1:][prompts]], axis=1)
+        spans = [(k, *span) for k, example in enumerate(examples) if example.prompt is None for span in example.spans]
+        texts, firsts, lasts = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+        first_before, first_until = self.places(self.text_chars[texts] + firsts)
+        last_before, last_until = self.places(self.text_chars[texts] + lasts)
+        straddling = (first_until - first_before).sum() + (last_until - last_before).sum()
+        ranges = np.concatenate([ranges, np.stack([first_until, last_before], axis=1)])
+        return ranges[ranges[:, 0] < ranges[:, 1]], int(straddling)
 
-    def place(self, border, k, ends):
-        """As `tokens_around`, for a character of text k whose pieces end at the characters `ends`."""
-        i = bisect_right(ends, border)
-        tokens = self.before[self.first_pieces[k] + i]
-        begin = ends[i - 1] if i else 0
-        if begin == border:
-            return tokens, tokens
-        piece = self.cuts[k][i]
-        if piece not in self.encodings:
-            self.encodings[piece] = self.rust.encode(piece, add_special_tokens=False)
-        before, until = tokens_around(self.encodings[piece], border - begin)
-        return tokens + before, tokens + until
+    def places(self, borders):
+        """As `tokens_around`, for characters of all texts one after the other."""
+        pieces = np.searchsorted(self.chars_before, borders)
+        before = self.before[pieces]
+        until = before.copy()
+        for k in np.flatnonzero(self.chars_before[pieces] != borders).tolist():
+            i = int(pieces[k]) - 1  # the border lies inside of this piece
+            piece = self.flat[i]
+            if piece not in self.encodings:
+                self.encodings[piece] = self.rust.encode(piece, add_special_tokens=False)
+            around = tokens_around(self.encodings[piece], int(borders[k] - self.chars_before[i]))
+            before[k], until[k] = self.before[i] + around[0], self.before[i] + around[1]
+        return before, until
+
+
+def sums(values):
+    """0 and the sums of the first 1, 2, ... of `values`."""
+    return np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
 
 
 def split_by_lengths(words, ids, lengths):
@@ -405,6 +411,24 @@ PLAIN_WORD = re.compile(f" {WORD}+")  # a chunk of both, wherever it stands behi
 LLAMA3_CHUNKS = re.compile(
     rf" ?{WORD}+{BREAKS}|{SPACE}*[\r\n]+|{SPACE}+(?= {WORD})|{SPACE}+{WORD}*{BREAKS}"
 )
+
+
+# The same for texts of which the only white space is space and line break, as most are: `replace` takes a third of the time
+# that `findall` does. It sets a NUL, which no text holds, where a text may be cut, and takes it away inside of white space.
+# Here W stays with the word behind it unless it is one line break, and a piece may be empty.
+def gpt2_pieces(text):
+    text = text.replace("\n", "\0\n\0").replace(" ", "\0 ").replace("\0\0", "").replace(" \0", " ")
+    return text.replace("\n\n\0", "\n\n").replace(" \n\0", " \n").split("\0")
+
+
+def llama3_pieces(text):
+    if " \n" in text:  # W is one up to its last line break
+        return LLAMA3_CHUNKS.findall(text)
+    text = text.replace("\n", "\n\0").replace("\0\n", "\n").replace(" ", "\0 ").replace(" \0", " ")
+    return text.split("\0")
+
+
+OTHER_SPACE = re.compile(SPACE.replace(r"\t-\r ", r"\t\x0b-\r"))
 # Llama 3's and Qwen's regular expression, which differ only in how many digits make a token. GPT-2's is in ByteLevel.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -416,9 +440,9 @@ def cutter_of(rust, description):
     that take in their neighbours, other pre-tokenizers than the known ones, merges left out at random."""
     added = list(rust.get_added_tokens_decoder().values())
     model = description.get("model")
-    chunks = chunks_of(description.get("pre_tokenizer"))
+    family = family_of(description.get("pre_tokenizer"))
     safe = (
-        chunks
+        family
         and added
         and not any(t.lstrip or t.rstrip or t.single_word or t.normalized or not t.content for t in added)
         and isinstance(model, dict)
@@ -430,25 +454,29 @@ def cutter_of(rust, description):
         return None
     longest_first = sorted((token.content for token in added), key=len, reverse=True)
     split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
-    find = chunks.findall
+    literals = frozenset(longest_first)
+    chunks, quick_pieces = family
+    before = frozenset()  # the parts of the text before
 
     def cut(text):
-        parts = split(text)  # text, added token, text, ...
-        if len(parts) == 1:
-            return find(text)
-        pieces = []
-        for i, part in enumerate(parts):
-            if i % 2:
+        nonlocal before
+        find = chunks.findall if OTHER_SPACE.search(text) else quick_pieces
+        parts, pieces = split(text), []  # text, added token, text, ...
+        for part in parts:
+            # What a chat template writes into each text is worth no cut.
+            if part in before or part in literals:
                 pieces.append(part)
-            elif part:
+            else:
                 pieces.extend(find(part))
+        before = frozenset(parts)
         return pieces
 
     return cut
 
 
-def chunks_of(pre_tokenizer):
-    """The regular expression that finds chunks for a pre-tokenizer, or None where it is not one of the known ones."""
+def family_of(pre_tokenizer):
+    """(regular expression that finds chunks, function that cuts texts of plain white space) for a pre-tokenizer, or None
+    where it is not one of the known ones."""
     if not isinstance(pre_tokenizer, dict):
         return None
     steps = [pre_tokenizer]
@@ -458,13 +486,14 @@ def chunks_of(pre_tokenizer):
     if len(steps) > 2 or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     if last.get("use_regex", True):
-        return GPT2_CHUNKS if len(steps) == 1 or steps[0].get("type") == "Digits" else None
+        return (GPT2_CHUNKS, gpt2_pieces) if len(steps) == 1 or steps[0].get("type") == "Digits" else None
     first = steps[0]
     pattern = first.get("pattern", {})
     if first.get("type") != "Split" or not isinstance(pattern, dict):
         return None
     known = pattern.get("Regex", "").replace("{1,3}", "") == LLAMA3_PATTERN
-    return LLAMA3_CHUNKS if known and first.get("behavior") == "Isolated" and not first.get("invert") else None
+    safe = known and first.get("behavior") == "Isolated" and not first.get("invert")
+    return (LLAMA3_CHUNKS, llama3_pieces) if safe else None
 
 
 def kinds_of(step, key):
