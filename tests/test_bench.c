@@ -76,6 +76,42 @@ Test(bench, forward_and_dense_products_are_checked)
     is_wrong(qs_bench_check_dense(&b, &l, &check), &check);
 }
 
+/* An element that is off by a hundredth of what it can be is found among rounded operands, too. */
+static void check_path(const qs_ops *ops)
+{
+    const int64_t out = 96, in = 320;
+    qs_bench_unit u;
+    qs_bench_linear l;
+    qs_bench_check check;
+    cr_assert_not_null(ops);
+    b.ops = ops;
+    cr_assert_eq(qs_bench_unit_make(&b, &u, 1, &out, &in, 0), QS_OK);
+    cr_assert_eq(qs_bench_linear_make(&b, &l, &u, 0, TOKENS), QS_OK);
+    cr_assert_eq(qs_bench_linear_backward(&b, &l), QS_OK);
+    is_right(qs_bench_check_backward(&b, &l, &check), &check, 1e-2);
+    cr_assert_gt(check.error, 1e-5, "%s: operands were not rounded", ops->name);
+    *last_row(&l.dx) += 0.5F;
+    cr_assert_eq(qs_bench_check_backward(&b, &l, &check), QS_OK);
+    cr_assert_eq(check.wrong, 1);
+    cr_assert_eq(qs_bench_linear_forward(&b, &l), QS_OK);
+    is_right(qs_bench_check_forward(&b, &l, &check), &check, 1e-2);
+    *last_row(&l.y) += 0.5F;
+    cr_assert_eq(qs_bench_check_forward(&b, &l, &check), QS_OK);
+    cr_assert_eq(check.wrong, 1);
+    const char *by = NULL;
+    cr_assert_gt(qs_bench_products_rate(&b, ops, &by), 1e6);
+    cr_assert_not_null(by);
+    b.ops = qs_ops_cpu();
+}
+
+Test(bench, products_of_other_paths_are_checked)
+{
+    setenv("QSHARD_CPU_FP16", "portable", 1);
+    setenv("QSHARD_CPU_AMX", "portable", 1);
+    check_path(qs_ops_cpu_fp16());
+    check_path(qs_ops_cpu_amx());
+}
+
 Test(bench, backward_products_are_checked)
 {
     qs_bench_unit u;

@@ -8,11 +8,21 @@
 
 enum { TOKENS = 512, SHAPE_BYTES = 48 };
 
+/* A CPU's further products with NF4 (cpu.gemm), those that it can do: each beside its own bound. */
+typedef struct {
+    const qs_ops *ops;
+    double rate;
+} gemm_path;
+
+enum { PATHS_MAX = 2 };
+
 /* What the four share. */
 typedef struct {
     qs_bench_job *job;
     qs_bench b;
     int64_t tokens;
+    gemm_path paths[PATHS_MAX];
+    int n_paths;
 } bench_run;
 
 typedef struct {
@@ -49,6 +59,53 @@ static qs_status add_row(bench_run *r, const char *name, const char *shape, qs_b
 
 /* ---- products ---- */
 
+static void find_paths(bench_run *r)
+{
+    const qs_ops *all[PATHS_MAX] = {qs_ops_cpu_fp16(), qs_ops_cpu_amx()};
+    for (int i = 0; i < PATHS_MAX && r->b.plugin == NULL; i++) {
+        if (all[i] != NULL) {
+            const char *by;
+            char name[48];
+            gemm_path *path = &r->paths[r->n_paths++];
+            *path = (gemm_path){all[i], qs_bench_products_rate(&r->b, all[i], &by)};
+            snprintf(name, sizeof name, "%s products GFLOP/s", path->ops->name);
+            qs_bench_report_number(r->job->report, "bounds", name, path->rate * 1e-9);
+            snprintf(name, sizeof name, "%s products by", path->ops->name);
+            qs_bench_report_text(r->job->report, "bounds", name, by);
+        }
+    }
+}
+
+/* NF4 both ways, with whatever operations the bench has. */
+static qs_status nf4_rows(bench_run *r, const char *prefix, const char *shape, qs_bench_linear *l)
+{
+    qs_bench *b = &r->b;
+    qs_bench_check check;
+    char name[32];
+    const double flops = qs_bench_linear_flops(l);
+    QS_TRY(qs_bench_linear_backward(b, l)); /* reads y: before the forward writes it */
+    QS_TRY(qs_bench_check_backward(b, l, &check));
+    snprintf(name, sizeof name, "%s backward", prefix);
+    QS_TRY(add_row(r, name, shape, QS_BENCH_MATMUL, flops, qs_bench_linear_backward, l, &check));
+    QS_TRY(qs_bench_linear_forward(b, l));
+    QS_TRY(qs_bench_check_forward(b, l, &check));
+    snprintf(name, sizeof name, "%s forward", prefix);
+    return add_row(r, name, shape, QS_BENCH_MATMUL, flops, qs_bench_linear_forward, l, &check);
+}
+
+static qs_status path_rows(bench_run *r, const gemm_path *path, const char *shape,
+                           qs_bench_linear *l)
+{
+    const qs_ops *const ops = r->b.ops;
+    const double rate = r->b.matmul_rate;
+    r->b.ops = path->ops;
+    r->b.matmul_rate = path->rate;
+    const qs_status st = nf4_rows(r, path->ops->name, shape, l);
+    r->b.ops = ops;
+    r->b.matmul_rate = rate;
+    return st;
+}
+
 static qs_status gemm_shape(bench_run *r, const weight_shape *shape)
 {
     qs_bench *b = &r->b;
@@ -68,14 +125,10 @@ static qs_status gemm_shape(bench_run *r, const weight_shape *shape)
     QS_TRY(add_row(r, "dense", text, QS_BENCH_MATMUL, flops, qs_bench_dense, &l, &check));
 
     QS_TRY(qs_bench_unit_open(b, &u));
-    QS_TRY(qs_bench_linear_backward(b, &l)); /* reads y: before the forward writes it */
-    QS_TRY(qs_bench_check_backward(b, &l, &check));
-    QS_TRY(add_row(r, "nf4 backward", text, QS_BENCH_MATMUL, flops, qs_bench_linear_backward, &l,
-                   &check));
-    QS_TRY(qs_bench_linear_forward(b, &l));
-    QS_TRY(qs_bench_check_forward(b, &l, &check));
-    QS_TRY(add_row(r, "nf4 forward", text, QS_BENCH_MATMUL, flops, qs_bench_linear_forward, &l,
-                   &check));
+    QS_TRY(nf4_rows(r, "nf4", text, &l));
+    for (int i = 0; i < r->n_paths; i++) {
+        QS_TRY(path_rows(r, &r->paths[i], text, &l));
+    }
     b->ops->unit_close(b->queue);
     qs_bench_free(b);
     return QS_OK;
@@ -222,6 +275,9 @@ static void start_table(bench_run *r)
     qs_bench_report_number(report, "bounds", "copy GB/s", r->b.copy_rate * 1e-9);
     qs_bench_report_number(report, "bounds", "products GFLOP/s", r->b.matmul_rate * 1e-9);
     qs_bench_report_text(report, "bounds", "products by", r->b.matmul_name);
+    if (r->job->options->kind == QS_BENCH_GEMM) {
+        find_paths(r);
+    }
     qs_bench_report_note(report, "time: median of the batches; error: against fp64, over the "
                                  "largest magnitude of a row");
     qs_bench_report_table(report, "operations", columns, (int)(sizeof columns / sizeof *columns));

@@ -76,6 +76,23 @@ class Collectives(unittest.TestCase):
 
 
 class Single(unittest.TestCase):
+    def test_other_products(self):
+        """cpu.gemm's paths have rows and a bound of their own where the CPU, here a variable, has them."""
+        shape = ("gemm", "--shape", "96x128", "--tokens", 20, "--repeats", 1, "--threads", 2)
+        _, document = bench(*shape, QSHARD_CPU_FP16="portable", QSHARD_CPU_AMX="portable")
+        found = {row["operation"]: row for row in rows(document, "operations")}
+        self.assertEqual(sorted(found), sorted(["dense"] + [f"{path} {way}" for path in ("nf4", "fp16", "amx")
+                                                           for way in ("forward", "backward")]))
+        for path in ("fp16", "amx"):
+            bound = document["bounds"][f"{path} products GFLOP/s"]
+            self.assertNotEqual(bound, document["bounds"]["products GFLOP/s"])
+            for way in ("forward", "backward"):
+                row = found[f"{path} {way}"]
+                self.assertEqual(row["#wrong"], 0)
+                self.assertEqual(row["bound"], bound)
+                self.assertTrue(1e-5 < row["error"] < 1e-2, row["error"])  # operands were rounded
+        self.assertLess(found["nf4 forward"]["error"], 1e-5)
+
     SMALL = {"gemm": ("--shape", "96x80", "--tokens", 20), "decode": ("--shape", "96x80"), "head": ("--shape", "96x80", "--tokens", 20),
              "attention": ("--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--tokens", 40)}
 

@@ -117,15 +117,31 @@ typedef struct {
     int64_t out, in;
     bool transposed; /* y = x W^T; else y = x W */
     bool f32;
+    bool rounded; /* operands are rounded to bf16, or lose as much */
 } product;
 
+static product product_of(const qs_bench *b, const float *w, const qs_weight *shape,
+                          bool transposed, bool dense)
+{
+    const bool host = b->plugin == NULL;
+    return (product){w,
+                     shape->out,
+                     shape->in,
+                     transposed,
+                     exact_inputs_in_f32(b),
+                     host && !dense && b->ops != qs_ops_cpu()};
+}
+
 /* One row of the product in fp64, and what it may be off by: a sum of k products in fp32 rounds k
- * times (on the CPU in blocks), and errors of random sign add up like sqrt(k); four times that. */
-static void multiply_row(const product *p, const float *x, double *want, double *limit)
+ * times (on the CPU in blocks), and errors of random sign add up like sqrt(k); four times that.
+ * Those of rounded operands add up as the terms' squares do; six times that. */
+static void multiply_row(const product *p, const float *x, double *want, double *limit,
+                         double *squares)
 {
     const int64_t cols = p->transposed ? p->out : p->in, k = p->transposed ? p->in : p->out;
     memset(want, 0, (size_t)cols * sizeof *want);
     memset(limit, 0, (size_t)cols * sizeof *limit);
+    memset(squares, 0, (size_t)cols * sizeof *squares);
     for (int64_t o = 0; o < p->out; o++) {
         const float *row = p->w + o * p->in;
         for (int64_t i = 0; i < p->in; i++) {
@@ -133,12 +149,14 @@ static void multiply_row(const product *p, const float *x, double *want, double 
             const int64_t to = p->transposed ? o : i;
             want[to] += term;
             limit[to] += fabs(term);
+            squares[to] += term * term;
         }
     }
     const double roundings = p->f32 ? (double)QS_GEMM_KC + (double)k / QS_GEMM_KC : (double)k;
     const double sum = 4 * sqrt(roundings) * HALF_ULP_F32;
     for (int64_t i = 0; i < cols; i++) {
-        limit[i] = sum * limit[i] + (p->f32 ? 0 : 2 * HALF_ULP_BF16 * fabs(want[i]));
+        limit[i] = sum * limit[i] + (p->f32 ? 0 : 2 * HALF_ULP_BF16 * fabs(want[i])) +
+                   (p->rounded ? 6 * HALF_ULP_BF16 * sqrt(squares[i]) : 0);
     }
 }
 
@@ -146,17 +164,18 @@ static qs_status check_product(qs_bench *b, const product *p, const qs_mat *x, c
                                qs_bench_check *out)
 {
     qs_status st = QS_OK;
-    double *want = NULL, *limit = NULL;
+    double *want = NULL, *limit = NULL, *squares = NULL;
     const int64_t n = least(ROWS, x->rows);
     *out = (qs_bench_check){0};
     QS_GOTO(TAKE(&want, y->cols));
     QS_GOTO(TAKE(&limit, y->cols));
+    QS_GOTO(TAKE(&squares, y->cols));
     for (int64_t i = 0; i < n; i++) {
         float *from = NULL, *got = NULL;
         st = fetch(b, &from, x, pick(x->rows, n, i), 1);
         st = st == QS_OK ? fetch(b, &got, y, pick(x->rows, n, i), 1) : st;
         if (st == QS_OK) {
-            multiply_row(p, from, want, limit);
+            multiply_row(p, from, want, limit, squares);
             judge(out, got, want, limit, y->cols);
         }
         free(from);
@@ -166,6 +185,7 @@ static qs_status check_product(qs_bench *b, const product *p, const qs_mat *x, c
 done:
     free(want);
     free(limit);
+    free(squares);
     return st;
 }
 
@@ -174,7 +194,7 @@ static qs_status check_linear(qs_bench *b, const qs_bench_linear *l, bool backwa
 {
     float *w = NULL;
     QS_TRY(fetch_weight(b, &w, &l->unit->view, l->w));
-    const product p = {w, l->w->out, l->w->in, !backward, exact_inputs_in_f32(b)};
+    const product p = product_of(b, w, l->w, !backward, false);
     const qs_status st =
         check_product(b, &p, backward ? &l->y : &l->x, backward ? &l->dx : &l->y, out);
     free(w);
@@ -196,7 +216,7 @@ qs_status qs_bench_check_dense(qs_bench *b, const qs_bench_linear *l, qs_bench_c
     const qs_mat dense = {l->dense, l->w->out, l->w->in, l->w->in, b->ops->act_dtype};
     float *w = NULL;
     QS_TRY(fetch(b, &w, &dense, 0, dense.rows));
-    const product p = {w, l->w->out, l->w->in, true, exact_inputs_in_f32(b)};
+    const product p = product_of(b, w, l->w, true, true);
     const qs_status st = check_product(b, &p, &l->x, &l->y, out);
     free(w);
     return st;

@@ -57,6 +57,9 @@ void qs_bench_close(qs_bench *b);
  * at once. */
 qs_status qs_bench_bounds(qs_bench *b);
 
+/** FLOP/s of the products of a table of the CPU, as qs_bench_bounds measures them, and of what. */
+double qs_bench_products_rate(qs_bench *b, const qs_ops *ops, const char **name);
+
 /** Time `call` in b->batches batches, each long enough for the clock. */
 qs_status qs_bench_time(qs_bench *b, qs_bench_call call, void *ctx, qs_bench_times *out);
 
