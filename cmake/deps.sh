@@ -110,6 +110,7 @@ wish() {
 
 require_python() {
     local stamp=build/venv/.requirements
+    mkdir -p build
     python=build/venv/bin/python
     if ! cmp -s src/prep/requirements.txt "$stamp"; then
         echo "installing Python packages into build/venv"
