@@ -1,5 +1,4 @@
 """The tokenizer's ids: texts are encoded in chunks, and the ids must be those of the whole text."""
-import itertools
 import json
 import os
 import random
@@ -11,7 +10,7 @@ from support import ROOT, FolderTest, byte_alphabet, make_model
 from qprep import tokens
 from qprep.tokens import LLAMA3_PATTERN, Example, Tokenizer
 
-PIECES = ["a", "B", "he", "é", "日", "1", "23", " ", "  ", "\n", "\n\n", "\t", "\r\n", ".", "!", "'s", "'", "\u00a0", "\u2003",
+PIECES = ["a", "B", "he", "é", "日", "1", "23", " ", "  ", "\n", "\n\n", "\t", "\r\n", ".", "!", "'s", "'", "'LL", "\u00a0", "\u2003",
           "\x1c", "\x85", "\u2028", "(", "foo", "\u0301", "½", "👍🏽", "<|im_end|>", "<|im_", "_", "-", "\u3000"]
 
 
@@ -31,16 +30,15 @@ GPT2 = level(True)
 SMOLLM = sequence({"type": "Digits", "individual_digits": True}, level(True))
 LLAMA3 = sequence(split(LLAMA3_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), level(False))
 QWEN = sequence(split(LLAMA3_PATTERN), level(False))
-KNOWN = {"gpt2": GPT2, "smollm": SMOLLM, "llama3": LLAMA3, "qwen": QWEN}
+DIGITS = sequence({"type": "Digits", "individual_digits": False}, level(True))
+KNOWN = {"gpt2": GPT2, "smollm": SMOLLM, "digits": DIGITS, "llama3": LLAMA3, "qwen": QWEN}
 
 
 def merges_of_everything(rng):
     """Merges at random, so that a wrong cut shows: of letters, white space, marks and digits."""
     alphabet = byte_alphabet()
     common = [alphabet[byte] for byte in b" \n\t.a(1he'" + "é".encode()]
-    spaces = [alphabet[byte] for byte in b" \n\t"]
-    merges = [f"{left} {right}" for left in spaces for right in spaces]
-    seen = set(alphabet) | {"he"} | {merge.replace(" ", "") for merge in merges}
+    merges, seen = [], set(alphabet) | {"he"}
     while len(merges) < 150:
         left, right = (rng.choice(common if rng.random() < 0.6 else sorted(seen)) for _ in range(2))
         if left + right not in seen and len(left + right) < 7:
@@ -51,6 +49,13 @@ def merges_of_everything(rng):
 
 def texts(rng, count):
     return ["".join(rng.choices(PIECES, k=rng.randrange(0, 16))) for _ in range(count)]
+
+
+class Characters:
+    """Cuts every character off."""
+
+    __call__ = staticmethod(list)
+    parts = staticmethod(list)
 
 
 class Tokens(FolderTest):
@@ -75,19 +80,9 @@ class Tokens(FolderTest):
                     samples = texts(random.Random(2), 4000)
                     self.assertIsNotNone(tokenizer.cut)
                     self.assertTrue(all("".join(tokenizer.cut(text)) == text for text in samples))
+                    self.assertTrue(all("".join(tokenizer.cut.parts(text)) == text for text in samples))
                     self.assert_same_ids(tokenizer, samples)
                     self.assertIsNotNone(tokenizer.cut, "the comparison found a difference")
-
-    def test_every_short_text_of_plain_white_space(self):
-        """Such texts are cut by a quick way of their own."""
-        samples = ["".join(chars) for n in range(6) for chars in itertools.product(" \na1.", repeat=n)]
-        for name, pre_tokenizer in KNOWN.items():
-            with self.subTest(name=name):
-                tokenizer = self.tokenizer(pre_tokenizer)
-                for i in range(0, len(samples), 100):
-                    self.assert_same_ids(tokenizer, samples[i : i + 100])
-                self.assertIsNotNone(tokenizer.cut, "the comparison found a difference")
-                self.assertTrue(all("".join(tokenizer.cut(text)) == text for text in samples))
 
     def test_what_is_not_certain_is_encoded_whole(self):
         for changes in (
@@ -105,9 +100,18 @@ class Tokens(FolderTest):
                 self.assertIsNone(tokenizer.cut)
                 self.assert_same_ids(tokenizer, texts(random.Random(3), 300))
 
+    def test_a_stretch_between_added_tokens_that_comes_again_is_one_chunk(self):
+        tokenizer = self.tokenizer()
+        for _ in range(3):
+            self.assert_same_ids(tokenizer, ["<|im_end|>he foo (1)<|im_end|>B he", "<|im_end|>he foo (1)"])
+        self.assertEqual(tokenizer.cut("<|im_end|>he foo (1)<|im_end|>"), ["<|im_end|>", "he foo (1)", "<|im_end|>"])
+        tokenizer.cut.stretches = set(map(str, range(tokens.STRETCHES_LIMIT)))
+        cuts = [tokenizer.cut("<|im_end|>a B") for _ in range(3)]
+        self.assertEqual(cuts, [["<|im_end|>", "a", " B"]] * 3, "no more than the limit is kept")
+
     def test_a_wrong_cut_is_found_and_given_up(self):
         tokenizer = self.tokenizer()
-        tokenizer.cut = list  # every character for itself
+        tokenizer.cut = Characters()  # which is too much
         self.assert_same_ids(tokenizer, ["the end", "he"])
         self.assertIsNone(tokenizer.cut)
 

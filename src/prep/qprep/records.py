@@ -181,7 +181,9 @@ def parse_object(text):
     if text.count("[") + text.count("{") > DEPTH_LIMIT and depth_of(text) > DEPTH_LIMIT:
         raise BadRecord(f"nested deeper than {DEPTH_LIMIT}; flatten the record")
     try:
-        value = DECODER.decode(text)
+        value, end = DECODER.raw_decode(text)
+        if end != len(text):
+            DECODER.decode(text)  # says what is wrong with the rest
     except BadRecord:
         raise
     except json.JSONDecodeError as error:
@@ -238,6 +240,9 @@ def check_strings(value, name):
 
 
 def unique_keys_of_record(pairs):
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
     try:
         return unique_keys(pairs)
     except ValueError as error:

@@ -5,18 +5,18 @@ in the text. A token that reaches over the border of a learned part is not learn
 
 Most of the time goes into the tokenizer, so what it has encoded is kept. Byte-level BPE never joins what its pre-tokenizer
 has cut, and that cuts a text at special tokens and before most words. Where that is certain (`cutter_of`), a text is taken
-as chunks of about a word, and only chunks that have not come up yet are encoded. Other tokenizers encode whole texts. That
-both ways give the same ids is tested, and checked again on the first texts of every run.
+as chunks of about a word, and only chunks that have not come up yet are encoded, by the parts that they share with others: a
+word and the mark behind it are two. A whole stretch between added tokens that comes again, as a system prompt does, is one
+chunk. Other tokenizers encode whole texts. That both ways give the same ids is tested, and checked again on the first texts
+of every run.
 """
 
-import collections
 import hashlib
-import itertools
 import json
 import os
 import re
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 import tokenizers
@@ -105,10 +105,9 @@ class Tokenizer:
         self.bos = whole
         # Special tokens are added here, and offsets must cover the whole text, spaces included.
         self.rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-        self.cut = cutter_of(self.rust, self.description)  # text -> chunks, or None
+        self.cut = cutter_of(self.rust, self.description)
         self.added = {t.content: i for i, t in self.rust.get_added_tokens_decoder().items()}
         self.known = Known()
-        self.byte_lengths = None
         self.compared = 0  # texts that were encoded both ways
 
     def check_ids(self, model_dir):
@@ -187,12 +186,6 @@ class Tokenizer:
             lengths = lengths + len(self.bos) * with_bos
         return Documents(tokens.astype("<u4"), learned, lengths, groups), straddling
 
-    def lengths(self):
-        """Bytes that each id stands for."""
-        if self.byte_lengths is None:
-            self.byte_lengths = np.diff(self.decode_table()[0])
-        return self.byte_lengths
-
     def decode_table(self):
         """(offsets, bytes): the bytes that each id stands for."""
         to_bytes = bytes_of_token(self.path, self.description.get("decoder"))
@@ -207,37 +200,47 @@ class Tokenizer:
 
 
 def covered(count, ranges):
-    """An array of bool that is true inside the [begin, end) of `ranges`."""
+    """An array of bool that is true inside the [begin, end) of `ranges`, an array of two columns."""
     steps = np.bincount(ranges[:, 0], minlength=count + 1) - np.bincount(ranges[:, 1], minlength=count + 1)
     return np.cumsum(steps)[:count] > 0
 
 
-class Known:
-    """Texts that have been encoded, numbered as they came up: text k has the ids flat[starts[k] : starts[k + 1]]."""
+class Numbers(dict):
+    """The number of each text. One that is asked for the first time gets the next number and is noted in `new`."""
 
     def __init__(self):
-        self.number = collections.defaultdict(itertools.count().__next__)
+        super().__init__()
+        self.new = []
+
+    def __missing__(self, text):
+        self[text] = number = len(self)
+        self.new.append(text)
+        return number
+
+
+class Known:
+    """Texts that have been encoded: the ids of the text with number k are flat[starts[k] : starts[k + 1]]."""
+
+    def __init__(self):
+        self.number = Numbers()
+        self.parts = {}  # ids of what chunks are made of
         self.flat = np.zeros(1 << 12, dtype=np.uint32)
         self.starts = np.zeros(1 << 12, dtype=np.int64)
         self.chars = np.zeros(1 << 12, dtype=np.int64)  # characters of each text
 
-    def numbers(self, texts):
-        """(the numbers of `texts`, those of them that are new in the order of their numbers): the new ones are to be added."""
-        first = len(self.number)
-        numbers = np.fromiter(map(self.number.__getitem__, texts), np.int64, len(texts))
-        return numbers, list(islice(reversed(self.number), len(self.number) - first))[::-1]
-
-    def add(self, texts, ids):
-        """The newest texts and the ids of each."""
-        end = len(self.number)
-        first = end - len(texts)
-        self.chars = with_room(self.chars, end)
-        self.chars[first:end] = list(map(len, texts))
-        self.starts = with_room(self.starts, end + 1)
+    def add(self, ids):
+        """Takes the ids of every new text."""
+        new, count = self.number.new, len(self.number)
+        first = count - len(new)
         begin = int(self.starts[first])
-        self.starts[first + 1 : end + 1] = begin + np.cumsum(list(map(len, ids)), dtype=np.int64)
-        self.flat = with_room(self.flat, int(self.starts[end]))
-        self.flat[begin : self.starts[end]] = list(chain.from_iterable(ids))
+        ends = begin + np.cumsum([len(some) for some in ids], dtype=np.int64)
+        self.starts = with_room(self.starts, count + 1)
+        self.starts[first + 1 : count + 1] = ends
+        self.chars = with_room(self.chars, count)
+        self.chars[first:count] = [len(text) for text in new]
+        self.flat = with_room(self.flat, int(ends[-1]))
+        self.flat[begin : ends[-1]] = list(chain.from_iterable(ids))
+        new.clear()
 
 
 def with_room(array, count):
@@ -266,50 +269,45 @@ class Pieces:
             self.lay_out([[text] for text in texts], tokenizer)
 
     def lay_out(self, cuts, tokenizer):
-        """Numbers the pieces of all texts and finds where their characters and tokens lie."""
-        known = self.known
-        self.flat = list(chain.from_iterable(cuts))
-        self.numbers, new = known.numbers(self.flat)
-        if new:
-            known.add(new, self.learned(new, tokenizer))
-        self.starts = known.starts[self.numbers]
-        self.lengths = known.starts[self.numbers + 1] - self.starts
+        """Numbers the pieces of all texts and finds where their tokens and characters lie."""
+        self.pieces = list(chain.from_iterable(cuts))
+        number = self.known.number
+        self.numbers = np.fromiter(map(number.__getitem__, self.pieces), np.int64, len(self.pieces))
+        if number.new:
+            self.known.add(self.encode(number.new, tokenizer))
+        starts = self.known.starts
+        self.lengths = starts[self.numbers + 1] - starts[self.numbers]
         # Tokens and characters before each piece of the batch, and before each text.
-        self.before = sums(self.lengths)
-        self.chars_before = sums(known.chars[self.numbers])
-        first_pieces = sums(list(map(len, cuts)))
-        self.text_borders = self.before[first_pieces]
-        self.text_chars = self.chars_before[first_pieces]
+        first_pieces = sums([len(pieces) for pieces in cuts])
+        self.before, self.chars_before = sums(self.lengths), sums(self.known.chars[self.numbers])
+        self.text_borders, self.text_chars = self.before[first_pieces], self.chars_before[first_pieces]
 
-    def learned(self, pieces, tokenizer):
-        """The ids of each piece: of texts one by one, but of chunks many in one text, as a call each would cost more than
-        the encoding. Words stand in a text as they do in any, and the lengths of its tokens tell which are whose; what is
-        no word, or does not come out even, is kept apart by an added token."""
+    def encode(self, pieces, tokenizer):
+        """The ids of each piece: of texts one by one, of chunks by their parts, of which few are new."""
         if not tokenizer.cut:
             encodings = self.rust.encode_batch(pieces, add_special_tokens=False)
             self.encodings.update(zip(pieces, encodings))
             return [encoding.ids for encoding in encodings]
-        added = tokenizer.added
-        found = {piece: [added[piece]] for piece in pieces if piece in added}
-        words = [piece for piece in pieces if PLAIN_WORD.fullmatch(piece)]
-        others = [piece for piece in pieces if not PLAIN_WORD.fullmatch(piece) and piece not in added]
-        groups = [words[i : i + JOINED_CHUNKS] for i in range(0, len(words), JOINED_CHUNKS)]
-        for group, ids in zip(groups, self.encode_fast(["".join(group) for group in groups])):
-            of_words = split_by_lengths(group, np.array(ids, dtype=np.int64), tokenizer.lengths())
-            if of_words is None:
-                others.extend(group)
-            else:
-                found.update(zip(group, of_words))
+        parts = [tokenizer.cut.parts(piece) for piece in pieces]
+        known = self.known.parts
+        self.learn(sorted(set(chain.from_iterable(parts)).difference(known)), tokenizer)
+        return [list(chain.from_iterable(map(known.__getitem__, some))) for some in parts]
+
+    def learn(self, parts, tokenizer):
+        """Encodes parts of chunks: many in one text, as a call each would cost more than the encoding. An added token keeps
+        them apart."""
+        known, added = self.known.parts, tokenizer.added
+        known.update((part, [added[part]]) for part in parts if part in added)
+        parts = [part for part in parts if part not in added]
         separator, number = next(iter(added.items()))
-        groups = [others[i : i + JOINED_CHUNKS] for i in range(0, len(others), JOINED_CHUNKS)]
+        groups = [parts[i : i + JOINED_PARTS] for i in range(0, len(parts), JOINED_PARTS)]
         for group, ids in zip(groups, self.encode_fast([separator.join(group) for group in groups])):
             ends = [i for i, token in enumerate(ids) if token == number] + [len(ids)]
             begins = [0] + [end + 1 for end in ends[:-1]]
-            if len(ends) == len(group):
-                found.update((p, ids[b:e]) for p, b, e in zip(group, begins, ends))
-            else:  # the separator was not taken as one
-                found.update((p, self.rust.encode(p, add_special_tokens=False).ids) for p in group)
-        return [found[piece] for piece in pieces]
+            found = [ids[b:e] for b, e in zip(begins, ends)]
+            if len(found) != len(group):  # the separator was not taken as one
+                found = [self.rust.encode(part, add_special_tokens=False).ids for part in group]
+            known.update(zip(group, found))
 
     def encode_fast(self, texts):
         encodings = self.rust.encode_batch_fast(texts, add_special_tokens=False)
@@ -330,53 +328,42 @@ class Pieces:
 
     def tokens(self, count):
         """The first `count` tokens of all texts."""
-        places = np.repeat(self.starts - self.before[:-1], self.lengths)[:count]
+        starts = self.known.starts[self.numbers]
+        places = np.repeat(starts - self.before[:-1], self.lengths)[:count]
         return self.known.flat[places + np.arange(len(places))]
 
     def learned_ranges(self, examples):
         """([begin, end) in the tokens of all texts, how many tokens straddle); the texts begin with the examples'."""
-        borders = self.text_borders
-        prompts = [k for k, example in enumerate(examples) if example.prompt is not None]
-        # Both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
-        begins = borders[prompts] + np.diff(borders[len(examples) :])
-        ranges = np.stack([begins, borders[1:][prompts]], axis=1)
-        spans = [(k, *span) for k, example in enumerate(examples) if example.prompt is None for span in example.spans]
-        texts, firsts, lasts = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-        first_before, first_until = self.places(self.text_chars[texts] + firsts)
-        last_before, last_until = self.places(self.text_chars[texts] + lasts)
-        straddling = (first_until - first_before).sum() + (last_until - last_before).sum()
-        ranges = np.concatenate([ranges, np.stack([first_until, last_before], axis=1)])
-        return ranges[ranges[:, 0] < ranges[:, 1]], int(straddling)
+        spans = [(k, *span) for k, example in enumerate(examples) for span in example.spans]
+        texts, first, last = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+        begin_before, begin_until = self.places(self.text_chars[texts] + first)
+        end_before, end_until = self.places(self.text_chars[texts] + last)
+        straddling = int((begin_until - begin_before + end_until - end_before).sum())
+        # Behind a prompt: both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
+        prompted = np.array([example.prompt is not None for example in examples], dtype=bool).nonzero()[0]
+        prompts = np.diff(self.text_borders[len(examples) :])
+        begins = np.concatenate([begin_until, self.text_borders[prompted] + prompts])
+        ends = np.concatenate([end_before, self.text_borders[prompted + 1]])
+        return np.stack([begins, ends], axis=1)[begins < ends], straddling
 
     def places(self, borders):
-        """As `tokens_around`, for characters of all texts one after the other."""
-        pieces = np.searchsorted(self.chars_before, borders)
-        before = self.before[pieces]
+        """As `tokens_around`, for characters of all texts, with the tokens before their pieces counted."""
+        pieces = np.searchsorted(self.chars_before, borders, side="right") - 1
+        before, inside = self.before[pieces], borders - self.chars_before[pieces]
         until = before.copy()
-        for k in np.flatnonzero(self.chars_before[pieces] != borders).tolist():
-            i = int(pieces[k]) - 1  # the border lies inside of this piece
-            piece = self.flat[i]
+        for i in np.flatnonzero(inside).tolist():
+            piece = self.pieces[pieces[i]]
             if piece not in self.encodings:
                 self.encodings[piece] = self.rust.encode(piece, add_special_tokens=False)
-            around = tokens_around(self.encodings[piece], int(borders[k] - self.chars_before[i]))
-            before[k], until[k] = self.before[i] + around[0], self.before[i] + around[1]
+            around = tokens_around(self.encodings[piece], int(inside[i]))
+            before[i] += around[0]
+            until[i] += around[1]
         return before, until
 
 
-def sums(values):
-    """0 and the sums of the first 1, 2, ... of `values`."""
-    return np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-
-
-def split_by_lengths(words, ids, lengths):
-    """The ids of each word of a text, from the bytes that its tokens stand for; None where they do not end with the words."""
-    ends = np.cumsum([len(word.encode("utf-8")) for word in words])
-    tokens_end = np.cumsum(lengths[ids])
-    last = np.searchsorted(tokens_end, ends)
-    if not len(ids) or last[-1] != len(ids) - 1 or (tokens_end[last] != ends).any():
-        return None
-    flat, borders = ids.tolist(), (last + 1).tolist()
-    return [flat[begin:end] for begin, end in zip([0, *borders], borders)]
+def sums(counts):
+    """The sums of the first 0, 1, 2, ... `counts`."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def tokens_around(encoding, border):
@@ -393,8 +380,10 @@ def tokens_around(encoding, border):
 
 
 KNOWN_LIMIT = 1 << 20  # chunks that are kept
-JOINED_CHUNKS = 256
+JOINED_PARTS = 256
 COMPARED_TEXTS = 64
+STRETCHES_LIMIT = 4096
+STRETCH_LIMIT_CHARS = 1 << 13
 
 # Where the two families of byte-level BPE cut in any case, written for `findall`. A run of white space W before a word S
 # is what has to be looked at. GPT-2 takes the last space of W to S, or else sets its last character apart, and W never
@@ -407,42 +396,67 @@ GPT2_CHUNKS = re.compile(
     f" ?{WORD}+|{SPACE}+(?= {NO_DIGIT})|{SPACE}+(?={SPACE}{NO_DIGIT})|{SPACE}(?={NO_DIGIT})|{SPACE}+{WORD}*"
 )
 BREAKS = rf"(?:(?<=[^A-Za-z0-9]){SPACE}*[\r\n]+)?"
-PLAIN_WORD = re.compile(f" {WORD}+")  # a chunk of both, wherever it stands behind a word
 LLAMA3_CHUNKS = re.compile(
     rf" ?{WORD}+{BREAKS}|{SPACE}*[\r\n]+|{SPACE}+(?= {WORD})|{SPACE}+{WORD}*{BREAKS}"
 )
-
-
-# The same for texts of which the only white space is space and line break, as most are: `replace` takes a third of the time
-# that `findall` does. It sets a NUL, which no text holds, where a text may be cut, and takes it away inside of white space.
-# Here W stays with the word behind it unless it is one line break, and a piece may be empty.
-def gpt2_pieces(text):
-    text = text.replace("\n", "\0\n\0").replace(" ", "\0 ").replace("\0\0", "").replace(" \0", " ")
-    return text.replace("\n\n\0", "\n\n").replace(" \n\0", " \n").split("\0")
-
-
-def llama3_pieces(text):
-    if " \n" in text:  # W is one up to its last line break
-        return LLAMA3_CHUNKS.findall(text)
-    text = text.replace("\n", "\n\0").replace("\0\n", "\n").replace(" ", "\0 ").replace(" \0", " ")
-    return text.split("\0")
-
-
-OTHER_SPACE = re.compile(SPACE.replace(r"\t-\r ", r"\t\x0b-\r"))
-# Llama 3's and Qwen's regular expression, which differ only in how many digits make a token. GPT-2's is in ByteLevel.
+# The regular expressions of the pre-tokenizers themselves. Llama 3's and Qwen's differ in how many digits make a token.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
+class Cutter:
+    """Cuts a text into chunks that can be encoded alone, and a chunk into parts that can."""
+
+    def __init__(self, added, chunks, pattern):
+        longest_first = sorted(added, key=len, reverse=True)
+        self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+        self.added = frozenset(added)
+        self.find = chunks.findall
+        self.find_parts = in_ascii(pattern).findall
+        self.stretches = set()  # the first ones between added tokens
+        self.common = set()  # those that came again, as a system prompt: each is one chunk
+
+    def __call__(self, text):
+        stretches = self.split(text)  # text, added token, text, ...
+        if len(stretches) == 1:
+            return self.find(text)
+        pieces = []
+        for i, stretch in enumerate(stretches):
+            if i % 2 or stretch in self.common:
+                pieces.append(stretch)
+            elif stretch:
+                pieces.extend(self.find(stretch))
+                if len(self.stretches) < STRETCHES_LIMIT and len(stretch) < STRETCH_LIMIT_CHARS:
+                    self.note(stretch)
+        return pieces
+
+    def note(self, stretch):
+        if stretch in self.stretches:
+            self.common.add(stretch)
+        self.stretches.add(stretch)
+
+    def parts(self, chunk):
+        """What the pre-tokenizer cuts a chunk into. That is known of ASCII alone: what is a letter elsewhere, each version of
+        Unicode decides anew."""
+        return self.find_parts(chunk) if chunk.isascii() and chunk not in self.added else [chunk]
+
+
+def in_ascii(pattern):
+    """A pre-tokenizer's regular expression for texts of ASCII."""
+    pattern = pattern.replace(r"\p{L}\p{N}]", "A-Za-z0-9]")
+    return re.compile(pattern.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"), re.ASCII)
+
+
 def cutter_of(rust, description):
-    """The function that cuts a text into chunks which can be encoded alone; None where that is not certain: added tokens
-    that take in their neighbours, other pre-tokenizers than the known ones, merges left out at random."""
+    """The Cutter of a tokenizer; None where what it does is not certain: added tokens that take in their neighbours, other
+    pre-tokenizers than the known ones, merges left out at random."""
     added = list(rust.get_added_tokens_decoder().values())
     model = description.get("model")
-    family = family_of(description.get("pre_tokenizer"))
+    known = patterns_of(description.get("pre_tokenizer"))
     safe = (
-        family
+        known
         and added
         and not any(t.lstrip or t.rstrip or t.single_word or t.normalized or not t.content for t in added)
         and isinstance(model, dict)
@@ -450,33 +464,11 @@ def cutter_of(rust, description):
         and not model.get("dropout")
         and kinds_of(description.get("normalizer"), "normalizers") <= {"NFC"}
     )
-    if not safe:
-        return None
-    longest_first = sorted((token.content for token in added), key=len, reverse=True)
-    split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
-    literals = frozenset(longest_first)
-    chunks, quick_pieces = family
-    before = frozenset()  # the parts of the text before
-
-    def cut(text):
-        nonlocal before
-        find = chunks.findall if OTHER_SPACE.search(text) else quick_pieces
-        parts, pieces = split(text), []  # text, added token, text, ...
-        for part in parts:
-            # What a chat template writes into each text is worth no cut.
-            if part in before or part in literals:
-                pieces.append(part)
-            else:
-                pieces.extend(find(part))
-        before = frozenset(parts)
-        return pieces
-
-    return cut
+    return Cutter([token.content for token in added], *known) if safe else None
 
 
-def family_of(pre_tokenizer):
-    """(regular expression that finds chunks, function that cuts texts of plain white space) for a pre-tokenizer, or None
-    where it is not one of the known ones."""
+def patterns_of(pre_tokenizer):
+    """(the regular expression that finds chunks, the pattern of the pre-tokenizer), or None where it is not a known one."""
     if not isinstance(pre_tokenizer, dict):
         return None
     steps = [pre_tokenizer]
@@ -485,15 +477,22 @@ def family_of(pre_tokenizer):
     last = steps[-1] if steps else {}
     if len(steps) > 2 or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
-    if last.get("use_regex", True):
-        return (GPT2_CHUNKS, gpt2_pieces) if len(steps) == 1 or steps[0].get("type") == "Digits" else None
     first = steps[0]
+    if last.get("use_regex", True):
+        if len(steps) == 1:
+            return GPT2_CHUNKS, GPT2_PATTERN
+        if first.get("type") != "Digits":
+            return None
+        # Digits are set apart before the pattern sees the text, so white space ends before them.
+        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
+        return GPT2_CHUNKS, GPT2_PATTERN.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s0-9])")
     pattern = first.get("pattern", {})
     if first.get("type") != "Split" or not isinstance(pattern, dict):
         return None
-    known = pattern.get("Regex", "").replace("{1,3}", "") == LLAMA3_PATTERN
-    safe = known and first.get("behavior") == "Isolated" and not first.get("invert")
-    return (LLAMA3_CHUNKS, llama3_pieces) if safe else None
+    regex = pattern.get("Regex", "")
+    known = regex.replace("{1,3}", "") == LLAMA3_PATTERN
+    known = known and first.get("behavior") == "Isolated" and not first.get("invert")
+    return (LLAMA3_CHUNKS, regex) if known else None
 
 
 def kinds_of(step, key):
