@@ -292,6 +292,18 @@ class Refusals(unittest.TestCase):
         done = support.train(output, environment=on_gpu(QSHARD_EMULATOR_DEVICES="0"), device="auto", **SMALL)
         self.assertIn("kernels strict", done.stderr + done.stdout)
 
+    def test_products_of_the_cpu_have_no_effect(self):
+        """One line says so, and what is recorded is what was computed with."""
+        for gemm in ("fp16", "amx"):
+            output = os.path.join(support.scratch(), "run")
+            done = support.train(output, environment=on_gpu(), device="cuda", cpu__gemm=gemm, options=("--allow-shared-device",),
+                                 **{**SMALL, "train__steps": 1})
+            said = [line for line in done.stderr.splitlines() if "cpu.gemm" in line]
+            self.assertEqual(len(said), 1, done.stderr)
+            self.assertIn(f"cpu.gemm: {gemm} is for the CPU and has no effect with device: cuda", said[0])
+            with open(os.path.join(output, "config.yaml"), encoding="utf-8") as file:
+                self.assertRegex(file.read(), r"(?m)^ *gemm: strict  #")
+
     def test_a_model_that_the_operations_do_not_take(self):
         """head_dim 20: refused before anything is written with device: cuda, on the CPU with auto. Its vocabulary is the
         tiny model's, so the data fit."""

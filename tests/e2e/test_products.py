@@ -34,6 +34,17 @@ class Products(unittest.TestCase):
     def test_amx(self):
         self.check("amx")
 
+    def test_other_products_do_not_go_on(self):
+        """A curve is computed one way: what amx began neither auto nor another goes on with."""
+        output = self.train("amx", "amx")
+        before = support.adapter_digest(output)
+        for gemm in ("auto", "strict", "fp16"):
+            done = support.train(output, environment=PORTABLE, expect=8, cpu__gemm=gemm, train__steps=STEPS)
+            self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+            self.assertRegex(done.stderr, r"error\[.*cpu\.gemm")
+        self.assertIn("finished", support.train(output, environment=PORTABLE, cpu__gemm="amx", train__steps=STEPS).stderr)
+        self.assertEqual(support.adapter_digest(output), before)
+
     def test_refused_without_the_instructions(self):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = file.read().split()
