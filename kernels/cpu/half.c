@@ -62,14 +62,11 @@ static void stretch(int64_t depth, const uint16_t *a, const uint16_t *b, const f
 static void portable_tile(int64_t depth, const uint16_t *a, const uint16_t *b, const float *scale,
                           float *y)
 {
-    for (int64_t k = 0; k < depth; k += QS_HALF_STRETCH, scale += QS_HALF_NR) {
-        const int64_t here = depth - k < QS_HALF_STRETCH ? depth - k : QS_HALF_STRETCH;
-        stretch(here, a + k * QS_HALF_MR, b + k * QS_HALF_NR, scale, y);
-    }
+    qs_half_by_stretches(stretch, depth, a, b, scale, y);
 }
 
-static void portable_pack(const float *const x[QS_HALF_MR], const float *scale, int64_t count,
-                          uint16_t *out)
+void qs_half_pack(const float *const x[QS_HALF_MR], const float *scale, int64_t count,
+                  uint16_t *out)
 {
     for (int i = 0; i < QS_HALF_MR; i++) {
         for (int64_t k = 0; k < count; k++) {
@@ -78,25 +75,36 @@ static void portable_pack(const float *const x[QS_HALF_MR], const float *scale, 
     }
 }
 
-static int code_at(const uint8_t *packed, int k)
+enum { CODES = 16 };
+
+/* half(code * factor) of each code: whoever decodes a block rounds 16 values, not all of its. */
+static void values_of(float factor, uint16_t half[CODES])
 {
-    return k % 2 == 0 ? packed[k / 2] >> 4 : packed[k / 2] & 15;
+    for (int code = 0; code < CODES; code++) {
+        half[code] = qs_f16_from_f32(qs_nf4_code[code] * factor);
+    }
 }
 
-static void portable_decode_columns(const uint8_t *const packed[QS_HALF_GROUP], uint16_t *out)
+void qs_half_decode_columns(const uint8_t *const packed[QS_HALF_GROUP], uint16_t *out)
 {
+    uint16_t half[CODES];
+    values_of(1.0F, half);
     for (int j = 0; j < QS_HALF_GROUP; j++) {
-        for (int k = 0; k < QS_NF4_BLOCK; k++) {
-            out[k * QS_HALF_NR + j] =
-                packed[j] == NULL ? 0 : qs_f16_from_f32(qs_nf4_code[code_at(packed[j], k)]);
+        for (int k = 0; k < QS_NF4_BLOCK; k += 2) {
+            const uint8_t two = packed[j] == NULL ? QS_NF4_ZERO_BYTE : packed[j][k / 2];
+            out[k * QS_HALF_NR + j] = half[two >> 4];
+            out[(k + 1) * QS_HALF_NR + j] = half[two & 15];
         }
     }
 }
 
-static void portable_decode_row(const uint8_t *packed, float factor, uint16_t *out)
+void qs_half_decode_row(const uint8_t *packed, float factor, uint16_t *out)
 {
-    for (int j = 0; j < QS_HALF_GROUP; j++) {
-        out[j] = qs_f16_from_f32(qs_nf4_code[code_at(packed, j)] * factor);
+    uint16_t half[CODES];
+    values_of(factor, half);
+    for (int j = 0; j < QS_HALF_GROUP; j += 2) {
+        out[j] = half[packed[j / 2] >> 4];
+        out[j + 1] = half[packed[j / 2] & 15];
     }
 }
 
@@ -104,9 +112,9 @@ const qs_half *qs_half_portable(void)
 {
     static const qs_half table = {.name = "portable",
                                   .tile = portable_tile,
-                                  .pack = portable_pack,
-                                  .decode_columns = portable_decode_columns,
-                                  .decode_row = portable_decode_row};
+                                  .pack = qs_half_pack,
+                                  .decode_columns = qs_half_decode_columns,
+                                  .decode_row = qs_half_decode_row};
     return &table;
 }
 

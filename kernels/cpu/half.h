@@ -57,4 +57,26 @@ const qs_half *qs_half_get(void);
  * (for tests). \return false if this CPU cannot run it. */
 bool qs_half_force(const char *name);
 
+/* ---- what more than one table is made of ---- */
+
+/** `pack`, `decode_columns` and `decode_row` of the portable table, and of AVX2's. */
+void qs_half_pack(const float *const x[QS_HALF_MR], const float *scale, int64_t count,
+                  uint16_t *out);
+void qs_half_decode_columns(const uint8_t *const packed[QS_HALF_GROUP], uint16_t *out);
+void qs_half_decode_row(const uint8_t *packed, float factor, uint16_t *out);
+
+/** A tile of `depth` <= QS_HALF_STRETCH: y[8, 96] += one stretch. */
+typedef void (*qs_half_stretch)(int64_t depth, const uint16_t *a, const uint16_t *b,
+                                const float *scale, float *y);
+
+/** A tile as its stretches, one after the other: `tile` of all tables. */
+static inline void qs_half_by_stretches(qs_half_stretch stretch, int64_t depth, const uint16_t *a,
+                                        const uint16_t *b, const float *scale, float *y)
+{
+    for (int64_t k = 0; k < depth; k += QS_HALF_STRETCH, scale += QS_HALF_NR) {
+        const int64_t here = depth - k < QS_HALF_STRETCH ? depth - k : QS_HALF_STRETCH;
+        stretch(here, a + k * QS_HALF_MR, b + k * QS_HALF_NR, scale, y);
+    }
+}
+
 #endif

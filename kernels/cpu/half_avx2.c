@@ -1,26 +1,18 @@
-/* The fp16 product's inner loops on AVX2: the bits of half.c, some ten times faster, for tests and
- * for loss curves on CPUs without AVX512-FP16. No one trains with it: strict is faster still. */
+/* The fp16 product's tile on AVX2: the bits of half.c, some ten times faster, for tests and for
+ * loss curves on CPUs without AVX512-FP16. No one trains with it: strict is faster still. Packing
+ * and decoding are half.c's: a few percent of the tiles' time. */
 #include <stddef.h>
 
 #include "kernels/cpu/half.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
-#include <string.h>
-
-#include "quant/nf4.h"
 
 enum { LANES = 8, VECTORS = 4 /* sums of a row that are under way together */ };
 
 static inline __m256 widen(const uint16_t *half)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)half));
-}
-
-static inline void narrow(uint16_t *half, __m256 v)
-{
-    __m128i bits = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128((__m128i *)(void *)half, bits);
 }
 
 /* half(product + sum), `product` exact. Rounded to fp32 first, a sum could come to lie between two
@@ -79,62 +71,16 @@ static void stretch(int64_t depth, const uint16_t *a, const uint16_t *b, const f
 static void avx2_tile(int64_t depth, const uint16_t *a, const uint16_t *b, const float *scale,
                       float *y)
 {
-    for (int64_t k = 0; k < depth; k += QS_HALF_STRETCH, scale += QS_HALF_NR) {
-        const int64_t here = depth - k < QS_HALF_STRETCH ? depth - k : QS_HALF_STRETCH;
-        stretch(here, a + k * QS_HALF_MR, b + k * QS_HALF_NR, scale, y);
-    }
-}
-
-static void avx2_pack(const float *const x[QS_HALF_MR], const float *scale, int64_t count,
-                      uint16_t *out)
-{
-    for (int64_t k = 0; k < count; k++) {
-        float column[QS_HALF_MR];
-        for (int i = 0; i < QS_HALF_MR; i++) {
-            column[i] = x[i] == NULL ? 0.0F : x[i][k] * scale[i];
-        }
-        narrow(out + k * QS_HALF_MR, _mm256_loadu_ps(column));
-    }
-}
-
-/* The 16 halves of a block. */
-static inline void values(float factor, uint16_t table[16])
-{
-    narrow(table, _mm256_mul_ps(_mm256_loadu_ps(qs_nf4_code), _mm256_set1_ps(factor)));
-    narrow(table + LANES,
-           _mm256_mul_ps(_mm256_loadu_ps(qs_nf4_code + LANES), _mm256_set1_ps(factor)));
-}
-
-static void avx2_decode_columns(const uint8_t *const packed[QS_HALF_GROUP], uint16_t *out)
-{
-    uint16_t table[16];
-    values(1.0F, table);
-    for (int j = 0; j < QS_HALF_GROUP; j++) {
-        for (int k = 0; k < QS_NF4_BLOCK / 2; k++) {
-            const bool there = packed[j] != NULL;
-            out[2 * k * QS_HALF_NR + j] = there ? table[packed[j][k] >> 4] : 0;
-            out[(2 * k + 1) * QS_HALF_NR + j] = there ? table[packed[j][k] & 15] : 0;
-        }
-    }
-}
-
-static void avx2_decode_row(const uint8_t *packed, float factor, uint16_t *out)
-{
-    uint16_t table[16];
-    values(factor, table);
-    for (int k = 0; k < QS_HALF_GROUP / 2; k++) {
-        out[2 * k] = table[packed[k] >> 4];
-        out[2 * k + 1] = table[packed[k] & 15];
-    }
+    qs_half_by_stretches(stretch, depth, a, b, scale, y);
 }
 
 const qs_half *qs_half_avx2(void)
 {
     static const qs_half table = {.name = "avx2",
                                   .tile = avx2_tile,
-                                  .pack = avx2_pack,
-                                  .decode_columns = avx2_decode_columns,
-                                  .decode_row = avx2_decode_row};
+                                  .pack = qs_half_pack,
+                                  .decode_columns = qs_half_decode_columns,
+                                  .decode_row = qs_half_decode_row};
     return &table;
 }
 

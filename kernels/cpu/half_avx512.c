@@ -77,10 +77,7 @@ static void avx512_stretch(int64_t depth, const uint16_t *a, const uint16_t *b, 
 static void avx512_tile(int64_t depth, const uint16_t *a, const uint16_t *b, const float *scale,
                         float *y)
 {
-    for (int64_t k = 0; k < depth; k += QS_HALF_STRETCH, scale += QS_HALF_NR) {
-        const int64_t here = depth - k < QS_HALF_STRETCH ? depth - k : QS_HALF_STRETCH;
-        avx512_stretch(here, a + k * QS_HALF_MR, b + k * QS_HALF_NR, scale, y);
-    }
+    qs_half_by_stretches(avx512_stretch, depth, a, b, scale, y);
 }
 
 /* 8 x 8 halves: three perfect shuffles of all 64. */
