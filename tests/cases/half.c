@@ -4,10 +4,10 @@
  * needs nothing else, so that it can run as the only program of an emulated machine. */
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "base/dtype.h"
+#include "bit_checks.h"
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/isa.h"
 #include "quant/nf4.h"
@@ -20,23 +20,10 @@ enum {
     ROUNDS = 40,
 };
 
-static uint64_t seed;
-
-static uint32_t bits(void)
-{
-    seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-    return (uint32_t)(seed >> 32);
-}
-
-static float uniform(void)
-{
-    return (float)(bits() >> 8) * 0x1p-23F - 1.0F;
-}
-
 /* Halves by kind of round: |.| < 512; small, to subnormal; any finite; any at all. */
 static uint16_t some_half(int kind)
 {
-    const uint32_t any = bits();
+    const uint32_t any = random_bits();
     const uint16_t sign = any & 0x8000U, fraction = any & 0x3FFU;
     const unsigned spread = any >> 16 & 31U;
     const unsigned exponent = kind == 0   ? spread % 24
@@ -44,19 +31,6 @@ static uint16_t some_half(int kind)
                               : kind == 2 ? (spread == 31 ? 30 : spread)
                                           : spread;
     return (uint16_t)(sign | exponent << 10 | fraction);
-}
-
-/* NaN is NaN: which one is not defined. */
-static int differ_f32(const char *what, int round, const float *a, const float *b, int count)
-{
-    for (int i = 0; i < count; i++) {
-        if (memcmp(&a[i], &b[i], sizeof *a) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
-            printf("%s, round %d: element %d is %a, not %a\n", what, round, i, (double)a[i],
-                   (double)b[i]);
-            return 1;
-        }
-    }
-    return 0;
 }
 
 static int is_nan(uint16_t half)
@@ -115,19 +89,21 @@ static int compare_tiles(const qs_half *fast, const qs_half *slow)
     static float scale[SCALES], y[2][MR * NR];
     for (int round = 0; round < ROUNDS; round++) {
         const int kind = round % 4;
-        const int64_t depth = round < 4 ? DEPTH : 1 + bits() % DEPTH;
+        const int64_t depth = round < 4 ? DEPTH : 1 + random_bits() % DEPTH;
         for (int i = 0; i < DEPTH * MR; i++) {
             a[i] = some_half(kind);
         }
         for (int i = 0; i < DEPTH * NR; i++) { /* kind 3: infinities from sums alone, and NaN */
-            b[i] = kind == 3 && bits() % 2000 != 0 ? some_half(1) : some_half(kind == 0 ? 1 : kind);
-            b[i] = kind == 0 ? (uint16_t)(0x3C00U - bits() % 0x2000U) | (b[i] & 0x8000U) : b[i];
+            b[i] = kind == 3 && random_bits() % 2000 != 0 ? some_half(1)
+                                                          : some_half(kind == 0 ? 1 : kind);
+            b[i] =
+                kind == 0 ? (uint16_t)(0x3C00U - random_bits() % 0x2000U) | (b[i] & 0x8000U) : b[i];
         }
         for (int i = 0; i < SCALES; i++) {
-            scale[i] = uniform();
+            scale[i] = random_float();
         }
         for (int i = 0; i < MR * NR; i++) {
-            y[0][i] = y[1][i] = round % 2 == 0 ? 0.0F : uniform();
+            y[0][i] = y[1][i] = round % 2 == 0 ? 0.0F : random_float();
         }
         fast->tile(depth, a, b, scale, y[0]);
         slow->tile(depth, a, b, scale, y[1]);
@@ -146,18 +122,18 @@ static int compare_packs(const qs_half *half)
         const float *rows[MR];
         float scale[MR];
         for (int i = 0; i < MR; i++) {
-            rows[i] = bits() % 8 == 0 ? NULL : x[i];
-            scale[i] = ldexpf(1.0F, (int)(bits() % 40) - 20);
+            rows[i] = random_bits() % 8 == 0 ? NULL : x[i];
+            scale[i] = ldexpf(1.0F, (int)(random_bits() % 40) - 20);
             for (int k = 0; k < QS_HALF_STRETCH; k++) {
-                const uint32_t any = bits();
+                const uint32_t any = random_bits();
                 if (round % 2 == 0) {
-                    x[i][k] = uniform() * 512;
+                    x[i][k] = random_float() * 512;
                 } else {
                     memcpy(&x[i][k], &any, sizeof any);
                 }
             }
         }
-        const int64_t count = round < 2 ? QS_HALF_STRETCH : 1 + bits() % QS_HALF_STRETCH;
+        const int64_t count = round < 2 ? QS_HALF_STRETCH : 1 + random_bits() % QS_HALF_STRETCH;
         memset(out, 0x55, sizeof out);
         half->pack(rows, scale, count, out[0]);
         plain_pack(rows, scale, count, out[1]);
@@ -176,9 +152,9 @@ static int compare_decoders(const qs_half *half)
     for (int round = 0; round < ROUNDS; round++) {
         const uint8_t *rows[QS_HALF_GROUP];
         for (int i = 0; i < QS_HALF_GROUP; i++) {
-            rows[i] = bits() % 8 == 0 ? NULL : packed[i];
+            rows[i] = random_bits() % 8 == 0 ? NULL : packed[i];
             for (int k = 0; k < QS_NF4_BLOCK / 2; k++) {
-                packed[i][k] = (uint8_t)(bits() >> 8);
+                packed[i][k] = (uint8_t)(random_bits() >> 8);
             }
         }
         memset(out, 0x55, sizeof out);
@@ -187,7 +163,7 @@ static int compare_decoders(const qs_half *half)
         if (differ_f16("decode_columns", round, out[0], out[1], QS_HALF_STRETCH * NR)) {
             return 1;
         }
-        const float factor = round < 8 ? extremes[round] : uniform();
+        const float factor = round < 8 ? extremes[round] : random_float();
         half->decode_row(packed[0], factor, out[0]);
         plain_decode_row(packed[0], factor, out[1]);
         if (differ_f16("decode_row", round, out[0], out[1], QS_HALF_STRETCH * NR)) {

@@ -6,43 +6,19 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "bit_checks.h"
 #include "kernels/cpu/isa.h"
 #include "quant/nf4.h"
 
 enum { ROUNDS = 60, MOST = 100, DEPTH = 40, SIDE = 64 };
-
-static uint64_t seed;
-
-static uint32_t bits(void)
-{
-    seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-    return (uint32_t)(seed >> 32);
-}
-
-static float uniform(void)
-{
-    return (float)(bits() >> 8) * 0x1p-23F - 1.0F;
-}
 
 /* Now and then a value that is none, or extreme. */
 static void fill(float *x, int count, float size)
 {
     static const float extremes[] = {0.0F, -0.0F, 1e-40F, 87.5F, -87.5F, 3e38F, INFINITY, NAN};
     for (int i = 0; i < count; i++) {
-        x[i] = bits() % 400 == 0 ? extremes[bits() % 8] : uniform() * size;
+        x[i] = random_bits() % 400 == 0 ? extremes[random_bits() % 8] : random_float() * size;
     }
-}
-
-/* NaN is NaN: which one is not defined. */
-static int differ(const char *what, const float *a, const float *b, int count)
-{
-    for (int i = 0; i < count; i++) {
-        if (memcmp(&a[i], &b[i], sizeof *a) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
-            printf("%s: element %d is %a, not %a\n", what, i, (double)a[i], (double)b[i]);
-            return 1;
-        }
-    }
-    return 0;
 }
 
 /* A tile of both kinds against the chain of fused multiply-adds that defines it. */
@@ -50,10 +26,10 @@ static int compare_tiles(const qs_isa *isa)
 {
     static float a[SIDE * SIDE], b[SIDE * SIDE], packed[SIDE * SIDE], c[4][SIDE * SIDE];
     for (int round = 0; round < ROUNDS; round++) {
-        const int rows = 1 + (int)(bits() % (unsigned)isa->mr);
-        const int cols = round % 3 == 0 ? isa->nr : 1 + (int)(bits() % (unsigned)isa->nr);
-        const int depth = 1 + (int)(bits() % DEPTH);
-        const bool accumulate = bits() % 2 == 0;
+        const int rows = 1 + (int)(random_bits() % (unsigned)isa->mr);
+        const int cols = round % 3 == 0 ? isa->nr : 1 + (int)(random_bits() % (unsigned)isa->nr);
+        const int depth = 1 + (int)(random_bits() % DEPTH);
+        const bool accumulate = random_bits() % 2 == 0;
         fill(a, SIDE * SIDE, 1.0F);
         fill(b, SIDE * SIDE, 1.0F);
         fill(c[0], SIDE * SIDE, 1.0F);
@@ -82,9 +58,9 @@ static int compare_tiles(const qs_isa *isa)
             memcpy(right + k * isa->nr, b + k * SIDE, (size_t)isa->nr * sizeof *right);
         }
         isa->tile(rows, cols, depth, left, right, c[3], SIDE, accumulate);
-        if (differ("tile_plain, rows", c[1], c[0], SIDE * SIDE) ||
-            differ("tile_plain, columns", c[2], c[0], SIDE * SIDE) ||
-            differ("tile", c[3], c[0], SIDE * SIDE)) {
+        if (differ_f32("tile_plain, rows", round, c[1], c[0], SIDE * SIDE) ||
+            differ_f32("tile_plain, columns", round, c[2], c[0], SIDE * SIDE) ||
+            differ_f32("tile", round, c[3], c[0], SIDE * SIDE)) {
             return 1;
         }
     }
@@ -95,9 +71,10 @@ static int compare_transposes(const qs_isa *isa)
 {
     static float src[16 * SIDE], out[2][SIDE * 20];
     for (int round = 0; round < ROUNDS; round++) {
-        const int lanes = 1 + (int)(bits() % 16), rows = (int)(bits() % (unsigned)(lanes + 1));
-        const int count = 1 + (int)(bits() % SIDE);
-        const int stride = lanes + (int)(bits() % 5);
+        const int lanes = 1 + (int)(random_bits() % 16),
+                  rows = (int)(random_bits() % (unsigned)(lanes + 1));
+        const int count = 1 + (int)(random_bits() % SIDE);
+        const int stride = lanes + (int)(random_bits() % 5);
         fill(src, 16 * SIDE, 1.0F);
         fill(out[0], SIDE * 20, 1.0F);
         memcpy(out[1], out[0], sizeof out[0]);
@@ -107,7 +84,7 @@ static int compare_transposes(const qs_isa *isa)
             }
         }
         isa->transpose(src, SIDE, rows, count, out[1], stride, lanes);
-        if (differ("transpose", out[1], out[0], SIDE * 20)) {
+        if (differ_f32("transpose", round, out[1], out[0], SIDE * 20)) {
             return 1;
         }
     }
@@ -122,17 +99,17 @@ static int compare_decoders(const qs_isa *isa, const qs_isa *slow)
     for (int round = 0; round < ROUNDS; round++) {
         const qs_dtype type = types[round % 3];
         for (int i = 0; i < 4 * MOST; i++) {
-            bytes[i] = (uint8_t)(bits() >> 8);
+            bytes[i] = (uint8_t)(random_bits() >> 8);
         }
         fill(absmax, 3, 2.0F);
         isa->nf4_decode(bytes, absmax, 3, type, out[0]);
         slow->nf4_decode(bytes, absmax, 3, type, out[1]);
-        if (differ("nf4_decode", out[0], out[1], 3 * QS_NF4_BLOCK)) {
+        if (differ_f32("nf4_decode", round, out[0], out[1], 3 * QS_NF4_BLOCK)) {
             return 1;
         }
         isa->widen(bytes, type, MOST, out[0]);
         slow->widen(bytes, type, MOST, out[1]);
-        if (differ("widen", out[0], out[1], MOST)) {
+        if (differ_f32("widen", round, out[0], out[1], MOST)) {
             return 1;
         }
     }
@@ -144,11 +121,12 @@ static int compare_rows(const qs_isa *isa, const qs_isa *slow)
     const qs_isa *of[] = {isa, slow};
     static float x[MOST], y[MOST], z[MOST], out[2][7][MOST], sums[2][4];
     for (int round = 0; round < ROUNDS; round++) {
-        const int count = round < 3 ? MOST : (int)(bits() % MOST);
+        const int count = round < 3 ? MOST : (int)(random_bits() % MOST);
         const qs_glu glu = round % 2 == 0 ? QS_GLU_SILU : QS_GLU_GELU_TANH;
-        const qs_rng rng = {
-            .key = (uint64_t)bits() << 32 | bits(), .site = bits(), .layer = bits()};
-        const uint64_t element = (uint64_t)bits() << (bits() % 20);
+        const qs_rng rng = {.key = (uint64_t)random_bits() << 32 | random_bits(),
+                            .site = random_bits(),
+                            .layer = random_bits()};
+        const uint64_t element = (uint64_t)random_bits() << (random_bits() % 20);
         fill(x, MOST, round % 4 == 0 ? 90.0F : 3.0F);
         fill(y, MOST, 3.0F);
         fill(z, MOST, 3.0F);
@@ -172,7 +150,7 @@ static int compare_rows(const qs_isa *isa, const qs_isa *slow)
             "glu",     "glu_backward, gate", "glu_backward, up",
         };
         for (int n = 0; n < 7; n++) {
-            if (differ(names[n], out[0][n], out[1][n], MOST)) {
+            if (differ_f32(names[n], round, out[0][n], out[1][n], MOST)) {
                 return 1;
             }
         }
@@ -182,8 +160,8 @@ static int compare_rows(const qs_isa *isa, const qs_isa *slow)
         /* `max` may lose a NaN, which one is in y by chance: not compared then. */
         sums[0][2] = isnan(sums[0][1]) ? 0.0F : sums[0][2];
         sums[1][2] = isnan(sums[1][1]) ? 0.0F : sums[1][2];
-        if (differ("dropout", out[0][0], out[1][0], MOST) ||
-            differ("dot, dot3, max, exp_sum", sums[0], sums[1], 4)) {
+        if (differ_f32("dropout", round, out[0][0], out[1][0], MOST) ||
+            differ_f32("dot, dot3, max, exp_sum", round, sums[0], sums[1], 4)) {
             return 1;
         }
     }

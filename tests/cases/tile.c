@@ -3,8 +3,10 @@
  * needs nothing else, so that it can run as the only program of an emulated machine. */
 #include "kernels/cpu/tile.h"
 
-#include <math.h>
 #include <stdio.h>
+#include <string.h>
+
+#include "bit_checks.h"
 
 #ifdef QS_TILE_NO_UNDERFLOW /* an emulator that is wrong there: tests/bare_metal/run.sh */
 enum { SMALL_ONES = 0 };
@@ -21,19 +23,11 @@ enum {
     LENGTH = 77,
 };
 
-static uint64_t seed;
-
-static uint32_t bits(void)
-{
-    seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-    return (uint32_t)(seed >> 32);
-}
-
 /* bf16 by kind of round: around 1; products around the smallest normal number, where results
  * vanish; squares of the smallest; subnormal operands among others; any finite; any at all. */
 static uint16_t some_bf16(int kind)
 {
-    const uint32_t any = bits();
+    const uint32_t any = random_bits();
     const uint16_t sign = any & 0x8000U, fraction = any & 0x7FU;
     const unsigned spread = any >> 16 & 255U;
     const unsigned exponent = kind == 0   ? 120 + spread % 12
@@ -43,19 +37,6 @@ static uint16_t some_bf16(int kind)
                               : kind == 4 ? (spread == 255 ? 254 : spread)
                                           : spread;
     return (uint16_t)(sign | exponent << 7 | fraction);
-}
-
-/* NaN is NaN: which one is not defined. */
-static int differ(const char *what, int round, const float *a, const float *b, int count)
-{
-    for (int i = 0; i < count; i++) {
-        if (memcmp(&a[i], &b[i], sizeof *a) != 0 && !(isnan(a[i]) && isnan(b[i]))) {
-            printf("%s, round %d: element %d is %a, not %a\n", what, round, i, (double)a[i],
-                   (double)b[i]);
-            return 1;
-        }
-    }
-    return 0;
 }
 
 /* All tiles under one `begin`, as a product multiplies them: the shape's instruction zeroes the
@@ -71,16 +52,16 @@ static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
         if ((kind == 1 || kind == 2) && !SMALL_ONES) {
             continue;
         }
-        const int64_t steps = round < KINDS ? STEPS : bits() % (STEPS + 1);
+        const int64_t steps = round < KINDS ? STEPS : random_bits() % (STEPS + 1);
         for (int i = 0; i < COUNT;
              i++) { /* the last kind: a few of any in one, no NaN everywhere */
-            a[i] = some_bf16(kind == KINDS - 1 && bits() % 500 != 0 ? 0 : kind);
+            a[i] = some_bf16(kind == KINDS - 1 && random_bits() % 500 != 0 ? 0 : kind);
             b[i] = some_bf16(kind == KINDS - 1 ? 0 : kind);
         }
         memset(y, 0x55, sizeof y);
         fast->tile(steps, a, b, y[0]);
         slow->tile(steps, a, b, y[1]);
-        wrong = differ("tile", round, y[0], y[1], SUMS);
+        wrong = differ_f32("tile", round, y[0], y[1], SUMS);
     }
     fast->end();
     return wrong;
@@ -91,10 +72,10 @@ static int compare_packs(const qs_tile *fast, const qs_tile *slow)
     for (int round = 0; round < ROUNDS; round++) {
         uint32_t words[2][LENGTH], out[2][2 * LENGTH];
         float x[2][LENGTH];
-        const int64_t count = 1 + bits() % LENGTH;
+        const int64_t count = 1 + random_bits() % LENGTH;
         for (int i = 0; i < LENGTH; i++) {
-            words[0][i] = bits();
-            words[1][i] = bits() % 8 == 0 ? 0x7F800001U : words[0][i] ^ 0x8000U; /* ties */
+            words[0][i] = random_bits();
+            words[1][i] = random_bits() % 8 == 0 ? 0x7F800001U : words[0][i] ^ 0x8000U; /* ties */
         }
         memcpy(x, words, sizeof x);
         memset(out, 0x55, sizeof out);
