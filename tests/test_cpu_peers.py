@@ -157,6 +157,15 @@ class Tables(unittest.TestCase):
         rows = [a_row(fp32=tables.judged(stats.figure([2.0]), 1.7), bf16=tables.judged(stats.figure([2.0])), gone=None)]
         self.assertEqual([label for label, _ in plot.bars_of({"gemm": rows})], ["gemm: Y, 4x4, fp32"])
 
+    def test_ticks_are_round_and_apart(self):
+        self.assertEqual(plot.ticks_of(0.71, 1150), [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
+        self.assertEqual(plot.ticks_of(0.57, 1.1), [0.6, 0.8, 1])
+        self.assertEqual(plot.ticks_of(0.9, 3.2), [1, 1.2, 1.5, 2, 2.5, 3])
+        for low, high in ((0.3, 2.9), (0.3, 3.1), (0.5, 4000)):  # a label is about a fortieth of the width
+            ticks = plot.ticks_of(low, high)
+            for left, right in zip(ticks, ticks[1:]):
+                self.assertGreater(math.log(right / left), 0.025 * math.log(high / low))
+
 
 class Command(unittest.TestCase):
     def setUp(self):

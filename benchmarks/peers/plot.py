@@ -1,5 +1,9 @@
 """A picture of the ratios beside their aims."""
+import math
+
 from .tables import met
+
+COARSE, FINE = (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # of each decade
 
 
 def bars_of(cases):
@@ -8,13 +12,21 @@ def bars_of(cases):
             for name, ratio in row["ratios"].items() if ratio and "aim" in ratio]
 
 
+def ticks_of(low, high):
+    """Round numbers from `low` to `high`, far enough apart that their labels are: coarse ones over more than a decade."""
+    steps = COARSE if high > 10 * low else FINE
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
 def draw(cases, path, title):
     """Raises ImportError where there is no matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import NullLocator
 
     bars = bars_of(cases)[::-1]
     colours = {True: "tab:green", False: "tab:red", None: "tab:grey"}
@@ -29,8 +41,8 @@ def draw(cases, path, title):
     axes.axvline(1.0, color="gray", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="ratio; blue: aim (at most, for ranks); black: spread of the turns", title=title,
              ylim=(-0.7, len(bars) - 0.3))
-    for of in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        of(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.tick_params(axis="x", which="both", labelsize=7)
+    ticks = ticks_of(*axes.get_xlim())
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+    axes.xaxis.set_minor_locator(NullLocator())
     figure.tight_layout()
     figure.savefig(path, dpi=110)
