@@ -16,7 +16,7 @@ BENCHMARKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "ben
 sys.path.insert(0, BENCHMARKS)
 
 import cpu_peers  # noqa: E402  (the folder is on the path from here on)
-from peers import case_gemm, case_quantize, client, models, ours, plot, stats, tables  # noqa: E402
+from peers import case_gemm, case_quantize, case_step, client, models, ours, plot, stats, tables  # noqa: E402
 
 BINARY = os.path.join(os.environ.get("QSHARD_BINARY_DIR", ""), "qshard")
 SAID = """run: done: 3 steps in 0.3 s
@@ -60,11 +60,33 @@ class Reports(unittest.TestCase):
             ours.memory_table("memory of rank 0                 plan MiB\n  total    1.0\n")
 
     def test_a_cpu_with_fp16_is_measured_with_it(self):
-        text = "processor : 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 avx512f avx512_fp16 other\n"
+        text = ("processor : 0\nvendor_id\t: GenuineIntel\nmodel name\t: A CPU\n"
+                "flags\t\t: fpu avx2 avx512f avx512_fp16 other\n")
         cpu = ours.cpu_of(text)
-        self.assertEqual(cpu, {"name": "A CPU", "flags": ["avx2", "avx512f", "avx512_fp16"]})
+        self.assertEqual(cpu, {"name": "A CPU", "maker": "GenuineIntel", "flags": ["avx2", "avx512f", "avx512_fp16"]})
         self.assertEqual(ours.gemm_settings(cpu), ["strict", "fp16"])
         self.assertEqual(ours.gemm_settings(ours.cpu_of("flags : avx2")), ["strict"])
+
+    def test_products_are_those_of_flag_and_maker(self):
+        for maker, flags, settings in (("AuthenticAMD", ["avx512_bf16"], ["strict", "bf16"]),
+                                       ("GenuineIntel", ["avx512_bf16"], ["strict"]),
+                                       ("GenuineIntel", ["avx512_bf16", "avx512_fp16", "amx_bf16"], ["strict", "fp16", "amx"]),
+                                       ("AuthenticAMD", ["amx_bf16", "avx512_bf16"], ["strict", "bf16", "amx"])):
+            with self.subTest(maker=maker, flags=flags):
+                self.assertEqual(ours.gemm_settings({"name": "", "maker": maker, "flags": flags}), settings)
+                self.assertEqual(ours.aimed_at(settings), settings[-1])
+
+    def test_a_program_without_products_of_this_cpu_is_an_error(self):
+        program = types.SimpleNamespace(bench=lambda *_: report_of(("nf4 forward", 1), ("fp16 forward", 1)))
+        cpu = {"name": "", "maker": "AuthenticAMD", "flags": ["avx512_bf16"]}
+        with self.assertRaisesRegex(ours.RunError, "this CPU has avx512_bf16, and .* no rows of bf16"):
+            ours.require_products(program, cpu)
+        context = types.SimpleNamespace(program=program, cpu=cpu)
+        for case in (case_gemm, case_step):
+            with self.assertRaisesRegex(ours.RunError, "no rows of bf16"):
+                case.run(context)
+        ours.require_products(program, {**cpu, "flags": ["avx512_fp16"]})
+        ours.require_products(program, {**cpu, "maker": "GenuineIntel"})
 
     @unittest.skipUnless(os.access(BINARY, os.X_OK), "no program beside the tests")
     def test_the_program_writes_what_is_read_here(self):
@@ -236,8 +258,91 @@ class Products(unittest.TestCase):
         for row in rows:  # 0.14 GFLOP in 2 ms: 70 of 100 GFLOP/s
             self.assertAlmostEqual(row["ratios"]["fp16 of its peak"]["median"], 0.7)
             self.assertTrue(tables.met(row["ratios"]["fp16 of its peak"]))
-            self.assertAlmostEqual(row["ratios"]["fp32"]["median"], 2.0)  # of the faster path
+            self.assertAlmostEqual(row["ratios"]["fp16 : peer fp32"]["median"], 2.0)
+            self.assertAlmostEqual(row["ratios"]["strict : peer fp32"]["median"], 1.0)
             self.assertEqual(row["wrong"], ["bf16 of the peer is off by nan"])
+
+    def test_aims_are_for_the_fast_products_and_strict_stays(self):
+        def rows_with(paths):
+            context = types.SimpleNamespace(
+                turns=lambda usual: 1, options=types.SimpleNamespace(limit=20.0), program=types.SimpleNamespace(
+                    bench=lambda *_: {"format": "qshard-bench", "tables": {"operations": {"rows": [
+                        {"operation": f"{path} {direction}", "time": time, "bound": bound, "error": 1e-6}
+                        for direction in case_gemm.DIRECTIONS for path, time, bound in paths]}}}))
+            peer = types.SimpleNamespace(ask=lambda what, dtype, **_: {"seconds": [6e-3], "error": 1e-6})
+            return case_gemm.one_product(context, case_gemm.Peers(context, peer, False), (1000, 1000), 70)
+
+        for row in rows_with([("nf4", 4.0, 70.0), ("bf16", 2.0, 140.0)]):  # 0.14 GFLOP: 35 and 70 GFLOP/s
+            self.assertEqual({name: (ratio["median"], ratio.get("aim"), ratio["ceiling"]) for name, ratio in row["ratios"].items()},
+                             {"strict : peer fp32": (1.5, None, 3.0), "bf16 : peer fp32": (3.0, 1.7, 6.0),
+                              "strict : peer bf16": (1.5, None, 3.0), "bf16 : peer bf16": (3.0, 3.0, 6.0)})
+            self.assertEqual(row["facts"]["bound"], "strict: 70 GFLOP/s, 50 % reached; bf16: 140 GFLOP/s, 50 % reached")
+        for row in rows_with([("nf4", 4.0, 70.0)]):
+            self.assertEqual({name: ratio.get("aim") for name, ratio in row["ratios"].items()},
+                             {"strict : peer fp32": 1.7, "strict : peer bf16": 3.0})
+            self.assertEqual(row["facts"]["bound"], "70 GFLOP/s, 50 % reached")
+
+
+class Steps(unittest.TestCase):
+    """case_step with a program and a peer that take no time, and say how long it was."""
+
+    SECONDS = {"strict": 2.0, "bf16": 1.0}
+    LOSSES = {"strict": [5.0, 4.0], "bf16": [5.05, 4.04]}  # 1e-2 off: too much for fp32 beside fp32
+
+    def a_row(self, losses, slow=()):
+        dtype, asked = [None], []
+
+        def ask(what, limit_s=None, **more):
+            if what == "load":
+                dtype[0] = more["dtype"]
+            if what == "step":
+                asked.append((dtype[0], limit_s))
+                if dtype[0] in slow:
+                    raise stats.Gone(f"over {limit_s:.0f} s")
+            return {"seconds": 3.0, "loss": [5.0, 4.0][len(asked) % 2 - 1], "mib": 9}
+
+        context = types.SimpleNamespace(
+            cpu={"name": "A CPU", "maker": "AuthenticAMD", "flags": ["avx512_bf16"]}, turns=lambda usual: 1, log=lambda text: None,
+            path=os.path.join, quantized_for_peer=lambda model: {"folder": ""},
+            workload=lambda *_, **__: {"tokens": ""}, peer=lambda: contextlib.nullcontext(types.SimpleNamespace(ask=ask)),
+            bounds=lambda: {"products GFLOP/s": 100.0, "bf16 products GFLOP/s": 200.0},
+            program=types.SimpleNamespace(order=lambda *_: [0, 1], train=lambda settings, steps: {
+                "losses": losses[settings["gemm"]], "seconds": [9.0, self.SECONDS[settings["gemm"]]], "mib": 7, "gflop": 100.0}))
+        workload = case_step.Workload(context, {"name": "M"}, 64, 1, 1)
+        return case_step.one_workload(context, workload, {}, False), asked
+
+    def test_each_of_our_products_is_compared_with_each_type(self):
+        row, _ = self.a_row(self.LOSSES)
+        self.assertEqual({name: (ratio["median"], ratio.get("aim")) for name, ratio in row["ratios"].items()},
+                         {"strict : peer fp32": (1.5, None), "bf16 : peer fp32": (3.0, 1.8),
+                          "strict : peer bf16": (1.5, None), "bf16 : peer bf16": (3.0, 3.0)})
+        self.assertEqual({path: side["median"] for path, side in row["ours"].items()}, {"strict": 32.0, "bf16": 64.0})
+        self.assertEqual(row["facts"]["bound"], "strict: 64 tokens/s: 100 GFLOP at 100 GFLOP/s, 50 %; "
+                                                "bf16: 128 tokens/s: 100 GFLOP at 200 GFLOP/s, 50 %")
+        self.assertEqual(row["wrong"], [])
+        text = tables.markdown_of([row])
+        for head in ("ratio strict : peer fp32 |", "ratio bf16 : peer fp32, aim 1.8 |", "ratio bf16 : peer bf16, aim 3 |"):
+            self.assertIn(head, text)
+        self.assertEqual([line.split(" | ")[1] for line in tables.summary_of({"step": [row]}).splitlines()[2:]],
+                         ["bf16 : peer fp32", "bf16 : peer bf16"])
+
+    def test_strict_is_held_to_what_fp32_can(self):
+        row, _ = self.a_row({**self.LOSSES, "strict": self.LOSSES["bf16"]})
+        self.assertEqual(row["wrong"], ["the loss of strict and that of the peer's fp32 differ by 1.0e-02"])
+        row, _ = self.a_row({**self.LOSSES, "bf16": [5.0, 4.2]})
+        self.assertEqual(row["wrong"], [f"the loss of bf16 and that of the peer's {name} differ by 5.0e-02"
+                                        for name in ("fp32", "bf16")])
+
+    def test_a_peer_is_cut_off_when_the_aim_of_the_fast_products_is_shown(self):
+        self.SECONDS = {"strict": 40.0, "bf16": 20.0}
+        row, asked = self.a_row(self.LOSSES, slow=("bfloat16",))
+        self.assertAlmostEqual(asked[-1][1], 66.0)  # 1.1 times 3 times 20 s
+        ratios = row["ratios"]
+        self.assertAlmostEqual(ratios["bf16 : peer bf16"]["median"], 3.3)
+        self.assertTrue(tables.met(ratios["bf16 : peer bf16"]))
+        self.assertAlmostEqual(ratios["strict : peer bf16"]["median"], 1.65)
+        self.assertTrue(ratios["strict : peer bf16"]["more"])
+        self.assertIsNone(tables.met(ratios["strict : peer bf16"]))
 
 
 class StandIn(unittest.TestCase):
@@ -299,6 +404,8 @@ class Inputs(unittest.TestCase):
             self.assertAlmostEqual(run["losses"][0], 6.24, delta=0.3)  # ln 512: random weights know nothing
             self.assertIn("total", run["memory"])
             self.assertGreater(run["gflop"], 0)
+            with self.assertRaisesRegex(ours.RunError, 'cpu.gemm: "no such" is not a known name'):
+                program.train({**settings, "gemm": "no such"}, 1)
             other = os.path.join(folder, "peer.safetensors")
             write_as_bitsandbytes(base, other)
             counts = case_quantize.differences(base, other)

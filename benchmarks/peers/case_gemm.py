@@ -2,8 +2,8 @@
 from . import stats
 from .client import PeerError
 from .context import SETTINGS
-from .ours import operations
-from .tables import AIMS, FP16_SHARE, judged
+from .ours import aimed_at, operations, require_products
+from .tables import AIMS, FP16_SHARE, by_path, judged, versus
 
 SHAPES, TOKENS = ((2048, 2048), (5632, 2048), (4096, 14336)), (128, 512, 2048)
 DIRECTIONS = ("forward", "backward")
@@ -77,9 +77,9 @@ def one_product(context, peers, shape, tokens):
         rates = {path: [work / turn[direction, path]["time"] / 1e6 for turn in results["ours"]] for path in paths}
         for path in paths:
             row["ours"][path] = {**stats.figure(rates[path]), "error": results["ours"][0][direction, path]["error"]}
-        best = max(paths, key=lambda path: row["ours"][path]["median"])
-        bound = stats.figure([turn[direction, best]["bound"] for turn in results["ours"]])["median"]
-        row["facts"]["bound"] = f"{bound:.0f} GFLOP/s, {100 * row['ours'][best]['median'] / bound:.0f} % reached"
+        bounds = {path: stats.figure([turn[direction, path]["bound"] for turn in results["ours"]])["median"] for path in paths}
+        row["facts"]["bound"] = by_path({path: f"{bound:.0f} GFLOP/s, {100 * row['ours'][path]['median'] / bound:.0f} % reached"
+                                         for path, bound in bounds.items()})
         for path in paths:
             if "fp16" in path:
                 shares = [rate / turn[direction, path]["bound"] for rate, turn in zip(rates[path], results["ours"])]
@@ -93,13 +93,16 @@ def one_product(context, peers, shape, tokens):
             row["theirs"][name] = {**stats.figure(theirs), "error": answers[0]["error"]}
             if not answers[0]["error"] <= OFF_AT_MOST[dtype]:
                 row["wrong"].append(f"{name} of the peer is off by {answers[0]['error']:.1e}")
-            row["ratios"][name] = judged(stats.ratio(rates[best], theirs, lower_is_better=False), AIMS["gemm"][name],
-                                         ceiling=bound / row["theirs"][name]["median"])
+            for path in paths:
+                row["ratios"][versus(path, name)] = judged(stats.ratio(rates[path], theirs, lower_is_better=False),
+                                                           AIMS["gemm"][name] if path == aimed_at(paths) else None,
+                                                           ceiling=bounds[path] / row["theirs"][name]["median"])
         rows.append(row)
     return rows
 
 
 def run(context):
+    require_products(context.program, context.cpu)
     rows = []
     shapes, tokens = (((1024, 1024),), (128,)) if context.quick else (SHAPES, TOKENS)
     compiled = compile_helps(context, shapes[0], tokens[-1])

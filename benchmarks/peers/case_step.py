@@ -8,10 +8,10 @@ import time
 from . import stats
 from .client import PeerError
 from .context import SETTINGS
-from .ours import gemm_settings
-from .tables import AIMS, judged
+from .ours import aimed_at, gemm_settings, require_products
+from .tables import AIMS, by_path, judged, versus
 
-LOSS_OFF = {"float32": 1e-3, "bfloat16": 2e-2}
+LOSS_OFF = {"float32": 1e-3, "bfloat16": 2e-2}  # the latter where either side multiplies in less than fp32
 COMPILE_S = 90.0
 STEP_S = 600.0  # a step of the peer that takes longer is left out
 HELPS = 1.05
@@ -36,9 +36,6 @@ class Workload:
 
     def seconds(self, path):
         return [run["seconds"][-1] for run in self.runs[path]]
-
-    def best(self):
-        return min(self.runs, key=lambda path: stats.figure(self.seconds(path))["median"])
 
     def off(self, losses):
         """{path: largest relative distance to the peer's losses}, of the steps that both did from the same start."""
@@ -94,11 +91,40 @@ def compile_helps(context, workload):
     return gain > HELPS
 
 
+def compare(workload, name, side, row):
+    """The peer's figures in that setting, beside each of ours, into the row. How far the losses are off, as texts."""
+    cut_off, offs = "over" in side, []
+    for path in workload.runs:
+        pair = ((workload.seconds(path), [side["over"]]) if cut_off else
+                ([turn[path] for turn in side["ours"]], side["theirs"]))
+        aim = AIMS["step"][name] if path == aimed_at(workload.runs) else None
+        row["ratios"][versus(path, name)] = judged(stats.ratio(*pair), aim, more=cut_off)
+    if not cut_off:
+        row["theirs"][name] = {**stats.figure([workload.length / seconds for seconds in side["theirs"]]), "mib": side["mib"]}
+        for path, off in workload.off(side["losses"]).items():
+            offs.append(f"{versus(path, name)} {off:.1e}")
+            if not off <= LOSS_OFF[SETTINGS[name] if path == "strict" else "bfloat16"]:
+                row["wrong"].append(f"the loss of {path} and that of the peer's {name} differ by {off:.1e}")
+    return offs
+
+
+def bound_of(context, workload):
+    """What a step would take if it were its products alone, all of them at a path's own rate."""
+    bounds, facts = context.bounds(), {}
+    for path in workload.runs:
+        gflop = workload.runs[path][0]["gflop"]
+        rate = bounds["products GFLOP/s" if path == "strict" else f"{path} products GFLOP/s"]
+        reached = gflop / rate / stats.figure(workload.seconds(path))["median"]
+        facts[path] = (f"{workload.length * rate / gflop:.0f} tokens/s: {gflop:.0f} GFLOP at {rate:.0f} GFLOP/s, "
+                       f"{100 * reached:.0f} %")
+    return by_path(facts)
+
+
 def one_workload(context, workload, hopeless, compiled):
     """A row. `hopeless`: settings that were over their limit with shorter sequences; those of this row are added."""
     length = workload.length
-    row = {"what": f"{workload.model['name']}, T {length}", "unit": "tokens/s", "ours": {}, "theirs": dict.fromkeys(SETTINGS), "ratios": {},
-           "facts": {}, "wrong": []}
+    row = {"what": f"{workload.model['name']}, T {length}", "unit": "tokens/s", "ours": {}, "theirs": dict.fromkeys(SETTINGS),
+           "ratios": {}, "facts": {}, "wrong": []}
     found, offs = {}, []
     for name, dtype in SETTINGS.items():
         if name in hopeless:
@@ -106,7 +132,7 @@ def one_workload(context, workload, hopeless, compiled):
             continue
         limit_s = STEP_S
         if name == "bf16" and any(workload.runs.values()):  # the aim is shown when it takes longer than that
-            limit_s = max(30.0, 1.1 * AIMS["step"][name] * stats.figure(workload.seconds(workload.best()))["median"])
+            limit_s = max(30.0, 1.1 * AIMS["step"][name] * stats.figure(workload.seconds(aimed_at(workload.runs)))["median"])
         context.log(f"step {row['what']}: the peer in {name}")
         try:
             found[name] = measure(context, workload, dtype, limit_s, compiled and name == "fp32")
@@ -117,25 +143,12 @@ def one_workload(context, workload, hopeless, compiled):
                 found[name] = {"over": limit_s}
     if not any(workload.runs.values()):
         workload.our_turn()
-    best = workload.best()
     for path in workload.runs:
         row["ours"][path] = {**stats.figure([length / seconds for seconds in workload.seconds(path)]),
                              "mib": max(run["mib"] for run in workload.runs[path])}
     for name, side in found.items():
-        if "over" in side:
-            row["ratios"][name] = judged(stats.ratio(workload.seconds(best), [side["over"]]), AIMS["step"][name], more=True)
-            continue
-        row["theirs"][name] = {**stats.figure([length / seconds for seconds in side["theirs"]]), "mib": side["mib"]}
-        row["ratios"][name] = judged(stats.ratio([turn[best] for turn in side["ours"]], side["theirs"]), AIMS["step"][name])
-        for path, off in workload.off(side["losses"]).items():
-            offs.append(f"{off:.1e}")
-            if not off <= LOSS_OFF[SETTINGS[name]]:
-                row["wrong"].append(f"the loss of {path} and that of the peer's {name} differ by {off:.1e}")
-    run = workload.runs[best][0]
-    rate = context.bounds()["products GFLOP/s"]
-    least = run["gflop"] / rate
-    reached = least / stats.figure(workload.seconds(best))["median"]
-    row["facts"]["bound"] = f"{length / least:.0f} tokens/s: {run['gflop']:.0f} GFLOP at {rate:.0f} GFLOP/s, {100 * reached:.0f} %"
+        offs += compare(workload, name, side, row)
+    row["facts"]["bound"] = bound_of(context, workload)
     row["facts"]["loss off by"] = ", ".join(offs)
     return row
 
@@ -151,6 +164,7 @@ def workloads(context):
 
 
 def run(context):
+    require_products(context.program, context.cpu)
     rows, hopeless, compiled = [], {}, None
     for workload in workloads(context):
         if compiled is None:

@@ -19,6 +19,9 @@ lora: {{rank: 16, alpha: 32, dropout: 0.0, targets: all-linear, init: "{adapter}
 optim: {{lr: 1.0e-4, schedule: constant, warmup: 0, clip: 0}}
 cpu: {{gemm: {gemm}}}
 """
+# The products beside strict that a step is measured with, the faster below: the CPU's flag, whose CPUs alone (None: all makers'),
+# and the value of `cpu.gemm`, which names their rows in `qshard bench gemm`, too. For bf16 Intel's CPUs have AMX.
+PRODUCTS = (("avx512_fp16", None, "fp16"), ("avx512_bf16", "AuthenticAMD", "bf16"), ("amx_bf16", None, "amx"))
 
 
 class RunError(Exception):
@@ -151,12 +154,14 @@ def memory_table(said):
 
 # --- this machine -----------------------------------------------------------------------------------------------------
 def cpu_of(cpuinfo):
-    """{"name", "flags" of those that matter here} of the text of /proc/cpuinfo."""
+    """{"name", "maker", "flags" of those that matter here} of the text of /proc/cpuinfo."""
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
+    maker = re.search(r"^vendor_id\s*:\s*(.+)$", cpuinfo, re.M)
     flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.M)
     words = set(flags[1].split()) if flags else set()
     matter = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
-    return {"name": name[1] if name else "unknown", "flags": [flag for flag in matter if flag in words]}
+    return {"name": name[1] if name else "unknown", "maker": maker[1] if maker else "unknown",
+            "flags": [flag for flag in matter if flag in words]}
 
 
 def this_cpu():
@@ -166,7 +171,21 @@ def this_cpu():
 
 def gemm_settings(cpu):
     """What `cpu.gemm` can be on that CPU: a step is measured with each."""
-    return ["strict", *(["fp16"] if "avx512_fp16" in cpu["flags"] else [])]
+    return ["strict", *(value for flag, maker, value in PRODUCTS if flag in cpu["flags"] and maker in (None, cpu["maker"]))]
+
+
+def aimed_at(paths):
+    """The one that the aims are for: the fastest products, strict where there are no others."""
+    return next((value for _, _, value in reversed(PRODUCTS) if value in paths), "strict")
+
+
+def require_products(program, cpu):
+    """RunError where the program lacks products that this CPU is measured with: their rows would be missing in silence."""
+    found = operations(program.bench("gemm", "--shape", "64x64", "--tokens", 32, "--repeats", 1))
+    for flag, _, value in PRODUCTS:
+        if value in gemm_settings(cpu) and ("forward", value) not in found:
+            raise RunError(f"this CPU has {flag}, and qshard bench gemm has no rows of {value}: an old program, or built by a "
+                           "compiler or an assembler without the instructions?")
 
 
 def fail(text):

@@ -7,10 +7,21 @@ a side {"median", "low", "high"} in that unit, with "error" (against fp64), "mib
 left out has only a note. A ratio is {"median", "low", "high"}, with "aim" and "most" (true: the aim is an upper limit),
 "ceiling" (what it would be at the bound) and "more" (true: the peer was cut off, so that the ratio is larger than this).
 """
-# What a 2-core machine with AVX512-FP16 and without AMX is to reach; products in fp16 there 500 of 750 GFLOP/s as well.
+# What a 2-core machine is to reach, products and steps by the fastest products that its CPU has (ours.aimed_at); products in fp16
+# 500 of 750 GFLOP/s as well.
 FP16_SHARE = 500 / 750
 AIMS = {"gemm": {"fp32": 1.7, "bf16": 3.0}, "decode": {"cached": 2.0, "DRAM": 1.8}, "step": {"fp32": 1.8, "bf16": 3.0},
         "ranks": {"time": 1.05, "bytes": 0.6, "plan": 1.05}, "quantize": {"bitsandbytes": 3.0}}
+
+
+def versus(path, name):
+    """A ratio's name: which of our products, and the peer in which type."""
+    return f"{path} : peer {name}"
+
+
+def by_path(facts):
+    """One text of {path: text}; the path is named where there are several."""
+    return "; ".join(f"{path}: {text}" if len(facts) > 1 else text for path, text in facts.items())
 
 
 def judged(ratio, aim=None, most=False, ceiling=None, more=False):
