@@ -183,7 +183,7 @@ class Tables(unittest.TestCase):
         self.assertEqual(plot.ticks_of(0.71, 1150), [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
         self.assertEqual(plot.ticks_of(0.57, 1.1), [0.6, 0.8, 1])
         self.assertEqual(plot.ticks_of(0.9, 3.2), [1, 1.2, 1.5, 2, 2.5, 3])
-        for low, high in ((0.3, 2.9), (0.3, 3.1), (0.5, 4000)):  # a label is about a fortieth of the width
+        for low, high in ((0.3, 8.9), (0.3, 9.1), (0.5, 4000)):  # a label is about a fortieth of the width
             ticks = plot.ticks_of(low, high)
             for left, right in zip(ticks, ticks[1:]):
                 self.assertGreater(math.log(right / left), 0.025 * math.log(high / low))

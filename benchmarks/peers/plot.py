@@ -13,8 +13,8 @@ def bars_of(cases):
 
 
 def ticks_of(low, high):
-    """Round numbers from `low` to `high`, far enough apart that their labels are: coarse ones over more than a decade."""
-    steps = COARSE if high > 10 * low else FINE
+    """Round numbers from `low` to `high`, far enough apart that their labels are: coarse ones over more than a decade and a half."""
+    steps = COARSE if high > 30 * low else FINE
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
     return [tick for tick in ticks if low <= tick <= high]
@@ -45,4 +45,4 @@ def draw(cases, path, title):
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
     axes.xaxis.set_minor_locator(NullLocator())
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # labels are as long as they are
