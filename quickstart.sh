@@ -209,7 +209,7 @@ table() {
     printf '%-24s %s\n' 'adapter (PEFT)' "$work/adapter" 'loss curve' "$work/loss.png"
     samples
     echo
-    echo "done in $((SECONDS - began)) s"
+    echo "done in $((SECONDS - began)) s; next, your own model, or a cluster: README.md, \"From a model to an adapter\", \"On a cluster\""
 }
 
 echo "qshard quickstart: everything lands in $work/"

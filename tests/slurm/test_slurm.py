@@ -1,7 +1,9 @@
 """The batch templates of slurm/ under a real Slurm: two nodes on this machine, started here (cluster.sh)."""
 import csv
+import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -65,10 +67,10 @@ class Slurm(unittest.TestCase):
 
     # ---- a job ----
 
-    def slurm(self, *words, **more):
-        env = support.environment(1, QSHARD=support.QSHARD, **more)
+    def slurm(self, *words, cwd=None, **more):
+        env = support.environment(1, **{"QSHARD": support.QSHARD, **more})
         env.pop("OMP_NUM_THREADS")  # the templates say it
-        done = subprocess.run([CLUSTER, "run", self.cluster, *words], cwd=self.folder, env=env, capture_output=True,
+        done = subprocess.run([CLUSTER, "run", self.cluster, *words], cwd=cwd or self.folder, env=env, capture_output=True,
                               text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S)
         self.assertEqual(done.returncode, 0, f"{words}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -126,6 +128,9 @@ class Slurm(unittest.TestCase):
             except ProcessLookupError:
                 pass
 
+    def losses(self, output):
+        return [line["loss"] for line in support.metrics(output) if "loss" in line]
+
     def same_as_alone(self, output):
         output = os.path.join(self.folder, output)
         self.assertEqual(support.curve(output), self.curve)
@@ -167,9 +172,11 @@ class Slurm(unittest.TestCase):
                 self.assertEqual(any(gathered), group != 1, gathered)
 
     def test_threads_follow_the_launcher(self):
-        """cpus-per-task becomes threads of a rank, under srun and under mpirun."""
-        for name in ("multi_node", "multi_node_mpirun"):
-            job, log = self.submit(name, f"threads-{name}", options=["--cpus-per-task=2"], words=["--verbose"], steps=2)
+        """cpus-per-task becomes threads of a rank, under srun and under mpirun, whatever environment sbatch was told to pass on."""
+        names = ",".join(["QSHARD", *support.OMPI])
+        for name, export in itertools.product(("multi_node", "multi_node_mpirun"), ("ALL", names)):
+            job, log = self.submit(name, f"threads-{name}-{len(export)}", options=["--cpus-per-task=2", f"--export={export}"],
+                                   words=["--verbose"], steps=2)
             self.completes(job, log)
             self.assertEqual(re.findall(r"local rank 0 of 1, .*, (\d+) threads", self.text(log)), ["2", "2"], self.text(log))
 
@@ -250,11 +257,48 @@ class Slurm(unittest.TestCase):
         with open(os.path.join(self.folder, "table.csv"), encoding="utf-8") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: int(row["nodes"]))
         self.assertEqual([(row["nodes"], row["ranks"]) for row in rows], [("1", "1"), ("2", "2")])
-        losses = [line["loss"] for line in support.metrics(self.alone) if "loss" in line]
         for row in rows:
-            self.assertEqual(float(row["loss"]), losses[-1])
+            self.assertEqual(float(row["loss"]), self.losses(self.alone)[-1])
             self.assertGreater(float(row["step_time_s"]), 0)
             self.assertGreater(float(row["tokens_per_s"]), 0)
+        again, log = self.submit("scaling", "unused", options=["--array=0", "--ntasks-per-node=1"], NODES="1", TABLE="table.csv")
+        self.assertEqual(self.end_of(again), ("FAILED", "2:0"))
+        self.assertIn("table-1 is there already: set TABLE", self.text(log.replace(".log", "_0.log")))
+
+    def test_the_lines_of_the_readme_lead_to_a_loss_curve(self):
+        """As they stand, but for the account, in a folder like the one that quickstart.sh --tiny leaves."""
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            section = re.search(r"^## On a cluster\n(.*?)^## ", file.read(), re.M | re.S)[1]
+        quickstart, sbatch, squeue, plot = re.search(r"^```sh\n(.*?)\n```$", section, re.M | re.S)[1].split("\n")
+        self.assertRegex(quickstart, r"^\./quickstart\.sh --tiny ")
+        clone = os.path.join(self.folder, "clone")
+        for name, source in (("slurm", None), ("inputs", None), ("src", None), ("quickstart/tiny", support.tiny()),
+                             ("build/release/qshard", support.QSHARD)):
+            os.makedirs(os.path.dirname(os.path.join(clone, name)), exist_ok=True)
+            os.symlink(source or os.path.join(ROOT, name), os.path.join(clone, name))
+        python = os.path.join(clone, "build", "venv", "bin", "python")
+        os.makedirs(os.path.dirname(python))
+        with open(python, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
+            file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')  # a link to it would not see its packages
+
+        def line(text):
+            return self.slurm("bash", "-c", text, cwd=clone, QSHARD="", PYTHONDONTWRITEBYTECODE="1")
+
+        job = re.fullmatch(r"Submitted batch job (\d+)\n", line(sbatch.replace("ACCOUNT", "physics")))[1]
+        wait_for(f"the end of job {job}", lambda: job not in line(squeue).split())
+        log = os.path.join(clone, re.search(r"\w+_JOB\.log", squeue)[0].replace("JOB", job))
+        self.completes(job, log)
+        self.assertIn("ends with exit code 0", squeue)
+        self.assertRegex(self.text(log), r"ended with exit code 0\n$")
+        self.assertIn("loss.png: 40 steps, 2 evaluations", line(plot))
+        with open(os.path.join(clone, "loss.png"), "rb") as file:
+            self.assertEqual(file.read(8), b"\x89PNG\r\n\x1a\n")
+        first, last, steps = re.search(r"falls from ([\d.]+) to ([\d.]+) in (\d+) steps", section).groups()
+        losses = self.losses(os.path.join(clone, "runs", "first"))
+        self.assertEqual(len(losses), int(steps))
+        # The data here are a third of quickstart.sh's, and products of another CPU may round otherwise.
+        self.assertAlmostEqual(losses[0], float(first), delta=0.1)
+        self.assertAlmostEqual(losses[-1], float(last), delta=0.3)
 
 
 if __name__ == "__main__":
