@@ -3,6 +3,7 @@
  */
 #include "base/cores_impl.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -30,8 +31,32 @@ static core_view fallback_view(void)
     return (core_view){.cores = online > 0 ? (int)online : 1, .bound = 0};
 }
 
-/* Of the calling thread: what it may run on within what the job may use. `topology` is NULL if
- * hwloc cannot say. */
+/* The machine, looked at once: it takes milliseconds, more where many ranks start. Stays until the
+ * process ends. NULL if hwloc cannot say. */
+static hwloc_topology_t machine;
+
+static void load_machine(void)
+{
+    hwloc_topology_t topology;
+    if (hwloc_topology_init(&topology) != 0) {
+        return;
+    }
+    if (hwloc_topology_load(topology) == 0) {
+        machine = topology;
+    } else {
+        hwloc_topology_destroy(topology);
+    }
+}
+
+static hwloc_topology_t machine_topology(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, load_machine);
+    return machine;
+}
+
+/* Of the calling thread, as it is now: what it may run on within what the job may use. `topology`
+ * is NULL if that cannot be said. */
 typedef struct {
     hwloc_topology_t topology;
     hwloc_cpuset_t mine;
@@ -39,13 +64,8 @@ typedef struct {
 
 static own_cores binding_open(void)
 {
-    own_cores b = {NULL, hwloc_bitmap_alloc()};
-    if (b.mine == NULL || hwloc_topology_init(&b.topology) != 0) {
-        b.topology = NULL;
-        return b;
-    }
-    if (hwloc_topology_load(b.topology) != 0) {
-        hwloc_topology_destroy(b.topology);
+    own_cores b = {machine_topology(), hwloc_bitmap_alloc()};
+    if (b.mine == NULL || b.topology == NULL) {
         b.topology = NULL;
         return b;
     }
@@ -55,14 +75,6 @@ static own_cores binding_open(void)
     }
     hwloc_bitmap_and(b.mine, b.mine, allowed);
     return b;
-}
-
-static void binding_close(own_cores *b)
-{
-    hwloc_bitmap_free(b->mine);
-    if (b->topology != NULL) {
-        hwloc_topology_destroy(b->topology);
-    }
 }
 
 static core_view view_of(const own_cores *b)
@@ -80,7 +92,7 @@ static core_view look(void)
 {
     own_cores b = binding_open();
     core_view view = view_of(&b);
-    binding_close(&b);
+    hwloc_bitmap_free(b.mine);
     return view;
 }
 
@@ -122,7 +134,7 @@ void qs_cores_place(int threads)
     }
     free(cpus);
     hwloc_bitmap_free(nodes);
-    binding_close(&b);
+    hwloc_bitmap_free(b.mine);
 }
 
 int qs_cores_available(void)
@@ -187,18 +199,15 @@ static uint64_t kernel_id(void)
 void qs_cores_get_binding(qs_cores_binding *out)
 {
     *out = (qs_cores_binding){.host = kernel_id()};
-    hwloc_topology_t topology;
+    hwloc_topology_t topology = machine_topology();
     hwloc_cpuset_t mine = hwloc_bitmap_alloc();
-    if (mine != NULL && hwloc_topology_init(&topology) == 0) {
-        if (hwloc_topology_load(topology) == 0 &&
-            hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) == 0 &&
-            hwloc_bitmap_last(mine) >= 0) { /* -1: not bounded */
-            int cpu;
-            hwloc_bitmap_foreach_begin(cpu, mine)
-                out->mask[(unsigned)cpu / 64 % QS_CORES_MASK_WORDS] |= UINT64_C(1) << (cpu % 64);
-            hwloc_bitmap_foreach_end();
-        }
-        hwloc_topology_destroy(topology);
+    if (mine != NULL && topology != NULL &&
+        hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) == 0 &&
+        hwloc_bitmap_last(mine) >= 0) { /* -1: not bounded */
+        int cpu;
+        hwloc_bitmap_foreach_begin(cpu, mine) out->mask[(unsigned)cpu / 64 % QS_CORES_MASK_WORDS] |=
+            UINT64_C(1) << (cpu % 64);
+        hwloc_bitmap_foreach_end();
     }
     hwloc_bitmap_free(mine);
 }
