@@ -115,7 +115,7 @@ typedef struct {
 } qs_ops_limits;
 
 typedef struct {
-    const char *name;   /* "strict", "fp16", "amx", "cuda" */
+    const char *name;   /* "strict", "bf16", "fp16", "amx", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
 
     /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
@@ -265,9 +265,15 @@ typedef struct {
 /** The CPU's reference table. */
 const qs_ops *qs_ops_cpu(void);
 
-/** The same with the products of frozen NF4 matrices in fp16 (kernels/cpu/gemm_fp16.h); NULL where
- * the CPU has no AVX512-FP16. The same bits on every CPU that has it, other bits than qs_ops_cpu's.
- */
+/** The same with the products of linears and attention in bf16 (qs_gemm_bf16). The same bits on
+ * every CPU, other bits than qs_ops_cpu's. */
+const qs_ops *qs_ops_cpu_bf16(void);
+
+/** Whether they take about half the time of qs_ops_cpu's here: by the CPU's features. */
+bool qs_ops_cpu_bf16_is_faster(void);
+
+/** Likewise with those of NF4 matrices in fp16 (kernels/cpu/gemm_fp16.h); NULL where
+ * the CPU has no AVX512-FP16. */
 const qs_ops *qs_ops_cpu_fp16(void);
 
 /** Likewise in bf16 tiles (kernels/cpu/gemm_amx.h); NULL where the CPU or its kernel has no

@@ -108,6 +108,7 @@ Test(bench, products_of_other_paths_are_checked)
 {
     setenv("QSHARD_CPU_FP16", "portable", 1);
     setenv("QSHARD_CPU_AMX", "portable", 1);
+    check_path(qs_ops_cpu_bf16());
     check_path(qs_ops_cpu_fp16());
     check_path(qs_ops_cpu_amx());
 }
@@ -135,6 +136,13 @@ Test(bench, every_decoded_weight_is_checked)
     cr_assert_eq(check.checked, OUT * IN);
     u.out[OUT * IN / 3] += 1e-3F;
     is_wrong(qs_bench_check_decode(&b, &u, &check), &check);
+    b.ops = qs_ops_cpu_bf16();
+    cr_assert_eq(qs_bench_unit_decode(&b, &u), QS_OK);
+    is_right(qs_bench_check_decode(&b, &u, &check), &check, 1e-300);
+    cr_assert_eq(check.checked, OUT * IN);
+    ((uint32_t *)(void *)u.out)[OUT * IN / 6] ^= 1U << 6;
+    is_wrong(qs_bench_check_decode(&b, &u, &check), &check);
+    b.ops = qs_ops_cpu();
 }
 
 /* ---- attention, head ---- */

@@ -420,7 +420,7 @@ static const bad_file BAD[] = {
     {B "memory: {device_limit: 8Q}\n", QS_ERR_CONFIG_VALUE, "not an integer"},
     {B "memory: {device_limit: 9000000000000T}\n", QS_ERR_CONFIG_VALUE, "out of range"},
     {B "device: tpu\n", QS_ERR_CONFIG_VALUE, "auto | cpu | cuda"},
-    {B "cpu: {gemm: fast}\n", QS_ERR_CONFIG_VALUE, "auto | strict | fp16 | amx"},
+    {B "cpu: {gemm: fast}\n", QS_ERR_CONFIG_VALUE, "auto | strict | bf16 | fp16 | amx"},
     {B "output: ~\n", QS_ERR_CONFIG_VALUE, "is no path"},
     {B "output:\n", QS_ERR_CONFIG_VALUE, "is no path"},
     {B "output: [a]\n", QS_ERR_CONFIG_VALUE, "is a list"},

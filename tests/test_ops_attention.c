@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/cpu/pairs.h"
 #include "kernels/ops.h"
 #include "ops_fixture.h"
 
@@ -381,4 +382,135 @@ Test(attention, large_scores_do_not_overflow)
     }
     fixture_destroy(&f);
     qs_queue_destroy(queue);
+}
+
+/* ---- in bf16 ---- */
+
+typedef struct {
+    qs_mat o, dq, dk, dv;
+    float *lse;
+} results;
+
+static results run(const qs_ops *ops, int threads, const fixture *f)
+{
+    qs_queue *queue = fx_queue(threads);
+    results r = {.o = fx_mat(f->o.rows, f->o.cols, 0, 20),
+                 .dq = fx_mat(f->q.rows, f->q.cols, 0, 20),
+                 .dk = fx_mat(f->k.rows, f->k.cols, 0, 20),
+                 .dv = fx_mat(f->v.rows, f->v.cols, 0, 20),
+                 .lse = fx_random(f->r.rows * f->shape.n_heads, 9)};
+    cr_assert_eq(ops->attention_forward(queue, &f->shape, &f->q, &f->k, &f->v, &r.o, r.lse), QS_OK);
+    cr_assert_eq(ops->attention_backward(queue, &f->shape, &f->q, &f->k, &f->v, &r.o, r.lse,
+                                         &f->d_o, f->delta, &r.dq, &r.dk, &r.dv),
+                 QS_OK);
+    qs_queue_destroy(queue);
+    return r;
+}
+
+static void results_free(results *r)
+{
+    fx_mat_free(&r->o);
+    fx_mat_free(&r->dq);
+    fx_mat_free(&r->dk);
+    fx_mat_free(&r->dv);
+    free(r->lse);
+}
+
+static void same_floats(const qs_mat *a, const qs_mat *b, const char *what)
+{
+    cr_assert_eq(memcmp(a->data, b->data, (size_t)(a->rows * a->cols) * sizeof(float)), 0, "%s",
+                 what);
+}
+
+static double size_of(const qs_mat *mat, int64_t first, int64_t rows)
+{
+    double sum = 0;
+    for (int64_t i = first * mat->cols; i < (first + rows) * mat->cols; i++) {
+        sum += (double)qs_mat_f32(mat)[i] * (double)qs_mat_f32(mat)[i];
+    }
+    return sqrt(sum / (double)(rows * mat->cols));
+}
+
+/* Each row within what operands of 8 bits lose, of its own size and of that of all rows (a row's
+ * gradient may cancel). */
+static void close_rows(const qs_mat *got, const qs_mat *strict, const char *what)
+{
+    const double all = size_of(strict, 0, strict->rows);
+    for (int64_t t = 0; t < got->rows; t++) {
+        double error = 0;
+        for (int64_t i = 0; i < got->cols; i++) {
+            const double off = fx_at(got, t, i) - fx_at(strict, t, i);
+            error += off * off;
+        }
+        error = sqrt(error / (double)got->cols);
+        cr_assert_leq(error, 0x1p-5 * (size_of(strict, t, 1) + all), "%s row %d: %g of %g", what,
+                      (int)t, error, size_of(strict, t, 1));
+    }
+}
+
+ParameterizedTestParameters(attention, bf16_is_near_strict_and_one_value_on_every_cpu)
+{
+    static attention_case c[] = {
+        {1, 1, 4, 0, {0}, 0},
+        {2, 1, 8, 1, {0, 0}, 0},
+        {3, 1, 6, 4, {0, 1, 2, 2, 9}, 0},
+        {2, 2, 64, 2, {0, 65, 300}, 0},
+        {9, 3, 20, 3, {0, 130, 131, 200}, 0},
+        {2, 1, 130, 2, {0, 3, 70}, 0},
+        {4, 2, 5, 3, {0, 7, 71, 90}, 0}, /* odd head_dim: half a word */
+        {10, 2, 4, 2, {0, 70, 75}, 0},
+        {2, 1, 8, 2, {0, 70, 200}, 7},
+        {3, 1, 8, 2, {0, 7, 200}, 63},
+        {5, 1, 8, 2, {0, 65, 260}, 65},
+        {2, 1, 8, 2, {0, 65, 401}, 129},
+        {4, 2, 16, 3, {0, 300, 310, 441}, 0},
+        {2, 1, 260, 1, {0, 141}, 0}, /* a sum of more than 256 */
+    };
+    return cr_make_param_array(attention_case, c, sizeof c / sizeof *c);
+}
+ParameterizedTest(attention_case *c, attention, bf16_is_near_strict_and_one_value_on_every_cpu)
+{
+    static const char *const tables[] = {"portable", "avx2", "avx512bf16"};
+    for (int capped = 0; capped < 2; capped++) {
+        fixture f = fixture_capped(c, capped ? 2.0F : 0.0F);
+        cr_assert(qs_pairs_force("portable"));
+        results strict = run(qs_ops_cpu(), 2, &f), want = run(qs_ops_cpu_bf16(), 1, &f);
+        close_rows(&want.o, &strict.o, "o");
+        close_rows(&want.dq, &strict.dq, "dq");
+        close_rows(&want.dk, &strict.dk, "dk");
+        close_rows(&want.dv, &strict.dv, "dv");
+        for (int i = 0; i < 3; i++) {
+            for (int threads = 1; threads <= 5 && qs_pairs_force(tables[i]); threads += 2) {
+                results got = run(qs_ops_cpu_bf16(), threads, &f);
+                same_floats(&got.o, &want.o, tables[i]);
+                same_floats(&got.dq, &want.dq, tables[i]);
+                same_floats(&got.dk, &want.dk, tables[i]);
+                same_floats(&got.dv, &want.dv, tables[i]);
+                results_free(&got);
+            }
+        }
+        results_free(&strict);
+        results_free(&want);
+        fixture_destroy(&f);
+    }
+}
+
+/* None of the results is left to the strict products. */
+Test(attention, bf16_computes_in_bf16)
+{
+    static const attention_case c = {2, 1, 16, 1, {0, 90}, 0};
+    fixture f = fixture_create(&c);
+    results strict = run(qs_ops_cpu(), 2, &f), got = run(qs_ops_cpu_bf16(), 2, &f);
+    const qs_mat *pairs[4][2] = {
+        {&got.o, &strict.o}, {&got.dq, &strict.dq}, {&got.dk, &strict.dk}, {&got.dv, &strict.dv}};
+    for (int i = 0; i < 4; i++) {
+        int same = 0, count = (int)(pairs[i][0]->rows * pairs[i][0]->cols);
+        for (int e = 0; e < count; e++) {
+            same += qs_mat_f32(pairs[i][0])[e] == qs_mat_f32(pairs[i][1])[e];
+        }
+        cr_assert_lt(same, count / 10, "result %d is strict", i);
+    }
+    results_free(&strict);
+    results_free(&got);
+    fixture_destroy(&f);
 }

@@ -1,5 +1,5 @@
-/* The products of cpu.gemm: fp16 and amx (kernels/cpu/gemm_fp16.h, gemm_amx.h), on any CPU by way
- * of the portable inner loops, and by the instructions where the CPU has them. */
+/* The products of cpu.gemm: bf16, fp16 and amx (kernels/cpu/gemm.h, gemm_fp16.h, gemm_amx.h), on
+ * any CPU by way of the portable inner loops, and by the instructions where the CPU has them. */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <math.h>
@@ -8,11 +8,12 @@
 
 #include "base/dtype.h"
 #include "kernels/cpu/half.h"
+#include "kernels/cpu/pairs.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/tile.h"
 #include "ops_fixture.h"
 
-enum { N_TABLES = 3, N_PATHS = 2 };
+enum { N_TABLES = 3, N_PATHS = 3, FP16 = 0, AMX = 1, BF16 = 2 };
 
 typedef struct {
     const char *name, *variable; /* the variable that forces a table */
@@ -22,6 +23,11 @@ typedef struct {
     const char *tables[N_TABLES];
     int64_t rounded_once; /* up to so deep sums may lose 1.5 times what bf16 operands do */
 } product_path;
+
+static bool any_cpu(void)
+{
+    return true;
+}
 
 static const product_path paths[N_PATHS] = {
     {"fp16",
@@ -37,6 +43,13 @@ static const product_path paths[N_PATHS] = {
      qs_tile_force,
      qs_tile_supported,
      {"portable", "amx", NULL},
+     0},
+    {"bf16",
+     "QSHARD_CPU_BF16",
+     qs_ops_cpu_bf16,
+     qs_pairs_force,
+     any_cpu,
+     {"portable", "avx2", "avx512bf16"},
      0},
 };
 
@@ -252,9 +265,9 @@ Test(products, other_matrices_are_strict)
     const fx_weight_spec across[] = {{QS_WEIGHT_NF4, 130, 333, QS_BF16, true, 2, 0},
                                      {QS_WEIGHT_NF4, 40, 96, QS_BF16, true, 2, 0}};
     for (int i = 0; i < 2; i++) {
-        strict(&paths[0], &raw[i]);
-        strict(&paths[1], &raw[i]);
-        strict(&paths[0], &across[i]); /* rows that do not start on a block */
+        strict(&paths[FP16], &raw[i]);
+        strict(&paths[AMX], &raw[i]);
+        strict(&paths[FP16], &across[i]); /* rows that do not start on a block */
     }
 }
 
@@ -352,7 +365,7 @@ ParameterizedTestParameters(products, amx_loses_roundings_of_sums_alone)
 }
 ParameterizedTest(product_case *c, products, amx_loses_roundings_of_sums_alone)
 {
-    const product_path *path = &paths[1];
+    const product_path *path = &paths[AMX];
     fx_unit unit = fx_unit_create(&c->weight, 21);
     for (int transposed = 0; transposed < 2; transposed++) {
         const int64_t n = transposed ? c->weight.out : c->weight.in;
@@ -377,6 +390,72 @@ ParameterizedTest(product_case *c, products, amx_loses_roundings_of_sums_alone)
         }
         fx_mat_free(&left);
         fx_mat_free(&to);
+    }
+    fx_unit_destroy(&unit);
+}
+
+/* bf16 is the strict product of operands that are rounded to bf16, bit for bit, as long as nothing
+ * is subnormal; raw matrices, too, rows of W that start anywhere, odd depths, both directions. */
+static product_case rounded[] = {
+    {{QS_WEIGHT_NF4, 130, 333, QS_BF16, true, 2, 0}, 33},
+    {{QS_WEIGHT_NF4, 257, 1025, QS_F32, true, 3, 0}, 3},
+    {{QS_WEIGHT_NF4, 1056, 31, QS_F16, false, 2, 0}, 64},
+    {{QS_WEIGHT_NF4, 300, 704, QS_BF16, true, 3, 0}, 170},
+    {{QS_WEIGHT_NF4, 97, 98, QS_BF16, true, 3, 0}, 20}, /* rows start within a block */
+    {{QS_WEIGHT_RAW, 77, 128, QS_BF16, true, 3, 128}, 9},
+    {{QS_WEIGHT_RAW, 70, 63, QS_BF16, true, 3, 63}, 9},
+    {{QS_WEIGHT_RAW, 64, 64, QS_F32, true, 1, 64}, 50},
+    {{QS_WEIGHT_RAW, 64, 66, QS_F16, true, 1, 66}, 5},
+};
+
+/* A row of the product as gemm.h defines it. */
+static void product_of_rounded(const fx_unit *unit, bool transposed, const qs_mat *left, int64_t t,
+                               float *out, int64_t n)
+{
+    enum { KC = 256 }; /* a block's sum is a chain from 0, added to those before it */
+    for (int64_t j = 0; j < n; j++) {
+        float total = 0;
+        for (int64_t k0 = 0; k0 < left->cols; k0 += KC) {
+            float sum = 0;
+            for (int64_t k = k0; k < qs_min_i64(k0 + KC, left->cols); k++) {
+                sum = fmaf((float)to_bf16(fx_at(left, t, k)),
+                           (float)to_bf16(weight_at(unit, transposed, k, j)), sum);
+            }
+            total = k0 == 0 ? sum : total + sum;
+        }
+        out[j] = total;
+    }
+}
+
+ParameterizedTestParameters(products, bf16_is_strict_with_rounded_operands)
+{
+    return cr_make_param_array(product_case, rounded, sizeof rounded / sizeof *rounded);
+}
+ParameterizedTest(product_case *c, products, bf16_is_strict_with_rounded_operands)
+{
+    const product_path *path = &paths[BF16];
+    fx_unit unit = fx_unit_create(&c->weight, 31);
+    for (int transposed = 0; transposed < 2; transposed++) {
+        const int64_t n = transposed ? c->weight.out : c->weight.in;
+        const int64_t k = transposed ? c->weight.in : c->weight.out;
+        float *want = malloc((size_t)n * sizeof *want);
+        qs_mat left = fx_mat(c->rows, k, 3, 1);
+        for (int i = 0; i < N_TABLES; i++) {
+            if (!path->force(path->tables[i])) {
+                continue;
+            }
+            qs_mat to = fx_mat(c->rows, n, 1, 2);
+            multiply(path, 2, &unit, transposed, &left, &to, false);
+            for (int64_t t = 0; t < c->rows; t++) {
+                product_of_rounded(&unit, transposed, &left, t, want, n);
+                cr_assert_eq(
+                    memcmp(qs_mat_f32(&to) + t * to.stride, want, (size_t)n * sizeof *want), 0,
+                    "%s, row %d of %d columns, k %d", path->tables[i], (int)t, (int)n, (int)k);
+            }
+            fx_mat_free(&to);
+        }
+        fx_mat_free(&left);
+        free(want);
     }
     fx_unit_destroy(&unit);
 }

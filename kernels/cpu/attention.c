@@ -9,7 +9,6 @@ enum { OWN = QS_ATTENTION_OWN, STEP = QS_ATTENTION_STEP };
 
 typedef struct {
     qs_attention_plan plan;
-    const qs_isa *isa;
     const qs_mat *qm, *km, *vm;
     qs_mat *o;
     float *lse;
@@ -37,17 +36,17 @@ static void softmax_step(const forward_args *f, const qs_attention_task *task,
             continue;
         }
         if (shape->cap > 0.0F) {
-            f->isa->soft_cap(row, visible.count, shape->scale, shape->cap);
+            f->plan.isa->soft_cap(row, visible.count, shape->scale, shape->cap);
         }
-        float most = f->isa->max(row, visible.count) * scale, before = head->max[i];
+        float most = f->plan.isa->max(row, visible.count) * scale, before = head->max[i];
         head->max[i] = most > before ? most : before;
         head->by[i] = before - head->max[i];
     }
-    f->isa->exp_sum(head->by + from, task->rows - from, 1.0F, 0.0F);
+    f->plan.isa->exp_sum(head->by + from, task->rows - from, 1.0F, 0.0F);
     for (int64_t i = from; i < task->rows; i++) {
         float *row = scores + i * STEP;
         qs_visible_keys visible = qs_visible(shape, task->begin + i, key, cols);
-        float sum = f->isa->exp_sum(row + visible.first, visible.count, scale, head->max[i]);
+        float sum = f->plan.isa->exp_sum(row + visible.first, visible.count, scale, head->max[i]);
         head->sum[i] = head->sum[i] * head->by[i] + sum;
         qs_zero_hidden(row, cols, visible);
     }
@@ -103,15 +102,15 @@ static void take_keys(const forward_args *f, const qs_attention_task *task, cons
     const int64_t from = key > task->begin ? key - task->begin : 0, rows = task->rows - from;
     const bool more = key > qs_attention_first_key(&f->plan, task);
     qs_block queries = {head->queries + from * stride, stride, false};
-    qs_block weights = {scores + from * STEP, STEP, false};
-    float *out = head->out + from * stride;
-    qs_block_multiply(rows, cols, dim, queries, keys, QS_ATTENTION_TURNED, scores + from * STEP,
-                      STEP, false);
+    float *out = head->out + from * stride, *words = scores + OWN * STEP;
+    qs_block_multiply(&f->plan, rows, cols, dim, queries, keys, QS_ATTENTION_TURNED,
+                      scores + from * STEP, STEP, false);
     softmax_step(f, task, head, from, scores, key, cols);
+    qs_block weights = qs_block_scores(&f->plan, scores + from * STEP, STEP, rows, cols, words);
     if (more) {
         scale_rows(out, stride, rows, dim, head->by + from);
     }
-    qs_block_multiply(rows, dim, cols, weights, values, stride, out, stride, more);
+    qs_block_multiply(&f->plan, rows, dim, cols, weights, values, stride, out, stride, more);
 }
 
 static void forward_task(void *ctx, int64_t index, int thread)
@@ -120,17 +119,17 @@ static void forward_task(void *ctx, int64_t index, int thread)
     qs_attention_task task = qs_attention_task_at(&f->plan, index, true);
     float *scores = f->plan.workspace + thread * f->plan.per_thread;
     float *vectors = scores + QS_ATTENTION_SCORES * OWN * STEP;
-    float *keys = vectors + QS_ATTENTION_VECTORS * OWN, *values = keys + f->plan.copy_count;
+    float *keys = vectors + QS_ATTENTION_VECTORS * OWN, *copy = keys + f->plan.copy_count;
     head_state head[QS_ATTENTION_HEADS];
     for (int h = 0; h < task.heads; h++) {
-        head_begin(f, &task, h, vectors + h * 3 * OWN, values + (1 + 2 * h) * f->plan.copy_count,
+        head_begin(f, &task, h, vectors + h * 3 * OWN, copy + (1 + 2 * h) * f->plan.copy_count,
                    &head[h]);
     }
     for (int64_t key = qs_attention_first_key(&f->plan, &task); key < task.begin + task.rows;
          key += STEP) {
         int64_t cols = qs_min_i64(STEP, task.doc_end - key);
         qs_block_turn(&f->plan, f->km, key, cols, task.kv_head, keys);
-        qs_block_copy(&f->plan, f->vm, key, cols, task.kv_head, values);
+        const float *values = qs_block_right(&f->plan, f->vm, key, cols, task.kv_head, NULL, copy);
         for (int h = 0; h < task.heads; h++) {
             take_keys(f, &task, &head[h], key, cols, keys, values, scores);
         }
@@ -140,11 +139,12 @@ static void forward_task(void *ctx, int64_t index, int thread)
     }
 }
 
-qs_status qs_cpu_attention_forward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
-                                   const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse)
+qs_status qs_attention_forward_by(qs_queue *q, qs_products products,
+                                  const qs_attention_shape *shape, const qs_mat *qm,
+                                  const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse)
 {
-    forward_args args = {.isa = qs_isa_get(), .qm = qm, .km = km, .vm = vm, .o = o, .lse = lse};
-    QS_TRY(qs_attention_plan_make(q, shape, &args.plan));
+    forward_args args = {.qm = qm, .km = km, .vm = vm, .o = o, .lse = lse};
+    QS_TRY(qs_attention_plan_make(q, products, shape, &args.plan));
     qs_parallel_for(q, qs_attention_tasks(&args.plan), qs_attention_work(shape), forward_task,
                     &args);
     return QS_OK;

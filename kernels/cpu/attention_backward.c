@@ -14,7 +14,6 @@ enum { OWN = QS_ATTENTION_OWN, STEP = QS_ATTENTION_STEP, DELTA_ROWS = 32 };
 
 typedef struct {
     qs_attention_plan plan;
-    const qs_isa *isa;
     const qs_mat *qm, *km, *vm, *o, *d_o;
     const float *lse;
     float *delta;
@@ -24,9 +23,11 @@ typedef struct {
 /* A thread's workspace: P and dS of one pair of blocks, copies, and sums. Of K and V also what is
  * turned, as the right operands of products over head_dim. */
 typedef struct {
-    float *p, *ds; /* [STEP][OWN] */
+    float *p, *ds, *p_words, *ds_words; /* [STEP][OWN]; the last two for bf16 */
     float *keys_turned, *values_turned;
-    float *keys, *queries, *d_out; /* [OWN][copy_stride] */
+    float *queries, *d_out;                          /* [OWN][copy_stride] */
+    float *keys_space, *queries_space, *d_out_space; /* likewise, for qs_block_right */
+    const float *keys;
     float *dk, *dv;
 } pair_work;
 
@@ -37,13 +38,17 @@ static pair_work workspace(const backward_args *g, int thread)
     int64_t count = g->plan.copy_count;
     return (pair_work){.p = scores,
                        .ds = scores + OWN * STEP,
+                       .p_words = scores + 2 * OWN * STEP,
+                       .ds_words = scores + 3 * OWN * STEP,
                        .keys_turned = copies,
                        .values_turned = copies + count,
-                       .keys = copies + 2 * count,
+                       .keys_space = copies + 2 * count,
                        .queries = copies + 3 * count,
                        .d_out = copies + 4 * count,
                        .dk = copies + 5 * count,
-                       .dv = copies + 6 * count};
+                       .dv = copies + 6 * count,
+                       .queries_space = copies + 7 * count,
+                       .d_out_space = copies + 8 * count};
 }
 
 static void delta_task(void *ctx, int64_t index, int thread)
@@ -56,7 +61,7 @@ static void delta_task(void *ctx, int64_t index, int thread)
         for (int h = 0; h < g->plan.shape->n_heads; h++) {
             const float *o = qs_mat_f32(g->o) + t * g->o->stride + (int64_t)h * dim;
             const float *d_o = qs_mat_f32(g->d_o) + t * g->d_o->stride + (int64_t)h * dim;
-            g->delta[h * g->o->rows + t] = g->isa->dot(o, d_o, dim);
+            g->delta[h * g->o->rows + t] = g->plan.isa->dot(o, d_o, dim);
         }
     }
 }
@@ -69,22 +74,23 @@ static void pair(const backward_args *g, const pair_work *w, int head, int64_t q
     const bool capped = shape->cap > 0.0F;
     qs_block queries = {w->queries, g->plan.copy_stride, false};
     qs_block d_out = {w->d_out, g->plan.copy_stride, false};
-    qs_block_multiply(rows, cols, shape->head_dim, queries, w->keys_turned, QS_ATTENTION_TURNED,
-                      w->p, OWN, false);
-    qs_block_multiply(rows, cols, shape->head_dim, d_out, w->values_turned, QS_ATTENTION_TURNED,
-                      w->ds, OWN, false);
+    qs_block_multiply(&g->plan, rows, cols, shape->head_dim, queries, w->keys_turned,
+                      QS_ATTENTION_TURNED, w->p, OWN, false);
+    qs_block_multiply(&g->plan, rows, cols, shape->head_dim, d_out, w->values_turned,
+                      QS_ATTENTION_TURNED, w->ds, OWN, false);
     for (int64_t i = 0; i < rows; i++) {
         float *p = w->p + i * OWN, *ds = w->ds + i * OWN;
         int64_t at = head * g->qm->rows + query + i;
         qs_visible_keys visible = qs_visible(shape, query + i, key, cols);
         int64_t from = visible.first;
         if (capped) {
-            g->isa->soft_cap(p + from, visible.count, shape->scale, shape->cap);
-            g->isa->soft_cap_backward(p + from, visible.count, g->delta[at], shape->cap, ds + from);
+            g->plan.isa->soft_cap(p + from, visible.count, shape->scale, shape->cap);
+            g->plan.isa->soft_cap_backward(p + from, visible.count, g->delta[at], shape->cap,
+                                           ds + from);
         }
-        g->isa->exp_sum(p + from, visible.count, capped ? 1.0F : shape->scale, g->lse[at]);
-        g->isa->softmax_backward(p + from, visible.count, capped ? 0.0F : g->delta[at],
-                                 shape->scale, ds + from);
+        g->plan.isa->exp_sum(p + from, visible.count, capped ? 1.0F : shape->scale, g->lse[at]);
+        g->plan.isa->softmax_backward(p + from, visible.count, capped ? 0.0F : g->delta[at],
+                                      shape->scale, ds + from);
         qs_zero_hidden(p, cols, visible);
         qs_zero_hidden(ds, cols, visible);
     }
@@ -102,8 +108,9 @@ static void add_dq(const backward_args *g, const qs_attention_task *task, const 
     if (more) {
         qs_parallel_await(&g->plan.passed[task->number - g->plan.shape->n_kv_heads], step + 1);
     }
-    qs_block ds = {w->ds, OWN, false};
-    qs_block_multiply(rows, dim, cols, ds, w->keys, g->plan.copy_stride, dq, g->dq->stride, more);
+    qs_block ds = qs_block_scores(&g->plan, w->ds, OWN, rows, cols, w->ds_words);
+    qs_block_multiply(&g->plan, rows, dim, cols, ds, w->keys, g->plan.copy_stride, dq,
+                      g->dq->stride, more);
     atomic_store_explicit(&g->plan.passed[task->number], step + 1, memory_order_release);
 }
 
@@ -115,14 +122,19 @@ static void take_queries(const backward_args *g, const qs_attention_task *task, 
     const int64_t cols =
         qs_min_i64(task->rows, query + rows - task->begin); /* later keys are hidden */
     const int64_t step = (h * g->plan.count * OWN + query - task->doc_begin) / STEP;
-    const qs_block p = {w->p, OWN, true}, ds = {w->ds, OWN, true};
     int head = task->head + h;
     qs_block_copy(&g->plan, g->qm, query, rows, head, w->queries);
     qs_block_copy(&g->plan, g->d_o, query, rows, head, w->d_out);
     pair(g, w, head, query, rows, task->begin, cols);
     add_dq(g, task, w, head, query, rows, cols, step);
-    qs_block_multiply(cols, dim, rows, p, w->d_out, stride, w->dv, stride, true);
-    qs_block_multiply(cols, dim, rows, ds, w->queries, stride, w->dk, stride, true);
+    const qs_block p = qs_block_scores_turned(&g->plan, w->p, OWN, rows, cols, w->p_words);
+    const qs_block ds = qs_block_scores_turned(&g->plan, w->ds, OWN, rows, cols, w->ds_words);
+    const float *queries =
+        qs_block_right(&g->plan, g->qm, query, rows, head, w->queries, w->queries_space);
+    const float *d_out =
+        qs_block_right(&g->plan, g->d_o, query, rows, head, w->d_out, w->d_out_space);
+    qs_block_multiply(&g->plan, cols, dim, rows, p, d_out, stride, w->dv, stride, true);
+    qs_block_multiply(&g->plan, cols, dim, rows, ds, queries, stride, w->dk, stride, true);
 }
 
 static void copy_out(const backward_args *g, const qs_attention_task *task, const float *sums,
@@ -143,7 +155,8 @@ static void keys_task(void *ctx, int64_t index, int thread)
     pair_work w = workspace(g, thread);
     qs_block_turn(&g->plan, g->km, task.begin, task.rows, task.kv_head, w.keys_turned);
     qs_block_turn(&g->plan, g->vm, task.begin, task.rows, task.kv_head, w.values_turned);
-    qs_block_copy(&g->plan, g->km, task.begin, task.rows, task.kv_head, w.keys);
+    w.keys =
+        qs_block_right(&g->plan, g->km, task.begin, task.rows, task.kv_head, NULL, w.keys_space);
     memset(w.dk, 0, (size_t)g->plan.copy_count * sizeof *w.dk);
     memset(w.dv, 0, (size_t)g->plan.copy_count * sizeof *w.dv);
     int64_t query_end = qs_attention_query_end(&g->plan, &task);
@@ -157,13 +170,13 @@ static void keys_task(void *ctx, int64_t index, int thread)
     copy_out(g, &task, w.dv, g->dv);
 }
 
-qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
-                                    const qs_mat *km, const qs_mat *vm, const qs_mat *o,
-                                    const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
-                                    qs_mat *dk, qs_mat *dv)
+qs_status qs_attention_backward_by(qs_queue *q, qs_products products,
+                                   const qs_attention_shape *shape, const qs_mat *qm,
+                                   const qs_mat *km, const qs_mat *vm, const qs_mat *o,
+                                   const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
+                                   qs_mat *dk, qs_mat *dv)
 {
-    backward_args args = {.isa = qs_isa_get(),
-                          .qm = qm,
+    backward_args args = {.qm = qm,
                           .km = km,
                           .vm = vm,
                           .o = o,
@@ -174,7 +187,7 @@ qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape
                           .dk = dk,
                           .dv = dv};
     int64_t work = qs_attention_work(shape);
-    QS_TRY(qs_attention_plan_make(q, shape, &args.plan));
+    QS_TRY(qs_attention_plan_make(q, products, shape, &args.plan));
     qs_parallel_for(q, qs_ceil_div(o->rows, DELTA_ROWS), o->rows * o->cols, delta_task, &args);
     qs_parallel_for(q, args.plan.count * shape->n_kv_heads, work, keys_task, &args);
     return QS_OK;

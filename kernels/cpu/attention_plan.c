@@ -41,11 +41,13 @@ int64_t qs_attention_scratch_count(int threads, int64_t tokens, int64_t document
            threads * per_thread_count(head_dim);
 }
 
-qs_status qs_attention_plan_make(qs_queue *q, const qs_attention_shape *shape,
+qs_status qs_attention_plan_make(qs_queue *q, qs_products products, const qs_attention_shape *shape,
                                  qs_attention_plan *out)
 {
     int threads = qs_queue_threads(q);
     out->shape = shape;
+    out->isa = qs_isa_get();
+    out->pairs = products == QS_PRODUCTS_BF16 ? qs_pairs_get() : NULL;
     out->heads_per_kv = shape->n_heads / shape->n_kv_heads;
     out->groups_per_kv = (int)qs_ceil_div(out->heads_per_kv, QS_ATTENTION_HEADS);
     out->copy_stride = copy_stride(shape->head_dim);

@@ -23,6 +23,7 @@
 #include "base/status.h"
 #include "device/device.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/pairs.h"
 
 /** A matrix as it is stored: rows of contiguous elements, in memory or produced on demand. */
 typedef struct qs_operand {
@@ -31,6 +32,9 @@ typedef struct qs_operand {
     /* Elements [first, first + count) of row `row` to `out`. May be called from several threads. */
     void (*load)(const struct qs_operand *operand, int64_t row, int64_t first, int64_t count,
                  float *out);
+    /* The same as pairs.h has them along a row, for an even `first`, or false; NULL: from load. */
+    bool (*load_pairs)(const struct qs_operand *operand, const qs_pairs *pairs, int64_t row,
+                       int64_t first, int64_t count, uint32_t *out);
     const void *ctx;
     bool
         transposed; /* what is stored is the transpose: its rows run along k for B, along m for A */
@@ -38,28 +42,19 @@ typedef struct qs_operand {
 } qs_operand;
 
 /** C[m, n] (+)= A[m, k] B[k, n]. With k = 0 C is left (accumulate) or zero. */
-qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
-                  const qs_operand *b, float *c, int64_t c_stride, bool accumulate);
+typedef qs_status qs_gemm_function(qs_queue *queue, int64_t m, int64_t n, int64_t k,
+                                   const qs_operand *a, const qs_operand *b, float *c,
+                                   int64_t c_stride, bool accumulate);
 
-/** Floats of packing space that qs_gemm keeps at most, for operands of up to `rows` x `cols` or
- * transposed. */
+/** In strict fp32. */
+qs_gemm_function qs_gemm;
+
+/** The same of both operands rounded to bf16, and with what is subnormal, operand or result, taken
+ * for 0: the same bits on any CPU (pairs.h). A is not scaled. */
+qs_gemm_function qs_gemm_bf16;
+
+/** Floats of packing space that qs_gemm, or qs_gemm_bf16, keeps at most, for operands of up to
+ * `rows` x `cols` or transposed. */
 int64_t qs_gemm_scratch_count(int threads, int64_t rows, int64_t cols);
-
-/* ---- the same product, the same bits, in the calling thread alone ---- */
-
-/** Floats that a packed left operand [m, k] or right operand [k, n] takes at most, with any
- * instruction set. */
-static inline int64_t qs_packed_count(int64_t m_or_n, int64_t k)
-{
-    return (m_or_n + QS_GEMM_NR_MAX) * k;
-}
-
-/** Pack A[m, k], or B[k, n], for qs_multiply_packed. */
-void qs_pack_left(const qs_isa *isa, const qs_operand *a, int64_t m, int64_t k, float *packed);
-void qs_pack_right(const qs_isa *isa, const qs_operand *b, int64_t n, int64_t k, float *packed);
-
-/** C (+)= A B of packed operands. */
-void qs_multiply_packed(const qs_isa *isa, int64_t m, int64_t n, int64_t k, const float *left,
-                        const float *right, float *c, int64_t c_stride, bool accumulate);
 
 #endif

@@ -14,10 +14,8 @@
 
 #include "kernels/cpu/gemm.h"
 
-/** C[m, n] (+)= A[m, k] B[k, n]; A is not transposed and not scaled. \return QS_ERR_ENVIRONMENT if
- * there is no table (tile.h). */
-qs_status qs_gemm_amx(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
-                      const qs_operand *b, float *c, int64_t c_stride, bool accumulate);
+/** A is not transposed and not scaled. \return QS_ERR_ENVIRONMENT if there is no table (tile.h). */
+qs_gemm_function qs_gemm_amx;
 
 /** Floats of packing space that qs_gemm_amx keeps beside what qs_gemm does for the same operands,
  * at most; `longest` is the largest of m and k. */

@@ -123,12 +123,15 @@ const qs_half *qs_half_portable(void)
 bool qs_half_supported(void)
 {
 #if defined(__x86_64__)
-    const unsigned fp16 = 1U << 23; /* leaf 7, EDX */
-    unsigned a, b, c, d;
-    __builtin_cpu_init(); /* asks the operating system's side, too */
-    return qs_half_avx512() != NULL && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & fp16) != 0;
+    enum { FP16 = 1U << 23 }; /* leaf 7, EDX */
+    /* 0: not yet, else 1 + the answer. Under a hypervisor cpuid takes long. */
+    static _Atomic int known;
+    if (known == 0) {
+        unsigned a, b, c, d;
+        known = 1 + (qs_half_avx512() != NULL && qs_isa_runs("avx512") &&
+                     __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & FP16) != 0);
+    }
+    return known == 2;
 #else
     return false;
 #endif

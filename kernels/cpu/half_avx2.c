@@ -1,4 +1,4 @@
-/* The fp16 product's tile on AVX2: the bits of half.c, some ten times faster, for tests and for
+/* The fp16 product's tile on AVX2: the bits of half.c, five to ten times faster, for tests and for
  * loss curves on CPUs without AVX512-FP16. No one trains with it: strict is faster still. Packing
  * and decoding are half.c's: a few percent of the tiles' time. */
 #include <stddef.h>

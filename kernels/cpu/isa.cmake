@@ -3,11 +3,18 @@
 set(QSHARD_KERNEL_OPTIONS -O3 -Wno-psabi)
 set_source_files_properties(kernels/cpu/isa_portable.c PROPERTIES COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    set_source_files_properties(kernels/cpu/isa_avx2.c kernels/cpu/half_avx2.c PROPERTIES
+    set_source_files_properties(kernels/cpu/isa_avx2.c kernels/cpu/half_avx2.c kernels/cpu/pairs_avx2.c PROPERTIES
         COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};-mavx2;-mfma;-mf16c")
     set_source_files_properties(kernels/cpu/isa_avx512.c PROPERTIES
         COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mfma;-mf16c;-mprefer-vector-width=512")
+    include(CheckCCompilerFlag)
+    check_c_compiler_flag(-mavx512bf16 QSHARD_COMPILER_HAS_AVX512_BF16)
+    if(QSHARD_COMPILER_HAS_AVX512_BF16)
+        set_source_files_properties(kernels/cpu/pairs_avx512.c PROPERTIES
+            COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512bf16;-mfma;-mf16c;-mprefer-vector-width=512")
+    endif()
 endif()
+set_source_files_properties(kernels/cpu/pairs.c PROPERTIES COMPILE_OPTIONS "${QSHARD_KERNEL_OPTIONS}")
 
 # The fp16 product (kernels/cpu/half_avx512.c) is assembly; binutils before 2.38 do not know its instructions.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

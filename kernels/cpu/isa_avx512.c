@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #include <math.h>
 
-#include "quant/nf4.h"
+#include "kernels/cpu/nf4_avx512.h"
 
 #define ISA_NAME "avx512"
 #define ISA_TABLE qs_isa_avx512
@@ -77,23 +77,6 @@ static void isa_transpose(const float *src, int64_t src_stride, int rows, int64_
     }
 }
 
-/* The 16 values of a block. Rounding to bf16 is done in integers as in qs_bf16_from_f32; NaN, which
- * would need more, is the caller's. */
-static inline __m512 nf4_values(float absmax, qs_dtype dtype)
-{
-    __m512 value = _mm512_mul_ps(_mm512_loadu_ps(qs_nf4_code), _mm512_set1_ps(absmax));
-    if (dtype == QS_BF16) {
-        __m512i bits = _mm512_castps_si512(value);
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-        return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xFFFF0000U)));
-    }
-    if (dtype == QS_F16) {
-        return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-    }
-    return value;
-}
-
 /* They are scaled and rounded once, and the 64 codes look them up, sixteen codes from eight bytes
  * at a time: a byte in each 64-bit lane, its high nibble to the lower half, the byte itself to the
  * upper; the permutation looks at the low four bits only. */
@@ -103,7 +86,7 @@ static inline void isa_nf4_block(const uint8_t *packed, float absmax, qs_dtype d
         qs_isa_portable()->nf4_decode(packed, &absmax, 1, dtype, out);
         return;
     }
-    const __m512 values = nf4_values(absmax, dtype);
+    const __m512 values = qs_nf4_values(absmax, dtype);
     for (int i = 0; i < QS_NF4_BLOCK / 16; i++) {
         __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(packed + 8 * i));
         __m512i wide = _mm512_cvtepu8_epi64(bytes);

@@ -21,140 +21,18 @@
 
 /* ---- register tile ---- */
 
-/* Element (i, k) of the left operand is at a[i * a_row + k * a_step]. `rows`, `vectors` and some of
- * the steps are constants at every call below: the sums stay in registers, and of the operands
- * only two pointers move. */
-static inline __attribute__((always_inline)) void
-tile_fixed(int rows, int vectors, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
-           const float *b, int64_t b_step, float *c, int64_t c_stride, bool accumulate)
-{
-    vec sum[ISA_MR][ISA_NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            sum[i][v] = vec_zero();
-        }
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        vec right[ISA_NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            right[v] = vec_load(b + v * VEC_LANES);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            vec left = vec_splat(a[i * a_row]);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) {
-                sum[i][v] = vec_fma(left, right[v], sum[i][v]);
-            }
-        }
-        a += a_step;
-        b += b_step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            float *to = c + i * c_stride + v * VEC_LANES;
-            vec_store(to, accumulate ? vec_add(vec_load(to), sum[i][v]) : sum[i][v]);
-        }
-    }
-}
+#define TILE_MR ISA_MR
+#define TILE_NV ISA_NV
+#define TILE_LANES VEC_LANES
+#define add_one(a, b) ((a) + (b))
+#define tile_load(p) vec_load(p)
+#define tile_splat(x) vec_splat(x)
+#define tile_fma(a, b, c) vec_fma(a, b, c)
 
-#define TILE_CASE(r)                                                                               \
-    case r:                                                                                        \
-        tile_fixed(r <= ISA_MR ? r : ISA_MR, vectors, depth, a, a_row, a_step, b, b_step, c,       \
-                   c_stride, accumulate);                                                          \
-        break;
+typedef float tile_elem;
+typedef vec tile_elems;
 
-static inline __attribute__((always_inline)) void
-tile_rows(int rows, int vectors, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
-          const float *b, int64_t b_step, float *c, int64_t c_stride, bool accumulate)
-{
-    switch (rows) {
-        TILE_CASE(1)
-        TILE_CASE(2)
-        TILE_CASE(3)
-        TILE_CASE(4)
-#if ISA_MR > 4
-        TILE_CASE(5)
-        TILE_CASE(6)
-#endif
-#if ISA_MR > 6
-        TILE_CASE(7)
-        TILE_CASE(8)
-        TILE_CASE(9)
-        TILE_CASE(10)
-        TILE_CASE(11)
-        TILE_CASE(12)
-        TILE_CASE(13)
-        TILE_CASE(14)
-#endif
-    }
-}
-
-enum { TILE_COLS = ISA_NV * VEC_LANES };
-
-/* A function of its own for each way in which operands lie, of constant steps where they have any.
- */
-#define TILE(name, vectors, a_row, a_step, b_step)                                                 \
-    static void name(int rows, int64_t depth, const float *a, int64_t a_stride, const float *b,    \
-                     int64_t b_stride, float *c, int64_t c_stride, bool accumulate)                \
-    {                                                                                              \
-        (void)a_stride;                                                                            \
-        (void)b_stride;                                                                            \
-        tile_rows(rows, vectors, depth, a, a_row, a_step, b, b_step, c, c_stride, accumulate);     \
-    }
-TILE(tile_packed, ISA_NV, 1, ISA_MR, TILE_COLS)
-TILE(tile_packed_narrow, 1, 1, ISA_MR, TILE_COLS) /* adapters of rank 16 and less need no more */
-TILE(tile_in_rows, ISA_NV, a_stride, 1, b_stride)
-TILE(tile_in_columns, ISA_NV, 1, a_stride, b_stride)
-
-typedef void tile_function(int rows, int64_t depth, const float *a, int64_t a_stride,
-                           const float *b, int64_t b_stride, float *c, int64_t c_stride,
-                           bool accumulate);
-
-/* A ragged right edge: the whole tile beside C, then the columns that exist. */
-static void tile_edge(tile_function *tile, int rows, int cols, int64_t depth, const float *a,
-                      int64_t a_stride, const float *b, int64_t b_stride, float *c,
-                      int64_t c_stride, bool accumulate)
-{
-    float whole[ISA_MR * TILE_COLS];
-    tile(rows, depth, a, a_stride, b, b_stride, whole, TILE_COLS, false);
-    for (int i = 0; i < rows; i++) {
-        for (int j = 0; j < cols; j++) {
-            float sum = whole[i * TILE_COLS + j];
-            c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + sum : sum;
-        }
-    }
-}
-
-static void isa_tile(int rows, int cols, int64_t depth, const float *a, const float *b, float *c,
-                     int64_t c_stride, bool accumulate)
-{
-    if (cols == TILE_COLS) {
-        tile_packed(rows, depth, a, 0, b, 0, c, c_stride, accumulate);
-    } else if (cols == VEC_LANES) {
-        tile_packed_narrow(rows, depth, a, 0, b, 0, c, c_stride, accumulate);
-    } else {
-        tile_edge(cols < VEC_LANES ? tile_packed_narrow : tile_packed, rows, cols, depth, a, 0, b,
-                  0, c, c_stride, accumulate);
-    }
-}
-
-static void isa_tile_plain(int rows, int cols, int64_t depth, const float *a, int64_t a_stride,
-                           bool a_in_columns, const float *b, int64_t b_stride, float *c,
-                           int64_t c_stride, bool accumulate)
-{
-    tile_function *tile = a_in_columns ? tile_in_columns : tile_in_rows;
-    if (cols == TILE_COLS) {
-        tile(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    } else {
-        tile_edge(tile, rows, cols, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
-    }
-}
+#include "kernels/cpu/register_tile.h"
 
 /* ---- NF4 ---- */
 
@@ -560,8 +438,8 @@ const qs_isa *ISA_TABLE(void)
         .name = ISA_NAME,
         .mr = ISA_MR,
         .nr = ISA_NV * VEC_LANES,
-        .tile = isa_tile,
-        .tile_plain = isa_tile_plain,
+        .tile = tile_packed,
+        .tile_plain = tile_plain,
         .transpose = isa_transpose,
         .nf4_decode = isa_nf4_decode,
         .widen = isa_widen,

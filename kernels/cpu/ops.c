@@ -84,8 +84,24 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
     return QS_OK;
 }
 
-/* The linears of a table: each operation with its kind of products filled in. */
-#define LINEARS(prefix, products)                                                                  \
+/* What the tables have in common. */
+#define COMMON                                                                                     \
+    .act_dtype = QS_F32, .takes = takes, .open = open_queue, .close = close_queue,                 \
+    .border = border, .unit_open = unit_open, .unit_close = close_queue,                           \
+    .dora_norms = qs_cpu_dora_norms, .dora_backward = qs_cpu_dora_backward,                        \
+    .lora_forward = qs_cpu_lora_forward, .lora_backward = qs_cpu_lora_backward,                    \
+    .rmsnorm_forward = qs_cpu_rmsnorm_forward, .rmsnorm_backward = qs_cpu_rmsnorm_backward,        \
+    .rope = qs_cpu_rope, .glu_forward = qs_cpu_glu_forward, .glu_backward = qs_cpu_glu_backward,   \
+    .add = qs_cpu_add, .scale = qs_cpu_scale, .gather_rows = qs_cpu_gather_rows,                   \
+    .scatter_rows = qs_cpu_scatter_rows, .copy_rows = qs_cpu_copy_rows,                            \
+    .head_chunk = qs_cpu_head_chunk, .convert = qs_cpu_convert, .head_finish = qs_cpu_head_finish, \
+    .square_sums = qs_cpu_square_sums, .accumulate = qs_cpu_accumulate, .update = qs_cpu_update,   \
+    .nf4_quantize_blocks = qs_cpu_nf4_quantize_blocks,                                             \
+    .nf4_quantize_absmax = qs_cpu_nf4_quantize_absmax
+
+/* A table: the operations with a frozen matrix filled in with their kind of products, and those
+ * that are the same in all. */
+#define TABLE(prefix, products, scratch)                                                           \
     static qs_status prefix##_linear_forward(qs_queue *q, const qs_unit_view *unit,                \
                                              const qs_weight *w, const float *bias,                \
                                              const qs_mat *x, qs_mat *y)                           \
@@ -111,73 +127,59 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
     {                                                                                              \
         return qs_linear_lora_backward_by(q, products, unit, w, lora, x, xa, dy, work, da, db, dx, \
                                           accumulate);                                             \
+    }                                                                                              \
+    static qs_status prefix##_attention_forward(qs_queue *q, const qs_attention_shape *shape,      \
+                                                const qs_mat *qm, const qs_mat *km,                \
+                                                const qs_mat *vm, qs_mat *o, float *lse)           \
+    {                                                                                              \
+        return qs_attention_forward_by(q, products, shape, qm, km, vm, o, lse);                    \
+    }                                                                                              \
+    static qs_status prefix##_attention_backward(                                                  \
+        qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm, const qs_mat *km,          \
+        const qs_mat *vm, const qs_mat *o, const float *lse, const qs_mat *d_o, float *delta,      \
+        qs_mat *dq, qs_mat *dk, qs_mat *dv)                                                        \
+    {                                                                                              \
+        return qs_attention_backward_by(q, products, shape, qm, km, vm, o, lse, d_o, delta, dq,    \
+                                        dk, dv);                                                   \
+    }                                                                                              \
+    static const qs_ops prefix##_table = {                                                         \
+        .name = #prefix,                                                                           \
+        .scratch_bytes = scratch,                                                                  \
+        .linear_forward = prefix##_linear_forward,                                                 \
+        .linear_backward = prefix##_linear_backward,                                               \
+        .linear_lora_forward = prefix##_linear_lora_forward,                                       \
+        .linear_lora_backward = prefix##_linear_lora_backward,                                     \
+        .attention_forward = prefix##_attention_forward,                                           \
+        .attention_backward = prefix##_attention_backward,                                         \
+        COMMON,                                                                                    \
     }
 
-LINEARS(strict, QS_PRODUCTS_STRICT)
-LINEARS(fp16, QS_PRODUCTS_FP16)
-LINEARS(amx, QS_PRODUCTS_AMX)
-
-/* What the tables have in common. */
-#define COMMON                                                                                     \
-    .act_dtype = QS_F32, .takes = takes, .open = open_queue, .close = close_queue,                 \
-    .border = border, .unit_open = unit_open, .unit_close = close_queue,                           \
-    .dora_norms = qs_cpu_dora_norms, .dora_backward = qs_cpu_dora_backward,                        \
-    .lora_forward = qs_cpu_lora_forward, .lora_backward = qs_cpu_lora_backward,                    \
-    .rmsnorm_forward = qs_cpu_rmsnorm_forward, .rmsnorm_backward = qs_cpu_rmsnorm_backward,        \
-    .rope = qs_cpu_rope, .attention_forward = qs_cpu_attention_forward,                            \
-    .attention_backward = qs_cpu_attention_backward, .glu_forward = qs_cpu_glu_forward,            \
-    .glu_backward = qs_cpu_glu_backward, .add = qs_cpu_add, .scale = qs_cpu_scale,                 \
-    .gather_rows = qs_cpu_gather_rows, .scatter_rows = qs_cpu_scatter_rows,                        \
-    .copy_rows = qs_cpu_copy_rows, .convert = qs_cpu_convert, .head_chunk = qs_cpu_head_chunk,     \
-    .head_finish = qs_cpu_head_finish, .square_sums = qs_cpu_square_sums,                          \
-    .accumulate = qs_cpu_accumulate, .update = qs_cpu_update,                                      \
-    .nf4_quantize_blocks = qs_cpu_nf4_quantize_blocks,                                             \
-    .nf4_quantize_absmax = qs_cpu_nf4_quantize_absmax
+TABLE(strict, QS_PRODUCTS_STRICT, scratch_bytes);
+TABLE(fp16, QS_PRODUCTS_FP16, fp16_scratch_bytes);
+TABLE(amx, QS_PRODUCTS_AMX, amx_scratch_bytes);
+TABLE(bf16, QS_PRODUCTS_BF16, scratch_bytes);
 
 const qs_ops *qs_ops_cpu(void)
 {
-    static const qs_ops table = {
-        .name = "strict",
-        .scratch_bytes = scratch_bytes,
-        .linear_forward = strict_linear_forward,
-        .linear_backward = strict_linear_backward,
-        .linear_lora_forward = strict_linear_lora_forward,
-        .linear_lora_backward = strict_linear_lora_backward,
-        COMMON,
-    };
-    return &table;
+    return &strict_table;
 }
 
 const qs_ops *qs_ops_cpu_fp16(void)
 {
-    if (qs_half_get() == NULL) {
-        return NULL;
-    }
-    static const qs_ops table = {
-        .name = "fp16",
-        .scratch_bytes = fp16_scratch_bytes,
-        .linear_forward = fp16_linear_forward,
-        .linear_backward = fp16_linear_backward,
-        .linear_lora_forward = fp16_linear_lora_forward,
-        .linear_lora_backward = fp16_linear_lora_backward,
-        COMMON,
-    };
-    return &table;
+    return qs_half_get() != NULL ? &fp16_table : NULL;
 }
 
 const qs_ops *qs_ops_cpu_amx(void)
 {
-    if (qs_tile_get() == NULL) {
-        return NULL;
-    }
-    static const qs_ops table = {
-        .name = "amx",
-        .scratch_bytes = amx_scratch_bytes,
-        .linear_forward = amx_linear_forward,
-        .linear_backward = amx_linear_backward,
-        .linear_lora_forward = amx_linear_lora_forward,
-        .linear_lora_backward = amx_linear_lora_backward,
-        COMMON,
-    };
-    return &table;
+    return qs_tile_get() != NULL ? &amx_table : NULL;
+}
+
+const qs_ops *qs_ops_cpu_bf16(void)
+{
+    return &bf16_table;
+}
+
+bool qs_ops_cpu_bf16_is_faster(void)
+{
+    return qs_pairs_are_faster();
 }

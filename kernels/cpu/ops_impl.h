@@ -21,6 +21,7 @@ typedef enum {
     QS_PRODUCTS_STRICT, /* qs_gemm */
     QS_PRODUCTS_FP16,   /* qs_gemm_fp16 where it takes the matrix, else qs_gemm */
     QS_PRODUCTS_AMX,    /* qs_gemm_amx for NF4, else qs_gemm */
+    QS_PRODUCTS_BF16,   /* qs_gemm_bf16; attention's products likewise */
 } qs_products;
 
 /** to (+)= left W^T if `transposed`, else left W; `left` has `rows` rows and is not transposed. */
@@ -31,6 +32,10 @@ qs_status qs_frozen_product(qs_queue *q, qs_products products, const qs_unit_vie
 /** qs_weight_decode at full speed: the same bits. */
 void qs_weight_decode_fast(const qs_isa *isa, const qs_unit_view *view, const qs_weight *w,
                            int64_t first, int64_t count, float *out);
+
+/** The same as words of pairs.h, of an NF4 weight; `first` and `count` are even. */
+void qs_weight_decode_pairs(const qs_pairs *pairs, const qs_unit_view *view, const qs_weight *w,
+                            int64_t first, int64_t count, uint32_t *out);
 
 /** Rows [row0, row0 + rows) of a matrix, and the adapter of a call as seen from row `row0` on. */
 static inline qs_mat qs_mat_rows(const qs_mat *mat, int64_t row0, int64_t rows)
@@ -87,7 +92,7 @@ int64_t qs_lora_scratch_count(int64_t tokens, int64_t widest);
 int64_t qs_dora_scratch_count(int64_t tokens, int64_t widest);
 int64_t qs_head_scratch_count(int64_t loss_rows);
 
-/** The operations of both tables: the products with a frozen matrix by `products`. */
+/** Operations that differ between tables, by their `products`. */
 qs_status qs_linear_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
                                const qs_weight *w, const float *bias, const qs_mat *x, qs_mat *y);
 qs_status qs_linear_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
@@ -99,6 +104,14 @@ qs_status qs_linear_lora_backward_by(qs_queue *q, qs_products products, const qs
                                      const qs_weight *w, const qs_lora *lora, const qs_mat *x,
                                      const qs_mat *xa, const qs_mat *dy, qs_mat *work, float *da,
                                      float *db, qs_mat *dx, bool accumulate);
+qs_status qs_attention_forward_by(qs_queue *q, qs_products products,
+                                  const qs_attention_shape *shape, const qs_mat *qm,
+                                  const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse);
+qs_status qs_attention_backward_by(qs_queue *q, qs_products products,
+                                   const qs_attention_shape *shape, const qs_mat *qm,
+                                   const qs_mat *km, const qs_mat *vm, const qs_mat *o,
+                                   const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
+                                   qs_mat *dk, qs_mat *dv);
 qs_status qs_cpu_dora_norms(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                             const qs_lora *lora, const float *magnitude, float *norm, float *gain);
 qs_status qs_cpu_dora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
@@ -114,12 +127,6 @@ qs_status qs_cpu_rmsnorm_backward(qs_queue *q, const qs_mat *dy, const qs_mat *x
                                   const float *rstd, qs_mat *dx);
 qs_status qs_cpu_rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, int rotary_dim,
                       const float *cos, const float *sin, const int32_t *position, bool inverse);
-qs_status qs_cpu_attention_forward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
-                                   const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse);
-qs_status qs_cpu_attention_backward(qs_queue *q, const qs_attention_shape *shape, const qs_mat *qm,
-                                    const qs_mat *km, const qs_mat *vm, const qs_mat *o,
-                                    const float *lse, const qs_mat *d_o, float *delta, qs_mat *dq,
-                                    qs_mat *dk, qs_mat *dv);
 qs_status qs_cpu_glu_forward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
                              qs_mat *act);
 qs_status qs_cpu_glu_backward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,

@@ -14,7 +14,7 @@ typedef struct {
     double rate;
 } gemm_path;
 
-enum { PATHS_MAX = 2 };
+enum { PATHS_MAX = 3 };
 
 /* What the four share. */
 typedef struct {
@@ -59,10 +59,13 @@ static qs_status add_row(bench_run *r, const char *name, const char *shape, qs_b
 
 /* ---- products ---- */
 
+/* The head is the same in all; decoding and attention are another's in bf16 alone. */
 static void find_paths(bench_run *r)
 {
-    const qs_ops *all[PATHS_MAX] = {qs_ops_cpu_fp16(), qs_ops_cpu_amx()};
-    for (int i = 0; i < PATHS_MAX && r->b.plugin == NULL; i++) {
+    const qs_ops *all[PATHS_MAX] = {qs_ops_cpu_bf16(), qs_ops_cpu_fp16(), qs_ops_cpu_amx()};
+    const qs_bench_kind kind = r->job->options->kind;
+    const int count = kind == QS_BENCH_GEMM ? PATHS_MAX : kind == QS_BENCH_HEAD ? 0 : 1;
+    for (int i = 0; i < count && r->b.plugin == NULL; i++) {
         if (all[i] != NULL) {
             const char *by;
             char name[48];
@@ -93,16 +96,21 @@ static qs_status nf4_rows(bench_run *r, const char *prefix, const char *shape, q
     return add_row(r, name, shape, QS_BENCH_MATMUL, flops, qs_bench_linear_forward, l, &check);
 }
 
+/* The bench computes by `path` from now on. \return what it did before. */
+static gemm_path take_path(bench_run *r, const gemm_path *path)
+{
+    const gemm_path before = {r->b.ops, r->b.matmul_rate};
+    r->b.ops = path->ops;
+    r->b.matmul_rate = path->rate;
+    return before;
+}
+
 static qs_status path_rows(bench_run *r, const gemm_path *path, const char *shape,
                            qs_bench_linear *l)
 {
-    const qs_ops *const ops = r->b.ops;
-    const double rate = r->b.matmul_rate;
-    r->b.ops = path->ops;
-    r->b.matmul_rate = path->rate;
+    const gemm_path before = take_path(r, path);
     const qs_status st = nf4_rows(r, path->ops->name, shape, l);
-    r->b.ops = ops;
-    r->b.matmul_rate = rate;
+    (void)take_path(r, &before);
     return st;
 }
 
@@ -134,19 +142,30 @@ static qs_status gemm_shape(bench_run *r, const weight_shape *shape)
     return QS_OK;
 }
 
+static qs_status decode_row(bench_run *r, const char *name, const char *shape, qs_bench_unit *u)
+{
+    qs_bench_check check;
+    QS_TRY(qs_bench_unit_decode(&r->b, u));
+    QS_TRY(qs_bench_check_decode(&r->b, u, &check));
+    return add_row(r, name, shape, QS_BENCH_COPY, qs_bench_unit_decode_bytes(&r->b, u),
+                   qs_bench_unit_decode, u, &check);
+}
+
 static qs_status decode_shape(bench_run *r, const weight_shape *shape)
 {
     qs_bench *b = &r->b;
     qs_bench_unit u;
-    qs_bench_check check;
     char text[SHAPE_BYTES];
     QS_TRY(qs_bench_unit_make(b, &u, 1, &shape->rows, &shape->cols, 0));
     QS_TRY(qs_bench_unit_decode_make(b, &u));
     snprintf(text, sizeof text, "%" PRId64 "x%" PRId64, shape->rows, shape->cols);
-    QS_TRY(qs_bench_unit_decode(b, &u));
-    QS_TRY(qs_bench_check_decode(b, &u, &check));
-    QS_TRY(add_row(r, "decode", text, QS_BENCH_COPY, qs_bench_unit_decode_bytes(b, &u),
-                   qs_bench_unit_decode, &u, &check));
+    QS_TRY(decode_row(r, "decode", text, &u));
+    for (int i = 0; i < r->n_paths; i++) {
+        const gemm_path before = take_path(r, &r->paths[i]);
+        const qs_status st = decode_row(r, "bf16 decode", text, &u);
+        (void)take_path(r, &before);
+        QS_TRY(st);
+    }
     b->ops->unit_close(b->queue);
     qs_bench_free(b);
     return QS_OK;
@@ -162,24 +181,37 @@ static int heads_of(const qs_bench_options *o, int *n_kv_heads, int *head_dim)
     return n_heads;
 }
 
+static qs_status attention_rows(bench_run *r, const char *forward, const char *backward,
+                                const char *shape, qs_bench_attention *a)
+{
+    qs_bench_check check;
+    QS_TRY(qs_bench_attention_forward(&r->b, a));
+    QS_TRY(qs_bench_check_attention(&r->b, a, false, &check));
+    QS_TRY(add_row(r, forward, shape, QS_BENCH_MATMUL, qs_bench_attention_flops(a, false),
+                   qs_bench_attention_forward, a, &check));
+    QS_TRY(qs_bench_attention_backward(&r->b, a));
+    QS_TRY(qs_bench_check_attention(&r->b, a, true, &check));
+    return add_row(r, backward, shape, QS_BENCH_MATMUL, qs_bench_attention_flops(a, true),
+                   qs_bench_attention_backward, a, &check);
+}
+
 static qs_status attention(bench_run *r)
 {
     int n_kv_heads, head_dim;
     const int n_heads = heads_of(r->job->options, &n_kv_heads, &head_dim);
     qs_bench_attention a;
-    qs_bench_check check;
     char text[SHAPE_BYTES];
     QS_TRY(qs_bench_attention_make(&r->b, &a, r->tokens, n_heads, n_kv_heads, head_dim));
     snprintf(text, sizeof text, "T %" PRId64 ", %d/%d heads of %d", r->tokens, n_heads, n_kv_heads,
              head_dim);
-    QS_TRY(qs_bench_attention_forward(&r->b, &a));
-    QS_TRY(qs_bench_check_attention(&r->b, &a, false, &check));
-    QS_TRY(add_row(r, "forward", text, QS_BENCH_MATMUL, qs_bench_attention_flops(&a, false),
-                   qs_bench_attention_forward, &a, &check));
-    QS_TRY(qs_bench_attention_backward(&r->b, &a));
-    QS_TRY(qs_bench_check_attention(&r->b, &a, true, &check));
-    return add_row(r, "backward", text, QS_BENCH_MATMUL, qs_bench_attention_flops(&a, true),
-                   qs_bench_attention_backward, &a, &check);
+    QS_TRY(attention_rows(r, "forward", "backward", text, &a));
+    for (int i = 0; i < r->n_paths; i++) {
+        const gemm_path before = take_path(r, &r->paths[i]);
+        const qs_status st = attention_rows(r, "bf16 forward", "bf16 backward", text, &a);
+        (void)take_path(r, &before);
+        QS_TRY(st);
+    }
+    return QS_OK;
 }
 
 static const weight_shape usual_chunk = {4096, 2048};
@@ -275,9 +307,7 @@ static void start_table(bench_run *r)
     qs_bench_report_number(report, "bounds", "copy GB/s", r->b.copy_rate * 1e-9);
     qs_bench_report_number(report, "bounds", "products GFLOP/s", r->b.matmul_rate * 1e-9);
     qs_bench_report_text(report, "bounds", "products by", r->b.matmul_name);
-    if (r->job->options->kind == QS_BENCH_GEMM) {
-        find_paths(r);
-    }
+    find_paths(r);
     qs_bench_report_note(report, "time: median of the batches; error: against fp64, over the "
                                  "largest magnitude of a row");
     qs_bench_report_table(report, "operations", columns, (int)(sizeof columns / sizeof *columns));

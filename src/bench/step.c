@@ -53,6 +53,7 @@ typedef struct {
     double flops, gathered_bytes;
     amount traffic[PURPOSES];
     double copy_rate, matmul_rate, link_rate;
+    char matmul_name[32];
     double startup_s, startup_cpu_s, step_cpu_s;
 } bench_step;
 
@@ -206,6 +207,7 @@ static qs_status measure_processor(bench_step *b)
     st = qs_bench_bounds(&bench);
     b->copy_rate = bench.copy_rate;
     b->matmul_rate = bench.matmul_rate;
+    memcpy(b->matmul_name, bench.matmul_name, sizeof b->matmul_name);
     qs_bench_close(&bench);
     QS_TRY(qs_comm_agree(s->comm, st));
     QS_TRY(least_of_ranks(s->comm, &b->copy_rate));
@@ -362,6 +364,7 @@ static void report_facts(const bench_step *b)
     qs_bench_report_number(r, "settings", "repeats", (double)b->repeats);
     qs_bench_report_number(r, "bounds", "copy GB/s", b->copy_rate * 1e-9);
     qs_bench_report_number(r, "bounds", "products GFLOP/s", b->matmul_rate * 1e-9);
+    qs_bench_report_text(r, "bounds", "products by", b->matmul_name);
     qs_bench_report_number(r, "bounds", "all-gather GB/s", b->link_rate * 1e-9);
 }
 

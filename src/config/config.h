@@ -24,7 +24,7 @@ typedef enum { QS_SCHEDULE_CONSTANT, QS_SCHEDULE_LINEAR, QS_SCHEDULE_COSINE } qs
 /** In the order of qs_optim_kind (kernels/ops.h). */
 typedef enum { QS_NAME_ADAMW, QS_NAME_ADAM, QS_NAME_SGD, QS_NAME_ADADELTA } qs_optimizer;
 typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
-typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT, QS_GEMM_FP16, QS_GEMM_AMX } qs_gemm_kind;
+typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT, QS_GEMM_BF16, QS_GEMM_FP16, QS_GEMM_AMX } qs_gemm_kind;
 /** Words of shard.group; above 0 it is a number of ranks. */
 enum { QS_SHARD_AUTO = 0, QS_SHARD_WORLD = -1, QS_SHARD_NODE = -2 };
 /** A bit of lora.targets beside those of linears: it is a named set, of which a model takes what it

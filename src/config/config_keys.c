@@ -323,10 +323,11 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_ENUM,
      .offset = AT(cpu.gemm),
      .preset = "auto",
-     .names = {"auto", "strict", "fp16", "amx"},
+     .names = {"auto", "strict", "bf16", "fp16", "amx"},
      .meaning =
-         "products with NF4 matrices: strict is fp32, the reference; fp16 needs AVX512-FP16, "
-         "amx AMX-BF16; auto is strict"},
+         "products with frozen matrices: strict is fp32, the reference; bf16 runs on any CPU, "
+         "fp16 needs AVX512-FP16, amx AMX-BF16; auto is bf16 where AVX512-BF16 makes it faster "
+         "on every rank, else strict"},
     {.name = "cpu.threads",
      .type = QS_KEY_I64,
      .offset = AT(cpu.threads),

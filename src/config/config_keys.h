@@ -20,7 +20,7 @@ typedef enum {
     QS_KEY_FLAGS,   /* uint32_t, a bit for each of `names` */
 } qs_key_type;
 
-enum { QS_KEY_NAMES_MAX = 4, QS_VALUE_ITEMS_MAX = 16 };
+enum { QS_KEY_NAMES_MAX = 5, QS_VALUE_ITEMS_MAX = 16 };
 
 typedef struct {
     const char *name; /* "train.steps" */

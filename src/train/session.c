@@ -56,27 +56,45 @@ static qs_status check_model_taken(qs_session *s)
     return qs_backend_open(&s->backend, QS_DEVICE_CPU, s->comm, false);
 }
 
-/* How the CPU multiplies frozen matrices: `auto` and `strict` in fp32, fp16 and amx where every
- * rank's CPU can. By the CPUs' features alone, never by a timing: the bits differ. */
+/* What `auto` stands for: by the CPUs' features alone, never by a timing, since the bits differ. */
+static qs_status products_by_cpu(qs_comm *comm, int *gemm)
+{
+    int64_t slow = !qs_ops_cpu_bf16_is_faster();
+    QS_TRY(qs_comm_max_i64(comm, &slow, 1));
+    *gemm = slow ? QS_GEMM_STRICT : QS_GEMM_BF16;
+    return QS_OK;
+}
+
+/* How the CPU multiplies frozen matrices, where every rank's CPU can. */
 static qs_status choose_products(qs_session *s)
 {
-    const bool amx = s->config.cpu.gemm == QS_GEMM_AMX;
-    const bool wanted = amx || s->config.cpu.gemm == QS_GEMM_FP16;
-    if (!qs_device_is_host(s->device) || !wanted) {
-        if (wanted) {
+    static const struct {
+        const char *name;
+        const qs_ops *(*ops)(void);
+        const char *needs;
+    } kinds[] = {[QS_GEMM_STRICT] = {"strict", qs_ops_cpu, NULL},
+                 [QS_GEMM_BF16] = {"bf16", qs_ops_cpu_bf16, NULL},
+                 [QS_GEMM_FP16] = {"fp16", qs_ops_cpu_fp16, "AVX512-FP16"},
+                 [QS_GEMM_AMX] = {"amx", qs_ops_cpu_amx, "AMX-BF16"}};
+    int *gemm = &s->config.cpu.gemm;
+    if (!qs_device_is_host(s->device)) {
+        if (*gemm != QS_GEMM_STRICT && *gemm != QS_GEMM_AUTO) {
             qs_log_warn("cpu.gemm: %s is for the CPU and has no effect with device: cuda",
-                        amx ? "amx" : "fp16");
+                        kinds[*gemm].name);
         }
-        s->config.cpu.gemm = QS_GEMM_STRICT;
+        *gemm = QS_GEMM_STRICT;
         return QS_OK;
     }
-    const qs_ops *ops = amx ? qs_ops_cpu_amx() : qs_ops_cpu_fp16();
-    QS_TRY(qs_comm_agree(
-        s->comm, ops != NULL ? QS_OK
-                             : QS_FAIL(QS_ERR_ENVIRONMENT,
-                                       "cpu.gemm: %s needs a CPU with %s on every rank; "
-                                       "cpu.gemm: strict computes on any",
-                                       amx ? "amx" : "fp16", amx ? "AMX-BF16" : "AVX512-FP16")));
+    if (*gemm == QS_GEMM_AUTO) {
+        QS_TRY(products_by_cpu(s->comm, gemm));
+    }
+    const qs_ops *ops = kinds[*gemm].ops();
+    QS_TRY(qs_comm_agree(s->comm, ops != NULL
+                                      ? QS_OK
+                                      : QS_FAIL(QS_ERR_ENVIRONMENT,
+                                                "cpu.gemm: %s needs a CPU with %s on every rank; "
+                                                "cpu.gemm: strict computes on any",
+                                                kinds[*gemm].name, kinds[*gemm].needs)));
     s->ops = ops;
     return QS_OK;
 }

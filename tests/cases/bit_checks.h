@@ -1,5 +1,6 @@
-/* What the comparisons of inner loops share (isa.c, half.c, tile.c): random operands, the same in
- * every run, and floats compared bit for bit. Needs no library but libc's, as those programs do. */
+/* What the comparisons of inner loops share (isa.c, half.c, pairs.c, tile.c): random operands, the
+ * same in every run, and floats compared bit for bit. Needs no library but libc's, as those
+ * programs do. */
 #ifndef QS_TESTS_BIT_CHECKS_H
 #define QS_TESTS_BIT_CHECKS_H
 
@@ -20,6 +21,25 @@ static inline uint32_t random_bits(void)
 static inline float random_float(void)
 {
     return (float)(random_bits() >> 8) * 0x1p-23F - 1.0F;
+}
+
+enum { BF16_KINDS = 6 };
+
+/** A random bf16 by kind of round: around 1; products around the smallest normal number, where
+ * results vanish; squares of the smallest; subnormal operands among others; any finite; any at all.
+ */
+static inline uint16_t random_bf16(int kind)
+{
+    const uint32_t any = random_bits();
+    const uint16_t sign = any & 0x8000U, fraction = any & 0x7FU;
+    const unsigned spread = any >> 16 & 255U;
+    const unsigned exponent = kind == 0   ? 120 + spread % 12
+                              : kind == 1 ? 62 + spread % 6
+                              : kind == 2 ? 58 + spread % 12
+                              : kind == 3 ? (spread % 3 == 0 ? 0 : 100 + spread % 20)
+                              : kind == 4 ? (spread == 255 ? 254 : spread)
+                                          : spread;
+    return (uint16_t)(sign | exponent << 7 | fraction);
 }
 
 /** Whether a and b differ; the first element that does is printed, as `what` of that round. NaN is

@@ -19,25 +19,8 @@ enum {
     COUNT = STEPS * QS_TILE_STEP_ELEMS,
     SUMS = QS_TILE_SIDE * QS_TILE_SIDE,
     ROUNDS = 24,
-    KINDS = 6,
     LENGTH = 77,
 };
-
-/* bf16 by kind of round: around 1; products around the smallest normal number, where results
- * vanish; squares of the smallest; subnormal operands among others; any finite; any at all. */
-static uint16_t some_bf16(int kind)
-{
-    const uint32_t any = random_bits();
-    const uint16_t sign = any & 0x8000U, fraction = any & 0x7FU;
-    const unsigned spread = any >> 16 & 255U;
-    const unsigned exponent = kind == 0   ? 120 + spread % 12
-                              : kind == 1 ? 62 + spread % 6
-                              : kind == 2 ? 58 + spread % 12
-                              : kind == 3 ? (spread % 3 == 0 ? 0 : 100 + spread % 20)
-                              : kind == 4 ? (spread == 255 ? 254 : spread)
-                                          : spread;
-    return (uint16_t)(sign | exponent << 7 | fraction);
-}
 
 /* All tiles under one `begin`, as a product multiplies them: the shape's instruction zeroes the
  * registers, so that under one each nobody would see whether `tile` itself starts from 0. */
@@ -48,15 +31,15 @@ static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
     int wrong = 0;
     fast->begin();
     for (int round = 0; round < ROUNDS && wrong == 0; round++) {
-        const int kind = round % KINDS;
+        const int kind = round % BF16_KINDS;
         if ((kind == 1 || kind == 2) && !SMALL_ONES) {
             continue;
         }
-        const int64_t steps = round < KINDS ? STEPS : random_bits() % (STEPS + 1);
+        const int64_t steps = round < BF16_KINDS ? STEPS : random_bits() % (STEPS + 1);
         for (int i = 0; i < COUNT;
              i++) { /* the last kind: a few of any in one, no NaN everywhere */
-            a[i] = some_bf16(kind == KINDS - 1 && random_bits() % 500 != 0 ? 0 : kind);
-            b[i] = some_bf16(kind == KINDS - 1 ? 0 : kind);
+            a[i] = random_bf16(kind == BF16_KINDS - 1 && random_bits() % 500 != 0 ? 0 : kind);
+            b[i] = random_bf16(kind == BF16_KINDS - 1 ? 0 : kind);
         }
         memset(y, 0x55, sizeof y);
         fast->tile(steps, a, b, y[0]);

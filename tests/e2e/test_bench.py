@@ -79,11 +79,12 @@ class Single(unittest.TestCase):
     def test_other_products(self):
         """cpu.gemm's paths have rows and a bound of their own where the CPU, here a variable, has them."""
         shape = ("gemm", "--shape", "96x128", "--tokens", 20, "--repeats", 1, "--threads", 2)
-        _, document = bench(*shape, QSHARD_CPU_FP16="portable", QSHARD_CPU_AMX="portable")
+        _, document = bench(*shape, QSHARD_CPU_FP16="portable", QSHARD_CPU_AMX="portable",
+                            QSHARD_CPU_BF16="portable")
         found = {row["operation"]: row for row in rows(document, "operations")}
-        self.assertEqual(sorted(found), sorted(["dense"] + [f"{path} {way}" for path in ("nf4", "fp16", "amx")
+        self.assertEqual(sorted(found), sorted(["dense"] + [f"{path} {way}" for path in ("nf4", "bf16", "fp16", "amx")
                                                            for way in ("forward", "backward")]))
-        for path in ("fp16", "amx"):
+        for path in ("bf16", "fp16", "amx"):
             bound = document["bounds"][f"{path} products GFLOP/s"]
             self.assertNotEqual(bound, document["bounds"]["products GFLOP/s"])
             for way in ("forward", "backward"):

@@ -1,30 +1,31 @@
-"""cpu.gemm: fp16 and amx, computed by the portable inner loops: near the strict curve, the same bits on any number of ranks and threads."""
+"""cpu.gemm: bf16, fp16 and amx, the latter two by the portable inner loops: near the strict curve, the same bits on any number of ranks and threads."""
 import os
+import re
 import unittest
 
 import support
 
-PORTABLE = {"QSHARD_CPU_FP16": "portable", "QSHARD_CPU_AMX": "portable"}  # slow: few steps
+PORTABLE = {"QSHARD_CPU_FP16": "portable", "QSHARD_CPU_AMX": "portable", "QSHARD_CPU_BF16": "portable"}  # slow: few steps
 STEPS = 8
 
 
 class Products(unittest.TestCase):
-    def train(self, name, gemm, **how):
+    def train(self, name, gemm, environment=PORTABLE, **how):
         output = os.path.join(self.folder, name)
-        support.train(output, environment=PORTABLE, cpu__gemm=gemm, train__steps=STEPS, **how)
+        support.train(output, **{"environment": environment, "cpu__gemm": gemm, "train__steps": STEPS, **how})
         return output
 
     def setUp(self):
         self.folder = support.scratch()
 
-    def check(self, gemm):
-        strict, other = self.train("strict", "strict"), self.train("other", gemm)
+    def check(self, gemm, environment=PORTABLE):
+        strict, other = self.train("strict", "strict"), self.train("other", gemm, environment)
         losses = [[line["loss"] for line in support.metrics(run) if "loss" in line] for run in (strict, other)]
         self.assertEqual([len(of) for of in losses], [STEPS, STEPS])
         self.assertNotEqual(losses[0], losses[1])
         for a, b in zip(*losses):
             self.assertLess(abs(a - b), 1e-2)
-        two = self.train("two", gemm, ranks=2, threads=2)
+        two = self.train("two", gemm, environment, ranks=2, threads=2)
         self.assertEqual(support.curve(two), support.curve(other))
         self.assertEqual(support.adapter_digest(two), support.adapter_digest(other))
 
@@ -33,6 +34,25 @@ class Products(unittest.TestCase):
 
     def test_amx(self):
         self.check("amx")
+
+    def test_bf16(self):
+        self.check("bf16", {})
+
+    def test_bf16_is_the_same_on_every_cpu(self):
+        """The fastest inner loops that this CPU has, and AVX2's where it has them, beside portable C."""
+        kinds = {"portable": PORTABLE, "avx2": {"QSHARD_CPU_BF16": "avx2"}, "fastest": {}}
+        runs = [self.train(name, "bf16", environment, train__steps=3) for name, environment in kinds.items()]
+        self.assertEqual([support.curve(run) for run in runs], [support.curve(runs[0])] * 3)
+        self.assertEqual([support.adapter_digest(run) for run in runs], [support.adapter_digest(runs[0])] * 3)
+
+    def test_auto_follows_the_cpus_features(self):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            words = file.read().split()
+        faster = "AuthenticAMD" in words and "avx512_bf16" in words
+        for name, environment, expected in (("auto", {}, "bf16" if faster else "strict"), ("held", PORTABLE, "strict")):
+            output = self.train(name, "auto", environment, train__steps=1)
+            with open(os.path.join(output, "config.yaml"), encoding="utf-8") as file:
+                self.assertEqual(re.search(r"gemm: (\w+)", file.read()).group(1), expected)
 
     def test_other_products_do_not_go_on(self):
         """A curve is computed one way: what amx began neither auto nor another goes on with."""

@@ -93,6 +93,22 @@ static void tile_task(void *ctx, int64_t index, int thread)
     }
 }
 
+static void pairs_task(void *ctx, int64_t index, int thread)
+{
+    (void)ctx;
+    (void)index;
+    (void)thread;
+    tile_operands o;
+    const qs_pairs *pairs = qs_pairs_get();
+    memset(&o, 0, sizeof o);
+    const unsigned mode = pairs->begin();
+    for (int i = 0; i < TILES_A_TASK; i++) {
+        pairs->tile(pairs->mr, pairs->nr, TILE_DEPTH, (const uint32_t *)(const void *)o.a,
+                    (const uint32_t *)(const void *)o.b, o.c, pairs->nr, false);
+    }
+    pairs->end(mode);
+}
+
 static void half_task(void *ctx, int64_t index, int thread)
 {
     (void)ctx;
@@ -158,6 +174,12 @@ static double measure_tiles(qs_bench *b, qs_task task, double flops_a_tile, bool
 double qs_bench_products_rate(qs_bench *b, const qs_ops *ops, const char **name)
 {
     const qs_isa *isa = qs_isa_get();
+    if (ops == qs_ops_cpu_bf16()) {
+        const qs_pairs *pairs = qs_pairs_get();
+        *name = "bf16 register tile in L1";
+        return measure_tiles(b, pairs_task, 4.0 * pairs->mr * pairs->nr * TILE_DEPTH,
+                             strcmp(pairs->name, "portable") == 0);
+    }
     if (ops == qs_ops_cpu_fp16()) {
         *name = "fp16 register tile in L1";
         return measure_tiles(b, half_task, 2.0 * QS_HALF_MR * QS_HALF_NR * TILE_DEPTH,
@@ -223,7 +245,7 @@ qs_status qs_bench_bounds(qs_bench *b)
         return measure_matmul(b);
     }
     const char *name;
-    b->matmul_rate = qs_bench_products_rate(b, qs_ops_cpu(), &name);
+    b->matmul_rate = qs_bench_products_rate(b, b->ops, &name);
     (void)snprintf(b->matmul_name, sizeof b->matmul_name, "%s", name);
     return QS_OK;
 }

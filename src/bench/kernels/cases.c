@@ -88,6 +88,7 @@ typedef struct {
     const qs_bench_unit *u;
     const qs_weight *w;
     int64_t count;
+    const qs_pairs *pairs; /* of bf16 products; NULL: floats */
 } decode_args;
 
 static void decode_quantum(void *ctx, int64_t index, int thread)
@@ -96,8 +97,13 @@ static void decode_quantum(void *ctx, int64_t index, int thread)
     const decode_args *args = ctx;
     const int64_t first = index * QS_NF4_QUANTUM;
     const int64_t count = qs_min_i64(QS_NF4_QUANTUM, args->count - first);
-    qs_weight_decode_fast(qs_isa_get(), &args->u->view, args->w, first, count,
-                          args->u->out + first);
+    if (args->pairs != NULL) {
+        qs_weight_decode_pairs(args->pairs, &args->u->view, args->w, first, count + count % 2,
+                               (uint32_t *)(void *)args->u->out + first / 2);
+    } else {
+        qs_weight_decode_fast(qs_isa_get(), &args->u->view, args->w, first, count,
+                              args->u->out + first);
+    }
 }
 
 qs_status qs_bench_unit_decode(qs_bench *b, void *unit)
@@ -107,7 +113,8 @@ qs_status qs_bench_unit_decode(qs_bench *b, void *unit)
         return qs_bench_unit_open(b, unit);
     }
     for (int i = 0; i < u->count; i++) {
-        decode_args args = {u, &u->w[i], u->w[i].out * u->w[i].in};
+        decode_args args = {u, &u->w[i], u->w[i].out * u->w[i].in,
+                            b->ops == qs_ops_cpu_bf16() ? qs_pairs_get() : NULL};
         qs_parallel_for(b->queue, qs_nf4_quanta(args.count), args.count, decode_quantum, &args);
     }
     return QS_OK;
@@ -115,7 +122,8 @@ qs_status qs_bench_unit_decode(qs_bench *b, void *unit)
 
 double qs_bench_unit_decode_bytes(const qs_bench *b, const qs_bench_unit *u)
 {
-    const double written = (double)qs_dtype_bytes(b->ops->act_dtype);
+    const qs_dtype dtype = b->ops == qs_ops_cpu_bf16() ? QS_BF16 : b->ops->act_dtype;
+    const double written = (double)qs_dtype_bytes(dtype);
     return qs_bench_unit_weights(u) * (QS_BENCH_NF4_BYTES + written);
 }
 
