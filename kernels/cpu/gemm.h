@@ -6,10 +6,7 @@
  * ascending k, from 0; the blocks' sums are added to C in ascending order (the first one replaces
  * C unless `accumulate`).
  *
- * Loops after Goto & van de Geijn 2008 (doi:10.1145/1356052.1356053), arranged for micro-batches
- * (m is 50 to 4,000 rows) and for threads that are not equally fast: A is packed once; then a
- * task owns some columns of C for all k, packs and decodes its part of B itself, block by block,
- * and meets nobody:
+ * Operands are packed as panels.h says:
  *
  *     A block, panels of mr rows      B block, slivers of nr columns
  *     | k0: mr floats | k1: ... |     | k0: nr floats | k1: ... |
@@ -40,6 +37,17 @@ typedef struct qs_operand {
         transposed; /* what is stored is the transpose: its rows run along k for B, along m for A */
     float scale;    /* A only: elements are multiplied by it; 0 means 1 */
 } qs_operand;
+
+/** Elements [first, first + count) of a stored row; `space` holds what is produced on demand. */
+static inline const float *qs_operand_row(const qs_operand *op, int64_t row, int64_t first,
+                                          int64_t count, float *space)
+{
+    if (op->load == NULL) {
+        return op->data + row * op->stride + first;
+    }
+    op->load(op, row, first, count, space);
+    return space;
+}
 
 /** C[m, n] (+)= A[m, k] B[k, n]. With k = 0 C is left (accumulate) or zero. */
 typedef qs_status qs_gemm_function(qs_queue *queue, int64_t m, int64_t n, int64_t k,

@@ -61,7 +61,7 @@ static void decode_run(const form *f, const qs_nf4_quantum *quantum, const qs_we
     }
 }
 
-/* Elements [at, at + count) of a quantum that is not NF4. */
+/* Elements of a quantum that is not NF4. */
 static void widen_run(const form *f, const uint8_t *raw, qs_dtype dtype, int64_t count,
                       uint8_t *out)
 {

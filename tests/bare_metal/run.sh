@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares the loops for AVX-512, AVX512-FP16 and AMX with portable C (tests/cases/isa.c, half.c and tile.c, as they are) on a
+# Compares the loops for AVX-512, AVX512-BF16, AVX512-FP16 and AMX with portable C (tests/cases/isa.c, pairs.c, half.c and tile.c, as they are) on a
 # processor that has the instructions but need not exist: Bochs, an emulator, starts it from a disk of our own, without an
 # operating system.
 #
@@ -26,10 +26,11 @@ avx512=(-mavx512f -mavx512bw -mavx512vl -mfma -mf16c -DQS_HALF_ASSEMBLER -DQS_TI
 compile() {
     gcc "${kernel[@]}" "${bare[@]}" -c "$@"
 }
-compile "$top"/kernels/cpu/{half,tile,isa,isa_portable}.c "$top"/src/base/{dtype,rng}.c "$top"/src/quant/{nf4,dynamic_map}.c
-compile -mavx2 -mfma -mf16c "$top"/kernels/cpu/{half_avx2,isa_avx2}.c
+compile "$top"/kernels/cpu/{half,tile,pairs,isa,isa_portable}.c "$top"/src/base/{dtype,rng}.c "$top"/src/quant/{nf4,dynamic_map}.c
+compile -mavx2 -mfma -mf16c "$top"/kernels/cpu/{half_avx2,pairs_avx2,isa_avx2}.c
 compile "${avx512[@]}" -mprefer-vector-width=512 "$top/kernels/cpu/isa_avx512.c"
 compile "${avx512[@]}" "$top/kernels/cpu/half_avx512.c" "$top/kernels/cpu/tile_amx.c"
+compile "${avx512[@]}" -mavx512bf16 "$top/kernels/cpu/pairs_avx512.c"
 compile -ffreestanding "$top/tests/bare_metal/runtime.c"
 compile -mfma "$top/tests/bare_metal/fma.c"
 compile "$top/tests/bare_metal/entry.S"
@@ -75,5 +76,6 @@ run_case() {
     }
 }
 run_case isa isa.o isa_portable.o isa_avx2.o isa_avx512.o rng.o dtype.o nf4.o dynamic_map.o
+run_case pairs pairs.o pairs_avx2.o pairs_avx512.o isa.o isa_portable.o isa_avx2.o isa_avx512.o rng.o dtype.o nf4.o dynamic_map.o
 run_case half isa.o isa_portable.o half.o half_avx2.o half_avx512.o dtype.o nf4.o dynamic_map.o
 run_case tile tile.o tile_amx.o

@@ -165,7 +165,7 @@ class Dora(unittest.TestCase):
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
 class OnGpu(unittest.TestCase):
     """The same with device: cuda, whose kernels run on the CPU here (tests/emulator): few short steps."""
-    SMALL = {**DORA, "train__steps": 3, "train__global_batch": 5, "train__micro_batch": 1, "train__eval_every": 0,
+    SMALL = {**DORA, "cpu__gemm": "strict", "train__steps": 3, "train__global_batch": 5, "train__micro_batch": 1, "train__eval_every": 0,
              "data__eval": "", "optim__lr": 3e-3}
 
     @classmethod
@@ -258,7 +258,7 @@ class OnGpu(unittest.TestCase):
     def test_evaluated_as_on_the_cpu(self):
         result = {}
         for device in ("cpu", "cuda"):
-            done = support.qshard("eval", support.TINY_YAML, *support.settings(support.tiny(), "none", device=device),
+            done = support.qshard("eval", support.TINY_YAML, *support.settings(support.tiny(), "none", device=device, cpu__gemm="strict"),
                                   "--adapter", self.reference, QSHARD_PLUGIN=EMULATED)
             result[device] = float(done.stdout.split()[1])
         self.assertLess(abs(result["cuda"] - result["cpu"]), 5e-3 * result["cpu"])
