@@ -1,8 +1,9 @@
 /* status, log, memory, dtypes, cores. What is printed is read back through a pipe or a
  * pseudo-terminal. */
-#define _GNU_SOURCE /* sched_setaffinity */
+#define _GNU_SOURCE /* sched_setaffinity, RTLD_NEXT */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -589,6 +590,45 @@ Test(cores, bound_rank_uses_its_binding)
     cr_assert_eq(sched_setaffinity(0, sizeof one, &one), 0);
     cr_assert_eq(qs_cores_available(), 1);
     cr_assert_eq(qs_threads_for_rank(8, 3, 0), 1);
+}
+
+static int machine_loads;
+
+/* In place of the library's, to count. */
+int hwloc_topology_load(hwloc_topology_t topology)
+{
+    int (*load)(hwloc_topology_t) = NULL;
+    *(void **)&load = dlsym(RTLD_NEXT, "hwloc_topology_load");
+    machine_loads++;
+    return load(topology);
+}
+
+/* What qs_comm_threads asks of a rank at its start, and the same again on one core: to look at the
+ * machine takes milliseconds, and a binding may be changed. */
+Test(cores, machine_is_looked_at_once_and_the_binding_each_time)
+{
+    unsetenv("OMP_NUM_THREADS");
+    cpu_set_t all, one;
+    cr_assert_eq(sched_getaffinity(0, sizeof all, &all), 0);
+    qs_cores_binding before, after;
+    qs_cores_get_binding(&before);
+    qs_cores_place(qs_threads_for_share(1, 0, 0));
+    cr_expect_eq(machine_loads, 1, "loaded %d times", machine_loads);
+    if (CPU_COUNT(&all) < 2) {
+        cr_skip_test("one core only");
+    }
+    for (size_t cpu = 0; cpu < 64; cpu++) {
+        if (CPU_ISSET(cpu, &all)) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            cr_assert_eq(sched_setaffinity(0, sizeof one, &one), 0);
+            qs_cores_get_binding(&after);
+            cr_expect_eq(qs_cores_available(), 1);
+            cr_expect_eq(after.mask[0], UINT64_C(1) << cpu, "hardware thread %zu", cpu);
+            cr_expect(qs_cores_overlap(&before, &after));
+        }
+    }
+    cr_expect_eq(machine_loads, 1, "loaded %d times", machine_loads);
 }
 
 /* A machine of two sockets with four cores each, two hardware threads a core: 2 i and 2 i + 1. */

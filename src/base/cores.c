@@ -204,10 +204,9 @@ void qs_cores_get_binding(qs_cores_binding *out)
     if (mine != NULL && topology != NULL &&
         hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) == 0 &&
         hwloc_bitmap_last(mine) >= 0) { /* -1: not bounded */
-        int cpu;
-        hwloc_bitmap_foreach_begin(cpu, mine) out->mask[(unsigned)cpu / 64 % QS_CORES_MASK_WORDS] |=
-            UINT64_C(1) << (cpu % 64);
-        hwloc_bitmap_foreach_end();
+        for (int cpu = hwloc_bitmap_first(mine); cpu >= 0; cpu = hwloc_bitmap_next(mine, cpu)) {
+            out->mask[(unsigned)cpu / 64 % QS_CORES_MASK_WORDS] |= UINT64_C(1) << (cpu % 64);
+        }
     }
     hwloc_bitmap_free(mine);
 }
