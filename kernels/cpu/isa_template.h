@@ -361,66 +361,79 @@ static void isa_glu_backward(qs_glu glu, const float *gate, const float *up, con
 
 /* ---- dropout ---- */
 
-typedef uint32_t lanes_u32 __attribute__((vector_size(4 * ISA_LANES)));
 typedef uint64_t lanes_u64 __attribute__((vector_size(4 * ISA_LANES)));
 
-/* High and low words of products of 32 bits: those of the even lanes, then of the odd ones. */
-static inline lanes_u32 mul_words(lanes_u32 x, uint32_t by, lanes_u32 *high)
-{
-    const lanes_u64 upper = (lanes_u64){0} + 0xFFFFFFFF00000000U;
-    lanes_u32 factor = (lanes_u32){0} + by;
-    lanes_u64 even = isa_mul_even((lanes_u64)x, (lanes_u64)factor);
-    lanes_u64 odd = isa_mul_even((lanes_u64)x >> 32, (lanes_u64)factor);
-    *high = (lanes_u32)((even >> 32) | (odd & upper));
-    return (lanes_u32)((even & ~upper) | (odd << 32));
-}
+enum {
+    PHILOX_LANES = ISA_LANES / 2, /* blocks in a vector, each in 64 bits */
+    PHILOX_SETS = 2,              /* vectors at a time, whose chains of products are independent */
+    PHILOX_WORDS = 4 * PHILOX_LANES * PHILOX_SETS,
+};
 
-/* The words of blocks block .. block + ISA_LANES - 1 in element order: Philox4x32-10 as behind
- * qs_rng_block, a block in each lane. */
-static inline void philox(const qs_rng *rng, uint64_t block, uint32_t out[4 * ISA_LANES])
+/* The words of blocks from `block` on, in element order: Philox4x32-10 as behind qs_rng_block. What
+ * counts of a lane is its lower half: a product has both of its words where they are needed next,
+ * and nothing is masked until the end. */
+static inline void philox(const qs_rng *rng, uint64_t block, uint32_t out[PHILOX_WORDS])
 {
-    uint32_t word[4][ISA_LANES];
-    for (uint64_t lane = 0; lane < ISA_LANES; lane++) {
-        word[0][lane] = (uint32_t)(block + lane);
-        word[1][lane] = (uint32_t)((block + lane) >> 32);
+    lanes_u64 c0[PHILOX_SETS], c1[PHILOX_SETS], c2[PHILOX_SETS], c3[PHILOX_SETS];
+    static const uint64_t number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int s = 0; s < PHILOX_SETS; s++) {
+        memcpy(&c0[s], number + s * PHILOX_LANES, sizeof c0[s]);
+        c0[s] += block;
+        c1[s] = c0[s] >> 32;
+        c2[s] = (lanes_u64){0} + rng->site;
+        c3[s] = (lanes_u64){0} + rng->layer;
     }
-    lanes_u32 c0, c1, c2 = (lanes_u32){0} + rng->site, c3 = (lanes_u32){0} + rng->layer;
-    memcpy(&c0, word[0], sizeof c0);
-    memcpy(&c1, word[1], sizeof c1);
+    const lanes_u64 by0 = (lanes_u64){0} + 0xD2511F53U, by1 = (lanes_u64){0} + 0xCD9E8D57U;
     uint32_t key0 = (uint32_t)rng->key, key1 = (uint32_t)(rng->key >> 32);
     for (int round = 0; round < 10; round++) {
-        lanes_u32 high0, high1;
-        lanes_u32 low0 = mul_words(c0, 0xD2511F53U, &high0);
-        lanes_u32 low1 = mul_words(c2, 0xCD9E8D57U, &high1);
-        c0 = high1 ^ c1 ^ key0;
-        c2 = high0 ^ c3 ^ key1;
-        c1 = low1;
-        c3 = low0;
+        for (int s = 0; s < PHILOX_SETS; s++) {
+            lanes_u64 first = isa_mul_even(c0[s], by0), second = isa_mul_even(c2[s], by1);
+            c0[s] = (second >> 32) ^ c1[s] ^ key0;
+            c2[s] = (first >> 32) ^ c3[s] ^ key1;
+            c1[s] = second;
+            c3[s] = first;
+        }
         key0 += 0x9E3779B9U;
         key1 += 0xBB67AE85U;
     }
-    memcpy(word[0], &c0, sizeof c0);
-    memcpy(word[1], &c1, sizeof c1);
-    memcpy(word[2], &c2, sizeof c2);
-    memcpy(word[3], &c3, sizeof c3);
-    for (int lane = 0; lane < ISA_LANES; lane++) {
-        for (int w = 0; w < 4; w++) {
-            out[4 * lane + w] = word[w][lane];
+    for (int s = 0; s < PHILOX_SETS; s++) {
+        const lanes_u64 pairs[2] = {(c0[s] & 0xFFFFFFFFU) | (c1[s] << 32),
+                                    (c2[s] & 0xFFFFFFFFU) | (c3[s] << 32)};
+        uint64_t half[2][PHILOX_LANES], whole[2 * PHILOX_LANES];
+        memcpy(half, pairs, sizeof half);
+        for (int i = 0; i < PHILOX_LANES; i++) {
+            whole[2 * i] = half[0][i];
+            whole[2 * i + 1] = half[1][i];
         }
+        memcpy(out + s * 4 * PHILOX_LANES, whole, sizeof whole);
     }
+}
+
+/* As qs_rng_uniform. Not x * 0: a dropped element is 0 whatever it was. */
+static inline void dropout_step(const uint32_t *words, float p, float keep, const float *x,
+                                float *out)
+{
+    lanes_i32 bits; /* 24 of them: no sign */
+    memcpy(&bits, words, sizeof bits);
+    bits = (bits >> 8) & 0xFFFFFF;
+    const lanes uniform = __builtin_convertvector(bits, lanes) * lanes_splat(0x1p-24F);
+    const lanes_i32 kept = uniform >= lanes_splat(p);
+    lanes_store(out, (lanes)(kept & (lanes_i32)(lanes_load(x) * lanes_splat(keep))));
 }
 
 static void isa_dropout(const qs_rng *rng, uint64_t element, int64_t count, float p, float keep,
                         const float *x, float *out)
 {
-    enum { WORDS = 4 * ISA_LANES };
     while (count > 0) {
-        uint32_t words[WORDS];
+        uint32_t words[PHILOX_WORDS];
         int64_t skip = (int64_t)(element % 4);
-        int64_t here = WORDS - skip < count ? WORDS - skip : count;
+        int64_t here = PHILOX_WORDS - skip < count ? PHILOX_WORDS - skip : count;
         philox(rng, element / 4, words);
-        for (int64_t i = 0; i < here; i++) {
-            /* As qs_rng_uniform. Not x * 0: a dropped element is 0 whatever it was. */
+        int64_t i = 0;
+        for (; i + ISA_LANES <= here; i += ISA_LANES) {
+            dropout_step(words + skip + i, p, keep, x + i, out + i);
+        }
+        for (; i < here; i++) {
             float uniform = (float)(int32_t)(words[skip + i] >> 8) * 0x1p-24F;
             float kept = x[i] * keep;
             out[i] = uniform >= p ? kept : 0.0F;
