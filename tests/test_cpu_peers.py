@@ -250,6 +250,7 @@ class Products(unittest.TestCase):
             {"operation": f"nf4 {direction}{path}", "time": time, "bound": 100.0, "error": 1e-6}
             for direction in case_gemm.DIRECTIONS for path, time in (("", 4.0), (" fp16", 2.0))]}}}
         context = types.SimpleNamespace(turns=lambda usual: 1, options=types.SimpleNamespace(limit=20.0),
+                                        cpu={"flags": ["avx512_fp16"], "maker": "any"},
                                         program=types.SimpleNamespace(bench=lambda *_: report))
         peer = types.SimpleNamespace(ask=lambda what, dtype, **_: {
             "seconds": [4e-3], "error": {"float32": 1e-6, "bfloat16": math.nan}[dtype]})
@@ -263,20 +264,23 @@ class Products(unittest.TestCase):
             self.assertEqual(row["wrong"], ["bf16 of the peer is off by nan"])
 
     def test_aims_are_for_the_fast_products_and_strict_stays(self):
-        def rows_with(paths):
+        def rows_with(paths, flags=()):
             context = types.SimpleNamespace(
-                turns=lambda usual: 1, options=types.SimpleNamespace(limit=20.0), program=types.SimpleNamespace(
+                cpu={"flags": flags, "maker": "AuthenticAMD"}, turns=lambda usual: 1, options=types.SimpleNamespace(limit=20.0), program=types.SimpleNamespace(
                     bench=lambda *_: {"format": "qshard-bench", "tables": {"operations": {"rows": [
                         {"operation": f"{path} {direction}", "time": time, "bound": bound, "error": 1e-6}
                         for direction in case_gemm.DIRECTIONS for path, time, bound in paths]}}}))
             peer = types.SimpleNamespace(ask=lambda what, dtype, **_: {"seconds": [6e-3], "error": 1e-6})
             return case_gemm.one_product(context, case_gemm.Peers(context, peer, False), (1000, 1000), 70)
 
-        for row in rows_with([("nf4", 4.0, 70.0), ("bf16", 2.0, 140.0)]):  # 0.14 GFLOP: 35 and 70 GFLOP/s
+        for row in rows_with([("nf4", 4.0, 70.0), ("bf16", 2.0, 140.0)], ["avx512_bf16"]):  # 0.14 GFLOP: 35 and 70 GFLOP/s
             self.assertEqual({name: (ratio["median"], ratio.get("aim"), ratio["ceiling"]) for name, ratio in row["ratios"].items()},
                              {"strict : peer fp32": (1.5, None, 3.0), "bf16 : peer fp32": (3.0, 1.7, 6.0),
                               "strict : peer bf16": (1.5, None, 3.0), "bf16 : peer bf16": (3.0, 3.0, 6.0)})
             self.assertEqual(row["facts"]["bound"], "strict: 70 GFLOP/s, 50 % reached; bf16: 140 GFLOP/s, 50 % reached")
+        for row in rows_with([("nf4", 4.0, 70.0), ("bf16", 4.0, 70.0)]):  # a CPU where bf16 has rows and is no faster
+            self.assertEqual({name: ratio.get("aim") for name, ratio in row["ratios"].items()},
+                             {"strict : peer fp32": 1.7, "bf16 : peer fp32": None, "strict : peer bf16": 3.0, "bf16 : peer bf16": None})
         for row in rows_with([("nf4", 4.0, 70.0)]):
             self.assertEqual({name: ratio.get("aim") for name, ratio in row["ratios"].items()},
                              {"strict : peer fp32": 1.7, "strict : peer bf16": 3.0})
