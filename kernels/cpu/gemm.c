@@ -110,120 +110,89 @@ static void spread(const float *src, int64_t count, float *dst, int width, int64
     }
 }
 
-/* Columns [first, first + count) of an operand whose stored rows run across k: numbers [k0, k0 +
- * depth) of the k, in groups of `width`. */
-static void pack_along(const format *f, const qs_operand *op, int64_t k, int64_t first,
-                       int64_t count, int64_t k0, int64_t depth, float *dst, int width)
+/* Columns [first, first + count) of an operand whose stored rows run across k; else as `pack`. */
+static void pack_along(const qs_panels *p, const qs_panels_part *part, const qs_operand *op,
+                       int64_t first, int64_t count, float *dst, int width)
 {
-    const int64_t there = words(f, depth);
+    const format *f = &((const operands *)p->ctx)->f;
+    const int64_t deep = words(f, part->depth), from = part->k0 / f->per_word;
     float space[SEGMENT];
-    for (int64_t word = 0; word < there; word++) {
-        const float *src = words_across(f, op, k0 / f->per_word + word, k, first, count, space);
-        spread(src, count, dst + word * width, width, width * there);
+    for (int64_t word = 0; word < deep; word++) {
+        const float *src = words_across(f, op, from + word, p->k, first, count, space);
+        spread(src, count, dst + word * width, width, width * deep);
     }
 }
 
-static int64_t round_up(int64_t value, int64_t step)
+/* Rows of A or columns of B, [first, first + count), with the part's numbers along k: groups of
+ * [words][width], the last one filled up. */
+static void pack(const qs_panels *p, const qs_panels_part *part, const qs_operand *op,
+                 bool rows_along_k, int64_t first, int64_t count, float *dst, int width)
 {
-    return qs_ceil_div(value, step) * step;
+    enum { LANES = 16 };
+    const format *f = &((const operands *)p->ctx)->f;
+    const int64_t group_stride = width * words(f, part->depth);
+    if (!rows_along_k) {
+        pack_along(p, part, op, first, count, dst, width);
+        return;
+    }
+    for (int64_t i = 0; i < count; i += width, dst += group_stride) {
+        for (int at = 0; at < width; at += LANES) {
+            const int lanes = width - at < LANES ? width - at : LANES;
+            const int64_t there = count - i - at;
+            const int here = there < 0 ? 0 : (int)qs_min_i64(lanes, there);
+            pack_across(f, op, first + i + at, here, part->k0, part->depth, dst + at, width, lanes);
+        }
+    }
 }
 
-static int64_t left_count(const qs_panels *p)
-{
-    const operands *o = p->ctx;
-    return round_up(p->m, o->f.mr) * words(&o->f, p->k);
-}
-
-static int64_t right_count(const qs_panels *p, int64_t cols)
-{
-    const operands *o = p->ctx;
-    return cols * words(&o->f, QS_GEMM_KC);
-}
-
-/* Where row i, of a panel, starts in packed A with its part of a block of k. */
-static float *left_at(const qs_panels *p, int64_t i, int64_t k0, int64_t depth)
+/* Where a part of packed A starts. */
+static float *left_at(const qs_panels *p, const qs_panels_part *part)
 {
     const format *f = &((const operands *)p->ctx)->f;
-    return p->left + round_up(p->m, f->mr) * words(f, k0) + i * words(f, depth);
+    return p->left + qs_ceil_div(p->m, f->mr) * f->mr * words(f, part->k0) +
+           part->i * words(f, part->depth);
 }
 
-/* The panels of a step with their part of a block of k make a task. */
-static int64_t left_steps(const qs_panels *p)
-{
-    return qs_ceil_div(p->m, p->kind->step_panels * p->kind->mr);
-}
-
-static int64_t left_tasks(const qs_panels *p)
-{
-    return left_steps(p) * qs_ceil_div(p->k, QS_GEMM_KC);
-}
-
-static void pack_left(const qs_panels *p, int64_t task)
+static void pack_left(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
     const qs_operand *a = o->a;
-    const int64_t step = p->kind->step_panels * p->kind->mr, steps = left_steps(p);
-    const int64_t i0 = task % steps * step, rows = qs_min_i64(step, p->m - i0);
-    const int64_t k0 = task / steps * QS_GEMM_KC, depth = qs_min_i64(QS_GEMM_KC, p->k - k0);
-    const int64_t panel_stride = o->f.mr * words(&o->f, depth);
-    float *dst = left_at(p, i0, k0, depth);
-    if (a->transposed) {
-        pack_along(&o->f, a, p->k, p->i0 + i0, rows, k0, depth, dst, o->f.mr);
-    } else {
-        for (int64_t i = 0; i < rows; i += o->f.mr) {
-            int here = (int)qs_min_i64(o->f.mr, rows - i);
-            pack_across(&o->f, a, p->i0 + i0 + i, here, k0, depth, dst + i / o->f.mr * panel_stride,
-                        o->f.mr, o->f.mr);
-        }
-    }
+    float *dst = left_at(p, part);
+    pack(p, part, a, !a->transposed, p->row0 + part->i, part->rows, dst, o->f.mr);
     if (a->scale != 0.0F && a->scale != 1.0F) {
-        int64_t count = qs_ceil_div(rows, o->f.mr) * panel_stride;
+        const int64_t count =
+            qs_ceil_div(part->rows, o->f.mr) * o->f.mr * words(&o->f, part->depth);
         for (int64_t i = 0; i < count; i++) {
             dst[i] *= a->scale;
         }
     }
 }
 
-static void pack_right(const qs_panels *p, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                       float *dst)
+static void pack_right(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    const int nr = o->f.nr;
-    const int64_t sliver_stride = nr * words(&o->f, depth);
-    if (!o->b->transposed) {
-        pack_along(&o->f, o->b, p->k, j0, cols, k0, depth, dst, nr);
-        return;
-    }
-    for (int64_t j = 0; j < cols; j += nr) {
-        for (int at = 0; at < nr; at += 16) {
-            int lanes = nr - at < 16 ? nr - at : 16;
-            int64_t there = cols - j - at;
-            int here = there < 0 ? 0 : (int)qs_min_i64(lanes, there);
-            pack_across(&o->f, o->b, j0 + j + at, here, k0, depth,
-                        dst + j / nr * sliver_stride + at, nr, lanes);
-        }
-    }
+    pack(p, part, o->b, o->b->transposed, part->j, part->cols, part->right, o->f.nr);
 }
 
 /* Panels times slivers. */
-static void multiply(const qs_panels *p, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
-                     int64_t k0, int64_t depth, const float *packed, bool accumulate)
+static void multiply(const qs_panels *p, const qs_panels_part *part)
 {
     const format *f = &((const operands *)p->ctx)->f;
-    const float *panels = left_at(p, i0, k0, depth);
-    const int64_t deep = words(f, depth);
+    const float *panels = left_at(p, part);
+    const int64_t deep = words(f, part->depth);
     const unsigned mode = f->pairs != NULL ? f->pairs->begin() : 0;
-    for (int64_t j = 0; j < cols; j += f->nr) {
-        int width = (int)qs_min_i64(f->nr, cols - j);
-        for (int64_t i = 0; i < rows; i += f->mr) {
-            int height = (int)qs_min_i64(f->mr, rows - i);
-            const float *left = panels + i * deep, *right = packed + j * deep;
-            float *to = p->c + (i0 + i) * p->c_stride + j0 + j;
+    for (int64_t j = 0; j < part->cols; j += f->nr) {
+        int width = (int)qs_min_i64(f->nr, part->cols - j);
+        for (int64_t i = 0; i < part->rows; i += f->mr) {
+            int height = (int)qs_min_i64(f->mr, part->rows - i);
+            const float *left = panels + i * deep, *right = part->right + j * deep;
+            float *to = p->c + (part->i + i) * p->c_stride + part->j + j;
             if (f->pairs == NULL) {
-                f->isa->tile(height, width, deep, left, right, to, p->c_stride, accumulate);
+                f->isa->tile(height, width, deep, left, right, to, p->c_stride, part->accumulate);
             } else {
                 f->pairs->tile(height, width, deep, (const uint32_t *)(const void *)left,
-                               (const uint32_t *)(const void *)right, to, p->c_stride, accumulate);
+                               (const uint32_t *)(const void *)right, to, p->c_stride,
+                               part->accumulate);
             }
         }
     }
@@ -238,13 +207,13 @@ static qs_status multiply_by(const operands *o, qs_queue *queue, int64_t m, int6
     const qs_panels_kind kind = {.mr = o->f.mr,
                                  .nr = o->f.nr,
                                  .kc = QS_GEMM_KC,
+                                 .left_panels = STEP_PANELS,
+                                 .left_depth = QS_GEMM_KC,
                                  .step_panels = STEP_PANELS,
                                  .task_slivers = SLIVERS_PER_TASK,
-                                 .numbers_a_float = o->f.per_word,
+                                 .panel_floats = o->f.mr * words(&o->f, k),
+                                 .sliver_floats = o->f.nr * words(&o->f, QS_GEMM_KC),
                                  .speed = 32 * o->f.per_word,
-                                 .left_count = left_count,
-                                 .right_count = right_count,
-                                 .left_tasks = left_tasks,
                                  .pack_left = pack_left,
                                  .pack_right = pack_right,
                                  .multiply = multiply};

@@ -16,7 +16,7 @@ enum {
     STEP_PANELS = 8,      /* of a task: fewer are not worth decoding a sliver again */
 };
 
-/* Packed A is [panels][steps][32 * 32]. */
+/* A packed panel is [steps][32 * 32]. */
 typedef struct {
     const qs_tile *tile;
     const qs_isa *isa;
@@ -28,37 +28,19 @@ static int64_t steps_of(int64_t depth)
     return qs_ceil_div(depth, STEP);
 }
 
-static int64_t left_count(const qs_panels *p)
-{
-    return qs_panels_count(p) * steps_of(p->k) * QS_TILE_STEP_ELEMS / 2;
-}
-
-static int64_t right_count(const qs_panels *p, int64_t cols)
-{
-    (void)p;
-    (void)cols;
-    return SLIVER;
-}
-
-static uint16_t *panel_at(const qs_panels *p, int64_t panel)
-{
-    return (uint16_t *)(void *)p->left + panel * steps_of(p->k) * QS_TILE_STEP_ELEMS;
-}
-
 /* One panel of A: its rows side by side in each step. */
-static void pack_left(const qs_panels *p, int64_t index)
+static void pack_left(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    uint16_t *out = panel_at(p, index);
-    const int64_t row0 = index * SIDE, rows = qs_min_i64(SIDE, p->m - row0);
-    if (rows < SIDE || p->k % STEP != 0) {
-        memset(out, 0, (size_t)(steps_of(p->k) * QS_TILE_STEP_ELEMS) * sizeof *out);
+    uint16_t *out = (uint16_t *)(void *)qs_panels_left(p, part->i);
+    if (part->rows < SIDE || p->k % STEP != 0) {
+        memset(out, 0, (size_t)p->kind->panel_floats * sizeof(float));
     }
-    for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = 0; i < part->rows; i++) {
         for (int64_t k0 = 0; k0 < p->k; k0 += KC) {
             float space[KC];
             const int64_t depth = qs_min_i64(KC, p->k - k0);
-            const float *x = qs_operand_row(o->a, p->i0 + row0 + i, k0, depth, space);
+            const float *x = qs_operand_row(o->a, p->row0 + part->i + i, k0, depth, space);
             for (int64_t k = 0; k < depth; k += STEP) {
                 o->tile->round(x + k, qs_min_i64(STEP, depth - k),
                                out + (k0 + k) / STEP * QS_TILE_STEP_ELEMS + i * STEP);
@@ -74,9 +56,9 @@ static int64_t columns_at(int64_t steps, int64_t j)
 }
 
 /* B's columns are stored rows: 16 of them are rounded, and turned as words of two. */
-static void pack_columns(const operands *o, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                         uint32_t *out)
+static void pack_columns(const operands *o, const qs_panels_part *part, uint32_t *out)
 {
+    const int64_t cols = part->cols, depth = part->depth;
     const int64_t steps = steps_of(depth), pairs = steps * HALF;
     for (int64_t j = 0; j < qs_ceil_div(cols, SIDE) * SIDE; j += HALF) {
         const int rows = (int)(j < cols ? qs_min_i64(HALF, cols - j) : 0);
@@ -84,7 +66,8 @@ static void pack_columns(const operands *o, int64_t j0, int64_t cols, int64_t k0
         for (int r = 0; r < rows; r++) {
             float space[KC];
             uint16_t *row = (uint16_t *)(void *)(words + r * pairs);
-            o->tile->round(qs_operand_row(o->b, j0 + j + r, k0, depth, space), depth, row);
+            o->tile->round(qs_operand_row(o->b, part->j + j + r, part->k0, depth, space), depth,
+                           row);
             memset(row + depth, 0, (size_t)(2 * pairs - depth) * sizeof *row);
         }
         uint32_t *to = out + columns_at(steps, j);
@@ -95,17 +78,18 @@ static void pack_columns(const operands *o, int64_t j0, int64_t cols, int64_t k0
 }
 
 /* B is stored by its rows: two of them make a row of pairs. */
-static void pack_rows(const operands *o, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                      uint32_t *out)
+static void pack_rows(const operands *o, const qs_panels_part *part, uint32_t *out)
 {
+    const int64_t cols = part->cols, depth = part->depth;
     static const float zeros[NR] = {0};
     const int64_t steps = steps_of(depth);
     for (int64_t k = 0; k < steps * STEP; k += 2) {
         float space[2][NR];
         uint32_t pairs[NR] = {0};
-        const float *even = k < depth ? qs_operand_row(o->b, k0 + k, j0, cols, space[0]) : zeros;
+        const float *even =
+            k < depth ? qs_operand_row(o->b, part->k0 + k, part->j, cols, space[0]) : zeros;
         const float *odd =
-            k + 1 < depth ? qs_operand_row(o->b, k0 + k + 1, j0, cols, space[1]) : zeros;
+            k + 1 < depth ? qs_operand_row(o->b, part->k0 + k + 1, part->j, cols, space[1]) : zeros;
         o->tile->pair(even, odd, cols, pairs);
         for (int64_t j = 0; j < qs_ceil_div(cols, SIDE) * SIDE; j += HALF) {
             memcpy(out + columns_at(steps, j) + k / STEP * (QS_TILE_STEP_ELEMS / 2) +
@@ -115,43 +99,25 @@ static void pack_rows(const operands *o, int64_t j0, int64_t cols, int64_t k0, i
     }
 }
 
-/* A tile's sums to C. */
-static void store(const qs_panels *p, int64_t i, int64_t j, const float *y, bool accumulate)
-{
-    const int64_t rows = qs_min_i64(SIDE, p->m - i), cols = qs_min_i64(SIDE, p->n - j);
-    for (int64_t r = 0; r < rows; r++, y += SIDE) {
-        float *c = p->c + (i + r) * p->c_stride + j;
-        if (!accumulate) {
-            memcpy(c, y, (size_t)cols * sizeof *c);
-            continue;
-        }
-        for (int64_t col = 0; col < cols; col++) {
-            c[col] += y[col];
-        }
-    }
-}
-
-static void pack_right(const qs_panels *p, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                       float *right)
+static void pack_right(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    (o->b->transposed ? pack_columns : pack_rows)(o, j0, cols, k0, depth,
-                                                  (uint32_t *)(void *)right);
+    (o->b->transposed ? pack_columns : pack_rows)(o, part, (uint32_t *)(void *)part->right);
 }
 
-static void multiply(const qs_panels *p, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
-                     int64_t k0, int64_t depth, const float *right, bool accumulate)
+static void multiply(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    const uint32_t *b = (const uint32_t *)(const void *)right;
-    const int64_t steps = steps_of(depth);
+    const int64_t steps = steps_of(part->depth);
     o->tile->begin();
-    for (int64_t i = i0; i < i0 + rows; i += SIDE) {
-        const uint16_t *a = panel_at(p, i / SIDE) + k0 / STEP * QS_TILE_STEP_ELEMS;
-        for (int64_t j = 0; j < cols; j += SIDE) {
+    for (int64_t i = part->i; i < part->i + part->rows; i += SIDE) {
+        const uint16_t *a = (const uint16_t *)(const void *)qs_panels_left(p, i);
+        for (int64_t j = 0; j < part->cols; j += SIDE) {
             _Alignas(64) float y[SIDE * SIDE];
-            o->tile->tile(steps, a, (const uint16_t *)(const void *)(b + columns_at(steps, j)), y);
-            store(p, i, j0 + j, y, accumulate);
+            const float *b = part->right + columns_at(steps, j);
+            o->tile->tile(steps, a + part->k0 / STEP * QS_TILE_STEP_ELEMS,
+                          (const uint16_t *)(const void *)b, y);
+            qs_panels_store(p, i, part->j + j, y, SIDE, NULL, part->accumulate);
         }
     }
     o->tile->end();
@@ -160,19 +126,19 @@ static void multiply(const qs_panels *p, int64_t i0, int64_t rows, int64_t j0, i
 qs_status qs_gemm_amx(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
                       const qs_operand *b, float *c, int64_t c_stride, bool accumulate)
 {
-    static const qs_panels_kind kind = {.mr = SIDE,
-                                        .nr = NR,
-                                        .kc = KC,
-                                        .step_panels = STEP_PANELS,
-                                        .task_slivers = 1,
-                                        .numbers_a_float = 2,
-                                        .speed = 128,
-                                        .left_count = left_count,
-                                        .right_count = right_count,
-                                        .left_tasks = qs_panels_count,
-                                        .pack_left = pack_left,
-                                        .pack_right = pack_right,
-                                        .multiply = multiply};
+    const qs_panels_kind kind = {.mr = SIDE,
+                                 .nr = NR,
+                                 .kc = KC,
+                                 .left_panels = 1,
+                                 .left_depth = k,
+                                 .step_panels = STEP_PANELS,
+                                 .task_slivers = 1,
+                                 .panel_floats = steps_of(k) * QS_TILE_STEP_ELEMS / 2,
+                                 .sliver_floats = SLIVER,
+                                 .speed = 128,
+                                 .pack_left = pack_left,
+                                 .pack_right = pack_right,
+                                 .multiply = multiply};
     const operands o = {qs_tile_get(), qs_isa_get(), a, b};
     if (o.tile == NULL) {
         return QS_FAIL(QS_ERR_ENVIRONMENT, "cpu.gemm: amx needs a CPU with AMX-BF16");

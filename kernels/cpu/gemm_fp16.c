@@ -15,7 +15,6 @@ enum {
     NR = QS_HALF_NR,
     STRETCH = QS_HALF_STRETCH,
     GROUP = QS_HALF_GROUP,
-    GROUPS = NR / GROUP,
     KC = 4096, /* depth of a decoded sliver, 768 KiB of the L2 cache; part of the definition */
     STRETCHES = KC / STRETCH,
     SLIVER = KC * NR / 2 + STRETCHES * NR, /* floats of a sliver with its scales */
@@ -23,7 +22,7 @@ enum {
     SCALED_EXPONENT = 8, /* largest magnitude of a scaled row: below 2^9 */
 };
 
-/* Packed A is [panels][k][MR] halves, and behind them [panels][MR] floats, 2^-e of a row. */
+/* A packed panel is MR floats, 2^-e of its rows, and [k][MR] halves. */
 typedef struct {
     const qs_half *half;
     const qs_unit_view *unit;
@@ -31,23 +30,6 @@ typedef struct {
     bool transposed;
     const qs_operand *a;
 } operands;
-
-static int64_t halves_count(const qs_panels *p)
-{
-    return qs_panels_count(p) * MR * p->k / 2;
-}
-
-static int64_t left_count(const qs_panels *p)
-{
-    return halves_count(p) + qs_panels_count(p) * MR;
-}
-
-static int64_t right_count(const qs_panels *p, int64_t cols)
-{
-    (void)p;
-    (void)cols;
-    return SLIVER;
-}
 
 /* ---- the left operand ---- */
 
@@ -77,26 +59,26 @@ static float largest_of(const qs_operand *a, int64_t row, int64_t depth)
     return largest;
 }
 
-static void pack_left(const qs_panels *p, int64_t index)
+static void pack_left(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    uint16_t *halves = (uint16_t *)(void *)p->left;
-    float *unscale = p->left + halves_count(p);
-    const int64_t row0 = p->i0 + index * MR;
-    const int rows = (int)qs_min_i64(MR, p->i0 + p->m - row0);
-    float scale[MR] = {0}, space[MR][STRETCH];
+    float *unscale = qs_panels_left(p, part->i);
+    uint16_t *halves = (uint16_t *)(void *)(unscale + MR);
+    const int64_t row0 = p->row0 + part->i;
+    float scale[MR], space[MR][STRETCH];
     const float *x[MR] = {NULL};
-    for (int i = 0; i < rows; i++) {
-        const int exponent = exponent_for(largest_of(o->a, row0 + i, p->k), SCALED_EXPONENT + 1);
+    for (int i = 0; i < MR; i++) {
+        const float largest = i < part->rows ? largest_of(o->a, row0 + i, p->k) : 0.0F;
+        const int exponent = exponent_for(largest, SCALED_EXPONENT + 1);
         scale[i] = ldexpf(1.0F, exponent);
-        unscale[index * MR + i] = ldexpf(1.0F, -exponent);
+        unscale[i] = ldexpf(1.0F, -exponent);
     }
     for (int64_t k = 0; k < p->k; k += STRETCH) {
         const int64_t count = qs_min_i64(STRETCH, p->k - k);
-        for (int i = 0; i < rows; i++) {
+        for (int i = 0; i < part->rows; i++) {
             x[i] = qs_operand_row(o->a, row0 + i, k, count, space[i]);
         }
-        o->half->pack(x, scale, count, halves + (index * p->k + k) * MR);
+        o->half->pack(x, scale, count, halves + k * MR);
     }
 }
 
@@ -192,60 +174,32 @@ static void decode_rows(const qs_panels *p, int64_t j, int64_t k0, int64_t rows,
 }
 
 /* NR columns, the last ones filled up. */
-static void pack_right(const qs_panels *p, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                       float *right)
+static void pack_right(const qs_panels *p, const qs_panels_part *part)
 {
-    (void)cols;
     const operands *o = p->ctx;
-    float *scale = right;
-    uint16_t *out = halves_of(right);
-    for (int g = 0; g < GROUPS; g++) {
-        const int64_t j = j0 + (int64_t)g * GROUP;
+    for (int64_t at = 0; at < NR; at += GROUP) {
+        float *scale = part->right + at;
+        uint16_t *out = halves_of(part->right) + at;
         if (o->transposed) {
-            decode_columns(p, j, k0, depth, out + j - j0, scale + (j - j0));
+            decode_columns(p, part->j + at, part->k0, part->depth, out, scale);
             continue;
         }
-        for (int64_t k = 0; k < depth; k += STRETCH) {
-            decode_rows(p, j, k0 + k, qs_min_i64(STRETCH, depth - k), out + k * NR + (j - j0),
-                        scale + k / STRETCH * NR + (j - j0));
+        for (int64_t k = 0; k < part->depth; k += STRETCH) {
+            decode_rows(p, part->j + at, part->k0 + k, qs_min_i64(STRETCH, part->depth - k),
+                        out + k * NR, scale + k / STRETCH * NR);
         }
     }
 }
 
-/* ---- the product ---- */
-
-/* A tile's sums to C. */
-static void store(const qs_panels *p, int64_t i, int64_t j0, const float *y, bool accumulate)
+static void multiply(const qs_panels *p, const qs_panels_part *part)
 {
-    const float *unscales = p->left + halves_count(p);
-    const int64_t rows = qs_min_i64(MR, p->m - i), cols = qs_min_i64(NR, p->n - j0);
-    for (int64_t r = 0; r < rows; r++, y += NR) {
-        float *c = p->c + (i + r) * p->c_stride + j0;
-        const float unscale = unscales[i + r];
-        if (accumulate) {
-            for (int64_t j = 0; j < cols; j++) {
-                const float sum = y[j] * unscale; /* two roundings */
-                c[j] += sum;
-            }
-        } else {
-            for (int64_t j = 0; j < cols; j++) {
-                c[j] = y[j] * unscale;
-            }
-        }
-    }
-}
-
-static void multiply(const qs_panels *p, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
-                     int64_t k0, int64_t depth, const float *right, bool accumulate)
-{
-    (void)cols;
     const operands *o = p->ctx;
-    const uint16_t *a = (const uint16_t *)(const void *)p->left;
-    const uint16_t *b = (const uint16_t *)(const void *)(right + (int64_t)STRETCHES * NR);
-    for (int64_t i = i0; i < i0 + rows; i += MR) {
+    for (int64_t i = part->i; i < part->i + part->rows; i += MR) {
         _Alignas(64) float y[MR * NR] = {0};
-        o->half->tile(depth, a + (i / MR * p->k + k0) * MR, b, right, y);
-        store(p, i, j0, y, accumulate);
+        const float *unscale = qs_panels_left(p, i);
+        const uint16_t *a = (const uint16_t *)(const void *)(unscale + MR);
+        o->half->tile(part->depth, a + part->k0 * MR, halves_of(part->right), part->right, y);
+        qs_panels_store(p, i, part->j, y, NR, unscale, part->accumulate);
     }
 }
 
@@ -258,25 +212,25 @@ qs_status qs_gemm_fp16(qs_queue *queue, const qs_unit_view *unit, const qs_weigh
                        bool transposed, int64_t m, const qs_operand *a, float *c, int64_t c_stride,
                        bool accumulate)
 {
-    static const qs_panels_kind kind = {.mr = MR,
-                                        .nr = NR,
-                                        .kc = KC,
-                                        .step_panels = STEP_PANELS,
-                                        .task_slivers = 1,
-                                        .numbers_a_float = 2,
-                                        .speed = 64,
-                                        .left_count = left_count,
-                                        .right_count = right_count,
-                                        .left_tasks = qs_panels_count,
-                                        .pack_left = pack_left,
-                                        .pack_right = pack_right,
-                                        .multiply = multiply};
+    const int64_t n = transposed ? w->out : w->in, k = transposed ? w->in : w->out;
+    const qs_panels_kind kind = {.mr = MR,
+                                 .nr = NR,
+                                 .kc = KC,
+                                 .left_panels = 1,
+                                 .left_depth = k,
+                                 .step_panels = STEP_PANELS,
+                                 .task_slivers = 1,
+                                 .panel_floats = MR + k * MR / 2,
+                                 .sliver_floats = SLIVER,
+                                 .speed = 64,
+                                 .pack_left = pack_left,
+                                 .pack_right = pack_right,
+                                 .multiply = multiply};
     const operands o = {qs_half_get(), unit, w, transposed, a};
     if (o.half == NULL) {
         return QS_FAIL(QS_ERR_ENVIRONMENT, "cpu.gemm: fp16 needs a CPU with AVX512-FP16");
     }
-    return qs_panels_multiply(queue, &kind, &o, m, transposed ? w->out : w->in,
-                              transposed ? w->in : w->out, c, c_stride, accumulate);
+    return qs_panels_multiply(queue, &kind, &o, m, n, k, c, c_stride, accumulate);
 }
 
 int64_t qs_gemm_fp16_scratch_count(int threads)

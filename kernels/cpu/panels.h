@@ -17,29 +17,30 @@
 
 typedef struct qs_panels qs_panels;
 
-/** What is a kind of products' own. The functions may be called from several threads. */
+/** Rows [i, i + rows), columns [j, j + cols) and numbers [k0, k0 + depth) along k; i is a panel's
+ * first row, j a sliver's first column, k0 a block's first number. */
 typedef struct {
-    int64_t mr, nr, kc;      /* rows of a panel, columns of a sliver, depth of a block of k */
-    int64_t step_panels;     /* that are multiplied in one go: a task has no fewer */
-    int64_t task_slivers;    /* most of a task */
-    int64_t numbers_a_float; /* of packed A */
-    int64_t speed;           /* multiply-adds in the time of moving a number */
+    int64_t i, rows, j, cols, k0, depth;
+    bool accumulate;
+    float *right; /* this part of packed B */
+} qs_panels_part;
 
-    /** Floats that A, and `cols` columns of a block of B, take when they are packed. */
-    int64_t (*left_count)(const qs_panels *p);
-    int64_t (*right_count)(const qs_panels *p, int64_t cols);
+/** May be called from several threads. */
+typedef void qs_panels_function(const qs_panels *p, const qs_panels_part *part);
 
-    /** Pack A into p->left, in so many tasks. */
-    int64_t (*left_tasks)(const qs_panels *p);
-    void (*pack_left)(const qs_panels *p, int64_t task);
+/** What is a kind of products' own. */
+typedef struct {
+    int64_t mr, nr, kc;              /* rows of a panel, columns of a sliver, depth of a block */
+    int64_t left_panels, left_depth; /* that a task packs of A: panels, numbers along k */
+    int64_t step_panels;             /* that are multiplied in one go: a task has no fewer */
+    int64_t task_slivers;            /* most of a task */
+    int64_t panel_floats;            /* of a packed panel, with all k */
+    int64_t sliver_floats;           /* of a packed sliver, one block deep */
+    int64_t speed;                   /* multiply-adds in the time of moving a number */
 
-    /** Pack columns [j0, j0 + cols) of B, `depth` of its rows from k0 on. */
-    void (*pack_right)(const qs_panels *p, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                       float *right);
-
-    /** C (+)= rows [i, i + rows) of A times what pack_right has packed; i is that of a panel. */
-    void (*multiply)(const qs_panels *p, int64_t i, int64_t rows, int64_t j0, int64_t cols,
-                     int64_t k0, int64_t depth, const float *right, bool accumulate);
+    qs_panels_function *pack_left;  /* rows of A to p->left; this part has no columns */
+    qs_panels_function *pack_right; /* columns of B to part->right */
+    qs_panels_function *multiply;   /* the part of C (+)= that of A times that of B, both packed */
 } qs_panels_kind;
 
 /** One block of rows of a product. */
@@ -47,14 +48,12 @@ struct qs_panels {
     const qs_panels_kind *kind;
     const void *ctx; /* the kind's operands */
     qs_queue *queue;
-    int64_t i0, m, n, k; /* rows [i0, i0 + m) of A and C */
-    float *left;
-    float *c; /* row i0 */
+    int64_t row0, m, n, k; /* rows [row0, row0 + m) of A and C */
+    float *c;              /* row row0 */
     int64_t c_stride;
     bool accumulate;
-    /* how it is shared out */
-    int64_t task_panels, task_cols, row_tasks;
-    float *right; /* [threads][right_count] */
+    int64_t task_rows, task_cols, row_tasks; /* how it is shared out */
+    float *left, *right; /* [panels][panel_floats]; [threads][slivers of a task][sliver_floats] */
 };
 
 /** C[m, n] (+)= A B. With k = 0 C is left (accumulate) or zero. */
@@ -63,10 +62,15 @@ qs_status qs_panels_multiply(qs_queue *queue, const qs_panels_kind *kind, const 
                              bool accumulate);
 
 /** Most floats that packed A takes, of up to `rows` x `cols` or transposed, in panels of up to `mr`
- * rows. */
+ * rows with a float for each number. */
 int64_t qs_panels_left_most(int64_t rows, int64_t cols, int64_t mr, int64_t step_panels);
 
-/** Panels of the block of rows. */
-int64_t qs_panels_count(const qs_panels *p);
+/** The panel of row i, where a panel with all k is in one piece. */
+float *qs_panels_left(const qs_panels *p, int64_t i);
+
+/** A tile's sums y[mr][cols] to C, the first one to (i, j); those beyond C are left out. Row r is
+ * multiplied by factor[r] before (NULL: 1), rounded on its own. */
+void qs_panels_store(const qs_panels *p, int64_t i, int64_t j, const float *y, int64_t cols,
+                     const float *factor, bool accumulate);
 
 #endif
