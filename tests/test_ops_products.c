@@ -338,6 +338,36 @@ Test(products, what_is_not_finite_stays_in_its_row)
     }
 }
 
+/* More rows than are packed at once, by a block's worth: those of the second block are what they
+ * are alone. (amx in portable C would take minutes.) */
+Test(products, rows_beyond_a_block_are_what_they_are_alone, .timeout = 120)
+{
+    enum { DEEP = 50048, ROWS = 675, COLUMNS = 3 }; /* 2 * 2^24 / 50048 = 670.4 */
+    const fx_weight_spec spec = {QS_WEIGHT_NF4, COLUMNS, DEEP, QS_BF16, true, 1, 0};
+    fx_unit unit = fx_unit_create(&spec, 8);
+    for (int i = 0; i < N_PATHS; i++) {
+        const product_path *path = &paths[i];
+        if (i == AMX || !path->force("avx2")) {
+            continue;
+        }
+        qs_mat left = left_operand(ROWS, DEEP, 3), all = fx_mat(ROWS, COLUMNS, 0, 4);
+        multiply(path, 2, &unit, true, &left, &all, false);
+        for (int64_t t = 0; t < ROWS; t += t < ROWS - 6 ? 223 : 1) {
+            qs_mat row = left, alone = fx_mat(1, COLUMNS, 0, 6);
+            row.data = qs_mat_f32(&left) + t * left.stride;
+            row.rows = 1;
+            multiply(path, 1, &unit, true, &row, &alone, false);
+            cr_assert_eq(
+                memcmp(alone.data, qs_mat_f32(&all) + t * COLUMNS, COLUMNS * sizeof(float)), 0,
+                "%s, row %d", path->name, (int)t);
+            fx_mat_free(&alone);
+        }
+        fx_mat_free(&left);
+        fx_mat_free(&all);
+    }
+    fx_unit_destroy(&unit);
+}
+
 Test(products, are_no_choice_without_the_instructions)
 {
     for (int i = 0; i < N_PATHS; i++) {
