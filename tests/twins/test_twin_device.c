@@ -469,7 +469,7 @@ Test(device_errors, a_mark_that_could_not_be_made_fails_the_waits)
 /* Copies that take the emulator longer than the time between two looks. */
 Test(device_errors, a_watch_that_finds_an_error_ends_the_wait)
 {
-    enum { COPIES = 30, BYTES = 32 << 20 };
+    enum { COPIES = 400, BYTES = 32 << 20 }; /* far more than fit between two looks */
     qs_device *device = emulated_device("");
     qs_queue *queue = NULL;
     void *one = NULL, *two = NULL;
