@@ -1,6 +1,6 @@
 /* The bf16 product for AVX2 with FMA: register tile 4 x 16, 8 sums of 8 lanes. A word is taken
  * apart into two floats on its way to a fused multiply-add, on units that have nothing else to do,
- * so that it runs at about the speed of fp32. */
+ * so that it runs at 0.8 of the speed of fp32. */
 #include "kernels/cpu/pairs.h"
 
 #include <stddef.h>
