@@ -142,7 +142,7 @@ bool qs_pairs_are_faster(void)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_is("amd") && qs_pairs_get() == qs_pairs_avx512() && has_avx512_bf16();
+    return __builtin_cpu_is("amd") && qs_pairs_get() == qs_pairs_avx512();
 #else
     return false;
 #endif
