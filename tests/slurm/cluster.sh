@@ -43,8 +43,10 @@ SlurmctldHost=login($net.100)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits until its credential has expired, by default and where the value is below 5: 120 s.
-AuthInfo=socket=$dir/munge.sock,cred_expire=5
+# A requeued job waits until its credential has expired: 120 s by default. A shared machine may stand still for seconds, and a
+# launch that meets an expired credential or no answer within MessageTimeout (10 s by default) fails the job.
+AuthInfo=socket=$dir/munge.sock,cred_expire=30
+MessageTimeout=60
 MpiDefault=pmix
 ProctrackType=proctrack/linuxproc
 TaskPlugin=$affinity

@@ -106,12 +106,14 @@ class Slurm(unittest.TestCase):
         return [int(pid) for pid in pids if process(pid, "comm").strip() == "qshard" and
                 f"\0SLURM_JOB_ID={job}\0" in "\0" + process(pid, "environ")]
 
-    def after_step(self, job, output, steps=3):
+    def after_step(self, job, log, output, steps=3):
         """The ranks of the job once it has done some steps, stopped where they are, so that no test depends on speed."""
         path = os.path.join(self.folder, output, "metrics.jsonl")
 
         def started():
-            self.assertNotIn(self.field(job, "JobState"), OVER)
+            state = self.field(job, "JobState")
+            if state in OVER:
+                self.fail(f"{state} before step {steps}:\n{self.text(log)}")
             return os.path.exists(path) and len(support.metrics(os.path.dirname(path))) >= steps
 
         wait_for(f"step {steps} of job {job}", started)
@@ -187,7 +189,7 @@ class Slurm(unittest.TestCase):
         for name in names:
             batch = "B:" if name.endswith("mpirun") else ""
             jobs[name] = self.submit(name, f"limit-{name}", options=["--time=1", f"--signal={batch}USR1@55"])
-        stopped = {name: self.after_step(jobs[name][0], f"limit-{name}") for name in names}
+        stopped = {name: self.after_step(*jobs[name], f"limit-{name}") for name in names}
         for name in names:
             if name.endswith("mpirun"):
                 wait_for("USR1 in the script", lambda: "USR1: save and stop" in self.text(jobs[name][1]))
@@ -209,7 +211,7 @@ class Slurm(unittest.TestCase):
     def test_scancel(self):
         """Ends the job and its ranks; what was saved goes on under another launcher."""
         job, log = self.submit("multi_node", "cancelled", words=["--set", "train.save_every=2"])
-        pids = self.after_step(job, "cancelled")
+        pids = self.after_step(job, log, "cancelled")
         self.slurm("scancel", job)
         self.go_on(pids)
         self.assertEqual(self.end_of(job)[0], "CANCELLED")
@@ -234,7 +236,7 @@ class Slurm(unittest.TestCase):
 
     def test_a_killed_rank_ends_the_job(self):
         job, log = self.submit("multi_node", "killed", words=["--set", "train.save_every=2"])
-        pids = self.after_step(job, "killed")
+        pids = self.after_step(job, log, "killed")
         os.kill(pids[0], signal.SIGKILL)
         self.go_on(pids)
         self.assertEqual(self.end_of(job)[0], "FAILED", self.text(log))
