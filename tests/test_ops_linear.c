@@ -24,25 +24,29 @@ static double sum_bound(int64_t depth, double size)
 typedef struct {
     int64_t m, n, k;
     bool a_transposed, b_transposed, accumulate;
+    float a_scale, b_scale; /* 0: 1 */
 } gemm_case;
 
 ParameterizedTestParameters(gemm, matches_fp64)
 {
     static gemm_case c[] = {
-        {1, 1, 1, false, false, false},
-        {14, 32, 256, false, true, false},
-        {15, 33, 257, false, false, true},
-        {13, 31, 255, true, true, true},
-        {169, 257, 300, true, false, false},
-        {5, 1100, 3, false, true, true},
-        {400, 16, 70, false, true, false},
-        {16, 500, 900, true, false, false},
-        {3, 7, 0, false, false, false},
-        {3, 7, 0, false, false, true},
-        {0, 7, 5, false, false, false},
-        {3, 0, 5, false, true, false},
-        {50, 2500, 40, false, true, false},
-        {400, 3, 50000, false, true, true}, /* more of A than is packed at once */
+        {1, 1, 1, false, false, false, 0, 0},
+        {14, 32, 256, false, true, false, 0.75F, 0},
+        {15, 33, 257, false, false, true, 0, 0.75F},
+        {13, 31, 255, true, true, true, 0, 0},
+        {169, 257, 300, true, false, false, 0.75F, 0},
+        {5, 1100, 3, false, true, true, 0, 0.75F},
+        {400, 16, 70, false, true, false, 0, 0},
+        {400, 16, 70, true, false, false, 0, 0.75F},
+        {400, 130, 70, false, true, true, 0.75F, 0.75F},
+        {16, 500, 900, true, false, false, 0.75F, 0},
+        {3, 7, 0, false, false, false, 0.75F, 0},
+        {3, 7, 0, false, false, true, 0, 0},
+        {0, 7, 5, false, false, false, 0, 0},
+        {3, 0, 5, false, true, false, 0, 0},
+        {50, 2500, 40, false, true, false, 0, 0},
+        {400, 3, 50000, false, true, true, 0.75F, 0}, /* more of A than is packed at once */
+        {400, 3, 50000, false, true, true, 0, 0},
     };
     return cr_make_param_array(gemm_case, c, sizeof c / sizeof *c);
 }
@@ -54,7 +58,10 @@ ParameterizedTest(gemm_case *c, gemm, matches_fp64)
     qs_mat before = fx_mat(c->m, c->n, 2, 3), out = fx_mat(c->m, c->n, 2, 3);
     qs_operand left = {.data = a.data, .stride = a.stride, .transposed = c->a_transposed};
     qs_operand right = {.data = b.data, .stride = b.stride, .transposed = c->b_transposed};
-    left.scale = 0.75F; /* exact on the inputs but for one rounding */
+    const double scale =
+        (c->a_scale != 0.0F ? c->a_scale : 1.0) * (c->b_scale != 0.0F ? c->b_scale : 1.0);
+    left.scale = c->a_scale; /* exact on the inputs but for one rounding */
+    right.scale = c->b_scale;
     cr_assert_eq(
         qs_gemm(queue, c->m, c->n, c->k, &left, &right, out.data, out.stride, c->accumulate),
         QS_OK);
@@ -62,7 +69,7 @@ ParameterizedTest(gemm_case *c, gemm, matches_fp64)
         for (int64_t j = 0; j < c->n; j++) {
             double sum = c->accumulate ? fx_at(&before, i, j) : 0.0, size = fabs(sum);
             for (int64_t k = 0; k < c->k; k++) {
-                double x = 0.75 * (c->a_transposed ? fx_at(&a, k, i) : fx_at(&a, i, k));
+                double x = scale * (c->a_transposed ? fx_at(&a, k, i) : fx_at(&a, i, k));
                 double y = c->b_transposed ? fx_at(&b, j, k) : fx_at(&b, k, j);
                 sum += x * y;
                 size += fabs(x * y);
@@ -102,9 +109,20 @@ static float defined_element(const gemm_case *c, const qs_mat *a, const qs_mat *
 
 ParameterizedTestParameters(gemm, bits_are_the_definition_for_any_threads_and_cpu)
 {
-    static gemm_case c[] = {{33, 70, 600, false, true, false},
-                            {200, 300, 300, true, false, true},
-                            {61, 1030, 257, false, false, false}};
+    static gemm_case c[] = {
+        {33, 70, 600, false, true, false, 0, 0},
+        {200, 300, 300, true, false, true, 0, 0},
+        {61, 1030, 257, false, false, false, 0, 0},
+        {70, 1030, 257, false, false, true, 0, 0},
+        /* Thin ones: operands in place, ragged edges, several blocks of k. */
+        {400, 16, 600, false, true, false, 0, 0},
+        {203, 5, 513, true, false, true, 0, 0},
+        {100, 128, 300, true, true, false, 0, 0},
+        {100, 129, 300, false, true, false, 0, 0},
+        {16, 500, 700, true, false, true, 0, 0},
+        {17, 96, 300, false, false, false, 0, 0},
+        {64, 65, 300, true, false, false, 0, 0},
+    };
     return cr_make_param_array(gemm_case, c, sizeof c / sizeof *c);
 }
 ParameterizedTest(gemm_case *c, gemm, bits_are_the_definition_for_any_threads_and_cpu)

@@ -9,6 +9,8 @@
 enum {
     STEP_PANELS = 12,     /* rows of A that are multiplied in one go: 168 KiB of the L2 cache */
     SLIVERS_PER_TASK = 8, /* most columns of a task: 256 KiB of the L2 cache */
+    THIN_ROWS = 64,       /* of an A for which B is not packed; beyond, packing pays */
+    THIN_COLS = 128,      /* of a B for which A is not */
 };
 
 /* What operands are packed as: words of one fp32 number, or of two bf16 (pairs.h). Words are moved,
@@ -24,6 +26,7 @@ typedef struct {
 typedef struct {
     format f;
     const qs_operand *a, *b;
+    bool a_in_place, b_in_place; /* B: but for a sliver that is not whole */
 } operands;
 
 /* Words that `count` numbers along k take. */
@@ -123,6 +126,11 @@ static void pack_along(const qs_panels *p, const qs_panels_part *part, const qs_
     }
 }
 
+static bool scaled(const qs_operand *op)
+{
+    return op->scale != 0.0F && op->scale != 1.0F;
+}
+
 /* Rows of A or columns of B, [first, first + count), with the part's numbers along k: groups of
  * [words][width], the last one filled up. */
 static void pack(const qs_panels *p, const qs_panels_part *part, const qs_operand *op,
@@ -130,18 +138,21 @@ static void pack(const qs_panels *p, const qs_panels_part *part, const qs_operan
 {
     enum { LANES = 16 };
     const format *f = &((const operands *)p->ctx)->f;
-    const int64_t group_stride = width * words(f, part->depth);
+    const int64_t group = width * words(f, part->depth), groups = qs_ceil_div(count, width);
     if (!rows_along_k) {
         pack_along(p, part, op, first, count, dst, width);
-        return;
     }
-    for (int64_t i = 0; i < count; i += width, dst += group_stride) {
+    for (int64_t g = 0; g < groups && rows_along_k; g++) {
         for (int at = 0; at < width; at += LANES) {
             const int lanes = width - at < LANES ? width - at : LANES;
-            const int64_t there = count - i - at;
+            const int64_t i = g * width + at, there = count - i;
             const int here = there < 0 ? 0 : (int)qs_min_i64(lanes, there);
-            pack_across(f, op, first + i + at, here, part->k0, part->depth, dst + at, width, lanes);
+            pack_across(f, op, first + i, here, part->k0, part->depth, dst + g * group + at, width,
+                        lanes);
         }
+    }
+    for (int64_t i = 0; i < groups * group && scaled(op); i++) {
+        dst[i] *= op->scale;
     }
 }
 
@@ -156,22 +167,16 @@ static float *left_at(const qs_panels *p, const qs_panels_part *part)
 static void pack_left(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    const qs_operand *a = o->a;
-    float *dst = left_at(p, part);
-    pack(p, part, a, !a->transposed, p->row0 + part->i, part->rows, dst, o->f.mr);
-    if (a->scale != 0.0F && a->scale != 1.0F) {
-        const int64_t count =
-            qs_ceil_div(part->rows, o->f.mr) * o->f.mr * words(&o->f, part->depth);
-        for (int64_t i = 0; i < count; i++) {
-            dst[i] *= a->scale;
-        }
-    }
+    pack(p, part, o->a, !o->a->transposed, p->row0 + part->i, part->rows, left_at(p, part),
+         o->f.mr);
 }
 
 static void pack_right(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
-    pack(p, part, o->b, o->b->transposed, part->j, part->cols, part->right, o->f.nr);
+    const int64_t nr = o->f.nr, from = o->b_in_place ? part->cols / nr * nr : 0;
+    pack(p, part, o->b, o->b->transposed, part->j + from, part->cols - from,
+         part->right + from * words(&o->f, part->depth), (int)nr);
 }
 
 /* Panels times slivers. */
@@ -201,6 +206,52 @@ static void multiply(const qs_panels *p, const qs_panels_part *part)
     }
 }
 
+/* Operands of tile_plain, where they are or packed. */
+typedef struct {
+    const float *at;
+    int64_t stride;
+} plain;
+
+static plain left_panel(const qs_panels *p, const qs_panels_part *part, int64_t i)
+{
+    const operands *o = p->ctx;
+    const qs_operand *a = o->a;
+    const int64_t row = p->row0 + part->i + i, k = part->k0;
+    if (!o->a_in_place) {
+        return (plain){left_at(p, part) + i * part->depth, o->f.mr};
+    }
+    return (plain){a->data + (a->transposed ? k * a->stride + row : row * a->stride + k),
+                   a->stride};
+}
+
+static plain right_sliver(const qs_panels *p, const qs_panels_part *part, int64_t j)
+{
+    const operands *o = p->ctx;
+    if (!o->b_in_place || part->cols - j < o->f.nr) {
+        return (plain){part->right + j * part->depth, o->f.nr};
+    }
+    return (plain){o->b->data + part->k0 * o->b->stride + part->j + j, o->b->stride};
+}
+
+/* The same, in fp32, with an operand in place. */
+static void multiply_plain(const qs_panels *p, const qs_panels_part *part)
+{
+    const operands *o = p->ctx;
+    const int64_t mr = o->f.mr, nr = o->f.nr;
+    const bool in_columns = !o->a_in_place || o->a->transposed;
+    for (int64_t j = 0; j < part->cols; j += nr) {
+        const plain right = right_sliver(p, part, j);
+        for (int64_t i = 0; i < part->rows; i += mr) {
+            const plain left = left_panel(p, part, i);
+            float *to = p->c + (part->i + i) * p->c_stride + part->j + j;
+            o->f.isa->tile_plain((int)qs_min_i64(mr, part->rows - i),
+                                 (int)qs_min_i64(nr, part->cols - j), part->depth, left.at,
+                                 left.stride, in_columns, right.at, right.stride, to, p->c_stride,
+                                 part->accumulate);
+        }
+    }
+}
+
 static qs_status multiply_by(const operands *o, qs_queue *queue, int64_t m, int64_t n, int64_t k,
                              float *c, int64_t c_stride, bool accumulate)
 {
@@ -214,9 +265,10 @@ static qs_status multiply_by(const operands *o, qs_queue *queue, int64_t m, int6
                                  .panel_floats = o->f.mr * words(&o->f, k),
                                  .sliver_floats = o->f.nr * words(&o->f, QS_GEMM_KC),
                                  .speed = 32 * o->f.per_word,
-                                 .pack_left = pack_left,
+                                 .pack_left = o->a_in_place ? NULL : pack_left,
                                  .pack_right = pack_right,
-                                 .multiply = multiply};
+                                 .multiply =
+                                     o->a_in_place || o->b_in_place ? multiply_plain : multiply};
     return qs_panels_multiply(queue, &kind, o, m, n, k, c, c_stride, accumulate);
 }
 
@@ -224,7 +276,12 @@ qs_status qs_gemm(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_ope
                   const qs_operand *b, float *c, int64_t c_stride, bool accumulate)
 {
     const qs_isa *isa = qs_isa_get();
-    const operands fp32 = {{.per_word = 1, .mr = isa->mr, .nr = isa->nr, .isa = isa}, a, b};
+    operands fp32 = {{.per_word = 1, .mr = isa->mr, .nr = isa->nr, .isa = isa}, a, b, false, false};
+    fp32.a_in_place = n <= THIN_COLS && a->load == NULL && !scaled(a);
+    fp32.b_in_place = m <= THIN_ROWS && b->load == NULL && !b->transposed && !scaled(b);
+    if (fp32.b_in_place && m > 0) {
+        fp32.f.mr = (int)qs_ceil_div(m, qs_ceil_div(m, isa->mr)); /* panels of even heights */
+    }
     return multiply_by(&fp32, queue, m, n, k, c, c_stride, accumulate);
 }
 
@@ -235,8 +292,10 @@ qs_status qs_gemm_bf16(qs_queue *queue, int64_t m, int64_t n, int64_t k, const q
     const operands bf16 = {
         {.per_word = 2, .mr = pairs->mr, .nr = pairs->nr, .isa = qs_isa_get(), .pairs = pairs},
         a,
-        b};
-    assert(a->scale == 0.0F || a->scale == 1.0F);
+        b,
+        false,
+        false};
+    assert(!scaled(a) && !scaled(b));
     return multiply_by(&bf16, queue, m, n, k, c, c_stride, accumulate);
 }
 

@@ -10,6 +10,9 @@
  *
  *     A block, panels of mr rows      B block, slivers of nr columns
  *     | k0: mr floats | k1: ... |     | k0: nr floats | k1: ... |
+ *
+ * But where the other operand is thin, as an adapter is, an element would be packed to be used once
+ * or twice: A is then read where it is, and B where its stored rows run across k.
  */
 #ifndef QS_KERNELS_CPU_GEMM_H
 #define QS_KERNELS_CPU_GEMM_H
@@ -35,7 +38,7 @@ typedef struct qs_operand {
     const void *ctx;
     bool
         transposed; /* what is stored is the transpose: its rows run along k for B, along m for A */
-    float scale;    /* A only: elements are multiplied by it; 0 means 1 */
+    float scale;    /* elements are multiplied by it, each rounded on its own; 0 means 1 */
 } qs_operand;
 
 /** Elements [first, first + count) of a stored row; `space` holds what is produced on demand. */
@@ -58,7 +61,7 @@ typedef qs_status qs_gemm_function(qs_queue *queue, int64_t m, int64_t n, int64_
 qs_gemm_function qs_gemm;
 
 /** The same of both operands rounded to bf16, and with what is subnormal, operand or result, taken
- * for 0: the same bits on any CPU (pairs.h). A is not scaled. */
+ * for 0: the same bits on any CPU (pairs.h). Nothing is scaled. */
 qs_gemm_function qs_gemm_bf16;
 
 /** Floats of packing space that qs_gemm, or qs_gemm_bf16, keeps at most, for operands of up to

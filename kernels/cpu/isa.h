@@ -31,7 +31,7 @@ typedef struct {
     void (*tile)(int rows, int cols, int64_t depth, const float *a, const float *b, float *c,
                  int64_t c_stride, bool accumulate);
 
-    /** The same of operands that were not packed: the left one's element (i, k) is at
+    /** The same of operands that need not be packed: the left one's element (i, k) is at
      * a[i * a_stride + k], or at a[k * a_stride + i] with `a_in_columns`; the right one's (k, j) at
      * b[k * b_stride + j], where nr columns are read. */
     void (*tile_plain)(int rows, int cols, int64_t depth, const float *a, int64_t a_stride,

@@ -149,8 +149,7 @@ qs_status qs_lora_backward_beside(qs_queue *q, const qs_weight_source *frozen, c
 
     qs_operand dy_t = left;
     dy_t.transposed = true;
-    dy_t.scale = lora->scale;
-    qs_operand kept = {.data = xa->data, .stride = xa->stride};
+    qs_operand kept = {.data = xa->data, .stride = xa->stride, .scale = lora->scale};
     QS_TRY(qs_gemm(q, out, rank, rows, &dy_t, &kept, db, rank, false));
 
     if (dx == NULL) {

@@ -69,14 +69,16 @@ static qs_status multiply_rows(qs_panels *p)
     const qs_panels_kind *kind = p->kind;
     const int threads = qs_queue_threads(p->queue);
     share_out(p, threads);
-    QS_TRY(
-        qs_scratch(QS_SCRATCH_PACK_A, qs_ceil_div(p->m, kind->mr) * kind->panel_floats, &p->left));
     QS_TRY(qs_scratch(QS_SCRATCH_PACK_B, threads * (p->task_cols / kind->nr) * kind->sliver_floats,
                       &p->right));
-    qs_parallel_for(p->queue,
-                    qs_ceil_div(p->m, kind->left_panels * kind->mr) *
-                        qs_ceil_div(p->k, kind->left_depth),
-                    p->m * p->k, pack_task, p);
+    if (kind->pack_left != NULL) {
+        QS_TRY(qs_scratch(QS_SCRATCH_PACK_A, qs_ceil_div(p->m, kind->mr) * kind->panel_floats,
+                          &p->left));
+        qs_parallel_for(p->queue,
+                        qs_ceil_div(p->m, kind->left_panels * kind->mr) *
+                            qs_ceil_div(p->k, kind->left_depth),
+                        p->m * p->k, pack_task, p);
+    }
     qs_parallel_for(p->queue, p->row_tasks * qs_ceil_div(p->n, p->task_cols),
                     p->m * p->n * p->k / kind->speed + p->n * p->k, multiply_task, p);
     return QS_OK;

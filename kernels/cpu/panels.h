@@ -38,7 +38,8 @@ typedef struct {
     int64_t sliver_floats;           /* of a packed sliver, one block deep */
     int64_t speed;                   /* multiply-adds in the time of moving a number */
 
-    qs_panels_function *pack_left;  /* rows of A to p->left; this part has no columns */
+    qs_panels_function *pack_left;  /* rows of A to p->left; this part has no columns. NULL: A is
+                                       read where it is */
     qs_panels_function *pack_right; /* columns of B to part->right */
     qs_panels_function *multiply;   /* the part of C (+)= that of A times that of B, both packed */
 } qs_panels_kind;

@@ -100,7 +100,9 @@ enum { TILE_COLS = TILE_NV * TILE_LANES };
 TILE(tile_whole, TILE_NV, 1, TILE_MR, TILE_COLS)
 TILE(tile_narrow, 1, 1, TILE_MR, TILE_COLS) /* adapters of rank 16 and less need no more */
 TILE(tile_in_rows, TILE_NV, a_stride, 1, b_stride)
+TILE(tile_in_rows_narrow, 1, a_stride, 1, b_stride)
 TILE(tile_in_columns, TILE_NV, 1, a_stride, b_stride)
+TILE(tile_in_columns_narrow, 1, 1, a_stride, b_stride)
 
 typedef void tile_function(int rows, int64_t depth, const tile_elem *a, int64_t a_stride,
                            const tile_elem *b, int64_t b_stride, float *c, int64_t c_stride,
@@ -135,13 +137,16 @@ static void tile_packed(int rows, int cols, int64_t depth, const tile_elem *a, c
     }
 }
 
-/* Operands that were not packed. */
+/* Operands that were not packed, at least not both. */
 static void tile_plain(int rows, int cols, int64_t depth, const tile_elem *a, int64_t a_stride,
                        bool a_in_columns, const tile_elem *b, int64_t b_stride, float *c,
                        int64_t c_stride, bool accumulate)
 {
     tile_function *tile = a_in_columns ? tile_in_columns : tile_in_rows;
-    if (cols == TILE_COLS) {
+    if (cols <= TILE_LANES) {
+        tile = a_in_columns ? tile_in_columns_narrow : tile_in_rows_narrow;
+    }
+    if (cols == TILE_COLS || cols == TILE_LANES) {
         tile(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
     } else {
         tile_edge(tile, rows, cols, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
