@@ -442,6 +442,46 @@ Test(comm_nccl, a_lost_peer_is_exit_6_and_says_where_to_look)
     qs_comm_fini(&host);
 }
 
+/* What the other one has on the GPU may wait for the same peer, and memory is freed before it is
+ * destroyed. */
+Test(comm_nccl, a_lost_peer_is_lost_to_all_communicators_of_the_device)
+{
+    qs_comm host = make_host(0, 2), another = make_host(1, 3);
+    qs_comm *comm = make_comm(&host), *other = make_comm(&another);
+    fake_queue queue = make_queue();
+    char recv[12];
+    cr_assert_eq(qs_comm_all_gather(other, recv, recv, 4, &queue.base), QS_OK);
+    fake.failing = "AllGather";
+    fake.code = ncclRemoteError;
+    cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
+    assert_says("ncclAllGather: remote process exited");
+    cr_assert_eq(aborts, 2);
+    forget();
+    fake.failing = NULL;
+    cr_assert_eq(qs_comm_all_gather(other, recv, recv, 4, &queue.base), QS_ERR_PEER);
+    qs_comm_destroy(comm);
+    qs_comm_destroy(other);
+    cr_assert_str_eq(fake.calls, "");
+    cr_assert_eq(aborts, 2);
+    qs_comm_fini(&host);
+    qs_comm_fini(&another);
+}
+
+/* The same where the loss is found while the host waits. */
+Test(comm_nccl, a_watch_that_finds_a_loss_ends_all_communicators_of_the_device)
+{
+    qs_comm host = make_host(0, 2), another = make_host(1, 3);
+    qs_comm *comm = make_comm(&host), *other = make_comm(&another);
+    fake.comm.state = ncclRemoteError;
+    cr_assert_eq(device.watches[1].watch(device.watches[1].ctx), QS_ERR_PEER);
+    cr_assert_eq(aborts, 2);
+    qs_comm_destroy(other);
+    qs_comm_destroy(comm);
+    cr_assert_eq(aborts, 2);
+    qs_comm_fini(&host);
+    qs_comm_fini(&another);
+}
+
 Test(comm_nccl, each_kind_of_failure_has_its_status)
 {
     static const struct {

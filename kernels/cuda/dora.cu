@@ -28,7 +28,7 @@
  *
  * Registers on sm_80, 86, 89, 90a, 100, 120; no spills:
  *     gain_kernel 1      36 36 36 38 22 22, from fp32 38 38 38 36 22 22, to fp32 36 36 36 36 32 36
- *     gain_kernel 8      32 40 40 32 34 40, from fp32 36 40 40 32 43 44, to fp32 40 40 40 40 42 48
+ *     gain_kernel 8      28 28 28 30 32 40, from fp32 28 28 28 28 32 40, to fp32 38 40 40 32 32 40
  *     columns_kernel 1, 8  32 40 40 32 32 40, 48 48 48 44 44 44; 1 and 8 KiB of shared memory
  *     magnitude_kernel     32 32 32 32 32 40
  *     border_kernel        25 30 30 26 18 18

@@ -50,8 +50,7 @@ template <bool VECTORS>
 __device__ __forceinline__ uint4 load_piece(const qs_bf16 *row, int64_t column, int64_t cols)
 {
     if constexpr (VECTORS) {
-        return column < cols ? *reinterpret_cast<const uint4 *>(row + column)
-                             : make_uint4(0, 0, 0, 0);
+        return column < cols ? qs_load_16(row + column) : make_uint4(0, 0, 0, 0);
     } else {
         uint32_t word[4];
         for (int i = 0; i < 4; i++) {

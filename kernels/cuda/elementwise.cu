@@ -6,8 +6,8 @@
  * all its heads), gated MLP forward 6, backward 10, add 6, scale 4. A thread moves 8 elements of
  * each matrix in pieces of 16 bytes; where an address or a length does not allow that, one element.
  *
- * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): rope 44-48, gated MLP forward 31-38,
- * backward 40-48, add 26-32, scale 22-29. No shared memory, no spills. */
+ * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): rope 44-48, gated MLP forward 31-37,
+ * backward 40-43, add 30-37, scale 22-29. No shared memory, no spills. */
 #include "kernels/cuda/vector.cuh"
 
 namespace

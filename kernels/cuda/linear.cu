@@ -19,7 +19,7 @@
  * the same for its product, which starts from the rounded Y or dX. xa and s dY B to bf16; dA, dB
  * none.
  *
- * Registers on sm_80 to sm_120: bias_kernel 20 to 46, xa_kernel 30 to 32; no shared memory, no
+ * Registers on sm_80 to sm_120: bias_kernel 20 to 40, xa_kernel 30 to 32; no shared memory, no
  * spills.
  */
 #include "kernels/cuda/bordered.cuh"

@@ -14,7 +14,7 @@ typedef struct {
     qs_weight_kind kind;
     int64_t quantum; /* where it lies in its unit, among those of its kind */
     int64_t out, in;
-    int64_t stride; /* in + border, rounded up to 16 bytes */
+    int64_t stride; /* in + border, rounded up to 128 bytes */
     void *matrix;   /* bf16 [out + border, in + border] */
     bool bordered;  /* the adapter's B and A stand in the border */
 } qs_cuda_linear;

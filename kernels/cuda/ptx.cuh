@@ -82,6 +82,23 @@ template <int N> __device__ __forceinline__ void qs_cp_async_wait()
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
+/** Read 16 bytes of global memory, aligned. (The emulator looks at the address.) */
+__device__ __forceinline__ uint4 qs_load_16(const void *global)
+{
+    return *static_cast<const uint4 *>(global);
+}
+
+/** Write 16 bytes of global memory, aligned, in one piece. Said as C++ the compiler takes the four
+ * words of some stores apart, as in rmsnorm.cu's rows of four vectors a lane: four times the
+ * instructions and requests to the L2 cache. */
+__device__ __forceinline__ void qs_store_16(void *global, uint4 value)
+{
+    asm volatile(
+        "st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(global)),
+        "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+        : "memory");
+}
+
 /** Two floats rounded to nearest even bf16 in one instruction, `low` in the lower half:
  * qs_bf16_pair of core/bf16.h but for a NaN, which becomes 0x7fff. */
 __device__ __forceinline__ uint32_t qs_round_pair(float low, float high)

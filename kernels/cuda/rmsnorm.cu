@@ -6,10 +6,11 @@
  * caches. Rows of heads (up to 256 columns) share a warp, because a block each would be mostly
  * barriers.
  *
- * Registers (sm_80, 86, 89, 90a, 100, 120; aligned rows): short rows 32-36 forward, 56-62 backward;
- * longer ones with 1, 2, 4 vectors a lane 30-38, 46-48, 56-77 forward, 53-63, 48-64, 80-109
- * backward, 128 bytes of shared memory. Rows past 16,384 columns are held to 64 registers, and
- * spill up to 164 bytes backward. */
+ * Registers (sm_80, 86, 89, 90a, 100, 120; aligned rows): short rows 32-38 forward, 54-62 backward;
+ * longer ones with 1, 2, 4 vectors a lane 32-39, 46-48, 56-78 forward, 48-62, 48-70, 64-116
+ * backward, 128 bytes of shared memory. Forward spills 8 bytes with 2 vectors on sm_120 and with 4
+ * on sm_100. Rows past 16,384 columns are held to 64 registers, and spill up to 180 bytes backward,
+ * on sm_86, 89 and 90a none. */
 #include "kernels/cuda/core/norm.h"
 #include "kernels/cuda/vector.cuh"
 
@@ -65,8 +66,7 @@ template <bool VECTORS>
 __device__ __forceinline__ uint4 load_packed(const qs_bf16 *row, int64_t column, int64_t cols)
 {
     if constexpr (VECTORS) {
-        return column < cols ? *reinterpret_cast<const uint4 *>(row + column)
-                             : make_uint4(0, 0, 0, 0);
+        return column < cols ? qs_load_16(row + column) : make_uint4(0, 0, 0, 0);
     } else {
         float part[QS_VECTOR];
         load_part<false>(part, row, column, cols);

@@ -5,8 +5,8 @@
  * convert 6; copy_rows 2 a byte, or what the bus gives where `base` is the host's memory, which is
  * read in pieces of 16 bytes, neighbours by neighbouring lanes, where addresses allow that.
  *
- * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): gather 20-39, scatter 24-27, copy 38-48,
- * convert 20-21. No shared memory, no spills. */
+ * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): gather 20-32, scatter 23-24, copy 38-48,
+ * convert 20-24. No shared memory, no spills. */
 #include "kernels/cuda/vector.cuh"
 
 namespace

@@ -15,9 +15,15 @@
  * shared memory, in different banks, so that any 32 look-ups take one cycle. About 6 instructions a
  * weight: shift, mask, look-up, product, half a conversion, and the store's share.
  *
- * Registers on sm_80, 86, 89, 90a, 100, 120; no spills:
- *     decode_kernel     48 everywhere, 1100 bytes of shared memory: 5 blocks a multiprocessor
- *     raw_kernel 1, 8   22 23 23 19 22 22, 24 22 22 24 22 22
+ * A block reads, waits, computes and writes, so that what keeps memory busy is how many blocks a
+ * multiprocessor has at different places of that. Of 13,312 quanta of Llama-3-8B's layer an H200
+ * takes 792 at a time: 17 turns, of the last of which about half is lost.
+ *
+ * Registers on sm_80, 86, 89, 90a, 100, 120; no spills; 1088 bytes of shared memory:
+ *     decode_kernel plain  40 40 40 40 47 47: 6 blocks a multiprocessor, 5 on sm_100 and 120, where
+ *                          a limit of 40 registers spills
+ *     other types, widths  48 48 48 48 44 48
+ *     raw_kernel 1, 8      22 23 23 19 22 22, 24 22 22 24 22 22
  */
 #include "kernels/cuda/cuda_impl.cuh"
 
@@ -38,44 +44,87 @@ static_assert((int)QS_DECODE_BLOCKS == (int)QS_DECODE_THREADS, "a thread compute
 typedef struct {
     qs_bf16 *matrix;
     const qs_bf16 *a, *b;
-    int64_t out, in, cells;
+    int64_t out, in, groups;
     int rank;
 } border_linear;
 
 typedef struct {
-    int64_t border, cells;
+    int64_t border, groups;
     int count;
     border_linear linear[QS_OPS_LINEARS_MAX];
 } border_job;
 
-enum { BORDER_CELLS = 16 * QS_DECODE_THREADS }; /* of a block */
+enum {
+    BORDER_TURNS = 2,                                /* groups of a thread */
+    BORDER_GROUPS = BORDER_TURNS * QS_DECODE_THREADS /* of a block */
+};
 
-static __device__ __forceinline__ void fill_cell(const border_job &job, int64_t local)
+/* Eight elements, of which the first `taken` are read and the others zeros. */
+static __device__ __forceinline__ uint4 load_border(const qs_bf16 *from, int taken)
+{
+    if (taken == QS_BORDER_GROUP && (uintptr_t)from % 16 == 0) {
+        return qs_load_16(from);
+    }
+    uint32_t word[QS_BORDER_GROUP / 2];
+#pragma unroll
+    for (int i = 0; i < QS_BORDER_GROUP / 2; i++) {
+        const uint32_t low = 2 * i < taken ? from[2 * i].bits : 0u;
+        const uint32_t high = 2 * i + 1 < taken ? from[2 * i + 1].bits : 0u;
+        word[i] = low | high << 16;
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+/* Below W all groups lie on 16 bytes, beside it where W's rows are whole groups. */
+static __device__ __forceinline__ void store_border(qs_bf16 *to, uint4 value)
+{
+    if ((uintptr_t)to % 16 == 0) {
+        qs_store_16(to, value);
+        return;
+    }
+    const uint32_t word[QS_BORDER_GROUP / 2] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+    for (int i = 0; i < QS_BORDER_GROUP; i++) {
+        to[i].bits = (uint16_t)(word[i / 2] >> (16 * (i % 2)));
+    }
+}
+
+/* Group `local` of the job's borders; *to is where it belongs. */
+static __device__ __forceinline__ uint4 border_group(const border_job &job, int64_t local,
+                                                     qs_bf16 **to)
 {
     int which = 0;
-    while (local >= job.linear[which].cells) {
-        local -= job.linear[which].cells;
+    while (local >= job.linear[which].groups) {
+        local -= job.linear[which].groups;
         which++;
     }
     const border_linear *linear = &job.linear[which];
-    const qs_border_cell cell =
-        qs_border_cell_at(local, linear->out, linear->in, job.border, linear->rank);
-    qs_bf16 value = {0};
-    if (cell.source == QS_BORDER_B) {
-        value = linear->b[cell.from];
-    } else if (cell.source == QS_BORDER_A) {
-        value = linear->a[cell.from];
-    }
-    linear->matrix[cell.at] = value;
+    const qs_border_group group =
+        qs_border_group_at(local, linear->out, linear->in, job.border, linear->rank);
+    *to = linear->matrix + group.at;
+    return load_border((group.source == QS_BORDER_B ? linear->b : linear->a) + group.from,
+                       group.taken);
 }
 
-/* Borders are one percent of a layer, so each cell is written by itself. */
+/* All that a thread reads is under way before it writes: a block of the borders then keeps its
+ * place from one that decodes for one latency of the memory. */
 static __device__ __forceinline__ void fill_border(const border_job &job, uint32_t block)
 {
-    const int64_t first = (int64_t)block * BORDER_CELLS + threadIdx.x;
-    for (int i = 0; i < BORDER_CELLS; i += QS_DECODE_THREADS) {
-        if (first + i < job.cells) {
-            fill_cell(job, first + i);
+    const int64_t first = (int64_t)block * BORDER_GROUPS + threadIdx.x;
+    qs_bf16 *to[BORDER_TURNS];
+    uint4 value[BORDER_TURNS];
+#pragma unroll
+    for (int turn = 0; turn < BORDER_TURNS; turn++) {
+        const int64_t local = first + turn * QS_DECODE_THREADS;
+        to[turn] = NULL;
+        if (local < job.groups) {
+            value[turn] = border_group(job, local, &to[turn]);
+        }
+    }
+#pragma unroll
+    for (int turn = 0; turn < BORDER_TURNS; turn++) {
+        if (to[turn] != NULL) {
+            store_border(to[turn], value[turn]);
         }
     }
 }
@@ -85,10 +134,12 @@ static __device__ __forceinline__ void fill_border(const border_job &job, uint32
 typedef struct {
     qs_bf16 *matrix;
     const float *map;
-    int64_t out, stride;
-    uint32_t in;
-    uint32_t quantum, quanta;      /* of the unit: the tensor's first, and how many */
-    uint32_t step_rows, step_cols; /* QS_DECODE_SPAN elements further on */
+    int64_t elems, stride;
+    int64_t step_by;          /* QS_DECODE_SPAN elements further on: of the matrix, */
+    uint32_t step_cols;       /* and columns */
+    uint32_t in, gap;         /* in + gap = stride */
+    uint32_t quantum, quanta; /* of the unit: the tensor's first, and how many */
+    uint32_t before;          /* quanta of the job's linears before this one */
     float offset;
     bool f16;
 } decode_linear;
@@ -110,97 +161,111 @@ static __device__ __forceinline__ void store_group(qs_bf16 *to, const float valu
     packed.y = qs_round_pair(value[2], value[3]);
     packed.z = qs_round_pair(value[4], value[5]);
     packed.w = qs_round_pair(value[6], value[7]);
-    *reinterpret_cast<uint4 *>(to) = packed;
+    qs_store_16(to, packed);
 }
 
-/* 8 elements wherever they lie: rows may end in between, and the tensor too. */
-static __device__ void store_ragged(const decode_linear *linear, qs_decode_cell cell,
-                                    const float value[QS_DECODE_GROUP])
+/* The first `count` of 8 elements wherever they lie: rows may end in between. */
+static __device__ __forceinline__ void store_ragged(const decode_linear *linear,
+                                                    qs_decode_cursor cursor, int count,
+                                                    const float value[QS_DECODE_GROUP])
 {
-    for (int i = 0; i < QS_DECODE_GROUP && cell.row < linear->out; i++) {
-        linear->matrix[cell.row * linear->stride + cell.col] = qs_bf16_round(value[i]);
-        cell = qs_decode_cell_step(cell, 0, 1, linear->in);
+    for (int i = 0; i < QS_DECODE_GROUP && i < count; i++) {
+        linear->matrix[cursor.at] = qs_bf16_round(value[i]);
+        cursor = qs_decode_cursor_step(cursor, 1, 1, linear->in, linear->gap);
     }
 }
 
-/* Decode the words of a thread, one a step, from `cell` on. WHOLE: rows hold whole groups. */
+/* Decode the words of a thread, one a step, from `cursor` on, of a quantum of which the tensor has
+ * `count` elements. WHOLE: rows hold whole groups. */
 template <bool F16, bool WHOLE>
 static __device__ __forceinline__ void
-decode_words(const decode_linear *linear, qs_decode_cell cell, const uint32_t word[QS_DECODE_STEPS],
-             const float *code, const float *absmax)
+decode_words(const decode_linear *linear, qs_decode_cursor cursor, int count,
+             const uint32_t word[QS_DECODE_STEPS], const float *code, const float *absmax)
 {
 #pragma unroll
     for (int step = 0; step < QS_DECODE_STEPS; step++) {
         const int first = step * QS_DECODE_SPAN + (int)threadIdx.x * QS_DECODE_GROUP;
-        const float scale = absmax[first / QS_DECODE_BLOCK];
+        const float scale = absmax[threadIdx.x / (QS_DECODE_BLOCK / QS_DECODE_GROUP) +
+                                   step * (QS_DECODE_SPAN / QS_DECODE_BLOCK)];
         float value[QS_DECODE_GROUP];
 #pragma unroll
         for (int i = 0; i < QS_DECODE_GROUP; i++) {
             value[i] = qs_decode_value(code[qs_decode_nibble(word[step], i)], scale, F16);
         }
         if constexpr (!WHOLE) {
-            store_ragged(linear, cell, value);
-        } else if (cell.row < linear->out) {
-            store_group(linear->matrix + cell.row * linear->stride + cell.col, value);
+            store_ragged(linear, cursor, count - first, value);
+        } else if (first < count) {
+            store_group(linear->matrix + cursor.at, value);
         }
-        cell = qs_decode_cell_step(cell, linear->step_rows, linear->step_cols, linear->in);
+        cursor = qs_decode_cursor_step(cursor, linear->step_by, linear->step_cols, linear->in,
+                                       linear->gap);
     }
 }
 
-/* Blocks for the borders, which begin first because each of their threads waits for memory again
- * and again, then a block a quantum. */
+/* The linear of a quantum of the job: comparisons with constants, none of which waits for another,
+ * where a loop would wait for memory again and again. */
+static __device__ __forceinline__ int linear_of(const decode_job &job, uint32_t quantum)
+{
+    int which = 0;
+#pragma unroll
+    for (int i = 1; i < QS_OPS_LINEARS_MAX; i++) {
+        which += quantum >= job.linear[i].before ? 1 : 0;
+    }
+    return which;
+}
+
+/* Blocks for the borders, which begin first, then a block a quantum. PLAIN: all linears are of rows
+ * of whole groups and not of fp16, which takes fewer registers. What does not need memory stands
+ * before what waits for it. */
+template <bool PLAIN>
 __global__ void __launch_bounds__(QS_DECODE_THREADS) decode_kernel(const decode_job job)
 {
     __shared__ float code[16];
     __shared__ float absmax[QS_DECODE_BLOCKS];
-    __shared__ qs_decode_cell start;
 
     if (blockIdx.x < job.border_blocks) {
         fill_border(job.border, blockIdx.x);
         return;
     }
-    int which = 0;
-    uint32_t local = blockIdx.x - job.border_blocks; /* quantum of the linear */
-    while (local >= job.linear[which].quanta) {
-        local -= job.linear[which].quanta;
-        which++;
-    }
-    const decode_linear *linear = &job.linear[which];
+    const uint32_t quantum = blockIdx.x - job.border_blocks;
+    const decode_linear *linear = &job.linear[linear_of(job, quantum)];
+    const uint32_t local = quantum - linear->before;
     const qs_decode_place place = qs_decode_place_of(&job.unit, linear->quantum + local);
 
+    const float *absmax32 = reinterpret_cast<const float *>(job.unit.base + place.absmax32);
+    float scale = __ldg(absmax32 + (job.unit.nested ? 0 : threadIdx.x));
+    uint32_t index = 0;
+    if (job.unit.nested) { /* first, as what it points at is to be loaded, too */
+        index = __ldg(job.unit.base + place.absmax8 + threadIdx.x);
+    }
     const uint32_t *packed = reinterpret_cast<const uint32_t *>(job.unit.base + place.packed);
     uint32_t word[QS_DECODE_STEPS];
 #pragma unroll
     for (int step = 0; step < QS_DECODE_STEPS; step++) {
         word[step] = __ldg(packed + step * QS_DECODE_THREADS + threadIdx.x);
     }
-    const float *absmax32 = reinterpret_cast<const float *>(job.unit.base + place.absmax32);
-    if (job.unit.nested) {
-        const uint8_t index = job.unit.base[place.absmax8 + threadIdx.x];
-        absmax[threadIdx.x] =
-            qs_decode_absmax(__ldg(linear->map + index), __ldg(absmax32), linear->offset);
-    } else {
-        absmax[threadIdx.x] = __ldg(absmax32 + threadIdx.x);
-    }
+    const int64_t first = (int64_t)local * QS_DECODE_QUANTUM;
+    const qs_decode_cursor cursor = qs_decode_cursor_at(
+        qs_decode_cell_of(first + threadIdx.x * QS_DECODE_GROUP, linear->in), linear->stride);
+    const int count = (int)qs_hd_min(linear->elems - first, QS_DECODE_QUANTUM);
     if (threadIdx.x < 16) {
         code[threadIdx.x] = job.code[threadIdx.x];
     }
-    if (threadIdx.x == QS_DECODE_THREADS - 1) {
-        start = qs_decode_cell_of((int64_t)local * QS_DECODE_QUANTUM, linear->in);
+    if (job.unit.nested) {
+        scale = qs_decode_absmax(__ldg(linear->map + index), scale, linear->offset);
     }
-    __syncthreads(); /* code, absmax and start are read by all */
+    absmax[threadIdx.x] = scale;
+    __syncthreads(); /* code and absmax are read by all */
 
-    const qs_decode_cell cell =
-        qs_decode_cell_after(start, threadIdx.x * QS_DECODE_GROUP, linear->in);
     const bool whole = linear->in % QS_DECODE_GROUP == 0;
-    if (whole && !linear->f16) {
-        decode_words<false, true>(linear, cell, word, code, absmax);
+    if (PLAIN || (whole && !linear->f16)) {
+        decode_words<false, true>(linear, cursor, count, word, code, absmax);
     } else if (whole) {
-        decode_words<true, true>(linear, cell, word, code, absmax);
+        decode_words<true, true>(linear, cursor, count, word, code, absmax);
     } else if (!linear->f16) {
-        decode_words<false, false>(linear, cell, word, code, absmax);
+        decode_words<false, false>(linear, cursor, count, word, code, absmax);
     } else {
-        decode_words<true, false>(linear, cell, word, code, absmax);
+        decode_words<true, false>(linear, cursor, count, word, code, absmax);
     }
 }
 
@@ -245,8 +310,7 @@ template <int GROUP> __global__ void __launch_bounds__(RAW_THREADS) raw_kernel(c
             if (GROUP == 1) {
                 *to = qs_bf16_round(raw_load(from, i, job.dtype));
             } else {
-                *reinterpret_cast<uint4 *>(to) =
-                    *reinterpret_cast<const uint4 *>(from + (uint64_t)i * sizeof(qs_bf16));
+                qs_store_16(to, qs_load_16(from + (uint64_t)i * sizeof(qs_bf16)));
             }
         }
     }
@@ -276,13 +340,14 @@ static decode_linear decode_linear_of(const qs_weight *w, void *matrix, int64_t 
     decode_linear out;
     out.matrix = (qs_bf16 *)matrix;
     out.map = w->map;
-    out.out = w->out;
+    out.elems = w->out * w->in;
     out.stride = stride;
     out.in = (uint32_t)w->in;
-    out.quantum = (uint32_t)w->quantum;
-    out.quanta = (uint32_t)qs_nf4_quanta(w->out * w->in);
-    out.step_rows = QS_DECODE_SPAN / out.in;
+    out.gap = (uint32_t)(stride - w->in);
     out.step_cols = QS_DECODE_SPAN % out.in;
+    out.step_by = QS_DECODE_SPAN / out.in * stride + out.step_cols;
+    out.quantum = (uint32_t)w->quantum;
+    out.quanta = (uint32_t)qs_nf4_quanta(out.elems);
     out.offset = w->offset;
     out.f16 = w->dtype == QS_F16;
     return out;
@@ -292,17 +357,28 @@ static decode_linear decode_linear_of(const qs_weight *w, void *matrix, int64_t 
 static qs_status decode_launch(qs_queue *q, const qs_unit_view *unit, decode_job *job)
 {
     uint32_t quanta = 0;
+    bool plain = true;
     for (int i = 0; i < job->count; i++) {
+        job->linear[i].before = quanta;
         quanta += job->linear[i].quanta;
+        plain = plain && !job->linear[i].f16 && job->linear[i].in % QS_DECODE_GROUP == 0;
     }
-    job->border_blocks = (uint32_t)qs_hd_ceil_div(job->border.cells, BORDER_CELLS);
+    for (int i = job->count; i < QS_OPS_LINEARS_MAX; i++) {
+        job->linear[i].before = UINT32_MAX;
+    }
+    job->border_blocks = (uint32_t)qs_hd_ceil_div(job->border.groups, BORDER_GROUPS);
     if (job->border_blocks + quanta == 0) {
         return QS_OK;
     }
     job->unit = decode_unit(unit);
     memcpy(job->code, qs_nf4_code, sizeof job->code);
-    QS_LAUNCH(decode_kernel, job->border_blocks + quanta, QS_DECODE_THREADS, 0, qs_cuda_stream(q),
-              *job);
+    if (plain) {
+        QS_LAUNCH(decode_kernel<true>, job->border_blocks + quanta, QS_DECODE_THREADS, 0,
+                  qs_cuda_stream(q), *job);
+    } else {
+        QS_LAUNCH(decode_kernel<false>, job->border_blocks + quanta, QS_DECODE_THREADS, 0,
+                  qs_cuda_stream(q), *job);
+    }
     return qs_cuda_launched("decode_kernel");
 }
 
@@ -396,7 +472,7 @@ extern "C" qs_status qs_cuda_weight_matrix(qs_queue *q, const qs_unit_view *unit
     decode_job job;
     job.count = 1;
     job.linear[0] = decode_linear_of(w, context->single, *stride);
-    job.border.cells = 0;
+    job.border.groups = 0;
     return decode_launch(q, unit, &job);
 }
 
@@ -431,7 +507,7 @@ static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int
 static void plan_borders(qs_cuda_context *context, const qs_lora *lora, int count, border_job *job)
 {
     job->border = qs_border_width(context->limits.lora_rank);
-    job->cells = 0;
+    job->groups = 0;
     job->count = 0;
     for (int i = 0; lora != NULL && i < count; i++) {
         qs_cuda_linear *linear = &context->linears[i];
@@ -445,8 +521,8 @@ static void plan_borders(qs_cuda_context *context, const qs_lora *lora, int coun
         to->out = linear->out;
         to->in = linear->in;
         to->rank = lora[i].rank;
-        to->cells = qs_border_cells(linear->out, linear->in, job->border);
-        job->cells += to->cells;
+        to->groups = qs_border_groups(linear->out, linear->in, job->border);
+        job->groups += to->groups;
         linear->bordered = true;
     }
 }

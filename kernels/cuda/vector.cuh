@@ -59,12 +59,12 @@ __device__ __forceinline__ uint4 qs_pack_bf16(const float in[QS_VECTOR])
 
 __device__ __forceinline__ void qs_load_vector(float out[QS_VECTOR], const qs_bf16 *from)
 {
-    qs_unpack_bf16(out, *reinterpret_cast<const uint4 *>(from));
+    qs_unpack_bf16(out, qs_load_16(from));
 }
 
 __device__ __forceinline__ void qs_load_vector(float out[QS_VECTOR], const qs_f16 *from)
 {
-    const uint4 words = *reinterpret_cast<const uint4 *>(from);
+    const uint4 words = qs_load_16(from);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     for (int i = 0; i < QS_VECTOR; i++) {
         qs_f16 half;
@@ -75,21 +75,26 @@ __device__ __forceinline__ void qs_load_vector(float out[QS_VECTOR], const qs_f1
 
 __device__ __forceinline__ void qs_load_vector(float out[QS_VECTOR], const float *from)
 {
-    const float4 low = reinterpret_cast<const float4 *>(from)[0];
-    const float4 high = reinterpret_cast<const float4 *>(from)[1];
-    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
-    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+    for (int i = 0; i < QS_VECTOR; i += 4) {
+        const uint4 words = qs_load_16(from + i);
+        out[i] = qs_hd_bits_float(words.x);
+        out[i + 1] = qs_hd_bits_float(words.y);
+        out[i + 2] = qs_hd_bits_float(words.z);
+        out[i + 3] = qs_hd_bits_float(words.w);
+    }
 }
 
 __device__ __forceinline__ void qs_store_vector(qs_bf16 *to, const float in[QS_VECTOR])
 {
-    *reinterpret_cast<uint4 *>(to) = qs_pack_bf16(in);
+    qs_store_16(to, qs_pack_bf16(in));
 }
 
 __device__ __forceinline__ void qs_store_vector(float *to, const float in[QS_VECTOR])
 {
-    reinterpret_cast<float4 *>(to)[0] = make_float4(in[0], in[1], in[2], in[3]);
-    reinterpret_cast<float4 *>(to)[1] = make_float4(in[4], in[5], in[6], in[7]);
+    for (int i = 0; i < QS_VECTOR; i += 4) {
+        qs_store_16(to + i, make_uint4(qs_hd_float_bits(in[i]), qs_hd_float_bits(in[i + 1]),
+                                       qs_hd_float_bits(in[i + 2]), qs_hd_float_bits(in[i + 3])));
+    }
 }
 
 /* ---- either ---- */

@@ -25,6 +25,7 @@
 #include "base/timer.h"
 #include "comm/comm_impl.h"
 #include "comm/comm_nccl.h"
+#include "device/device_impl.h"
 
 #if NCCL_VERSION_CODE < 21400
 #error "NCCL 2.14 or later is needed: non-blocking communicators"
@@ -158,13 +159,32 @@ static qs_status check(comm_nccl *c)
  */
 static void abort_nccl(comm_nccl *c);
 
-/* After the first failure NCCL's kernels may spin for ever, and whatever frees memory would wait
- * for them: they are ended here, not when the communicator is destroyed, which comes last. */
-static qs_status give_up_if_failed(comm_nccl *c, qs_status st)
+static qs_status watch(void *ctx);
+
+/* Nothing goes through this communicator any more. */
+static void give_up(comm_nccl *c, qs_status st)
 {
-    if (note(c, st) != QS_OK && c->nccl != NULL) {
+    (void)note(c, st);
+    if (c->nccl != NULL) {
         abort_nccl(c);
         c->nccl = NULL;
+    }
+}
+
+/* After the first failure NCCL's kernels may spin for ever, and whatever frees memory would wait
+ * for them: they are ended here, not when the communicator is destroyed, which comes last. Those of
+ * the device's other communicators may wait for the same peer and not find out: among the cards of
+ * a host there is no connection that breaks. */
+static qs_status give_up_if_failed(comm_nccl *c, qs_status st)
+{
+    if (st == QS_OK) {
+        return QS_OK;
+    }
+    give_up(c, st);
+    for (int i = 0; c->device != NULL && i < QS_DEVICE_WATCHES_MAX; i++) {
+        if (c->device->watches[i].watch == watch) {
+            give_up(c->device->watches[i].ctx, st);
+        }
     }
     return st;
 }

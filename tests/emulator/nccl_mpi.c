@@ -7,6 +7,8 @@
  * somebody waits for the stream (or a later call uses the same memory), so that whoever does not
  * wait reads 0xff.
  *
+ * Two communicators may not be at work side by side: whoever lets them ends the program.
+ *
  * A non-blocking communicator is in progress until its exchange has arrived, and at least once: who
  * calls the next one before is refused, as NCCL does.
  *
@@ -46,7 +48,8 @@ typedef struct {
 /** Everything of a call, or of a group of calls. */
 typedef struct exchange {
     ncclComm_t comm;
-    struct exchange *older; /* of the communicator */
+    struct exchange *older;        /* of the communicator */
+    struct exchange *next, **from; /* of all that this process has under way */
     cudaStream_t stream;
     piece *pieces;
     int n_pieces, capacity;
@@ -66,6 +69,9 @@ struct ncclComm {
     bool was_polled;     /* since the last call */
     ncclResult_t failed;
 };
+
+/* Of all communicators, what has not arrived. */
+static exchange *under_way;
 
 /* A group of calls of this thread. */
 static _Thread_local int group_depth;
@@ -268,6 +274,10 @@ static void forget(exchange *x)
         at = &(*at)->older;
     }
     *at = x->older;
+    *x->from = x->next;
+    if (x->next != NULL) {
+        x->next->from = x->from;
+    }
     exchange_free(x);
     if (comm->destroyed) {
         comm_free(comm);
@@ -310,6 +320,21 @@ static void catch_up(const exchange *x)
     }
 }
 
+/* NCCL's kernels wait for those of the peers. Two communicators at work in two streams may begin in
+ * one order here and in the other there, and wait for each other for good where a GPU has no room
+ * for both (NCCL's manual, "Using multiple NCCL communicators concurrently"). One communicator's
+ * operations NCCL brings into order by itself. */
+static void check_alone(const exchange *x)
+{
+    for (const exchange *e = under_way; e != NULL; e = e->next) {
+        if (e->comm != x->comm && e->stream != x->stream) {
+            fprintf(stderr, "emulator: two communicators of NCCL are at work in two streams, and "
+                            "neither waits for the other\n");
+            abort();
+        }
+    }
+}
+
 static ncclResult_t run(exchange *x)
 {
     ncclComm_t comm = x->comm;
@@ -319,11 +344,18 @@ static ncclResult_t run(exchange *x)
         return bad;
     }
     catch_up(x);
+    check_alone(x);
     qs_emulator_access(take_aside, x);
     pass_to_self(x);
     start(x);
     x->older = comm->current;
     comm->current = x;
+    x->next = under_way;
+    x->from = &under_way;
+    if (x->next != NULL) {
+        x->next->from = &x->next;
+    }
+    under_way = x;
     comm->was_polled = false;
     if (comm->blocking) {
         has_arrived(x, true);

@@ -1,11 +1,13 @@
 /* NCCL over MPI does what NCCL's manual says, for any number of ranks:  mpirun -n 3
  * test_emulator_nccl. Without mpirun: one rank, and no MPI. */
 #include <mpi.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cuda_runtime_api.h"
 #include "nccl.h"
@@ -236,6 +238,42 @@ static void failures(void)
     CHECK(ncclCommAbort(comm) == ncclSuccess);
 }
 
+static void leave(int number)
+{
+    (void)number;
+    _exit(1);
+}
+
+/* Two communicators in two streams: in order if one stream waits for the other, or the host does;
+ * `apart`: neither, which ends the program. */
+static void two_communicators(bool apart)
+{
+    ncclComm_t one = join(false), two = join(false);
+    cudaStream_t stream = new_stream(), other = new_stream();
+    cudaEvent_t event;
+    CUDA(cudaEventCreate(&event));
+    unsigned char *data = device((size_t)nranks * BYTES), *more = device((size_t)nranks * BYTES);
+    CUDA(cudaMemset(data, 0, (size_t)nranks * BYTES));
+    CUDA(cudaMemset(more, 0, (size_t)nranks * BYTES));
+    finish(one, ncclAllGather(data, data, BYTES, ncclUint8, one, stream));
+    finish(two, ncclAllGather(more, more, BYTES, ncclUint8, two, stream)); /* the same stream */
+    CUDA(cudaEventRecord(event, stream));
+    CUDA(cudaStreamWaitEvent(other, event, 0));
+    finish(two, ncclAllGather(more, more, BYTES, ncclUint8, two, other));
+    CUDA(cudaStreamSynchronize(other));
+    finish(one, ncclAllGather(data, data, BYTES, ncclUint8, one, stream));
+    finish(one,
+           ncclAllGather(data, data, BYTES, ncclUint8, one, other)); /* the same communicator */
+    if (apart) {
+        signal(SIGABRT, leave); /* what was said is looked at, not how the program ended */
+        (void)ncclAllGather(more, more, BYTES, ncclUint8, two, stream);
+    }
+    CUDA(cudaDeviceSynchronize());
+    finish(one, ncclCommFinalize(one));
+    finish(two, ncclCommFinalize(two));
+    CHECK(ncclCommDestroy(one) == ncclSuccess && ncclCommDestroy(two) == ncclSuccess);
+}
+
 int main(int argc, char **argv)
 {
     if (getenv("OMPI_COMM_WORLD_SIZE") != NULL) {
@@ -245,6 +283,8 @@ int main(int argc, char **argv)
     }
     if (getenv("QSHARD_EMULATOR_NCCL_FAIL") != NULL) {
         failures();
+    } else if (argc > 1 && strcmp(argv[1], "apart") == 0) {
+        two_communicators(true);
     } else {
         all_gather();
         waits_for_what_is_sent();
@@ -252,6 +292,7 @@ int main(int argc, char **argv)
         exchange();
         broadcast();
         misuse();
+        two_communicators(false);
     }
     if (nranks > 1) {
         MPI_Barrier(MPI_COMM_WORLD);

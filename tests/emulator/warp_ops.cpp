@@ -193,6 +193,13 @@ void cp_async_drop()
     c.unfenced = false;
 }
 
+void check_aligned(const void *at, size_t bytes)
+{
+    if ((uintptr_t)at % bytes != 0) {
+        die("%zu bytes in one piece at %p, which is no multiple of that", bytes, at);
+    }
+}
+
 void cp_async_16(void *shared, const void *global, bool valid)
 {
     if ((uintptr_t)shared % 16 != 0 || (valid && (uintptr_t)global % 16 != 0)) {

@@ -14,7 +14,7 @@ Test(core_border, widths)
         cr_assert(border >= rank && border < rank + 8 && border % 8 == 0, "rank %d", rank);
         for (int64_t in = 1; in <= 40; in++) {
             const int64_t stride = qs_border_stride(in, border);
-            cr_assert(stride >= in + border && stride < in + border + 8 && stride % 8 == 0);
+            cr_assert(stride >= in + border && stride < in + border + 64 && stride % 64 == 0);
         }
     }
 }
@@ -26,22 +26,28 @@ static int *matrix_of(int64_t elems)
     return m;
 }
 
-/* W[i][j] = 1 everywhere; A and B hold a number of their own in each element. */
+/* A and B hold a number of their own in each element. */
 static int *fill(int64_t out, int64_t in, int64_t border, int rank, int *writes)
 {
     int *matrix = matrix_of(qs_border_elems(out, in, border));
-    for (int64_t i = 0; i < qs_border_cells(out, in, border); i++) {
-        const qs_border_cell cell = qs_border_cell_at(i, out, in, border, rank);
-        cr_assert(cell.at >= 0 && cell.at < qs_border_elems(out, in, border));
-        const bool b = cell.source == QS_BORDER_B, a = cell.source == QS_BORDER_A;
-        cr_assert(cell.from >= 0 && (!b || cell.from < out * rank) &&
-                  (!a || cell.from < rank * in));
-        matrix[cell.at] = b ? 1000 + (int)cell.from : a ? 100000 + (int)cell.from : 0;
-        writes[cell.at]++;
+    for (int64_t i = 0; i < qs_border_groups(out, in, border); i++) {
+        const qs_border_group group = qs_border_group_at(i, out, in, border, rank);
+        const bool b = group.source == QS_BORDER_B;
+        cr_assert(group.at >= 0 && group.at + 8 <= qs_border_elems(out, in, border));
+        cr_assert(group.taken >= 0 && group.taken <= 8);
+        cr_assert(group.taken == 0 ||
+                  (group.from >= 0 && group.from + group.taken <= (b ? out * rank : rank * in)));
+        cr_assert(group.at % 8 == 0 || (b && in % 8 != 0), "off 16 bytes");
+        for (int k = 0; k < 8; k++) {
+            const int from = (int)group.from + k;
+            matrix[group.at + k] = k >= group.taken ? 0 : b ? 1000 + from : 100000 + from;
+            writes[group.at + k]++;
+        }
     }
     return matrix;
 }
 
+/* Every cell around W once, W never; of what fills a row up, only as much as groups reach into. */
 static void check(int64_t out, int64_t in, int64_t border, int rank)
 {
     const int64_t stride = qs_border_stride(in, border);
@@ -51,13 +57,14 @@ static void check(int64_t out, int64_t in, int64_t border, int rank)
         for (int64_t j = 0; j < stride; j++) {
             const int64_t at = i * stride + j;
             const bool is_w = i < out && j < in, inside = j < in + border;
+            const bool filling = i >= out && !inside && j < (in + border + 7) / 8 * 8;
             int want = 0;
             if (i < out && j >= in && j < in + rank) {
                 want = 1000 + (int)(i * rank + j - in); /* B[i][j - in] */
             } else if (i >= out && i < out + rank && j < in) {
                 want = 100000 + (int)((i - out) * in + j); /* A[i - out][j] */
             }
-            cr_assert_eq(writes[at], inside && !is_w ? 1 : 0,
+            cr_assert_eq(writes[at], (inside && !is_w) || filling ? 1 : 0,
                          "%lld x %lld border %lld rank %d: cell %lld, %lld written %d times",
                          (long long)out, (long long)in, (long long)border, rank, (long long)i,
                          (long long)j, writes[at]);
@@ -83,8 +90,8 @@ Test(core_border, every_cell_once)
 
 Test(core_border, nothing_without_adapters)
 {
-    cr_assert_eq(qs_border_cells(5, 7, 0), 0);
-    cr_assert_eq(qs_border_elems(5, 7, 0), 5 * 8);
+    cr_assert_eq(qs_border_groups(5, 7, 0), 0);
+    cr_assert_eq(qs_border_elems(5, 7, 0), 5 * 64);
 }
 
 Test(core_border, usable_only_with_room_and_whole_pieces)

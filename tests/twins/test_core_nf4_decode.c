@@ -54,26 +54,28 @@ Test(core_nf4_decode, quanta_lie_where_the_layout_says)
     }
 }
 
-/* The walk of decode_kernel: (quantum, thread, step) to cells, for every thread there is. */
-static void walk(int64_t out, uint32_t in, uint8_t *seen)
+/* The walk of decode_kernel: (quantum, thread, step) to elements of a matrix with `gap` more in a
+ * row, for every thread there is. */
+static void walk(int64_t out, uint32_t in, uint32_t gap, uint8_t *seen)
 {
-    const int64_t elems = out * in;
+    const int64_t elems = out * in, stride = (int64_t)in + gap;
     const int64_t quanta = (elems + QS_DECODE_QUANTUM - 1) / QS_DECODE_QUANTUM;
+    const uint32_t cols = QS_DECODE_SPAN % in;
+    const int64_t by = QS_DECODE_SPAN / in * stride + cols;
     for (int64_t q = 0; q < quanta; q++) {
-        const qs_decode_cell start = qs_decode_cell_of(q * QS_DECODE_QUANTUM, in);
         for (uint32_t thread = 0; thread < QS_DECODE_THREADS; thread++) {
-            qs_decode_cell cell = qs_decode_cell_after(start, thread * QS_DECODE_GROUP, in);
+            int64_t element = q * QS_DECODE_QUANTUM + thread * QS_DECODE_GROUP;
+            qs_decode_cursor cursor = qs_decode_cursor_at(qs_decode_cell_of(element, in), stride);
             for (uint32_t step = 0; step < QS_DECODE_STEPS; step++) {
-                const int64_t element =
-                    q * QS_DECODE_QUANTUM + step * QS_DECODE_SPAN + thread * QS_DECODE_GROUP;
-                cr_assert_eq(cell.row, element / in);
-                cr_assert_eq(cell.col, element % in);
-                qs_decode_cell one = cell;
-                for (int i = 0; i < QS_DECODE_GROUP && one.row < out; i++) {
-                    seen[one.row * in + one.col]++;
-                    one = qs_decode_cell_step(one, 0, 1, in);
+                cr_assert_eq(cursor.at, element / in * stride + element % in);
+                cr_assert_eq(cursor.col, element % in);
+                qs_decode_cursor one = cursor;
+                for (int i = 0; i < QS_DECODE_GROUP && element + i < elems; i++) {
+                    seen[one.at / stride * in + one.at % stride]++;
+                    one = qs_decode_cursor_step(one, 1, 1, in, gap);
                 }
-                cell = qs_decode_cell_step(cell, QS_DECODE_SPAN / in, QS_DECODE_SPAN % in, in);
+                cursor = qs_decode_cursor_step(cursor, by, cols, in, gap);
+                element += QS_DECODE_SPAN;
             }
         }
     }
@@ -92,7 +94,7 @@ Test(core_nf4_decode, every_element_once)
             const int64_t elems = outs[o] * in;
             uint8_t *seen = calloc((size_t)elems + 1, 1);
             cr_assert_not_null(seen);
-            walk(outs[o], in, seen);
+            walk(outs[o], in, (uint32_t)(7 * o), seen);
             for (int64_t i = 0; i < elems; i++) {
                 cr_assert_eq(seen[i], 1, "%lld x %u: element %lld", (long long)outs[o], in,
                              (long long)i);
@@ -123,8 +125,11 @@ Test(core_nf4_decode, large_places)
     cr_assert(cell.row == 1000002 && cell.col == in - 5);
     cell = qs_decode_cell_after(cell, QS_DECODE_SPAN - 8, in);
     cr_assert(cell.row == 1000003 && cell.col == QS_DECODE_SPAN - 8 - 5);
-    cell = qs_decode_cell_step(cell, QS_DECODE_SPAN / in, QS_DECODE_SPAN % in, in);
-    cr_assert(cell.row == 1000003 && cell.col == 2 * QS_DECODE_SPAN - 8 - 5);
+    qs_decode_cursor cursor = qs_decode_cursor_at(cell, (int64_t)in + 3);
+    cr_assert_eq(cursor.at, ((int64_t)in + 3) * 1000003 + cell.col);
+    cursor = qs_decode_cursor_step(cursor, QS_DECODE_SPAN, QS_DECODE_SPAN % in, in, 3);
+    cr_assert_eq(cursor.at, ((int64_t)in + 3) * 1000003 + cursor.col);
+    cr_assert_eq(cursor.col, 2 * QS_DECODE_SPAN - 8 - 5);
 }
 
 Test(core_nf4_decode, nibbles)

@@ -7,7 +7,7 @@
  *
  *     step 0: | t0: 8 | t1: 8 | ... | t255: 8 |   step 1: 2048 elements further on, ...
  *
- * and (row, column) moves by a constant from step to step: one division a thread. */
+ * and the place moves by constants from step to step: one division a thread. */
 #ifndef QS_KERNELS_CUDA_CORE_NF4_DECODE_H
 #define QS_KERNELS_CUDA_CORE_NF4_DECODE_H
 
@@ -83,17 +83,31 @@ QS_HD qs_decode_cell qs_decode_cell_after(qs_decode_cell cell, uint32_t by, uint
     return cell;
 }
 
-/** The same without a division, for a `by` of rows * in + cols. */
-QS_HD qs_decode_cell qs_decode_cell_step(qs_decode_cell cell, uint32_t rows, uint32_t cols,
-                                         uint32_t in)
+/** A place that is moved on without its row: its element of a matrix, and its column. */
+typedef struct {
+    int64_t at;
+    uint32_t col;
+} qs_decode_cursor;
+
+QS_HD qs_decode_cursor qs_decode_cursor_at(qs_decode_cell cell, int64_t stride)
 {
-    cell.row += rows;
-    cell.col += cols;
-    if (cell.col >= in) {
-        cell.col -= in;
-        cell.row++;
+    const qs_decode_cursor cursor = {cell.row * stride + cell.col, cell.col};
+    return cursor;
+}
+
+/** The place rows * in + cols elements of the tensor further on, cols < in: `by` = rows * stride +
+ * cols elements of the matrix, and the `gap` = stride - in between two rows where cols crosses it.
+ */
+QS_HD qs_decode_cursor qs_decode_cursor_step(qs_decode_cursor cursor, int64_t by, uint32_t cols,
+                                             uint32_t in, uint32_t gap)
+{
+    cursor.at += by;
+    cursor.col += cols;
+    if (cursor.col >= in) {
+        cursor.col -= in;
+        cursor.at += gap;
     }
-    return cell;
+    return cursor;
 }
 
 /** Code `i` of a little-endian word of four bytes: the first element of a byte is its high half. */

@@ -56,6 +56,7 @@ const uint64_t *meet(meeting what, uint64_t value, void (*finish)(const uint64_t
 
 void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]);
 void ldmatrix_x4(uint32_t r[4], const void *row, bool transposed);
+void check_aligned(const void *at, size_t bytes); /* of an access in one piece */
 void cp_async_16(void *shared, const void *global, bool valid);
 void cp_async_commit();
 void cp_async_wait(int open_groups);

@@ -48,6 +48,19 @@ template <int N> static inline void qs_cp_async_wait()
     emu::cp_async_wait(N);
 }
 
+/** On a card an address off 16 bytes ends the kernel. */
+static inline uint4 qs_load_16(const void *global)
+{
+    emu::check_aligned(global, sizeof(uint4));
+    return *static_cast<const uint4 *>(global);
+}
+
+static inline void qs_store_16(void *global, uint4 value)
+{
+    emu::check_aligned(global, sizeof value);
+    *static_cast<uint4 *>(global) = value;
+}
+
 /** As the instruction has it: any NaN becomes 0x7fff. */
 static inline uint32_t qs_round_pair(float low, float high)
 {
