@@ -391,6 +391,8 @@ static qs_status report_ranks(run *r)
  * end. */
 static qs_status save(run *r, qs_status *last_save)
 {
+    *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
+    QS_TRY(*last_save);
     char *yaml = qs_config_dump(r->cfg);
     qs_ckpt_meta meta = meta_of(r, yaml);
     r->trainer.optim->step = r->step;
@@ -496,6 +498,19 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
     return eval_due(r, r->step) && (!*stop || r->step == r->sampler.steps) ? evaluate(r) : QS_OK;
 }
 
+/* `saved`: the newest step of which there is a checkpoint, 0: none. */
+static qs_status not_saved(const run *r, qs_status st, int64_t saved)
+{
+    char newest[48] = "none is there yet";
+    if (saved > 0) {
+        snprintf(newest, sizeof newest, "the newest good one is step %" PRId64, saved);
+    }
+    return QS_FAIL(st,
+                   "%s: the last checkpoint could not be saved, as the warning says; %s; make room "
+                   "and start again",
+                   r->cfg->output, newest);
+}
+
 static qs_status step_loop(run *r)
 {
     qs_status last_save = QS_OK;
@@ -511,10 +526,7 @@ static qs_status step_loop(run *r)
     }
     qs_progress_end();
     if (last_save != QS_OK) {
-        return qs_comm_agree(r->comm, QS_FAIL(last_save,
-                                              "%s: the last checkpoint could not be saved: disk "
-                                              "full; the newest good one is step %" PRId64,
-                                              r->cfg->output, saved));
+        return qs_comm_agree(r->comm, not_saved(r, last_save, saved));
     }
     if (r->lines_lost > 0) {
         return qs_comm_agree(r->comm,
