@@ -94,6 +94,7 @@ static void plan_init(plan *p, int64_t step)
                              .config_yaml = p->yaml,
                              .base_sha256 = "aa",
                              .data_content = "bb",
+                             .data_layout = "dd",
                              .tokens_seen = 1000 + step,
                              .device = "a card"};
 }
@@ -464,6 +465,10 @@ Test(ckpt, state_of_another_run_is_refused_naming_the_first_difference)
     plan_init(&p, 1);
     strcpy(p.meta.data_content, "cc");
     expect_refusal(&p, QS_ERR_RESUME, "another data.train");
+    free(p.yaml);
+    plan_init(&p, 1);
+    strcpy(p.meta.data_layout, "cc");
+    expect_refusal(&p, QS_ERR_RESUME, "another data.train: its labels or the borders");
     free(p.yaml);
     plan_init(&p, 1);
     change(&p, "train.save_every=9");

@@ -82,7 +82,9 @@ static qs_status open_inputs(run *r)
     QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
     if (cfg->data_eval[0] != '\0') {
         QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
+        QS_TRY(qs_data_check_hashes(r->eval_data, r->comm));
     }
+    QS_TRY(qs_data_check_hashes(r->train_data, r->comm));
     QS_TRY(qs_comm_agree(r->comm, check_targets(r->train_data)));
     return qs_comm_agree(r->comm,
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
@@ -170,6 +172,7 @@ static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
     snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
     snprintf(meta.device, sizeof meta.device, "%s", qs_device_description(r->session.device));
     snprintf(meta.data_content, sizeof meta.data_content, "%s", r->train_data->content);
+    snprintf(meta.data_layout, sizeof meta.data_layout, "%s", r->train_data->layout);
     return meta;
 }
 
