@@ -2,12 +2,14 @@
  * is lost by a failure, and what is not this run's is refused by name. */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -17,6 +19,7 @@
 #include "base/rng.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/run_dir.h"
+#include "ckpt/run_lock.h"
 #include "store/io.h"
 #include "store/manifest.h"
 #include "team.h"
@@ -91,6 +94,7 @@ static void plan_init(plan *p, int64_t step)
                              .config_yaml = p->yaml,
                              .base_sha256 = "aa",
                              .data_content = "bb",
+                             .data_layout = "dd",
                              .tokens_seen = 1000 + step,
                              .device = "a card"};
 }
@@ -366,6 +370,50 @@ Test(ckpt, latest_is_the_newest_that_verifies_and_bad_ones_are_set_aside)
     cr_assert_eq(entries(), 6, "nothing was deleted");
 }
 
+/* As in a group's directory where a colleague's checkpoints are readable to the colleague alone.
+ * For root, who may read everything, as another user. */
+static void put_out_of_reach(const char *name)
+{
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", run_dir, name);
+    cr_assert_eq(chmod(path, 0), 0);
+    if (geteuid() == 0) {
+        cr_assert_eq(chmod(folder, 0777), 0);
+        cr_assert_eq(chmod(run_dir, 0777), 0);
+        cr_assert_eq(seteuid(65534), 0);
+    }
+}
+
+static void back_in_reach(const char *name)
+{
+    char path[256];
+    snprintf(path, sizeof path, "%s/%s", run_dir, name);
+    (void)seteuid(getuid());
+    cr_assert_eq(chmod(path, 0700), 0);
+}
+
+Test(ckpt, a_checkpoint_out_of_reach_is_neither_set_aside_nor_passed_over)
+{
+    qs_comm *comm = NULL;
+    int64_t steps[2], step = -2;
+    int count = 0;
+    save_step(1, 1);
+    save_step(2, 1);
+    cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
+    put_out_of_reach("step-00000002");
+    const qs_status latest = qs_ckpt_latest(run_dir, &step, comm);
+    const bool says = strstr(qs_error_text(), "Permission denied") != NULL;
+    qs_error_clear();
+    const qs_status listed = qs_manifest_list(run_dir, steps, 2, &count);
+    back_in_reach("step-00000002");
+    qs_comm_destroy(comm);
+    cr_assert_eq(latest, QS_ERR_INPUT_MISSING);
+    cr_assert(says);
+    cr_assert_eq(listed, QS_ERR_INPUT_MISSING);
+    cr_assert(exists("step-00000002") && exists("step-00000001"));
+    cr_assert_eq(entries(), 2);
+}
+
 Test(ckpt, missing_run_directory_has_no_checkpoint)
 {
     cr_assert_eq(rmdir(run_dir), 0);
@@ -417,6 +465,10 @@ Test(ckpt, state_of_another_run_is_refused_naming_the_first_difference)
     plan_init(&p, 1);
     strcpy(p.meta.data_content, "cc");
     expect_refusal(&p, QS_ERR_RESUME, "another data.train");
+    free(p.yaml);
+    plan_init(&p, 1);
+    strcpy(p.meta.data_layout, "cc");
+    expect_refusal(&p, QS_ERR_RESUME, "another data.train: its labels or the borders");
     free(p.yaml);
     plan_init(&p, 1);
     change(&p, "train.save_every=9");
@@ -737,6 +789,190 @@ Test(run_dir, lock_of_another_host_needs_takeover_or_the_same_job)
     write_text("run.lock", "");
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_OUTPUT_TAKEN);
     cr_assert_not_null(strstr(qs_error_text(), "cannot be read"), "%s", qs_error_text());
+}
+
+/* link() of the process, which taking the lock uses: tests act in the moment before it. */
+static void (*before_link)(void);
+static bool no_hard_links;
+static int links;
+
+int link(const char *from, const char *to)
+{
+    void (*act)(void) = before_link;
+    before_link = NULL;
+    links++;
+    if (act != NULL) {
+        act();
+    }
+    if (no_hard_links) {
+        errno = EPERM;
+        return -1;
+    }
+    return linkat(AT_FDCWD, from, AT_FDCWD, to, 0);
+}
+
+static void in_another_process(void (*work)(void))
+{
+    int status = 0;
+    const pid_t child = fork();
+    if (child == 0) {
+        work();
+        _exit(0);
+    }
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+static void hold_the_lock(void) /* and die without releasing it */
+{
+    qs_config c = config();
+    qs_run_dir run;
+    if (open_as(&run, &c, QS_RESUME_AUTO, false) != QS_OK) {
+        _exit(1);
+    }
+}
+
+static void run_to_the_end(void)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    qs_comm *comm = NULL;
+    c.optim.lr = 0.5;
+    if (qs_comm_self_create(&comm) != QS_OK || open_as(&run, &c, QS_RESUME_AUTO, true) != QS_OK ||
+        qs_run_dir_finish(&run, comm) != QS_OK) {
+        _exit(1);
+    }
+    qs_run_dir_close(&run);
+    qs_comm_destroy(comm);
+}
+
+Test(run_dir, locks_do_without_hard_links)
+{
+    qs_config c = config();
+    qs_run_dir run, other;
+    no_hard_links = true;
+    in_another_process(hold_the_lock);
+    cr_assert(exists("run.lock"));
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    const pid_t child = fork();
+    if (child == 0) {
+        const qs_status st = open_as(&other, &c, QS_RESUME_AUTO, false);
+        _exit(st == QS_ERR_OUTPUT_TAKEN && strstr(qs_error_text(), "--takeover") ? 0 : 1);
+    }
+    int status = 0;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the first one lives");
+    cr_assert_eq(open_as(&other, &c, QS_RESUME_AUTO, true), QS_OK, "%s", qs_error_text());
+    qs_run_dir_close(&other);
+    cr_assert_eq(entries(), 2, "config.yaml and run.json");
+}
+
+static void sweep_all(void)
+{
+    char path[400];
+    DIR *d = opendir(run_dir);
+    for (const struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+        if (strncmp(e->d_name, "run.lock.new-", 13) == 0) {
+            snprintf(path, sizeof path, "%s/%s", run_dir, e->d_name);
+            cr_assert_eq(unlink(path), 0);
+        }
+    }
+    closedir(d);
+}
+
+/* What a process that has just got the lock takes for leftovers. */
+Test(run_dir, a_lock_that_is_swept_away_half_taken_is_written_again)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    before_link = sweep_all;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(links, 2, "nobody may see half a lock");
+    cr_assert(exists("run.lock"));
+    qs_run_dir_close(&run);
+    cr_assert_eq(entries(), 2, "config.yaml and run.json");
+}
+
+static void finish_another(void)
+{
+    in_another_process(run_to_the_end);
+}
+
+Test(run_dir, a_run_that_came_and_went_before_the_lock_was_ours_is_seen)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    cr_assert_eq(rmdir(run_dir), 0);
+    before_link = finish_another;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_RESUME, "%s", qs_error_text());
+    cr_assert(exists("run.json") && exists("config.yaml"), "they are the other one's");
+    cr_assert(!exists("run.lock"));
+    c.optim.lr = 0.5;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert(run.finished);
+}
+
+Test(run_dir, a_run_that_was_taken_over_notices_and_leaves_the_other_alone)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    qs_comm *comm = NULL;
+    char path[256];
+    void *before = NULL, *after = NULL;
+    size_t bytes = 0;
+    cr_assert_eq(rmdir(run_dir), 0);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
+    cr_assert_eq(qs_run_dir_still_ours(&run, comm), QS_OK, "%s", qs_error_text());
+    write_text("run.lock", "{\"host\": \"elsewhere\", \"job\": \"77\", \"pid\": 1, "
+                           "\"born\": 5, \"restart\": 0}");
+    snprintf(path, sizeof path, "%s/run.json", run_dir);
+    cr_assert_eq(qs_io_read_file(path, 1000, &before, &bytes), QS_OK);
+    cr_assert_eq(qs_run_dir_still_ours(&run, comm), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_not_null(strstr(qs_error_text(), "process 1 on host elsewhere, job 77"), "%s",
+                       qs_error_text());
+    cr_assert_eq(qs_run_dir_finish(&run, comm), QS_ERR_OUTPUT_TAKEN);
+    qs_run_dir_abandon(&run);
+    qs_error_clear();
+    cr_assert_eq(qs_io_read_file(path, 1000, &after, &bytes), QS_OK, "%s", qs_error_text());
+    cr_assert_str_eq(after, before);
+    cr_assert(exists("run.lock"));
+    qs_comm_destroy(comm);
+    free(before);
+    free(after);
+}
+
+Test(run_dir, an_error_is_still_told_where_the_directory_went_away)
+{
+    qs_config c = config();
+    qs_run_dir run;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    scratch_remove(folder);
+    (void)QS_FAIL(QS_ERR_IO, "what happened");
+    qs_run_dir_abandon(&run);
+    qs_run_dir_close(&run);
+    cr_assert_str_eq(qs_error_text(), "what happened");
+}
+
+Test(run_dir, a_start_without_room_leaves_nothing)
+{
+    struct rlimit limit;
+    qs_config c = config();
+    qs_run_dir run;
+    signal(SIGXFSZ, SIG_IGN);
+    cr_assert_eq(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    for (rlim_t room = 0; room < 1200; room += 100) { /* lock, config.yaml, run.json */
+        snprintf(c.output, sizeof c.output, "%s/new/demo", folder);
+        const rlim_t most = limit.rlim_cur;
+        limit.rlim_cur = room;
+        cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+        const qs_status st = open_as(&run, &c, QS_RESUME_AUTO, false);
+        limit.rlim_cur = most;
+        cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+        cr_assert_eq(st, QS_ERR_IO_FULL, "%s", qs_error_text());
+        cr_assert_not_null(strstr(qs_error_text(), "ulimit -f"), "%s", qs_error_text());
+        cr_assert_neq(access(dirname(c.output), F_OK), 0, "with room for %d bytes", (int)room);
+    }
 }
 
 static qs_status open_body(team_member *me)

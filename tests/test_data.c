@@ -296,6 +296,67 @@ static void flip(int64_t at)
     fclose(f);
 }
 
+static qs_status open_and_check(team_member *me)
+{
+    qs_data *d = NULL;
+    QS_TRY(qs_data_open(&d, path, 0, 0, me->comm));
+    const qs_status st = qs_data_check_hashes(d, me->comm);
+    qs_data_close(d);
+    return st;
+}
+
+/* An id that another one has become is an id all the same. */
+Test(data, damaged_tokens_and_labels_are_found_on_all_ranks_before_they_are_used)
+{
+    make_data_arrays a = make_data_create(&packed);
+    team_member members[TEAM_MAX];
+    qs_data *d = NULL;
+    CR_OK(make_data_write(path, &a));
+    CR_OK(open_alone(&d, 0, 0));
+    const int64_t places[2] = {d->tokens_at + 4 * 11, d->labels_at + 4 * 11};
+    qs_data_close(d);
+    team_expect_ok(3, open_and_check, NULL);
+    for (int i = 0; i < 2; i++) {
+        flip(places[i]);
+        team_run(members, 3, open_and_check, NULL);
+        for (int r = 0; r < 3; r++) {
+            cr_assert_eq(members[r].st, QS_ERR_INPUT_HASH, "%s", members[r].text);
+        }
+        flip(places[i]);
+    }
+    make_data_free(&a);
+}
+
+static void layout_of(make_data_arrays *a, char content[33], char layout[33])
+{
+    qs_data *d = NULL;
+    CR_OK(make_data_write(path, a));
+    CR_OK(open_alone(&d, 0, 0));
+    strcpy(content, d->content);
+    strcpy(layout, d->layout);
+    qs_data_close(d);
+}
+
+/* A resumed run is told apart by it: the same tokens with another mask train something else. */
+Test(data, the_same_tokens_with_other_labels_or_borders_have_another_layout)
+{
+    char content[2][33], layout[3][33];
+    make_data_arrays a = make_data_create(&packed);
+    layout_of(&a, content[0], layout[0]);
+    int at = 0;
+    while (a.labels[at] < 0) { /* of a target */
+        at++;
+    }
+    a.labels[at] ^= 1;
+    layout_of(&a, content[1], layout[1]);
+    cr_assert_str_eq(content[1], content[0]);
+    cr_assert_str_neq(layout[1], layout[0]);
+    a.labels[at] ^= 1;
+    layout_of(&a, content[1], layout[2]);
+    cr_assert_str_eq(layout[2], layout[0]);
+    make_data_free(&a);
+}
+
 Test(data, verify_finds_flipped_bits_and_a_wrong_decode_table)
 {
     make_data_arrays a = make_data_create(&packed);

@@ -455,3 +455,28 @@ Test(h5, a_file_that_is_given_up_leaves_the_first_error)
     cr_assert_str_eq(qs_error_text(), "what went wrong");
     qs_h5_discard(NULL);
 }
+
+#ifndef __SANITIZE_ADDRESS__ /* which has an allocator of its own */
+
+/* realloc() of the process, by which an image grows. */
+static bool refuse_memory;
+extern void *__libc_realloc(void *old, size_t bytes);
+
+void *realloc(void *old, size_t bytes)
+{
+    return refuse_memory && bytes >= 1 << 20 ? NULL : __libc_realloc(old, bytes);
+}
+
+/* Not as a failure of the disk, after which a run is told to make room. */
+Test(h5, an_image_without_memory_is_told_as_such)
+{
+    qs_h5 *file = NULL;
+    refuse_memory = true;
+    const qs_status st = qs_h5_create(&file, NULL);
+    refuse_memory = false;
+    cr_assert_eq(st, QS_ERR_MEMORY, "%s", qs_error_text());
+    CR_OK((qs_error_clear(), qs_h5_create(&file, NULL)));
+    qs_h5_discard(file);
+}
+
+#endif

@@ -2,10 +2,12 @@
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -180,6 +182,33 @@ Test(io, append_adds_lines)
     close(fd);
 }
 
+/* So that the next line, when there is room again, does not go on in the middle of it. */
+Test(io, a_line_that_does_not_fit_leaves_no_half_of_it)
+{
+    struct rlimit limit;
+    void *back = NULL;
+    size_t bytes = 0;
+    signal(SIGXFSZ, SIG_IGN);
+    int fd = open(in_dir("log"), O_WRONLY | O_CREAT | O_APPEND, 0666);
+    cr_assert_eq(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    const rlim_t most = limit.rlim_cur;
+    limit.rlim_cur = 10;
+    cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    const qs_status fits = qs_io_append(fd, "first\n", 6, in_dir("log"));
+    const qs_status does_not = qs_io_append(fd, "second\n", 7, in_dir("log"));
+    limit.rlim_cur = most;
+    cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    cr_assert_eq(fits, QS_OK);
+    cr_assert_eq(does_not, QS_ERR_IO_FULL);
+    cr_assert_not_null(strstr(qs_error_text(), "ulimit -f"), "%s", qs_error_text());
+    qs_error_clear();
+    cr_assert_eq(qs_io_append(fd, "third\n", 6, in_dir("log")), QS_OK);
+    close(fd);
+    cr_assert_eq(qs_io_read_file(in_dir("log"), 100, &back, &bytes), QS_OK);
+    cr_assert_str_eq(back, "first\nthird\n");
+    free(back);
+}
+
 Test(io, directories_are_made_renamed_and_removed)
 {
     cr_assert_eq(qs_io_mkdir(in_dir("a")), QS_OK);
@@ -194,6 +223,10 @@ Test(io, directories_are_made_renamed_and_removed)
     cr_assert_eq(qs_io_mkdir(in_dir("c/sub")), QS_OK);
     cr_assert_eq(qs_io_remove_dir(in_dir("c")), QS_ERR_IO, "a subdirectory is not ours");
     cr_assert_eq(access(in_dir("c/sub"), F_OK), 0);
+    qs_error_clear();
+    cr_assert_eq(qs_io_mkdir(in_dir("d")), QS_OK);
+    cr_assert_eq(qs_io_rename(in_dir("d"), in_dir("c")), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_not_null(strstr(qs_error_text(), "/c: exists already"), "%s", qs_error_text());
 }
 
 Test(io, free_bytes_is_asked_of_the_right_file_system)

@@ -15,6 +15,7 @@ static _Thread_local struct {
     qs_status status; /* QS_OK: nothing recorded */
     bool silent;
     bool printed;
+    int cause; /* errno, 0: not noted */
     char text[TEXT_MAX];
 } record;
 
@@ -43,6 +44,7 @@ qs_status qs_error_set(qs_status status, const char *file, int line, const char 
     record.status = status;
     record.silent = false;
     record.printed = false;
+    record.cause = 0;
     if (status == QS_ERR_BUG) { /* our mistake: the report needs the place */
         snprintf(record.text, sizeof record.text, "%s:%d: %.*s", base_name(file), line,
                  TEXT_MAX - 256, text);
@@ -50,6 +52,16 @@ qs_status qs_error_set(qs_status status, const char *file, int line, const char 
         memcpy(record.text, text, sizeof text);
     }
     return status;
+}
+
+void qs_error_because(int error)
+{
+    record.cause = record.status != QS_OK ? error : 0;
+}
+
+int qs_error_cause(void)
+{
+    return record.cause;
 }
 
 const char *qs_error_text(void)
@@ -65,6 +77,7 @@ void qs_error_adopt(qs_status status, const char *text, bool silent)
     record.status = status;
     record.silent = silent;
     record.printed = false;
+    record.cause = 0;
 }
 
 bool qs_error_is_silent(void)
@@ -77,6 +90,7 @@ void qs_error_clear(void)
     record.status = QS_OK;
     record.silent = false;
     record.printed = false;
+    record.cause = 0;
     record.text[0] = '\0';
 }
 

@@ -67,6 +67,12 @@ qs_status qs_error_set(qs_status status, const char *file, int line, const char 
  * of the thread. */
 const char *qs_error_text(void);
 
+/** Note the errno that the recorded error came from. */
+void qs_error_because(int error);
+
+/** The errno behind this thread's recorded error; 0 where none was noted. */
+int qs_error_cause(void);
+
 /** Replace this thread's record: what qs_comm_agree does on the ranks that did not fail
  * themselves. `silent` keeps qs_error_print quiet, because another rank speaks. */
 void qs_error_adopt(qs_status status, const char *text, bool silent);

@@ -21,7 +21,8 @@ typedef struct {
     char run_id[40];
     const char *config_yaml; /* resolved */
     char base_sha256[65];    /* hashes_sha256 of base.h5 */
-    char data_content[33];
+    char data_content[33];   /* of the tokens */
+    char data_layout[33];    /* of labels and borders; "" in checkpoints before it was kept */
     int64_t tokens_seen;
     char device[192]; /* what computed: qs_device_description; "" in checkpoints before it was kept
                        */

@@ -119,12 +119,6 @@ qs_status qs_ckpt_find_blind(const qs_ckpt_meta *meta, qs_comm *comm, bool **bli
 
 /* ---- the newest good one ---- */
 
-/* What says nothing about the checkpoint itself. */
-static bool is_ours(qs_status st)
-{
-    return st == QS_ERR_MEMORY || st == QS_ERR_BUG;
-}
-
 static qs_status latest_here(const char *run_dir, int64_t *found)
 {
     int64_t *steps = calloc(QS_CKPT_STEPS_MAX, sizeof *steps);
@@ -144,7 +138,7 @@ static qs_status latest_here(const char *run_dir, int64_t *found)
             *found = steps[i];
             break;
         }
-        if (is_ours(st)) {
+        if (qs_manifest_undecided(st)) { /* to go on without it would lose its steps */
             goto done;
         }
         char why[512];

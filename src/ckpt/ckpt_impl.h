@@ -11,7 +11,7 @@ enum { QS_CKPT_PATH = QS_PATH_MAX + 128, QS_CKPT_STEPS_MAX = 4096 };
 typedef struct {
     char *config_yaml;
     char base_sha256[65];
-    char data_content[33];
+    char data_content[33], data_layout[33];
     int64_t tokens_seen;
     char device[192];
     int n_layers;

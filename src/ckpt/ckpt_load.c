@@ -202,6 +202,11 @@ static qs_status compare(const source *s, const qs_ckpt_meta *expect)
     if (strcmp(s->record.data_content, expect->data_content) != 0) {
         return differ(s, "data.train", s->record.data_content, expect->data_content);
     }
+    if (s->record.data_layout[0] != '\0' &&
+        strcmp(s->record.data_layout, expect->data_layout) != 0) {
+        return differ(s, "data.train: its labels or the borders of its sequences",
+                      s->record.data_layout, expect->data_layout);
+    }
     bool same = s->record.n_layers == l->n_layers &&
                 memcmp(s->record.out, l->out, sizeof l->out) == 0 &&
                 memcmp(s->record.in, l->in, sizeof l->in) == 0;
@@ -235,6 +240,7 @@ static void fill_meta(const source *s, qs_ckpt_meta *out)
     snprintf(out->device, sizeof out->device, "%s", s->record.device);
     memcpy(out->base_sha256, s->record.base_sha256, sizeof out->base_sha256);
     memcpy(out->data_content, s->record.data_content, sizeof out->data_content);
+    memcpy(out->data_layout, s->record.data_layout, sizeof out->data_layout);
 }
 
 /* What a rank that sees the directory does for itself. */

@@ -41,10 +41,11 @@ static json_t *lora_object(const qs_lora_layout *layout)
 
 char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout)
 {
-    json_t *root = json_pack("{s:s, s:s, s:s, s:I, s:s, s:o}", "config", meta->config_yaml,
-                             "base_sha256", meta->base_sha256, "data_xxh3", meta->data_content,
-                             "tokens_seen", (json_int_t)meta->tokens_seen, "device", meta->device,
-                             "lora", lora_object(layout));
+    json_t *root =
+        json_pack("{s:s, s:s, s:s, s:s, s:I, s:s, s:o}", "config", meta->config_yaml, "base_sha256",
+                  meta->base_sha256, "data_xxh3", meta->data_content, "data_layout_xxh3",
+                  meta->data_layout, "tokens_seen", (json_int_t)meta->tokens_seen, "device",
+                  meta->device, "lora", lora_object(layout));
     char *text = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     return text;
@@ -131,6 +132,10 @@ static qs_status parse_root(const json_t *root, qs_ckpt_record *out, const char 
     QS_TRY(qs_json_i64(root, "tokens_seen", 0, INT64_MAX, &out->tokens_seen, path));
     if (json_object_get(root, "device") != NULL) { /* not there in the first checkpoints */
         QS_TRY(copy_text(root, "device", out->device, sizeof out->device, path));
+    }
+    if (json_object_get(root, "data_layout_xxh3") != NULL) { /* nor was this */
+        QS_TRY(
+            copy_text(root, "data_layout_xxh3", out->data_layout, sizeof out->data_layout, path));
     }
     QS_TRY(qs_json_object(root, "lora", &lora, path));
     QS_TRY(qs_json_i64(lora, "layers", 1, LAYERS_MAX, &layers, path));

@@ -287,6 +287,22 @@ static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume re
     return compare_config(cfg, run->finished, count);
 }
 
+/* Look again: until the lock was ours, another process may have started, or even finished, a run.
+ */
+static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume resume, json_t **json)
+{
+    found what;
+    json_decref(*json);
+    *json = NULL;
+    QS_TRY(look(cfg->output, &what));
+    QS_TRY(check_wish(cfg->output, what, resume));
+    if (what != FOUND_RUN) {
+        return QS_OK;
+    }
+    run->made = run->made_parent = false; /* whatever we made, it is the other's by now */
+    return look_at_run(run, cfg, resume, json);
+}
+
 static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resume, bool takeover,
                            const char *hosts, int nranks)
 {
@@ -296,7 +312,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
     QS_TRY(look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
     if (what == FOUND_NOTHING) {
-        QS_TRY(make_directory(cfg->output, &run->made_parent));
+        QS_GOTO(make_directory(cfg->output, &run->made_parent));
         run->made = true;
     }
     if (what == FOUND_RUN) {
@@ -305,6 +321,11 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
     if (!run->finished) {
         QS_GOTO(qs_run_lock_take(cfg->output, takeover));
         run->locked = true;
+        QS_GOTO(look_locked(run, cfg, resume, &json));
+    }
+    if (run->finished) {
+        qs_run_dir_close(run);
+    } else {
         sweep(cfg->output);
         QS_GOTO(fill_run(&json, cfg, hosts, nranks));
         QS_GOTO(write_config(cfg)); /* before run.json: a directory with that is complete */
@@ -315,7 +336,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
 done:
     json_decref(json);
     if (st != QS_OK) {
-        qs_run_dir_close(run);
+        qs_run_dir_abandon(run);
     }
     return st;
 }
@@ -394,13 +415,19 @@ qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resum
     return out->finished ? QS_OK : find_sight(out, comm);
 }
 
-/* ---- the end of a run ---- */
+/* ---- during a run and at its end ---- */
+
+qs_status qs_run_dir_still_ours(const qs_run_dir *run, qs_comm *comm)
+{
+    return qs_comm_agree(comm, run->locked ? qs_run_lock_check(run->dir) : QS_OK);
+}
 
 static qs_status finish_here(const qs_run_dir *run)
 {
     json_t *json = NULL;
     char now[24];
     now_text(now);
+    QS_TRY(qs_run_lock_check(run->dir));
     QS_TRY(read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json));
     qs_status st = QS_OK;
     if (json_object_set_new(json, "finished", json_true()) != 0 ||
@@ -421,16 +448,17 @@ void qs_run_dir_abandon(qs_run_dir *run)
 {
     static const char *const names[] = {"config.yaml", "run.json", "metrics.jsonl", "ranks.jsonl"};
     char path[PATH_ROOM];
-    if (!run->made || !run->locked) {
-        return;
-    }
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    const bool ours = run->made && run->locked && qs_run_lock_check(run->dir) == QS_OK;
+    for (size_t i = 0; ours && i < sizeof names / sizeof *names; i++) {
         snprintf(path, sizeof path, "%s/%s", run->dir, names[i]);
         (void)unlink(path);
     }
     qs_run_dir_close(run);
     snprintf(path, sizeof path, "%s", run->dir);
-    if (rmdir(path) == 0 && run->made_parent) { /* refused while anything else is in there */
+    if (run->made) { /* refused while anything else is in there, and so is its parent */
+        (void)rmdir(path);
+    }
+    if (run->made_parent) {
         (void)rmdir(dirname(path));
     }
 }

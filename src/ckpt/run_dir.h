@@ -44,6 +44,10 @@ typedef struct {
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);
 
+/** Before anything is written in the middle of a run: has nobody else taken the directory over, by
+ * --takeover or by removing it? Collective. \return QS_ERR_OUTPUT_TAKEN naming who has. */
+qs_status qs_run_dir_still_ours(const qs_run_dir *run, qs_comm *comm);
+
 /** Write into run.json that the run is finished. Collective. */
 qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm);
 

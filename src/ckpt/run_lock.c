@@ -19,7 +19,7 @@
 #include "hf/json.h"
 #include "store/io.h"
 
-enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64, OWNER_WAIT_S = 5 };
+enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64, OWNER_WAIT_S = 5, TEMP_TRIES = 5 };
 
 typedef struct {
     char host[256], job[64];
@@ -125,14 +125,43 @@ static bool read_owner(const char *path, owner *out)
 {
     void *text = NULL;
     size_t bytes = 0;
+    const bool had_error = qs_error_text()[0] != '\0'; /* at the end of a run that failed */
     memset(out, 0, sizeof *out);
     bool good = qs_io_read_file(path, LOCK_BYTES_MAX, &text, &bytes) == QS_OK &&
                 parse_owner(text, bytes, path, out) == QS_OK;
-    if (!good) {
+    if (!good && !had_error) {
         qs_error_clear();
     }
     free(text);
     return good;
+}
+
+/* Under a name of its own. A process that has taken the lock in the meantime sweeps such files away
+ * (run_dir.c), which shows here as a file that cannot be read back: then once more. */
+static qs_status write_temp(const owner *me, const char *temp)
+{
+    qs_status st = QS_OK;
+    for (int i = 0; i < TEMP_TRIES; i++) {
+        qs_error_clear();
+        (void)unlink(temp); /* of a process of the same number that was killed here */
+        st = write_owner(me, temp);
+        if (st != QS_ERR_IO_VERIFY) {
+            break;
+        }
+    }
+    return st;
+}
+
+/* A file system without hard links has O_EXCL. False where the place is taken. */
+static bool create_in_place(const owner *me, const char *path, qs_status *st)
+{
+    *st = write_owner(me, path);
+    if (*st == QS_ERR_OUTPUT_TAKEN) {
+        qs_error_clear();
+        *st = QS_OK;
+        return false;
+    }
+    return true;
 }
 
 /* Move the old lock aside and look again: if another process has taken it over in between, it is
@@ -146,7 +175,9 @@ static qs_status remove_stale(const char *path, const owner *stale)
         return QS_FAIL(QS_ERR_IO, "%s: cannot be taken over: %s", path, strerror(errno));
     }
     if (read_owner(aside, &moved) && !same_process(&moved, stale)) {
-        (void)link(aside, path);
+        if (link(aside, path) != 0 && errno != EEXIST) {
+            (void)rename(aside, path); /* no hard links here */
+        }
     }
     (void)unlink(aside);
     return QS_OK;
@@ -176,8 +207,13 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
         if (link(temp, path) == 0) {
             return QS_OK;
         }
-        if (errno != EEXIST) { /* a file system without hard links */
-            return write_owner(me, path);
+        if (errno == ENOENT) { /* swept away, or the directory is gone, which writing will say */
+            QS_TRY(write_temp(me, temp));
+            continue;
+        }
+        qs_status st = QS_OK;
+        if (errno != EEXIST && create_in_place(me, path, &st)) {
+            return st;
         }
         owner other;
         bool readable = read_owner(path, &other);
@@ -205,8 +241,7 @@ qs_status qs_run_lock_take(const char *dir, bool takeover)
     owner me = this_process();
     lock_path(path, dir);
     snprintf(temp, sizeof temp, "%s.new-%ld", path, (long)getpid());
-    (void)unlink(temp); /* of a process of the same number that was killed here */
-    QS_TRY(write_owner(&me, temp));
+    QS_TRY(write_temp(&me, temp));
     qs_status st = put_in_place(dir, temp, path, &me, takeover);
     (void)unlink(temp);
     return st;
@@ -220,6 +255,21 @@ void qs_run_lock_release(const char *dir)
     if (read_owner(path, &holder) && same_process(&holder, &me)) {
         (void)unlink(path);
     }
+}
+
+qs_status qs_run_lock_check(const char *dir)
+{
+    char path[PATH_ROOM];
+    owner holder, me = this_process();
+    lock_path(path, dir);
+    if (!read_owner(path, &holder) || same_process(&holder, &me)) {
+        return QS_OK;
+    }
+    return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                   "%s: process %" PRId64
+                   " on host %s%s%s has taken over and writes here now; this "
+                   "run ends and leaves the rest to it",
+                   dir, holder.pid, holder.host, holder.job[0] ? ", job " : "", holder.job);
 }
 
 int qs_run_lock_text(const char *dir, char *out, size_t capacity)

@@ -14,6 +14,10 @@ qs_status qs_run_lock_take(const char *dir, bool takeover);
 /** Remove DIR/run.lock if it is still this process's own. */
 void qs_run_lock_release(const char *dir);
 
+/** Does nobody else hold DIR/run.lock by now? A lock that somebody has removed is not held by
+ * anybody. \return QS_ERR_OUTPUT_TAKEN naming who does. */
+qs_status qs_run_lock_check(const char *dir);
+
 /** What DIR/run.lock says, as text to compare by: it names one process at one time, so that two
  * hosts that read the same text see the same directory. "" where there is none.
  * \return 0, or the errno of a file that cannot be read. */

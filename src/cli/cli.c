@@ -1,7 +1,10 @@
 /* From argv to an exit code: choose the communicator, find the command, run it, let one rank say
  * what went wrong, and leave with the same code everywhere. */
+#define _GNU_SOURCE /* O_DIRECTORY */
 #include "cli/cli.h"
 
+#include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -12,6 +15,7 @@
 #include "kernels/cpu/isa.h"
 #include "qshard_version.h"
 #include "store/h5.h"
+#include "train/train.h"
 
 const qs_cli_command qs_cli_commands[] = {
     {"quantize", "HF_DIR -o BASE.h5",
@@ -172,10 +176,35 @@ static void end_job(qs_comm *comm, qs_status st)
     qs_comm_abort(comm, st);
 }
 
+/* A descriptor of 0, 1 and 2 that is closed would be the next file's that is opened: lines for the
+ * terminal would be written into a checkpoint. What stands in its place fails like a closed one. */
+static void fill_descriptors(void)
+{
+    int fd = 0;
+    do {
+        fd = open("/", O_RDONLY | O_DIRECTORY); /* the lowest that is free */
+    } while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0) {
+        (void)close(fd);
+    }
+}
+
+/* Signals that would end the process before it can say or save anything: a file above the limit of
+ * `ulimit -f` is an error of the write, and a stop signal while MPI starts is one for the run. */
+static void prepare_signals(int argc, char **argv)
+{
+    signal(SIGXFSZ, SIG_IGN);
+    if (argc > 1 && strcmp(argv[1], "train") == 0) {
+        qs_signals_install();
+    }
+}
+
 int qs_cli_main(int argc, char **argv)
 {
     qs_comm *comm = NULL;
     request r;
+    fill_descriptors();
+    prepare_signals(argc, argv);
     qs_status st =
         qs_comm_launched() ? qs_comm_mpi_create(&comm, &argc, &argv) : qs_comm_self_create(&comm);
     if (st != QS_OK) {

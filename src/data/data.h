@@ -21,7 +21,9 @@ typedef struct {
         *seq_first_doc; /* [n_sequences + 1] index of the sequence's first border in doc_offsets */
     uint32_t *seq_targets;        /* [n_sequences] */
     int64_t tokens_at, labels_at; /* file offsets */
-    char content[33];             /* tokens_xxh3, names the data in checkpoints */
+    char content[33];             /* tokens_xxh3; with `layout` it names the data in checkpoints */
+    char labels[33];              /* labels_xxh3 */
+    char layout[33];              /* XXH3-128 of labels_xxh3, seq_offsets and doc_offsets */
     int fd;                       /* -1: this rank does not see the file */
     int32_t *held; /* [2, n_tokens] tokens, then labels, where it does not; else NULL */
     uint64_t bytes_read;
@@ -33,6 +35,12 @@ typedef struct {
 qs_status qs_data_open(qs_data **out, const char *path, int64_t model_vocab, int64_t max_seq_len,
                        qs_comm *comm);
 void qs_data_close(qs_data *data);
+
+/** Read tokens and labels once and compare them with their hashes: the first rank of every host
+ * that sees the file does, so that no damaged copy is trained on. Collective. \return
+ * QS_ERR_INPUT_HASH.
+ */
+qs_status qs_data_check_hashes(const qs_data *data, qs_comm *comm);
 
 /** Bytes of tokens and labels that this rank holds because it does not see the file: for the plan.
  */

@@ -5,6 +5,7 @@
 #include "base/mem.h"
 #include "data/data.h"
 #include "data/data_impl.h"
+#include "store/hash.h"
 
 static qs_status get_ranged(qs_h5 *file, const char *name, int64_t low, int64_t high, int64_t *out)
 {
@@ -28,7 +29,8 @@ static qs_status read_attributes(qs_data *d, qs_h5 *file, bool *packed)
     QS_TRY(get_ranged(file, "n_sequences", 1, most, &d->n_sequences));
     QS_TRY(get_ranged(file, "n_tokens", d->n_sequences, most, &d->n_tokens));
     QS_TRY(get_ranged(file, "n_targets", 0, d->n_tokens, &d->n_targets));
-    return qs_h5_attr_get_text(file, "tokens_xxh3", d->content, sizeof d->content);
+    QS_TRY(qs_h5_attr_get_text(file, "tokens_xxh3", d->content, sizeof d->content));
+    return qs_h5_attr_get_text(file, "labels_xxh3", d->labels, sizeof d->labels);
 }
 
 /** Find a dataset of `count` elements (-1: any) and read it whole into new memory. */
@@ -124,6 +126,20 @@ static qs_status check_sequences(const qs_data *d)
     return QS_OK;
 }
 
+/** The same tokens with other labels or borders are other data. */
+static qs_status name_layout(qs_data *d)
+{
+    qs_xxh3_128 *hash = qs_xxh3_128_begin();
+    if (hash == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing it", d->path);
+    }
+    qs_xxh3_128_add(hash, d->labels, strlen(d->labels));
+    qs_xxh3_128_add(hash, d->seq_offsets, (size_t)(d->n_sequences + 1) * sizeof *d->seq_offsets);
+    qs_xxh3_128_add(hash, d->doc_offsets, (size_t)(d->n_docs + 1) * sizeof *d->doc_offsets);
+    qs_xxh3_128_end(hash, d->layout);
+    return QS_OK;
+}
+
 qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
 {
     bool packed = false;
@@ -136,7 +152,8 @@ qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
         return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: packed=0, but %lld sequences hold %lld documents",
                        d->path, (long long)d->n_sequences, (long long)d->n_docs);
     }
-    return check_sequences(d);
+    QS_TRY(check_sequences(d));
+    return name_layout(d);
 }
 
 qs_status qs_data_check_fit(const qs_data *d, int64_t model_vocab, int64_t max_seq_len)

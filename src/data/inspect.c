@@ -70,7 +70,7 @@ qs_status qs_decode_table_read(qs_decode_table *out, const char *path)
     return st;
 }
 
-/* ---- the full check ---- */
+/* ---- hashes, and the full check ---- */
 
 static qs_status hash_range(const qs_data *d, int64_t offset, int64_t bytes,
                             char out[QS_XXH128_HEX])
@@ -108,15 +108,14 @@ static qs_status check_hash(const qs_data *d, const char *name, int64_t offset, 
 
 static qs_status check_hashes(const qs_data *d)
 {
-    qs_h5 *file = NULL;
-    char labels[QS_XXH128_HEX] = "";
-    QS_TRY(qs_h5_open(&file, d->path));
-    qs_status st = qs_h5_attr_get_text(file, "labels_xxh3", labels, sizeof labels);
-    qs_status closed = qs_h5_close(file);
-    QS_TRY(st);
-    QS_TRY(closed);
     QS_TRY(check_hash(d, "tokens", d->tokens_at, d->content));
-    return check_hash(d, "labels", d->labels_at, labels);
+    return check_hash(d, "labels", d->labels_at, d->labels);
+}
+
+qs_status qs_data_check_hashes(const qs_data *data, qs_comm *comm)
+{
+    const bool mine = data->fd >= 0 && qs_comm_local_rank(comm) == 0;
+    return qs_comm_agree(comm, mine ? check_hashes(data) : QS_OK);
 }
 
 /** Read every sequence, which checks ids, labels and seq_targets. */

@@ -68,6 +68,22 @@ static herr_t take_first(unsigned n, const H5E_error2_t *error, void *out)
     return 0;
 }
 
+static herr_t find_no_memory(unsigned n, const H5E_error2_t *error, void *out)
+{
+    (void)n;
+    bool *found = out;
+    *found = *found || (error->maj_num == H5E_RESOURCE && error->min_num == H5E_NOSPACE);
+    return 0;
+}
+
+/* Of what we write. A file that we read may ask for any amount of memory: that is its own fault. */
+static bool lacks_memory(const qs_h5 *file)
+{
+    bool found = file->image.refused;
+    H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, find_no_memory, &found);
+    return found;
+}
+
 /* The reason is the innermost of HDF5's messages. */
 qs_status qs_h5_check(const qs_h5 *file, int64_t result, const char *doing, const char *name)
 {
@@ -76,17 +92,22 @@ qs_status qs_h5_check(const qs_h5 *file, int64_t result, const char *doing, cons
     }
     char reason[QS_H5_REASON] = "no reason given";
     H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, take_first, reason);
+    const char *number = strstr(reason, "errno = ");
+    const bool no_memory = file->writing && number == NULL && lacks_memory(file);
     H5Eclear2(H5E_DEFAULT);
+    if (no_memory) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for %s %s; use more ranks or more nodes",
+                       file->path, doing, name);
+    }
     if (!file->writing) {
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: %s %s failed: %s; the file is damaged or not ours",
                        file->path, doing, name, reason);
     }
     int error = 0; /* HDF5 hands the errno on as text only */
-    const char *number = strstr(reason, "errno = ");
     if (number != NULL) {
         error = atoi(number + strlen("errno = "));
     }
-    bool full = error == ENOSPC || error == EDQUOT;
+    bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
     if (error > 0) {
         (void)snprintf(reason, sizeof reason, "%s",
                        strerror(error)); /* without addresses and counts */
@@ -111,6 +132,7 @@ static void *image_malloc(size_t bytes, H5FD_file_image_op_t op, void *user)
     qs_h5_image *im = user;
     im->buffer = malloc(bytes);
     im->bytes = im->buffer != NULL ? bytes : 0;
+    im->refused = im->buffer == NULL;
     return im->buffer;
 }
 
@@ -123,6 +145,7 @@ static void *image_realloc(void *ptr, size_t bytes, H5FD_file_image_op_t op, voi
         im->buffer = grown;
         im->bytes = bytes;
     }
+    im->refused = im->refused || grown == NULL;
     return grown;
 }
 

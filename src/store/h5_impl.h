@@ -26,6 +26,7 @@ typedef struct {
 typedef struct {
     void *buffer;
     size_t bytes;
+    bool refused; /* memory that the library asked for */
 } qs_h5_image;
 
 struct qs_h5 {

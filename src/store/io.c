@@ -27,6 +27,11 @@ static qs_status output_failed(const char *path, const char *doing, int error)
         return QS_FAIL(QS_ERR_IO_FULL, "%s: %s failed: %s; free some space or raise the quota",
                        path, doing, strerror(error));
     }
+    if (error == EFBIG) { /* as a quota: smaller files still fit */
+        return QS_FAIL(QS_ERR_IO_FULL,
+                       "%s: %s failed: %s; raise the limit on a file's size (ulimit -f)", path,
+                       doing, strerror(error));
+    }
     const char *remedy = error == EACCES || error == EPERM || error == EROFS
                              ? "; check the permissions of the directory"
                              : (error == ENOENT ? "; create the directory first" : "");
@@ -36,7 +41,33 @@ static qs_status output_failed(const char *path, const char *doing, int error)
 /** Record a failed operation on something that we read. */
 static qs_status input_failed(const char *path, const char *doing, int error)
 {
-    return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: %s failed: %s", path, doing, strerror(error));
+    qs_status st = QS_FAIL(QS_ERR_INPUT_MISSING, "%s: %s failed: %s", path, doing, strerror(error));
+    qs_error_because(error);
+    return st;
+}
+
+bool qs_io_out_of_reach(int error)
+{
+    switch (error) {
+    case EACCES:
+    case EPERM:
+    case EMFILE:
+    case ENFILE:
+    case ENOMEM:
+    case ESTALE:
+    case ETIMEDOUT:
+    case EAGAIN:
+    case EBUSY:
+    case ENOTCONN:
+    case ESHUTDOWN:
+    case EHOSTDOWN:
+    case EHOSTUNREACH:
+    case ENETDOWN:
+    case ENETUNREACH:
+        return true;
+    default: /* ENOENT, and EIO: a bad sector stays bad */
+        return false;
+    }
 }
 
 static int open_retrying(const char *path, int flags, mode_t mode)
@@ -281,6 +312,7 @@ done:
 qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path)
 {
     size_t done = 0;
+    const off_t start = lseek(fd, 0, SEEK_END);
     while (
         done <
         bytes) { /* the second round only after a short write, that is on a full disk or a signal */
@@ -289,7 +321,11 @@ qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path)
             continue;
         }
         if (n <= 0) {
-            return output_failed(path, "appending a line", n < 0 ? errno : EIO);
+            const int error = n < 0 ? errno : EIO;
+            if (done > 0 && start >= 0 && ftruncate(fd, start) != 0) {
+                done = 0; /* half a line stays; the failure to report is the write's */
+            }
+            return output_failed(path, "appending a line", error);
         }
         done += (size_t)n;
     }
@@ -333,6 +369,9 @@ qs_status qs_io_rename(const char *from, const char *to)
         if (errno != EINTR) {
             char doing[QS_IO_PATH];
             int error = errno;
+            if (error == ENOTEMPTY || error == EEXIST) {
+                return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name", to);
+            }
             (void)snprintf(doing, sizeof doing, "renaming to %s", to);
             return output_failed(from, doing, error);
         }

@@ -6,6 +6,7 @@
 #ifndef QS_STORE_IO_H
 #define QS_STORE_IO_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -39,6 +40,10 @@ qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
 /** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not
  * published yet. */
 qs_status qs_io_write_new(const char *path, const void *data, size_t bytes);
+
+/** Does this errno of a file that we read say nothing about the file itself: no permission, no
+ * descriptor left, a file system that went away? */
+bool qs_io_out_of_reach(int error);
 
 /** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes);

@@ -86,7 +86,11 @@ static qs_status open_plain(const char *path, int *fd, int64_t *bytes)
     struct stat info;
     *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe must not make us wait */
     if (*fd < 0) {
-        return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", path, strerror(errno));
+        const int error = errno;
+        qs_status st =
+            QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", path, strerror(error));
+        qs_error_because(error);
+        return st;
     }
     if (fstat(*fd, &info) != 0 || !S_ISREG(info.st_mode)) {
         (void)close(*fd);
@@ -362,6 +366,12 @@ qs_status qs_manifest_verify(const char *dir, qs_manifest *out)
     return st;
 }
 
+bool qs_manifest_undecided(qs_status st)
+{
+    return st == QS_ERR_MEMORY || st == QS_ERR_BUG ||
+           (st == QS_ERR_INPUT_MISSING && qs_io_out_of_reach(qs_error_cause()));
+}
+
 /* ---- listing ---- */
 
 static int descending(const void *a, const void *b)
@@ -414,19 +424,23 @@ qs_status qs_manifest_list(const char *dir, int64_t *steps, int capacity, int *c
     int n = 0;
     char path[PATH_BYTES];
     bool had_error = qs_error_text()[0] != '\0';
+    qs_status st = QS_OK;
     *count = 0;
     QS_TRY(collect_steps(dir, &found, &n));
-    for (int i = 0; i < n && *count < capacity; i++) {
+    for (int i = 0; i < n && *count < capacity && st == QS_OK; i++) {
         qs_manifest m = {0};
         qs_manifest_step_dir(path, sizeof path, dir, found[i]);
-        if (qs_manifest_read(path, &m) == QS_OK) {
+        const qs_status read = qs_manifest_read(path, &m);
+        if (read == QS_OK) {
             steps[(*count)++] = found[i];
             qs_manifest_free(&m);
+        } else if (!had_error && qs_manifest_undecided(read)) {
+            st = read;
         } else if (!had_error) { /* not ours to report: it is simply no checkpoint */
             qs_log_warn("%s is not a checkpoint and is left alone: %s", path, qs_error_text());
             qs_error_clear();
         }
     }
     free(found);
-    return QS_OK;
+    return st;
 }

@@ -53,8 +53,12 @@ qs_status qs_manifest_read(const char *dir, qs_manifest *out);
 /** Read and check that every file has its size and hash. */
 qs_status qs_manifest_verify(const char *dir, qs_manifest *out);
 
+/** After qs_manifest_read or _verify: does the error `st` say nothing about the checkpoint? There
+ * was no memory, or the files are there and out of reach (qs_io_out_of_reach). */
+bool qs_manifest_undecided(qs_status st);
+
 /** Steps of the directories `step-*` in `dir` whose manifest reads well, descending, at most
- * `capacity`. Missing dir: none. */
+ * `capacity`. Missing dir: none. What is undecided is an error. */
 qs_status qs_manifest_list(const char *dir, int64_t *steps, int capacity, int *count);
 
 /** dir/step-00000042 */

@@ -153,6 +153,7 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     QS_GOTO(qs_session_open(&s, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&s, options->adapter));
     QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));
+    QS_GOTO(qs_data_check_hashes(data, comm));
     if (data->n_targets == 0) {
         st = qs_comm_agree(comm, QS_FAIL(QS_ERR_INPUT_VALUE,
                                          "%s: n_targets=0: no position carries loss, there is "

@@ -288,6 +288,7 @@ qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm)
     QS_GOTO(qs_session_open(&session, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&session, options->adapter));
     QS_GOTO(qs_data_open(&data, options->prompts, session.index->config.vocab, 0, comm));
+    QS_GOTO(qs_data_check_hashes(data, comm));
     s.data = data;
     QS_GOTO(sample_with(&s));
 done:

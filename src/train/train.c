@@ -82,7 +82,9 @@ static qs_status open_inputs(run *r)
     QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
     if (cfg->data_eval[0] != '\0') {
         QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
+        QS_TRY(qs_data_check_hashes(r->eval_data, r->comm));
     }
+    QS_TRY(qs_data_check_hashes(r->train_data, r->comm));
     QS_TRY(qs_comm_agree(r->comm, check_targets(r->train_data)));
     return qs_comm_agree(r->comm,
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
@@ -170,6 +172,7 @@ static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
     snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
     snprintf(meta.device, sizeof meta.device, "%s", qs_device_description(r->session.device));
     snprintf(meta.data_content, sizeof meta.data_content, "%s", r->train_data->content);
+    snprintf(meta.data_layout, sizeof meta.data_layout, "%s", r->train_data->layout);
     return meta;
 }
 
@@ -391,6 +394,8 @@ static qs_status report_ranks(run *r)
  * end. */
 static qs_status save(run *r, qs_status *last_save)
 {
+    *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
+    QS_TRY(*last_save);
     char *yaml = qs_config_dump(r->cfg);
     qs_ckpt_meta meta = meta_of(r, yaml);
     r->trainer.optim->step = r->step;
@@ -496,6 +501,19 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
     return eval_due(r, r->step) && (!*stop || r->step == r->sampler.steps) ? evaluate(r) : QS_OK;
 }
 
+/* `saved`: the newest step of which there is a checkpoint, 0: none. */
+static qs_status not_saved(const run *r, qs_status st, int64_t saved)
+{
+    char newest[48] = "none is there yet";
+    if (saved > 0) {
+        snprintf(newest, sizeof newest, "the newest good one is step %" PRId64, saved);
+    }
+    return QS_FAIL(st,
+                   "%s: the last checkpoint could not be saved, as the warning says; %s; make room "
+                   "and start again",
+                   r->cfg->output, newest);
+}
+
 static qs_status step_loop(run *r)
 {
     qs_status last_save = QS_OK;
@@ -511,10 +529,7 @@ static qs_status step_loop(run *r)
     }
     qs_progress_end();
     if (last_save != QS_OK) {
-        return qs_comm_agree(r->comm, QS_FAIL(last_save,
-                                              "%s: the last checkpoint could not be saved: disk "
-                                              "full; the newest good one is step %" PRId64,
-                                              r->cfg->output, saved));
+        return qs_comm_agree(r->comm, not_saved(r, last_save, saved));
     }
     if (r->lines_lost > 0) {
         return qs_comm_agree(r->comm,

@@ -1,6 +1,7 @@
 """Edges: uneven data, inputs that do not fit, a damaged file that one rank alone sees, signals, interrupted ends."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import unittest
 import support
 
 MODEL_SEED = 5
+BINARIES = os.path.dirname(support.QSHARD)
+MPIFAULT = os.path.join(BINARIES, "tests", "libmpifault.so")
 
 
 def prepare(lines, output, *options):
@@ -120,6 +123,41 @@ class Refused(Case):
         self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
 
 
+class Surroundings(Case):
+    """What a shell has set up before the program starts."""
+
+    def through_shell(self, prelude, *command):
+        return subprocess.run(["sh", "-c", prelude + ' exec "$@"', "sh", support.QSHARD, *map(str, command)],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, env=support.environment(),
+                              timeout=support.TIMEOUT_S)
+
+    @staticmethod
+    def training(output, steps):
+        return ["train", support.TINY_YAML, *support.settings(support.tiny(), output, train__steps=steps)]
+
+    def test_closed_descriptors(self):
+        """Files that are opened do not get the numbers of a terminal, into which lines for it would be written."""
+        for closed in ("<&- >&- 2>&-", "<&- 2>&-", "2>&-"):
+            with self.subTest(closed=closed):
+                output = self.path("closed" + str(len(closed)))
+                self.through_shell(f"exec {closed};", *self.training(output, 4))
+                self.assertEqual([line["step"] for line in support.metrics(output) if "loss" in line], [1, 2, 3, 4])
+                self.assertEqual([line["step"] for line in support.metrics(output, "ranks.jsonl")], [4])
+                support.qshard("check", output)
+
+    def test_a_limit_on_file_size(self):
+        """An error line and code 4 in place of a death by SIGXFSZ; nothing half written stays."""
+        for blocks in (0, 16):  # of 512 or 1024 bytes: no lock at all; a lock, but no checkpoint
+            with self.subTest(blocks=blocks):
+                output = self.path(f"limit{blocks}")
+                done = self.through_shell(f"ulimit -f {blocks};", *self.training(output, 2))
+                self.assertEqual(done.returncode, 4, done.stderr)
+                self.assertEqual(len(re.findall(r"(?m)^error\[E401\] ", done.stderr)), 1, done.stderr)
+                self.assertIn("ulimit -f", done.stderr)
+                found = os.listdir(output) if os.path.isdir(output) else []
+                self.assertEqual([name for name in found if name.startswith("step-") or "lock" in name], [])
+
+
 class DamagedBase(Case):
     """One wrong byte in a quantum: only the rank that owns it sees it, and all leave alike."""
 
@@ -175,9 +213,9 @@ class SameOutput(Case):
 class Interrupted(Case):
     LONG = {"train__steps": 2000, "train__save_every": 0, "train__eval_every": 0}
 
-    def started(self, output, ranks):
+    def started(self, output, ranks, **more):
         """A run that has done a few of its many steps."""
-        options = support.settings(support.tiny(), output, **self.LONG)
+        options = support.settings(support.tiny(), output, **{**self.LONG, **more})
         process = support.start("train", support.TINY_YAML, *options, ranks=ranks)
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.kill)
@@ -211,6 +249,54 @@ class Interrupted(Case):
         for pid in found.stdout.split():
             os.kill(int(pid), signal.SIGTERM)
         self.saved(process, output)
+
+    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
+    def test_a_signal_while_mpi_starts(self):
+        """As soon as the program has begun: it loads, does a step, saves and asks for another start."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            with self.subTest(signal=number.name):
+                output = self.path(f"early-{number.name}")
+                options = support.settings(support.tiny(), output, **self.LONG)
+                support.qshard("train", support.TINY_YAML, *options, ranks=2, expect=75, LD_PRELOAD=MPIFAULT,
+                               QSHARD_FAULT_SIGNAL=str(int(number)))
+                support.qshard("check", os.path.join(output, "step-00000001"))
+
+    def test_taken_over_while_it_lives(self):
+        """It notices before it writes again, and the run that took over goes on undisturbed."""
+        output = self.path("taken")
+        options = support.settings(support.tiny(), output, **{**self.LONG, "train__save_every": 50})
+        first = self.started(output, 2, train__save_every=50)
+        ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(first.pid), "-x", "qshard"], capture_output=True,
+                                                    text=True).stdout.split()]
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        second = support.start("train", support.TINY_YAML, *options, "--takeover")
+        self.addCleanup(second.stdout.close)
+        self.addCleanup(second.kill)
+        lines = []
+        while "saved step" not in (lines[-1] if lines else ""):
+            lines.append(second.stdout.readline())
+            self.assertNotEqual(lines[-1], "", "".join(lines))
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        text, _ = first.communicate(timeout=120)
+        self.assertEqual(first.returncode, 2, text)
+        self.assertRegex(text, rf"(?m)^error\[E204\] {output}: process {second.pid} .*taken over")
+        self.assertEqual(text.count("error["), 1, text)
+        self.assertIsNone(second.poll())
+        second.send_signal(signal.SIGUSR1)
+        self.saved(second, output)
+        self.assertEqual([name for name in os.listdir(output) if "bad" in name or "tmp" in name], [])
+
+    def test_the_output_goes_away(self):
+        output = self.path("gone")
+        process = self.started(output, 2)
+        shutil.rmtree(output)
+        os.kill(process.pid, signal.SIGUSR1)
+        text, _ = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 4, text)
+        self.assertRegex(text, rf"(?m)^error\[E400\] {output}.*No such file")
+        self.assertEqual(text.count("error["), 1, text)
 
     def test_killed_between_the_last_save_and_the_end(self):
         """The next start has no step to do, and its summary still knows the losses of the run."""

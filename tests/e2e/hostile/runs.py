@@ -199,6 +199,16 @@ OTHER_BASE = to.signed_base(to.values(BASE, "units/layers.0/packed", (0, 0), 1))
 case("resume", "run is missing", to.gone("run"), 403, "run", 2)
 case("resume", "configuration has another seed", to.swap(YAML, b"seed: 42", b"seed: 43"), 802, "run.*seed", 2)
 case("resume", "base of another model", OTHER_BASE, 802, "run.*base", 2, STARTED)
+
+
+def other_target(file):
+    labels = file["labels"]
+    at = int(np.argmax(labels[()] >= 2))
+    labels[at] = labels[at] ^ 1
+
+
+case("resume", "data with another target", to.signed_data(to.h5(DATA, other_target)), 802, "run.*data.train: its labels", 2,
+     STARTED)
 case("export", "a run without checkpoints", to.gone(STEP), 403, "run")
 case("export", "a PEFT directory", to.both(to.gone("run"), to.directory("run"), to.put("run/adapter_config.json", b"{}")),
      301, "run: .*neither")

@@ -23,6 +23,12 @@ def first_target(file, value):
     file["labels"][int(np.argmax(labels >= 0))] = value
 
 
+def flip_lowest_bit(data):
+    """Of one number: an id becomes another id."""
+    at = int(np.argmax(data[()] >= 2))
+    data[at] = data[at] ^ 1
+
+
 def unallocated(name, shape, dtype):
     """A dataset whose bytes lie nowhere, so that its size costs nothing."""
     def alter(file):
@@ -187,6 +193,10 @@ case("train", "data labels of another token", to.signed_data(to.values(DATA, "la
 case("train", "data label of -1", to.signed_data(to.h5(DATA, lambda file: first_target(file, -1))), 302, DATA)
 case("check data", "data tokens are damaged", to.values(DATA, "tokens", 3, 9), 304, f"{DATA}: .*tokens")
 case("check data", "data labels are damaged", to.values(DATA, "labels", 0, 9), 304, f"{DATA}: .*labels")
+for command, name in (("train", DATA), ("train", "eval.h5"), ("eval", "eval.h5"), ("sample", "prompts.h5")):
+    for key in ("tokens", "labels"):
+        case(command, f"{name} {key} are damaged", to.h5(name, lambda file, key=key: flip_lowest_bit(file[key])), 304,
+             f"{name}: {key} hashes to", 2)
 case("check data", "data decode table is falling", to.values(DATA, "decode_offsets", 3, 0), 302, f"{DATA}: .*decode_offsets")
 case("sample", "prompts are missing", to.gone("prompts.h5"), 300, "prompts.h5", 2)
 case("sample", "prompts are cut off", to.cut("prompts.h5", 0.5), 301, "prompts.h5", 2)
