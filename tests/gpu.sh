@@ -9,6 +9,7 @@
 #   train      whole runs: losses of the CPU, equal bits, memory beside its plan, offload, ranks, resume
 #   bench      speed of every kernel beside its bound; a step of Llama-3-8B's shape with made-up weights
 #   peer       transformers + peft at the same shape on the same card
+#   cpu        the machine's CPU: products that only some have (AVX512-FP16, AMX), right and fast; needs no card
 #
 # All stages by default, in this order, each at most 8 minutes (QSHARD_GPU_STAGE_S). Each adds its part to
 # build/gpu-report/report.md before the next one starts; raw output lies beside it. Stages may also be run one by one: the
@@ -33,25 +34,25 @@ mode=cuda
 for word in "$@"; do
     case $word in
     --emulated) mode=emulated ;;
-    build | ops | sanitize | train | bench | peer) stages+=("$word") ;;
+    build | ops | sanitize | train | bench | peer | cpu) stages+=("$word") ;;
     -h | --help)
         sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
         exit 0
         ;;
     *)
-        echo "gpu.sh: no stage \"$word\"; there are build ops sanitize train bench peer, and --emulated" >&2
+        echo "gpu.sh: no stage \"$word\"; there are build ops sanitize train bench peer cpu, and --emulated" >&2
         exit 2
         ;;
     esac
 done
-[ "${#stages[@]}" -gt 0 ] || stages=(build ops sanitize train bench peer)
+[ "${#stages[@]}" -gt 0 ] || stages=(build ops sanitize train bench peer cpu)
 export QSHARD_GPU_MODE=$mode
 . tests/gpu/common.sh
 
 assemble() { # the report of all stages that ran since the last build
     write_title
     local name
-    for name in build ops sanitize train bench peer; do
+    for name in build ops sanitize train bench peer cpu; do
         if [ -e "$report/$name.verdict" ]; then
             printf '\n## %s: %s\n\n' "$name" "$(cat "$report/$name.verdict")"
             cat "$report/$name.part"

@@ -108,6 +108,10 @@ case " ${missing[*]-} " in
     done
     ;;
 esac
+case "$kernels_only ${missing[*]-} " in
+ON* | *' criterion '*) ;;
+*) targets+=(case_{half,tile,pairs} test_ops_{linear,lora,products,attention}) ;; # for stage cpu
+esac
 check compile cmake --build "$build" -j "$(nproc)" --target "${targets[@]}" || finish
 
 # Everything loads; a library that is missing is named here, not by the first stage that stumbles.
