@@ -97,6 +97,8 @@ static const bad_call CALLS[] = {
     {"trian run.yaml", 2, "did you mean \"train\"?"},
     {"quantise x", 2, "did you mean \"quantize\"?"},
     {"Train run.yaml", 2, "did you mean \"train\"?"},
+    {"generate run.yaml", 2, "unknown command \"generate\"; see qshard --help"},
+    {"train --config good.yaml", 2, "unknown option --config; --help lists"},
     {"--verison", 2, "--version"},
     {"-v", 2, "unknown option -v"},
     {"merge run", 2, "merge needs -o HF_DIR"},

@@ -93,8 +93,11 @@ static qs_status unknown_command(const char *name)
     for (int i = 0; i < COMMAND_COUNT; i++) {
         names[i] = qs_cli_commands[i].name;
     }
-    return QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; did you mean \"%s\"?", name,
-                   qs_nearest(name, names, COMMAND_COUNT));
+    const char *near = qs_nearest(name, names, COMMAND_COUNT);
+    return near != NULL
+               ? QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; did you mean \"%s\"?", name,
+                         near)
+               : QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; see qshard --help", name);
 }
 
 /* What the first word asks for. */
