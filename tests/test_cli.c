@@ -264,6 +264,8 @@ Test(cli, help_and_version_go_to_standard_output)
     cr_assert(strncmp(output, "qshard ", 7) == 0 && strstr(output, "MPI") &&
                   strstr(output, "HDF5") && strstr(output, "kernels"),
               "%s", output);
+    cr_assert_eq(run_with("QSHARD_PLUGIN=/nowhere.so", "--version"), 0);
+    cr_assert_not_null(strstr(output, "  GPU       no plugin\n"), "%s", output);
 }
 
 Test(cli, resolved_configuration_is_shown_and_checked)
