@@ -97,6 +97,8 @@ static const bad_call CALLS[] = {
     {"trian run.yaml", 2, "did you mean \"train\"?"},
     {"quantise x", 2, "did you mean \"quantize\"?"},
     {"Train run.yaml", 2, "did you mean \"train\"?"},
+    {"generate run.yaml", 2, "unknown command \"generate\"; see qshard --help"},
+    {"train --config good.yaml", 2, "unknown option --config; --help lists"},
     {"--verison", 2, "--version"},
     {"-v", 2, "unknown option -v"},
     {"merge run", 2, "merge needs -o HF_DIR"},
@@ -127,7 +129,9 @@ static const bad_call CALLS[] = {
     {"quantize model -o", 2, "option -o needs a value"},
     {"quantize model -o x.h5 --threads -3", 2, "whole number in 1 .. "},
     {"quantize model -o x.h5 --head-chunk-rows 1.5", 2, "whole number in 1 .. "},
-    {"quantize nowhere -o x.h5", 3, "nowhere"},
+    {"quantize ORG/MODEL -o x.h5", 3,
+     "ORG/MODEL: No such file or directory; nothing is downloaded"},
+    {"quantize text.txt -o x.h5", 3, "text.txt: is a file; name the folder"},
     {"export run", 2, "export needs -o DIR"},
     {"export nowhere -o x", 3, "nowhere: No such file"},
     {"export empty -o x", 3, "empty: not a checkpoint"},
@@ -260,6 +264,8 @@ Test(cli, help_and_version_go_to_standard_output)
     cr_assert(strncmp(output, "qshard ", 7) == 0 && strstr(output, "MPI") &&
                   strstr(output, "HDF5") && strstr(output, "kernels"),
               "%s", output);
+    cr_assert_eq(run_with("QSHARD_PLUGIN=/nowhere.so", "--version"), 0);
+    cr_assert_not_null(strstr(output, "  GPU       no plugin\n"), "%s", output);
 }
 
 Test(cli, resolved_configuration_is_shown_and_checked)

@@ -348,8 +348,10 @@ static const bad_file BAD[] = {
      "run.yaml:3: unknown key \"train.stepz\"; did "
      "you mean \"train.steps\"?"},
     {B "steps: 3\n", QS_ERR_CONFIG_KEY, "did you mean \"train.steps\"?"},
-    {B "train: {learning_rate: 3}\n", QS_ERR_CONFIG_KEY, "unknown key"},
-    {B "trian: {steps: 3}\n", QS_ERR_CONFIG_KEY, "unknown key \"trian\""},
+    {B "train: {learning_rate: 3}\n", QS_ERR_CONFIG_KEY, "did you mean \"optim.lr\"?"},
+    {B "lora: {r: 3}\n", QS_ERR_CONFIG_KEY, "did you mean \"lora.rank\"?"},
+    {B "optim: {momentum: 3}\n", QS_ERR_CONFIG_KEY, "\"optim.momentum\"; qshard train --help"},
+    {B "trian: {steps: 3}\n", QS_ERR_CONFIG_KEY, "key \"trian\"; did you mean \"train\"?"},
     {B "train.steps: 3\n", QS_ERR_CONFIG_KEY, "unknown key \"train.steps\""},
     {B B, QS_ERR_CONFIG_KEY, "run.yaml:2: \"base\" is given twice"},
     {B "train: {steps: 1}\ntrain: {epochs: 0}\n", QS_ERR_CONFIG_KEY, "\"train\" is given twice"},
@@ -540,6 +542,23 @@ Test(config, missing_file_is_named)
     cr_assert_eq(qs_config_load(&c, "/tmp", NULL, 0), QS_ERR_INPUT_FORMAT);
 }
 
+/* Alone and in any section. */
+Test(config, another_trainers_name_leads_to_a_key)
+{
+    for (int i = 0; i < qs_other_names_count; i++) {
+        const qs_other_name *row = &qs_other_names[i];
+        char hint[96], expected[96], within[64];
+        snprintf(expected, sizeof expected, "did you mean \"%s\"?", row->ours);
+        snprintf(within, sizeof within, "train.%s", row->theirs);
+        qs_key_hint(row->theirs, hint, sizeof hint);
+        cr_assert_str_eq(hint, expected, "%s: %s", row->theirs, hint);
+        qs_key_hint(within, hint, sizeof hint);
+        cr_assert_str_eq(hint, expected, "%s: %s", within, hint);
+        cr_assert_geq(qs_key_find(row->ours), 0, "%s", row->ours);
+        cr_assert_eq(qs_key_find(row->theirs), -1, "%s", row->theirs);
+    }
+}
+
 Test(nearest, distance_counts_edits)
 {
     cr_assert_eq(qs_edit_distance("", ""), 0);
@@ -551,4 +570,6 @@ Test(nearest, distance_counts_edits)
     static const char *const words[] = {"quantize", "train", "eval"};
     cr_assert_str_eq(qs_nearest("trian", words, 3), "train");
     cr_assert_null(qs_nearest("x", words, 0));
+    cr_assert_str_eq(qs_nearest("evaluate", words, 3), "eval"); /* it begins with the word */
+    cr_assert_null(qs_nearest("generate", words, 3));           /* 5 edits: a guess */
 }

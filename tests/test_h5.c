@@ -202,6 +202,8 @@ Test(h5, missing_empty_short_and_garbled_files_are_refused)
     CR_OK(qs_io_write_file(path, "", 0));
     expect_open(QS_ERR_INPUT_FORMAT, "is empty");
     CR_OK(qs_io_write_file(path, "no HDF5 at all", 14));
+    expect_open(QS_ERR_INPUT_FORMAT, "is no HDF5 file; qshard quantize makes");
+    CR_OK(qs_io_write_file(path, "\x89HDF\r\n\x1a\nand no more", 19));
     expect_open(QS_ERR_INPUT_FORMAT, "opening as HDF5");
     CR_OK(qs_h5_create(&file, NULL));
     fill(file, &large);
@@ -214,7 +216,7 @@ Test(h5, missing_empty_short_and_garbled_files_are_refused)
     free(data);
     cr_assert_eq(unlink(path), 0);
     cr_assert_eq(mkdir(path, 0777), 0);
-    expect_open(QS_ERR_INPUT_FORMAT, "plain file");
+    expect_open(QS_ERR_INPUT_FORMAT, "is a folder; qshard quantize makes");
 }
 
 Test(h5, wrong_attributes_are_refused_by_name)

@@ -299,6 +299,13 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
         snprintf(name, sizeof name, "adapter%zu/", k);
         path_in(dir, name);
         cr_assert_eq(qs_peft_write(dir, &l, &c, "org/\"model\"", x), QS_OK, "%s", qs_error_text());
+        char card[256];
+        void *text = NULL;
+        size_t bytes = 0;
+        snprintf(card, sizeof card, "%s/README.md", dir);
+        cr_assert_eq(qs_io_read_file(card, 1 << 16, &text, &bytes), QS_OK, "%s", qs_error_text());
+        cr_assert_not_null(strstr(text, "CausalLM.from_pretrained(\"org/\\\"model\\\"\", dtype"));
+        free(text);
         qs_config_defaults(&found);
         cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
         cr_assert_eq(found.lora.rank, 8);

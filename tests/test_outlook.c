@@ -246,6 +246,41 @@ Test(outlook, a_group_that_does_not_divide_the_ranks_is_refused)
     done(&f);
 }
 
+/* Whether the limit holds on so many ranks, by the plan itself. */
+static bool fits_on(const fixture *f, int nranks, int per_node)
+{
+    const qs_outlook outlook = look_at(f, "H100", nranks, per_node);
+    const qs_outlook_place place = {
+        .gpu = qs_gpu_kind_find("H100"), .nranks = nranks, .per_node = per_node, .threads = 1};
+    return qs_outlook_needed(&outlook) <= qs_outlook_allowed(&f->config, &place);
+}
+
+/* Started from 3, doubling looks at 6, 12, 24; on nodes of 4 the others are 5, and 8, 16, 20. */
+Test(outlook, the_fewest_ranks_that_are_enough_are_named)
+{
+    static const char *const limits[] = {"4500M", "4600M", "4800M", "5000M",
+                                         "5500M", "6000M", "6200M"};
+    bool within = false, beyond = false;
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+        char limit[64];
+        snprintf(limit, sizeof limit, "memory.device_limit=%s", limits[i]);
+        const char *const sets[] = {limit, "shard.group=world"};
+        fixture f = llama(sets, 2);
+        qs_outlook_remedy remedy;
+        const qs_outlook_place place = {
+            .gpu = qs_gpu_kind_find("H100"), .nranks = 3, .per_node = 4, .threads = 1};
+        cr_assert(!fits_on(&f, 3, 4), "%s", limit);
+        cr_assert_eq(qs_outlook_find_remedy(&remedy, &f.inputs, &f.config, &place), QS_OK);
+        const int n = remedy.nranks;
+        cr_assert(n > 3 && fits_on(&f, n, 4), "%s: %d", limit, n);
+        cr_assert(n == 4 || !fits_on(&f, n / 4 * 4 - (n % 4 == 0 ? 4 : 0), 4), "%s: %d", limit, n);
+        within = within || n == 4;
+        beyond = beyond || (n > 4 && n % 4 == 0);
+        done(&f);
+    }
+    cr_assert(within && beyond);
+}
+
 static qs_outlook_remedy remedy_for(const fixture *f, const char *gpu)
 {
     qs_outlook_remedy remedy;

@@ -474,13 +474,13 @@ ParameterizedTest(int *number, quantize, bad_checkpoints_are_refused_by_name_and
     cr_assert_eq(files_in_out(), 0);
 }
 
-Test(quantize, head_of_a_tied_checkpoint_is_ignored)
+/* A checkpoint with a head of its own, of which config.json says that there is none. */
+static void write_tied_with_head(void)
 {
-    tiny_hf o = {.dtype = QS_BF16, .untied = true, .config = ",\"x\":null"};
-    char path[160], first[QS_SHA256_HEX], text[512];
+    tiny_hf o = {.dtype = QS_BF16, .untied = true};
+    char path[160];
     void *config = NULL;
     size_t bytes = 0;
-    (void)first;
     tiny_hf_write(model, &o);
     (void)snprintf(path, sizeof path, "%s/config.json", model);
     cr_assert_eq(qs_io_read_file(path, 1 << 20, &config, &bytes), QS_OK);
@@ -488,12 +488,54 @@ Test(quantize, head_of_a_tied_checkpoint_is_ignored)
     memcpy(tied, "\"tie_word_embeddings\":true ", 27);
     cr_assert_eq(qs_io_write_file(path, config, bytes), QS_OK);
     free(config);
+}
+
+/* Write the embedding over the head, but for the last `bytes_left` bytes. */
+static void copy_embedding_to_head(int64_t bytes_left)
+{
+    char path[160];
+    void *file = NULL;
+    size_t bytes = 0;
+    qs_st_dir *tensors = NULL;
+    cr_assert_eq(qs_st_open(&tensors, model, "model"), QS_OK);
+    const qs_st_tensor *from = qs_st_find(tensors, "model.embed_tokens.weight");
+    const qs_st_tensor *to = qs_st_find(tensors, "lm_head.weight");
+    cr_assert_eq(from->bytes, to->bytes);
+    (void)snprintf(path, sizeof path, "%s/model.safetensors", model);
+    cr_assert_eq(qs_io_read_file(path, 1 << 30, &file, &bytes), QS_OK);
+    memcpy((char *)file + to->begin, (char *)file + from->begin, (size_t)(to->bytes - bytes_left));
+    cr_assert_eq(qs_io_write_file(path, file, bytes), QS_OK);
+    qs_st_close(tensors);
+    free(file);
+}
+
+Test(quantize, head_that_is_the_tied_embedding_once_more_is_ignored)
+{
+    char text[512];
+    write_tied_with_head();
+    copy_embedding_to_head(0);
     run_context c = to_file(out_file("b.h5"), 1);
     cr_assert_eq(quantize_on(1, &c, text), QS_OK, "%s", text);
     opened f = open_result(out_file("b.h5"));
     cr_assert_eq(f.index->n_units, TINY_LAYERS + 4);
     cr_assert_eq(qs_base_head_unit(f.index, 0), qs_base_embed_unit(f.index, 0));
     close_result(&f);
+}
+
+/* transformers would compute with it: to leave it out in silence gives another model. */
+Test(quantize, another_head_beside_a_tied_embedding_is_refused)
+{
+    char text[512];
+    for (int part = 0; part < 2; part++) {
+        write_tied_with_head();
+        if (part == 1) {
+            copy_embedding_to_head(TINY_VOCAB * TINY_HIDDEN); /* the first half is the embedding */
+        }
+        run_context c = to_file(out_file("b.h5"), 1);
+        cr_assert_eq(quantize_on(2, &c, text), QS_ERR_INPUT_TENSOR, "%s", text);
+        cr_assert_not_null(strstr(text, "lm_head.weight is not the embedding"), "%s", text);
+        cr_assert_eq(files_in_out(), 0);
+    }
 }
 
 Test(quantize, existing_output_is_left_alone)

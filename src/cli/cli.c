@@ -9,6 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "backend/plugin.h"
 #include "base/log.h"
 #include "cli/cli_impl.h"
 #include "config/nearest.h"
@@ -78,7 +79,8 @@ static void print_help(void)
 
 static void print_version(void)
 {
-    char mpi[128], hdf5[64];
+    char mpi[128], hdf5[64], why[512];
+    const qs_plugin *plugin = qs_plugin_find(why, sizeof why, NULL, 0); /* no driver is asked */
     qs_comm_mpi_version(mpi, sizeof mpi);
     qs_h5_version(hdf5, sizeof hdf5);
     printf("qshard %s (%s)\n", QSHARD_VERSION, QSHARD_COMMIT);
@@ -88,7 +90,7 @@ static void print_version(void)
     printf("  MPI       %s\n", mpi);
     printf("  HDF5      %s\n", hdf5);
     printf("  CPU       %s kernels\n", qs_isa_get()->name);
-    printf("  GPU       not built\n");
+    printf("  GPU       %s\n", plugin != NULL ? plugin->description() : "no plugin");
 }
 
 static qs_status unknown_command(const char *name)
@@ -97,8 +99,11 @@ static qs_status unknown_command(const char *name)
     for (int i = 0; i < COMMAND_COUNT; i++) {
         names[i] = qs_cli_commands[i].name;
     }
-    return QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; did you mean \"%s\"?", name,
-                   qs_nearest(name, names, COMMAND_COUNT));
+    const char *near = qs_nearest(name, names, COMMAND_COUNT);
+    return near != NULL
+               ? QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; did you mean \"%s\"?", name,
+                         near)
+               : QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; see qshard --help", name);
 }
 
 /* What the first word asks for. */

@@ -509,8 +509,11 @@ static qs_status unknown_option(const struct argp_option *options, const char *w
         names[count++] = o->name;
     }
     snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), word);
-    return QS_FAIL(QS_ERR_USAGE, "unknown option --%s; did you mean --%s?", name,
-                   qs_nearest(name, names, count));
+    const char *near = qs_nearest(name, names, count);
+    return near != NULL
+               ? QS_FAIL(QS_ERR_USAGE, "unknown option --%s; did you mean --%s?", name, near)
+               : QS_FAIL(QS_ERR_USAGE, "unknown option --%s; --help lists those of the command",
+                         name);
 }
 
 static qs_status needs_value(const char *word)

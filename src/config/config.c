@@ -87,8 +87,10 @@ static qs_status apply_set(qs_config *cfg, const char *set, bool *seen)
     snprintf(name, sizeof name, "%.*s", (int)(equals - set), set);
     int index = qs_key_find(name);
     if (index < 0) {
-        return QS_FAIL(QS_ERR_CONFIG_KEY, "--set %.*s: unknown key; did you mean \"%s\"?",
-                       NAME_MAX_SHOWN, name, qs_key_nearest(name));
+        char hint[96];
+        qs_key_hint(name, hint, sizeof hint);
+        return QS_FAIL(QS_ERR_CONFIG_KEY, "--set %.*s: unknown key; %s", NAME_MAX_SHOWN, name,
+                       hint);
     }
     qs_value value;
     QS_TRY(value_of_text(&qs_keys[index], equals + 1, &value, "--set"));

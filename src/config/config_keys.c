@@ -2,7 +2,6 @@
  * resume are all made from it. */
 #include "config/config_keys.h"
 
-#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -366,22 +365,110 @@ static const char *last_part(const char *name)
     return dot ? dot + 1 : name;
 }
 
-/* A key written at the wrong level ("steps" for "train.steps") should be found too: comparing the
- * last parts alone costs 1. */
-const char *qs_key_nearest(const char *name)
+/* What transformers' and TRL's arguments, peft, axolotl and fsdp_qlora call our keys. */
+const qs_other_name qs_other_names[] = {
+    {"base_model", "base"},
+    {"model_name", "base"},
+    {"model_name_or_path", "base"},
+    {"dataset", "data.train"},
+    {"train_file", "data.train"},
+    {"validation_file", "data.eval"},
+    {"output_dir", "output"},
+    {"max_steps", "train.steps"},
+    {"num_epochs", "train.epochs"},
+    {"num_train_epochs", "train.epochs"},
+    {"gradient_accumulation_steps", "train.global_batch"},
+    {"batch_size", "train.micro_batch"},
+    {"micro_batch_size", "train.micro_batch"},
+    {"per_device_train_batch_size", "train.micro_batch"},
+    {"context_length", "train.seq_len"},
+    {"cutoff_len", "train.seq_len"},
+    {"max_length", "train.seq_len"},
+    {"max_seq_length", "train.seq_len"},
+    {"sequence_len", "train.seq_len"},
+    {"gradient_checkpointing", "train.recompute"},
+    {"use_gradient_checkpointing", "train.recompute"},
+    {"eval_steps", "train.eval_every"},
+    {"logging_steps", "train.log_every"},
+    {"save_steps", "train.save_every"},
+    {"save_total_limit", "train.keep_last"},
+    {"r", "lora.rank"},
+    {"lora_r", "lora.rank"},
+    {"lora_rank", "lora.rank"},
+    {"lora_alpha", "lora.alpha"},
+    {"lora_dropout", "lora.dropout"},
+    {"target_modules", "lora.targets"},
+    {"lora_target_modules", "lora.targets"},
+    {"use_rslora", "lora.rslora"},
+    {"use_dora", "lora.dora"},
+    {"optimizer", "optim.name"},
+    {"learning_rate", "optim.lr"},
+    {"wd", "optim.weight_decay"},
+    {"adam_epsilon", "optim.eps"},
+    {"gradient_clipping", "optim.clip"},
+    {"grad_norm", "optim.clip"},
+    {"max_grad_norm", "optim.clip"},
+    {"lr_scheduler", "optim.schedule"},
+    {"lr_scheduler_type", "optim.schedule"},
+    {"num_warmup_steps", "optim.warmup"},
+    {"warmup_ratio", "optim.warmup"},
+    {"warmup_steps", "optim.warmup"},
+    {"use_cpu_offload", "memory.offload"},
+};
+const int qs_other_names_count = (int)(sizeof qs_other_names / sizeof *qs_other_names);
+
+static const char *ours_of(const char *theirs)
 {
-    const char *best = qs_keys[0].name;
-    int least = INT_MAX;
+    for (int i = 0; i < qs_other_names_count; i++) {
+        if (strcmp(qs_other_names[i].theirs, theirs) == 0) {
+            return qs_other_names[i].ours;
+        }
+    }
+    return NULL;
+}
+
+/* The key that `name` is a typing error of, NULL if none is near. A key written at the wrong level
+ * ("steps" for "train.steps") is found too: comparing the last parts alone costs 1. What counts as
+ * near follows from the last part, as a section that is right says nothing of it. */
+static const char *nearest_key(const char *name, int *least)
+{
+    const char *best = NULL;
+    *least = qs_typing_errors(strlen(last_part(name))) + 1;
     for (int i = 0; i < qs_keys_count; i++) {
         int whole = qs_edit_distance(name, qs_keys[i].name);
         int part = qs_edit_distance(last_part(name), last_part(qs_keys[i].name)) + 1;
         int distance = whole < part ? whole : part;
-        if (distance < least) {
-            least = distance;
+        if (distance < *least) {
+            *least = distance;
             best = qs_keys[i].name;
         }
     }
     return best;
+}
+
+void qs_key_hint(const char *name, char *out, size_t capacity)
+{
+    int least = 0;
+    const char *best = ours_of(last_part(name));
+    char section[64] = "";
+    if (best == NULL) {
+        best = nearest_key(name, &least);
+        for (int i = 0; i < qs_keys_count; i++) {
+            const size_t length = strcspn(qs_keys[i].name, ".");
+            char word[sizeof section];
+            snprintf(word, sizeof word, "%.*s", (int)length, qs_keys[i].name);
+            if (qs_key_is_section(word) && qs_edit_distance(name, word) < least) {
+                least = qs_edit_distance(name, word);
+                memcpy(section, word, sizeof section);
+                best = section;
+            }
+        }
+    }
+    if (best != NULL) {
+        snprintf(out, capacity, "did you mean \"%s\"?", best);
+    } else {
+        snprintf(out, capacity, "qshard train --help lists all");
+    }
 }
 
 const char *qs_config_first_difference(const qs_config *a, const qs_config *b, char *values,

@@ -39,6 +39,13 @@ typedef struct {
 extern const qs_key qs_keys[];
 extern const int qs_keys_count;
 
+/** A key by another trainer's name for it; for messages only. */
+typedef struct {
+    const char *theirs, *ours;
+} qs_other_name;
+extern const qs_other_name qs_other_names[];
+extern const int qs_other_names_count;
+
 /** A value as it stood in the file or after `--set`: one scalar or a flat list. */
 typedef struct {
     bool list;
@@ -55,8 +62,9 @@ int qs_key_find(const char *name);
 /** True if some key is called `name`.something. */
 bool qs_key_is_section(const char *name);
 
-/** The key or section whose name is nearest to `name`. */
-const char *qs_key_nearest(const char *name);
+/** The end of the message for the unknown key `name`: the key or section that it was meant for,
+ * by its spelling or by its name in other trainers, or else where all keys stand. */
+void qs_key_hint(const char *name, char *out, size_t capacity);
 
 /** Check `value` against the key's row and store it. `where` ("run.yaml:7") opens the message. */
 qs_status qs_key_set(qs_config *cfg, const qs_key *key, const qs_value *value, const char *where);

@@ -108,8 +108,9 @@ static qs_status read_value(reader *r, const char *name, qs_value *value)
 
 static qs_status unknown_key(const reader *r, const char *name)
 {
-    return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: unknown key \"%.80s\"; did you mean \"%s\"?", r->where,
-                   name, qs_key_nearest(name));
+    char hint[96];
+    qs_key_hint(name, hint, sizeof hint);
+    return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: unknown key \"%.80s\"; %s", r->where, name, hint);
 }
 
 static qs_status duplicate_key(const reader *r, const char *name)

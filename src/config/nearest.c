@@ -1,6 +1,6 @@
 #include "config/nearest.h"
 
-#include <limits.h>
+#include <stdbool.h>
 #include <string.h>
 
 enum { WORD_MAX = 63 };
@@ -37,16 +37,29 @@ int qs_edit_distance(const char *a, const char *b)
     return above[b_len];
 }
 
+int qs_typing_errors(size_t length)
+{
+    return (int)((length + 2) / 3);
+}
+
+static bool begins_with(const char *word, const char *start)
+{
+    return strncmp(word, start, strlen(start)) == 0;
+}
+
 const char *qs_nearest(const char *word, const char *const *words, int count)
 {
     const char *best = NULL;
-    int least = INT_MAX;
+    int least = qs_typing_errors(strlen(word)) + 1;
     for (int i = 0; i < count; i++) {
         int distance = qs_edit_distance(word, words[i]);
         if (distance < least) {
             least = distance;
             best = words[i];
         }
+    }
+    for (int i = 0; i < count && best == NULL && word[0] != '\0'; i++) {
+        best = begins_with(word, words[i]) || begins_with(words[i], word) ? words[i] : NULL;
     }
     return best;
 }

@@ -92,10 +92,14 @@ static char *model_card(const qs_config *cfg, const char *base_name)
     fputs("\nlibrary_name: peft\ntags:\n- lora\n- qlora\n---\n\n", out);
     fprintf(out,
             "# LoRA adapter\n\nRank %lld, alpha %g%s%s, trained with qshard on an NF4 base.\n\n"
-            "```python\nfrom peft import PeftModel\n"
-            "model = PeftModel.from_pretrained(base_model, \"path/of/this/directory\")\n```\n",
+            "```python\nfrom peft import PeftModel\nfrom transformers import "
+            "AutoModelForCausalLM\n\nbase = AutoModelForCausalLM.from_pretrained(",
             (long long)cfg->lora.rank, cfg->lora.alpha,
             cfg->lora.rslora ? " (rank-stabilized)" : "", cfg->lora.dora ? ", DoRA" : "");
+    quote(out, base_name);
+    fputs(", dtype=\"bfloat16\")\n"
+          "model = PeftModel.from_pretrained(base, \"path/of/this/directory\")\n```\n",
+          out);
     if (fclose(out) != 0) {
         free(text);
         return NULL;

@@ -38,6 +38,7 @@ formats, told by the keys of the first record or by --format:
 examples:
   qshard-prep --model HF_DIR data.jsonl --preview 2
   qshard-prep --model HF_DIR data.jsonl -o train.h5 --seq-len 2048 --pack --eval-out eval.h5 --eval-fraction 0.05
+  qshard-prep --model HF_DIR faq.jsonl --rename question=prompt --rename answer=completion --chat -o train.h5
   qshard-prep --model HF_DIR --format fsdp_qlora:dummy -o dummy.h5
 
 One pass, in order, and the same bytes for the same input. Exit codes: 0 done, 2 usage, 3 bad input, 4 output."""
@@ -81,6 +82,14 @@ def parse_options(argv):
         default="auto",
         metavar="NAME",
         help="kind of the records, see below (default: by their keys)",
+    )
+    add(
+        "--rename",
+        type=names_of,
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="read the records' key OLD as NEW, as in question=prompt; may be given again",
     )
     add("--on-bad-record", choices=("stop", "skip"), default="stop", help="(default stop)")
     add(
@@ -183,6 +192,13 @@ def roles_of(text):
     return roles
 
 
+def names_of(text):
+    old, equals, new = text.partition("=")
+    if not old or not equals or not new:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
+    return old, new
+
+
 def variable_of(text):
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt"):
@@ -218,6 +234,10 @@ def check_options(options):
         )
     if options.eval_out and not options.output:
         raise PrepError(errors.CONFIG_PAIR, "--eval-out", "needs -o for the other part")
+    for side, names in enumerate(zip(*options.rename)):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise PrepError(errors.CONFIG_PAIR, "--rename", f"{twice} is given twice as {('OLD', 'NEW')[side]}")
     if options.prompts:
         check_prompts(options)
     if options.train_on_inputs and (options.train_roles or options.turns):

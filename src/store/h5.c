@@ -249,6 +249,25 @@ static hid_t access_plist(qs_h5_image *im)
     return fapl;
 }
 
+/* What most often stands in place of a file of ours: what it is made from. */
+#define HOW_TO_MAKE                                                                                \
+    "qshard quantize makes a base.h5 of a model, qshard-prep a token file of JSON lines"
+
+/** Whether HDF5's signature stands where it may: in front, or behind a user block of a power of
+ * two. */
+static bool has_signature(const qs_h5 *file)
+{
+    static const char signature[8] = "\x89HDF\r\n\x1a\n";
+    char found[sizeof signature];
+    for (off_t at = 0; at<(off_t)file->file_bytes; at = at> 0 ? 2 * at : 512) {
+        if (pread(file->fd, found, sizeof found, at) == (ssize_t)sizeof found &&
+            memcmp(found, signature, sizeof found) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /** Open the descriptor that bytes are read through, and see that there is a file worth parsing. */
 static qs_status open_bytes(qs_h5 *file)
 {
@@ -259,6 +278,9 @@ static qs_status open_bytes(qs_h5 *file)
         return QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be opened: %s", file->path,
                        strerror(errno));
     }
+    if (S_ISDIR(info.st_mode)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is a folder; " HOW_TO_MAKE, file->path);
+    }
     if (!S_ISREG(info.st_mode)) {
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a plain file", file->path);
     }
@@ -266,6 +288,9 @@ static qs_status open_bytes(qs_h5 *file)
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is empty; make it again", file->path);
     }
     file->file_bytes = info.st_size;
+    if (!has_signature(file)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is no HDF5 file; " HOW_TO_MAKE, file->path);
+    }
     return QS_OK;
 }
 

@@ -32,18 +32,20 @@ qs_status qs_gathers_report(const qs_session *s, const qs_model_shape *shape, do
     if (gather_s <= 0 || token_s <= 0) {
         return QS_OK;
     }
+    int64_t apart = qs_comm_host(s->shard.comm) != 0; /* the group spans hosts */
+    QS_TRY(qs_comm_max_i64(s->comm, &apart, 1));
     const double needed = gather_s / token_s;
     const double received = (double)probe.gather_bytes * (s->shard.nranks - 1);
     qs_log_info(
-        "gathers: a layer's takes %.3g ms (%.3g MB from %d ranks: %.3g MB/s), its forward "
+        "gathers: a layer's takes %.3g ms (%.3g MB from %d rank%s: %.3g MB/s), its forward "
         "%.3g ms a token; gathers hide behind T* = %.0f tokens, a pass takes %.0f of a rank",
-        1e3 * gather_s, 1e-6 * received, s->shard.nranks - 1, 1e-6 * received / gather_s,
-        1e3 * token_s, needed, tokens);
+        1e3 * gather_s, 1e-6 * received, s->shard.nranks - 1, s->shard.nranks > 2 ? "s" : "",
+        1e-6 * received / gather_s, 1e3 * token_s, needed, tokens);
     if (tokens < needed) {
         qs_log_warn("a pass takes fewer tokens of a rank (%.0f) than hide a gather (T* = %.0f): "
                     "steps will wait for gathers; raise train.gather_group, train.micro_batch or "
-                    "shard.keep_resident, or set shard.group: node",
-                    tokens, needed);
+                    "shard.keep_resident, or set shard.group: %s",
+                    tokens, needed, apart ? "node" : "1 (the whole base on every rank)");
     }
     return QS_OK;
 }

@@ -238,19 +238,47 @@ static void describe_changes(unsigned changes, const qs_config *cfg, char *out, 
     }
 }
 
-qs_status qs_outlook_find_remedy(qs_outlook_remedy *out, const qs_outlook_inputs *in,
-                                 const qs_config *cfg, const qs_outlook_place *place)
+/* The next number of ranks to look at: beyond one node whole nodes, and with shard.group: N the
+ * multiples that it asks for. */
+static int more_ranks(int nranks, const qs_config *cfg, const qs_outlook_place *place)
 {
-    unsigned changes = 0;
+    const int step = cfg->shard.group > 0       ? (int)cfg->shard.group
+                     : nranks < place->per_node ? 1
+                                                : place->per_node;
+    return (nranks / step + 1) * step;
+}
+
+/* The fewest ranks that are enough, 0 if none are: by doubling, then those below that. */
+static qs_status enough_ranks(int *out, const qs_outlook_inputs *in, const qs_config *cfg,
+                              const qs_outlook_place *place)
+{
     qs_outlook_place larger = *place;
     bool enough = false;
-    *out = (qs_outlook_remedy){0};
-    QS_TRY(enough_changes(&changes, in, cfg, place));
-    describe_changes(changes, cfg, out->settings, sizeof out->settings);
     while (!enough && larger.nranks < RANKS_MAX) {
         larger.nranks *= 2;
         QS_TRY(fits(&enough, in, cfg, &larger));
     }
-    out->nranks = enough ? larger.nranks : 0;
+    const int most = larger.nranks;
+    *out = enough ? most : 0;
+    if (!enough) {
+        return QS_OK;
+    }
+    enough = false;
+    for (int n = more_ranks(most / 2, cfg, place); n < most && !enough;
+         n = more_ranks(n, cfg, place)) {
+        larger.nranks = n;
+        QS_TRY(fits(&enough, in, cfg, &larger));
+        *out = enough ? n : most;
+    }
     return QS_OK;
+}
+
+qs_status qs_outlook_find_remedy(qs_outlook_remedy *out, const qs_outlook_inputs *in,
+                                 const qs_config *cfg, const qs_outlook_place *place)
+{
+    unsigned changes = 0;
+    *out = (qs_outlook_remedy){0};
+    QS_TRY(enough_changes(&changes, in, cfg, place));
+    describe_changes(changes, cfg, out->settings, sizeof out->settings);
+    return enough_ranks(&out->nranks, in, cfg, place);
 }

@@ -141,13 +141,15 @@ static void describe_place(const qs_session *s)
 
 static void describe(const qs_session *s)
 {
-    qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d ranks (%s), kernels %s",
+    const int nranks = qs_comm_nranks(s->comm);
+    qs_log_info("%s: %d layers, hidden %lld, vocabulary %lld; %d rank%s (%s), kernels %s",
                 s->config.base, s->index->config.n_layers, (long long)s->index->config.hidden,
-                (long long)s->index->config.vocab, qs_comm_nranks(s->comm), qs_comm_name(s->comm),
-                s->ops->name);
+                (long long)s->index->config.vocab, nranks, nranks > 1 ? "s" : "",
+                qs_comm_name(s->comm), s->ops->name);
     describe_rope(s);
     if (qs_device_is_host(s->device)) {
-        qs_log_info("cpu: %d threads a rank", qs_queue_threads(s->queue));
+        const int threads = qs_queue_threads(s->queue);
+        qs_log_info("cpu: %d thread%s a rank", threads, threads > 1 ? "s" : "");
     } else {
         qs_log_info("%s: %s", qs_device_name(s->device), qs_device_description(s->device));
     }

@@ -1,9 +1,11 @@
 /* The plan of a quantization: config.json and the headers of the checkpoint decide the table of
  * units, the kind and dtype of every tensor and where its bytes come from. Every tensor of the
  * checkpoint must be accounted for. */
+#include <errno.h>
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/log.h"
 #include "base/mem.h"
@@ -47,12 +49,29 @@ static void mark_used(void *user, const qs_st_tensor *tensor)
     *used = true;
 }
 
+/* The name of a model on a hub, or the file with its weights, is what is given by mistake. */
+static qs_status check_folder(const char *hf_dir)
+{
+    struct stat info;
+    if (stat(hf_dir, &info) != 0) {
+        return QS_FAIL(QS_ERR_INPUT_MISSING,
+                       "%s: %s; nothing is downloaded: name a folder with config.json and "
+                       "safetensors, as hf download ORG/MODEL --local-dir FOLDER makes it",
+                       hf_dir, strerror(errno));
+    }
+    return S_ISDIR(info.st_mode)
+               ? QS_OK
+               : QS_FAIL(QS_ERR_INPUT_FORMAT,
+                         "%s: is a file; name the folder with config.json and safetensors", hf_dir);
+}
+
 static qs_status read_config(qs_base_index *index, const char *hf_dir)
 {
     qs_status st = QS_OK;
     void *text = NULL;
     size_t bytes = 0;
     size_t path_bytes = strlen(hf_dir) + sizeof "/config.json";
+    QS_TRY(check_folder(hf_dir));
     char *path = malloc(path_bytes);
     if (path == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its path", hf_dir);
@@ -206,6 +225,33 @@ static bool ends_in(const char *name, const char *suffix)
     return n >= m && strcmp(name + n - m, suffix) == 0;
 }
 
+/* A head beside a tied embedding is a copy of it, or one that was trained apart, which transformers
+ * (5.0 and later) uses and older ones do not. Training a head alone changes all of its rows, so
+ * that elements of 512 places, spread evenly, tell. */
+static qs_status check_tied_head(const qs_plan *plan, const qs_st_tensor *head)
+{
+    enum { PLACES = 512, RUN = 256 };
+    const qs_st_tensor *embed = qs_st_find(plan->dir, "model.embed_tokens.weight");
+    bool same = embed != NULL && embed->count == head->count;
+    for (int64_t i = 0; i < PLACES && same; i++) {
+        float a[RUN], b[RUN];
+        const int64_t run = head->count < RUN ? head->count : RUN;
+        const int64_t first = (head->count - run) / PLACES * i;
+        QS_TRY(qs_st_read_f32(plan->dir, head, first, run, a));
+        QS_TRY(qs_st_read_f32(plan->dir, embed, first, run, b));
+        same = memcmp(a, b, (size_t)run * sizeof *a) == 0;
+    }
+    if (!same) {
+        return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                       "%s: tie_word_embeddings is true, but lm_head.weight is not the embedding; "
+                       "in a copy of the model set it to false, or leave that tensor out",
+                       qs_st_path(plan->dir));
+    }
+    qs_log_info("%s: lm_head.weight is ignored, as it is the embedding once more",
+                qs_st_path(plan->dir));
+    return QS_OK;
+}
+
 /* What is left over must be known to change nothing. */
 static qs_status check_leftovers(const planner *p)
 {
@@ -215,12 +261,11 @@ static qs_status check_leftovers(const planner *p)
             continue;
         }
         if (p->plan->index->config.tied && strcmp(t->name, "lm_head.weight") == 0) {
-            qs_log_info("%s: lm_head.weight is ignored, as tie_word_embeddings is true",
-                        qs_st_path(p->plan->dir));
+            QS_TRY(check_tied_head(p->plan, t));
             continue;
         }
         return QS_FAIL(QS_ERR_INPUT_TENSOR,
-                       "%s: tensor \"%.200s\" has no place in a Llama model of this config.json",
+                       "%s: tensor \"%.200s\" has no place in a model of this config.json",
                        qs_st_path(p->plan->dir), t->name);
     }
     return QS_OK;

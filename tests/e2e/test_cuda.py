@@ -55,6 +55,10 @@ class Training(unittest.TestCase):
         self.assertEqual(support.curve(output), self.curve)
         self.assertEqual(support.adapter_digest(output), self.adapter)
 
+    def test_version_names_the_plugin(self):
+        done = subprocess.run([support.QSHARD, "--version"], env={**os.environ, **on_gpu()}, capture_output=True, text=True)
+        self.assertRegex(done.stdout, r"\n  GPU       (?!no plugin)\w")
+
     def test_loss_is_the_cpus(self):
         """bf16 against fp32: 5e-3 of the loss at every step."""
         output = os.path.join(self.folder, "cpu")

@@ -126,6 +126,7 @@ def token_cases():
 
 RAW = (  # lines that are no record of any format
     (b"{", "not JSON at column 2"),
+    (b"{", "write each record on one line"),
     (b'{"text": "a"', "not JSON at column 13"),
     (b'{"text": "a"}}', "not JSON at column 14"),
     (b'{"text": "a"} {"text": "b"}', "not JSON at column 15"),
@@ -215,6 +216,25 @@ class BadInput(FolderTest):
                 path = self.write("data.jsonl", content)
                 self.assert_one_error(self.prep(path, expect=None), 3, "data.jsonl", *words)
                 self.assert_nothing_written()
+
+    def test_tables_and_plain_text(self):
+        for name, words in (("data.csv", "is a table"), ("data.TSV", "is a table"), ("data.txt", "is plain text")):
+            for content in (b"a,b\n1,2\n", b"\xef\xbb\xbf\na\tb\n"):
+                self.assert_one_error(self.prep(self.write(name, content), expect=None), 3, f"{name}: {words}", "docs/data.md")
+                self.assert_nothing_written()
+            path = self.write(name, b'\n {"text": "a"}\n')  # what counts is what it holds
+            self.prep(path, "--overwrite")
+            os.unlink(self.path("out.h5"))
+
+    def test_names_that_collide(self):
+        record = {"question": "q", "prompt": "p", "completion": "c"}
+        self.assert_one_error(self.prep([record], "--rename", "question=prompt", expect=None), 3, "data.jsonl:1:",
+                              '"prompt" is there already; give --rename prompt=OTHER')
+        for options, words in ((("a",), "OLD=NEW"), (("=b",), "OLD=NEW"), (("a=b", "a=c"), "a is given twice as OLD"),
+                               (("a=c", "b=c"), "c is given twice as NEW")):
+            given = [word for option in options for word in ("--rename", option)]
+            self.assert_one_error(self.prep([record], *given, expect=None), 2, "--rename", words)
+        self.assert_one_error(self.prep([{"words": "a"}], expect=None), 3, "--rename question=prompt")
 
     def test_folders_and_missing_files(self):
         self.assert_one_error(self.prep(self.folder, expect=None), 3, "is a folder")

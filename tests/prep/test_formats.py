@@ -46,6 +46,14 @@ class Formats(FolderTest):
         ):
             self.assertEqual(self.prepared([record]), [want])
 
+    def test_renamed_keys_are_read_as_the_formats_own(self):
+        names = ("--rename", "question=prompt", "--rename", "answer=completion", "--rename", "prompt=id")
+        record = {"question": "q", "answer": "a", "prompt": "of something else"}
+        self.assertEqual(self.prepared([record], *names), ["q⟦a<|im_end|>⟧"])
+        self.assertEqual(self.prepared([record, {"question": "r", "answer": "b"}], *names, "--chat"),
+                         [turn("q", "a"), turn("r", "b")])
+        self.assertEqual(self.prepared([record], *names, "--format", "completion", "--prompts"), ["q"])
+
     def test_sharegpt_and_messages_give_the_same(self):
         one = self.prepared([talk("q", "a"), talk("é", "日")])
         other = self.prepared([{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}

@@ -49,7 +49,8 @@ def recognise(record):
         return "text", "text"
     raise BadRecord(
         f"no format has the keys {quoted(', '.join(map(str, record)))}; known: messages, conversations, "
-        "instruction+output, prompt+completion, text, input_ids (or name the format with --format)"
+        "instruction+output, prompt+completion, text, input_ids; --rename gives keys these names, as in "
+        "--rename question=prompt --rename answer=completion"
     )
 
 
@@ -114,6 +115,8 @@ class Builder:
             refuse("--train-on-inputs", "does not go with a format that says itself what is learned")
         if form in predecessor.FORMATS and options.eos != "auto":
             refuse("--eos", "is fixed to what the predecessor did")
+        if form == MEGATRON and options.rename:
+            refuse("--rename", "is for records with keys")
         if form == MEGATRON and options.prompts:
             refuse("--prompts", "cannot be cut out of documents of tokens")
         if options.samples is not None and form not in predecessor.FORMATS:

@@ -38,6 +38,7 @@ class Worker:
     def __init__(self, options, form, tokenizer=None):
         self.options = options
         self.form = form
+        self.names = dict(options.rename)
         self.tokenizer = tokenizer or Tokenizer(options.model)
         self.builder = Builder(options, self.tokenizer)
         self.builder.check_form(form)
@@ -50,7 +51,7 @@ class Worker:
         for path, number, raw in batch:
             counts.lines += 1
             try:
-                record = raw if isinstance(raw, dict) else parse_record(raw)
+                record = raw if isinstance(raw, dict) else parse_record(raw, self.names)
                 if record is None:
                     counts.empty += 1
                     continue
@@ -141,7 +142,7 @@ def read_documents(options, tokenizer):
     source = raw_records(options.data)
     form, told, before = options.format, None, []
     if form == "auto":
-        form, told, before = detect(source, options.on_bad_record == "skip")
+        form, told, before = detect(source, dict(options.rename), options.on_bad_record == "skip")
     elif form in predecessor.CHOOSING:
         rows = [row for row in source if row[2].strip()]
         source = iter(
@@ -157,13 +158,13 @@ def chain_of(before, source):
     yield from source
 
 
-def detect(source, skip_bad):
+def detect(source, names, skip_bad):
     """(format, how it was told, the records read so far): by the first record that can be recognised."""
     before = []
     for path, number, raw in source:
         before.append((path, number, raw))
         try:
-            record = parse_record(raw)
+            record = parse_record(raw, names)
             if record is None:
                 continue
             form, key = recognise(record)

@@ -35,6 +35,13 @@ OTHER_KINDS = (
 )
 
 
+# The same for files of text, by the end of their names, where they do not begin as JSON.
+OTHER_NAMES = (
+    ((".csv", ".tsv"), "is a table; convert it to JSON lines, as csv.DictReader and json.dumps do (docs/data.md, Other files)"),
+    ((".txt", ".md"), 'is plain text; write {"text": ...} around each document, on one line (docs/data.md, Other files)'),
+)
+
+
 @dataclass
 class Counts:
     """What happened to the lines of the input."""
@@ -71,7 +78,11 @@ def starts_with_bracket(path):
     for magic, what in OTHER_KINDS:
         if head.startswith(magic):
             raise PrepError(errors.INPUT_FORMAT, path, what)
-    return head.removeprefix(MARK).lstrip(SPACE.encode()).startswith(b"[")
+    text = head.removeprefix(MARK).lstrip(SPACE.encode())
+    for ends, what in OTHER_NAMES:
+        if path.lower().endswith(ends) and text and text[:1] not in b"{[":
+            raise PrepError(errors.INPUT_FORMAT, path, what)
+    return text.startswith(b"[")
 
 
 def raw_lines(path):
@@ -150,10 +161,21 @@ def reason(error):
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def parse_record(raw):
-    """The object on a line, or None where the line is empty."""
+def parse_record(raw, names=None):
+    """The object on a line, or None where the line is empty. `names`: new names of some of its keys."""
     text = clean_line(raw)
-    return parse_object(text) if text else None
+    return renamed(parse_object(text), names or {}) if text else None
+
+
+def renamed(record, names):
+    """The record with new names for some keys; one that it does not have is left out."""
+    if not names:
+        return record
+    result = {names.get(key, key): value for key, value in record.items()}
+    if len(result) < len(record):
+        taken = next(new for old, new in names.items() if old in record and new in record)
+        raise BadRecord(f'the field "{taken}" is there already; give --rename {taken}=OTHER for it as well')
+    return result
 
 
 def clean_line(raw):
@@ -187,9 +209,8 @@ def parse_object(text):
     except BadRecord:
         raise
     except json.JSONDecodeError as error:
-        raise BadRecord(
-            f"not JSON at column {error.colno}: {error.msg}; correct the line"
-        ) from error
+        hint = "write each record on one line, as jq -c . does" if text in ("{", "[") else "correct the line"
+        raise BadRecord(f"not JSON at column {error.colno}: {error.msg}; {hint}") from error
     except ValueError as error:  # a number of more digits than Python converts
         raise BadRecord("holds a number of thousands of digits; write it as text") from error
     if not isinstance(value, dict):
