@@ -259,7 +259,7 @@ static bool has_signature(const qs_h5 *file)
 {
     static const char signature[8] = "\x89HDF\r\n\x1a\n";
     char found[sizeof signature];
-    for (off_t at = 0; at<(off_t)file->file_bytes; at = at> 0 ? 2 * at : 512) {
+    for (off_t at = 0; file->file_bytes > at; at = at == 0 ? 512 : 2 * at) {
         if (pread(file->fd, found, sizeof found, at) == (ssize_t)sizeof found &&
             memcmp(found, signature, sizeof found) == 0) {
             return true;
