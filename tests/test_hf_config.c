@@ -149,7 +149,8 @@ Test(hf_config, gemma2_caps_and_each_second_layer_sees_a_window)
     const char *class_name = "Gemma2ForCausalLM";
     cr_assert_eq(parse(&c, as("gemma2", class_name,
                               "\"hidden_act\":\"gelu_pytorch_tanh\",\"sliding_window\":5,"
-                              "\"attn_logit_softcapping\":50.0,\"final_logit_softcapping\":30.0,"
+                              "\"sliding_window_size\":5,\"attn_logit_softcapping\":50.0,\"final_"
+                              "logit_softcapping\":30.0,"
                               "\"query_pre_attn_scalar\":224,\"rope_theta\":10000.0")),
                  QS_OK, "%s", qs_error_text());
     cr_assert_eq(parse(&v5, as("gemma2", class_name,
@@ -360,10 +361,14 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
         {"mistral", "MistralForCausalLM", "\"original_max_position_embeddings\":2048",
          "original_max_position_embeddings"},
         {"mistral", "MistralForCausalLM", "\"auto_map\":{\"AutoModel\":\"x.Y\"}", "auto_map"},
-        {"gemma3", "Gemma3ForConditionalGeneration", "", "gemma3"},
+        {"gemma3", "Gemma3ForConditionalGeneration", "", "gemma3 is not supported; these are"},
+        {"gemma3", "Gemma3ForConditionalGeneration", "\"text_config\":{}", "text part"},
         {"gemma2", "Gemma2ForCausalLM", "\"final_logit_softcapping\":-1",
          "final_logit_softcapping"},
         {"gemma2", "Gemma2ForCausalLM", "\"sliding_window_pattern\":6", "sliding_window_pattern"},
+        {"gemma2", "Gemma2ForCausalLM", "\"sliding_window\":5,\"sliding_window_size\":4",
+         "\"sliding_window\" = 5 and \"sliding_window_size\" = 4 differ"},
+        {"llama", "LlamaForCausalLM", "\"sliding_window_size\":4", "sliding_window_size"},
         {"gemma2", "Gemma2ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
         {"gemma2", "Gemma2ForCausalLM", "\"rope_parameters\":{\"full_attention\":{}}",
          "full_attention"},

@@ -423,6 +423,24 @@ Test(peft, existing_directory_is_never_overwritten)
     free(x);
 }
 
+/* What lora.init is given by mistake. */
+Test(peft, run_in_place_of_a_peft_directory_is_named)
+{
+    static const char *const files[] = {"run.json", "manifest.json"};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        qs_config c = config(1);
+        char dir[192], file[256];
+        path_in(dir, i == 0 ? "run" : "checkpoint");
+        cr_assert_eq(mkdir(dir, 0777), 0);
+        snprintf(file, sizeof file, "%s/%s", dir, files[i]);
+        cr_assert_eq(qs_io_write_file(file, "{}", 2), QS_OK);
+        qs_error_clear();
+        cr_assert_eq(qs_peft_settings(dir, &c), QS_ERR_INPUT_FORMAT);
+        cr_assert_not_null(strstr(qs_error_text(), "qshard export makes one"), "%s",
+                           qs_error_text());
+    }
+}
+
 /* The key and the shape are peft's. */
 Test(peft, magnitudes_are_written_as_peft_names_them)
 {

@@ -235,8 +235,9 @@ static qs_status compare_config(const qs_config *cfg, bool finished, int count)
     if (key) {
         st = QS_FAIL(QS_ERR_RESUME,
                      "%s: this run %s with another %s (then and now: %s); give the old value, or "
-                     "another output",
-                     cfg->output, finished ? "has finished" : "was started", key, values);
+                     "another output%s",
+                     cfg->output, finished ? "has finished" : "was started", key, values,
+                     finished ? " (with lora.init it goes on from an exported adapter)" : "");
     }
     free(old);
     return st;

@@ -77,6 +77,7 @@ static const char *const harmless_keys[] = {
     "label2id",
     "length_penalty",
     "max_length",
+    "max_sequence_length", /* LLaMA's first files; max_position_embeddings stands beside it */
     "max_window_layers",
     "min_length",
     "no_repeat_ngram_size",
@@ -121,10 +122,11 @@ static const char *const window_keys[] = {
     "max_window_layers",
 };
 
-/* Of Gemma 2 and 3. */
+/* Of Gemma 2 and 3. sliding_window_size stands beside sliding_window in Google's first files of
+ * Gemma 2; no class reads it. */
 static const char *const gemma_keys[] = {
     "hidden_activation",       "query_pre_attn_scalar",       "attn_logit_softcapping",
-    "final_logit_softcapping", "use_bidirectional_attention",
+    "final_logit_softcapping", "use_bidirectional_attention", "sliding_window_size",
 };
 
 /* Of Gemma 3. _sliding_window_pattern is what transformers 5 made of the key without the line; it
@@ -232,6 +234,12 @@ static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, c
     QS_TRY(qs_json_text(root, "model_type", &type, path));
     *out = qs_hf_arch_find(type);
     if (*out == NULL) {
+        if (json_is_object(json_object_get(root, "text_config"))) {
+            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
+                           "%s: \"model_type\" = %.100s is a model of text and more, of which the "
+                           "text part has to be saved alone (docs/troubleshooting.md)",
+                           path, type);
+        }
         qs_hf_arch_names(known, sizeof known);
         return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
                        "%s: \"model_type\" = %.100s is not supported; these are: %s", path, type,
@@ -347,12 +355,18 @@ static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const 
 static qs_status parse_window_pattern(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                                       const char *path)
 {
-    int64_t pattern;
+    int64_t pattern, again;
     if (json_is_null(json_object_get(root, "sliding_window"))) {
         return qs_hf_refuse(path, "sliding_window", "null", "for this model_type a number");
     }
     QS_TRY(qs_hf_get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window,
                          path));
+    QS_TRY(qs_hf_get_i64(root, "sliding_window_size", 1, 1 << 30, out->window, &again, path));
+    if (again != out->window) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: \"sliding_window\" = %lld and \"sliding_window_size\" = %lld differ",
+                       path, (long long)out->window, (long long)again);
+    }
     QS_TRY(qs_hf_get_i64(root, "sliding_window_pattern", 1, 1 << 20, arch->window_pattern, &pattern,
                          path));
     for (int l = 0; l < out->n_layers; l++) {

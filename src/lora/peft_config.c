@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "hf/json.h"
 #include "lora/lora_impl.h"
@@ -163,7 +164,17 @@ qs_status qs_peft_config_read(qs_peft_config *out, const char *dir)
     char path[QS_PATH_MAX + 32];
     void *text = NULL;
     size_t bytes = 0;
+    snprintf(path, sizeof path, "%s/manifest.json", dir);
+    bool ours = access(path, F_OK) == 0;
+    snprintf(path, sizeof path, "%s/run.json", dir);
+    ours = ours || access(path, F_OK) == 0;
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
+    if (ours && access(path, F_OK) != 0) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT,
+                       "%s: a PEFT directory is expected; qshard export makes one of a run or a "
+                       "checkpoint",
+                       dir);
+    }
     QS_TRY(qs_io_read_file(path, CONFIG_BYTES_MAX, &text, &bytes));
     qs_status st = qs_peft_config_parse(out, text, bytes, path);
     free(text);

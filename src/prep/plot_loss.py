@@ -7,7 +7,11 @@ plot_loss.py runs/demo/metrics.jsonl -o loss.png
 import json
 import sys
 
-import matplotlib
+from qprep.packages import need
+
+need("matplotlib")
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")  # no display on a login node
 import matplotlib.pyplot as plt  # noqa: E402

@@ -19,6 +19,10 @@ import sys
 import tempfile
 import zipfile
 
+from qprep.packages import need
+
+need("gguf", "numpy")
+
 import gguf
 import numpy as np
 

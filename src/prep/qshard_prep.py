@@ -7,6 +7,10 @@ import json
 import os
 import sys
 
+from qprep.packages import need
+
+need("numpy", "h5py", "jinja2", "tokenizers")
+
 import numpy as np
 
 from qprep import errors, predecessor

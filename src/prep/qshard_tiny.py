@@ -16,6 +16,10 @@ import json
 import os
 import struct
 
+from qprep.packages import need
+
+need("numpy")
+
 import numpy as np
 
 from qprep.errors import PrepError, run

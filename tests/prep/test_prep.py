@@ -3,12 +3,13 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import unittest
 
 import h5py
 import numpy as np
 import xxhash
-from support import BYTE, END, HE, SPECIALS, FolderTest, byte_alphabet, ids, make_model, prep, tool
+from support import BYTE, END, HE, PREP, SPECIALS, FolderTest, byte_alphabet, ids, make_model, prep, tool
 
 from qprep.tokenfile import IGNORED
 
@@ -27,6 +28,12 @@ class Prep(FolderTest):
         runs = np.split(np.arange(len(labels)), np.flatnonzero(np.diff((labels != IGNORED).astype(int))) + 1)
         return [b"".join(raw[offsets[t]:offsets[t + 1]].tobytes() for t in labels[run]).decode("utf-8", "replace")
                 for run in runs if labels[run[0]] != IGNORED]
+
+    def test_a_python_without_the_packages_is_named(self):
+        for name in ("qshard_prep.py", "qshard_gguf.py", "qshard_tiny.py", "plot_loss.py"):
+            result = subprocess.run([sys.executable, "-S", os.path.join(PREP, name), "--help"], capture_output=True, text=True,
+                                    check=False)
+            self.assert_one_error(result, 8, sys.executable, "requirements.txt")
 
     # --- contents
 
