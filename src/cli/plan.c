@@ -9,7 +9,7 @@
 #include "train/outlook.h"
 
 #define GIB 1073741824.0
-enum { USUAL_PER_NODE = 8 };
+enum { USUAL_PER_NODE = 8, LAUNCH_TOKENS = 1000 };
 
 /* A plan that is being printed. */
 typedef struct {
@@ -109,6 +109,19 @@ static void print_place(const plan *p, const qs_gpu_kind *gpu, const qs_links *l
     printf("\n");
 }
 
+/* Launches are not in the forecast (docs/planning.md). */
+static void print_short_batches(const plan *p, const qs_step_work *work)
+{
+    const double tokens = work->all_tokens / (double)p->config.train.global_batch *
+                          (double)p->config.train.micro_batch;
+    if (tokens < LAUNCH_TOKENS) {
+        printf("a micro-batch has %.0f tokens: below about %d a GPU waits for the host's launches, "
+               "and "
+               "a step takes longer than the forecast\n",
+               tokens, LAUNCH_TOKENS);
+    }
+}
+
 static void print_step(const plan *p, const qs_gpu_kind *gpu, const qs_step_work *work)
 {
     const qs_links links = links_of(p, gpu);
@@ -126,6 +139,7 @@ static void print_step(const plan *p, const qs_gpu_kind *gpu, const qs_step_work
            work->reduce_bytes / 1e9);
     printf("  %-26s %12.1f   %.0f tokens/s, %.0f a GPU\n", "step", 1e3 * f.step_s,
            work->all_tokens / f.step_s, work->all_tokens / f.step_s / p->nranks);
+    print_short_batches(p, work);
 }
 
 static void print_kinds_row(const plan *p, const qs_gpu_kind *gpu, const qs_outlook *outlook)
@@ -225,6 +239,7 @@ static qs_status plan_on_all(const plan *p)
         any = any || qs_outlook_needed(&outlook) <= qs_outlook_allowed(&p->config, &place);
         largest = gpu->memory_gib > largest->memory_gib ? gpu : largest;
     }
+    print_short_batches(p, &outlook.work);
     const qs_outlook_place best = place_of(p, largest);
     return any ? QS_OK : judge(p, &outlook, &best);
 }

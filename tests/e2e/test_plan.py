@@ -113,6 +113,14 @@ class Answers(unittest.TestCase):
         for name in ("RTX3090", "A6000", "L40S", "A100-40", "H200", "B200"):
             self.assertRegex(text, rf"(?m)^{name} .* yes +\d+\.\d +\d+$")
 
+    def test_short_micro_batches_are_said_to_take_longer(self):
+        for options in (("--gpus", 1), ("--gpu", "H100")):
+            for tokens, micro, said in ((64, 1, "a micro-batch has 64 tokens"), (512, 2, None), (499, 2, "has 998 tokens")):
+                text = plan(*options, data__train="", data__eval="", train__eval_every=0, train__seq_len=tokens,
+                            train__micro_batch=micro).stdout
+                self.assertEqual("longer than the forecast" in text, said is not None, text)
+                self.assertIn(said or "", text)
+
     def test_does_not_fit(self):
         """Exit 7 with one line that says what to change, and the change is enough."""
         settings = {"train__seq_len": 4096, "train__micro_batch": 8, "train__recompute": "none", "lora__dropout": 0,
