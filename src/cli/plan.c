@@ -116,8 +116,7 @@ static void print_short_batches(const plan *p, const qs_step_work *work)
                           (double)p->config.train.micro_batch;
     if (tokens < LAUNCH_TOKENS) {
         printf("a micro-batch has %.0f tokens: below about %d a GPU waits for the host's launches, "
-               "and "
-               "a step takes longer than the forecast\n",
+               "and a step takes longer than the forecast\n",
                tokens, LAUNCH_TOKENS);
     }
 }
