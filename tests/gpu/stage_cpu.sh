@@ -93,8 +93,9 @@ measure attention operation,shape,rate,unit,bound,share,error attention "${atten
 measure decode operation,shape,rate,unit,bound,share,error decode --shape=1024x1024
 
 model=${QSHARD_SMOLLM2:-}
-[ -n "$model" ] || [ "$short" = 0 ] || model=$deps/inputs/tiny2/model
-if [ -e "$model/config.json" ]; then
+if [ "$short" != 0 ]; then
+    cannot "steps" "a short run"
+elif [ -e "$model/config.json" ]; then
     work=$(mktemp -d -p "${TMPDIR:-/tmp}")
     trap 'rm -rf "$work"' EXIT
     if check "a base for steps" "$qshard" quantize "$model" -o "$work/base.h5"; then
@@ -104,7 +105,7 @@ if [ -e "$model/config.json" ]; then
         for kind in "${kinds[@]}"; do
             check "step $kind" ${pinned[@]+"${pinned[@]}"} "$qshard" bench step --base="$work/base.h5" --set=train.seq_len=512 \
                 --set=train.micro_batch=1 --set=train.global_batch=1 --set=train.recompute=none --set=cpu.gemm="$kind" \
-                --threads=2 --device=cpu && say "  $(sed -n 's/^# speed: //p' "$report/cpu.step_$kind.log")"
+                --set=device=cpu --threads=2 && say "  $(sed -n 's/^# speed: //p' "$report/cpu.step_$kind.log")"
         done
     fi
 else
