@@ -9,6 +9,8 @@ taken turn by turn, its median counts, its spread is printed. Results are compar
 with torch.compile and sleeping threads where that helps, and with a malloc that keeps memory. Bounds are measured in the
 same run: products by a register tile in the L1 cache, and a copy. --json FILE keeps cases that are not measured now, so that
 a run may be continued. Exit code 5: a result is wrong; aims that are not met are printed, and are no failure.
+--seconds S is for a machine that is at hand for minutes: one turn, no torch.compile, of steps the shortest alone, and what
+does not fit into S seconds is left out by name.
 """
 import argparse
 import datetime
@@ -28,6 +30,7 @@ ABOUT = {
     "quantize": "A bf16 checkpoint to NF4 with double quantization, file to file.",
 }
 WRONG = 5
+NO_MODEL = {"gemm", "decode"}
 
 
 def read_json(path):
@@ -60,6 +63,8 @@ def markdown(report):
         where = (f"{about['cpu']} ({', '.join(about['flags'])}), {about['threads']} threads, qshard {about['commit']}, "
                  f"{about['date']}, load {about['load']:.1f} before{', a smoke run' if about['quick'] else ''}")
         parts += [f"### {name}", f"{ABOUT[name]} {where}; {about['peers']}", tables.markdown_of(case["rows"])]
+        if about.get("left_out"):
+            parts.append(f"Left out for want of time: {'; '.join(about['left_out'])}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,7 +83,11 @@ def measure(options, report):
         about = {"cpu": context.cpu["name"], "flags": context.cpu["flags"], "threads": context.threads, "commit": commit,
                  "date": datetime.date.today().isoformat(), "load": os.getloadavg()[0], "peers": peers,
                  "quick": options.quick}
+        context.left_out = []
         rows = importlib.import_module(f"peers.case_{name}").run(context)
+        about["left_out"] = context.left_out
+        if not rows:
+            continue
         report["cases"][name] = {"about": about, "rows": rows}
         if options.json:
             write_json(options.json, report)
@@ -120,6 +129,8 @@ def parse(argv):
     parser.add_argument("--limit", type=float, default=20.0,
                         help="seconds of a peer's product; what takes longer is left out [%(default)s]")
     parser.add_argument("--quick", action="store_true", help="a turn of small shapes: does it work?")
+    parser.add_argument("--seconds", type=float, default=0.0,
+                        help="what fits into so many, a turn each, without torch.compile; of steps the shortest [no limit]")
     parser.add_argument("--work", default="build/cpu_peers", help="checkpoints and bases are kept there, 4 GB [%(default)s]")
     parser.add_argument("--json", help="keep the results there, with those of cases that are not measured now")
     parser.add_argument("--plot", help="draw the ratios there (PNG, needs matplotlib)")
@@ -129,11 +140,12 @@ def parse(argv):
     unknown = [name for name in options.cases if name not in CASES]
     if unknown:
         parser.error(f"no case {unknown[0]}: there are {', '.join(CASES)}")
-    if options.threads < 1 or options.turns < 0 or options.limit <= 0:
-        parser.error("--threads and --limit are above 0, --turns not below")
+    if options.threads < 1 or options.turns < 0 or options.limit <= 0 or options.seconds < 0:
+        parser.error("--threads and --limit are above 0, --turns and --seconds not below")
     if options.render and not options.json:
         parser.error("--render needs --json FILE")
-    if not options.render and not (options.qshard and options.peer_python and options.model):
+    wants_model = not set(options.cases or CASES) <= NO_MODEL
+    if not options.render and not (options.qshard and options.peer_python and (options.model or not wants_model)):
         parser.error("--qshard, --peer-python and --model: benchmarks/cpu_peers gives them")
     check_outputs(parser, options)
     return options
@@ -165,7 +177,7 @@ def main(argv):
         except (ours.RunError, client.PeerError) as error:
             ours.fail(error)
     if not report["cases"]:
-        ours.fail(f"{options.json}: there is nothing to show")
+        ours.fail(f"{options.json}: there is nothing to show" if options.json else "nothing was measured")
     print(tables.summary_of({name: case["rows"] for name, case in report["cases"].items()}))
     show(options, report)
     for text in wrong:

@@ -16,7 +16,7 @@ BENCHMARKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "ben
 sys.path.insert(0, BENCHMARKS)
 
 import cpu_peers  # noqa: E402  (the folder is on the path from here on)
-from peers import case_gemm, case_quantize, case_step, client, models, ours, plot, stats, tables  # noqa: E402
+from peers import case_gemm, case_quantize, case_step, client, context, models, ours, plot, stats, tables  # noqa: E402
 
 BINARY = os.path.join(os.environ.get("QSHARD_BINARY_DIR", ""), "qshard")
 SAID = """run: done: 3 steps in 0.3 s
@@ -285,6 +285,57 @@ class Products(unittest.TestCase):
             self.assertEqual({name: ratio.get("aim") for name, ratio in row["ratios"].items()},
                              {"strict : peer fp32": 1.7, "strict : peer bf16": 3.0})
             self.assertEqual(row["facts"]["bound"], "70 GFLOP/s, 50 % reached")
+
+
+class Hurry(unittest.TestCase):
+    """--seconds, with a clock that moves by a second a product and by four a GFLOP."""
+
+    def setUp(self):
+        self.now, self.said = 100.0, []
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        for module, name, stand_in in ((context, "time", clock), (case_gemm, "time", clock),
+                                       (case_gemm, "one_product", self.one_product),
+                                       (case_gemm, "require_products", lambda *_: None)):
+            self.replace(module, name, stand_in)
+
+    def replace(self, module, name, stand_in):
+        self.addCleanup(setattr, module, name, getattr(module, name))
+        setattr(module, name, stand_in)
+
+    def one_product(self, _, peers, shape, tokens):
+        self.assertFalse(peers.compiled)
+        self.now += 1.0 + 4e-9 * case_gemm.flops(shape, tokens)
+        return [f"{shape[0]}x{shape[1]}, M {tokens}"]
+
+    def rows_within(self, seconds):
+        with tempfile.TemporaryDirectory() as folder:
+            run = context.Context(cpu_peers.parse(["gemm", "--seconds", str(seconds), "--qshard", "none", "--peer-python", "none",
+                                                   "--work", folder]))
+        run.log, run.peer = self.said.append, contextlib.nullcontext
+        self.assertEqual(run.turns(3), 1)
+        return case_gemm.run(run), run.left_out
+
+    def test_small_products_come_first_and_tables_keep_their_order(self):
+        rows, left_out = self.rows_within(1e6)
+        self.assertEqual(rows[:4], ["2048x2048, M 128", "2048x2048, M 512", "2048x2048, M 2048", "5632x2048, M 128"])
+        self.assertEqual((len(rows), left_out), (9, []))
+        order = [text.removeprefix("gemm ") for text in self.said]
+        self.assertEqual(order[:3] + order[-1:], ["2048x2048, M 128", "5632x2048, M 128", "2048x2048, M 512",
+                                                  "4096x14336, M 2048"])
+
+    def test_what_does_not_fit_is_left_out_by_name(self):
+        rows, left_out = self.rows_within(300)  # the first six take 216 s, the next one 190
+        self.assertEqual(left_out, ["5632x2048, M 2048", "4096x14336, M 512", "4096x14336, M 2048"])
+        self.assertEqual(len(rows), 6)
+        self.assertLessEqual(self.now, 400.0)
+        self.assertIn("4096x14336, M 2048: left out, does not fit into 300 s", self.said)
+
+    def test_a_kernel_that_refuses_tiles_takes_amx_from_the_cpu(self):
+        self.replace(ours, "kernel_lends_tiles", lambda: False)
+        self.replace(ours, "cpu_of", lambda _: {"name": "", "maker": "GenuineIntel", "flags": ["avx512_fp16", "amx_bf16"]})
+        cpu = ours.this_cpu()
+        self.assertEqual(cpu["flags"], ["avx512_fp16", "amx refused by the kernel"])
+        self.assertEqual(ours.gemm_settings(cpu), ["strict", "fp16"])
 
 
 class Steps(unittest.TestCase):

@@ -1,4 +1,6 @@
 """Products with an NF4 matrix, forward and dX: ours against bitsandbytes' decode and torch's product."""
+import time
+
 from . import stats
 from .client import PeerError
 from .context import SETTINGS
@@ -102,15 +104,29 @@ def one_product(context, peers, shape, tokens):
     return rows
 
 
+def expected(done, work):
+    """Seconds of a product of so many FLOPs: the smallest took what each takes to begin, the last one says what is added.
+
+    `done`: (FLOPs, seconds) of those before it, the smallest first."""
+    if len(done) < 2:
+        return done[0][1] if done else 0.0
+    (first, begin), (last, seconds) = done[0], done[-1]
+    return begin + max(0.0, seconds - begin) / (last - first) * (work - first)
+
+
 def run(context):
     require_products(context.program, context.cpu)
-    rows = []
     shapes, tokens = (((1024, 1024),), (128,)) if context.quick else (SHAPES, TOKENS)
-    compiled = compile_helps(context, shapes[0], tokens[-1])
+    compiled = not context.hurried and compile_helps(context, shapes[0], tokens[-1])
+    products, rows, done = [(shape, count) for shape in shapes for count in tokens], {}, []
     with context.peer() as peer:
         peers = Peers(context, peer, compiled)
-        for shape in shapes:
-            for count in tokens:
-                context.log(f"gemm {shape[0]}x{shape[1]}, M {count}")
-                rows += one_product(context, peers, shape, count)
-    return rows
+        for product in sorted(products, key=lambda it: flops(*it)) if context.hurried else products:
+            (out, columns), count = product
+            if not context.has_time(f"{out}x{columns}, M {count}", expected(done, flops(*product))):
+                continue
+            context.log(f"gemm {out}x{columns}, M {count}")
+            begin = time.monotonic()
+            rows[product] = one_product(context, peers, *product)
+            done.append((flops(*product), time.monotonic() - begin))
+    return [row for product in products for row in rows.get(product, [])]

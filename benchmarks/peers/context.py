@@ -3,7 +3,7 @@ import json
 import os
 import time
 
-from . import models, ours, stats
+from . import ours, stats
 from .client import WAITS_ASLEEP, Peer
 
 # Each aim's peer setting: torch's dtype by the name in the tables.
@@ -18,11 +18,21 @@ class Context:
         self.program = ours.Program(options.qshard, self.threads, self.work)
         self.cpu = ours.this_cpu()
         self.started = time.monotonic()
+        self.hurried = options.seconds > 0
+        self.left_out = []  # of the case under way
         self.peer_settings = {}
 
     def turns(self, usual):
-        """How often each side has its turn: --turns, or what the case wants; once for a smoke run."""
-        return self.options.turns or (1 if self.quick else usual)
+        """How often each side has its turn: --turns, or what the case wants; once for a smoke run and in a hurry."""
+        return self.options.turns or (1 if self.quick or self.hurried else usual)
+
+    def has_time(self, what, seconds=0.0):
+        """Whether what takes about that long still fits into --seconds; what does not is left out by name."""
+        fits = not self.hurried or time.monotonic() - self.started + seconds <= self.options.seconds
+        if not fits:
+            self.left_out.append(what)
+            self.log(f"{what}: left out, does not fit into {self.options.seconds:.0f} s")
+        return fits
 
     def peer(self, **more):
         return Peer(self.options.peer_python, self.threads, self.work, settings=self.peer_settings, **more)
@@ -61,6 +71,8 @@ class Context:
         """TinyLlama's shape; in a smoke run the small model stands for it."""
         if self.quick:
             return self.small_model()
+        from . import models  # its packages are needed by those cases alone
+
         self.log("the checkpoint of 1.1B, 2.2 GB, made up")
         return self._model("Llama 1.1B", models.llama_1b(self.path("llama-1b")))
 
@@ -89,6 +101,8 @@ class Context:
         """Settings of ours.Program.train for random sequences of `length` tokens; the file of tokens is made."""
         tokens = self.path(f"{model['name'].split()[-1]}-{length}-{sequences}.h5")
         if not os.path.exists(tokens):
+            from . import models
+
             models.write_tokens(tokens, model["folder"], sequences, length)
         return {"base": model["base"], "tokens": tokens, "length": length, "batch": batch, "adapter": adapter,
                 "recompute": "none", "gemm": "auto"}

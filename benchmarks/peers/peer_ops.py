@@ -1,4 +1,5 @@
 """The peers' products and decode: bitsandbytes' dequantize_4bit (double quantization, as QLoRA has it), then torch."""
+import importlib.metadata
 import os
 import sys
 import time
@@ -13,14 +14,19 @@ weights = {}  # the last one: (out, in, dtype) -> (packed, state)
 
 
 def about(_):
-    import bitsandbytes
-    import peft
     import torch
-    import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
-            "bitsandbytes": bitsandbytes.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    # Products and decode need neither transformers nor peft.
+    return {"torch": torch.__version__, **{name: version(name) for name in ("transformers", "peft", "bitsandbytes")},
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "bf16_in_onednn": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), "threads": torch.get_num_threads()}
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not here"
 
 
 def weight(out, columns, dtype):
