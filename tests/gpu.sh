@@ -9,7 +9,7 @@
 #   train      whole runs: losses of the CPU, equal bits, memory beside its plan, offload, ranks, resume
 #   bench      speed of every kernel beside its bound; a step of Llama-3-8B's shape with made-up weights
 #   peer       transformers + peft at the same shape on the same card
-#   cpu        the machine's CPU: products that only some have (AVX512-FP16, AMX), right and fast; needs no card
+#   cpu        the machine's CPU, no card: products that only some have (AVX512-FP16, AMX), right and fast; beside the peers
 #
 # All stages by default, in this order, each at most 8 minutes (QSHARD_GPU_STAGE_S). Each adds its part to
 # build/gpu-report/report.md before the next one starts; raw output lies beside it. Stages may also be run one by one: the
@@ -19,8 +19,10 @@
 #   QSHARD_GPU_DEPS     what the machine lacks (Open MPI, HDF5, Criterion...), made by tests/gpu_deps.sh [build/gpu-deps]
 #   QSHARD_GPU_BUILD    where to build [build/gpu, build/gpu-emulated]
 #   QSHARD_GPU_REPORT   where the report goes [build/gpu-report]
-#   QSHARD_SMOLLM2      Hugging Face directory of SmolLM2-135M-Instruct, if there is one, for the train stage
+#   QSHARD_SMOLLM2      Hugging Face directory of SmolLM2-135M-Instruct, if there is one, for stages train and cpu
 #   QSHARD_GPU_TOKENS   lengths T of stages bench and peer, in words [512 4096 16384]
+#   QSHARD_GPU_CPU_S    seconds of stage cpu; the peers get what its own figures leave [240]
+#   QSHARD_PYTHON       Python 3 [python3]; QSHARD_ORACLE: an environment whose Python has the peers of stage cpu [build/oracle]
 #   QSHARD_COMMIT       what the report says was tested [what git says]
 #   QSHARD_GPU_SHORT=1  fewer and smaller cases: to try the script itself
 #
@@ -62,7 +64,7 @@ assemble() { # the report of all stages that ran since the last build
 
 mkdir -p "$report"
 case " ${stages[*]} " in
-*' build '*) rm -f "$report"/*.{part,verdict,log,csv} ;; # what was measured belongs to what was built
+*' build '*) rm -f "$report"/*.{part,verdict,log,csv,json} ;; # what was measured belongs to what was built
 esac
 write_title
 
@@ -70,7 +72,7 @@ ran=0 failed=0
 for stage in "${stages[@]}"; do
     echo "== $stage"
     started=$SECONDS
-    rm -f "$report/$stage.verdict" "$report/$stage.part" "$report/$stage".*.log
+    rm -f "$report/$stage.verdict" "$report/$stage.part" "$report/$stage".*.{log,json}
     timeout -k 15 "${QSHARD_GPU_STAGE_S:-480}" bash "tests/gpu/stage_$stage.sh"
     code=$?
     case $code in
@@ -83,7 +85,7 @@ for stage in "${stages[@]}"; do
     echo "$verdict ($((SECONDS - started)) s)" | tee "$report/$stage.verdict"
     assemble >"$report/report.md"
 done
-(cd "$report" && tar -czf raw.tar.gz -- *.log *.csv) 2>/dev/null || true
+(shopt -s nullglob && cd "$report" && tar -czf raw.tar.gz -- *.log *.csv *.json) 2>/dev/null || true
 echo "report: $report/report.md, raw output: $report/raw.tar.gz"
 [ "$failed" = 0 ] || exit 1
 [ "$ran" = 1 ] || exit 77

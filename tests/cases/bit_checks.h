@@ -5,9 +5,26 @@
 #define QS_TESTS_BIT_CHECKS_H
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+/** Whether the CPU itself says that it has what that bit of leaf 7's EDX stands for, whatever the
+ * system makes of it. */
+static inline bool cpu_has(int bit)
+{
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> bit & 1U) != 0;
+#else
+    (void)bit;
+    return false;
+#endif
+}
 
 /** 32 random bits: the next of one sequence. */
 static inline uint32_t random_bits(void)

@@ -1,6 +1,7 @@
 /* Compares the bf16 product's inner loops for AMX with the portable ones, bit for bit: exit 0 if
- * they agree, 1 if not, 77 if this CPU, its kernel or this build has none. Links statically and
- * needs nothing else, so that it can run as the only program of an emulated machine. */
+ * they agree, 1 if not, 77 if this CPU, its kernel or this build has none, and says which. Links
+ * statically and needs nothing else, so that it can run as the only program of an emulated machine.
+ */
 #include "kernels/cpu/tile.h"
 
 #include <stdio.h>
@@ -74,11 +75,23 @@ static int compare_packs(const qs_tile *fast, const qs_tile *slow)
     return 0;
 }
 
+/* Why qs_tile_supported says no. */
+static const char *why_not(void)
+{
+    enum { AMX_BF16 = 22 }; /* bit of leaf 7's EDX */
+    if (qs_tile_amx() == NULL) {
+        return "this build has no code for AMX-BF16, for want of an assembler that knows it";
+    }
+    return cpu_has(AMX_BF16) ? "this CPU has AMX-BF16, but the kernel, or a sandbox in its place, "
+                               "does not lend the tiles' registers (arch_prctl)"
+                             : "this CPU has no AMX-BF16";
+}
+
 int main(void)
 {
     enum { SKIPPED = 77 };
     if (!qs_tile_supported()) {
-        printf("tile: this CPU, its kernel or this build has no AMX-BF16: not compared\n");
+        printf("tile: %s: not compared\n", why_not());
         return SKIPPED;
     }
     const qs_tile *fast = qs_tile_amx(), *slow = qs_tile_portable();

@@ -94,7 +94,7 @@ def main():
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--tokens", type=int, action="append", help="lengths T, instead of the usual ones")
     options = parser.parse_args()
-    config, matmul, failed = config_of(options.small), measured_matmul(options.ops), 0
+    config, matmul, failed = config_of("small" if options.small else "llama"), measured_matmul(options.ops), 0
     print("| T | recompute | tokens/s | ms a step | share of matmul | plan GiB | peak GiB | |")
     print("|---|---|---|---|---|---|---|---|")
     with open(options.log, "w", encoding="utf-8") as log, open(options.csv, "w", encoding="utf-8") as csv:

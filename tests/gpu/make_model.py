@@ -3,7 +3,7 @@
 seconds, from which `qshard quantize` makes a base. For benchmarks: the numbers mean nothing, but they are random (zeros
 run faster) and of a trained model's size, so that nothing overflows.
 
-    make_model.py OUT [--small]         --small: two narrow layers, to try it
+    make_model.py OUT [--small | --smollm2]     two narrow layers, to try it; SmolLM2-135M's shape with a head, 170 MB
 
 Needs the standard library alone; the codebook and the second-level map are those of tests/golden/bnb_tiny.
 """
@@ -16,21 +16,23 @@ import struct
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 GOLDEN = os.path.join(ROOT, "tests", "golden", "bnb_tiny", "model.safetensors")
 SHAPES = {
-    False: {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-    True: {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-           "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512},
+    "llama": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+    "small": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512},
+    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152},
 }
 CHUNK = 16 << 20
 NESTED_ABSMAX, OFFSET = 0.01, 0.028  # absmax near 1 / sqrt(4096) times the largest of 64 normal numbers
 
 
-def config_of(small):
+def config_of(shape):
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
         "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "rms_norm_eps": 1e-05,
         "max_position_embeddings": 16384, "rope_theta": 500000.0, "rope_scaling": None, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "use_cache": False, "initializer_range": 0.02, **SHAPES[small],
+        "torch_dtype": "bfloat16", "use_cache": False, "initializer_range": 0.02, **SHAPES[shape],
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                                 "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
                                 "bnb_4bit_quant_storage": "uint8"},
@@ -102,14 +104,14 @@ def header_of(tensors):
     return header, struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8)
 
 
-def write_model(out, small):
+def write_model(out, shape):
     os.makedirs(out, exist_ok=True)
-    config = config_of(small)
+    config = config_of(shape)
     with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=1)
     tensors = list(tensors_of(config))
     header, start = header_of(tensors)
-    noise = random.Random(7).randbytes(1 << 16 if small else CHUNK)
+    noise = random.Random(7).randbytes(1 << 16 if shape == "small" else CHUNK)
     chunks = {"bytes": noise, "bf16": bf16_like(noise)}
     with open(os.path.join(out, "model.safetensors"), "wb") as file:
         file.write(start)
@@ -127,9 +129,10 @@ def write_model(out, small):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("out")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--small", dest="shape", action="store_const", const="small", default="llama")
+    parser.add_argument("--smollm2", dest="shape", action="store_const", const="smollm2")
     options = parser.parse_args()
-    print(f"{options.out}: {write_model(options.out, options.small) / 2**30:.2f} GiB")
+    print(f"{options.out}: {write_model(options.out, options.shape) / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def quantize_layers(model, device):
 
 
 def make_model(small, device):
-    shape = {key: value for key, value in SHAPES[small].items()}
+    shape = {key: value for key, value in SHAPES["small" if small else "llama"].items()}
     config = LlamaConfig(**shape, max_position_embeddings=16384, rms_norm_eps=1e-5, tie_word_embeddings=False,
                          use_cache=False)
     config._attn_implementation = "sdpa"

@@ -110,7 +110,7 @@ case " ${missing[*]-} " in
 esac
 case "$kernels_only ${missing[*]-} " in
 ON* | *' criterion '*) ;;
-*) targets+=(case_{half,tile,pairs} test_ops_{linear,lora,products,attention}) ;; # for stage cpu
+*) targets+=(case_{half,tile,pairs,isa} test_ops_{products,linear,attention,lora,bits}) ;; # for stage cpu
 esac
 check compile cmake --build "$build" -j "$(nproc)" --target "${targets[@]}" || finish
 

@@ -1,54 +1,59 @@
 #!/usr/bin/env bash
 # Stage cpu of tests/gpu.sh: the CPU of the card's machine, often a Xeon with AVX512-FP16 and AMX, whose products have run
-# nowhere else. Needs no card. Two cores, as in docs/performance.md.
+# nowhere else. Needs no card. Speeds are those of two cores, as in docs/performance.md; what matters most comes first.
 # shellcheck disable=SC2015,SC2317  # functions are called through check
 . tests/gpu/common.sh
 : >"$part"
 need_built qshard
+work=$(mktemp -d -p "${TMPDIR:-/tmp}")
+trap 'rm -rf "$work"' EXIT
+export CUDA_VISIBLE_DEVICES=''  # the peers compute on the CPU, too
+within=${QSHARD_GPU_CPU_S:-240} # seconds of all of it; the peers get what is left
 
 # ---- which CPU ----
 flag() { # NAME of /proc/cpuinfo
     grep -m 1 '^flags' /proc/cpuinfo | grep -qw "$1"
 }
 has=()
-for name in avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16; do
-    ! flag $name || has+=("$name")
+for name in avx2 avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16; do
+    ! flag "$name" || has+=("$name")
 done
-say "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1), $(nproc) cores: ${has[*]-}"
+say "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | sed -n 1p), $(nproc) cores: ${has[*]-}"
 say ""
-
-# Two processors that are no siblings of one core.
-two=$(lscpu -p=CPU,CORE 2>/dev/null | awk -F, '!/^#/ && !seen[$2]++ {cpu[n++] = $1} END {if (n > 1) print cpu[0] "," cpu[1]}')
-pinned=()
-if [ -n "$two" ] && command -v taskset >/dev/null && taskset -c "$two" true 2>/dev/null; then
-    pinned=(taskset -c "$two")
-else
-    say "- not pinned to two cores: $([ -n "$two" ] && echo "taskset does not work here" || echo "lscpu names no two")"
+flag avx512_fp16 || flag amx_bf16 ||
+    cannot "the products of fp16 and amx" "this CPU has neither avx512_fp16 nor amx_bf16; what it has is measured"
+emulated=()
+if [ "$mode" = emulated ]; then
+    export QSHARD_CPU_FP16=portable QSHARD_CPU_AMX=portable # the same bits, slowly
+    ! flag avx2 || QSHARD_CPU_FP16=avx2
+    emulated=(--emulated)
+    say "- fp16 and amx by other instructions, small shapes: the figures only show that the programs work"
 fi
 
 # ---- right? ----
-# What a case compares with portable C it says; without the instructions it leaves with 77.
-case_of() { # NAME PROGRAM FLAG
-    local log=$report/cpu.$1.log code=0
-    if [ ! -x "$2" ]; then
+# A case compares inner loops bit for bit with portable C; where the CPU, its kernel or the build has none it says which and
+# leaves with 77.
+case_of() { # NAME
+    local program=$build/tests/case_$1 said=$work/$1 code=0
+    if [ ! -x "$program" ]; then
         cannot "$1" "not built: see the build stage"
         return
     fi
-    checks=$((checks + 1))
-    timeout -k 5 120 "$2" >"$log" 2>&1 || code=$?
+    { timeout -k 5 120 "$program" >"$said" 2>&1 || code=$?; } 2>/dev/null # nothing of the shell's on a signal
     case $code in
-    0) say "- ok: $1" ;;
-    77) cannot "$1" "$(tail -n 1 "$log")$(! flag "$3" || echo "; but the CPU has $3: the system may refuse it, or the compiler is too old")" ;;
-    *)
-        failures=$((failures + 1))
-        say "- FAILED: $1: $(why_in "$log" | cut -c 1-300) ($(basename "$log"))"
-        ;;
+    77) cannot "$1" "$(tail -n 1 "$said")" ;;
+    *) check "$1" ended "$code" "$said" ;;
     esac
 }
-case_of half "$build/tests/case_half" avx512_fp16
-case_of tile "$build/tests/case_tile" amx_bf16
-case_of pairs "$build/tests/case_pairs" avx2
-for name in linear lora products attention; do
+ended() { # CODE FILE
+    cat "$2"
+    [ "$1" = 0 ] || echo "error: exit $1: $(tail -n 1 "$2")"
+    return "$1"
+}
+for name in half tile pairs isa; do
+    case_of "$name" || true
+done
+for name in products linear attention lora bits; do
     if [ "$short" != 0 ]; then
         cannot "test_ops_$name" "a short run"
     elif [ -x "$build/tests/test_ops_$name" ]; then
@@ -59,73 +64,100 @@ for name in linear lora products attention; do
 done
 
 # ---- fast? ----
-# table NAME COLUMNS: rows of a benchmark's JSON
-table() {
-    "$python" - "$report/cpu.$1.json" "$2" <<'P' | tee -a "$part"
-import json, sys
-with open(sys.argv[1]) as file:
-    bench = json.load(file)
-columns = sys.argv[2].split(",")
-for table in bench["tables"].values():
-    if columns[0] in table["units"]:
-        print("\n|", " | ".join(f"{c} ({table['units'][c]})" if table["units"][c] else c for c in columns), "|")
-        print("|" + "---|" * len(columns))
-        for row in table["rows"]:
-            print("|", " | ".join(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns), "|")
-print()
-P
+curve() {
+    cannot "losses over 200 steps of each kind beside strict's" "they take half an hour; after ./quickstart.sh, for each kind: \
+qshard train inputs/smollm2.yaml --set output=quickstart/KIND --set cpu.gemm=KIND --set train.steps=200 \
+--set train.global_batch=2 --set train.micro_batch=2"
 }
-measure() { # NAME COLUMNS ARGUMENT...: of qshard bench
-    local name=$1 columns=$2
-    shift 2
-    if check "bench $name" ${pinned[@]+"${pinned[@]}"} "$qshard" bench "$@" --threads=2 --device=cpu --json "$report/cpu.$name.json"; then
-        [ -z "$python" ] || table "$name" "$columns"
-    fi
-}
-shapes=(2048x2048 5632x2048 4096x14336) rows=(128 512 2048) attention=(--tokens=2048)
-[ "$short" = 0 ] || shapes=(512x512) rows=(128) attention=(--tokens=128 --heads=4)
-for shape in "${shapes[@]}"; do
-    for tokens in "${rows[@]}"; do
-        measure "gemm-$shape-$tokens" operation,shape,rate,unit,bound,share,error gemm --shape="$shape" --tokens="$tokens"
-    done
-done
-measure attention operation,shape,rate,unit,bound,share,error attention "${attention[@]}"
-measure decode operation,shape,rate,unit,bound,share,error decode --shape=1024x1024
 
-model=${QSHARD_SMOLLM2:-}
-if [ "$short" != 0 ]; then
-    cannot "steps" "a short run"
-elif [ -e "$model/config.json" ]; then
-    work=$(mktemp -d -p "${TMPDIR:-/tmp}")
-    trap 'rm -rf "$work"' EXIT
-    if check "a base for steps" "$qshard" quantize "$model" -o "$work/base.h5"; then
-        kinds=(strict bf16)
-        ! flag avx512_fp16 || kinds+=(fp16)
-        ! flag amx_bf16 || kinds+=(amx)
-        for kind in "${kinds[@]}"; do
-            check "step $kind" ${pinned[@]+"${pinned[@]}"} "$qshard" bench step --base="$work/base.h5" --set=train.seq_len=512 \
-                --set=train.micro_batch=1 --set=train.global_batch=1 --set=train.recompute=none --set=cpu.gemm="$kind" \
-                --set=device=cpu --threads=2 && say "  $(sed -n 's/^# speed: //p' "$report/cpu.step_$kind.log")"
-        done
-    fi
+[ -n "$python" ] || {
+    cannot "speed" "no python3"
+    curve
+    finish
+}
+may_use() { # numbers of the processors that this process may run on
+    local range
+    for range in $(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status | tr , ' ' | grep . ||
+        echo "0-$(($(nproc) - 1))"); do
+        seq "${range%-*}" "${range#*-}"
+    done
+}
+two_cores() { # of different cores, where the system tells
+    local cpu siblings seen=' ' found=()
+    for cpu in $(may_use); do
+        siblings=$(cat "/sys/devices/system/cpu/cpu$cpu/topology/thread_siblings_list" 2>/dev/null || echo "$cpu")
+        case $seen in
+        *" $siblings "*) ;;
+        *) seen+="$siblings " found+=("$cpu") ;;
+        esac
+        [ "${#found[@]}" -lt 2 ] || break
+    done
+    (IFS=, && echo "${found[*]}")
+}
+two=$(two_cores) threads=2
+[ "${two/,/}" != "$two" ] || threads=1
+if taskset -cp "$two" $$ >/dev/null 2>&1; then
+    say "- from here on bound to processors $two"
 else
-    cannot "steps" "QSHARD_SMOLLM2 names no model"
+    say "- not bound to processors $two: taskset does not work here"
 fi
+
+model=() small=()
+[ ! -e "${QSHARD_SMOLLM2:-/none}/config.json" ] || model=(--model "$QSHARD_SMOLLM2")
+if [ "$short" != 0 ] || [ "$mode" = emulated ]; then
+    small=(--small) model=()
+fi
+checks=$((checks + 1))
+"$python" tests/gpu/cpu_bench.py "$work" --qshard "$qshard" --threads "$threads" --report "$report" --seconds \
+    "$((within * 3 / 10))" ${model[@]+"${model[@]}"} ${small[@]+"${small[@]}"} ${emulated[@]+"${emulated[@]}"} \
+    2>"$report/cpu.bench.log" | tee -a "$part"
+[ "${PIPESTATUS[0]}" = 0 ] || {
+    failures=$((failures + 1))
+    [ ! -s "$report/cpu.bench.log" ] || say "- FAILED: cpu_bench.py: $(tail -n 1 "$report/cpu.bench.log" | cut -c 1-300)"
+}
 
 # ---- beside the peers? ----
-lacking=$([ -z "$python" ] && echo python3 || "$python" -c '
-import importlib.util as u
-print(*(name for name in ("numpy", "torch", "bitsandbytes", "h5py", "xxhash") if u.find_spec(name) is None))')
-if [ "$short" != 0 ]; then
+peer_python=${QSHARD_ORACLE:-build/oracle}/bin/python
+[ -x "$peer_python" ] || peer_python=$(command -v "$python")
+lacking() { # PYTHON MODULE...
+    "$1" -c 'import importlib.util as u, sys; print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))' "${@:2}"
+}
+peers() { # NAME SECONDS CASE...
+    local name=$1 seconds=$2
+    shift 2
+    if [ "$seconds" -lt 30 ]; then
+        cannot "$name" "of $within s (QSHARD_GPU_CPU_S) $seconds are left"
+        return
+    fi
+    check "$name" timeout -k 5 "$((seconds + 60))" "$python" benchmarks/cpu_peers.py "$@" --seconds "$seconds" \
+        --threads "$threads" ${model[@]+"${model[@]}"} --qshard "$qshard" --peer-python "$peer_python" --work "$work" \
+        --json "$report/cpu.peers.json" || true
+    # its tables, and what it left out
+    sed -n 's/^\[[^]]*\] *\(.*: left out\)/- not run: \1/p; /^|/p; /^$/p' "$report/cpu.${name//[^a-zA-Z0-9_.-]/_}.log" |
+        cat -s | tee -a "$part"
+    say ""
+}
+if [ "${#small[@]}" != 0 ]; then
     cannot "the peers" "a short run"
-elif [ -n "$lacking" ]; then
-    cannot "the peers" "there is no $lacking"
 else
-    check "cpu_peers" timeout -k 10 "${QSHARD_GPU_PEERS_S:-240}" ${pinned[@]+"${pinned[@]}"} "$python" benchmarks/cpu_peers.py \
-        gemm decode --turns 1 --threads 2 --model "$model" --qshard "$qshard" --peer-python "$(command -v "$python")" --json "$report/cpu.peers.json" \
-        --work "$report/cpu.peers" && sed -n '/^|/p' "$report/cpu.cpu_peers.log" | tee -a "$part"
-    rm -rf "$report/cpu.peers"
+    step_s=60 reason=''
+    none=$(lacking "$peer_python" transformers peft accelerate h5py)
+    [ -z "$none" ] || reason="$peer_python has no $none"
+    none=$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); from peers import models' 2>&1 | tail -n 1)
+    [ -z "$none" ] || reason="$python makes no token file: $none"
+    [ "${#model[@]}" != 0 ] || reason="no SmolLM2: QSHARD_SMOLLM2 names its folder"
+    [ -z "$reason" ] || step_s=0
+    none=$(lacking "$peer_python" numpy torch bitsandbytes)
+    if [ -n "$none" ]; then
+        cannot "the peers" "$peer_python has no $none"
+    else
+        peers "decode and products beside the peers" "$((within - SECONDS - step_s))" decode gemm
+        if [ -n "$reason" ]; then
+            cannot "steps beside the peers" "$reason"
+        else
+            peers "steps beside the peers" "$((within - SECONDS))" step
+        fi
+    fi
 fi
-say ""
-cannot "losses over 200 steps of a fast kind beside strict" "it takes half an hour: docs/decisions.md has the command"
+curve
 finish
