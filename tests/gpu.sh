@@ -21,7 +21,7 @@
 #   QSHARD_GPU_REPORT   where the report goes [build/gpu-report]
 #   QSHARD_SMOLLM2      Hugging Face directory of SmolLM2-135M-Instruct, if there is one, for stages train and cpu
 #   QSHARD_GPU_TOKENS   lengths T of stages bench and peer, in words [512 4096 16384]
-#   QSHARD_GPU_CPU_S    seconds of stage cpu; the peers get what its own figures leave [240]
+#   QSHARD_GPU_CPU_S    seconds of stage cpu; the peers get what its own figures leave [300]
 #   QSHARD_PYTHON       Python 3 [python3]; QSHARD_ORACLE: an environment whose Python has the peers of stage cpu [build/oracle]
 #   QSHARD_COMMIT       what the report says was tested [what git says]
 #   QSHARD_GPU_SHORT=1  fewer and smaller cases: to try the script itself

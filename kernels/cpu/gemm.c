@@ -126,6 +126,23 @@ static void pack_along(const qs_panels *p, const qs_panels_part *part, const qs_
     }
 }
 
+/* Rows of an operand whose stored rows run along k; else as `pack`. */
+static void pack_rows(const qs_panels *p, const qs_panels_part *part, const qs_operand *op,
+                      int64_t first, int64_t count, float *dst, int width)
+{
+    enum { LANES = 16 };
+    const format *f = &((const operands *)p->ctx)->f;
+    const int64_t group_stride = width * words(f, part->depth);
+    for (int64_t i = 0; i < count; i += width, dst += group_stride) {
+        for (int at = 0; at < width; at += LANES) {
+            const int lanes = width - at < LANES ? width - at : LANES;
+            const int64_t there = count - i - at;
+            const int here = there < 0 ? 0 : (int)qs_min_i64(lanes, there);
+            pack_across(f, op, first + i + at, here, part->k0, part->depth, dst + at, width, lanes);
+        }
+    }
+}
+
 static bool scaled(const qs_operand *op)
 {
     return op->scale != 0.0F && op->scale != 1.0F;
@@ -136,23 +153,13 @@ static bool scaled(const qs_operand *op)
 static void pack(const qs_panels *p, const qs_panels_part *part, const qs_operand *op,
                  bool rows_along_k, int64_t first, int64_t count, float *dst, int width)
 {
-    enum { LANES = 16 };
-    const format *f = &((const operands *)p->ctx)->f;
-    const int64_t group = width * words(f, part->depth), groups = qs_ceil_div(count, width);
-    if (!rows_along_k) {
-        pack_along(p, part, op, first, count, dst, width);
-    }
-    for (int64_t g = 0; g < groups && rows_along_k; g++) {
-        for (int at = 0; at < width; at += LANES) {
-            const int lanes = width - at < LANES ? width - at : LANES;
-            const int64_t i = g * width + at, there = count - i;
-            const int here = there < 0 ? 0 : (int)qs_min_i64(lanes, there);
-            pack_across(f, op, first + i, here, part->k0, part->depth, dst + g * group + at, width,
-                        lanes);
+    (rows_along_k ? pack_rows : pack_along)(p, part, op, first, count, dst, width);
+    if (scaled(op)) {
+        const format *f = &((const operands *)p->ctx)->f;
+        const int64_t packed = qs_ceil_div(count, width) * width * words(f, part->depth);
+        for (int64_t i = 0; i < packed; i++) {
+            dst[i] *= op->scale;
         }
-    }
-    for (int64_t i = 0; i < groups * group && scaled(op); i++) {
-        dst[i] *= op->scale;
     }
 }
 

@@ -8,7 +8,7 @@ need_built qshard
 work=$(mktemp -d -p "${TMPDIR:-/tmp}")
 trap 'rm -rf "$work"' EXIT
 export CUDA_VISIBLE_DEVICES=''  # the peers compute on the CPU, too
-within=${QSHARD_GPU_CPU_S:-240} # seconds of all of it; the peers get what is left
+within=${QSHARD_GPU_CPU_S:-300} # seconds of all of it; the peers get what is left
 
 # ---- which CPU ----
 flag() { # NAME of /proc/cpuinfo
@@ -140,7 +140,7 @@ peers() { # NAME SECONDS CASE...
 if [ "${#small[@]}" != 0 ]; then
     cannot "the peers" "a short run"
 else
-    step_s=60 reason=''
+    step_s=100 reason='' # cpu_peers begins a step with 90
     none=$(lacking "$peer_python" transformers peft accelerate h5py)
     [ -z "$none" ] || reason="$peer_python has no $none"
     none=$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); from peers import models' 2>&1 | tail -n 1)
