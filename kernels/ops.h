@@ -276,9 +276,11 @@ bool qs_ops_cpu_bf16_is_faster(void);
  * the CPU has no AVX512-FP16. */
 const qs_ops *qs_ops_cpu_fp16(void);
 
-/** Likewise in bf16 tiles (kernels/cpu/gemm_amx.h); NULL where the CPU or its kernel has no
- * AMX-BF16.
- */
+/** Likewise in bf16 tiles (kernels/cpu/gemm_amx.h). The same bits on every CPU. */
 const qs_ops *qs_ops_cpu_amx(void);
+
+/** Whether they are multiplied by AMX here, which takes a third of strict's time; elsewhere it is
+ * two to three times as much. */
+bool qs_ops_cpu_amx_is_faster(void);
 
 #endif

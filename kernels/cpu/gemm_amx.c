@@ -109,7 +109,7 @@ static void multiply(const qs_panels *p, const qs_panels_part *part)
 {
     const operands *o = p->ctx;
     const int64_t steps = steps_of(part->depth);
-    o->tile->begin();
+    const unsigned before = o->tile->begin();
     for (int64_t i = part->i; i < part->i + part->rows; i += SIDE) {
         const uint16_t *a = (const uint16_t *)(const void *)qs_panels_left(p, i);
         for (int64_t j = 0; j < part->cols; j += SIDE) {
@@ -120,7 +120,7 @@ static void multiply(const qs_panels *p, const qs_panels_part *part)
             qs_panels_store(p, i, part->j + j, y, SIDE, NULL, part->accumulate);
         }
     }
-    o->tile->end();
+    o->tile->end(before);
 }
 
 qs_status qs_gemm_amx(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs_operand *a,
@@ -140,9 +140,6 @@ qs_status qs_gemm_amx(qs_queue *queue, int64_t m, int64_t n, int64_t k, const qs
                                  .pack_right = pack_right,
                                  .multiply = multiply};
     const operands o = {qs_tile_get(), qs_isa_get(), a, b};
-    if (o.tile == NULL) {
-        return QS_FAIL(QS_ERR_ENVIRONMENT, "cpu.gemm: amx needs a CPU with AMX-BF16");
-    }
     return qs_panels_multiply(queue, &kind, &o, m, n, k, c, c_stride, accumulate);
 }
 

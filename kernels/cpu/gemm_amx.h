@@ -14,7 +14,7 @@
 
 #include "kernels/cpu/gemm.h"
 
-/** A is not transposed and not scaled. \return QS_ERR_ENVIRONMENT if there is no table (tile.h). */
+/** A is not transposed and not scaled. */
 qs_gemm_function qs_gemm_amx;
 
 /** Floats of packing space that qs_gemm_amx keeps beside what qs_gemm does for the same operands,

@@ -171,7 +171,12 @@ const qs_ops *qs_ops_cpu_fp16(void)
 
 const qs_ops *qs_ops_cpu_amx(void)
 {
-    return qs_tile_get() != NULL ? &amx_table : NULL;
+    return &amx_table;
+}
+
+bool qs_ops_cpu_amx_is_faster(void)
+{
+    return qs_tile_supported() && qs_tile_get() == qs_tile_amx();
 }
 
 const qs_ops *qs_ops_cpu_bf16(void)

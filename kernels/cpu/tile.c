@@ -11,6 +11,8 @@
 #include <unistd.h>
 #endif
 
+#include "kernels/cpu/isa.h"
+
 enum { SIDE = QS_TILE_SIDE, HALF = QS_TILE_HALF, STEP = QS_TILE_STEP };
 
 /* ---- portable ---- */
@@ -67,15 +69,21 @@ static void portable_tile(int64_t steps, const uint16_t *a, const uint16_t *b, f
     }
 }
 
-static void nothing(void)
+static unsigned nothing(void)
 {
+    return 0;
+}
+
+static void nothing_after(unsigned before)
+{
+    (void)before;
 }
 
 const qs_tile *qs_tile_portable(void)
 {
     static const qs_tile table = {.name = "portable",
                                   .begin = nothing,
-                                  .end = nothing,
+                                  .end = nothing_after,
                                   .tile = portable_tile,
                                   .round = qs_tile_round,
                                   .pair = qs_tile_pair};
@@ -133,6 +141,9 @@ static const qs_tile *find(const char *name)
     if (strcmp(name, "amx") == 0) {
         return qs_tile_supported() ? qs_tile_amx() : NULL;
     }
+    if (strcmp(name, "avx2") == 0) {
+        return qs_isa_runs("avx2") ? qs_tile_avx2() : NULL;
+    }
     return strcmp(name, "portable") == 0 ? qs_tile_portable() : NULL;
 }
 
@@ -145,7 +156,11 @@ const qs_tile *qs_tile_get(void)
     if (tile == NULL && wanted != NULL) {
         tile = find(wanted);
     }
-    return tile != NULL ? tile : find("amx");
+    static const char *const fastest_first[] = {"amx", "avx2", "portable"};
+    for (int i = 0; tile == NULL; i++) {
+        tile = find(fastest_first[i]);
+    }
+    return tile;
 }
 
 bool qs_tile_force(const char *name)

@@ -1,5 +1,5 @@
-/* Inner loops of the bf16 product (gemm_amx.h): one table for AMX, one in portable C that computes
- * the same bits anywhere, slowly. The portable one is the definition.
+/* Inner loops of the bf16 product (gemm_amx.h): one table for AMX, two that compute the same bits
+ * elsewhere, for AVX2 and in portable C, slowly. The portable one is the definition.
  *
  * A tile is 32 rows x 32 columns, four of AMX's accumulators. Its operands are packed in steps of
  * 32 k, each two halves of AMX's tiles:
@@ -22,9 +22,10 @@ enum {
 typedef struct {
     const char *name;
 
-    /** Around the calls of `tile` in one thread: the registers' shape, and their release. */
-    void (*begin)(void);
-    void (*end)(void);
+    /** Around the calls of `tile` in one thread: the registers' shape and their release, or the
+     * thread's floating-point modes. */
+    unsigned (*begin)(void);
+    void (*end)(unsigned before);
 
     /** y[32, 32] = the sums of `steps` steps. In a step, for each element:
      *     even = odd = 0; for its 16 pairs in ascending k: even = a b + even, odd = a b + odd,
@@ -40,23 +41,23 @@ typedef struct {
     void (*pair)(const float *even, const float *odd, int64_t count, uint32_t *out);
 } qs_tile;
 
-/** The table in use: AMX's, or what QSHARD_CPU_AMX names; NULL where the CPU, the kernel or this
- * build has none and none is forced. */
+/** The table in use, never NULL: the fastest that the CPU has, or what QSHARD_CPU_AMX names. */
 const qs_tile *qs_tile_get(void);
 
-/** Use the table called `name` ("portable", "amx") from now on, NULL: by the CPU again. For tests.
- * \return false if this CPU cannot run it. */
+/** Use the table called `name` ("portable", "avx2", "amx") from now on, NULL: by the CPU again (for
+ * tests). \return false if this CPU cannot run it. */
 bool qs_tile_force(const char *name);
 
 /** Whether CPU, kernel and build can multiply AMX's tiles. The first call asks the kernel for their
  * registers, for the whole process. */
 bool qs_tile_supported(void);
 
-/** The tables, NULL where the assembler did not know the instructions. */
+/** The tables, NULL where compiler or assembler did not know the instructions. */
 const qs_tile *qs_tile_portable(void);
+const qs_tile *qs_tile_avx2(void);
 const qs_tile *qs_tile_amx(void);
 
-/* ---- what both tables are compiled from ---- */
+/* ---- what the tables are compiled from ---- */
 
 static inline uint16_t qs_tile_round_one(float value)
 {

@@ -14,16 +14,18 @@ typedef struct {
     uint8_t rows[16];
 } shape;
 
-static void amx_begin(void)
+static unsigned amx_begin(void)
 {
     static const shape all = {.palette = 1,
                               .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
                               .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
     __asm__ volatile("ldtilecfg %0" : : "m"(all));
+    return 0;
 }
 
-static void amx_end(void)
+static void amx_end(unsigned before)
 {
+    (void)before;
     __asm__ volatile("tilerelease" : : : "memory");
 }
 

@@ -2,6 +2,7 @@
  */
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "bench/bench_impl.h"
 #include "bench/kernels/check.h"
@@ -59,10 +60,16 @@ static qs_status add_row(bench_run *r, const char *name, const char *shape, qs_b
 
 /* ---- products ---- */
 
+/* Products by tiles take too long without AMX, unless somebody asks how long. */
+static const qs_ops *amx_worth_timing(void)
+{
+    return qs_ops_cpu_amx_is_faster() || getenv("QSHARD_CPU_AMX") != NULL ? qs_ops_cpu_amx() : NULL;
+}
+
 /* The head is the same in all; decoding and attention are another's in bf16 alone. */
 static void find_paths(bench_run *r)
 {
-    const qs_ops *all[PATHS_MAX] = {qs_ops_cpu_bf16(), qs_ops_cpu_fp16(), qs_ops_cpu_amx()};
+    const qs_ops *all[PATHS_MAX] = {qs_ops_cpu_bf16(), qs_ops_cpu_fp16(), amx_worth_timing()};
     const qs_bench_kind kind = r->job->options->kind;
     const int count = kind == QS_BENCH_GEMM ? PATHS_MAX : kind == QS_BENCH_HEAD ? 0 : 1;
     for (int i = 0; i < count && r->b.plugin == NULL; i++) {

@@ -1,5 +1,6 @@
-/* Compares the bf16 product's inner loops for AMX with the portable ones, bit for bit: exit 0 if
- * they agree, 1 if not, 77 if this CPU, its kernel or this build has none, and says which. Links
+/* Compares the bf16 product's inner loops for AVX2 and for AMX with the portable ones, bit for bit:
+ * exit 0 if they agree, 1 if not, 77 if those that ran do, but this CPU, its kernel or this build
+ * has no AMX, and says which. Links
  * statically and needs nothing else, so that it can run as the only program of an emulated machine.
  */
 #include "kernels/cpu/tile.h"
@@ -8,6 +9,7 @@
 #include <string.h>
 
 #include "bit_checks.h"
+#include "kernels/cpu/isa.h"
 
 #ifdef QS_TILE_NO_UNDERFLOW /* an emulator that is wrong there: tests/bare_metal/run.sh */
 enum { SMALL_ONES = 0 };
@@ -30,7 +32,7 @@ static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
     static uint16_t a[COUNT], b[COUNT];
     static float y[2][SUMS];
     int wrong = 0;
-    fast->begin();
+    const unsigned before = fast->begin();
     for (int round = 0; round < ROUNDS && wrong == 0; round++) {
         const int kind = round % BF16_KINDS;
         if ((kind == 1 || kind == 2) && !SMALL_ONES) {
@@ -47,7 +49,7 @@ static int compare_tiles(const qs_tile *fast, const qs_tile *slow)
         slow->tile(steps, a, b, y[1]);
         wrong = differ_f32("tile", round, y[0], y[1], SUMS);
     }
-    fast->end();
+    fast->end(before);
     return wrong;
 }
 
@@ -87,15 +89,25 @@ static const char *why_not(void)
                              : "this CPU has no AMX-BF16";
 }
 
+static int compare(const qs_tile *fast)
+{
+    const qs_tile *slow = qs_tile_portable();
+    const int wrong = compare_tiles(fast, slow) + compare_packs(fast, slow);
+    printf("tile: %s: %s\n", fast->name, wrong == 0 ? "the same bits" : "DIFFERENT BITS");
+    return wrong;
+}
+
 int main(void)
 {
     enum { SKIPPED = 77 };
-    if (!qs_tile_supported()) {
-        printf("tile: %s: not compared\n", why_not());
-        return SKIPPED;
+    int wrong = 0;
+    if (qs_tile_avx2() != NULL && qs_isa_runs("avx2")) {
+        wrong += compare(qs_tile_avx2());
     }
-    const qs_tile *fast = qs_tile_amx(), *slow = qs_tile_portable();
-    const int wrong = compare_tiles(fast, slow) + compare_packs(fast, slow);
-    printf("tile: %s: %s\n", fast->name, wrong == 0 ? "the same bits" : "DIFFERENT BITS");
-    return wrong > 0 ? 1 : 0;
+    if (qs_tile_supported()) {
+        wrong += compare(qs_tile_amx());
+    } else {
+        printf("tile: %s: not compared\n", why_not());
+    }
+    return wrong > 0 ? 1 : qs_tile_supported() ? 0 : SKIPPED;
 }

@@ -25,7 +25,7 @@ flag avx512_fp16 || flag amx_bf16 ||
 emulated=()
 if [ "$mode" = emulated ]; then
     export QSHARD_CPU_FP16=portable QSHARD_CPU_AMX=portable # the same bits, slowly
-    ! flag avx2 || QSHARD_CPU_FP16=avx2
+    ! flag avx2 || export QSHARD_CPU_FP16=avx2 QSHARD_CPU_AMX=avx2
     emulated=(--emulated)
     say "- fp16 and amx by other instructions, small shapes: the figures only show that the programs work"
 fi
