@@ -86,6 +86,13 @@ static const char LLAMA_3_8B[] =
     " \"rms_norm_eps\": 1e-5, \"rope_theta\": 500000.0, \"hidden_act\": \"silu\","
     " \"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\"}";
 
+static const char LLAMA_3_70B[] =
+    "{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", \"hidden_size\": 8192,"
+    " \"intermediate_size\": 28672, \"num_hidden_layers\": 80, \"num_attention_heads\": 64,"
+    " \"num_key_value_heads\": 8, \"vocab_size\": 128256, \"max_position_embeddings\": 8192,"
+    " \"rms_norm_eps\": 1e-5, \"rope_theta\": 500000.0, \"hidden_act\": \"silu\","
+    " \"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\"}";
+
 typedef struct {
     char folder[SCRATCH_MAX];
     qs_config config;
@@ -93,14 +100,14 @@ typedef struct {
 } fixture;
 
 /* One sequence of 4,096 tokens a step on a base that is nothing but its config.json. */
-static fixture llama(const char *const *sets, int n_sets)
+static fixture on_base(const char *config_json, const char *const *sets, int n_sets)
 {
     fixture f = {0};
     char path[128], yaml[512];
     qs_log_init(0, 1, QS_LOG_QUIET, false);
     scratch_make(f.folder, NULL);
     snprintf(path, sizeof path, "%s/config.json", f.folder);
-    cr_assert_eq(qs_io_write_file(path, LLAMA_3_8B, sizeof LLAMA_3_8B - 1), QS_OK);
+    cr_assert_eq(qs_io_write_file(path, config_json, strlen(config_json)), QS_OK);
     snprintf(yaml, sizeof yaml,
              "base: %s\ntrain: {global_batch: 1, micro_batch: 1, seq_len: 4096}\n", f.folder);
     cr_assert_eq(qs_config_parse(&f.config, yaml, strlen(yaml), "run.yaml", sets, n_sets), QS_OK,
@@ -108,6 +115,11 @@ static fixture llama(const char *const *sets, int n_sets)
     cr_assert_eq(qs_outlook_open(&f.inputs, &f.config), QS_OK, "%s", qs_error_text());
     cr_assert(f.inputs.assumed);
     return f;
+}
+
+static fixture llama(const char *const *sets, int n_sets)
+{
+    return on_base(LLAMA_3_8B, sets, n_sets);
 }
 
 static void done(fixture *f)
@@ -233,6 +245,106 @@ Test(outlook, a_copy_of_the_base_is_shared_by_whom_the_configuration_says)
     cr_assert_eq(look_at(&f, "H100", 8, 1).work.group, 8);
     cr_assert_eq(look_at(&f, "H100", 8, 4).work.group, 4);
     done(&f);
+}
+
+/* ---- what auto stands for ---- */
+
+static int64_t lack_on(const fixture *f, const qs_outlook *outlook, const char *gpu)
+{
+    const qs_outlook_place place = {
+        .gpu = qs_gpu_kind_find(gpu), .nranks = 4, .per_node = 8, .threads = 1};
+    return (int64_t)qs_outlook_needed(outlook) - (int64_t)qs_outlook_allowed(&f->config, &place);
+}
+
+/* Bytes that each of 4 ranks lacks with `group` micro-batches a pass; 0: auto, whose choice is
+ * *chosen. */
+static int64_t lack_with(const char *gpu, const char *limit, int group, int64_t *chosen)
+{
+    char groups[48];
+    snprintf(groups, sizeof groups, group > 0 ? "train.gather_group=%d" : "train.gather_group=auto",
+             group);
+    const char *const sets[] = {"train.global_batch=16", "train.seq_len=2048", limit, groups};
+    fixture f = on_base(LLAMA_3_70B, sets, 4);
+    const qs_outlook outlook = look_at(&f, gpu, 4, 8);
+    const int64_t lack = lack_on(&f, &outlook, gpu);
+    *chosen = outlook.choice.group;
+    done(&f);
+    return lack;
+}
+
+/* Four slots a rank take 1 pass of 4, 2 of 2 or 3 + 1 (which fit into 26 GiB, and save none), 4 of
+ * 1. */
+Test(outlook, auto_takes_the_fewest_passes_that_fit)
+{
+    static const struct {
+        const char *gpu, *limit;
+        int64_t group;
+    } cases[] = {{"A6000", "memory.device_limit=0", 4},
+                 {"RTX3090", "memory.device_limit=0", 2},
+                 {"A6000", "memory.device_limit=26G", 2},
+                 {"A6000", "memory.device_limit=21G", 1},
+                 {"RTX3090", "memory.device_limit=30G", 2}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int64_t chosen = 0, same = 0;
+        const int64_t lack = lack_with(cases[i].gpu, cases[i].limit, 0, &chosen);
+        cr_assert_eq(chosen, cases[i].group, "%s, %s: %lld", cases[i].gpu, cases[i].limit,
+                     (long long)chosen);
+        cr_assert_leq(lack, 0);
+        cr_assert_eq(lack, lack_with(cases[i].gpu, cases[i].limit, (int)chosen, &same));
+        for (int more = 2 * (int)chosen; more <= 4; more *= 2) { /* so many did not fit */
+            cr_assert_gt(lack_with(cases[i].gpu, cases[i].limit, more, &same), 0);
+            cr_assert_eq(same, more, "a number stays");
+        }
+    }
+}
+
+/* A larger group keeps more inputs, but fewer sums of gradients: the least is not always 1. */
+Test(outlook, auto_lacks_least_where_nothing_fits)
+{
+    static const char *const lengths[] = {"train.seq_len=256", "train.seq_len=2048"};
+    for (int i = 0; i < 2; i++) {
+        int64_t least = INT64_MAX, best = 0;
+        for (int group = 4; group >= 0; group--) { /* auto is the last */
+            char groups[48];
+            snprintf(groups, sizeof groups,
+                     group > 0 ? "train.gather_group=%d" : "train.gather_group=auto", group);
+            const char *const sets[] = {"train.global_batch=16", "memory.device_limit=4G",
+                                        lengths[i], groups};
+            fixture f = on_base(LLAMA_3_70B, sets, 4);
+            const qs_outlook outlook = look_at(&f, "H100", 4, 8);
+            const int64_t lack = lack_on(&f, &outlook, "H100");
+            cr_assert_gt(lack, 0);
+            cr_assert(group > 0 || (lack == least && outlook.choice.group == best), "%s: %lld",
+                      lengths[i], (long long)outlook.choice.group);
+            best = lack < least ? group : best;
+            least = lack < least ? lack : least;
+            done(&f);
+        }
+        cr_assert_eq(best, i == 0 ? 4 : 1, "%s: %lld", lengths[i], (long long)best);
+    }
+}
+
+/* 2 nodes of 4: a node's copy is 44 % of a 3090, and long sequences need what it takes more
+ * than the world's. */
+Test(outlook, auto_gives_a_node_no_copy_that_leaves_no_room_for_the_rest)
+{
+    static const struct {
+        const char *group, *length;
+        int ranks; /* 0: does not fit */
+    } cases[] = {{"shard.group=auto", "train.seq_len=2048", 4},
+                 {"shard.group=auto", "train.seq_len=5632", 8},
+                 {"shard.group=node", "train.seq_len=5632", 0},
+                 {"shard.group=world", "train.seq_len=5632", 8}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *const sets[] = {"train.global_batch=8", cases[i].length, cases[i].group};
+        fixture f = on_base(LLAMA_3_70B, sets, 3);
+        const qs_outlook outlook = look_at(&f, "RTX3090", 8, 4);
+        const bool fit = lack_on(&f, &outlook, "RTX3090") <= 0;
+        cr_assert_eq(fit ? outlook.work.group : 0, cases[i].ranks, "%s, %s: %d", cases[i].group,
+                     cases[i].length, outlook.work.group);
+        cr_assert_eq(outlook.choice.widened, i == 1);
+        done(&f);
+    }
 }
 
 Test(outlook, a_group_that_does_not_divide_the_ranks_is_refused)

@@ -280,7 +280,8 @@ static qs_status open_session(bench_step *b)
     b->tokens = b->sequences * config.train.seq_len;
     b->targets = b->sequences * (config.train.seq_len - 1);
     b->shape = qs_plan_shape(s, b->data, NULL, b->slots);
-    return QS_OK;
+    qs_plan_choice choice;
+    return qs_plan_settle(&choice, s, b->data, NULL, &b->shape, b->slots);
 }
 
 static qs_status allocate(bench_step *b)

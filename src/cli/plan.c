@@ -141,19 +141,33 @@ static void print_step(const plan *p, const qs_gpu_kind *gpu, const qs_step_work
     print_short_batches(p, work);
 }
 
-static void print_kinds_row(const plan *p, const qs_gpu_kind *gpu, const qs_outlook *outlook)
+/* What `auto` stands for where memory decided it, each with the reason. */
+static void print_reasons(const qs_plan_choice *choice)
 {
+    char reasons[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES];
+    const int count = qs_plan_reasons(choice, reasons);
+    for (int i = 0; i < count; i++) {
+        printf("%s%s", reasons[i], i < count - 1 ? "\n" : "\n\n");
+    }
+}
+
+static qs_status print_kinds_row(const plan *p, const qs_gpu_kind *gpu, bool *any)
+{
+    qs_outlook outlook;
     const qs_links links = links_of(p, gpu);
     const qs_outlook_place place = place_of(p, gpu);
-    const qs_forecast f = qs_forecast_make(&outlook->work, gpu, &links);
-    const size_t needed = qs_outlook_needed(outlook);
+    QS_TRY(qs_outlook_make(&outlook, &p->inputs, &p->config, &place));
+    const qs_forecast f = qs_forecast_make(&outlook.work, gpu, &links);
+    const size_t needed = qs_outlook_needed(&outlook);
     const size_t allowed = qs_outlook_allowed(&p->config, &place);
-    printf("%-10s %10.1f %10.1f %6s", gpu->name, (double)needed / GIB, (double)allowed / GIB,
-           needed <= allowed ? "yes" : "no");
+    printf("%-10s %10.1f %10.1f %12" PRId64 " %6s", gpu->name, (double)needed / GIB,
+           (double)allowed / GIB, outlook.choice.group, needed <= allowed ? "yes" : "no");
     if (needed <= allowed) {
-        printf(" %12.1f %12.0f", 1e3 * f.step_s, outlook->work.all_tokens / f.step_s);
+        printf(" %12.1f %12.0f", 1e3 * f.step_s, outlook.work.all_tokens / f.step_s);
+        *any = true;
     }
     printf("\n");
+    return QS_OK;
 }
 
 /* ---- does it fit? ---- */
@@ -211,6 +225,7 @@ static qs_status plan_on(const plan *p, const qs_gpu_kind *gpu)
     qs_outlook outlook;
     const qs_outlook_place place = place_of(p, gpu);
     QS_TRY(qs_outlook_make(&outlook, &p->inputs, &p->config, &place));
+    print_reasons(&outlook.choice);
     qs_memory_plan_print(&outlook.memory, false);
     QS_TRY(judge(p, &outlook, &place));
     if (gpu != NULL) {
@@ -221,25 +236,30 @@ static qs_status plan_on(const plan *p, const qs_gpu_kind *gpu)
     return QS_OK;
 }
 
+static const qs_gpu_kind *largest_kind(void)
+{
+    const qs_gpu_kind *largest = &qs_gpu_kinds[0];
+    for (int i = 1; i < qs_gpu_kinds_count; i++) {
+        largest = qs_gpu_kinds[i].memory_gib > largest->memory_gib ? &qs_gpu_kinds[i] : largest;
+    }
+    return largest;
+}
+
+/* The table is that of the largest card; what a rank holds on others, `auto` may make less. */
 static qs_status plan_on_all(const plan *p)
 {
     qs_outlook outlook;
     bool any = false;
-    const qs_gpu_kind *largest = &qs_gpu_kinds[0];
-    const qs_outlook_place first = place_of(p, largest); /* what a rank holds is the same on all */
-    QS_TRY(qs_outlook_make(&outlook, &p->inputs, &p->config, &first));
+    const qs_outlook_place best = place_of(p, largest_kind());
+    QS_TRY(qs_outlook_make(&outlook, &p->inputs, &p->config, &best));
+    print_reasons(&outlook.choice);
     qs_memory_plan_print(&outlook.memory, false);
-    printf("\n%-10s %10s %10s %6s %12s %12s\n", "GPU", "needed GiB", "has GiB", "fits", "step ms",
-           "tokens/s");
+    printf("\n%-10s %10s %10s %12s %6s %12s %12s\n", "GPU", "needed GiB", "has GiB", "gather_group",
+           "fits", "step ms", "tokens/s");
     for (int i = 0; i < qs_gpu_kinds_count; i++) {
-        const qs_gpu_kind *gpu = &qs_gpu_kinds[i];
-        const qs_outlook_place place = place_of(p, gpu);
-        print_kinds_row(p, gpu, &outlook);
-        any = any || qs_outlook_needed(&outlook) <= qs_outlook_allowed(&p->config, &place);
-        largest = gpu->memory_gib > largest->memory_gib ? gpu : largest;
+        QS_TRY(print_kinds_row(p, &qs_gpu_kinds[i], &any));
     }
     print_short_batches(p, &outlook.work);
-    const qs_outlook_place best = place_of(p, largest);
     return any ? QS_OK : judge(p, &outlook, &best);
 }
 

@@ -110,7 +110,9 @@ const qs_key qs_keys[] = {
      .neutral = true,
      .zero = "auto",
      .unit = "micro-batches",
-     .meaning = "micro-batches that pass one gathered unit"},
+     .meaning =
+         "micro-batches that pass one gathered unit; auto: where ranks share the base as many, "
+         "up to 4, as fit into memory, else 1"},
     {.name = "train.eval_every",
      .type = QS_KEY_I64,
      .offset = AT(train.eval_every),
@@ -281,7 +283,7 @@ const qs_key qs_keys[] = {
      .unit = "ranks",
      .meaning =
          "ranks that share one copy of the base: all, those of a node, or so many; auto: a node's "
-         "if there are several and the base fits"},
+         "if there are several and the run fits beside it"},
     {.name = "shard.keep_resident",
      .type = QS_KEY_I64,
      .offset = AT(shard.keep_resident),

@@ -198,16 +198,17 @@ qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_
 static qs_status write_rank(qs_metrics *metrics, int64_t step, int rank, const qs_rank_metrics *m)
 {
     char line[LINE_MAX_BYTES];
-    const int n = snprintf(line, sizeof line,
-                           "{\"step\": %" PRId64 ", \"rank\": %d, \"tokens\": %" PRId64
-                           ", \"targets\": %" PRId64 ", \"flops\": %.17g, \"read_bytes\": %" PRIu64
-                           ", \"data_bytes\": %" PRIu64 ", \"gathered_bytes\": %" PRIu64
-                           ", \"received_bytes\": %" PRIu64 ", \"foreign_bytes\": %" PRIu64
-                           ", \"base_bytes\": %" PRIu64 ", \"peak_bytes\": %" PRIu64
-                           ", \"rss_bytes\": %" PRIu64 "}\n",
-                           step, rank, m->tokens, m->targets, m->flops, m->read_bytes,
-                           m->data_bytes, m->gathered_bytes, m->received_bytes, m->foreign_bytes,
-                           m->base_bytes, m->peak_bytes, m->rss_bytes);
+    const int n = snprintf(
+        line, sizeof line,
+        "{\"step\": %" PRId64 ", \"rank\": %d, \"tokens\": %" PRId64 ", \"targets\": %" PRId64
+        ", \"flops\": %.17g, \"read_bytes\": %" PRIu64 ", \"data_bytes\": %" PRIu64
+        ", \"gathered_bytes\": %" PRIu64 ", \"received_bytes\": %" PRIu64
+        ", \"foreign_bytes\": %" PRIu64 ", \"base_bytes\": %" PRIu64 ", \"peak_bytes\": %" PRIu64
+        ", \"rss_bytes\": %" PRIu64 ", \"gather_group\": %" PRId64 ", \"shard_group\": %" PRId64
+        "}\n",
+        step, rank, m->tokens, m->targets, m->flops, m->read_bytes, m->data_bytes,
+        m->gathered_bytes, m->received_bytes, m->foreign_bytes, m->base_bytes, m->peak_bytes,
+        m->rss_bytes, m->gather_group, m->shard_group);
     return qs_io_append(metrics->ranks_fd, line, (size_t)n, metrics->ranks_path);
 }
 

@@ -74,6 +74,13 @@ static qs_group_links links_on_paper(const qs_outlook_place *place, int per_node
 }
 
 /* The part of a session that plans look at; nothing in it is owned. */
+/* What the run would find there: on the CPU as much as on this host. */
+static size_t room_on_paper(const qs_config *cfg, const qs_outlook_place *place, int per_node)
+{
+    const size_t allowed = qs_outlook_allowed(cfg, place), host = qs_room_on_host(per_node);
+    return place->gpu == NULL && host < allowed ? host : allowed;
+}
+
 static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
                                   const qs_outlook_place *place)
 {
@@ -95,8 +102,9 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
         s->per_host = per_node;
     }
     const qs_group_links links = links_on_paper(place, per_node);
-    return qs_shard_group_assume(&s->shard, cfg, in->index, &options,
-                                 qs_outlook_allowed(cfg, place), place->nranks, per_node, &links);
+    s->room = room_on_paper(cfg, place, per_node);
+    return qs_shard_group_assume(&s->shard, cfg, in->index, &options, s->room, place->nranks,
+                                 per_node, &links);
 }
 
 qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs_config *cfg,
@@ -105,23 +113,21 @@ qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs
     qs_session s;
     QS_TRY(session_on_paper(&s, in, cfg, place));
     const int64_t slots = qs_sampler_make(cfg, in->train).slots;
-    const qs_model_shape shape = qs_plan_shape(&s, in->train, in->eval, slots);
+    qs_model_shape shape = qs_plan_shape(&s, in->train, in->eval, slots);
+    QS_TRY(qs_plan_settle(&out->choice, &s, in->train, in->eval, &shape, slots));
     out->memory = qs_memory_plan_make(&s, in->train, in->eval, &shape, slots);
     return qs_step_work_make(&out->work, &s, in->train, &shape, slots);
 }
 
 size_t qs_outlook_needed(const qs_outlook *outlook)
 {
-    const qs_memory_plan *plan = &outlook->memory;
-    return plan->space == QS_MEM_DEVICE ? qs_memory_plan_needed(plan)
-                                        : plan->total_bytes[plan->space];
+    return qs_memory_plan_needed(&outlook->memory);
 }
 
 size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place)
 {
     const size_t card = place->gpu != NULL ? qs_gpu_kind_free_bytes(place->gpu) : SIZE_MAX;
-    const size_t limit = (size_t)cfg->memory.device_limit;
-    return limit > 0 && limit < card ? limit : card;
+    return qs_room_within(card, cfg->memory.device_limit);
 }
 
 /* ---- remedies ---- */

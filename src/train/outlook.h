@@ -29,6 +29,7 @@ typedef struct {
 } qs_outlook_place;
 
 typedef struct {
+    qs_plan_choice choice; /* what `auto` stands for there */
     qs_memory_plan memory;
     qs_step_work work;
 } qs_outlook;

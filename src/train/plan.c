@@ -2,7 +2,9 @@
 
 #include <stdio.h>
 
-static const double MIB = 1048576.0;
+#include "base/log.h"
+
+static const double MIB = 1048576.0, GIB = 1073741824.0;
 
 /* What a GPU has to hold beside the plan: code that is loaded when it is first called, and the
  * buffers of NCCL where there are peers. */
@@ -92,6 +94,106 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     return plan;
 }
 
+/* ---- what auto stands for ---- */
+
+static int64_t passes(int64_t per_rank, int64_t group)
+{
+    return (per_rank + group - 1) / group;
+}
+
+/* Groups from `low` to `high`, and the bytes that a rank lacks for each. */
+typedef struct {
+    int64_t low, high;
+    int64_t lack[QS_AUTO_GROUP_MAX]; /* from `low` on */
+} candidates;
+
+static int64_t lack_of(const candidates *c, int64_t group)
+{
+    return c->lack[group - c->low];
+}
+
+static qs_status find_lack(candidates *c, const qs_session *s, const qs_data *train,
+                           const qs_data *eval, const qs_model_shape *shape, int64_t slots)
+{
+    qs_model_shape tried = *shape;
+    c->high = qs_session_group(s, slots);
+    c->low = s->config.train.gather_group == 0 ? 1 : c->high;
+    for (tried.group = c->low; tried.group <= c->high; tried.group++) {
+        const qs_memory_plan plan = qs_memory_plan_make(s, train, eval, &tried, slots);
+        c->lack[tried.group - c->low] = (int64_t)qs_memory_plan_needed(&plan) - (int64_t)s->room;
+    }
+    return s->comm != NULL ? qs_comm_max_i64(s->comm, c->lack, (int)(c->high - c->low + 1)) : QS_OK;
+}
+
+/* The largest that fits, past those that take as many passes as the next smaller one (of four
+ * micro-batches 3 + 1 hide gathers worse than 2 + 2); or the one that lacks least. */
+static int64_t best_group(const candidates *c, int64_t per_rank)
+{
+    int64_t least = c->high;
+    for (int64_t g = c->high; g >= c->low; g--) {
+        const bool saves = g == c->high || g == 1 || passes(per_rank, g) < passes(per_rank, g - 1);
+        if (lack_of(c, g) <= 0 && saves) {
+            return g;
+        }
+        least = lack_of(c, g) < lack_of(c, least) ? g : least;
+    }
+    return least;
+}
+
+static qs_status choose_group(qs_plan_choice *out, const qs_session *s, const qs_data *train,
+                              const qs_data *eval, const qs_model_shape *shape, int64_t slots)
+{
+    candidates c;
+    QS_TRY(find_lack(&c, s, train, eval, shape, slots));
+    out->most = c.high;
+    out->group = best_group(&c, qs_shard_width(slots, s->nranks));
+    out->lack = lack_of(&c, out->group);
+    out->most_lack = lack_of(&c, c.high);
+    return QS_OK;
+}
+
+qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_data *train,
+                         const qs_data *eval, qs_model_shape *shape, int64_t slots)
+{
+    char reasons[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES];
+    *out = (qs_plan_choice){0};
+    QS_TRY(choose_group(out, s, train, eval, shape, slots));
+    if (out->lack > 0 && s->config.shard.group == QS_SHARD_AUTO && s->shard.most < s->nranks) {
+        out->widened = true;
+        out->node_lack = out->lack;
+        qs_shard_group_widen(&s->shard, s->comm, s->nranks);
+        QS_TRY(choose_group(out, s, train, eval, shape, slots));
+    }
+    shape->group = out->group;
+    const int count = s->comm != NULL ? qs_plan_reasons(out, reasons) : 0;
+    for (int i = 0; i < count; i++) {
+        qs_log_info("%s", reasons[i]);
+    }
+    return QS_OK;
+}
+
+int qs_plan_reasons(const qs_plan_choice *choice,
+                    char out[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES])
+{
+    int count = 0;
+    if (choice->widened) {
+        snprintf(out[count++], QS_PLAN_REASON_BYTES,
+                 "shard.group: auto is world: with a copy of the base on each node a rank would "
+                 "lack %.2f GiB",
+                 (double)choice->node_lack / GIB);
+    }
+    if (choice->group < choice->most) {
+        snprintf(out[count++], QS_PLAN_REASON_BYTES,
+                 "train.gather_group: auto is %lld: with %lld micro-batches a pass a rank would "
+                 "lack %.2f GiB",
+                 (long long)choice->group, (long long)choice->most,
+                 (double)choice->most_lack / GIB);
+    }
+    return count;
+}
+
+/* ---- what is printed ---- */
+
 static void print_space(const qs_memory_plan *plan, qs_mem_space space, const char *title,
                         bool measured)
 {
@@ -124,13 +226,14 @@ void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
 
 size_t qs_memory_plan_needed(const qs_memory_plan *plan)
 {
-    return plan->total_bytes[plan->space] + CODE_BYTES + (plan->peers ? NCCL_BYTES : 0);
+    const size_t beside = CODE_BYTES + (plan->peers ? NCCL_BYTES : 0);
+    return plan->total_bytes[plan->space] + (plan->space == QS_MEM_DEVICE ? beside : 0);
 }
 
 qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
                                int64_t limit_bytes)
 {
-    const size_t needed = plan->total_bytes[plan->space];
+    const size_t needed = qs_memory_plan_needed(plan), held = plan->total_bytes[plan->space];
     size_t free_bytes = 0, total_bytes = 0;
     qs_device_memory(device, &free_bytes, &total_bytes);
     if (limit_bytes > 0 && needed > (size_t)limit_bytes) {
@@ -142,7 +245,7 @@ qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *devi
             "more ranks",
             (long long)limit_bytes, needed);
     }
-    if (total_bytes > 0 && qs_memory_plan_needed(plan) > free_bytes) {
+    if (total_bytes > 0 && needed > free_bytes) {
         return QS_FAIL(
             QS_ERR_MEMORY,
             "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of "
@@ -150,8 +253,7 @@ qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *devi
             "are free: lower train.micro_batch, train.gather_group, shard.keep_resident or "
             "shard.prefetch, set train.recompute: full or "
             "memory.offload: [activations, weights, embedding], or use more ranks",
-            qs_device_name(device), needed, qs_memory_plan_needed(plan) - needed, free_bytes,
-            total_bytes);
+            qs_device_name(device), held, needed - held, free_bytes, total_bytes);
     }
     return QS_OK;
 }

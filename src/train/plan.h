@@ -14,7 +14,8 @@ typedef struct {
 } qs_memory_plan;
 
 /** What the model of a training run is built for: the largest micro-batch of either file decides
- * the room, `eval` may be NULL; `slots` micro-batches a step. */
+ * the room, `eval` may be NULL; `slots` micro-batches a step. Its group is the most that `auto`
+ * stands for: qs_plan_settle. */
 qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs_data *eval,
                              int64_t slots);
 
@@ -24,15 +25,38 @@ qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs
 qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
                                    const qs_model_shape *shape, int64_t slots);
 
+/** What `auto` was settled on by memory, and why. Lacking bytes are those of the rank that lacks
+ * most; below 0 it has them to spare. */
+typedef struct {
+    bool widened;            /* shard.group: all ranks share a copy, since with one a node, */
+    int64_t node_lack;       /* a rank would lack so much */
+    int64_t group, most;     /* train.gather_group: it is `group`, since for the `most` that auto */
+    int64_t lack, most_lack; /* takes a rank would lack most_lack; for `group` it lacks `lack` */
+} qs_plan_choice;
+
+/** Settle what `auto` stands for by the memory that the plan takes, before anything is allocated:
+ * as few passes as fit (train.gather_group, into shape->group) beside a node's copy of the base
+ * (shard.group, s->shard); where none fits, beside a copy that all ranks share; where that is not
+ * enough either, what lacks least. Settings that say a number or a word stay. The same on all
+ * ranks; collective, and said to the log, but on paper (s->comm is NULL). */
+qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_data *train,
+                         const qs_data *eval, qs_model_shape *shape, int64_t slots);
+
+enum { QS_PLAN_REASONS_MAX = 2, QS_PLAN_REASON_BYTES = 160 };
+
+/** A line for each setting that memory decided. \return how many. */
+int qs_plan_reasons(const qs_plan_choice *choice,
+                    char out[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES]);
+
 /** Print the table: class, planned MiB and, if `measured`, the peak that this process reached. */
 void qs_memory_plan_print(const qs_memory_plan *plan, bool measured);
 
-/** Bytes that a device must have free: what the plan takes there, code that is loaded when it is
- * first called, and the buffers of NCCL where there are peers. */
+/** Bytes that a rank must have where it computes: what the plan takes there and, on a GPU, code
+ * that is loaded when it is first called, and the buffers of NCCL where there are peers. */
 size_t qs_memory_plan_needed(const qs_memory_plan *plan);
 
-/** QS_ERR_MEMORY if what the plan takes where it computes is above `limit_bytes` (0: no limit) or
- * above what `device` has free, naming what to change. */
+/** QS_ERR_MEMORY if that is above `limit_bytes` (0: no limit) or above what `device` has free,
+ * naming what to change. */
 qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
                                int64_t limit_bytes);
 

@@ -11,8 +11,6 @@
 #include "ckpt/ckpt.h"
 #include "store/manifest.h"
 
-enum { AUTO_GROUP_MAX = 4 };
-
 /* One kind of device on all ranks: bits differ between kinds. */
 static qs_status check_same_device(const qs_session *s)
 {
@@ -186,7 +184,8 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     describe(s);
     describe_place(s);
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
-    return qs_shard_group_make(&s->shard, config, s->index, &options, s->device, comm);
+    s->room = qs_room_here(s->device, config->memory.device_limit, comm);
+    return qs_shard_group_make(&s->shard, config, s->index, &options, s->room, comm);
 }
 
 /* The whole LoRA vector of a PEFT directory. */
@@ -518,7 +517,7 @@ int64_t qs_session_group(const qs_session *s, int64_t slots)
     const int64_t per_rank = qs_shard_width(slots, s->nranks);
     int64_t group = s->config.train.gather_group;
     if (group == 0) {
-        group = s->shard.most > 1 ? AUTO_GROUP_MAX : 1;
+        group = s->shard.most > 1 ? QS_AUTO_GROUP_MAX : 1;
     }
     return group < per_rank ? group : per_rank;
 }

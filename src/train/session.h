@@ -9,6 +9,7 @@
 #include "data/data.h"
 #include "fsdp/fsdp.h"
 #include "model/model.h"
+#include "train/room.h"
 #include "train/shard_group.h"
 
 /** The plan of a run (plan.h) looks at config, index, layout, ops and numbers alone, no object that
@@ -22,6 +23,7 @@ typedef struct {
     qs_shard_group shard; /* the ranks that share one copy of the base with this one */
     qs_comm *base_comm;   /* theirs over the device's memory; may be device_comm */
     int per_host;         /* ranks of each host where LoRA takes two levels (comm.h), else 0 */
+    size_t room;          /* bytes that this rank may have where it computes (room.h) */
     qs_backend_levels levels;
     qs_backend backend;
     qs_device *device;
@@ -74,8 +76,10 @@ int qs_session_comms(const qs_session *session, const qs_comm *out[QS_SESSION_CO
 /** Bytes that this rank has received so far by all communicators, and those from other hosts. */
 void qs_session_traffic(const qs_session *s, uint64_t *received, uint64_t *foreign);
 
-/** Micro-batches per pass: the configured number, or with `auto` up to 4 when units have to be
- * gathered, else 1. The same on every rank. */
+enum { QS_AUTO_GROUP_MAX = 4 };
+
+/** Micro-batches per pass: the configured number, or the most that `auto` stands for: up to 4 when
+ * units have to be gathered, else 1. The same on every rank. */
 int64_t qs_session_group(const qs_session *s, int64_t slots);
 
 #endif

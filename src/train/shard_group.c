@@ -1,23 +1,8 @@
 #include "train/shard_group.h"
 
-#include <unistd.h>
-
 #include "base/log.h"
 
 static const double GIB = 1073741824.0;
-
-/* Memory that is free for this rank where its share is to lie. */
-static size_t free_bytes(const qs_device *device, const qs_comm *world)
-{
-    size_t free = 0, total = 0;
-    qs_device_memory(device, &free, &total);
-    if (total == 0) { /* the host's, which its ranks share */
-        const long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-        free = pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
-        free /= (size_t)qs_comm_local_nranks(world);
-    }
-    return free;
-}
 
 /* What a rank keeps of the base that `nranks` share, and its two units. */
 static size_t kept_bytes(const qs_base_index *index, const qs_fsdp_options *options, int nranks)
@@ -32,9 +17,9 @@ static double allowed_share(const qs_group_links *links)
     return links->node_s > 0 && links->world_s > 2 * links->node_s ? 0.8 : 0.5;
 }
 
-static bool is_tight(size_t needed, size_t there, const qs_group_links *links)
+static bool is_tight(size_t needed, size_t room, const qs_group_links *links)
 {
-    return (double)needed > allowed_share(links) * (double)there;
+    return (double)needed > allowed_share(links) * (double)room;
 }
 
 /* Bytes of an average layer. */
@@ -49,42 +34,52 @@ static size_t layer_bytes(const qs_base_index *index)
 }
 
 /* What a layer's gather takes, among a node's ranks and among all, over the host's links. */
-static qs_status measure(qs_group_links *links, const qs_base_index *index, qs_comm *world)
+static qs_status measure(qs_group_links *links, const qs_base_index *index, qs_comm *node,
+                         qs_comm *world)
 {
     const size_t bytes = layer_bytes(index);
-    qs_comm *node = NULL;
-    QS_TRY(qs_comm_split(world, qs_comm_host(world), &node));
-    qs_status st = qs_comm_gather_time(node, bytes, &links->node_s);
-    if (st == QS_OK) {
-        st = qs_comm_gather_time(world, bytes, &links->world_s);
-    }
-    qs_comm_destroy(node);
+    QS_TRY(qs_comm_gather_time(node, bytes, &links->node_s));
+    QS_TRY(qs_comm_gather_time(world, bytes, &links->world_s));
     int64_t slowest[2] = {(int64_t)(1e9 * links->node_s), (int64_t)(1e9 * links->world_s)};
-    QS_TRY(st);
     QS_TRY(qs_comm_max_i64(world, slowest, 2));
     *links = (qs_group_links){1e-9 * (double)slowest[0], 1e-9 * (double)slowest[1]};
     return QS_OK;
 }
 
-/* What `auto` stands for on several hosts. */
-static qs_status choose(int64_t *group, const qs_base_index *index, const qs_fsdp_options *options,
-                        const qs_device *device, qs_comm *world)
+/* Whether a node's copy takes too much on any rank. */
+static qs_status find_tight(bool *out, const qs_base_index *index, const qs_fsdp_options *options,
+                            size_t room, qs_comm *node, qs_comm *world)
 {
     qs_group_links links = {0};
-    const size_t needed = kept_bytes(index, options, qs_comm_local_nranks(world));
-    const size_t there = free_bytes(device, world);
-    QS_TRY(measure(&links, index, world));
-    int64_t tight = is_tight(needed, there, &links);
+    const size_t needed = kept_bytes(index, options, qs_comm_nranks(node));
+    QS_TRY(measure(&links, index, node, world));
+    int64_t tight = is_tight(needed, room, &links);
     QS_TRY(qs_comm_max_i64(world, &tight, 1));
-    *group = tight != 0 ? QS_SHARD_WORLD : QS_SHARD_NODE;
+    *out = tight != 0;
     qs_log_info("shard.group: auto is %s: gathering a layer takes %.3g ms among a node's ranks, "
                 "%.3g among all; a rank would keep %.2f GiB of the base and its buffers in a "
-                "node's group, %.2f in the world's; %.2f are free, of which %.0f %% may be taken",
+                "node's group, %.2f in the world's; it has %.2f, of which %.0f %% may be taken",
                 tight != 0 ? "world" : "node", 1e3 * links.node_s, 1e3 * links.world_s,
                 (double)needed / GIB,
-                (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB,
-                (double)there / GIB, 100 * allowed_share(&links));
+                (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB, (double)room / GIB,
+                100 * allowed_share(&links));
     return QS_OK;
+}
+
+/* What `auto` stands for on several hosts: *out is the node's, which its gathers were measured
+ * over, or the world. */
+static qs_status choose(qs_comm **out, const qs_base_index *index, const qs_fsdp_options *options,
+                        size_t room, qs_comm *world)
+{
+    bool tight = false;
+    qs_comm *node = NULL;
+    QS_TRY(qs_comm_split(world, qs_comm_host(world), &node));
+    const qs_status st = find_tight(&tight, index, options, room, node, world);
+    *out = st != QS_OK || tight ? world : node;
+    if (*out == world) {
+        qs_comm_destroy(node);
+    }
+    return st;
 }
 
 static qs_status check_multiple(int64_t group, int nranks, const char *name)
@@ -111,19 +106,18 @@ qs_status qs_shard_group_split(qs_comm **out, int64_t group, qs_comm *world, con
 
 qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
-                              const qs_device *device, qs_comm *world)
+                              size_t room, qs_comm *world)
 {
     const int nranks = qs_comm_nranks(world);
-    int64_t group = config->shard.group, other_host = qs_comm_host(world) != 0;
+    const int64_t group = config->shard.group;
+    int64_t other_host = qs_comm_host(world) != 0;
     *out = (qs_shard_group){.comm = world, .nranks = nranks, .most = nranks};
     QS_TRY(qs_comm_max_i64(world, &other_host, 1));
     if (other_host == 0 && group <= 0) {
         return QS_OK; /* one node: all words mean the same */
     }
-    if (group == QS_SHARD_AUTO) {
-        QS_TRY(choose(&group, index, options, device, world));
-    }
-    QS_TRY(qs_shard_group_split(&out->comm, group, world, "shard.group"));
+    QS_TRY(group == QS_SHARD_AUTO ? choose(&out->comm, index, options, room, world)
+                                  : qs_shard_group_split(&out->comm, group, world, "shard.group"));
     if (out->comm == world) {
         return QS_OK;
     }
@@ -132,20 +126,19 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     QS_TRY(qs_comm_max_i64(world, &most, 1));
     out->most = (int)most;
     qs_log_info("shard.group: the base is shared by groups of %s%d rank%s",
-                group == QS_SHARD_NODE ? "at most " : "", out->most, out->most == 1 ? "" : "s");
+                group <= 0 ? "at most " : "", out->most, out->most == 1 ? "" : "s");
     return QS_OK;
 }
 
 qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
                                 const qs_base_index *index, const qs_fsdp_options *options,
-                                size_t free_bytes_each, int nranks, int per_node,
-                                const qs_group_links *links)
+                                size_t room, int nranks, int per_node, const qs_group_links *links)
 {
     int64_t group = config->shard.group;
     QS_TRY(check_multiple(group, nranks, "shard.group"));
     if (group == QS_SHARD_AUTO) {
         const size_t needed = kept_bytes(index, options, per_node);
-        group = is_tight(needed, free_bytes_each, links) ? QS_SHARD_WORLD : QS_SHARD_NODE;
+        group = is_tight(needed, room, links) ? QS_SHARD_WORLD : QS_SHARD_NODE;
     }
     const int64_t size = group == QS_SHARD_WORLD  ? nranks
                          : group == QS_SHARD_NODE ? per_node
@@ -153,6 +146,12 @@ qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
     const int ranks = size < nranks ? (int)size : nranks;
     *out = (qs_shard_group){.nranks = ranks, .most = ranks};
     return QS_OK;
+}
+
+void qs_shard_group_widen(qs_shard_group *group, qs_comm *world, int nranks)
+{
+    qs_shard_group_destroy(group, world);
+    *group = (qs_shard_group){.comm = world, .nranks = nranks, .most = nranks};
 }
 
 void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world)

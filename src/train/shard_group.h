@@ -24,19 +24,22 @@ typedef struct {
 
 /** Make the group that `config` asks for. With `auto` a node's ranks if there are several nodes and
  * the share of the base that a rank then keeps, with its gather buffers, takes at most half of its
- * memory on every rank, or four fifths where gathers of the whole run, which are measured, take
- * more than twice as long as a node's; else all ranks. Collective over `world`, which must outlive
- * the group. \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
+ * `room` (room.h) on every rank, or four fifths where gathers of the whole run, which are measured,
+ * take more than twice as long as a node's; else all ranks. Whether the rest of the run fits beside
+ * it is the plan's question (qs_plan_settle). Collective over `world`, which must outlive the
+ * group. \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
 qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
-                              const qs_device *device, qs_comm *world);
+                              size_t room, qs_comm *world);
 
-/** The same on paper, for rank 0 of `nranks` ranks, `per_node` on each node, with `free_bytes` for
- * each and assumed `links`: comm is NULL. Not collective. */
+/** The same on paper, for rank 0 of `nranks` ranks, `per_node` on each node, with `room` for each
+ * and assumed `links`: comm is NULL. Not collective. */
 qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
                                 const qs_base_index *index, const qs_fsdp_options *options,
-                                size_t free_bytes, int nranks, int per_node,
-                                const qs_group_links *links);
+                                size_t room, int nranks, int per_node, const qs_group_links *links);
+
+/** Make it one group of all `nranks` ranks after all. Collective over `world` (NULL on paper). */
+void qs_shard_group_widen(qs_shard_group *group, qs_comm *world, int nranks);
 
 /** Does nothing to the world's communicator. */
 void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world);

@@ -106,12 +106,15 @@ static qs_status check_trace(const run *r)
                          "instead"));
 }
 
-static void shape_run(run *r)
+static qs_status shape_run(run *r)
 {
+    qs_plan_choice choice;
     r->sampler = qs_sampler_make(r->cfg, r->train_data);
-    r->shape = qs_plan_shape(&r->session, r->train_data, r->eval_data, r->sampler.slots);
-    r->plan =
-        qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, r->sampler.slots);
+    const int64_t slots = r->sampler.slots;
+    r->shape = qs_plan_shape(&r->session, r->train_data, r->eval_data, slots);
+    QS_TRY(qs_plan_settle(&choice, &r->session, r->train_data, r->eval_data, &r->shape, slots));
+    r->plan = qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, slots);
+    return QS_OK;
 }
 
 /* This rank's share of a PEFT directory, which rank 0 reads layer by layer. */
@@ -376,6 +379,8 @@ static qs_status report_ranks(run *r)
     const qs_rank_metrics mine = {
         .tokens = r->trainer.tokens,
         .targets = r->trainer.targets,
+        .gather_group = r->shape.group,
+        .shard_group = r->session.shard.nranks,
         .flops = qs_model_flops(r->session.model),
         .read_bytes = stats.read_bytes,
         .data_bytes = r->train_data->bytes_read,
@@ -656,7 +661,7 @@ static qs_status run_all(run *r)
 {
     QS_TRY(open_inputs(r));
     QS_TRY(check_trace(r));
-    shape_run(r);
+    QS_TRY(shape_run(r));
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);
     }

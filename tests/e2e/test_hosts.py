@@ -50,6 +50,35 @@ class TwoHosts(HostsTest):
             self.assertGreater(node["foreign_bytes"], 0)
             self.assertLess(node["gathered_bytes"], world["gathered_bytes"])
 
+    def test_a_copy_on_each_host_gives_way_to_the_rest_of_the_plan(self):
+        """Where the run fits beside one copy of the base, not beside one a host, auto is world in the end: the same bits, and it says so.
+        With five ranks the two of one host lack memory, and the three of the other hear of it."""
+        folder = support.scratch()
+        alone = os.path.join(folder, "alone")
+        settings = {"train__steps": 4, "train__eval_every": 0, "train__gather_group": 1}
+        support.train(alone, **settings)
+        for ranks in (4, 5):
+            def train(name, *options, **more):
+                return self.hosts("run", ranks, support.QSHARD, "train", support.TINY_YAML, *options,
+                                  *support.settings(support.tiny(), os.path.join(folder, name), **settings, **more),
+                                  QSHARD_HOSTS_MAP="slot")
+            needed = {}
+            for group in ("node", "world"):
+                done = train(group, "--dry-run", shard__group=group, memory__device_limit=1)
+                self.assertEqual(done.returncode, 7, done.stdout + done.stderr)
+                needed[group] = int(re.search(r"a rank would need (\d+)", done.stderr)[1])  # rank 0's
+            limit = needed["node"] if ranks == 5 else sum(needed.values()) // 2
+            with self.subTest(ranks=ranks, limit=limit, **needed):
+                output = os.path.join(folder, f"auto-{ranks}")
+                done = train(f"auto-{ranks}", memory__device_limit=limit)
+                said = done.stdout + done.stderr
+                self.assertEqual(done.returncode, 0, said)
+                self.assertIn("auto is node: gathering", said)
+                self.assertIn("auto is world: with a copy of the base on each node a rank would lack", said)
+                self.assertEqual([line["shard_group"] for line in support.metrics(output, "ranks.jsonl")[-ranks:]], [ranks] * ranks)
+                self.assertEqual(support.curve(output), support.curve(alone))
+                self.assertEqual(train("node", shard__group="node", memory__device_limit=limit).returncode, 7)
+
     def test_a_host_sends_its_sum_once(self):
         """Ranks of a host that are neighbours add up first: what crosses the cable is, byte for byte, each host's nodes of the slot
         tree and its new weights, and a few words that keep the ranks together."""

@@ -1,4 +1,5 @@
 """qshard plan: what it says of a run that is not there is what the run itself says, and does."""
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,10 @@ import support
 EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 ROW = re.compile(r"^  (.+?) +(\d+\.\d)$", re.M)
 WORKSPACE_MIB = 64.0  # of cuBLASLt, which the emulator has not
+LLAMA_3_70B = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+               "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+               "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+               "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 
 
 def tables(text):
@@ -60,6 +65,55 @@ class Memory(unittest.TestCase):
                             (3, {"lora__dora": "true"}), (2, {"memory__offload": "[activations, weights, embedding]"})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, {"QSHARD_PLUGIN": EMULATED}, ("--gpu", "H100"), WORKSPACE_MIB, device="cuda", **more)
+
+
+class Auto(unittest.TestCase):
+    """What `auto` stands for is what fits: in a plan, a dry run and the run, with one reason."""
+
+    SETTINGS = {"device": "cpu", "cpu__threads": 1, "train__global_batch": 8, "train__micro_batch": 1, "train__steps": 2,
+                "train__recompute": "none", "lora__dropout": 0}
+
+    def total(self, **more):
+        return tables(plan("--gpus", 2, **{**self.SETTINGS, **more}).stdout)["memory of rank 0"]
+
+    def test_micro_batches_a_pass(self):
+        """Of four slots a rank, a limit between what passes of two and of four take leaves two."""
+        totals = {group: self.total(train__gather_group=group)["total"] for group in (2, 4)}
+        limit = int((totals[2] + totals[4]) / 2 * 2**20)
+        folder, said, rows = support.scratch(), [], []
+        settings = {**self.SETTINGS, "memory__device_limit": limit}
+        planned = plan("--gpus", 2, **settings)
+        dry = support.train(os.path.join(folder, "dry"), ranks=2, options=("--dry-run",), **settings)
+        for done in (planned, dry, support.train(os.path.join(folder, "limited"), ranks=2, **settings)):
+            said.append(re.findall(r"train\.gather_group: auto is 2: .*", done.stdout + done.stderr))
+            rows.append(tables(done.stdout)["memory of rank 0"])
+        self.assertEqual([len(lines) for lines in said], [1, 1, 1])
+        self.assertEqual([lines[0] for lines in said], [said[0][0]] * 3)
+        self.assertAlmostEqual(rows[0]["total"], totals[2], delta=0.01)
+        self.assertEqual(rows[0], rows[1])
+        support.train(os.path.join(folder, "free"), ranks=2, **self.SETTINGS)
+        for output, group in (("limited", 2), ("free", 4)):
+            for line in support.metrics(os.path.join(folder, output), "ranks.jsonl"):
+                self.assertEqual((line["gather_group"], line["shard_group"]), (group, 2))
+        self.assertEqual(support.curve(os.path.join(folder, "limited")), support.curve(os.path.join(folder, "free")))
+
+    def test_a_number_stays(self):
+        totals = {group: self.total(train__gather_group=group)["total"] for group in (2, 4)}
+        limit = int((totals[2] + totals[4]) / 2 * 2**20)
+        settings = {**self.SETTINGS, "memory__device_limit": limit, "train__gather_group": 4}
+        self.assertNotIn("auto is", plan("--gpus", 2, expect=7, **settings).stdout)
+        done = support.train(os.path.join(support.scratch(), "run"), ranks=2, options=("--dry-run",), expect=7, **settings)
+        self.assertNotIn("auto is", done.stdout + done.stderr)
+
+    def test_each_card_by_its_own_memory(self):
+        """Llama-3-70B on four cards: two micro-batches a pass fit into 24 GiB, four into 48."""
+        folder = support.scratch()
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(LLAMA_3_70B, file)
+        text = plan("--gpus", 4, base=folder, data__train="", data__eval="", train__eval_every=0, train__seq_len=2048,
+                    train__micro_batch=1, train__global_batch=16, lora__rank=16, lora__dropout=0).stdout
+        for name, group in (("RTX3090", 2), ("RTX4090", 2), ("A6000", 4), ("H100", 4)):
+            self.assertRegex(text, rf"(?m)^{name} +[\d.]+ +[\d.]+ +{group} +yes ")
 
 
 class Work(unittest.TestCase):
