@@ -53,7 +53,7 @@ enum {
 };
 
 #define COMMON                                                                                     \
-    {"quiet", KEY_QUIET, NULL, 0, "Warnings and errors only", QS_CLI_COMMON_GROUP},                \
+    {"quiet", KEY_QUIET, NULL, 0, "Warnings, errors and the result only", QS_CLI_COMMON_GROUP},    \
         {"verbose", KEY_VERBOSE, NULL, 0, "Say more, on all ranks", QS_CLI_COMMON_GROUP},          \
         {"help", KEY_HELP, NULL, 0, "Show this help", QS_CLI_COMMON_GROUP + 1},                    \
     {                                                                                              \

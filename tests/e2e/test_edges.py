@@ -158,6 +158,26 @@ class Surroundings(Case):
                 self.assertEqual([name for name in found if name.startswith("step-") or "lock" in name], [])
 
 
+class Quiet(Case):
+    """--quiet: errors, warnings and one line at the end."""
+
+    def test_a_run(self):
+        done = support.train(self.path("run"), options=["--quiet"], train__steps=2)
+        self.assertEqual(done.stdout, "")
+        self.assertRegex(done.stderr, r"\A[^\n]*run: done: 2 steps in [\d.]+ s\n\Z")
+        done = support.train(self.path("run"), options=["--quiet"], train__steps=2)
+        self.assertEqual(done.stdout, "")
+        self.assertRegex(done.stderr, r"\A[^\n]*run: this run is finished[^\n]*\n\Z")
+
+    def test_a_run_that_does_not_fit(self):
+        done = self.refused(self.command("train", "--quiet", memory__device_limit="100K"), None, 7, "device_limit")
+        self.assertEqual(done.stdout, "")
+        self.assertEqual(done.stderr.count("\n"), 1)
+
+    def test_a_dry_run_prints_its_result(self):
+        self.assertIn("memory of rank 0", support.qshard(*self.command("train", "--dry-run", "--quiet")).stdout)
+
+
 class DamagedBase(Case):
     """One wrong byte in a quantum: only the rank that owns it sees it, and all leave alike."""
 
