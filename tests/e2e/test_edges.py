@@ -123,6 +123,42 @@ class Refused(Case):
         self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
 
 
+class Exported(Case):
+    """What an adapter says of its base when nobody names it."""
+
+    def exported(self, folder, parent=None):
+        """adapter_config.json's name of the base, and what export said, of a model that stands in `folder`."""
+        model, output = self.path(folder), self.path(folder.replace("/", "_") + "-run")
+        support.python(os.path.join(support.PREP, "qshard_tiny.py"), model, "--seed", MODEL_SEED, "--examples", "16")
+        if parent is not None:
+            config = os.path.join(model, "config.json")
+            with open(config, encoding="utf-8") as file:
+                changed = {**json.load(file), "_name_or_path": parent}
+            with open(config, "w", encoding="utf-8") as file:
+                json.dump(changed, file)
+        support.qshard("quantize", model, "-o", output + ".h5", "--head-chunk-rows", "128")
+        support.train(output, base=output + ".h5", train__steps=1, train__global_batch=2)
+        done = support.qshard("export", output, "-o", output + "-peft")
+        with open(os.path.join(output + "-peft", "adapter_config.json"), encoding="utf-8") as file:
+            return json.load(file)["base_model_name_or_path"], done.stderr
+
+    def test_a_model_in_the_cache_of_the_hub(self):
+        for folder, name in (("hub/models--some-org--tiny-2b/snapshots/0a1b", "some-org/tiny-2b"),
+                             ("hub/models--tiny/snapshots/0a1b", "tiny")):
+            with self.subTest(name=name):
+                self.assertEqual(self.exported(folder), (name, ""))
+
+    def test_a_local_directory(self):
+        name, said = self.exported("local")
+        self.assertEqual(name, self.path("local"))
+        self.assertRegex(said, rf'\Awarning: [^\n]*local path "{re.escape(name)}"[^\n]*--base-name ORG/MODEL\n\Z')
+
+    def test_the_name_of_a_parent_is_told_only(self):
+        name, said = self.exported("tuned", parent="some-org/base-2b")
+        self.assertEqual(name, self.path("tuned"))
+        self.assertRegex(said, r'\Awarning: [^\n]*names "some-org/base-2b"[^\n]*\n\Z')
+
+
 class Surroundings(Case):
     """What a shell has set up before the program starts."""
 
