@@ -328,6 +328,82 @@ Test(data, damaged_tokens_and_labels_are_found_on_all_ranks_before_they_are_used
     make_data_free(&a);
 }
 
+typedef struct {
+    void (*change)(void);
+    qs_status expected;
+    int64_t token_at;
+} later_change;
+static later_change later;
+
+static void change_nothing(void)
+{
+}
+
+static void touch(void)
+{
+    cr_assert_eq(utimensat(AT_FDCWD, path, NULL, 0), 0);
+}
+
+static void change_a_token(void)
+{
+    flip(later.token_at);
+}
+
+static void cut_short(void)
+{
+    cr_assert_eq(truncate(path, later.token_at), 0);
+}
+
+static void put_another_in_its_place(void)
+{
+    char moved[160];
+    (void)snprintf(moved, sizeof moved, "%s.old", path);
+    cr_assert_eq(rename(path, moved), 0);
+    CR_OK(qs_io_write_file(path, "another", 7));
+}
+
+static qs_status change_while_open(team_member *me)
+{
+    qs_data *d = NULL;
+    QS_TRY(qs_data_open(&d, path, 0, 0, me->comm));
+    qs_status st = qs_data_check_hashes(d, me->comm);
+    if (st == QS_OK && qs_comm_rank(me->comm) == 0) {
+        later.change();
+    }
+    st = st == QS_OK ? qs_comm_agree(me->comm, QS_OK) : st; /* changed for all */
+    st = st == QS_OK ? qs_data_check_unchanged(d, me->comm) : st;
+    qs_data_close(d);
+    return st;
+}
+
+Test(data, what_is_written_over_while_it_is_open_is_found_on_all_ranks)
+{
+    static const later_change changes[] = {{change_nothing, QS_OK, 0},
+                                           {touch, QS_OK, 0},
+                                           {put_another_in_its_place, QS_OK, 0},
+                                           {change_a_token, QS_ERR_INPUT_HASH, 0},
+                                           {cut_short, QS_ERR_INPUT_HASH, 0}};
+    const struct timespec old[2] = {{.tv_sec = 1000000000}, {.tv_sec = 1000000000}};
+    for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
+        qs_data *d = NULL;
+        team_member members[TEAM_MAX];
+        (void)unlink(path);
+        CR_OK(make_data_file(path, &packed));
+        CR_OK(open_alone(&d, 0, 0));
+        later = changes[i];
+        later.token_at = d->tokens_at + 4 * 11;
+        qs_data_close(d);
+        cr_assert_eq(utimensat(AT_FDCWD, path, old, 0), 0); /* clocks of files are coarse */
+        team_run(members, 3, change_while_open, NULL);
+        for (int r = 0; r < 3; r++) {
+            cr_assert_eq(members[r].st, later.expected, "%zu: %s", i, members[r].text);
+            cr_assert(members[r].st == QS_OK ||
+                          strstr(members[r].text, "was changed while the run was reading it"),
+                      "%zu: %s", i, members[r].text);
+        }
+    }
+}
+
 static void layout_of(make_data_arrays *a, char content[33], char layout[33])
 {
     qs_data *d = NULL;

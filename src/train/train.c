@@ -363,6 +363,7 @@ static qs_status evaluate(run *r)
     qs_eval_result result;
     QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, &r->trainer.feed,
                        &result));
+    QS_TRY(qs_data_check_unchanged(r->eval_data, r->comm));
     qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
                 result.loss, exp(result.loss), result.targets);
     return keep_going(r, qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
@@ -394,6 +395,8 @@ static qs_status report_ranks(run *r)
  * end. */
 static qs_status save(run *r, qs_status *last_save)
 {
+    *last_save = qs_data_check_unchanged(r->train_data, r->comm);
+    QS_TRY(*last_save);
     *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
     QS_TRY(*last_save);
     char *yaml = qs_config_dump(r->cfg);

@@ -8,6 +8,8 @@ import subprocess
 import time
 import unittest
 
+import h5py
+
 import support
 
 MODEL_SEED = 5
@@ -316,6 +318,26 @@ class Interrupted(Case):
                 support.qshard("train", support.TINY_YAML, *options, ranks=2, expect=75, LD_PRELOAD=MPIFAULT,
                                QSHARD_FAULT_SIGNAL=str(int(number)))
                 support.qshard("check", os.path.join(output, "step-00000001"))
+
+    def test_data_written_over(self):
+        """The run notices before it saves what it made of it; a file that was only touched is no news."""
+        for name, change, code in (("touched", False, 75), ("changed", True, 3)):
+            with self.subTest(name=name):
+                output, data = self.path(name), self.path(name + ".h5")
+                shutil.copy(os.path.join(support.tiny(), "train.h5"), data)
+                process = self.started(output, None, data__train=data)
+                with h5py.File(data, "r+") as file:
+                    tokens = file["tokens"][:]
+                    file["tokens"][:] = tokens[::-1] if change else tokens
+                os.utime(data)
+                os.kill(process.pid, signal.SIGTERM)
+                text, _ = process.communicate(timeout=120)
+                self.assertEqual(process.returncode, code, text)
+                saved = [entry for entry in os.listdir(output) if entry.startswith("step-")]
+                self.assertEqual(len(saved), not change)
+                if change:
+                    self.assertEqual(text.count("error["), 1, text)
+                    self.assertIn(f"error[E304] {data}: was changed while the run was reading it; put the old file", text)
 
     def test_taken_over_while_it_lives(self):
         """It notices before it writes again, and the run that took over goes on undisturbed."""
