@@ -577,6 +577,27 @@ Test(hf_config, all_that_is_refused_stands_in_one_message)
     }
 }
 
+Test(hf_config, a_long_name_is_cut)
+{
+    qs_hf_config c;
+    char extra[1024] = "\"";
+    memset(extra + 1, 'k', 900);
+    strcat(extra, "\":1");
+    cr_assert_eq(parse(&c, with(extra)), QS_ERR_INPUT_UNKNOWN);
+    cr_assert_not_null(strstr(qs_error_text(), "kkk\" is not known"), "%s", qs_error_text());
+}
+
+Test(hf_config, all_unknown_keys_of_rope_stand_in_one_message)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with("\"zeta\":1,\"rope_scaling\":{\"rope_type\":\"linear\","
+                                "\"factor\":2,\"omega\":1,\"alpha\":2}")),
+                 QS_ERR_INPUT_UNKNOWN);
+    cr_assert_not_null(strstr(qs_error_text(), "key \"zeta\" is not known"), "%s", qs_error_text());
+    cr_assert_not_null(strstr(qs_error_text(), "; RoPE keys \"omega\", \"alpha\" are not known"),
+                       "%s", qs_error_text());
+}
+
 /* A value out of range behind a refused key may follow from the default that was taken for it. */
 Test(hf_config, a_refusal_is_told_before_what_is_wrong_otherwise)
 {

@@ -204,7 +204,7 @@ qs_status qs_hf_expect_false(const json_t *root, const char *key, const char *pa
 
 /* ---- everything that is refused, in one message ---- */
 
-enum { TOLD_MAX = 1500, NAMES_MAX = 700 }; /* an error's text has 2048 bytes */
+enum { TOLD_MAX = 1500 }; /* an error's text has 2048 bytes */
 
 typedef struct {
     char text[TOLD_MAX]; /* what was refused so far, without the path */
@@ -236,38 +236,48 @@ static bool known_key(const qs_hf_arch *arch, const char *key)
            qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
 }
 
-/* All that are not known, in the order of the file. */
+void qs_hf_names_add(qs_hf_names *names, const char *name)
+{
+    static const size_t reserve = 24; /* quotes, a comma, " and 100000 more" */
+    enum { shown = 100 };             /* bytes of a name, so that the first one always fits */
+    if (names->left_out > 0 || names->used + strnlen(name, shown) + reserve >= sizeof names->text) {
+        names->left_out++;
+    } else {
+        names->used += (size_t)snprintf(names->text + names->used, sizeof names->text - names->used,
+                                        "%s\"%.*s\"", names->count > 0 ? ", " : "", shown, name);
+    }
+    names->count++;
+}
+
+int qs_hf_names_end(qs_hf_names *names)
+{
+    if (names->left_out > 0) {
+        snprintf(names->text + names->used, sizeof names->text - names->used, "%s%d more",
+                 names->used > 0 ? " and " : "", names->left_out);
+    }
+    return names->count;
+}
+
 static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const char *path)
 {
-    char names[NAMES_MAX] = "";
-    size_t used = 0;
-    int count = 0, left_out = 0;
+    qs_hf_names unknown = {.count = 0};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)(uintptr_t)root, key, value)
     {
-        if (json_is_null(value) || known_key(arch, key)) {
-            continue;
+        if (!json_is_null(value) && !known_key(arch, key)) {
+            qs_hf_names_add(&unknown, key);
         }
-        if (left_out == 0 && used + strlen(key) + 8 < sizeof names) {
-            used += (size_t)snprintf(names + used, sizeof names - used, "%s\"%.100s\"",
-                                     count > 0 ? ", " : "", key);
-        } else {
-            left_out++;
-        }
-        count++;
     }
+    const int count = qs_hf_names_end(&unknown);
     if (count == 0) {
         return QS_OK;
-    }
-    if (left_out > 0) {
-        snprintf(names + used, sizeof names - used, "%s%d more", used > 0 ? " and " : "", left_out);
     }
     const bool one = count == 1;
     return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
                    "%s: %s %s %s not known for model_type \"%s\"; if %s not change the maths, "
                    "remove %s from a copy of the file",
-                   path, one ? "key" : "keys", names, one ? "is" : "are", arch->model_type,
+                   path, one ? "key" : "keys", unknown.text, one ? "is" : "are", arch->model_type,
                    one ? "it does" : "they do", one ? "it" : "them");
 }
 
