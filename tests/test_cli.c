@@ -4,6 +4,7 @@
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <libgen.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -364,6 +365,28 @@ Test(cli, export_writes_the_newest_or_the_named_checkpoint)
     cr_assert_not_null(strstr(output, "rank        4"), "%s", output);
     cr_assert_eq(run("export run -o newest"), 2, "%s", output);
     cr_assert_not_null(strstr(output, "newest: exists already"), "%s", output);
+}
+
+Test(cli, a_signal_leaves_nothing_of_an_export)
+{
+    char prefix[2048], library[1024];
+    const char *asan = getenv("ASAN_OPTIONS");
+    qs_lora_layout layout;
+    make_run(&layout);
+    snprintf(library, sizeof library, "%s/tests/libiofault.so",
+             getenv("QSHARD_BINARY_DIR") ? getenv("QSHARD_BINARY_DIR") : ".");
+    if (access(library, R_OK) != 0) {
+        cr_skip_test("no %s", library);
+    }
+    for (int n = 2; n <= 10; n++) { /* from the first file in the directory on */
+        snprintf(prefix, sizeof prefix,
+                 "FAULT=io:%d:termbefore FAULT_PATH=/new ASAN_OPTIONS=%s:verify_asan_link_order=0 "
+                 "LD_PRELOAD=%s",
+                 n, asan ? asan : "", library);
+        cr_assert_eq(run_with(prefix, "export run -o new --base-name org/model"), 128 + SIGTERM,
+                     "%d: %s", n, output);
+        cr_assert_eq(system("test -z \"$(ls -d new* 2> /dev/null)\""), 0, "call %d", n);
+    }
 }
 
 Test(cli, check_tells_good_from_bad_checkpoints)

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -327,6 +328,82 @@ Test(data, damaged_tokens_and_labels_are_found_on_all_ranks_before_they_are_used
     make_data_free(&a);
 }
 
+typedef struct {
+    void (*change)(void);
+    qs_status expected;
+    int64_t token_at;
+} later_change;
+static later_change later;
+
+static void change_nothing(void)
+{
+}
+
+static void touch(void)
+{
+    cr_assert_eq(utimensat(AT_FDCWD, path, NULL, 0), 0);
+}
+
+static void change_a_token(void)
+{
+    flip(later.token_at);
+}
+
+static void cut_short(void)
+{
+    cr_assert_eq(truncate(path, later.token_at), 0);
+}
+
+static void put_another_in_its_place(void)
+{
+    char moved[160];
+    (void)snprintf(moved, sizeof moved, "%s.old", path);
+    cr_assert_eq(rename(path, moved), 0);
+    CR_OK(qs_io_write_file(path, "another", 7));
+}
+
+static qs_status change_while_open(team_member *me)
+{
+    qs_data *d = NULL;
+    QS_TRY(qs_data_open(&d, path, 0, 0, me->comm));
+    qs_status st = qs_data_check_hashes(d, me->comm);
+    if (st == QS_OK && qs_comm_rank(me->comm) == 0) {
+        later.change();
+    }
+    st = st == QS_OK ? qs_comm_agree(me->comm, QS_OK) : st; /* changed for all */
+    st = st == QS_OK ? qs_data_check_unchanged(d, me->comm) : st;
+    qs_data_close(d);
+    return st;
+}
+
+Test(data, what_is_written_over_while_it_is_open_is_found_on_all_ranks)
+{
+    static const later_change changes[] = {{change_nothing, QS_OK, 0},
+                                           {touch, QS_OK, 0},
+                                           {put_another_in_its_place, QS_OK, 0},
+                                           {change_a_token, QS_ERR_INPUT_HASH, 0},
+                                           {cut_short, QS_ERR_INPUT_HASH, 0}};
+    const struct timespec old[2] = {{.tv_sec = 1000000000}, {.tv_sec = 1000000000}};
+    for (size_t i = 0; i < sizeof changes / sizeof *changes; i++) {
+        qs_data *d = NULL;
+        team_member members[TEAM_MAX];
+        (void)unlink(path);
+        CR_OK(make_data_file(path, &packed));
+        CR_OK(open_alone(&d, 0, 0));
+        later = changes[i];
+        later.token_at = d->tokens_at + 4 * 11;
+        qs_data_close(d);
+        cr_assert_eq(utimensat(AT_FDCWD, path, old, 0), 0); /* clocks of files are coarse */
+        team_run(members, 3, change_while_open, NULL);
+        for (int r = 0; r < 3; r++) {
+            cr_assert_eq(members[r].st, later.expected, "%zu: %s", i, members[r].text);
+            cr_assert(members[r].st == QS_OK ||
+                          strstr(members[r].text, "was changed while the run was reading it"),
+                      "%zu: %s", i, members[r].text);
+        }
+    }
+}
+
 static void layout_of(make_data_arrays *a, char content[33], char layout[33])
 {
     qs_data *d = NULL;
@@ -447,6 +524,72 @@ Test(data, longest_bounds_every_run_of_samples)
         cr_assert_leq(qs_data_longest(d, count), count * 1000);
     }
     qs_data_close(d);
+}
+
+static int descending(const void *a, const void *b)
+{
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x < y) - (x > y);
+}
+
+/* Lengths with many alike; the longest ones, each as often as epochs border on each other. */
+Test(data, longest_is_the_sum_of_the_longest)
+{
+    make_data_spec spec = plain;
+    qs_data *d = NULL;
+    int64_t lengths[60], targets[60];
+    spec.n_sequences = 60;
+    spec.min_len = 2;
+    spec.max_len = 30;
+    CR_OK(make_data_file(path, &spec));
+    CR_OK(open_alone(&d, 0, 0));
+    for (int s = 0; s < 60; s++) {
+        lengths[s] = d->seq_offsets[s + 1] - d->seq_offsets[s];
+        targets[s] = d->seq_targets[s];
+    }
+    qsort(lengths, 60, sizeof *lengths, descending);
+    qsort(targets, 60, sizeof *targets, descending);
+    for (int64_t count = 0; count <= 200; count++) {
+        const int64_t times = count < 2 ? 1 : (count - 2) / 60 + 2;
+        int64_t tokens = 0, learned = 0, left = count;
+        for (int i = 0; i < 60 && left > 0; i++) {
+            const int64_t take = left < times ? left : times;
+            tokens += take * lengths[i];
+            learned += take * targets[i];
+            left -= take;
+        }
+        cr_assert_eq(qs_data_longest(d, count), tokens, "count %ld", (long)count);
+        cr_assert_eq(qs_data_most_targets(d, count), learned, "count %ld", (long)count);
+    }
+    qs_data_close(d);
+}
+
+/* A rank that lacks memory must not come to other sizes than its peers, who would then send it
+ * messages of another length. */
+Test(data, longest_needs_no_memory)
+{
+    enum { N = 1 << 20 }; /* 8 MiB of numbers: malloc would have to ask the system for them */
+    int64_t *offsets = malloc((N + 1) * sizeof *offsets);
+    uint32_t *targets = malloc(N * sizeof *targets);
+    qs_data d = {.seq_len = 1000, .n_sequences = N, .seq_offsets = offsets, .seq_targets = targets};
+    struct rlimit limit;
+    cr_assert(offsets != NULL && targets != NULL);
+    offsets[0] = 0;
+    for (int64_t s = 0; s < N; s++) {
+        targets[s] = s == N / 2 ? 40 : 30;
+        offsets[s + 1] = offsets[s] + (s == N / 2 ? 70 : 60);
+    }
+    cr_assert_eq(getrlimit(RLIMIT_AS, &limit), 0);
+    const rlim_t before = limit.rlim_cur;
+    limit.rlim_cur = 1 << 20; /* less than there is already: whoever asks gets none */
+    cr_assert_eq(setrlimit(RLIMIT_AS, &limit), 0);
+    const int64_t tokens = qs_data_longest(&d, 3), learned = qs_data_most_targets(&d, 3);
+    limit.rlim_cur = before;
+    cr_assert_eq(setrlimit(RLIMIT_AS, &limit), 0);
+    cr_assert_eq(tokens, 2 * 70 + 60);
+    cr_assert_eq(learned, 2 * 40 + 30);
+    free(offsets);
+    free(targets);
 }
 
 Test(data, prompts_have_no_targets)

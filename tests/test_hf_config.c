@@ -550,6 +550,84 @@ Test(hf_config, null_means_the_default_even_for_unknown_keys)
     cr_assert_eq(c.head_dim, 16);
 }
 
+Test(hf_config, all_that_is_refused_stands_in_one_message)
+{
+    static const char *const want[] = {
+        "config.json: keys \"zeta\", \"alpha_two\", \"moe_width\" are not known for model_type ",
+        "; if they do not change the maths, remove them from a copy of the file; ",
+        "\"use_mrope\" = true",
+        "\"lm_head_bias\" = true",
+        "\"attention_dropout\" = ",
+        "\"hidden_act\" = gelu",
+        "\"rope_type\" = quadratic",
+        "\"quant_method\" = gptq"};
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, as("phi3", "Phi3ForCausalLM",
+                              "\"zeta\":1,\"alpha_two\":2,\"moe_width\":3,\"use_mrope\":true,"
+                              "\"lm_head_bias\":true,\"attention_dropout\":0.5,"
+                              "\"hidden_act\":\"gelu\","
+                              "\"rope_scaling\":{\"rope_type\":\"quadratic\"},"
+                              "\"quantization_config\":{\"quant_method\":\"gptq\"}")),
+                 QS_ERR_INPUT_UNKNOWN, "%s", qs_error_text());
+    const char *at = qs_error_text();
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        const char *found = strstr(at, want[i]);
+        cr_assert_not_null(found, "%s: %s", want[i], qs_error_text());
+        at = found;
+    }
+}
+
+Test(hf_config, a_long_name_is_cut)
+{
+    qs_hf_config c;
+    char extra[1024] = "\"";
+    memset(extra + 1, 'k', 900);
+    strcat(extra, "\":1");
+    cr_assert_eq(parse(&c, with(extra)), QS_ERR_INPUT_UNKNOWN);
+    cr_assert_not_null(strstr(qs_error_text(), "kkk\" is not known"), "%s", qs_error_text());
+}
+
+Test(hf_config, all_unknown_keys_of_rope_stand_in_one_message)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with("\"zeta\":1,\"rope_scaling\":{\"rope_type\":\"linear\","
+                                "\"factor\":2,\"omega\":1,\"alpha\":2}")),
+                 QS_ERR_INPUT_UNKNOWN);
+    cr_assert_not_null(strstr(qs_error_text(), "key \"zeta\" is not known"), "%s", qs_error_text());
+    cr_assert_not_null(strstr(qs_error_text(), "; RoPE keys \"omega\", \"alpha\" are not known"),
+                       "%s", qs_error_text());
+}
+
+/* A value out of range behind a refused key may follow from the default that was taken for it. */
+Test(hf_config, a_refusal_is_told_before_what_is_wrong_otherwise)
+{
+    qs_hf_config c;
+    cr_assert_eq(parse(&c, with("\"zeta\":1,\"max_position_embeddings\":0")), QS_ERR_INPUT_UNKNOWN);
+    cr_assert_not_null(strstr(qs_error_text(), "key \"zeta\" is not known"), "%s", qs_error_text());
+    cr_assert_null(strstr(qs_error_text(), "max_position"), "%s", qs_error_text());
+}
+
+Test(hf_config, more_keys_than_a_line_holds_are_counted)
+{
+    qs_hf_config c;
+    char extra[2000] = "";
+    for (int i = 0; i < 90; i++) {
+        char key[24];
+        snprintf(key, sizeof key, "%s\"strange_%02d\":1", i > 0 ? "," : "", i);
+        strcat(extra, key);
+    }
+    cr_assert_eq(parse(&c, as("llama", "LlamaForCausalLM", extra)), QS_ERR_INPUT_UNKNOWN);
+    cr_assert_not_null(strstr(qs_error_text(), "\"strange_00\", \"strange_01\""));
+    int last = -1, more = 0;
+    for (const char *p = qs_error_text(); (p = strstr(p, "strange_")) != NULL; p++) {
+        last = atoi(p + 8);
+    }
+    const char *count = strstr(qs_error_text(), " and ");
+    cr_assert(count != NULL && sscanf(count, " and %d more are not known", &more) == 1, "%s",
+              qs_error_text());
+    cr_assert_eq(last + 1 + more, 90, "%s", qs_error_text());
+}
+
 Test(hf_config, depth_is_limited_before_the_parser_descends)
 {
     char text[2000] = "{\"model_type\":";

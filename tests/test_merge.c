@@ -8,6 +8,7 @@
 #include <jansson.h>
 #include <libgen.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -787,6 +788,51 @@ Test(merge, any_call_may_fail_and_nothing_half_done_is_left)
             cr_assert(there || code == 4, "%s: success without a result", fault);
             cr_assert(!there || differs("good", "out") == 0, "%s: a wrong result", fault);
         }
+    }
+}
+
+/* What a shell says of a process that a signal ended: 128 + its number. */
+Test(merge, a_signal_at_any_call_leaves_nothing_half_done)
+{
+    int calls = 0;
+    make_usual();
+    cr_assert_eq(run_with("", "adapter --base base.h5 -o good --shard-size 100K"), 0);
+    cr_assert_eq(run_faulty("io:count"), 0, "%s", output);
+    cr_assert_eq(sscanf(strstr(output, "iofault: calls "), "iofault: calls %d", &calls), 1);
+    for (int n = 1; n <= calls; n += 1 + n / 8) {
+        char fault[64];
+        const bool interrupt = n % 2 != 0;
+        snprintf(fault, sizeof fault, "io:%d:%s", n, interrupt ? "intbefore" : "termbefore");
+        cr_assert_eq(system("rm -rf out"), 0);
+        const int code = run_faulty(fault);
+        cr_assert_eq(code, 128 + (interrupt ? SIGINT : SIGTERM), "%s: %d\n%s", fault, code, output);
+        cr_assert_eq(leftovers(), 0, "%s:\n%s", fault, output);
+        cr_assert(access("out", F_OK) != 0 || differs("good", "out") == 0, "%s", fault);
+    }
+}
+
+Test(merge, leftovers_of_killed_commands_are_removed_and_others_are_not)
+{
+    static const char *const made[] = {"out.tmp-999999991", "out.tmp-999999992",
+                                       "out.tmp-999999993", "out.tmp-999999994", "out.tmp-9x"};
+    char command[512];
+    make_usual();
+    for (size_t i = 0; i < sizeof made / sizeof *made; i++) {
+        snprintf(command, sizeof command,
+                 "mkdir %s && touch %s/model.safetensors && %s touch -d 2001-01-01 %s/* && "
+                 "%s touch -d 2001-01-01 %s",
+                 made[i], made[i], i == 1 ? ": written into of late:" : "", made[i],
+                 i == 2 ? ": changed of late:" : "", made[i]);
+        cr_assert_eq(system(command), 0, "%s", command);
+    }
+    snprintf(command, sizeof command, "mkdir %s/by_hand && touch -d 2001-01-01 %s", made[3],
+             made[3]);
+    cr_assert_eq(system(command), 0);
+    cr_assert_eq(run_with("", "adapter --base base.h5 -o out/"), 0, "%s", output);
+    cr_assert_neq(access(made[0], F_OK), 0);
+    for (size_t i = 1; i < sizeof made / sizeof *made; i++) {
+        snprintf(command, sizeof command, "%s/model.safetensors", made[i]);
+        cr_assert_eq(access(command, F_OK), 0, "%s", made[i]);
     }
 }
 

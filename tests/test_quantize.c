@@ -4,6 +4,7 @@
 #include <criterion/parameterized.h>
 #include <fcntl.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -626,6 +627,58 @@ static void expect_all_or_nothing(int n, const char *kind, const mpirun_result *
         cr_assert_eq(files_in_out(), 0, "call %d %s leaves a file: %s", n, kind, r->output);
     }
     shell((mpirun_result *)(uintptr_t)r, 10, "sh -c 'rm -f %s/*'", out_dir);
+}
+
+/* What a shell says of a process that a signal ended: 128 + its number. */
+ParameterizedTestParameters(quantize, a_signal_at_any_call_leaves_a_whole_file_or_none)
+{
+    static char kind[][12] = {"intbefore", "termbefore"};
+    return cr_make_param_array(char[12], kind, sizeof kind / sizeof *kind);
+}
+
+ParameterizedTest(char *kind, quantize, a_signal_at_any_call_leaves_a_whole_file_or_none,
+                  .timeout = 300)
+{
+    tiny_hf o = {.dtype = QS_BF16};
+    mpirun_result r;
+    char fault[32];
+    const int code = 128 + (strcmp(kind, "intbefore") == 0 ? SIGINT : SIGTERM);
+    if (access(fault_library(), R_OK) != 0) {
+        cr_skip_test("no %s", fault_library());
+    }
+    tiny_hf_write(model, &o);
+    int calls = fault_calls();
+    for (int n = 1; n <= calls; n += n < 8 || n > calls - 6 ? 1 : 13) {
+        (void)snprintf(fault, sizeof fault, "%d:%s", n, kind);
+        run_with_fault(&r, fault);
+        cr_assert_eq(r.code, code, "call %d: exit %d: %s", n, r.code, r.output);
+        const bool there = access(out_file("b.h5"), F_OK) == 0;
+        cr_assert_eq(files_in_out(), there, "call %d leaves a file: %s", n, r.output);
+        if (there) {
+            cr_assert_eq(qs_base_verify(out_file("b.h5")), QS_OK, "call %d", n);
+            cr_assert_eq(unlink(out_file("b.h5")), 0);
+        }
+    }
+}
+
+/* mpirun ends the others, and rank 0 has the file. */
+Test(quantize, a_signal_to_another_rank_leaves_nothing, .timeout = 120)
+{
+    tiny_hf o = {.dtype = QS_BF16};
+    mpirun_result r;
+    const char *asan = getenv("ASAN_OPTIONS");
+    if (access(fault_library(), R_OK) != 0 || system("command -v mpirun > /dev/null") != 0) {
+        cr_skip_test("no mpirun or no %s", fault_library());
+    }
+    tiny_hf_write(model, &o);
+    shell(&r, 60,
+          "env ASAN_OPTIONS=%s:verify_asan_link_order=0 FAULT=io:2:termbefore FAULT_RANK=1 "
+          "FAULT_PATH=b.h5 mpirun -np 2 -x LD_PRELOAD=%s %s %s %s 1",
+          asan != NULL ? asan : "", fault_library(), case_path("quantize"), model,
+          out_file("b.h5"));
+    cr_assert_not_null(strstr(r.output, "iofault: call 2"), "%s", r.output);
+    cr_assert_eq(r.code, 128 + SIGTERM, "exit %d: %s", r.code, r.output);
+    cr_assert_eq(files_in_out(), 0, "%s", r.output);
 }
 
 ParameterizedTestParameters(quantize, a_fault_in_any_call_leaves_a_whole_file_or_none)

@@ -6,6 +6,16 @@
 # Prints the seconds of each block; stops at the first that fails. It needs what the tutorial needs: apt as root or the
 # libraries, and PyPI.
 set -euo pipefail
+case ${1:-} in
+-h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+    ;;
+-*)
+    echo "error[E200] tutorial.sh: unknown option $1; usage: tests/tutorial.sh [FOLDER]" >&2
+    exit 2
+    ;;
+esac
 source=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-}
 if [ -z "$folder" ]; then

@@ -136,6 +136,19 @@ void qs_log_debug(const char *format, ...)
     va_end(args);
 }
 
+void qs_log_end(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    write_line(QS_LOG_WARN, "", NULL, format, args);
+    va_end(args);
+}
+
+bool qs_log_says(qs_log_level level)
+{
+    return who.speaks && level <= who.level;
+}
+
 /* "0:07", "12:05", "3:02:01" */
 static void format_duration(char *out, size_t size, double seconds)
 {

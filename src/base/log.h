@@ -20,6 +20,12 @@ void qs_log_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void qs_log_info(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void qs_log_debug(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/** How a command ended: rank 0 says it with --quiet, too. */
+void qs_log_end(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/** Does this process say what has `level`? For what is printed elsewhere and is no result. */
+bool qs_log_says(qs_log_level level);
+
 /** Make one line of `text`: control characters, which names out of foreign files may hold, become
  * spaces. */
 void qs_flatten(char *text, size_t bytes);

@@ -14,42 +14,84 @@
 
 enum { PATH_ROOM = QS_PATH_MAX + 64, NAME_ROOM = 1024, INDEX_BYTES_MAX = 64 << 20 };
 
-/* The base model's directory as it was given to quantize; false if base.h5 is not at hand. */
-static bool name_from_base(const char *base, char *out, size_t capacity)
+/* What base.h5 records of the checkpoint that it was made from; "" where it does not. */
+typedef struct {
+    char path[NAME_ROOM];   /* as it was given to quantize */
+    char parent[NAME_ROOM]; /* _name_or_path in its config.json */
+} origin;
+
+static void copy_text(char out[NAME_ROOM], const json_t *value)
+{
+    const char *text = json_string_value(value);
+    snprintf(out, NAME_ROOM, "%s", text != NULL ? text : "");
+}
+
+/* A base that is elsewhere, or damaged, is no error here. */
+static origin read_origin(const char *base)
 {
     qs_h5 *file = NULL;
     json_t *index = NULL;
     char *text = NULL;
     qs_h5_info info = {.dtype = QS_U8, .rank = 1, .dims = {-1, -1}};
-    bool found = false;
+    origin from = {.path = "", .parent = ""};
     if (qs_h5_open(&file, base) == QS_OK && qs_h5_expect_format(file, "qshard-base", 1) == QS_OK &&
         qs_h5_dataset_find(file, "index", &info) == QS_OK && info.dims[0] < INDEX_BYTES_MAX &&
         (text = malloc((size_t)info.dims[0])) != NULL &&
         qs_h5_dataset_get(file, "index", &info, 0, info.dims[0], text) == QS_OK) {
         index = json_loadb(text, (size_t)info.dims[0], 0, NULL);
-        const char *path =
-            json_string_value(json_object_get(json_object_get(index, "source"), "path"));
-        found = path && *path;
-        snprintf(out, capacity, "%s", found ? path : "");
+        copy_text(from.path, json_object_get(json_object_get(index, "source"), "path"));
+        copy_text(from.parent, json_object_get(json_object_get(index, "config"), "_name_or_path"));
     }
     (void)qs_h5_close(file);
-    qs_error_clear(); /* a base that is elsewhere is no error here */
+    qs_error_clear();
     json_decref(index);
     free(text);
-    return found;
+    return from;
 }
 
+/* Hugging Face's cache keeps ORG/NAME as .../models--ORG--NAME/snapshots/REVISION. */
+static bool name_in_cache(const char *path, char *out, size_t capacity)
+{
+    static const char before[] = "models--", behind[] = "/snapshots/";
+    const char *end = strstr(path, behind);
+    const char *begin = end;
+    while (begin != NULL && begin > path && begin[-1] != '/') {
+        begin--;
+    }
+    if (begin == NULL || strncmp(begin, before, strlen(before)) != 0) {
+        return false;
+    }
+    begin += strlen(before);
+    const char *border = strstr(begin, "--"); /* no name on the Hub has two hyphens in a row */
+    if (border != NULL && border < end) {
+        snprintf(out, capacity, "%.*s/%.*s", (int)(border - begin), begin, (int)(end - border - 2),
+                 border + 2);
+    } else {
+        snprintf(out, capacity, "%.*s", (int)(end - begin), begin);
+    }
+    return end > begin;
+}
+
+/* Without a name the adapter records a directory, as peft does for a model that was loaded from
+ * one. _name_or_path is what the author of the checkpoint had loaded: of a fine-tuned model its
+ * parent, so it is told and not written. */
 static void choose_base_name(const qs_cli_args *args, const qs_config *cfg, char *out,
                              size_t capacity)
 {
     if (args->base_name) {
         snprintf(out, capacity, "%s", args->base_name);
-    } else if (!name_from_base(cfg->base, out, capacity)) {
-        snprintf(out, capacity, "%s", cfg->base);
-        qs_log_warn("%s: cannot be asked for the base model's name; tools that load the base by "
-                    "the adapter's record need --base-name",
-                    cfg->base);
+        return;
     }
+    const origin from = read_origin(cfg->base);
+    if (name_in_cache(from.path, out, capacity)) {
+        return;
+    }
+    const bool hint = from.parent[0] != '\0' && strcmp(from.parent, from.path) != 0;
+    snprintf(out, capacity, "%s", from.path[0] != '\0' ? from.path : cfg->base);
+    qs_log_warn("%s: the adapter records the local path \"%s\" as its base; for programs that load "
+                "the base by name, export it with --base-name ORG/MODEL%s%.200s%s",
+                args->output, out, hint ? " (its config.json names \"" : "",
+                hint ? from.parent : "", hint ? "\", itself or its parent)" : "");
 }
 
 /* y = W x + (alpha / sqrt(r)) B A x = W x + (alpha / r) (sqrt(r) B) A x */

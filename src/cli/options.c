@@ -53,7 +53,7 @@ enum {
 };
 
 #define COMMON                                                                                     \
-    {"quiet", KEY_QUIET, NULL, 0, "Warnings and errors only", QS_CLI_COMMON_GROUP},                \
+    {"quiet", KEY_QUIET, NULL, 0, "Warnings, errors and the result only", QS_CLI_COMMON_GROUP},    \
         {"verbose", KEY_VERBOSE, NULL, 0, "Say more, on all ranks", QS_CLI_COMMON_GROUP},          \
         {"help", KEY_HELP, NULL, 0, "Show this help", QS_CLI_COMMON_GROUP + 1},                    \
     {                                                                                              \
@@ -127,8 +127,8 @@ const struct argp_option qs_cli_quantize_options[] = {
 const struct argp_option qs_cli_export_options[] = {
     {"output", 'o', "DIR", 0, "The PEFT directory to write; must not exist (needed)", 1},
     {"base-name", KEY_BASE_NAME, "NAME", 0,
-     "Hub id or path of the base model, for tools that load it from there; default: what the "
-     "base was made from",
+     "Hub id or path of the base model, for tools that load it from there; default: where the "
+     "base was made from, a directory or, in Hugging Face's cache, the id",
      2},
     {"fold-scaling", KEY_FOLD, NULL, 0,
      "Multiply rslora's part of the scale into lora_B, for tools that know alpha / r only", 3},

@@ -271,53 +271,72 @@ int64_t qs_data_order(const qs_data *data, uint64_t seed, int64_t epoch, int64_t
     return qs_rng_permute(seed, (uint64_t)epoch, data->n_sequences, position);
 }
 
-static int descending(const void *a, const void *b)
+typedef int64_t (*value_of)(const qs_data *d, int64_t sequence);
+
+static int64_t length_of(const qs_data *d, int64_t sequence)
 {
-    int64_t x = *(const int64_t *)a;
-    int64_t y = *(const int64_t *)b;
-    return (x < y) - (x > y);
+    return d->seq_offsets[sequence + 1] - d->seq_offsets[sequence];
+}
+
+static int64_t targets_of(const qs_data *d, int64_t sequence)
+{
+    return d->seq_targets[sequence];
+}
+
+/** The `rank`-th largest value, from 1: the largest border that as many values reach. Sorting a
+ * copy would need memory, which one rank alone might lack. */
+static int64_t largest(const qs_data *d, value_of value, int64_t rank)
+{
+    int64_t low = 0, high = d->seq_len; /* that many reach `low`; all values are at most `high` */
+    while (low < high) {
+        const int64_t middle = high - (high - low) / 2;
+        int64_t reach = 0;
+        for (int64_t s = 0; s < d->n_sequences; s++) {
+            reach += value(d, s) >= middle;
+        }
+        low = reach >= rank ? middle : low;
+        high = reach >= rank ? high : middle - 1;
+    }
+    return low;
+}
+
+/** Sum of the `count` largest values. */
+static int64_t sum_of_largest(const qs_data *d, value_of value, int64_t count)
+{
+    if (count == 0) {
+        return 0;
+    }
+    const int64_t border = largest(d, value, count);
+    int64_t sum = 0, above = 0;
+    for (int64_t s = 0; s < d->n_sequences; s++) {
+        const int64_t v = value(d, s);
+        sum += v > border ? v : 0;
+        above += v > border;
+    }
+    return sum + (count - above) * border;
 }
 
 /** Largest sum of the values of `count` consecutive samples: each sequence as often as that many
  * can hold it. */
-static int64_t largest_sum(int64_t *values, int64_t n, int64_t count)
+static int64_t largest_sum(const qs_data *d, value_of value, int64_t count)
 {
+    const int64_t n = d->n_sequences;
     /* The end of one epoch, whole ones, the begin of another. */
-    int64_t times = count < 2 ? 1 : (count - 2) / n + 2;
-    int64_t sum = 0;
-    qsort(values, (size_t)n, sizeof *values, descending);
-    for (int64_t i = 0; i < n && count > 0; i++) {
-        int64_t take = count < times ? count : times;
-        sum += take * values[i];
-        count -= take;
+    const int64_t times = count < 2 ? 1 : (count - 2) / n + 2;
+    const int64_t whole = count / times; /* sequences that are there so often: at most n */
+    int64_t sum = times * sum_of_largest(d, value, whole);
+    if (whole < n && count % times > 0) {
+        sum += count % times * largest(d, value, whole + 1);
     }
     return sum;
 }
 
-int64_t qs_data_longest(const qs_data *d, int64_t count)
+int64_t qs_data_longest(const qs_data *data, int64_t count)
 {
-    int64_t *lengths = malloc((size_t)d->n_sequences * sizeof *lengths);
-    if (lengths == NULL) {
-        return count * d->seq_len; /* a bound all the same */
-    }
-    for (int64_t s = 0; s < d->n_sequences; s++) {
-        lengths[s] = d->seq_offsets[s + 1] - d->seq_offsets[s];
-    }
-    int64_t sum = largest_sum(lengths, d->n_sequences, count);
-    free(lengths);
-    return sum;
+    return largest_sum(data, length_of, count);
 }
 
-int64_t qs_data_most_targets(const qs_data *d, int64_t count)
+int64_t qs_data_most_targets(const qs_data *data, int64_t count)
 {
-    int64_t *targets = malloc((size_t)d->n_sequences * sizeof *targets);
-    if (targets == NULL) {
-        return count * d->seq_len;
-    }
-    for (int64_t s = 0; s < d->n_sequences; s++) {
-        targets[s] = d->seq_targets[s];
-    }
-    int64_t sum = largest_sum(targets, d->n_sequences, count);
-    free(targets);
-    return sum;
+    return largest_sum(data, targets_of, count);
 }

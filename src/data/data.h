@@ -27,6 +27,9 @@ typedef struct {
     int fd;                       /* -1: this rank does not see the file */
     int32_t *held; /* [2, n_tokens] tokens, then labels, where it does not; else NULL */
     uint64_t bytes_read;
+    struct { /* the file when its hashes were checked */
+        int64_t bytes, time_ns;
+    } checked;
 } qs_data;
 
 /** Open and check; the lowest rank that sees the file reads the index, the others get it.
@@ -40,7 +43,12 @@ void qs_data_close(qs_data *data);
  * that sees the file does, so that no damaged copy is trained on. Collective. \return
  * QS_ERR_INPUT_HASH.
  */
-qs_status qs_data_check_hashes(const qs_data *data, qs_comm *comm);
+qs_status qs_data_check_hashes(qs_data *data, qs_comm *comm);
+
+/** Is the file what qs_data_check_hashes has read? Where its size or time is another, it is hashed
+ * anew: something else in its place is QS_ERR_INPUT_HASH, and nothing read from it counts. A file
+ * that was renamed into its place is none of ours: the old one stays open. Collective. */
+qs_status qs_data_check_unchanged(qs_data *data, qs_comm *comm);
 
 /** Bytes of tokens and labels that this rank holds because it does not see the file: for the plan.
  */

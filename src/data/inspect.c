@@ -2,6 +2,7 @@
 #include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/mem.h"
 #include "data/data.h"
@@ -112,10 +113,56 @@ static qs_status check_hashes(const qs_data *d)
     return check_hash(d, "labels", d->labels_at, d->labels);
 }
 
-qs_status qs_data_check_hashes(const qs_data *data, qs_comm *comm)
+/* One rank of a host looks at the host's file. */
+static bool looks(const qs_data *d, const qs_comm *comm)
 {
-    const bool mine = data->fd >= 0 && qs_comm_local_rank(comm) == 0;
-    return qs_comm_agree(comm, mine ? check_hashes(data) : QS_OK);
+    return d->fd >= 0 && qs_comm_local_rank(comm) == 0;
+}
+
+/* What changes when somebody writes into the file; 0 if the system does not say. */
+static void look(const qs_data *d, int64_t *bytes, int64_t *time_ns)
+{
+    struct stat info = {0};
+    (void)fstat(d->fd, &info);
+    *bytes = info.st_size;
+    *time_ns = (int64_t)info.st_mtim.tv_sec * 1000000000 + info.st_mtim.tv_nsec;
+}
+
+qs_status qs_data_check_hashes(qs_data *data, qs_comm *comm)
+{
+    qs_status st = QS_OK;
+    if (looks(data, comm)) {
+        look(data, &data->checked.bytes,
+             &data->checked.time_ns); /* before: a change behind shows */
+        st = check_hashes(data);
+    }
+    return qs_comm_agree(comm, st);
+}
+
+/** A time alone says nothing: the file may have been touched, or a copy restored. */
+static qs_status check_changed(qs_data *d)
+{
+    int64_t bytes, time_ns;
+    look(d, &bytes, &time_ns);
+    if (bytes == d->checked.bytes && time_ns == d->checked.time_ns) {
+        return QS_OK;
+    }
+    d->checked.bytes = bytes;
+    d->checked.time_ns = time_ns;
+    const qs_status st = check_hashes(d);
+    if (st != QS_ERR_INPUT_HASH && st != QS_ERR_INPUT_FORMAT /* cut short */) {
+        return st;
+    }
+    qs_error_clear();
+    return QS_FAIL(QS_ERR_INPUT_HASH,
+                   "%s: was changed while the run was reading it; put the old file back and start "
+                   "again, or train on the new one into another output",
+                   d->path);
+}
+
+qs_status qs_data_check_unchanged(qs_data *data, qs_comm *comm)
+{
+    return qs_comm_agree(comm, looks(data, comm) ? check_changed(data) : QS_OK);
 }
 
 /** Read every sequence, which checks ids, labels and seq_targets. */

@@ -202,28 +202,83 @@ qs_status qs_hf_expect_false(const json_t *root, const char *key, const char *pa
     return on ? qs_hf_refuse(path, key, "true", "false") : QS_OK;
 }
 
+/* ---- everything that is refused, in one message ---- */
+
+enum { TOLD_MAX = 1500 }; /* an error's text has 2048 bytes */
+
+typedef struct {
+    char text[TOLD_MAX]; /* what was refused so far, without the path */
+} refusals;
+
+/* A refusal is noted and parsing goes on, with the default in its place; what is wrong otherwise
+ * ends it. */
+static qs_status note(refusals *told, const char *path, qs_status st)
+{
+    if (st != QS_ERR_INPUT_UNKNOWN) {
+        return st;
+    }
+    const char *text = qs_error_text();
+    const size_t skip = strlen(path), used = strlen(told->text);
+    text += strncmp(text, path, skip) == 0 && strncmp(text + skip, ": ", 2) == 0 ? skip + 2 : 0;
+    snprintf(told->text + used, sizeof told->text - used, "%s%s", used > 0 ? "; " : "", text);
+    qs_error_clear();
+    return QS_OK;
+}
+
+static bool known_key(const qs_hf_arch *arch, const char *key)
+{
+    return (arch->window != QS_WINDOW_NEVER &&
+            qs_hf_listed(window_keys, QS_HF_COUNT(window_keys), key)) ||
+           (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
+           (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key)) ||
+           (arch->fused && qs_hf_listed(phi3_keys, QS_HF_COUNT(phi3_keys), key)) ||
+           qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) ||
+           qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
+}
+
+void qs_hf_names_add(qs_hf_names *names, const char *name)
+{
+    static const size_t reserve = 24; /* quotes, a comma, " and 100000 more" */
+    enum { shown = 100 };             /* bytes of a name, so that the first one always fits */
+    if (names->left_out > 0 || names->used + strnlen(name, shown) + reserve >= sizeof names->text) {
+        names->left_out++;
+    } else {
+        names->used += (size_t)snprintf(names->text + names->used, sizeof names->text - names->used,
+                                        "%s\"%.*s\"", names->count > 0 ? ", " : "", shown, name);
+    }
+    names->count++;
+}
+
+int qs_hf_names_end(qs_hf_names *names)
+{
+    if (names->left_out > 0) {
+        snprintf(names->text + names->used, sizeof names->text - names->used, "%s%d more",
+                 names->used > 0 ? " and " : "", names->left_out);
+    }
+    return names->count;
+}
+
 static qs_status check_keys(const qs_hf_arch *arch, const json_t *root, const char *path)
 {
+    qs_hf_names unknown = {.count = 0};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)(uintptr_t)root, key, value)
     {
-        const bool windowed = arch->window != QS_WINDOW_NEVER &&
-                              qs_hf_listed(window_keys, QS_HF_COUNT(window_keys), key);
-        const bool gemma =
-            (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
-            (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key));
-        const bool phi3 = arch->fused && qs_hf_listed(phi3_keys, QS_HF_COUNT(phi3_keys), key);
-        if (!json_is_null(value) && !windowed && !gemma && !phi3 &&
-            !qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) &&
-            !qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key)) {
-            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: key \"%.100s\" is not known for model_type \"%s\"; if it does "
-                           "not change the maths, remove it from a copy of the file",
-                           path, key, arch->model_type);
+        if (!json_is_null(value) && !known_key(arch, key)) {
+            qs_hf_names_add(&unknown, key);
         }
     }
-    return QS_OK;
+    const int count = qs_hf_names_end(&unknown);
+    if (count == 0) {
+        return QS_OK;
+    }
+    const bool one = count == 1;
+    return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
+                   "%s: %s %s %s not known for model_type \"%s\"; if %s not change the maths, "
+                   "remove %s from a copy of the file",
+                   path, one ? "key" : "keys", unknown.text, one ? "is" : "are", arch->model_type,
+                   one ? "it does" : "they do", one ? "it" : "them");
 }
 
 static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, const char *path)
@@ -302,16 +357,18 @@ static qs_status parse_sizes(qs_hf_config *out, const qs_hf_arch *arch, const js
 }
 
 static qs_status parse_biases(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
-                              const char *path)
+                              const char *path, refusals *told)
 {
     bool attention = false, mlp = false;
     QS_TRY(qs_hf_get_bool(root, "attention_bias", false, &attention, path));
     QS_TRY(qs_hf_get_bool(root, "mlp_bias", false, &mlp, path));
     if (arch->bias != QS_BIAS_BY_KEY && attention) {
-        return qs_hf_refuse(path, "attention_bias", "true", "for this model_type false");
+        QS_TRY(note(told, path,
+                    qs_hf_refuse(path, "attention_bias", "true", "for this model_type false")));
     }
     if ((arch->bias != QS_BIAS_BY_KEY || arch->qk_norm) && mlp) {
-        return qs_hf_refuse(path, "mlp_bias", "true", "for this model_type false");
+        QS_TRY(
+            note(told, path, qs_hf_refuse(path, "mlp_bias", "true", "for this model_type false")));
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         const bool some = QS_LINEARS_ATTENTION >> i & 1 ? attention : mlp;
@@ -455,23 +512,23 @@ static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const js
 }
 
 static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
-                                const char *path)
+                                const char *path, refusals *told)
 {
+    static const char *const false_alone[] = {"rope_interleaved", "use_mrope", "is_encoder_decoder",
+                                              "add_cross_attention", "lm_head_bias"};
+    static const char *const dropouts[] = {"attention_dropout", "resid_pdrop", "embd_pdrop"};
     double dropout;
     QS_TRY(qs_hf_get_bool(root, "tie_word_embeddings", arch->tied, &out->tied, path));
-    QS_TRY(qs_hf_expect_false(root, "rope_interleaved", path));
-    QS_TRY(qs_hf_expect_false(root, "use_mrope", path));
-    QS_TRY(qs_hf_expect_false(root, "is_encoder_decoder", path));
-    QS_TRY(qs_hf_expect_false(root, "add_cross_attention", path));
-    QS_TRY(qs_hf_expect_false(root, "lm_head_bias", path));
-    static const char *const dropouts[] = {"attention_dropout", "resid_pdrop", "embd_pdrop"};
+    for (size_t i = 0; i < QS_HF_COUNT(false_alone); i++) {
+        QS_TRY(note(told, path, qs_hf_expect_false(root, false_alone[i], path)));
+    }
     for (size_t i = 0; i < QS_HF_COUNT(dropouts); i++) {
         QS_TRY(qs_hf_get_f64(root, dropouts[i], 0.0, 1.0, 0.0, &dropout, path));
         if (dropout != 0.0) {
-            return qs_hf_refuse(path, dropouts[i], "a number above 0", "0");
+            QS_TRY(note(told, path, qs_hf_refuse(path, dropouts[i], "a number above 0", "0")));
         }
     }
-    return parse_activation(arch, root, path);
+    return note(told, path, parse_activation(arch, root, path));
 }
 
 /* What Phi-3's files have beside; the class computes what 1 says. */
@@ -542,26 +599,39 @@ static qs_status parse_quantization(qs_hf_config *out, const json_t *root, const
     return QS_OK;
 }
 
+/* Sizes come first: the others are read by them. */
+static qs_status parse_keys(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                            const char *path, refusals *told)
+{
+    QS_TRY(note(told, path, check_keys(arch, root, path)));
+    QS_TRY(parse_sizes(out, arch, root, path));
+    QS_TRY(parse_biases(out, arch, root, path, told));
+    QS_TRY(parse_switches(out, arch, root, path, told));
+    QS_TRY(note(told, path, parse_gemma(out, arch, root, path)));
+    QS_TRY(parse_phi3(arch, root, path));
+    QS_TRY(note(told, path, parse_window(out, arch, root, path)));
+    QS_TRY(note(told, path, parse_dtype(out, root, path)));
+    QS_TRY(note(told, path, qs_hf_rope_parse(out, arch, root, path)));
+    return note(told, path, parse_quantization(out, root, path));
+}
+
 static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *path)
 {
     if (!json_is_object(root)) {
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
     }
     const qs_hf_arch *arch = NULL;
+    refusals told = {.text = ""};
     QS_TRY(find_architecture(&arch, root, path));
     strcpy(out->model_type, arch->model_type);
     out->qk_norm = arch->qk_norm;
     out->fused = arch->fused;
-    QS_TRY(check_keys(arch, root, path));
-    QS_TRY(parse_sizes(out, arch, root, path));
-    QS_TRY(parse_biases(out, arch, root, path));
-    QS_TRY(parse_switches(out, arch, root, path));
-    QS_TRY(parse_gemma(out, arch, root, path));
-    QS_TRY(parse_phi3(arch, root, path));
-    QS_TRY(parse_window(out, arch, root, path));
-    QS_TRY(parse_dtype(out, root, path));
-    QS_TRY(qs_hf_rope_parse(out, arch, root, path));
-    return parse_quantization(out, root, path);
+    const qs_status st = parse_keys(out, arch, root, path, &told);
+    if (told.text[0] == '\0') {
+        return st;
+    }
+    qs_error_clear(); /* what is wrong behind a refusal may follow from it */
+    return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: %s", path, told.text);
 }
 
 qs_status qs_hf_config_parse(qs_hf_config *out, const char *text, size_t bytes, const char *path)

@@ -16,6 +16,16 @@ const json_t *qs_hf_given(const json_t *object, const char *key);
 /** QS_ERR_INPUT_UNKNOWN: `value` of `key` is not supported, `known` is. */
 qs_status qs_hf_refuse(const char *path, const char *key, const char *value, const char *known);
 
+/** Names in the order of the file, as they stand in a message: `"a", "b" and 3 more`. */
+typedef struct {
+    char text[700]; /* an error's has 2048 bytes */
+    size_t used;
+    int count, left_out;
+} qs_hf_names;
+void qs_hf_names_add(qs_hf_names *names, const char *name);
+/** Behind the last one; then `text` is complete. \return how many there are. */
+int qs_hf_names_end(qs_hf_names *names);
+
 /** Members within [low, high]; `fallback` where they are not given. */
 qs_status qs_hf_get_i64(const json_t *root, const char *key, int64_t low, int64_t high,
                         int64_t fallback, int64_t *out, const char *path);

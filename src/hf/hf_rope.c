@@ -72,13 +72,19 @@ static qs_status parse_rope_type(qs_hf_config *out, const qs_hf_arch *arch, cons
 
 static qs_status check_rope_keys(const qs_hf_config *out, const json_t *rope, const char *path)
 {
+    qs_hf_names unknown = {.count = 0};
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)(uintptr_t)rope, key, value)
     {
         if (!json_is_null(value) && !qs_hf_listed(rope_keys, QS_HF_COUNT(rope_keys), key)) {
-            return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: RoPE key \"%.100s\" is not known", path, key);
+            qs_hf_names_add(&unknown, key);
         }
+    }
+    const int count = qs_hf_names_end(&unknown);
+    if (count > 0) {
+        return QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: RoPE key%s %s %s not known", path,
+                       count > 1 ? "s" : "", unknown.text, count > 1 ? "are" : "is");
     }
     for (size_t i = 0; i < QS_HF_COUNT(own_rope_keys); i++) {
         if (qs_hf_given(rope, own_rope_keys[i].key) != NULL &&

@@ -11,6 +11,7 @@
 #include "hf/safetensors.h"
 #include "lora/lora_impl.h"
 #include "store/io.h"
+#include "store/temp.h"
 
 enum { NAME_ROOM = 96, PATH_ROOM = QS_PATH_MAX + 64 };
 
@@ -175,8 +176,10 @@ qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name", place);
     }
     QS_TRY(qs_io_remove_dir(temp)); /* of a killed process that had our number */
-    QS_TRY(qs_io_mkdir(temp));
-    qs_status st = write_files(temp, layout, cfg, base_name, vector);
+    qs_temp_remove_stale(place);
+    qs_temp_guard(temp);
+    qs_status st = qs_io_mkdir(temp);
+    st = st == QS_OK ? write_files(temp, layout, cfg, base_name, vector) : st;
     st = st == QS_OK ? read_back(temp, layout, vector) : st;
     st = st == QS_OK ? qs_io_fsync_dir(temp) : st;
     st = st == QS_OK ? qs_io_rename(temp, place) : st;
@@ -184,5 +187,6 @@ qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_
     if (st != QS_OK) {
         (void)qs_io_remove_dir(temp); /* the first error is the one to report */
     }
+    qs_temp_release();
     return st;
 }

@@ -16,6 +16,7 @@
 #include "base/timer.h"
 #include "merge/merge_impl.h"
 #include "store/io.h"
+#include "store/temp.h"
 
 enum {
     PATH_ROOM = QS_PATH_MAX + 128,
@@ -350,9 +351,11 @@ qs_status qs_merge(const qs_merge_options *options, qs_merge_report *report)
     memset(report, 0, sizeof *report);
     QS_GOTO(make_names(&n, options->output));
     QS_GOTO(prepare(&job));
+    qs_temp_remove_stale(n.place);
     QS_GOTO(expect_space(&job, &n));
     QS_GOTO(qs_io_remove_dir(n.temp)); /* of a killed process that had our number */
     made = true;
+    qs_temp_guard(n.temp);
     QS_GOTO(qs_io_mkdir(n.temp));
     st = fill_directory(&job, n.temp, report);
     qs_progress_end();
@@ -363,6 +366,7 @@ done:
     if (st != QS_OK && made) {
         (void)qs_io_remove_dir(n.temp); /* the first error is the one to report */
     }
+    qs_temp_release();
     cleanup(&job);
     return st;
 }

@@ -366,6 +366,7 @@ static qs_status evaluate(run *r)
     qs_eval_result result;
     QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, &r->trainer.feed,
                        &result));
+    QS_TRY(qs_data_check_unchanged(r->eval_data, r->comm));
     qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
                 result.loss, exp(result.loss), result.targets);
     return keep_going(r, qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
@@ -399,6 +400,8 @@ static qs_status report_ranks(run *r)
  * end. */
 static qs_status save(run *r, qs_status *last_save)
 {
+    *last_save = qs_data_check_unchanged(r->train_data, r->comm);
+    QS_TRY(*last_save);
     *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
     QS_TRY(*last_save);
     char *yaml = qs_config_dump(r->cfg);
@@ -610,11 +613,11 @@ static qs_status finish(run *r)
                                       qs_mem_peak_total_bytes(r->plan.space));
     QS_TRY(qs_comm_agree(r->comm, st));
     QS_TRY(qs_run_dir_finish(&r->run_dir, r->comm));
-    if (r->rank == 0) {
+    if (r->rank == 0 && qs_log_says(QS_LOG_INFO)) {
         qs_memory_plan_print(&r->plan, true);
     }
     compare_with_forecast(r);
-    qs_log_info("%s: done: %" PRId64 " steps in %.1f s", r->cfg->output, r->step, seconds);
+    qs_log_end("%s: done: %" PRId64 " steps in %.1f s", r->cfg->output, r->step, seconds);
     return QS_OK;
 }
 
@@ -667,7 +670,8 @@ static qs_status run_all(run *r)
     }
     const qs_status fits =
         qs_memory_plan_check(&r->plan, r->session.device, r->cfg->memory.device_limit);
-    if (r->rank == 0 && (r->options->dry_run || fits != QS_OK)) {
+    const bool explains = fits != QS_OK && qs_log_says(QS_LOG_INFO);
+    if (r->rank == 0 && (r->options->dry_run || explains)) {
         qs_memory_plan_print(&r->plan, false);
     }
     QS_TRY(qs_comm_agree(r->comm, fits));
@@ -678,7 +682,7 @@ static qs_status run_all(run *r)
         QS_TRY(qs_run_dir_open(&r->run_dir, r->cfg, r->options->resume, r->options->takeover,
                                r->comm));
         if (r->run_dir.finished) {
-            qs_log_info("%s: this run is finished; nothing to do", r->cfg->output);
+            qs_log_end("%s: this run is finished; nothing to do", r->cfg->output);
             return QS_OK;
         }
     }

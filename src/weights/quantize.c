@@ -8,18 +8,16 @@
  * close, sync, read back, open as a reader would 0      rename FILE.tmp-PID FILE  and sync of the
  * directory
  *
- * A failure anywhere is agreed on before the next step, and rank 0 removes the temporary file. */
+ * A failure anywhere is agreed on before the next step, and rank 0 removes the temporary file; so
+ * it does at a signal that ends it (store/temp.h). */
 #include "weights/quantize.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/cores.h"
@@ -28,9 +26,10 @@
 #include "base/timer.h"
 #include "store/hash.h"
 #include "store/io.h"
+#include "store/temp.h"
 #include "weights/quantize_impl.h"
 
-enum { STALE_AFTER_S = 600, METADATA_BYTES = 4 << 20 };
+enum { METADATA_BYTES = 4 << 20 };
 
 typedef struct {
     const qs_quantize_options *options;
@@ -70,41 +69,6 @@ static qs_status make_names(job *j)
     }
     (void)snprintf(j->temp, bytes, "%s.tmp-%ld", j->options->output, (long)getpid());
     return QS_OK;
-}
-
-/* The process number at the end of NAME.tmp-PID, 0 if `entry` is something else. */
-static long pid_of_temp(const char *entry, const char *name)
-{
-    char *end = NULL;
-    size_t length = strlen(name);
-    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, ".tmp-", 5) != 0) {
-        return 0;
-    }
-    long pid = strtol(entry + length + 5, &end, 10);
-    return *end == '\0' && pid > 0 ? pid : 0;
-}
-
-/* Remove what killed runs of the same output left: their process is gone on this host, and nobody,
- * on whatever host, has written for ten minutes. */
-static void remove_stale(const job *j)
-{
-    char *copy = strdup(j->options->output);
-    DIR *dir = opendir(j->parent);
-    const struct dirent *entry;
-    while (copy != NULL && dir != NULL && (entry = readdir(dir)) != NULL) {
-        struct stat info;
-        long pid = pid_of_temp(entry->d_name, basename(copy));
-        if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
-            fstatat(dirfd(dir), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) == 0 &&
-            S_ISREG(info.st_mode) && time(NULL) - info.st_mtime > STALE_AFTER_S &&
-            unlinkat(dirfd(dir), entry->d_name, 0) == 0) {
-            qs_log_info("%s/%s: removed, left by a killed run", j->parent, entry->d_name);
-        }
-    }
-    if (dir != NULL) {
-        closedir(dir);
-    }
-    free(copy);
 }
 
 /* A link to nothing is somebody's as well. */
@@ -211,9 +175,13 @@ static qs_status create_file(job *j)
 {
     int64_t end = 0;
     QS_TRY(expect_free_name(j));
-    remove_stale(j);
+    qs_temp_remove_stale(j->options->output);
     QS_TRY(expect_space(j));
+    qs_temp_guard(j->temp);
     qs_status st = qs_h5_create(&j->file, j->temp);
+    if (st == QS_ERR_OUTPUT_TAKEN) {
+        qs_temp_release();
+    }
     j->created = st != QS_ERR_OUTPUT_TAKEN; /* a creation that failed may have left a file */
     QS_TRY(st);
     QS_TRY(qs_h5_attr_put_text(j->file, "format", "qshard-base"));
@@ -442,6 +410,9 @@ static void cleanup(job *j, qs_status st)
     qs_h5_discard(j->file); /* open only after a failure */
     if (st != QS_OK && j->created) {
         (void)unlink(j->temp);
+    }
+    if (j->created) {
+        qs_temp_release();
     }
     if (j->fd >= 0) {
         (void)close(j->fd); /* synced unit by unit */

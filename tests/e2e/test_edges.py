@@ -8,6 +8,8 @@ import subprocess
 import time
 import unittest
 
+import h5py
+
 import support
 
 MODEL_SEED = 5
@@ -123,6 +125,42 @@ class Refused(Case):
         self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
 
 
+class Exported(Case):
+    """What an adapter says of its base when nobody names it."""
+
+    def exported(self, folder, parent=None):
+        """adapter_config.json's name of the base, and what export said, of a model that stands in `folder`."""
+        model, output = self.path(folder), self.path(folder.replace("/", "_") + "-run")
+        support.python(os.path.join(support.PREP, "qshard_tiny.py"), model, "--seed", MODEL_SEED, "--examples", "16")
+        if parent is not None:
+            config = os.path.join(model, "config.json")
+            with open(config, encoding="utf-8") as file:
+                changed = {**json.load(file), "_name_or_path": parent}
+            with open(config, "w", encoding="utf-8") as file:
+                json.dump(changed, file)
+        support.qshard("quantize", model, "-o", output + ".h5", "--head-chunk-rows", "128")
+        support.train(output, base=output + ".h5", train__steps=1, train__global_batch=2)
+        done = support.qshard("export", output, "-o", output + "-peft")
+        with open(os.path.join(output + "-peft", "adapter_config.json"), encoding="utf-8") as file:
+            return json.load(file)["base_model_name_or_path"], done.stderr
+
+    def test_a_model_in_the_cache_of_the_hub(self):
+        for folder, name in (("hub/models--some-org--tiny-2b/snapshots/0a1b", "some-org/tiny-2b"),
+                             ("hub/models--tiny/snapshots/0a1b", "tiny")):
+            with self.subTest(name=name):
+                self.assertEqual(self.exported(folder), (name, ""))
+
+    def test_a_local_directory(self):
+        name, said = self.exported("local")
+        self.assertEqual(name, self.path("local"))
+        self.assertRegex(said, rf'\Awarning: [^\n]*local path "{re.escape(name)}"[^\n]*--base-name ORG/MODEL\n\Z')
+
+    def test_the_name_of_a_parent_is_told_only(self):
+        name, said = self.exported("tuned", parent="some-org/base-2b")
+        self.assertEqual(name, self.path("tuned"))
+        self.assertRegex(said, r'\Awarning: [^\n]*names "some-org/base-2b"[^\n]*\n\Z')
+
+
 class Surroundings(Case):
     """What a shell has set up before the program starts."""
 
@@ -156,6 +194,26 @@ class Surroundings(Case):
                 self.assertIn("ulimit -f", done.stderr)
                 found = os.listdir(output) if os.path.isdir(output) else []
                 self.assertEqual([name for name in found if name.startswith("step-") or "lock" in name], [])
+
+
+class Quiet(Case):
+    """--quiet: errors, warnings and one line at the end."""
+
+    def test_a_run(self):
+        done = support.train(self.path("run"), options=["--quiet"], train__steps=2)
+        self.assertEqual(done.stdout, "")
+        self.assertRegex(done.stderr, r"\A[^\n]*run: done: 2 steps in [\d.]+ s\n\Z")
+        done = support.train(self.path("run"), options=["--quiet"], train__steps=2)
+        self.assertEqual(done.stdout, "")
+        self.assertRegex(done.stderr, r"\A[^\n]*run: this run is finished[^\n]*\n\Z")
+
+    def test_a_run_that_does_not_fit(self):
+        done = self.refused(self.command("train", "--quiet", memory__device_limit="100K"), None, 7, "device_limit")
+        self.assertEqual(done.stdout, "")
+        self.assertEqual(done.stderr.count("\n"), 1)
+
+    def test_a_dry_run_prints_its_result(self):
+        self.assertIn("memory of rank 0", support.qshard(*self.command("train", "--dry-run", "--quiet")).stdout)
 
 
 class DamagedBase(Case):
@@ -260,6 +318,26 @@ class Interrupted(Case):
                 support.qshard("train", support.TINY_YAML, *options, ranks=2, expect=75, LD_PRELOAD=MPIFAULT,
                                QSHARD_FAULT_SIGNAL=str(int(number)))
                 support.qshard("check", os.path.join(output, "step-00000001"))
+
+    def test_data_written_over(self):
+        """The run notices before it saves what it made of it; a file that was only touched is no news."""
+        for name, change, code in (("touched", False, 75), ("changed", True, 3)):
+            with self.subTest(name=name):
+                output, data = self.path(name), self.path(name + ".h5")
+                shutil.copy(os.path.join(support.tiny(), "train.h5"), data)
+                process = self.started(output, None, data__train=data)
+                with h5py.File(data, "r+") as file:
+                    tokens = file["tokens"][:]
+                    file["tokens"][:] = tokens[::-1] if change else tokens
+                os.utime(data)
+                os.kill(process.pid, signal.SIGTERM)
+                text, _ = process.communicate(timeout=120)
+                self.assertEqual(process.returncode, code, text)
+                saved = [entry for entry in os.listdir(output) if entry.startswith("step-")]
+                self.assertEqual(len(saved), not change)
+                if change:
+                    self.assertEqual(text.count("error["), 1, text)
+                    self.assertIn(f"error[E304] {data}: was changed while the run was reading it; put the old file", text)
 
     def test_taken_over_while_it_lives(self):
         """It notices before it writes again, and the run that took over goes on undisturbed."""

@@ -7,9 +7,10 @@
  *
  * KIND is an errno (EIO ENOSPC EDQUOT EINTR ESTALE EROFS), `late` (done, but EIO is reported, as
  * network file systems do), `short` (half the bytes are written; other calls are left alone),
- * `killbefore` or `killafter` (SIGKILL). Calls: write, pwrite, fsync, fdatasync, close, rename,
- * posix_fallocate, ftruncate, mkdir, open with O_CREAT, unlink, unlinkat, rmdir. A fault that
- * strikes is announced: "iofault: call 7 pwrite /tmp/x/file: EIO". */
+ * `killbefore` or `killafter` (SIGKILL), `intbefore`, `termbefore` (SIGINT, SIGTERM). Calls: write,
+ * pwrite, fsync, fdatasync, close, rename, posix_fallocate, ftruncate, mkdir, open with O_CREAT,
+ * unlink, unlinkat, rmdir. A fault that strikes is announced: "iofault: call 7 pwrite /tmp/x/file:
+ * EIO". */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -33,7 +34,9 @@ enum {
     KILL_BEFORE = -3,
     KILL_AFTER = -4,
     FLIP = -5,
-    LOST = -6
+    LOST = -6,
+    INT_BEFORE = -7,
+    TERM_BEFORE = -8
 };
 
 static bool active, counting, for_good;
@@ -57,7 +60,9 @@ static const struct {
              {"killbefore", KILL_BEFORE},
              {"killafter", KILL_AFTER},
              {"flip", FLIP},
-             {"lost", LOST}};
+             {"lost", LOST},
+             {"intbefore", INT_BEFORE},
+             {"termbefore", TERM_BEFORE}};
 
 static bool other_rank(void)
 {
@@ -121,8 +126,8 @@ static bool strikes(const char *call, const char *path)
     if (syscall(SYS_write, 2 /* without passing through here */, line, (size_t)length) < 0) {
         /* nobody listens */
     }
-    if (kind == KILL_BEFORE) {
-        raise(SIGKILL);
+    if (kind == KILL_BEFORE || kind == INT_BEFORE || kind == TERM_BEFORE) {
+        raise(kind == KILL_BEFORE ? SIGKILL : kind == INT_BEFORE ? SIGINT : SIGTERM);
     }
     return true;
 }

@@ -1,0 +1,184 @@
+#include "store/temp.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "store/io.h"
+
+enum { PATH_ROOM = 4096 + 64, STALE_AFTER_S = 600, TRIES = 100 };
+
+/* ---- signals: nothing here allocates or takes a lock ---- */
+
+static const int ending[] = {SIGINT, SIGTERM, SIGHUP};
+enum { ENDING = sizeof ending / sizeof *ending };
+
+static char guarded[PATH_ROOM];
+static volatile sig_atomic_t armed;
+static bool taken[ENDING];
+
+/* opendir allocates, so the kernel is asked, whose record on 64 bits is the library's. */
+_Static_assert(offsetof(struct dirent, d_reclen) == 16 && offsetof(struct dirent, d_name) == 19,
+               "struct dirent is what getdents64 fills");
+
+static void unlink_entries(int dir)
+{
+    _Alignas(struct dirent) char entries[4096];
+    long bytes;
+    while ((bytes = syscall(SYS_getdents64, dir, entries, sizeof entries)) > 0) {
+        for (long at = 0; at < bytes;) {
+            const struct dirent *entry = (const void *)(entries + at);
+            (void)unlinkat(dir, entry->d_name, 0); /* "." and ".." are refused */
+            at += entry->d_reclen;
+        }
+    }
+}
+
+/* Again, as long as another thread puts files in, or a listing that was changed skipped some. */
+static void remove_guarded(void)
+{
+    if (unlink(guarded) == 0 || (errno != EISDIR && errno != EPERM)) {
+        return;
+    }
+    for (int i = 0; i < TRIES && rmdir(guarded) != 0 && errno == ENOTEMPTY; i++) {
+        const int dir = open(guarded, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (dir >= 0) {
+            unlink_entries(dir);
+            (void)close(dir);
+        }
+    }
+}
+
+/* The default action is back already (SA_RESETHAND): a second signal does not wait for the first,
+ * and raising this one again ends the process with the code that a shell knows. */
+static void on_signal(int number)
+{
+    if (armed) {
+        remove_guarded();
+    }
+    (void)raise(number);
+}
+
+void qs_temp_guard(const char *path)
+{
+    struct sigaction action = {.sa_handler = on_signal,
+                               .sa_flags = (int)(SA_RESETHAND | SA_NODEFER)};
+    struct sigaction old;
+    sigemptyset(&action.sa_mask);
+    armed = 0;
+    if (snprintf(guarded, sizeof guarded, "%s", path) >= (int)sizeof guarded) {
+        return; /* no such name can be written */
+    }
+    armed = 1;
+    for (int i = 0; i < ENDING; i++) {
+        taken[i] = taken[i] || (sigaction(ending[i], NULL, &old) == 0 &&
+                                (old.sa_flags & SA_SIGINFO) == 0 && old.sa_handler == SIG_DFL);
+        if (taken[i]) {
+            (void)sigaction(ending[i], &action, NULL);
+        }
+    }
+}
+
+void qs_temp_release(void)
+{
+    armed = 0;
+    for (int i = 0; i < ENDING; i++) {
+        if (taken[i]) {
+            (void)signal(ending[i], SIG_DFL);
+        }
+        taken[i] = false;
+    }
+}
+
+/* ---- leftovers ---- */
+
+/* The process number at the end of NAME.tmp-PID, 0 if `entry` is something else. */
+static long pid_of_temp(const char *entry, const char *name)
+{
+    char *end = NULL;
+    size_t length = strlen(name);
+    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, ".tmp-", 5) != 0) {
+        return 0;
+    }
+    long pid = strtol(entry + length + 5, &end, 10);
+    return *end == '\0' && pid > 0 ? pid : 0;
+}
+
+/* Is this a plain file that nobody has written into of late? */
+static bool old_file(int dir, const char *name)
+{
+    struct stat info;
+    return fstatat(dir, name, &info, AT_SYMLINK_NOFOLLOW) == 0 && S_ISREG(info.st_mode) &&
+           time(NULL) - info.st_mtime > STALE_AFTER_S;
+}
+
+/* Likewise a directory in which all are such: a command makes no other. */
+static bool old_directory(int parent, const char *name)
+{
+    struct stat info;
+    const struct dirent *entry;
+    const int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
+    bool old = dir != NULL && fstat(fd, &info) == 0 && time(NULL) - info.st_mtime > STALE_AFTER_S;
+    while (old && (entry = readdir(dir)) != NULL) {
+        const bool itself = strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0;
+        old = itself || old_file(fd, entry->d_name);
+    }
+    if (dir != NULL) {
+        closedir(dir);
+    } else if (fd >= 0) {
+        (void)close(fd);
+    }
+    return old;
+}
+
+static bool remove_old(int parent, const char *parent_name, const char *name)
+{
+    char path[PATH_ROOM];
+    if (old_file(parent, name)) {
+        return unlinkat(parent, name, 0) == 0;
+    }
+    if (snprintf(path, sizeof path, "%s/%s", parent_name, name) >= (int)sizeof path ||
+        !old_directory(parent, name)) {
+        return false;
+    }
+    const bool removed = qs_io_remove_dir(path) == QS_OK;
+    if (!removed) {
+        qs_error_clear(); /* what is in the way of nobody is no error */
+    }
+    return removed;
+}
+
+/* OUTPUT without slashes at its end, cut into directory and name. */
+void qs_temp_remove_stale(const char *output)
+{
+    char *first = strdup(output), *second = strdup(output);
+    const char *parent = first != NULL ? dirname(first) : NULL;
+    const char *name = second != NULL ? basename(second) : NULL;
+    DIR *dir = parent != NULL && name != NULL ? opendir(parent) : NULL;
+    const struct dirent *entry;
+    while (dir != NULL && (entry = readdir(dir)) != NULL) {
+        const long pid = pid_of_temp(entry->d_name, name);
+        if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
+            remove_old(dirfd(dir), parent, entry->d_name)) {
+            qs_log_info("%s/%s: removed, left by a killed run", parent, entry->d_name);
+        }
+    }
+    if (dir != NULL) {
+        closedir(dir);
+    }
+    free(first);
+    free(second);
+}

@@ -1,0 +1,19 @@
+/* What is being written stands under NAME.tmp-PID, a file or a directory of plain files, and gets
+ * its name when it is complete. A command that fails removes it; here is what a signal leaves.
+ *
+ * INT, TERM and HUP remove the guarded name and then end the process as they would have. Nobody
+ * can do that for KILL or a host that goes down: the next command with the same output does. */
+#ifndef QS_STORE_TEMP_H
+#define QS_STORE_TEMP_H
+
+/** From now on those signals remove `path` first; it need not be there yet. One at a time. A signal
+ * that is ignored (nohup) or that somebody else handles stays so. */
+void qs_temp_guard(const char *path);
+/** The signals do again what they did. */
+void qs_temp_release(void);
+
+/** Remove what killed commands left beside `output`: OUTPUT.tmp-PID, whose process is gone on this
+ * host, and which nobody, on whatever host, has written into for ten minutes. */
+void qs_temp_remove_stale(const char *output);
+
+#endif
