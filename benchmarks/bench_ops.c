@@ -205,7 +205,7 @@ static qs_status rope(qs_bench *b, void *ctx)
 static qs_status add(qs_bench *b, void *ctx)
 {
     op_case *c = ctx;
-    return b->ops->add(b->queue, &c->x, &c->y);
+    return b->ops->add(b->queue, &c->x, &c->y, &c->y);
 }
 
 static qs_status gather_rows(qs_bench *b, void *ctx)

@@ -4,10 +4,11 @@
  * bf16 matrices and fp32 sums, and gives the same bits every time.
  *
  * Matrices are row-major, `stride` elements from row to row, of the backend's `act_dtype` unless
- * said otherwise; they, and every other pointer, are memory of the queue's device. Operations are
- * asynchronous on their queue. One launch sees exactly one micro-batch: T tokens of ragged
- * sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0, cu_seqlens[n_docs] = T). T may be 0:
- * nothing happens. All pointers are borrowed until the queue has passed.
+ * said otherwise; they, and every other pointer, are memory of the queue's device. "Stream" is said
+ * of matrices of the residual stream, which may be fp32 instead, all those of one call alike.
+ * Operations are asynchronous on their queue. One launch sees exactly one micro-batch: T tokens of
+ * ragged sequences, cut by cu_seqlens[n_docs + 1] (cu_seqlens[0] = 0, cu_seqlens[n_docs] = T). T
+ * may be 0: nothing happens. All pointers are borrowed until the queue has passed.
  *
  * An operation's own scratch is counted as QS_MEM_WORK (scratch_bytes says how much). On the CPU it
  * belongs to the calling thread and grows to the largest call; on a GPU `open` allocates it. */
@@ -152,8 +153,9 @@ typedef struct {
                                  const qs_mat *dy, qs_mat *dx, bool accumulate);
 
     /** A linear as a layer has it: y = residual + x W^T + bias + s B (A drop(x)); bias, residual
-     * [T, out] and the adapter (lora->a) may be NULL; y may be residual. Keeps xa for the backward;
-     * what lies there is the backend's own affair (a GPU keeps s A x). With lora->gain: DoRA. */
+     * [T, out] and the adapter (lora->a) may be NULL; y may be residual; both stream. Keeps xa for
+     * the backward; what lies there is the backend's own affair (a GPU keeps s A x). With
+     * lora->gain: DoRA. */
     qs_status (*linear_lora_forward)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                      const float *bias, const qs_mat *residual, const qs_lora *lora,
                                      const qs_mat *x, qs_mat *xa, qs_mat *y);
@@ -184,11 +186,11 @@ typedef struct {
     qs_status (*lora_backward)(qs_queue *q, const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                const qs_mat *dy, qs_mat *work, float *da, float *db, qs_mat *dx);
 
-    /** y = x * rstd * w, rstd[t] = 1 / sqrt(mean(x^2) + eps). Zhang & Sennrich 2019,
+    /** y = x * rstd * w, rstd[t] = 1 / sqrt(mean(x^2) + eps); x stream. Zhang & Sennrich 2019,
      * arXiv:1910.07467. */
     qs_status (*rmsnorm_forward)(qs_queue *q, const qs_mat *x, const float *w, float eps,
                                  float *rstd, qs_mat *y);
-    /** dx += gradient of the norm's input (w is frozen). */
+    /** dx += gradient of the norm's input (w is frozen); x stream. */
     qs_status (*rmsnorm_backward)(qs_queue *q, const qs_mat *dy, const qs_mat *x, const float *w,
                                   const float *rstd, qs_mat *dx);
 
@@ -215,9 +217,9 @@ typedef struct {
     qs_status (*glu_backward)(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
                               const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
 
-    /** y += x, element by element. */
-    qs_status (*add)(qs_queue *q, const qs_mat *x, qs_mat *y);
-    /** y *= by, element by element. */
+    /** y = a + b, element by element; y may be either; a and y stream. */
+    qs_status (*add)(qs_queue *q, const qs_mat *a, const qs_mat *b, qs_mat *y);
+    /** y *= by, element by element; stream. */
     qs_status (*scale)(qs_queue *q, float by, qs_mat *y);
 
     /** y[i] = x[index[i]], row by row; x of any of fp32, bf16, fp16 is converted to y's type. */

@@ -495,7 +495,7 @@ static qs_status place_checked(qs_fsdp *f, team_member *me, int call)
     float rows[EMBED_MOST * FX_HIDDEN];
     const int64_t count = embed_tokens(me->ctx, me->rank, call, tokens);
     memset(rows, 0xff, sizeof rows);
-    QS_TRY(qs_fsdp_embed_place(f, rows));
+    QS_TRY(qs_fsdp_embed_place(f, QS_F32, rows));
     return fx_check_rows(tokens, count, rows);
 }
 
@@ -534,7 +534,7 @@ static qs_status embed_ahead(qs_fsdp *f, team_member *me)
 static qs_status embed_misuse(qs_fsdp *f, team_member *me)
 {
     float rows[EMBED_MOST * FX_HIDDEN];
-    TEAM_CHECK(qs_fsdp_embed_place(f, rows) == QS_ERR_BUG, "rows without a request");
+    TEAM_CHECK(qs_fsdp_embed_place(f, QS_F32, rows) == QS_ERR_BUG, "rows without a request");
     QS_TRY(ask(f, me, 0));
     TEAM_CHECK(qs_fsdp_embed(f, NULL, 0, rows) == QS_ERR_BUG, "past an open request");
     QS_TRY(ask(f, me, 2));

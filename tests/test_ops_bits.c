@@ -165,7 +165,7 @@ static void row_ops(qs_queue *q, uint64_t out[8])
         cr_assert_eq(ops->glu_backward(q, (qs_glu)glu, &x, &y, &dy, &dy, &dx), QS_OK);
         out[4 + 2 * glu] = hash_mat(&dy, hash_mat(&dx, 0));
     }
-    cr_assert_eq(ops->add(q, &x, &y), QS_OK);
+    cr_assert_eq(ops->add(q, &x, &y, &y), QS_OK);
     cr_assert_eq(ops->scale(q, 0.3F, &y), QS_OK);
     out[7] = hash_mat(&y, 0);
     qs_mat *mats[] = {&x, &y, &dy, &dx, &z};

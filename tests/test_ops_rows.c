@@ -356,7 +356,7 @@ Test(add, adds_every_element_once_and_keeps_the_gap)
 {
     qs_queue *queue = fx_queue(3);
     qs_mat x = fx_mat(301, 333, 4, 1), y = fx_mat(301, 333, 2, 2), before = fx_mat(301, 333, 2, 2);
-    cr_assert_eq(qs_ops_cpu()->add(queue, &x, &y), QS_OK);
+    cr_assert_eq(qs_ops_cpu()->add(queue, &x, &y, &y), QS_OK);
     for (int64_t t = 0; t < x.rows; t++) {
         for (int64_t i = 0; i < x.cols; i++) {
             float want =

@@ -105,15 +105,14 @@ static void glu_backward_row(const rows_how *how, const float *gate, const float
     how->isa->glu_backward(how->glu, gate, up, dact, width, dgate, dup);
 }
 
-static void add_row(const rows_how *how, const float *x, const float *unused,
-                    const float *unused_too, int64_t width, float *y, float *z)
+static void add_row(const rows_how *how, const float *a, const float *b, const float *unused,
+                    int64_t width, float *y, float *z)
 {
     (void)how;
     (void)unused;
-    (void)unused_too;
     (void)z;
     for (int64_t i = 0; i < width; i++) {
-        y[i] += x[i];
+        y[i] = a[i] + b[i];
     }
 }
 
@@ -148,9 +147,9 @@ qs_status qs_cpu_glu_backward(qs_queue *q, qs_glu glu, const qs_mat *gate, const
     return for_rows(q, &args, 4);
 }
 
-qs_status qs_cpu_add(qs_queue *q, const qs_mat *x, qs_mat *y)
+qs_status qs_cpu_add(qs_queue *q, const qs_mat *a, const qs_mat *b, qs_mat *y)
 {
-    rows_args args = {.a = x, .y = y, .row = add_row};
+    rows_args args = {.a = a, .b = b, .y = y, .row = add_row};
     return for_rows(q, &args, 1);
 }
 

@@ -38,7 +38,7 @@ static qs_status add_in_place(qs_queue *q, qs_products products, const qs_unit_v
             lora_part = qs_lora_rows(lora, row0);
         }
         QS_TRY(multiply(q, products, unit, w, bias, &lora_part, &x_part, &xa_part, &result));
-        QS_TRY(qs_cpu_add(q, &result, &y_part));
+        QS_TRY(qs_cpu_add(q, &y_part, &result, &y_part));
     }
     return QS_OK;
 }
@@ -51,7 +51,7 @@ qs_status qs_linear_lora_forward_by(qs_queue *q, qs_products products, const qs_
         return add_in_place(q, products, unit, w, bias, lora, x, xa, y);
     }
     QS_TRY(multiply(q, products, unit, w, bias, lora, x, xa, y));
-    return residual == NULL ? QS_OK : qs_cpu_add(q, residual, y);
+    return residual == NULL ? QS_OK : qs_cpu_add(q, residual, y, y);
 }
 
 qs_status qs_linear_lora_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,

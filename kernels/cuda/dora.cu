@@ -46,7 +46,7 @@ typedef struct {
     const float *gain;      /* NULL: 1 */
     float minus;            /* from the gain */
     const float *bias;      /* NULL: none */
-    const qs_mat *residual; /* NULL: none; bf16, may be the result */
+    const qs_mat *residual; /* NULL: none; of the result's type, and may be it */
 } gain_args;
 
 template <typename TO> struct gain_call {
@@ -342,7 +342,8 @@ static qs_status forward_block(const dora_linear *l, token_block *t, gain_args e
         QS_TRY(moved_product(l, &t->x, &t->xa, true, &z));
         end.gain = NULL;
     }
-    return apply_gain<float, qs_bf16>(l->q, end, &z, y);
+    return y->dtype == QS_F32 ? apply_gain<float, float>(l->q, end, &z, y)
+                              : apply_gain<float, qs_bf16>(l->q, end, &z, y);
 }
 
 qs_status qs_cuda_dora_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,

@@ -48,9 +48,12 @@ __global__ void __launch_bounds__(QS_ROW_THREADS) rope_kernel(rope_call c, qs_ro
 /* ---- gated MLPs (Shazeer 2020, arXiv:2002.05202), addition, scaling: rows of up to five matrices
  * ---- */
 
-struct rows_call {
-    qs_rows_of<const qs_bf16> a, b, c;
-    qs_rows_of<qs_bf16> y, z;
+/* STREAM: of a and y where they belong to the residual stream, bf16 or float. */
+template <typename STREAM> struct rows_call {
+    qs_rows_of<const STREAM> a;
+    qs_rows_of<const qs_bf16> b, c;
+    qs_rows_of<STREAM> y;
+    qs_rows_of<qs_bf16> z;
 };
 
 __device__ __forceinline__ float sigmoid(float x)
@@ -99,9 +102,9 @@ template <qs_glu GLU> struct glu_backward_op {
 
 struct add_op {
     enum { INPUTS = 2, OUTPUTS = 1 };
-    __device__ __forceinline__ void apply(float x, float y, float, float *sum, float *) const
+    __device__ __forceinline__ void apply(float a, float b, float, float *y, float *) const
     {
-        *sum = y + x;
+        *y = a + b;
     }
 };
 
@@ -114,9 +117,9 @@ struct scale_op {
     }
 };
 
-template <typename OP, int WIDTH>
+template <typename OP, typename STREAM, int WIDTH>
 __global__ void __launch_bounds__(QS_ROW_THREADS)
-    rows_kernel(OP op, rows_call m, qs_row_tiles tiles)
+    rows_kernel(OP op, rows_call<STREAM> m, qs_row_tiles tiles)
 {
     qs_for_groups<WIDTH>(tiles, [&](int64_t t, int64_t column) {
         float a[WIDTH], b[WIDTH], c[WIDTH], y[WIDTH], z[WIDTH];
@@ -138,38 +141,50 @@ __global__ void __launch_bounds__(QS_ROW_THREADS)
     });
 }
 
+template <typename T> qs_rows_of<T> rows_or_none(const qs_mat *mat)
+{
+    return mat != NULL ? qs_rows<T>(mat) : qs_rows_of<T>{NULL, 0};
+}
+
 /* `mats` are a, b, c, y, z of rows_call; the absent ones NULL. */
-template <typename OP>
-qs_status for_rows(qs_queue *q, OP op, const qs_mat *const mats[5], const char *name)
+template <typename OP, typename STREAM>
+qs_status for_rows_of(qs_queue *q, OP op, const qs_mat *const mats[5], const char *name)
 {
     const int64_t rows = mats[0]->rows, cols = mats[0]->cols;
     if (rows == 0 || cols == 0) {
         return QS_OK;
     }
     bool vectors = true;
-    rows_call call = {};
-    qs_rows_of<const qs_bf16> *const in[3] = {&call.a, &call.b, &call.c};
-    qs_rows_of<qs_bf16> *const out[2] = {&call.y, &call.z};
     for (int i = 0; i < 5; i++) {
-        if (mats[i] == NULL) {
-            continue;
-        }
-        vectors = vectors && qs_mat_is_vectors(mats[i]);
-        if (i < 3) {
-            *in[i] = qs_rows<const qs_bf16>(mats[i]);
-        } else {
-            *out[i - 3] = qs_rows<qs_bf16>(mats[i]);
-        }
+        vectors = vectors && (mats[i] == NULL || qs_mat_is_vectors(mats[i]));
     }
+    const rows_call<STREAM> call = {qs_rows<const STREAM>(mats[0]),
+                                    rows_or_none<const qs_bf16>(mats[1]),
+                                    rows_or_none<const qs_bf16>(mats[2]), qs_rows<STREAM>(mats[3]),
+                                    rows_or_none<qs_bf16>(mats[4])};
     const qs_row_tiles tiles = qs_row_tiles_make(rows, vectors ? cols / QS_VECTOR : cols);
     if (vectors) {
-        QS_LAUNCH((rows_kernel<OP, QS_VECTOR>), qs_row_grid(tiles), QS_ROW_THREADS, 0,
+        QS_LAUNCH((rows_kernel<OP, STREAM, QS_VECTOR>), qs_row_grid(tiles), QS_ROW_THREADS, 0,
                   qs_cuda_stream(q), op, call, tiles);
     } else {
-        QS_LAUNCH((rows_kernel<OP, 1>), qs_row_grid(tiles), QS_ROW_THREADS, 0, qs_cuda_stream(q),
-                  op, call, tiles);
+        QS_LAUNCH((rows_kernel<OP, STREAM, 1>), qs_row_grid(tiles), QS_ROW_THREADS, 0,
+                  qs_cuda_stream(q), op, call, tiles);
     }
     return qs_cuda_launched(name);
+}
+
+template <typename OP>
+qs_status for_rows(qs_queue *q, OP op, const qs_mat *const mats[5], const char *name)
+{
+    return for_rows_of<OP, qs_bf16>(q, op, mats, name);
+}
+
+/* Of the residual stream: bf16 or fp32. */
+template <typename OP>
+qs_status for_stream(qs_queue *q, OP op, const qs_mat *const mats[5], const char *name)
+{
+    return mats[0]->dtype == QS_F32 ? for_rows_of<OP, float>(q, op, mats, name)
+                                    : for_rows_of<OP, qs_bf16>(q, op, mats, name);
 }
 
 } // namespace
@@ -218,14 +233,14 @@ extern "C" qs_status qs_cuda_glu_backward(qs_queue *q, qs_glu glu, const qs_mat 
                : for_rows(q, glu_backward_op<QS_GLU_GELU_TANH>(), mats, "glu_backward");
 }
 
-extern "C" qs_status qs_cuda_add(qs_queue *q, const qs_mat *x, qs_mat *y)
+extern "C" qs_status qs_cuda_add(qs_queue *q, const qs_mat *a, const qs_mat *b, qs_mat *y)
 {
-    const qs_mat *const mats[5] = {x, y, NULL, y, NULL};
-    return for_rows(q, add_op(), mats, "add");
+    const qs_mat *const mats[5] = {a, b, NULL, y, NULL};
+    return for_stream(q, add_op(), mats, "add");
 }
 
 extern "C" qs_status qs_cuda_scale(qs_queue *q, float by, qs_mat *y)
 {
     const qs_mat *const mats[5] = {y, NULL, NULL, y, NULL};
-    return for_rows(q, scale_op{by}, mats, "scale");
+    return for_stream(q, scale_op{by}, mats, "scale");
 }

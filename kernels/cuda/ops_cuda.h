@@ -162,7 +162,7 @@ qs_status qs_cuda_glu_forward(qs_queue *q, qs_glu glu, const qs_mat *gate, const
                               qs_mat *act);
 qs_status qs_cuda_glu_backward(qs_queue *q, qs_glu glu, const qs_mat *gate, const qs_mat *up,
                                const qs_mat *dact, qs_mat *dgate, qs_mat *dup);
-qs_status qs_cuda_add(qs_queue *q, const qs_mat *x, qs_mat *y);
+qs_status qs_cuda_add(qs_queue *q, const qs_mat *a, const qs_mat *b, qs_mat *y);
 qs_status qs_cuda_scale(qs_queue *q, float by, qs_mat *y);
 qs_status qs_cuda_gather_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);
 qs_status qs_cuda_scatter_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y);

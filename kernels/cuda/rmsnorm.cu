@@ -17,8 +17,10 @@
 namespace
 {
 
-struct norm_call {
-    qs_rows_of<const qs_bf16> x, dy;
+/* X: of the residual stream, bf16 or float. */
+template <typename X> struct norm_call {
+    qs_rows_of<const X> x;
+    qs_rows_of<const qs_bf16> dy;
     qs_rows_of<qs_bf16> out;
     const float *w;
     float eps;
@@ -61,17 +63,45 @@ __device__ __forceinline__ void store_part(qs_bf16 *row, int64_t column, int64_t
     }
 }
 
-/* The same as bf16, which takes half the registers and loses nothing. */
+/* A part that stays in registers: bf16 as it is, which takes half of them and loses nothing. */
+template <typename T> struct held_part {
+    float value[QS_VECTOR];
+};
+
+template <> struct held_part<qs_bf16> {
+    uint4 words;
+};
+
 template <bool VECTORS>
-__device__ __forceinline__ uint4 load_packed(const qs_bf16 *row, int64_t column, int64_t cols)
+__device__ __forceinline__ void hold(held_part<float> &held, const float *row, int64_t column,
+                                     int64_t cols)
+{
+    load_part<VECTORS>(held.value, row, column, cols);
+}
+
+template <bool VECTORS>
+__device__ __forceinline__ void hold(held_part<qs_bf16> &held, const qs_bf16 *row, int64_t column,
+                                     int64_t cols)
 {
     if constexpr (VECTORS) {
-        return column < cols ? qs_load_16(row + column) : make_uint4(0, 0, 0, 0);
+        held.words = column < cols ? qs_load_16(row + column) : make_uint4(0, 0, 0, 0);
     } else {
         float part[QS_VECTOR];
         load_part<false>(part, row, column, cols);
-        return qs_pack_bf16(part);
+        held.words = qs_pack_bf16(part);
     }
+}
+
+__device__ __forceinline__ void take(float out[QS_VECTOR], const held_part<float> &held)
+{
+    for (int i = 0; i < QS_VECTOR; i++) {
+        out[i] = held.value[i];
+    }
+}
+
+__device__ __forceinline__ void take(float out[QS_VECTOR], const held_part<qs_bf16> &held)
+{
+    qs_unpack_bf16(out, held.words);
 }
 
 /* ---- the sum over a row ---- */
@@ -114,19 +144,19 @@ template <int LANES> __device__ __forceinline__ float sum_of_row(float value)
 
 /* ---- one row ---- */
 
-template <int LANES, int VECTORS_HELD, bool VECTORS>
-__device__ __forceinline__ void forward_row(const norm_call &c, int64_t t, int lane, int lanes,
+template <int LANES, int VECTORS_HELD, bool VECTORS, typename X>
+__device__ __forceinline__ void forward_row(const norm_call<X> &c, int64_t t, int lane, int lanes,
                                             bool there)
 {
     const int64_t cols = there ? c.cols : 0;
-    const qs_bf16 *x = c.x.data + t * c.x.stride;
+    const X *x = c.x.data + t * c.x.stride;
     qs_bf16 *y = c.out.data + t * c.out.stride;
-    uint4 held[VECTORS_HELD];
+    held_part<X> held[VECTORS_HELD];
     float sum = 0.0f;
     for (int k = 0; k < VECTORS_HELD; k++) {
-        held[k] = load_packed<VECTORS>(x, qs_norm_column(lanes, lane, k), cols);
+        hold<VECTORS>(held[k], x, qs_norm_column(lanes, lane, k), cols);
         float part[QS_VECTOR];
-        qs_unpack_bf16(part, held[k]);
+        take(part, held[k]);
         for (int i = 0; i < QS_VECTOR; i++) {
             sum += part[i] * part[i];
         }
@@ -139,7 +169,7 @@ __device__ __forceinline__ void forward_row(const norm_call &c, int64_t t, int l
     for (int k = 0; k < VECTORS_HELD; k++) {
         const int64_t column = qs_norm_column(lanes, lane, k);
         float part[QS_VECTOR], w[QS_VECTOR];
-        qs_unpack_bf16(part, held[k]);
+        take(part, held[k]);
         load_part<VECTORS>(w, c.w, column, cols);
         for (int i = 0; i < QS_VECTOR; i++) {
             part[i] = part[i] * rstd * w[i];
@@ -149,22 +179,24 @@ __device__ __forceinline__ void forward_row(const norm_call &c, int64_t t, int l
 }
 
 /* With g = dy * w and x_hat = x * rstd: dx += rstd * (g - x_hat * mean(g * x_hat)). */
-template <int LANES, int VECTORS_HELD, bool VECTORS>
-__device__ __forceinline__ void backward_row(const norm_call &c, int64_t t, int lane, int lanes,
+template <int LANES, int VECTORS_HELD, bool VECTORS, typename X>
+__device__ __forceinline__ void backward_row(const norm_call<X> &c, int64_t t, int lane, int lanes,
                                              bool there)
 {
     const int64_t cols = there ? c.cols : 0;
-    const qs_bf16 *x = c.x.data + t * c.x.stride, *dy = c.dy.data + t * c.dy.stride;
+    const X *x = c.x.data + t * c.x.stride;
+    const qs_bf16 *dy = c.dy.data + t * c.dy.stride;
     qs_bf16 *dx = c.out.data + t * c.out.stride;
-    uint4 x_held[VECTORS_HELD], dy_held[VECTORS_HELD];
+    held_part<X> x_held[VECTORS_HELD];
+    held_part<qs_bf16> dy_held[VECTORS_HELD];
     float sum = 0.0f;
     for (int k = 0; k < VECTORS_HELD; k++) {
         const int64_t column = qs_norm_column(lanes, lane, k);
-        x_held[k] = load_packed<VECTORS>(x, column, cols);
-        dy_held[k] = load_packed<VECTORS>(dy, column, cols);
+        hold<VECTORS>(x_held[k], x, column, cols);
+        hold<VECTORS>(dy_held[k], dy, column, cols);
         float part[QS_VECTOR], grad[QS_VECTOR], w[QS_VECTOR];
-        qs_unpack_bf16(part, x_held[k]);
-        qs_unpack_bf16(grad, dy_held[k]);
+        take(part, x_held[k]);
+        take(grad, dy_held[k]);
         load_part<VECTORS>(w, c.w, column, cols);
         for (int i = 0; i < QS_VECTOR; i++) {
             sum += grad[i] * w[i] * part[i];
@@ -175,8 +207,8 @@ __device__ __forceinline__ void backward_row(const norm_call &c, int64_t t, int 
     for (int k = 0; k < VECTORS_HELD; k++) {
         const int64_t column = qs_norm_column(lanes, lane, k);
         float part[QS_VECTOR], grad[QS_VECTOR], w[QS_VECTOR], old[QS_VECTOR];
-        qs_unpack_bf16(part, x_held[k]);
-        qs_unpack_bf16(grad, dy_held[k]);
+        take(part, x_held[k]);
+        take(grad, dy_held[k]);
         load_part<VECTORS>(w, c.w, column, cols);
         load_part<VECTORS>(old, dx, column, cols);
         for (int i = 0; i < QS_VECTOR; i++) {
@@ -189,18 +221,18 @@ __device__ __forceinline__ void backward_row(const norm_call &c, int64_t t, int 
 /* ---- all rows ---- */
 
 struct forward_op {
-    template <int LANES, int VECTORS_HELD, bool VECTORS>
-    __device__ __forceinline__ static void row(const norm_call &c, int64_t t, int lane, int lanes,
-                                               bool there)
+    template <int LANES, int VECTORS_HELD, bool VECTORS, typename X>
+    __device__ __forceinline__ static void row(const norm_call<X> &c, int64_t t, int lane,
+                                               int lanes, bool there)
     {
         forward_row<LANES, VECTORS_HELD, VECTORS>(c, t, lane, lanes, there);
     }
 };
 
 struct backward_op {
-    template <int LANES, int VECTORS_HELD, bool VECTORS>
-    __device__ __forceinline__ static void row(const norm_call &c, int64_t t, int lane, int lanes,
-                                               bool there)
+    template <int LANES, int VECTORS_HELD, bool VECTORS, typename X>
+    __device__ __forceinline__ static void row(const norm_call<X> &c, int64_t t, int lane,
+                                               int lanes, bool there)
     {
         backward_row<LANES, VECTORS_HELD, VECTORS>(c, t, lane, lanes, there);
     }
@@ -208,8 +240,8 @@ struct backward_op {
 
 /* Rows of at most QS_NORM_SHORT columns. All lanes of a warp go around equally often, so that they
  * can exchange; what they do for a row past the last reaches nothing. */
-template <typename OP, int LANES, bool VECTORS>
-__global__ void __launch_bounds__(QS_NORM_THREADS) short_rows_kernel(norm_call c)
+template <typename OP, int LANES, bool VECTORS, typename X>
+__global__ void __launch_bounds__(QS_NORM_THREADS) short_rows_kernel(norm_call<X> c)
 {
     const int rows_here = QS_NORM_THREADS / LANES;
     const int lane = (int)threadIdx.x % LANES;
@@ -221,8 +253,8 @@ __global__ void __launch_bounds__(QS_NORM_THREADS) short_rows_kernel(norm_call c
     }
 }
 
-template <typename OP, int VECTORS_HELD, int THREADS, bool VECTORS>
-__global__ void __launch_bounds__(THREADS) rows_kernel(norm_call c)
+template <typename OP, int VECTORS_HELD, int THREADS, bool VECTORS, typename X>
+__global__ void __launch_bounds__(THREADS) rows_kernel(norm_call<X> c)
 {
     for (int64_t t = blockIdx.x; t < c.rows; t += gridDim.x) {
         OP::template row<0, VECTORS_HELD, VECTORS>(c, t, (int)threadIdx.x, (int)blockDim.x, true);
@@ -231,30 +263,32 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(norm_call c)
 
 /* ---- launches ---- */
 
-template <typename OP, int LANES>
-void launch_short(const norm_call &call, bool vectors, cudaStream_t stream)
+template <typename OP, int LANES, typename X>
+void launch_short(const norm_call<X> &call, bool vectors, cudaStream_t stream)
 {
     const unsigned grid = qs_cuda_grid(qs_hd_ceil_div(call.rows, QS_NORM_THREADS / LANES));
     if (vectors) {
-        QS_LAUNCH((short_rows_kernel<OP, LANES, true>), grid, QS_NORM_THREADS, 0, stream, call);
+        QS_LAUNCH((short_rows_kernel<OP, LANES, true, X>), grid, QS_NORM_THREADS, 0, stream, call);
     } else {
-        QS_LAUNCH((short_rows_kernel<OP, LANES, false>), grid, QS_NORM_THREADS, 0, stream, call);
+        QS_LAUNCH((short_rows_kernel<OP, LANES, false, X>), grid, QS_NORM_THREADS, 0, stream, call);
     }
 }
 
-template <typename OP, int VECTORS_HELD, int THREADS>
-void launch_long(const norm_call &call, int threads, bool vectors, cudaStream_t stream)
+template <typename OP, int VECTORS_HELD, int THREADS, typename X>
+void launch_long(const norm_call<X> &call, int threads, bool vectors, cudaStream_t stream)
 {
     const unsigned grid = qs_cuda_grid(call.rows);
     if (vectors) {
-        QS_LAUNCH((rows_kernel<OP, VECTORS_HELD, THREADS, true>), grid, threads, 0, stream, call);
+        QS_LAUNCH((rows_kernel<OP, VECTORS_HELD, THREADS, true, X>), grid, threads, 0, stream,
+                  call);
     } else {
-        QS_LAUNCH((rows_kernel<OP, VECTORS_HELD, THREADS, false>), grid, threads, 0, stream, call);
+        QS_LAUNCH((rows_kernel<OP, VECTORS_HELD, THREADS, false, X>), grid, threads, 0, stream,
+                  call);
     }
 }
 
-template <typename OP>
-qs_status launch(qs_queue *q, const norm_call &call, bool vectors, const char *name)
+template <typename OP, typename X>
+qs_status launch(qs_queue *q, const norm_call<X> &call, bool vectors, const char *name)
 {
     if (call.rows == 0 || call.cols == 0) {
         return QS_OK;
@@ -290,13 +324,12 @@ qs_status launch(qs_queue *q, const norm_call &call, bool vectors, const char *n
     return qs_cuda_launched(name);
 }
 
-} // namespace
-
-extern "C" qs_status qs_cuda_rmsnorm_forward(qs_queue *q, const qs_mat *x, const float *w,
-                                             float eps, float *rstd, qs_mat *y)
+template <typename X>
+qs_status forward_of(qs_queue *q, const qs_mat *x, const float *w, float eps, float *rstd,
+                     const qs_mat *y)
 {
-    norm_call call = {};
-    call.x = qs_rows<const qs_bf16>(x);
+    norm_call<X> call = {};
+    call.x = qs_rows<const X>(x);
     call.out = qs_rows<qs_bf16>(y);
     call.w = w;
     call.eps = eps;
@@ -308,11 +341,12 @@ extern "C" qs_status qs_cuda_rmsnorm_forward(qs_queue *q, const qs_mat *x, const
     return launch<forward_op>(q, call, vectors, "rmsnorm_forward");
 }
 
-extern "C" qs_status qs_cuda_rmsnorm_backward(qs_queue *q, const qs_mat *dy, const qs_mat *x,
-                                              const float *w, const float *rstd, qs_mat *dx)
+template <typename X>
+qs_status backward_of(qs_queue *q, const qs_mat *dy, const qs_mat *x, const float *w,
+                      const float *rstd, const qs_mat *dx)
 {
-    norm_call call = {};
-    call.x = qs_rows<const qs_bf16>(x);
+    norm_call<X> call = {};
+    call.x = qs_rows<const X>(x);
     call.dy = qs_rows<const qs_bf16>(dy);
     call.out = qs_rows<qs_bf16>(dx);
     call.w = w;
@@ -322,4 +356,20 @@ extern "C" qs_status qs_cuda_rmsnorm_backward(qs_queue *q, const qs_mat *dy, con
     const bool vectors = qs_mat_is_vectors(x) && qs_mat_is_vectors(dy) && qs_mat_is_vectors(dx) &&
                          qs_rows_are_vectors(w, 0, x->cols);
     return launch<backward_op>(q, call, vectors, "rmsnorm_backward");
+}
+
+} // namespace
+
+extern "C" qs_status qs_cuda_rmsnorm_forward(qs_queue *q, const qs_mat *x, const float *w,
+                                             float eps, float *rstd, qs_mat *y)
+{
+    return x->dtype == QS_F32 ? forward_of<float>(q, x, w, eps, rstd, y)
+                              : forward_of<qs_bf16>(q, x, w, eps, rstd, y);
+}
+
+extern "C" qs_status qs_cuda_rmsnorm_backward(qs_queue *q, const qs_mat *dy, const qs_mat *x,
+                                              const float *w, const float *rstd, qs_mat *dx)
+{
+    return x->dtype == QS_F32 ? backward_of<float>(q, dy, x, w, rstd, dx)
+                              : backward_of<qs_bf16>(q, dy, x, w, rstd, dx);
 }

@@ -102,6 +102,13 @@ const qs_key qs_keys[] = {
      .neutral = true,
      .names = {"full", "selective", "none"},
      .meaning = "what the backward computes again: a layer, its gate and up only, nothing"},
+    {.name = "train.residual_fp32",
+     .type = QS_KEY_BOOL,
+     .offset = AT(train.residual_fp32),
+     .preset = "false",
+     .meaning =
+         "residual stream of a GPU in fp32, as the CPU's always is: losses nearer to fp32's, "
+         "for twice the memory of the layers' inputs"},
     {.name = "train.gather_group",
      .type = QS_KEY_I64,
      .offset = AT(train.gather_group),
@@ -388,6 +395,8 @@ const qs_other_name qs_other_names[] = {
     {"max_length", "train.seq_len"},
     {"max_seq_length", "train.seq_len"},
     {"sequence_len", "train.seq_len"},
+    {"fp32_residual_connection", "train.residual_fp32"},
+    {"residual_in_fp32", "train.residual_fp32"},
     {"gradient_checkpointing", "train.recompute"},
     {"use_gradient_checkpointing", "train.recompute"},
     {"eval_steps", "train.eval_every"},

@@ -419,7 +419,7 @@ static qs_status wait_for_rows(qs_fsdp *f)
     return st;
 }
 
-static qs_status spread_rows(qs_fsdp *f, qs_embed_request *r, void *out)
+static qs_status spread_rows(qs_fsdp *f, qs_embed_request *r, qs_dtype dtype, void *out)
 {
     qs_embed *e = &f->embed;
     const qs_unit_size *table = table_size(f->index);
@@ -427,13 +427,13 @@ static qs_status spread_rows(qs_fsdp *f, qs_embed_request *r, void *out)
     QS_TRY(qs_mirror_push(f->compute, &r->index, 0, (size_t)r->tokens * sizeof(int32_t)));
     r->index_read = qs_event_record(f->compute);
     const qs_mat rows = {e->rows, e->room, hidden, hidden, table->raw_dtype};
-    qs_mat to = {out, r->tokens, hidden, hidden, f->options.ops->act_dtype};
+    qs_mat to = {out, r->tokens, hidden, hidden, dtype};
     QS_TRY(f->options.ops->gather_rows(f->compute, &rows, r->index.device, &to));
     e->rows_read = qs_event_record(f->compute);
     return QS_OK;
 }
 
-qs_status qs_fsdp_embed_place(qs_fsdp *f, void *out)
+qs_status qs_fsdp_embed_place(qs_fsdp *f, qs_dtype dtype, void *out)
 {
     qs_embed *e = &f->embed;
     if (e->open == 0) {
@@ -441,7 +441,7 @@ qs_status qs_fsdp_embed_place(qs_fsdp *f, void *out)
     }
     QS_TRY(qs_fsdp_embed_answer(f));
     QS_TRY(wait_for_rows(f));
-    QS_TRY(spread_rows(f, &e->requests[e->first], out));
+    QS_TRY(spread_rows(f, &e->requests[e->first], dtype, out));
     e->first = (e->first + 1) % QS_EMBED_OPEN_MAX;
     e->open--;
     e->is_answered = false;
@@ -454,5 +454,5 @@ qs_status qs_fsdp_embed(qs_fsdp *f, const int32_t *tokens, int64_t count, void *
         return QS_FAIL(QS_ERR_BUG, "rows of the embedding have been asked for and not taken");
     }
     QS_TRY(qs_fsdp_embed_ask(f, tokens, count));
-    return qs_fsdp_embed_place(f, out);
+    return qs_fsdp_embed_place(f, f->options.ops->act_dtype, out);
 }

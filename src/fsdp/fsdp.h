@@ -81,11 +81,11 @@ int qs_fsdp_embed_open(const qs_fsdp *fsdp);
  * second time. */
 qs_status qs_fsdp_embed_answer(qs_fsdp *fsdp);
 
-/** Rows of the oldest open request, in the ops' act_dtype, to out [count, hidden] on the device.
- * Answers first where nobody has. */
-qs_status qs_fsdp_embed_place(qs_fsdp *fsdp, void *out);
+/** Rows of the oldest open request, as `dtype`, fp32 or the ops' act_dtype, to out [count, hidden]
+ * on the device. Answers first where nobody has. */
+qs_status qs_fsdp_embed_place(qs_fsdp *fsdp, qs_dtype dtype, void *out);
 
-/** All three, without a request ahead: QS_ERR_BUG if one is open. */
+/** All three in act_dtype, without a request ahead: QS_ERR_BUG if one is open. */
 qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, void *out);
 
 qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *fsdp);

@@ -33,6 +33,11 @@ static void *take_acts(const qs_model *m, arena *block, int64_t rows, int64_t co
     return take(block, rows * cols, m->act_bytes);
 }
 
+static void *take_stream(const qs_model *m, arena *block, int64_t rows)
+{
+    return take(block, rows * m->config->hidden, m->stream_bytes);
+}
+
 static void *take_bordered(const qs_model *m, arena *block, int64_t rows, int64_t cols)
 {
     return take_acts(m, block, rows, cols + m->border);
@@ -73,7 +78,7 @@ static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts
     take_qkv(m, block, 0, &acts->q, &acts->k, &acts->v);
     acts->o = take_bordered(m, block, t, m->q_width);
     acts->lse = take_floats(block, t * m->config->n_heads);
-    acts->x2 = take_acts(m, block, t, m->config->hidden);
+    acts->x2 = take_stream(m, block, t);
     acts->rstd2 = take_floats(block, t);
     if (m->config->gemma) {
         acts->branch1 = take_acts(m, block, t, m->config->hidden);
@@ -120,11 +125,11 @@ static void carve_micro(qs_model *m, arena *block, qs_micro_acts *micro,
     const int turns = !keep ? 2 : m->shape.offload ? QS_OFFLOAD_SLOTS : 0;
     void *boundary[QS_OFFLOAD_SLOTS] = {NULL};
     for (int i = 0; i < turns; i++) {
-        boundary[i] = take_acts(m, block, t, hidden);
+        boundary[i] = take_stream(m, block, t);
     }
     for (int l = 0; l < m->config->n_layers; l++) {
         qs_layer_acts acts = *shared;
-        acts.x = turns > 0 ? boundary[l % turns] : take_acts(m, block, t, hidden);
+        acts.x = turns > 0 ? boundary[l % turns] : take_stream(m, block, t);
         if (keep_attention) {
             carve_attention(m, block, &acts);
             carve_adapters(m, block, &acts, QS_LINEARS_ATTENTION);
@@ -145,7 +150,7 @@ static void carve_micro(qs_model *m, arena *block, qs_micro_acts *micro,
         out.layers = micro->layers;
         out.input = micro->input;
     }
-    out.x_last = keep ? take_acts(m, block, t, hidden) : boundary[m->config->n_layers % 2];
+    out.x_last = keep ? take_stream(m, block, t) : boundary[m->config->n_layers % 2];
     out.dx = keep ? take_bordered(m, block, t, hidden) : NULL;
     const int64_t r = m->shape.max_targets;
     out.head_rows = take_acts(m, block, r, hidden);
@@ -168,7 +173,7 @@ static void carve_work(qs_model *m, arena *block)
     qs_model_work *w = &m->work;
     w->norm = take_bordered(m, block, t, hidden);
     w->act = take_bordered(m, block, t, ffn);
-    w->rows = take_acts(m, block, r, hidden);
+    w->rows = take_stream(m, block, r);
     w->logits = take_floats(block, m->shape.logit_rows * m->shape.head_chunk_rows);
     if (m->shape.backward) {
         w->d_act = take_bordered(m, block, t, ffn);

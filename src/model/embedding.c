@@ -67,10 +67,10 @@ static qs_status scale_rows(qs_model *m, void *rows, int64_t tokens)
     if (!m->config->gemma) {
         return QS_OK;
     }
-    if (m->ops->act_dtype == QS_BF16) {
+    if (m->stream_dtype == QS_BF16) {
         by = qs_f32_from_bf16(qs_bf16_from_f32(by));
     }
-    qs_mat x = qs_model_mat(m, rows, tokens, m->config->hidden, 0);
+    qs_mat x = qs_model_stream(m, rows, tokens);
     return m->ops->scale(m->queue, by, &x);
 }
 
@@ -79,7 +79,7 @@ qs_status qs_embedding_place(qs_model *m, int64_t g)
     const qs_micro_batch *micro = &m->coming.now[g];
     void *rows = m->micro[g].layers[0].x;
     qs_range_begin(m->queue, "embedding");
-    QS_TRY(qs_fsdp_embed_place(m->fsdp, rows));
+    QS_TRY(qs_fsdp_embed_place(m->fsdp, m->stream_dtype, rows));
     if (!qs_model_is_idle(micro)) {
         QS_TRY(scale_rows(m, rows, micro->batch->n_tokens));
     }

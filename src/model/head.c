@@ -10,9 +10,8 @@
 /* The rows of the micro-batch that carry loss, as they leave the last layer, in work.rows. */
 static qs_status loss_rows(qs_model *model, const qs_micro_acts *micro, qs_mat *rows)
 {
-    const int64_t hidden = model->config->hidden;
-    const qs_mat x = qs_model_mat(model, micro->x_last, model->shape.max_tokens, hidden, 0);
-    *rows = qs_model_mat(model, model->work.rows, micro->head.rows, hidden, 0);
+    const qs_mat x = qs_model_stream(model, micro->x_last, model->shape.max_tokens);
+    *rows = qs_model_stream(model, model->work.rows, micro->head.rows);
     return model->ops->gather_rows(model->queue, &x, micro->input.device.target_row, rows);
 }
 

@@ -28,6 +28,17 @@ qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t col
                     .dtype = model->ops->act_dtype};
 }
 
+qs_mat qs_model_stream(const qs_model *model, void *data, int64_t rows)
+{
+    const int64_t hidden = model->config->hidden;
+    return (qs_mat){data, rows, hidden, hidden, model->stream_dtype};
+}
+
+static qs_mat stream(const qs_layer_call *call, void *data)
+{
+    return qs_model_stream(call->model, data, call->batch->n_tokens);
+}
+
 /* [T, cols]; `bordered` has the room behind its rows that a linear's operand should have. */
 static qs_mat tokens_by(const qs_layer_call *call, void *data, int64_t cols)
 {
@@ -138,25 +149,24 @@ void qs_layer_close(qs_model *model)
 
 /* y = x W^T + bias + adapter + residual (which may be NULL). */
 static qs_status linear_to(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
-                           void *residual, qs_mat *y)
+                           const qs_mat *residual, qs_mat *y)
 {
     const qs_model *m = call->model;
     const qs_layer_params *p = params_of(call);
     const qs_weight *w = &p->linear[linear];
     const qs_lora lora = adapter_of(call, linear);
     qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
-    qs_mat from = tokens_by(call, residual, w->out);
-    QS_TRY(m->ops->linear_lora_forward(m->queue, call->unit, w, p->bias[linear],
-                                       residual != NULL ? &from : NULL, &lora, x, &xa, y));
+    QS_TRY(m->ops->linear_lora_forward(m->queue, call->unit, w, p->bias[linear], residual, &lora, x,
+                                       &xa, y));
     count_linear(call, linear, 1, frozen_twice(&lora));
     return QS_OK;
 }
 
 static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
-                                void *residual, void *y)
+                                void *y)
 {
     qs_mat to = tokens_by(call, y, params_of(call)->linear[linear].out);
-    return linear_to(call, linear, x, residual, &to);
+    return linear_to(call, linear, x, NULL, &to);
 }
 
 /* dx (+)= dy W + adapter, and the adapter's gradients. dx NULL: only the latter. */
@@ -187,14 +197,27 @@ static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, co
     return QS_OK;
 }
 
-/* x through a norm into work.norm, which is also what *norm describes. */
-static qs_status norm_forward(const qs_layer_call *call, void *x, const float *w, float *rstd,
-                              qs_mat *norm)
+/* x, of the stream or what a branch gave, through a norm into work.norm, which is also what *norm
+ * describes. */
+static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w,
+                              float *rstd, qs_mat *norm)
 {
     const qs_model *m = call->model;
-    const qs_mat xm = tokens_by(call, x, m->config->hidden);
     *norm = bordered(call, m->work.norm, m->config->hidden);
-    return m->ops->rmsnorm_forward(m->queue, &xm, w, m->config->rms_norm_eps, rstd, norm);
+    return m->ops->rmsnorm_forward(m->queue, x, w, m->config->rms_norm_eps, rstd, norm);
+}
+
+/* The norm in front of attention and of the MLP. */
+static qs_status norm1_forward(const qs_layer_call *call, qs_mat *norm)
+{
+    const qs_mat x = stream(call, call->acts->x);
+    return norm_forward(call, &x, params_of(call)->norm1, call->acts->rstd1, norm);
+}
+
+static qs_status norm2_forward(const qs_layer_call *call, qs_mat *norm)
+{
+    const qs_mat x2 = stream(call, call->acts->x2);
+    return norm_forward(call, &x2, params_of(call)->norm2, call->acts->rstd2, norm);
 }
 
 static qs_status norm_backward(const qs_layer_call *call, void *x, const float *w,
@@ -202,7 +225,7 @@ static qs_status norm_backward(const qs_layer_call *call, void *x, const float *
 {
     const qs_model *m = call->model;
     const qs_mat dy = tokens_by(call, m->work.d_norm, m->config->hidden);
-    const qs_mat xm = tokens_by(call, x, m->config->hidden);
+    const qs_mat xm = stream(call, x);
     return m->ops->rmsnorm_backward(m->queue, &dy, &xm, w, rstd, dx);
 }
 
@@ -260,20 +283,20 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
 }
 
 /* A linear ends a branch of the layer: y = x + what it gives, through the norm `w` behind it where
- * there is one, for whose backward `branch` and `rstd` stay. */
+ * there is one, for whose backward `branch` and `rstd` stay. With such a norm y may be NULL: these
+ * alone are wanted. */
 static qs_status join(const qs_layer_call *call, qs_linear linear, const qs_mat *in, const float *w,
                       void *branch, float *rstd, void *x, void *y)
 {
     const qs_model *m = call->model;
+    const qs_mat from = stream(call, x), given = tokens_by(call, branch, m->config->hidden);
+    qs_mat to = stream(call, y), norm;
     if (w == NULL) {
-        return linear_forward(call, linear, in, x, y);
+        return linear_to(call, linear, in, &from, &to);
     }
-    const int64_t hidden = m->config->hidden;
-    const qs_mat from = tokens_by(call, branch, hidden), stream = tokens_by(call, x, hidden);
-    qs_mat to = tokens_by(call, y, hidden);
-    QS_TRY(linear_forward(call, linear, in, NULL, branch));
-    QS_TRY(m->ops->rmsnorm_forward(m->queue, &from, w, m->config->rms_norm_eps, rstd, &to));
-    return m->ops->add(m->queue, &stream, &to);
+    QS_TRY(linear_forward(call, linear, in, branch));
+    QS_TRY(norm_forward(call, &given, w, rstd, &norm));
+    return y != NULL ? m->ops->add(m->queue, &from, &norm, &to) : QS_OK;
 }
 
 /* Its backward: from the gradient of y to that of what the linear gave, which *d_linear describes.
@@ -316,11 +339,11 @@ static qs_status project(const qs_layer_call *call, const qs_mat *norm)
     const qs_hf_config *cfg = call->model->config;
     const bool normed = p->q_norm != NULL;
     if (cfg->fused) {
-        return linear_forward(call, QS_QKV, norm, NULL, acts->q);
+        return linear_forward(call, QS_QKV, norm, acts->q);
     }
-    QS_TRY(linear_forward(call, QS_Q, norm, NULL, normed ? acts->q_in : acts->q));
-    QS_TRY(linear_forward(call, QS_K, norm, NULL, normed ? acts->k_in : acts->k));
-    QS_TRY(linear_forward(call, QS_V, norm, NULL, acts->v));
+    QS_TRY(linear_forward(call, QS_Q, norm, normed ? acts->q_in : acts->q));
+    QS_TRY(linear_forward(call, QS_K, norm, normed ? acts->k_in : acts->k));
+    QS_TRY(linear_forward(call, QS_V, norm, acts->v));
     if (normed) {
         QS_TRY(head_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
         QS_TRY(head_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
@@ -335,7 +358,7 @@ static qs_status attention_half(const qs_layer_call *call)
     qs_layer_acts *acts = call->acts;
     const qs_layer_params *p = params_of(call);
     qs_mat norm;
-    QS_TRY(norm_forward(call, acts->x, p->norm1, acts->rstd1, &norm));
+    QS_TRY(norm1_forward(call, &norm));
     QS_TRY(project(call, &norm));
 
     qs_attention_shape shape = attention_shape(call);
@@ -361,13 +384,13 @@ static qs_status gate_and_up(const qs_layer_call *call)
 {
     const qs_hf_config *cfg = call->model->config;
     qs_mat norm;
-    QS_TRY(norm_forward(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, &norm));
+    QS_TRY(norm2_forward(call, &norm));
     if (cfg->fused) {
         qs_mat both = bordered(call, call->acts->gate, 2 * cfg->ffn_hidden);
         return linear_to(call, QS_GATE_UP, &norm, NULL, &both);
     }
-    QS_TRY(linear_forward(call, QS_GATE, &norm, NULL, call->acts->gate));
-    return linear_forward(call, QS_UP, &norm, NULL, call->acts->up);
+    QS_TRY(linear_forward(call, QS_GATE, &norm, call->acts->gate));
+    return linear_forward(call, QS_UP, &norm, call->acts->up);
 }
 
 static qs_glu glu_of(const qs_model *m)
@@ -402,10 +425,10 @@ qs_status qs_layer_forward(const qs_layer_call *call, void *x_next)
     return down(call, x_next);
 }
 
-/* What the norm behind down_proj has to find: its input. The layer's output goes nowhere. */
+/* What the backward of the norm behind down_proj has to find. The layer's output is not wanted. */
 static qs_status recompute_down(const qs_layer_call *call)
 {
-    return params_of(call)->post2 != NULL ? down(call, call->model->work.d_norm) : QS_OK;
+    return params_of(call)->post2 != NULL ? down(call, NULL) : QS_OK;
 }
 
 qs_status qs_layer_recompute(const qs_layer_call *call)
@@ -433,7 +456,7 @@ static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *
     qs_mat gates = half_of_glu(call, call->acts->gate), up = half_of_glu(call, call->acts->up);
     qs_mat *d_gate = fused ? &gates : d_act, *d_up = fused ? &up : act, norm;
     QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, d_act, d_gate, d_up));
-    QS_TRY(norm_forward(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, &norm));
+    QS_TRY(norm2_forward(call, &norm));
     *d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
     if (fused) {
         const qs_mat both = bordered(call, call->acts->gate, 2 * m->config->ffn_hidden);
@@ -519,7 +542,7 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
 
     qs_mat norm, d_norm = tokens_by(call, work->d_norm, m->config->hidden);
     qs_mat *wanted = call->layer > 0 ? &d_norm : NULL;
-    QS_TRY(norm_forward(call, acts->x, params_of(call)->norm1, acts->rstd1, &norm));
+    QS_TRY(norm1_forward(call, &norm));
     QS_TRY(backward_project(call, &d, &norm, wanted, grad));
     return wanted != NULL ? norm_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
                           : QS_OK;

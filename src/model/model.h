@@ -28,6 +28,7 @@ typedef struct {
     int64_t logit_rows;      /* rows of one qs_model_logits; 0: not asked for */
     int64_t head_chunk_rows; /* of the base */
     bool offload;            /* keep the layers' inputs in pinned host memory (recompute: full) */
+    bool residual_f32;       /* the residual stream in fp32, whatever the operations' act_dtype */
 } qs_model_shape;
 
 /** One micro-batch of a pass. */

@@ -17,10 +17,11 @@ typedef struct {
 
 /** What the forward of one layer leaves for its backward, for one micro-batch. Which of the
  * pointers are the layer's own and which are shared between layers (and computed again) is the
- * recompute mode. `void *` is the operations' act_dtype; + border: the matrix feeds a linear and
- * its rows have room for the adapter (qs_ops.border). */
+ * recompute mode. `void *` is the operations' act_dtype, but for the residual stream, which is of
+ * the model's stream_dtype; + border: the matrix feeds a linear and its rows have room for the
+ * adapter (qs_ops.border). */
 typedef struct {
-    void *x;                 /* [T, hidden] input */
+    void *x;                 /* [T, hidden] input, of the stream */
     float *rstd1, *rstd2;    /* [T] */
     void *q_in, *k_in;       /* [T, q width], [T, kv width] before the norm of the heads, where
                                 there is one; else NULL */
@@ -28,7 +29,7 @@ typedef struct {
     void *q, *k, *v;         /* after RoPE; a row of one matrix where one linear makes them */
     void *o;                 /* [T, q width + border] attention output */
     float *lse;              /* [n_heads, T] */
-    void *x2;                /* [T, hidden] after attention */
+    void *x2;                /* [T, hidden] after attention, of the stream */
     void *gate, *up;         /* [T, ffn]; or [T, 2 ffn + border], where one linear makes them */
     void *branch1, *branch2; /* [T, hidden] of attention and MLP before the norm behind them, where
                                 there is one; else NULL */
@@ -49,7 +50,7 @@ typedef struct {
     void *d_k, *d_v;       /* [T, kv width + border]; or with d_q a row of one matrix */
     float *delta;          /* [n_heads, T] */
     void *lora;            /* [T, lora_rank] */
-    void *rows;            /* [R, hidden] */
+    void *rows;            /* [R, hidden] of the stream */
     void *d_rows;          /* [R, hidden] */
     float *logits;         /* [logit_rows, head_chunk_rows] */
 } qs_model_work;
@@ -74,7 +75,7 @@ typedef struct {
 typedef struct {
     qs_micro_input input;
     qs_layer_acts *layers; /* [n_layers] */
-    void *x_last;          /* [T, hidden] output of the last layer */
+    void *x_last;          /* [T, hidden] output of the last layer, of the stream */
     void *dx;              /* [T, hidden + border] gradient on its way down */
     qs_head_state head;
     void *head_rows; /* [R, hidden] after the final norm; then their gradient */
@@ -113,9 +114,11 @@ struct qs_model {
     const void *lora;             /* act_dtype */
     qs_model_shape shape;
     int64_t q_width, kv_width;
-    int64_t qkv_width; /* of a row that holds q, k and v; 0: a matrix each */
-    int64_t border;    /* columns */
-    size_t act_bytes;  /* of one element of act_dtype */
+    int64_t qkv_width;     /* of a row that holds q, k and v; 0: a matrix each */
+    int64_t border;        /* columns */
+    size_t act_bytes;      /* of one element of act_dtype */
+    qs_dtype stream_dtype; /* of the residual stream: act_dtype, or fp32 */
+    size_t stream_bytes;   /* of one element of it */
 
     int *order; /* [3 n_units] of the pass at hand */
     qs_layer_params *layers;
@@ -151,6 +154,9 @@ void *qs_model_beside(const qs_model *model, void *data, int64_t columns);
 /** A matrix of act_dtype; `border` free columns behind each row. */
 qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border);
 
+/** [rows, hidden] of the residual stream. */
+qs_mat qs_model_stream(const qs_model *model, void *data, int64_t rows);
+
 /** Decode the layer's unit and its adapters for the calls below, until qs_layer_close. */
 qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit);
 void qs_layer_close(qs_model *model);
@@ -159,7 +165,7 @@ void qs_layer_close(qs_model *model);
  */
 qs_lora qs_layer_adapter(const qs_model *model, int layer, qs_linear linear);
 
-/** acts->x to `x_next` [T, hidden]. */
+/** acts->x to `x_next` [T, hidden], of the stream. */
 qs_status qs_layer_forward(const qs_layer_call *call, void *x_next);
 
 /** Compute again what `recompute` did not keep. */

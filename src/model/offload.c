@@ -10,7 +10,7 @@ typedef struct {
 
 struct qs_offload {
     qs_queue *queue;
-    char *host;         /* [group][stored layers][max_tokens * hidden] of act_dtype */
+    char *host;         /* [group][stored layers][max_tokens * hidden] of the stream */
     slots *micro;       /* [group] */
     size_t layer_bytes; /* of one input */
     int stored_layers;
@@ -25,7 +25,7 @@ static int stored_layers(const qs_model *m)
 
 static size_t layer_bytes(const qs_model *m)
 {
-    return (size_t)(m->shape.max_tokens * m->config->hidden) * m->act_bytes;
+    return (size_t)(m->shape.max_tokens * m->config->hidden) * m->stream_bytes;
 }
 
 size_t qs_offload_bytes(const qs_model *m)
@@ -67,7 +67,7 @@ static char *host_of(const struct qs_offload *o, int64_t g, int layer)
 
 static size_t bytes_of(const qs_model *m, int64_t n_tokens)
 {
-    return (size_t)(n_tokens * m->config->hidden) * m->act_bytes;
+    return (size_t)(n_tokens * m->config->hidden) * m->stream_bytes;
 }
 
 /* The layer writes the next input: what lay in that slot must have left. */

@@ -49,7 +49,7 @@ static qs_status time_forward(qs_model *m, int layer, const qs_unit_view *view,
                                 .input = &micro->input,
                                 .acts = &micro->layers[layer]};
     const double flops = m->flops;
-    const size_t row_bytes = (size_t)m->config->hidden * m->act_bytes;
+    const size_t row_bytes = (size_t)m->config->hidden * m->stream_bytes;
     QS_TRY(qs_input_load(m, micro, batch));
     QS_TRY(qs_queue_zero(m->queue, micro->layers[layer].x, (size_t)batch->n_tokens * row_bytes));
     QS_TRY(qs_layer_open(m, layer, view));

@@ -125,6 +125,7 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
                                   .seq_len = options->config.train.seq_len,
                                   .group = group,
                                   .logit_rows = options->dump_logits != NULL ? tokens : 0,
+                                  .residual_f32 = options->config.train.residual_fp32,
                                   .head_chunk_rows = s->index->head_chunk_rows};
     qs_feed feed = {0};
     qs_eval_result result;

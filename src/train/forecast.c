@@ -30,6 +30,7 @@ typedef struct {
     double pairs;           /* of queries and keys, over all layers */
     double passes;
     double act_bytes;
+    double more_bytes; /* of an element of the residual stream than of act_dtype */
 } work_sizes;
 
 /* Pairs that mask and window let through in a document of n tokens. */
@@ -74,6 +75,7 @@ static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_m
                     .targets = sequences * (double)train->n_targets / (double)train->n_sequences,
                     .passes = (double)((most + shape->group - 1) / shape->group),
                     .act_bytes = (double)qs_dtype_bytes(s->ops->act_dtype)};
+    z.more_bytes = shape->residual_f32 ? (double)sizeof(float) - z.act_bytes : 0;
     z.pairs = z.tokens * pairs_per_token(model, train);
     return z;
 }
@@ -159,6 +161,16 @@ static double down_elements(const work_sizes *z)
 static double backward_elements(const work_sizes *z)
 {
     return 21 * z->h + 7 * z->q + 6 * z->kv + 13 * z->f + 2 * norm_behind_elements(z);
+}
+
+/* What a wider residual stream adds: norms read it, and what ends a branch reads and writes it. */
+static double stream_bytes(const work_sizes *z, bool backward, int recompute)
+{
+    const double forward = 6 * z->h, norms_twice = 4 * z->h;
+    const double again = recompute == QS_RECOMPUTE_FULL        ? 4 * z->h
+                         : recompute == QS_RECOMPUTE_SELECTIVE ? z->h
+                                                               : 0;
+    return z->tokens * z->layers * (backward ? norms_twice + again : forward) * z->more_bytes;
 }
 
 /* Every layer's unit, decoded once a pass: what is read of it, and bf16 written. */
@@ -254,8 +266,9 @@ static qs_step_phase forward_phase(const work_sizes *z)
     const double elements = attention_elements(z) + gate_elements(z) + down_elements(z);
     return (qs_step_phase){.product_flops = forward_flops(z, QS_LINEARS_ALL),
                            .attention_flops = 4 * z->pairs * z->q,
-                           .memory_bytes =
-                               decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes};
+                           .memory_bytes = decode_bytes(z) +
+                                           z->tokens * z->layers * elements * z->act_bytes +
+                                           stream_bytes(z, false, QS_RECOMPUTE_NONE)};
 }
 
 /* Logits are written in fp32, read twice, and their exponentials written and read in bf16; the
@@ -284,7 +297,8 @@ static qs_step_phase backward_phase(const work_sizes *z, int recompute)
         p.product_flops += forward_flops(z, QS_LINEARS_GATE_UP);
         elements += gate_elements(z);
     }
-    p.memory_bytes = decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes;
+    p.memory_bytes = decode_bytes(z) + z->tokens * z->layers * elements * z->act_bytes +
+                     stream_bytes(z, true, recompute);
     return p;
 }
 

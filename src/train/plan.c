@@ -45,6 +45,7 @@ qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs
         .recompute = cfg->train.recompute,
         .backward = true,
         .head_chunk_rows = s->index->head_chunk_rows,
+        .residual_f32 = cfg->train.residual_fp32,
         .offload = s->apart && (cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0,
     };
     if (eval != NULL) {

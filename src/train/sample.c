@@ -233,6 +233,7 @@ static qs_status prepare(sampler *s)
                                 .group = 1,
                                 .recompute = QS_RECOMPUTE_FULL,
                                 .logit_rows = s->most,
+                                .residual_f32 = session->config.train.residual_fp32,
                                 .head_chunk_rows = session->index->head_chunk_rows};
     if (rank == 0) { /* it prints */
         QS_TRY(qs_decode_table_read(&s->table, s->data->path));

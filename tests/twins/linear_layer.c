@@ -48,8 +48,19 @@ static void describe(layer *l)
              (int)c->residual, (int)c->dx);
 }
 
+bool layer_residual_is_y(const layer_case *c)
+{
+    return c->residual == RESIDUAL_IS_Y || c->residual == RESIDUAL_IS_Y_F32;
+}
+
+bool layer_y_is_f32(const layer_case *c)
+{
+    return c->residual == RESIDUAL_F32 || c->residual == RESIDUAL_IS_Y_F32;
+}
+
 layer layer_make(const tw_backend *b, const layer_case *c, adapter_kind kind)
 {
+    const qs_dtype stream = layer_y_is_f32(c) ? QS_F32 : b->ops->act_dtype;
     layer l = {.b = b, .c = c, .kind = kind, .unit = layer_weight(b, c->weight, c->out, c->in)};
     uint64_t seed = 41;
     describe(&l);
@@ -61,8 +72,8 @@ layer layer_make(const tw_backend *b, const layer_case *c, adapter_kind kind)
         l.gain = vector_make(b, c->out, seed++);
     }
     l.x = tw_mat_make(b, c->rows, c->in, columns_behind(&l, c->x_pad), 1.0F, seed++);
-    l.y = tw_mat_make(b, c->rows, c->out, 8, 1.0F, seed++);
-    l.residual = tw_mat_make(b, c->rows, c->out, 16, 1.0F, seed++);
+    l.y = tw_mat_make_as(b, stream, c->rows, c->out, 8, 1.0F, seed++);
+    l.residual = tw_mat_make_as(b, stream, c->rows, c->out, 16, 1.0F, seed++);
     l.xa = tw_mat_make(b, c->rows, c->rank, 3, 1.0F, seed++);
     l.dy = tw_mat_make(b, c->rows, c->out, columns_behind(&l, c->dy_pad), 1.0F, seed++);
     l.work = tw_mat_make(b, c->rows, c->rank, 0, 1.0F, seed++);
@@ -213,7 +224,7 @@ static void ok(const layer *l, qs_status status)
 
 static const tw_mat *residual_of(const layer *l)
 {
-    return l->c->residual == RESIDUAL_IS_Y ? &l->y : &l->residual;
+    return layer_residual_is_y(l->c) ? &l->y : &l->residual;
 }
 
 void layer_forward(layer *l)

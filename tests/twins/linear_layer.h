@@ -6,7 +6,14 @@
 
 #include "adapter.h"
 
-typedef enum { NO_RESIDUAL, RESIDUAL, RESIDUAL_IS_Y } residual_kind;
+/* _F32: y, and with it the residual, in fp32. */
+typedef enum {
+    NO_RESIDUAL,
+    RESIDUAL,
+    RESIDUAL_IS_Y,
+    RESIDUAL_F32,
+    RESIDUAL_IS_Y_F32
+} residual_kind;
 typedef enum { NO_DX, DX, DX_ADD } dx_kind;
 typedef enum { NF4, NF4_PLAIN_SCALES, NF4_F16, RAW_BF16, RAW_F32 } weight_form;
 typedef enum { LORA, DORA } adapter_kind;
@@ -51,6 +58,10 @@ tw_unit layer_weight(const tw_backend *b, weight_form form, int64_t out, int64_t
 
 /** What rounding W's elements to bf16 can change of them, relative: 0 if they are bf16 already. */
 double layer_weight_rounding(const layer_case *c);
+
+/** Whether the residual lies where y goes; whether both are fp32. */
+bool layer_residual_is_y(const layer_case *c);
+bool layer_y_is_f32(const layer_case *c);
 
 /** All that a case needs, full of random values; `c` is borrowed until layer_free. */
 layer layer_make(const tw_backend *b, const layer_case *c, adapter_kind kind);

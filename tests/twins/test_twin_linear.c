@@ -10,10 +10,10 @@
 static float *start_of_y(const layer *l)
 {
     const layer_case *c = l->c;
-    float *start = c->residual == RESIDUAL        ? ad_compact(&l->residual.host)
-                   : c->residual == RESIDUAL_IS_Y ? ad_compact(&l->y.host)
-                   : c->bias                      ? ad_zeros(c->rows * c->out)
-                                                  : NULL;
+    float *start = layer_residual_is_y(c)       ? ad_compact(&l->y.host)
+                   : c->residual != NO_RESIDUAL ? ad_compact(&l->residual.host)
+                   : c->bias                    ? ad_zeros(c->rows * c->out)
+                                                : NULL;
     for (int64_t i = 0; c->bias && i < c->rows * c->out; i++) {
         start[i] += l->bias.host[i % c->out];
     }
@@ -26,11 +26,16 @@ static void check_y(const layer *l, const float *start)
     const double s = l->ad.host.scale;
     double *limit = ad_limits(c->rows * c->out);
     const ad_factor b = {l->ad.b, 1, c->rank};
-    ad_add_values(limit, &l->y.host, 2 * AD_HALF_ULP);
-    ad_add_rounded_product(limit, &l->y.host, start);
+    const bool f32 = layer_y_is_f32(c); /* then xa alone is rounded */
     ad_add_products(limit, c->rows, c->out, c->rank, ad_of(&l->xa), b,
-                    ad_part_roundings(start) * s * AD_HALF_ULP);
-    if (c->bias) {
+                    (f32 ? 1 : ad_part_roundings(start)) * s * AD_HALF_ULP);
+    if (f32) {
+        ad_add_values(limit, &l->y.host, 1e-6);
+    } else {
+        ad_add_values(limit, &l->y.host, 2 * AD_HALF_ULP);
+        ad_add_rounded_product(limit, &l->y.host, start);
+    }
+    if (c->bias && !f32) {
         ad_add_rounded_start(limit, start, c->rows * c->out);
     }
     ad_add_products(limit, c->rows, c->out, c->in, ad_of(&l->x),
@@ -158,6 +163,22 @@ Test(twin_linear, bias_and_residual)
     TW_CHECK_CASES(check_layer, cases);
 }
 
+/* The residual stream in fp32: y is not rounded at all. */
+Test(twin_linear, fp32_residual)
+{
+    static const layer_case cases[] = {
+        {13, 40, 48, 4, 4, 0.0F, NF4, true, BORDER, BORDER, false, RESIDUAL_F32, DX_ADD},
+        {13, 40, 48, 4, 4, 0.0F, NF4, true, BORDER, BORDER, true, RESIDUAL_F32, DX},
+        {13, 40, 48, 4, 4, 0.3F, NF4, true, BORDER, BORDER, false, RESIDUAL_IS_Y_F32, DX},
+        {13, 40, 48, 4, 4, 0.0F, NF4, true, BORDER, BORDER, true, RESIDUAL_IS_Y_F32, DX},
+        {13, 40, 48, 4, 4, 0.3F, NF4, true, 3, 3, true, RESIDUAL_F32, DX_ADD},
+        {9, 45, 333, 5, 5, 0.0F, NF4, false, 3, 3, true, RESIDUAL_IS_Y_F32, DX_ADD},
+        {9, 45, 333, 5, 5, 0.1F, NF4, true, BORDER, BORDER, false, RESIDUAL_F32, DX},
+        {300, 16, 16, 4, 4, 0.0F, NF4, true, BORDER, BORDER, true, RESIDUAL_IS_Y_F32, DX},
+    };
+    TW_CHECK_CASES(check_layer, cases);
+}
+
 Test(twin_linear, dropout)
 {
     static const layer_case cases[] = {
@@ -186,12 +207,12 @@ static void check_parts(const layer_case *c)
     const qs_weight *w = &l.unit.host.weight;
     tw_mat sum = tw_mat_make(&b, c->rows, c->out, 8, 1.0F, 43);
     tw_mat xa = tw_mat_make(&b, c->rows, c->rank, 0, 1.0F, 1);
-    const tw_mat *from = c->residual == RESIDUAL_IS_Y ? &l.y : &l.residual;
+    const tw_mat *from = layer_residual_is_y(c) ? &l.y : &l.residual;
     tw_ok(&b, ops->linear_forward(b.queue, view, w, c->bias ? l.bias.host : NULL, &l.x.host,
                                   &sum.host));
     tw_ok(&b, ops->lora_forward(b.queue, &l.ad.host, &l.x.host, &xa.host, &sum.host));
     if (c->residual != NO_RESIDUAL) {
-        tw_ok(&b, ops->add(b.queue, &from->host, &sum.host));
+        tw_ok(&b, ops->add(b.queue, &from->host, &sum.host, &sum.host));
     }
     layer_forward(&l);
     float *got = tw_mat_read(&b, &l.y.device), *want = ad_compact(&sum.host);

@@ -80,10 +80,11 @@ typedef struct {
     float *w_device, *rstd_device;
 } norm_case;
 
-static norm_case norm_make(const tw_backend *b, shape s)
+/* x of the residual stream: of the backend's type, or fp32. */
+static norm_case norm_make(const tw_backend *b, qs_dtype stream, shape s)
 {
     norm_case n = {.s = s};
-    n.x = tw_mat_make(b, s.rows, s.cols, s.pad, 3.0F, 1);
+    n.x = tw_mat_make_as(b, stream, s.rows, s.cols, s.pad, 3.0F, 1);
     n.dy = tw_mat_make(b, s.rows, s.cols, s.pad, 1.0F, 2);
     n.y = tw_mat_make(b, s.rows, s.cols, s.pad, 2.0F, 3); /* dx of the backward: added to */
     n.w = fx_random(s.cols, 4);
@@ -114,10 +115,10 @@ static double fp64_rstd(const norm_case *n, int64_t t, double eps)
     return 1.0 / sqrt(sum / (double)n->s.cols + eps);
 }
 
-static void norm_forward_shapes(const tw_backend *b)
+static void norm_forward_of(const tw_backend *b, qs_dtype stream)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
-        norm_case n = norm_make(b, SHAPES[k]);
+        norm_case n = norm_make(b, stream, SHAPES[k]);
         tw_ok(b, b->ops->rmsnorm_forward(b->queue, &n.x.device, n.w_device, 1e-5F, n.rstd_device,
                                          &n.y.device));
         tw_ok(b, qs_ops_cpu()->rmsnorm_forward(b->cpu_queue, &n.x.host, n.w, 1e-5F, n.rstd,
@@ -141,15 +142,21 @@ static void norm_forward_shapes(const tw_backend *b)
     }
 }
 
+static void norm_forward_shapes(const tw_backend *b)
+{
+    norm_forward_of(b, b->ops->act_dtype);
+    norm_forward_of(b, QS_F32);
+}
+
 Test(twin_rows, rmsnorm_forward)
 {
     tw_on_backends(norm_forward_shapes);
 }
 
-static void norm_backward_shapes(const tw_backend *b)
+static void norm_backward_of(const tw_backend *b, qs_dtype stream)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
-        norm_case n = norm_make(b, SHAPES[k]);
+        norm_case n = norm_make(b, stream, SHAPES[k]);
         tw_ok(b, b->ops->rmsnorm_backward(b->queue, &n.dy.device, &n.x.device, n.w_device,
                                           n.rstd_device, &n.y.device));
         tw_ok(b, qs_ops_cpu()->rmsnorm_backward(b->cpu_queue, &n.dy.host, &n.x.host, n.w, n.rstd,
@@ -160,17 +167,24 @@ static void norm_backward_shapes(const tw_backend *b)
     }
 }
 
+static void norm_backward_shapes(const tw_backend *b)
+{
+    norm_backward_of(b, b->ops->act_dtype);
+    norm_backward_of(b, QS_F32);
+}
+
 Test(twin_rows, rmsnorm_backward)
 {
     tw_on_backends(norm_backward_shapes);
 }
 
 /* The same values at another stride or address, in another number of rows, again: the same bits. */
-static void norm_bits_of(const tw_backend *b, int64_t cols)
+static void norm_bits_of(const tw_backend *b, qs_dtype stream, int64_t cols)
 {
     enum { ROWS = 9 };
-    tw_mat x = tw_mat_make(b, ROWS, cols, 0, 1.0F, 6), dy = tw_mat_make(b, ROWS, cols, 0, 1.0F, 7);
     const qs_dtype act = b->ops->act_dtype;
+    tw_mat x = tw_mat_make_as(b, stream, ROWS, cols, 0, 1.0F, 6);
+    tw_mat dy = tw_mat_make(b, ROWS, cols, 0, 1.0F, 7);
     const int64_t pads[] = {0, 8, 1};
     float *w = fx_random(cols, 8);
     float *w_device = tw_upload(b, w, (size_t)cols * sizeof *w);
@@ -180,13 +194,14 @@ static void norm_bits_of(const tw_backend *b, int64_t cols)
         tw_mat padded[2], out[2];
         const tw_mat *from[2] = {&x, &dy};
         for (int m = 0; m < 2; m++) {
-            padded[m] = tw_mat_make(b, rows, cols, pads[k], 1.0F, 0);
+            const qs_dtype dtype = m == 0 ? stream : act;
+            padded[m] = tw_mat_make_as(b, dtype, rows, cols, pads[k], 1.0F, 0);
             for (int64_t t = 0; t < rows; t++) {
                 memcpy(qs_mat_f32(&padded[m].host) + t * stride,
                        qs_mat_f32(&from[m]->host) + t * cols, (size_t)cols * sizeof(float));
             }
             tw_free(b, padded[m].device.data);
-            padded[m].device.data = tw_upload_as_act(b, padded[m].host.data, rows * stride);
+            padded[m].device.data = tw_upload_as(b, dtype, padded[m].host.data, rows * stride);
             out[m] = tw_mat_make(b, rows, cols, pads[k], 1.0F, 0);
             tw_ok(b, qs_queue_zero(b->queue, out[m].device.data,
                                    (size_t)(rows * stride) * qs_dtype_bytes(act)));
@@ -223,7 +238,8 @@ static void norm_bits(const tw_backend *b)
 {
     const int64_t cols[] = {8, 64, 128, 200, 256, 264, 2048, 2056, 4104};
     for (size_t i = 0; i < COUNT_OF(cols); i++) {
-        norm_bits_of(b, cols[i]);
+        norm_bits_of(b, b->ops->act_dtype, cols[i]);
+        norm_bits_of(b, QS_F32, cols[i]);
     }
 }
 
@@ -237,7 +253,7 @@ static void norm_too_wide(const tw_backend *b)
     if (tw_is_cpu(b)) {
         return;
     }
-    norm_case n = norm_make(b, (shape){1, 32769, 0});
+    norm_case n = norm_make(b, b->ops->act_dtype, (shape){1, 32769, 0});
     cr_assert_eq(b->ops->rmsnorm_forward(b->queue, &n.x.device, n.w_device, 1e-5F, n.rstd_device,
                                          &n.y.device),
                  QS_ERR_BUG);
@@ -393,17 +409,28 @@ Test(twin_rows, glu_backward_also_where_its_inputs_lie)
     tw_on_backends(glu_backward_shapes);
 }
 
+/* y = a + b in a matrix of its own, or where a lies; a and y of the residual stream. */
+static void add_of(const tw_backend *b, qs_dtype stream, shape s, bool in_place)
+{
+    tw_mat from = tw_mat_make_as(b, stream, s.rows, s.cols, s.pad, 1.0F, 20);
+    tw_mat other = tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 1.0F, 21);
+    tw_mat own = tw_mat_make_as(b, stream, s.rows, s.cols, 3 * s.pad, 1.0F, 22);
+    tw_mat *y = in_place ? &from : &own;
+    tw_ok(b, b->ops->add(b->queue, &from.device, &other.device, &y->device));
+    tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &from.host, &other.host, &y->host));
+    assert_rounded(b, &y->device, &y->host, "add");
+    tw_mat_free(b, &from);
+    tw_mat_free(b, &other);
+    tw_mat_free(b, &own);
+}
+
 static void add_shapes(const tw_backend *b)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
-        const shape s = SHAPES[k];
-        tw_mat x = tw_mat_make(b, s.rows, s.cols, s.pad, 1.0F, 20);
-        tw_mat y = tw_mat_make(b, s.rows, s.cols, 3 * s.pad, 1.0F, 21);
-        tw_ok(b, b->ops->add(b->queue, &x.device, &y.device));
-        tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x.host, &y.host));
-        assert_rounded(b, &y.device, &y.host, "add");
-        tw_mat_free(b, &x);
-        tw_mat_free(b, &y);
+        for (int in_place = 0; in_place < 2; in_place++) {
+            add_of(b, b->ops->act_dtype, SHAPES[k], in_place);
+            add_of(b, QS_F32, SHAPES[k], in_place);
+        }
     }
 }
 
@@ -412,15 +439,20 @@ Test(twin_rows, add_has_the_cpus_bits_rounded)
     tw_on_backends(add_shapes);
 }
 
+static void scale_of(const tw_backend *b, qs_dtype stream, shape s)
+{
+    tw_mat y = tw_mat_make_as(b, stream, s.rows, s.cols, s.pad, 1.0F, 20);
+    tw_ok(b, b->ops->scale(b->queue, 33.75F, &y.device));
+    tw_ok(b, qs_ops_cpu()->scale(b->cpu_queue, 33.75F, &y.host));
+    assert_rounded(b, &y.device, &y.host, "scale");
+    tw_mat_free(b, &y);
+}
+
 static void scale_shapes(const tw_backend *b)
 {
     for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
-        const shape s = SHAPES[k];
-        tw_mat y = tw_mat_make(b, s.rows, s.cols, s.pad, 1.0F, 20);
-        tw_ok(b, b->ops->scale(b->queue, 33.75F, &y.device));
-        tw_ok(b, qs_ops_cpu()->scale(b->cpu_queue, 33.75F, &y.host));
-        assert_rounded(b, &y.device, &y.host, "scale");
-        tw_mat_free(b, &y);
+        scale_of(b, b->ops->act_dtype, SHAPES[k]);
+        scale_of(b, QS_F32, SHAPES[k]);
     }
 }
 
@@ -437,8 +469,8 @@ static void add_to_columns(const tw_backend *b)
         const qs_mat x_part = columns_from(&x.device, by);
         const qs_mat x_host = columns_from(&x.host, by);
         qs_mat y_part = columns_from(&y.device, by), y_host = columns_from(&y.host, by);
-        tw_ok(b, b->ops->add(b->queue, &x_part, &y_part));
-        tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x_host, &y_host));
+        tw_ok(b, b->ops->add(b->queue, &x_part, &y_part, &y_part));
+        tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x_host, &y_host, &y_host));
         assert_rounded(b, &y.device, &y.host, "add to columns");
         tw_mat_free(b, &x);
         tw_mat_free(b, &y);
@@ -452,11 +484,11 @@ Test(twin_rows, columns_may_start_anywhere)
 
 /* ---- gather and scatter ---- */
 
-static void gather_of(const tw_backend *b, qs_dtype dtype, shape s)
+static void gather_of(const tw_backend *b, qs_dtype dtype, qs_dtype to, shape s)
 {
     enum { TABLE = 29 };
     tw_mat x = tw_mat_make_as(b, dtype, TABLE, s.cols, s.pad, 2.0F, 24);
-    tw_mat y = tw_mat_make(b, s.rows, s.cols, 2 * s.pad, 1.0F, 25);
+    tw_mat y = tw_mat_make_as(b, to, s.rows, s.cols, 2 * s.pad, 1.0F, 25);
     int32_t *index = malloc((size_t)(s.rows + 1) * sizeof *index);
     for (int64_t i = 0; i < s.rows; i++) {
         index[i] = (int32_t)((i * 17 + 28) % TABLE); /* the last row, repeats, no order */
@@ -481,7 +513,8 @@ static void gather_shapes(const tw_backend *b)
     const qs_dtype types[] = {QS_F32, QS_BF16, QS_F16};
     for (size_t type = 0; type < COUNT_OF(types); type++) {
         for (size_t k = 0; k < COUNT_OF(SHAPES); k++) {
-            gather_of(b, types[type], SHAPES[k]);
+            gather_of(b, types[type], b->ops->act_dtype, SHAPES[k]);
+            gather_of(b, types[type], QS_F32, SHAPES[k]);
         }
     }
 }

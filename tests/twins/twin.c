@@ -157,7 +157,7 @@ void tw_round(const tw_backend *b, float *x, int64_t count)
     }
 }
 
-static void *upload_as(const tw_backend *b, qs_dtype dtype, const float *x, int64_t count)
+void *tw_upload_as(const tw_backend *b, qs_dtype dtype, const float *x, int64_t count)
 {
     const size_t bytes = (size_t)count * qs_dtype_bytes(dtype);
     void *host = host_bytes(bytes);
@@ -169,7 +169,7 @@ static void *upload_as(const tw_backend *b, qs_dtype dtype, const float *x, int6
 
 void *tw_upload_as_act(const tw_backend *b, const float *x, int64_t count)
 {
-    return upload_as(b, b->ops->act_dtype, x, count);
+    return tw_upload_as(b, b->ops->act_dtype, x, count);
 }
 
 /* ---- matrices ---- */
@@ -185,7 +185,7 @@ tw_mat tw_mat_make_as(const tw_backend *b, qs_dtype dtype, int64_t rows, int64_t
     }
     mat.device = mat.host;
     mat.device.dtype = dtype;
-    mat.device.data = upload_as(b, dtype, x, count);
+    mat.device.data = tw_upload_as(b, dtype, x, count);
     return mat;
 }
 

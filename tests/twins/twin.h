@@ -86,8 +86,9 @@ void tw_free(const tw_backend *b, void *device);
 
 /** Floats rounded to the backend's act_dtype, in place: for weights of adapters and the like. */
 void tw_round(const tw_backend *b, float *x, int64_t count);
-/** Rounded floats as the backend stores them, on the device. */
+/** Rounded floats as the backend stores them, or as `dtype`, on the device. */
 void *tw_upload_as_act(const tw_backend *b, const float *x, int64_t count);
+void *tw_upload_as(const tw_backend *b, qs_dtype dtype, const float *x, int64_t count);
 
 /** A gathered unit on the device beside its host copy (tests/ops_fixture.h). */
 typedef struct {
