@@ -154,17 +154,19 @@ class Training(unittest.TestCase):
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
 class Layers(unittest.TestCase):
-    """The layers of Gemma and Phi-3 on the device: the CPU's losses, its plan, and the same bits whatever is kept where."""
+    """The layers of Gemma and Phi-3 on the device, and all with their residual stream in fp32: the CPU's losses, its plan, and
+    the same bits whatever is kept where."""
     MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3}
 
     def train(self, output, options, device="cuda", **how):
         how = {**SMALL, "train__steps": 2, "train__global_batch": 3, "base": support.base_of(*options), **how}
         return support.train(output, environment=on_gpu(), options=("--allow-shared-device",), device=device, **how)
 
-    def check(self, options):
+    def check(self, options, **settings):
+        """Returns the losses."""
         folder = support.scratch()
         reference, cpu = os.path.join(folder, "reference"), os.path.join(folder, "cpu")
-        log = self.train(reference, options).stdout
+        log = self.train(reference, options, **settings).stdout
         self.train(cpu, options, device="cpu")
         for mine, cpus in zip(losses(reference), losses(cpu)):
             self.assertLess(abs(mine - cpus), 5e-3 * cpus)
@@ -176,14 +178,16 @@ class Layers(unittest.TestCase):
                           "offload": {"memory__offload": "[activations, weights, embedding]"}}.items():
             with self.subTest(name):
                 output = os.path.join(folder, name)
-                self.train(output, options, **how)
+                self.train(output, options, **how, **settings)
                 self.assertEqual(support.curve(output), support.curve(reference))
                 self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
+        return losses(reference)
 
     def test_models(self):
         for name, options in self.MODELS.items():
             with self.subTest(model=name):
-                self.check(options)
+                in_bf16 = self.check(options)
+                self.assertNotEqual(self.check(options, train__residual_fp32="true"), in_bf16)
 
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")

@@ -21,7 +21,9 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 EMULATED = os.environ.get("QSHARD_GPU_MODE") == "emulated"
 SHORT = os.environ.get("QSHARD_GPU_SHORT", "0") != "0"
-LOSS_LIMIT = 5e-3  # bf16 products and activations against fp32 ones
+# How far losses may be off the CPU's fp32 ones (docs/decisions.md, "How far is bf16 from fp32?"): the aim; a residual stream in
+# bf16, with which PyTorch is off by 1.4e-2; small seed-made models, whose curves rounding the products' operands alone moves by 6e-3.
+LOSS_LIMIT, BF16_LIMIT, SEED_MADE_LIMIT = 5e-3, 1.4e-2, 1e-2
 PLAN_LIMIT = 0.03
 RUN_LIMIT_S = 300
 NUMBERS = re.compile(r'"(step|loss|eval_loss|lr|grad_norm)": ([^,}]+)')
@@ -198,11 +200,18 @@ def planned_and_peak(text):
 
 
 # --- checks -------------------------------------------------------------------------------------------------------------
-def near_cpu(bench, case):
-    """The CPU's strict products are what the kernels are compared with, too."""
-    cpu, _ = bench.train(case, f"{case.name}-cpu", "cpu", cpu__gemm="strict")
+def cpu_run(bench, case):
+    """The folder of the case on the CPU, run once: strict products are what the kernels are compared with, too."""
+    output = os.path.join(bench.work, f"{case.name}-cpu")
+    if not os.path.exists(os.path.join(output, "summary.csv")):
+        bench.train(case, f"{case.name}-cpu", "cpu", cpu__gemm="strict")
+    return output
+
+
+def near_cpu(bench, case, limit, name="cuda", **settings):
+    cpu = cpu_run(bench, case)
     try:
-        device, _ = bench.train(case, f"{case.name}-cuda", "cuda")
+        device, _ = bench.train(case, f"{case.name}-{name}", "cuda", **settings)
     except Failed as error:
         if "head_dim" in str(error) and not str(error).startswith("exit 70"):  # 70 is a bug, not a refusal
             raise NotHere(f"refused: {error}") from error
@@ -214,8 +223,8 @@ def near_cpu(bench, case):
             raise Failed(f"{len(ours)} values of {key}, the CPU has {len(theirs)}")
         worst = max(abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf for a, b in zip(ours, theirs))
         parts.append(f"{key} off by {worst:.2e} at most in {len(ours)}")
-        if not worst <= LOSS_LIMIT:
-            raise Failed(f"{parts[-1]}; the limit is {LOSS_LIMIT}")
+        if not worst <= limit:
+            raise Failed(f"{parts[-1]}; the limit is {limit}")
     moved = abs(losses(cpu)[-1] - losses(cpu)[0])
     return f"{', '.join(parts)}; the CPU's loss moves by {moved:.3f}"
 
@@ -296,7 +305,9 @@ def check_losses(bench):
     for case in cases:
         if bench.check(f"base of {case.name}", quantize, bench, case):
             bench.check(f"base of {case.name} quantized on the device", same_base, bench, case)
-            bench.check(f"losses of {case.name} near the CPU's", near_cpu, bench, case)
+            if bench.check(f"losses of {case.name} near the CPU's", near_cpu, bench, case, SEED_MADE_LIMIT):
+                bench.check(f"losses of {case.name} with a residual stream in fp32 near the CPU's", near_cpu, bench, case,
+                            SEED_MADE_LIMIT, "fp32", train__residual_fp32="true")
     ran = os.path.exists(os.path.join(bench.work, f"{cases[0].name}-cuda", "metrics.jsonl"))
     return cases[0] if ran else None
 
@@ -316,8 +327,10 @@ def check_smollm2(bench):
         case = oracle_case(bench, "smollm2", folder, model)
         if bench.check("base of SmolLM2", quantize, bench, case):
             bench.check("base of SmolLM2 quantized on the device", same_base, bench, case)
-            bench.check("losses of SmolLM2 near the CPU's", near_cpu, bench, case)
+            bench.check("losses of SmolLM2 near the CPU's", near_cpu, bench, case, BF16_LIMIT)
             bench.check("SmolLM2 again", same_bits, bench, case, "smollm2-again")
+            bench.check("losses of SmolLM2 with a residual stream in fp32 near the CPU's", near_cpu, bench, case, LOSS_LIMIT,
+                        "fp32", train__residual_fp32="true")
 
 
 def check_variants(bench, case):
@@ -334,6 +347,8 @@ def check_variants(bench, case):
     for mode in ("full", *modes):
         bench.check(f"peak memory beside the plan, recompute: {mode}", plan_is_kept, bench, case, "plan",
                     train__recompute=mode)
+    bench.check("peak memory beside the plan, residual stream in fp32", plan_is_kept, bench, case, "plan",
+                train__residual_fp32="true")
     bench.check("too little memory is said before loading", too_small, bench, case)
     bench.check("killed and resumed", killed_and_resumed, bench, case)
 
@@ -342,12 +357,12 @@ def check_dora(bench, case):
     """The same model with DoRA, from adapters of its own."""
     settings = {**case.settings, "lora.dora": "true", "lora.init": "", "lora.dropout": 0.1}
     dora = Case(f"{case.name}-dora", case.model, case.yaml, settings)
-    if bench.check("losses with DoRA near the CPU's", near_cpu, bench, dora):
+    if bench.check("losses with DoRA near the CPU's", near_cpu, bench, dora, SEED_MADE_LIMIT):
         bench.check("DoRA: the same bits again", same_bits, bench, dora, "dora-again")
         bench.check("DoRA: the same bits with recompute: none", same_bits, bench, dora, "dora-none", train__recompute="none")
         bench.check("DoRA: peak memory beside the plan", plan_is_kept, bench, dora, "dora-plan")
         bench.check("DoRA without dropout near the CPU's", near_cpu, bench,
-                    Case(f"{dora.name}-0", case.model, case.yaml, {**settings, "lora.dropout": 0}))
+                    Case(f"{dora.name}-0", case.model, case.yaml, {**settings, "lora.dropout": 0}), SEED_MADE_LIMIT)
 
 
 def check_ranks(bench, case):
@@ -363,6 +378,11 @@ def check_ranks(bench, case):
     for ranks in (2,) if SHORT else (2, 3):
         bench.check(f"the same bits on {ranks} ranks of one GPU", same_bits, bench, case, f"ranks-{ranks}", ranks,
                     ("--allow-shared-device",))
+    if not SHORT:
+        bench.check("the same bits on 4 ranks, a copy of the base on each 2", same_bits, bench, case, "groups", 4,
+                    ("--allow-shared-device",), shard__group=2)
+        bench.check("the same bits on 2 ranks, gathers 3 ahead, one layer kept", same_bits, bench, case, "ahead", 2,
+                    ("--allow-shared-device",), shard__prefetch=3, shard__keep_resident=1)
 
 
 def main():
