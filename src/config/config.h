@@ -43,7 +43,7 @@ typedef struct {
     struct {
         int64_t steps, epochs; /* one of them > 0 */
         int64_t global_batch, micro_batch, seq_len;
-        int recompute;        /* qs_recompute */
+        int recompute; /* qs_recompute */
         bool residual_fp32;
         int64_t gather_group; /* 0: auto */
         int64_t eval_every, log_every, save_every, keep_last, keep_every;

@@ -334,8 +334,8 @@ const qs_key qs_keys[] = {
      .names = {"auto", "strict", "bf16", "fp16", "amx"},
      .meaning =
          "products with frozen matrices: strict is fp32, the reference; bf16 runs on any CPU, "
-         "fp16 needs AVX512-FP16, amx AMX-BF16; auto is bf16 where AVX512-BF16 makes it faster "
-         "on every rank, else strict"},
+         "fp16 needs AVX512-FP16, amx is fast with AMX-BF16; auto is the fastest of amx, bf16 and "
+         "strict that is fast on every rank"},
     {.name = "cpu.threads",
      .type = QS_KEY_I64,
      .offset = AT(cpu.threads),
