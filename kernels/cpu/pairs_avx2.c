@@ -8,9 +8,12 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
+#include "kernels/cpu/flush.h"
+
 #define PAIRS_NAME "avx2"
 #define PAIRS_TABLE qs_pairs_avx2
-#define PAIRS_MXCSR
+#define pairs_begin qs_flush_begin
+#define pairs_end qs_flush_end
 #define TILE_MR 4
 #define TILE_NV 2
 #define TILE_LANES 8

@@ -9,11 +9,13 @@
 #include <immintrin.h>
 #include <math.h>
 
+#include "kernels/cpu/flush.h"
 #include "kernels/cpu/nf4_avx512.h"
 
 #define PAIRS_NAME "avx512bf16"
 #define PAIRS_TABLE qs_pairs_avx512
-#define PAIRS_MXCSR
+#define pairs_begin qs_flush_begin
+#define pairs_end qs_flush_end
 #define TILE_MR 14
 #define TILE_NV 2
 #define TILE_LANES 16

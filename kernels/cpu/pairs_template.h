@@ -2,27 +2,13 @@
  * register_tile.h asks for with words as elements, and
  *
  *   PAIRS_NAME, PAIRS_TABLE       "avx2", qs_pairs_avx2
- *   pairs_begin, pairs_end        of the table; PAIRS_MXCSR: those that set SSE's control register
+ *   pairs_begin, pairs_end        of the table (flush.h)
  *   pairs_round, pairs_nf4_blocks round and nf4_decode of the table */
 #include "kernels/cpu/pairs.h"
 
 typedef uint32_t tile_elem;
 
 #include "kernels/cpu/register_tile.h"
-
-#if defined(PAIRS_MXCSR)
-static unsigned pairs_begin(void)
-{
-    const unsigned flush_to_zero = 1U << 15, denormals_are_zero = 1U << 6, before = _mm_getcsr();
-    _mm_setcsr(before | flush_to_zero | denormals_are_zero);
-    return before;
-}
-
-static void pairs_end(unsigned before)
-{
-    _mm_setcsr(before);
-}
-#endif
 
 static void pairs_take(const uint8_t *src, int64_t count, uint32_t *out)
 {

@@ -10,6 +10,8 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
+#include "kernels/cpu/flush.h"
+
 enum {
     SIDE = QS_TILE_SIDE,
     HALF = QS_TILE_HALF,
@@ -18,18 +20,6 @@ enum {
     ROWS = 2,   /* of a register block */
     VECTORS = 2 /* of LANES columns of a register block */
 };
-
-static unsigned avx2_begin(void)
-{
-    const unsigned flush_to_zero = 1U << 15, denormals_are_zero = 1U << 6, before = _mm_getcsr();
-    _mm_setcsr(before | flush_to_zero | denormals_are_zero);
-    return before;
-}
-
-static void avx2_end(unsigned before)
-{
-    _mm_setcsr(before);
-}
 
 /* A step of one operand as floats. `a`: [row][k] for k of [even 16 | odd 16]. `b`: [k][column]. */
 typedef struct {
@@ -106,8 +96,8 @@ static void avx2_tile(int64_t steps, const uint16_t *a, const uint16_t *b, float
 const qs_tile *qs_tile_avx2(void)
 {
     static const qs_tile table = {.name = "avx2",
-                                  .begin = avx2_begin,
-                                  .end = avx2_end,
+                                  .begin = qs_flush_begin,
+                                  .end = qs_flush_end,
                                   .tile = avx2_tile,
                                   .round = qs_tile_round,
                                   .pair = qs_tile_pair};
