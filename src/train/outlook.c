@@ -73,7 +73,6 @@ static qs_group_links links_on_paper(const qs_outlook_place *place, int per_node
                             qs_links_receive_s(place->nranks - 1, place->nranks, &usual)};
 }
 
-/* The part of a session that plans look at; nothing in it is owned. */
 /* What the run would find there: on the CPU as much as on this host. */
 static size_t room_on_paper(const qs_config *cfg, const qs_outlook_place *place, int per_node)
 {
@@ -81,6 +80,7 @@ static size_t room_on_paper(const qs_config *cfg, const qs_outlook_place *place,
     return place->gpu == NULL && host < allowed ? host : allowed;
 }
 
+/* The part of a session that plans look at; nothing in it is owned. */
 static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
                                   const qs_outlook_place *place)
 {
