@@ -1,149 +1,28 @@
 /* qshard merge: every weight is W + scale * B A, rounded once, under its name and in its shape;
- * what has no adapter is copied; what does not belong together is refused, and nothing is left
- * behind. */
+ * what has no adapter is copied, and so is what stands beside the weights. */
 #define _GNU_SOURCE
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <fcntl.h>
 #include <jansson.h>
-#include <libgen.h>
 #include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
-#include "base/log.h"
-#include "base/mem.h"
-#include "ckpt/ckpt.h"
-#include "ckpt/run_dir.h"
 #include "hf/safetensors.h"
 #include "merge/merge.h"
+#include "merge_fixture.h"
 #include "store/io.h"
-#include "support/tiny_hf.h"
-#include "tests/scratch.h"
-#include "weights/base_file.h"
-#include "weights/quantize.h"
 
 enum {
-    ALL = (1 << QS_QKV) - 1, /* of a layer of Llama */
     FUSED = 1 << QS_QKV | 1 << QS_O | 1 << QS_GATE_UP | 1 << QS_DOWN,
     SHARD = 100 << 10,
-    RANK = 4
 };
 
-static char folder[SCRATCH_MAX], binaries[1024], output[1 << 16];
-
-static void find_binaries(void)
-{
-    char self[900] = "";
-    const char *dir = getenv("QSHARD_BINARY_DIR");
-    if (dir) {
-        snprintf(binaries, sizeof binaries, "%s", dir);
-        return;
-    }
-    cr_assert_gt(readlink("/proc/self/exe", self, sizeof self - 1), 0);
-    snprintf(binaries, sizeof binaries, "%s/..", dirname(self));
-}
-
-static void make_folder(void)
-{
-    qs_log_init(0, 1, QS_LOG_QUIET, false);
-    find_binaries();
-    scratch_make(folder, NULL);
-    cr_assert_eq(chdir(folder), 0);
-}
-
-static void remove_folder(void)
-{
-    cr_assert_eq(chdir("/"), 0);
-    scratch_remove(folder);
-}
-
-TestSuite(merge, .init = make_folder, .fini = remove_folder, .timeout = 300);
-
-/* ---- what is merged ---- */
-
-static void quantize(const char *model, const char *base)
-{
-    qs_quantize_report report;
-    qs_comm *comm = NULL;
-    qs_quantize_options options = {.hf_dir = model,
-                                   .output = base,
-                                   .head_chunk_rows = 100, /* 301 rows: a short last chunk */
-                                   .double_quant = true,
-                                   .threads = 2};
-    cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
-    cr_assert_eq(qs_quantize(&options, comm, &report), QS_OK, "%s", qs_error_text());
-    qs_comm_destroy(comm);
-}
-
-static void make_model(const char *model, const char *base, const tiny_hf *o)
-{
-    cr_assert_eq(mkdir(model, 0777), 0);
-    tiny_hf_write(model, o);
-    quantize(model, base);
-}
-
-static qs_base_index *open_index(const char *base)
-{
-    qs_comm *self = NULL;
-    qs_base_index *index = NULL;
-    cr_assert_eq(qs_comm_self_create(&self), QS_OK);
-    cr_assert_eq(qs_base_index_read(&index, base, self), QS_OK, "%s", qs_error_text());
-    qs_comm_destroy(self);
-    return index;
-}
-
-typedef struct {
-    qs_config config;
-    qs_lora_layout layout;
-    float *vector;
-} adapter;
-
-static adapter make_adapter(const qs_hf_config *model, uint32_t targets, bool rslora, bool dora,
-                            float size)
-{
-    adapter a;
-    memset(&a, 0, sizeof a);
-    a.config.lora.rank = RANK;
-    a.config.lora.alpha = 10;
-    a.config.lora.rslora = rslora;
-    a.config.lora.dora = dora;
-    a.config.lora.targets = targets;
-    cr_assert_eq(qs_lora_layout_make(&a.layout, model, &a.config), QS_OK);
-    int64_t count = a.layout.n_layers * a.layout.per_layer;
-    uint32_t seed = 5;
-    a.vector = calloc((size_t)count, sizeof *a.vector);
-    for (int64_t i = 0; i < count; i++) {
-        seed = seed * 1664525U + 1013904223U;
-        a.vector[i] = i % a.layout.per_layer < a.layout.used
-                          ? size * ((float)(seed >> 8) * 0x1p-24f - 0.5f)
-                          : 0.0f;
-    }
-    return a;
-}
-
-static void write_adapter(const char *dir, const adapter *a)
-{
-    cr_assert_eq(qs_peft_write(dir, &a->layout, &a->config, "m", a->vector), QS_OK, "%s",
-                 qs_error_text());
-}
-
-/* model/, base.h5 and adapter/ of the usual kind. */
-static void make_usual(void)
-{
-    tiny_hf o = {.dtype = QS_BF16, .untied = true, .biases = true};
-    make_model("model", "base.h5", &o);
-    qs_base_index *index = open_index("base.h5");
-    adapter a = make_adapter(&index->config, ALL, false, false, 0.5f);
-    write_adapter("adapter", &a);
-    free(a.vector);
-    qs_base_index_free(index);
-}
+TestSuite(merge, .init = mf_make_folder, .fini = mf_remove_folder, .timeout = 300);
 
 /* ---- the reference, in double ---- */
 
@@ -191,7 +70,8 @@ static float *read_base(const qs_base_index *index, int fd, const char *name, in
 }
 
 /* What B A adds to element [i, j]; *size grows by the magnitudes of its terms. */
-static double product(const adapter *a, int layer, int linear, int64_t i, int64_t j, double *size)
+static double product(const mf_adapter *a, int layer, int linear, int64_t i, int64_t j,
+                      double *size)
 {
     const qs_lora_layout *l = &a->layout;
     const float *segment = a->vector + layer * l->per_layer;
@@ -228,7 +108,7 @@ static int linear_of(const char *name, int *layer)
 }
 
 /* What DoRA multiplies row `row` of W + scale B A by; 1 without it. */
-static double row_factor(const qs_st_tensor *t, const float *w, const adapter *a, int layer,
+static double row_factor(const qs_st_tensor *t, const float *w, const mf_adapter *a, int layer,
                          int linear, int64_t row)
 {
     const int64_t n = t->shape[1];
@@ -244,7 +124,7 @@ static double row_factor(const qs_st_tensor *t, const float *w, const adapter *a
     return (double)segment[a->layout.m_at[linear] + row] / sqrt(squares);
 }
 
-static void check_sum(const qs_st_tensor *t, const float *got, const float *w, const adapter *a,
+static void check_sum(const qs_st_tensor *t, const float *got, const float *w, const mf_adapter *a,
                       int layer, int linear, qs_dtype dtype)
 {
     double factor = 1;
@@ -256,8 +136,8 @@ static void check_sum(const qs_st_tensor *t, const float *got, const float *w, c
         exact = factor * (exact + product(a, layer, linear, row, column, &size));
         /* fp32: a rounding for each product and each sum, of terms that are at most `size`; the
          * length is a mean over the row, and better than its worst element. */
-        double most = half_ulp(exact, dtype) + (2 * RANK + 2) * 0x1p-24 * size * fabs(factor);
-        most += a->layout.dora ? 2 * RANK * 0x1p-24 * fabs(exact) : 0;
+        double most = half_ulp(exact, dtype) + (2 * MF_RANK + 2) * 0x1p-24 * size * fabs(factor);
+        most += a->layout.dora ? 2 * MF_RANK * 0x1p-24 * fabs(exact) : 0;
         cr_assert_leq(fabs((double)got[e] - exact), most, "%s: element %ld is %.9g, not %.9g",
                       t->name, (long)e, (double)got[e], exact);
     }
@@ -274,9 +154,9 @@ static void check_copy(const qs_st_tensor *t, const float *got, const float *w, 
 }
 
 /* Everything that lies in `dir` against base or original, and that all of it is there. */
-static void check_result(const char *dir, const merge_case *c, const adapter *a, qs_dtype dtype)
+static void check_result(const char *dir, const merge_case *c, const mf_adapter *a, qs_dtype dtype)
 {
-    qs_base_index *index = open_index("base.h5");
+    qs_base_index *index = mf_open_index("base.h5");
     int fd = open("base.h5", O_RDONLY);
     qs_st_dir *merged = NULL, *model = NULL;
     int linears = 0, tensors = 0;
@@ -361,15 +241,6 @@ static void check_files(const char *dir, const merge_case *c, const qs_merge_rep
     }
 }
 
-static int leftovers(void)
-{
-    int count = -1;
-    FILE *pipe = popen("ls -A | grep -c tmp-", "r");
-    cr_assert_eq(fscanf(pipe, "%d", &count), 1);
-    pclose(pipe);
-    return count;
-}
-
 static qs_status merge(const merge_case *c, const char *out, int threads, qs_merge_report *report)
 {
     qs_merge_options options = {.base = "base.h5",
@@ -385,7 +256,13 @@ static qs_status merge(const merge_case *c, const char *out, int threads, qs_mer
 /* ---- what must hold ---- */
 
 static merge_case CASES[] = {
-    {{.dtype = QS_BF16, .untied = true, .biases = true}, ALL, -1, INT64_MAX, false, false, false},
+    {{.dtype = QS_BF16, .untied = true, .biases = true},
+     MF_ALL,
+     -1,
+     INT64_MAX,
+     false,
+     false,
+     false},
     {{.dtype = QS_BF16, .zero_rows = true},
      1 << QS_K | 1 << QS_DOWN,
      -1,
@@ -393,12 +270,12 @@ static merge_case CASES[] = {
      false,
      true,
      false},
-    {{.dtype = QS_F16, .untied = true}, ALL, QS_F16, SHARD, false, false, false},
-    {{.dtype = QS_F32, .biases = true}, ALL, QS_F32, INT64_MAX, false, false, false},
+    {{.dtype = QS_F16, .untied = true}, MF_ALL, QS_F16, SHARD, false, false, false},
+    {{.dtype = QS_F32, .biases = true}, MF_ALL, QS_F32, INT64_MAX, false, false, false},
     {{.dtype = QS_F32}, 1 << QS_GATE, QS_BF16, SHARD, false, false, false},
-    {{.dtype = QS_BF16}, ALL, QS_F32, INT64_MAX, false, false, false},
+    {{.dtype = QS_BF16}, MF_ALL, QS_F32, INT64_MAX, false, false, false},
     {{.dtype = QS_BF16, .scheme = TINY_BNB_NESTED, .leave_raw = 1 + QS_K, .foreign_map = true},
-     ALL,
+     MF_ALL,
      -1,
      INT64_MAX,
      false,
@@ -411,8 +288,14 @@ static merge_case CASES[] = {
      false,
      false,
      false},
-    {{.dtype = QS_BF16, .untied = true, .biases = true, false}, ALL, -1, SHARD, true, false, false},
-    {{.dtype = QS_F32}, ALL, QS_BF16, INT64_MAX, true, true, false},
+    {{.dtype = QS_BF16, .untied = true, .biases = true, false},
+     MF_ALL,
+     -1,
+     SHARD,
+     true,
+     false,
+     false},
+    {{.dtype = QS_F32}, MF_ALL, QS_BF16, INT64_MAX, true, true, false},
     {{.dtype = QS_F16}, 1 << QS_O, QS_F32, INT64_MAX, true, false, false},
     {{.dtype = QS_BF16, .fused = true, false}, FUSED, -1, INT64_MAX, false, false, false},
     {{.dtype = QS_BF16, .fused = true, .untied = true, false},
@@ -429,9 +312,9 @@ static merge_case CASES[] = {
      false,
      false,
      false},
-    {{.dtype = QS_BF16, .untied = true}, ALL, QS_F32, INT64_MAX, false, true, true},
+    {{.dtype = QS_BF16, .untied = true}, MF_ALL, QS_F32, INT64_MAX, false, true, true},
     {{.dtype = QS_BF16}, 1 << QS_K | 1 << QS_DOWN, -1, INT64_MAX, false, false, true},
-    {{.dtype = QS_F16}, ALL, QS_F32, INT64_MAX, true, false, true},
+    {{.dtype = QS_F16}, MF_ALL, QS_F32, INT64_MAX, true, false, true},
 };
 
 ParameterizedTestParameters(merge, weights_are_the_sum_rounded_once)
@@ -442,37 +325,30 @@ ParameterizedTestParameters(merge, weights_are_the_sum_rounded_once)
 ParameterizedTest(merge_case *c, merge, weights_are_the_sum_rounded_once, .timeout = 300)
 {
     qs_merge_report report;
-    make_model("model", "base.h5", &c->model);
-    qs_base_index *index = open_index("base.h5");
-    adapter a = make_adapter(&index->config, c->targets, c->rslora, c->dora, 0.5f);
+    mf_make_model("model", "base.h5", &c->model);
+    qs_base_index *index = mf_open_index("base.h5");
+    mf_adapter a = mf_make_adapter(&index->config, c->targets, c->rslora, c->dora, 0.5f);
     qs_dtype dtype = c->dtype >= 0 ? (qs_dtype)c->dtype : c->model.dtype;
     qs_base_index_free(index);
-    write_adapter("adapter", &a);
+    mf_write_adapter("adapter", &a);
     cr_assert_eq(merge(c, "out", 2, &report), QS_OK, "%s", qs_error_text());
     cr_assert_eq(report.dtype, dtype);
     check_files("out", c, &report);
     check_result("out", c, &a, dtype);
-    cr_assert_eq(leftovers(), 0);
+    cr_assert_eq(mf_leftovers(), 0);
     free(a.vector);
-}
-
-static int differs(const char *a, const char *b)
-{
-    char command[256];
-    snprintf(command, sizeof command, "diff -r %s %s > /dev/null", a, b);
-    return system(command);
 }
 
 Test(merge, threads_and_the_form_of_the_adapter_do_not_matter)
 {
-    merge_case c = {.dtype = QS_BF16, .shard_bytes = SHARD, .targets = ALL};
+    merge_case c = {.dtype = QS_BF16, .shard_bytes = SHARD, .targets = MF_ALL};
     qs_merge_report report;
-    make_usual();
+    mf_make_usual();
     cr_assert_eq(merge(&c, "one", 1, &report), QS_OK, "%s", qs_error_text());
     cr_assert_eq(merge(&c, "three/", 3, &report), QS_OK, "%s", qs_error_text());
-    cr_assert_eq(differs("one", "three"), 0);
-    qs_base_index *index = open_index("base.h5");
-    adapter a = make_adapter(&index->config, ALL, false, false, 0.5f);
+    cr_assert_eq(mf_differs("one", "three"), 0);
+    qs_base_index *index = mf_open_index("base.h5");
+    mf_adapter a = mf_make_adapter(&index->config, MF_ALL, false, false, 0.5f);
     qs_merge_options options = {.base = "base.h5",
                                 .output = "vector",
                                 .dtype = QS_BF16,
@@ -483,7 +359,7 @@ Test(merge, threads_and_the_form_of_the_adapter_do_not_matter)
                                 .layout = &a.layout,
                                 .base_sha256 = index->hashes_sha256};
     cr_assert_eq(qs_merge(&options, &report), QS_OK, "%s", qs_error_text());
-    cr_assert_eq(differs("one", "vector"), 0);
+    cr_assert_eq(mf_differs("one", "vector"), 0);
     qs_base_index_free(index);
     free(a.vector);
 }
@@ -508,11 +384,11 @@ Test(merge, config_keeps_its_spelling_and_loses_the_quantization)
         merge_case c = {.dtype = QS_F16, .shard_bytes = INT64_MAX};
         tiny_hf o = {.dtype = QS_BF16, .scheme = TINY_BNB_NESTED, .config = rows[i].given};
         qs_merge_report report;
-        make_model("model", "base.h5", &o);
-        qs_base_index *index = open_index("base.h5");
-        adapter a = make_adapter(&index->config, ALL, false, false, 0.5f);
+        mf_make_model("model", "base.h5", &o);
+        qs_base_index *index = mf_open_index("base.h5");
+        mf_adapter a = mf_make_adapter(&index->config, MF_ALL, false, false, 0.5f);
         qs_base_index_free(index);
-        write_adapter("adapter", &a);
+        mf_write_adapter("adapter", &a);
         cr_assert_eq(merge(&c, "out", 1, &report), QS_OK, "%s", qs_error_text());
         json_t *source = read_json("model", "config.json"),
                *config = read_json("out", "config.json");
@@ -533,314 +409,25 @@ Test(merge, config_keeps_its_spelling_and_loses_the_quantization)
     }
 }
 
-static void put(const char *name, const char *text)
-{
-    cr_assert_eq(qs_io_write_file(name, text, strlen(text)), QS_OK, "%s", qs_error_text());
-}
-
 Test(merge, tokenizer_comes_along_while_the_source_is_the_same)
 {
     merge_case c = {.dtype = -1, .shard_bytes = INT64_MAX};
     qs_merge_report report;
-    make_usual();
-    put("model/tokenizer.json", "{}");
-    put("model/generation_config.json", "{\"a\": 1}");
+    mf_make_usual();
+    mf_put("model/tokenizer.json", "{}");
+    mf_put("model/generation_config.json", "{\"a\": 1}");
     cr_assert_eq(merge(&c, "near", 1, &report), QS_OK, "%s", qs_error_text());
     cr_assert_str_eq(report.source, "model");
     cr_assert_str_eq(report.copied, " tokenizer.json generation_config.json");
     cr_assert_not_null(strstr(report.missing, "tokenizer_config.json"));
-    cr_assert_eq(differs("model/tokenizer.json", "near/tokenizer.json"), 0);
+    cr_assert_eq(mf_differs("model/tokenizer.json", "near/tokenizer.json"), 0);
     cr_assert_eq(rename("model", "moved"), 0);
     cr_assert_eq(merge(&c, "far", 1, &report), QS_OK, "%s", qs_error_text());
     cr_assert_str_eq(report.source, "");
     cr_assert_neq(access("far/tokenizer.json", F_OK), 0);
     cr_assert_eq(mkdir("model", 0777), 0); /* another model of that name */
-    put("model/tokenizer.json", "{}");
-    put("model/config.json", "{\"model_type\": \"llama\"}");
+    mf_put("model/tokenizer.json", "{}");
+    mf_put("model/config.json", "{\"model_type\": \"llama\"}");
     cr_assert_eq(merge(&c, "other", 1, &report), QS_OK, "%s", qs_error_text());
     cr_assert_str_eq(report.source, "");
-}
-
-/* ---- through the program ---- */
-
-static int run_with(const char *prefix, const char *arguments)
-{
-    char command[4096];
-    snprintf(command, sizeof command, "{ %s timeout -k 2 60 %s/qshard merge %s ; } 2>&1", prefix,
-             binaries, arguments);
-    FILE *pipe = popen(command, "r");
-    cr_assert_not_null(pipe);
-    size_t bytes = fread(output, 1, sizeof output - 1, pipe);
-    output[bytes] = '\0';
-    int status = pclose(pipe);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-static int error_lines(void)
-{
-    int count = 0;
-    for (const char *p = output; (p = strstr(p, "error[")); p++) {
-        count += p == output || p[-1] == '\n';
-    }
-    return count;
-}
-
-static const struct {
-    const char *arguments;
-    int code;
-    const char *says;
-} REFUSALS[] = {
-    {"adapter --base base.h5", 2, "merge needs -o HF_DIR"},
-    {"adapter -o out", 2, "give it with --base"},
-    {"adapter --base base.h5 -o out --dtype fp8", 2, "bf16 | f16 | f32"},
-    {"adapter --base base.h5 -o out --dtype float32", 2, "bf16 | f16 | f32"},
-    {"adapter --base base.h5 -o out --shard-size 5X", 2, "is no size"},
-    {"adapter --base base.h5 -o out --shard-size 5GB", 2, "is no size"},
-    {"adapter --base base.h5 -o out --shard-size 1.5G", 2, "is no size"},
-    {"adapter --base base.h5 -o out --shard-size 0", 2, "is no size"},
-    {"adapter --base base.h5 -o out --shard-size -5G", 2, "is no size"},
-    {"adapter --base base.h5 -o out --shard-size 9999999T", 2, "is no size"},
-    {"adapter --base base.h5 -o out --threads 0", 2, "whole number"},
-    {"adapter --base base.h5 -o taken", 2, "error[E204] taken: exists already"},
-    {"adapter --base base.h5 -o taken/", 2, "error[E204] taken: exists already"},
-    {"adapter --base base.h5 -o base.h5", 2, "error[E204] base.h5: exists already"},
-    {"nowhere --base base.h5 -o out", 3, "nowhere: No such file"},
-    {"model --base base.h5 -o out", 3, "neither a checkpoint"},
-    {"base.h5 --base base.h5 -o out", 3, "neither a checkpoint"},
-    {"taken --base base.h5 -o out", 3, "not a checkpoint"},
-    {"empty_adapter --base base.h5 -o out", 3, "peft_type"},
-    {"no_tensors --base base.h5 -o out", 3, "holds neither adapter_model.safetensors"},
-    {"deep --base base.h5 -o out", 3, "it belongs to another model"},
-    {"broad --base base.h5 -o out", 3, "expected [4, 72]"},
-    {"adapter --base nowhere.h5 -o out", 3, "nowhere.h5"},
-    {"adapter --base adapter -o out", 3, "error[E3"},
-    {"adapter --base cut.h5 -o out", 3, "cut.h5"},
-    {"adapter --base base.h5 -o out --original nowhere", 3, "nowhere/config.json"},
-    {"adapter --base base.h5 -o out --original taken", 3, "taken/config.json"},
-    {"adapter --base base.h5 -o out --original tied", 3, "tie_word_embeddings is 1"},
-    {"adapter --base base.h5 -o out --original other", 3, "error[E304] other: tensor model."},
-    {"adapter --base base.h5 -o out --original bnb", 3, "is quantized itself"},
-    {"adapter --base base.h5 -o out --original holed", 3, "up_proj.weight is missing"},
-    {"huge --base base.h5 -o out --dtype f16", 5, "not finite in f16; choose --dtype bf16"},
-    {"adapter --base base.h5 -o no/such/out", 4, "no/such"},
-};
-
-/* Adapters, bases and originals that do not belong to make_usual's. */
-static void make_unusual(void)
-{
-    qs_base_index *index = open_index("base.h5");
-    adapter huge =
-        make_adapter(&index->config, 1 << QS_V, false, false, 400.0f); /* 2.5 * 4 * 200^2 */
-    write_adapter("huge", &huge);
-    qs_hf_config other = index->config;
-    other.n_layers = 3;
-    adapter deep = make_adapter(&other, ALL, false, false, 0.5f);
-    write_adapter("deep", &deep);
-    other = index->config;
-    other.hidden = 80;
-    adapter broad = make_adapter(&other, ALL, false, false, 0.5f);
-    write_adapter("broad", &broad);
-    free(huge.vector);
-    free(deep.vector);
-    free(broad.vector);
-    qs_base_index_free(index);
-    static const struct {
-        const char *dir;
-        tiny_hf model;
-    } models[] = {
-        {"tied", {.dtype = QS_BF16, .biases = true}},
-        {"other",
-         {.dtype = QS_BF16, .untied = true, .biases = true, .drop = "model.embed_tokens.weight"}},
-        {"bnb", {.dtype = QS_BF16, .untied = true, .biases = true, .scheme = TINY_BNB_NESTED}},
-        {"holed",
-         {.dtype = QS_BF16,
-          .untied = true,
-          .biases = true,
-          .drop = "model.layers.1.mlp.up_proj.weight"}}};
-    for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
-        cr_assert_eq(mkdir(models[i].dir, 0777), 0);
-        tiny_hf_write(models[i].dir, &models[i].model);
-    }
-    cr_assert_eq(mkdir("taken", 0777), 0);
-    cr_assert_eq(mkdir("empty_adapter", 0777), 0);
-    put("empty_adapter/adapter_config.json", "{}");
-    cr_assert_eq(system("mkdir no_tensors; cp adapter/adapter_config.json no_tensors; head -c 9000 "
-                        "base.h5 > cut.h5"),
-                 0);
-}
-
-Test(merge, what_does_not_fit_is_refused_with_one_line)
-{
-    make_usual();
-    make_unusual();
-    /* another model of these shapes: the same numbers with one norm changed */
-    cr_assert_eq(system("cp model/model.safetensors other/"), 0);
-    qs_st_dir *dir = NULL;
-    cr_assert_eq(qs_st_open(&dir, "other", "model"), QS_OK);
-    const qs_st_tensor *norm = qs_st_find(dir, "model.norm.weight");
-    int fd = open("other/model.safetensors", O_WRONLY);
-    cr_assert_eq(pwrite(fd, "\1\2", 2, norm->begin + 20), 2);
-    close(fd);
-    qs_st_close(dir);
-    for (size_t i = 0; i < sizeof REFUSALS / sizeof *REFUSALS; i++) {
-        int code = run_with("", REFUSALS[i].arguments);
-        cr_assert_eq(code, REFUSALS[i].code, "%s: exit %d\n%s", REFUSALS[i].arguments, code,
-                     output);
-        cr_assert_eq(error_lines(), 1, "%s:\n%s", REFUSALS[i].arguments, output);
-        cr_assert_not_null(strstr(output, REFUSALS[i].says), "%s:\n%s", REFUSALS[i].arguments,
-                           output);
-        cr_assert_neq(access("out", F_OK), 0, "%s: something is made", REFUSALS[i].arguments);
-        cr_assert_eq(leftovers(), 0, "%s", REFUSALS[i].arguments);
-        cr_assert_eq(rmdir("taken"), 0, "%s: taken is no longer empty", REFUSALS[i].arguments);
-        cr_assert_eq(mkdir("taken", 0777), 0);
-    }
-}
-
-/* A run directory with one checkpoint that was trained on the base of hash `sha`. */
-static void make_run(const qs_hf_config *model, const char *sha)
-{
-    static const char yaml[] = "base: base.h5\ndata: {train: t.h5}\noutput: run\n"
-                               "lora: {rank: 4, alpha: 10, targets: all-linear}\n";
-    qs_config cfg;
-    qs_lora_layout layout;
-    qs_comm *comm = NULL;
-    qs_optim *o = NULL;
-    qs_run_dir run_dir;
-    adapter a = make_adapter(model, ALL, false, false, 0.5f);
-    cr_assert_eq(qs_config_parse(&cfg, yaml, strlen(yaml), "r", NULL, 0), QS_OK);
-    cr_assert_eq(qs_lora_layout_make(&layout, model, &cfg), QS_OK);
-    cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
-    cr_assert_eq(qs_run_dir_open(&run_dir, &cfg, QS_RESUME_AUTO, false, comm), QS_OK);
-    int64_t count = layout.n_layers * layout.per_layer;
-    cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), &layout, 0, 1), QS_OK);
-    memcpy(o->master, a.vector, (size_t)count * sizeof *a.vector);
-    char *text = qs_config_dump(&cfg);
-    qs_ckpt_meta meta = {.step = 1, .config_yaml = text};
-    snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", sha);
-    snprintf(meta.run_id, sizeof meta.run_id, "%s", run_dir.run_id);
-    cr_assert_eq(qs_ckpt_save("run", &meta, &layout, o, comm), QS_OK, "%s", qs_error_text());
-    qs_run_dir_close(&run_dir);
-    free(text);
-    free(a.vector);
-    qs_optim_destroy(o);
-    qs_comm_destroy(comm);
-}
-
-Test(merge, a_run_is_merged_onto_its_own_base_only)
-{
-    make_usual();
-    qs_base_index *index = open_index("base.h5");
-    make_run(&index->config, index->hashes_sha256);
-    qs_base_index_free(index);
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o peft"), 0, "%s", output);
-    cr_assert_not_null(strstr(output, "14 of 35 tensors merged, bf16"), "%s", output);
-    cr_assert_eq(run_with("", "run -o run_out"), 0, "%s", output);
-    cr_assert_eq(run_with("", "run/step-00000001 --base base.h5 -o step_out"), 0, "%s", output);
-    cr_assert_eq(differs("peft", "run_out") | differs("peft", "step_out"), 0);
-    cr_assert_eq(run_with("timeout -k 2 50 mpirun -np 3", "run -o ranks_out"), 0, "%s", output);
-    cr_assert_eq(differs("peft", "ranks_out"), 0);
-    tiny_hf small = {.dtype = QS_BF16, .untied = true}; /* other shapes are found first */
-    make_model("plain", "plain.h5", &small);
-    cr_assert_eq(run_with("", "run --base plain.h5 -o out"), 3, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
-    cr_assert_not_null(strstr(output, "error[E304] run/step-00000001: was trained on a base"), "%s",
-                       output);
-    cr_assert_neq(access("out", F_OK), 0);
-    cr_assert_eq(truncate("run/step-00000001/rank-00000.h5", 3000), 0);
-    cr_assert_eq(run_with("", "run/step-00000001 -o out"), 3, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
-    cr_assert_neq(access("out", F_OK), 0);
-}
-
-/* ---- a disk that fails ---- */
-
-static int run_faulty(const char *fault)
-{
-    char prefix[2048];
-    const char *asan = getenv("ASAN_OPTIONS");
-    snprintf(prefix, sizeof prefix,
-             "FAULT=%s FAULT_PATH=out ASAN_OPTIONS=%s:verify_asan_link_order=0 "
-             "LD_PRELOAD=%s/tests/libiofault.so",
-             fault, asan ? asan : "", binaries);
-    return run_with(prefix, "adapter --base base.h5 -o out --shard-size 100K --quiet");
-}
-
-Test(merge, any_call_may_fail_and_nothing_half_done_is_left)
-{
-    static const char *const kinds[] = {"ENOSPC", "EIO", "late", "short", "EINTR", "flip", "lost"};
-    int calls = 0;
-    make_usual();
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o good --shard-size 100K"), 0);
-    cr_assert_eq(run_faulty("io:count"), 0, "%s", output);
-    const char *at = strstr(output, "iofault: calls ");
-    cr_assert(at && sscanf(at, "iofault: calls %d", &calls) == 1, "%s", output);
-    cr_assert_gt(calls, 30, "five files and more");
-    for (int n = 1; n <= calls; n += 1 + n / 8) { /* closer at the start, all kinds of call */
-        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-            char fault[64];
-            snprintf(fault, sizeof fault, "io:%d:%s", n, kinds[k]);
-            cr_assert_eq(system("rm -rf out"), 0);
-            int code = run_faulty(fault);
-            cr_assert(code == 0 || code == 4, "%s: exit %d\n%s", fault, code, output);
-            cr_assert_eq(error_lines(), code == 4, "%s:\n%s", fault, output);
-            cr_assert_eq(leftovers(), 0, "%s:\n%s", fault, output);
-            bool there = access("out", F_OK) == 0;
-            cr_assert(there || code == 4, "%s: success without a result", fault);
-            cr_assert(!there || differs("good", "out") == 0, "%s: a wrong result", fault);
-        }
-    }
-}
-
-/* What a shell says of a process that a signal ended: 128 + its number. */
-Test(merge, a_signal_at_any_call_leaves_nothing_half_done)
-{
-    int calls = 0;
-    make_usual();
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o good --shard-size 100K"), 0);
-    cr_assert_eq(run_faulty("io:count"), 0, "%s", output);
-    cr_assert_eq(sscanf(strstr(output, "iofault: calls "), "iofault: calls %d", &calls), 1);
-    for (int n = 1; n <= calls; n += 1 + n / 8) {
-        char fault[64];
-        const bool interrupt = n % 2 != 0;
-        snprintf(fault, sizeof fault, "io:%d:%s", n, interrupt ? "intbefore" : "termbefore");
-        cr_assert_eq(system("rm -rf out"), 0);
-        const int code = run_faulty(fault);
-        cr_assert_eq(code, 128 + (interrupt ? SIGINT : SIGTERM), "%s: %d\n%s", fault, code, output);
-        cr_assert_eq(leftovers(), 0, "%s:\n%s", fault, output);
-        cr_assert(access("out", F_OK) != 0 || differs("good", "out") == 0, "%s", fault);
-    }
-}
-
-Test(merge, leftovers_of_killed_commands_are_removed_and_others_are_not)
-{
-    static const char *const made[] = {"out.tmp-999999991", "out.tmp-999999992",
-                                       "out.tmp-999999993", "out.tmp-999999994", "out.tmp-9x"};
-    char command[512];
-    make_usual();
-    for (size_t i = 0; i < sizeof made / sizeof *made; i++) {
-        snprintf(command, sizeof command,
-                 "mkdir %s && touch %s/model.safetensors && %s touch -d 2001-01-01 %s/* && "
-                 "%s touch -d 2001-01-01 %s",
-                 made[i], made[i], i == 1 ? ": written into of late:" : "", made[i],
-                 i == 2 ? ": changed of late:" : "", made[i]);
-        cr_assert_eq(system(command), 0, "%s", command);
-    }
-    snprintf(command, sizeof command, "mkdir %s/by_hand && touch -d 2001-01-01 %s", made[3],
-             made[3]);
-    cr_assert_eq(system(command), 0);
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o out/"), 0, "%s", output);
-    cr_assert_neq(access(made[0], F_OK), 0);
-    for (size_t i = 1; i < sizeof made / sizeof *made; i++) {
-        snprintf(command, sizeof command, "%s/model.safetensors", made[i]);
-        cr_assert_eq(access(command, F_OK), 0, "%s", made[i]);
-    }
-}
-
-Test(merge, a_full_disk_is_exit_4)
-{
-    make_usual();
-    cr_assert_eq(run_faulty("io:5:ENOSPC"), 4, "%s", output);
-    cr_assert_not_null(strstr(output, "error[E401]"), "%s", output);
-    cr_assert_neq(access("out", F_OK), 0);
-    cr_assert_eq(leftovers(), 0);
 }
