@@ -274,11 +274,14 @@ const qs_ops *qs_ops_cpu_bf16(void);
 /** Whether they take about half the time of qs_ops_cpu's here: by the CPU's features. */
 bool qs_ops_cpu_bf16_is_faster(void);
 
-/** Likewise with those of NF4 matrices in fp16 (kernels/cpu/gemm_fp16.h); NULL where
- * the CPU has no AVX512-FP16. */
+/** Likewise with those of NF4 matrices in fp16 (kernels/cpu/gemm_fp16.h). */
 const qs_ops *qs_ops_cpu_fp16(void);
 
-/** Likewise in bf16 tiles (kernels/cpu/gemm_amx.h). The same bits on every CPU. */
+/** Whether they are multiplied by AVX512-FP16 here; elsewhere they take ten times as long as
+ * strict's. */
+bool qs_ops_cpu_fp16_is_faster(void);
+
+/** Likewise in bf16 tiles (kernels/cpu/gemm_amx.h). */
 const qs_ops *qs_ops_cpu_amx(void);
 
 /** Whether they are multiplied by AMX here, which takes a third of strict's time; elsewhere it is

@@ -18,37 +18,32 @@ enum { N_TABLES = 3, N_PATHS = 3, FP16 = 0, AMX = 1, BF16 = 2 };
 typedef struct {
     const char *name, *variable; /* the variable that forces a table */
     const qs_ops *(*ops)(void);
+    bool (*is_faster)(void);
     bool (*force)(const char *table);
-    bool (*supported)(void);
     const char *tables[N_TABLES];
     int64_t rounded_once; /* up to so deep sums may lose 1.5 times what bf16 operands do */
 } product_path;
-
-static bool any_cpu(void)
-{
-    return true;
-}
 
 static const product_path paths[N_PATHS] = {
     {"fp16",
      "QSHARD_CPU_FP16",
      qs_ops_cpu_fp16,
+     qs_ops_cpu_fp16_is_faster,
      qs_half_force,
-     qs_half_supported,
      {"portable", "avx2", "avx512fp16"},
      QS_HALF_STRETCH},
     {"amx",
      "QSHARD_CPU_AMX",
      qs_ops_cpu_amx,
+     qs_ops_cpu_amx_is_faster,
      qs_tile_force,
-     any_cpu,
      {"portable", "avx2", "amx"},
      0},
     {"bf16",
      "QSHARD_CPU_BF16",
      qs_ops_cpu_bf16,
+     qs_ops_cpu_bf16_is_faster,
      qs_pairs_force,
-     any_cpu,
      {"portable", "avx2", "avx512bf16"},
      0},
 };
@@ -368,15 +363,16 @@ Test(products, rows_beyond_a_block_are_what_they_are_alone, .timeout = 120)
     fx_unit_destroy(&unit);
 }
 
-Test(products, are_no_choice_without_the_instructions)
+Test(products, are_not_faster_without_their_instructions)
 {
     for (int i = 0; i < N_PATHS; i++) {
         cr_assert(paths[i].force(NULL));
-        cr_assert_eq(unsetenv(paths[i].variable), 0);
-        cr_assert_eq(paths[i].ops() != NULL, paths[i].supported());
-        cr_assert_eq(setenv(paths[i].variable, "portable", 1), 0);
         cr_assert_str_eq(paths[i].ops()->name, paths[i].name);
+        cr_assert_eq(setenv(paths[i].variable, "portable", 1), 0);
+        cr_assert_not(paths[i].is_faster(), "%s", paths[i].name);
         cr_assert_eq(unsetenv(paths[i].variable), 0);
+        const bool has_them = paths[i].force(paths[i].tables[N_TABLES - 1]);
+        cr_assert(has_them || !paths[i].is_faster(), "%s", paths[i].name);
     }
 }
 

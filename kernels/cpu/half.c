@@ -153,12 +153,16 @@ static const qs_half *_Atomic forced;
 
 const qs_half *qs_half_get(void)
 {
+    static const char *const fastest_first[] = {"avx512fp16", "avx2", "portable"};
     const qs_half *half = forced;
     const char *wanted = getenv("QSHARD_CPU_FP16");
     if (half == NULL && wanted != NULL) {
         half = find(wanted);
     }
-    return half != NULL ? half : find("avx512fp16");
+    for (int i = 0; half == NULL; i++) {
+        half = find(fastest_first[i]);
+    }
+    return half;
 }
 
 bool qs_half_force(const char *name)

@@ -49,12 +49,11 @@ const qs_half *qs_half_portable(void);
 /** Whether this CPU, and this build, have AVX512-FP16. */
 bool qs_half_supported(void);
 
-/** The table in use: AVX512-FP16, or NULL without it. QSHARD_CPU_FP16=portable|avx2 (for tests)
- * takes that one if this CPU runs it. */
+/** The table in use, never NULL: the fastest that the CPU has, or what QSHARD_CPU_FP16 names. */
 const qs_half *qs_half_get(void);
 
-/** Use the table called `name` ("avx512fp16", "avx2", "portable") from now on, NULL: as by default
- * (for tests). \return false if this CPU cannot run it. */
+/** Use the table called `name` ("avx512fp16", "avx2", "portable") from now on, NULL: by the CPU
+ * again (for tests). \return false if this CPU cannot run it. */
 bool qs_half_force(const char *name);
 
 /* ---- what more than one table is made of ---- */

@@ -166,7 +166,12 @@ const qs_ops *qs_ops_cpu(void)
 
 const qs_ops *qs_ops_cpu_fp16(void)
 {
-    return qs_half_get() != NULL ? &fp16_table : NULL;
+    return &fp16_table;
+}
+
+bool qs_ops_cpu_fp16_is_faster(void)
+{
+    return qs_half_supported() && qs_half_get() == qs_half_avx512();
 }
 
 const qs_ops *qs_ops_cpu_amx(void)

@@ -60,16 +60,19 @@ static qs_status add_row(bench_run *r, const char *name, const char *shape, qs_b
 
 /* ---- products ---- */
 
-/* Products by tiles take too long without AMX, unless somebody asks how long. */
-static const qs_ops *amx_worth_timing(void)
+/* Products without their instructions take too long, unless somebody asks how long. */
+static const qs_ops *if_worth_timing(const qs_ops *ops, bool faster, const char *variable)
 {
-    return qs_ops_cpu_amx_is_faster() || getenv("QSHARD_CPU_AMX") != NULL ? qs_ops_cpu_amx() : NULL;
+    return faster || getenv(variable) != NULL ? ops : NULL;
 }
 
 /* The head is the same in all; decoding and attention are another's in bf16 alone. */
 static void find_paths(bench_run *r)
 {
-    const qs_ops *all[PATHS_MAX] = {qs_ops_cpu_bf16(), qs_ops_cpu_fp16(), amx_worth_timing()};
+    const qs_ops *all[PATHS_MAX] = {
+        qs_ops_cpu_bf16(),
+        if_worth_timing(qs_ops_cpu_fp16(), qs_ops_cpu_fp16_is_faster(), "QSHARD_CPU_FP16"),
+        if_worth_timing(qs_ops_cpu_amx(), qs_ops_cpu_amx_is_faster(), "QSHARD_CPU_AMX")};
     const qs_bench_kind kind = r->job->options->kind;
     const int count = kind == QS_BENCH_GEMM ? PATHS_MAX : kind == QS_BENCH_HEAD ? 0 : 1;
     for (int i = 0; i < count && r->b.plugin == NULL; i++) {

@@ -216,22 +216,32 @@ static qs_status make_directory(const char *dir, bool *made_parent)
     return qs_io_mkdir(dir);
 }
 
-/* A run that has something to lose goes on with its own configuration only. */
-static qs_status compare_config(const qs_config *cfg, bool finished, int count)
+/* What the run in cfg->output was started with: NULL unless it has something to lose. */
+static qs_status old_config(const qs_config *cfg, bool finished, int count, qs_config **old)
 {
-    char path[PATH_ROOM], values[512];
+    char path[PATH_ROOM];
     snprintf(path, sizeof path, "%s/config.yaml", cfg->output);
     struct stat info;
+    *old = NULL;
     if ((count == 0 && !finished) || stat(path, &info) != 0) {
         return QS_OK;
     }
-    qs_config *old = malloc(sizeof *old);
-    if (!old) {
+    *old = malloc(sizeof **old);
+    if (*old == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
     }
-    qs_status st = qs_config_load(old, path, NULL, 0);
-    const char *key =
-        st == QS_OK ? qs_config_first_difference(old, cfg, values, sizeof values) : NULL;
+    return qs_config_load(*old, path, NULL, 0);
+}
+
+/* A run that has something to lose goes on with its own configuration only. */
+static qs_status compare_config(const qs_config *cfg, bool finished, int count)
+{
+    char values[512];
+    qs_config *old = NULL;
+    qs_status st = old_config(cfg, finished, count, &old);
+    const char *key = st == QS_OK && old != NULL
+                          ? qs_config_first_difference(old, cfg, values, sizeof values)
+                          : NULL;
     if (key) {
         st = QS_FAIL(QS_ERR_RESUME,
                      "%s: this run %s with another %s (then and now: %s); give the old value, or "
@@ -271,14 +281,20 @@ static qs_status check_wish(const char *dir, found what, qs_resume resume)
     return QS_OK;
 }
 
+/* A run in the directory: its run.json, and how many checkpoints it has (0 or 1 will do). */
+static qs_status read_found(qs_run_dir *run, const qs_config *cfg, json_t **json, int *count)
+{
+    int64_t step = -1;
+    QS_TRY(read_run(cfg->output, QS_ERR_OUTPUT_TAKEN, json));
+    run->finished = json_is_true(json_object_get(*json, "finished"));
+    return qs_manifest_list(cfg->output, &step, 1, count);
+}
+
 /* A run that was there before: that it is ours, and may go on as it is wished. */
 static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume resume, json_t **json)
 {
-    int64_t step = -1;
     int count = 0;
-    QS_TRY(read_run(cfg->output, QS_ERR_OUTPUT_TAKEN, json));
-    run->finished = json_is_true(json_object_get(*json, "finished"));
-    QS_TRY(qs_manifest_list(cfg->output, &step, 1, &count));
+    QS_TRY(read_found(run, cfg, json, &count));
     if (count == 0 && !run->finished && resume == QS_RESUME_MUST) {
         return QS_FAIL(QS_ERR_CHECKPOINT,
                        "%s: no checkpoint that verifies, and --resume must was given; use --resume "
@@ -340,6 +356,37 @@ done:
         qs_run_dir_abandon(run);
     }
     return st;
+}
+
+/* ---- before ---- */
+
+static int recorded_gemm(const qs_config *cfg)
+{
+    found what;
+    int count = 0, gemm = QS_GEMM_AUTO;
+    json_t *json = NULL;
+    qs_config *old = NULL;
+    qs_run_dir run = {.finished = false};
+    if (look(cfg->output, &what) == QS_OK && what == FOUND_RUN &&
+        read_found(&run, cfg, &json, &count) == QS_OK &&
+        old_config(cfg, run.finished, count, &old) == QS_OK && old != NULL) {
+        gemm = old->cpu.gemm;
+    }
+    qs_error_clear(); /* opening says what is wrong with the directory */
+    json_decref(json);
+    free(old);
+    return gemm;
+}
+
+qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm)
+{
+    if (cfg->cpu.gemm != QS_GEMM_AUTO) {
+        return QS_OK;
+    }
+    int64_t gemm = qs_comm_rank(comm) == 0 ? recorded_gemm(cfg) : QS_GEMM_AUTO;
+    QS_TRY(qs_comm_max_i64(comm, &gemm, 1));
+    cfg->cpu.gemm = (int)gemm;
+    return QS_OK;
 }
 
 /* ---- who sees it ---- */

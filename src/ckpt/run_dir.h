@@ -32,6 +32,10 @@ typedef struct {
     qs_seen seen; /* which ranks see the directory; rank 0 does */
 } qs_run_dir;
 
+/** Where cfg->output holds a run with checkpoints, or a finished one, cpu.gemm: auto becomes what
+ * it was for that run, so that it goes on in the same bits on whatever CPU. Collective. */
+qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm);
+
 /** Open cfg->output for writing: create it (with one parent) or recognise it as ours, take the
  * lock, write config.yaml and run.json; find out who else sees it. Collective; only rank 0 writes.
  * `comm` must outlive `out`.

@@ -20,6 +20,7 @@
 #include "kernels/cpu/isa.h"
 #include "store/h5.h"
 #include "store/io.h"
+#include "train/products.h"
 
 #define GIB (1024.0 * 1024.0 * 1024.0)
 
@@ -53,11 +54,8 @@ static void look_at_cpu(void)
     const char *isa = qs_isa_get()->name;
     bool slow = strcmp(isa, "portable") == 0;
     line(slow ? NOTE : FINE, "CPU", "a CPU with AVX2 or AVX-512 is several times faster",
-         "%s; kernels: %s, cpu.gemm: auto is %s%s", model[0] ? model : "unknown", isa,
-         qs_ops_cpu_amx_is_faster()    ? "amx"
-         : qs_ops_cpu_bf16_is_faster() ? "bf16"
-                                       : "strict",
-         qs_ops_cpu_fp16() != NULL ? ", fp16 possible" : "");
+         "%s; kernels: %s, cpu.gemm: auto is %s", model[0] ? model : "unknown", isa,
+         qs_products_name(qs_products_here()));
     int cores = qs_cores_available();
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     line(FINE, "cores", NULL, "%d for this process%s, %ld hardware threads in the machine", cores,

@@ -333,9 +333,9 @@ const qs_key qs_keys[] = {
      .preset = "auto",
      .names = {"auto", "strict", "bf16", "fp16", "amx"},
      .meaning =
-         "products with frozen matrices: strict is fp32, the reference; bf16 runs on any CPU, "
-         "fp16 needs AVX512-FP16, amx is fast with AMX-BF16; auto is the fastest of amx, bf16 and "
-         "strict that is fast on every rank"},
+         "products with frozen matrices: strict is fp32, the reference; amx, bf16 and fp16 run "
+         "anywhere and are fast with AMX-BF16, AMD's AVX512-BF16, AVX512-FP16; auto is the first "
+         "of these that is fast on every rank, else strict; a resumed run keeps what it had"},
     {.name = "cpu.threads",
      .type = QS_KEY_I64,
      .offset = AT(cpu.threads),

@@ -10,6 +10,7 @@
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
 #include "store/manifest.h"
+#include "train/products.h"
 
 /* One kind of device on all ranks: bits differ between kinds. */
 static qs_status check_same_device(const qs_session *s)
@@ -54,66 +55,19 @@ static qs_status check_model_taken(qs_session *s)
     return qs_backend_open(&s->backend, QS_DEVICE_CPU, s->comm, false);
 }
 
-/* What `auto` stands for: by the CPUs' features alone, never by a timing, since the bits differ. */
-static qs_status products_by_cpu(qs_comm *comm, int *gemm)
-{
-    int64_t slow[] = {!qs_ops_cpu_amx_is_faster(), !qs_ops_cpu_bf16_is_faster()};
-    QS_TRY(qs_comm_max_i64(comm, slow, 2));
-    *gemm = !slow[0] ? QS_GEMM_AMX : !slow[1] ? QS_GEMM_BF16 : QS_GEMM_STRICT;
-    return QS_OK;
-}
-
-/* How a CPU multiplies frozen matrices. */
-typedef struct {
-    const char *name;
-    const qs_ops *(*ops)(void);
-    const char *needs;       /* instructions */
-    bool (*is_faster)(void); /* than strict; NULL: wherever it runs at all */
-} products_kind;
-
-/* Every CPU gives the same bits, but one without the instructions takes its time. */
-static qs_status warn_if_slower(qs_comm *comm, const products_kind *kind)
-{
-    int64_t slow = kind->is_faster != NULL && !kind->is_faster();
-    QS_TRY(qs_comm_max_i64(comm, &slow, 1));
-    if (slow) {
-        qs_log_warn("cpu.gemm: %s is slower than strict without %s, which %s lacks", kind->name,
-                    kind->needs, qs_comm_nranks(comm) > 1 ? "a rank's CPU" : "this CPU");
-    }
-    return QS_OK;
-}
-
-/* What cpu.gemm says, where every rank's CPU can. */
+/* What cpu.gemm says, on a CPU. */
 static qs_status choose_products(qs_session *s)
 {
-    static const products_kind kinds[] = {
-        [QS_GEMM_STRICT] = {"strict", qs_ops_cpu, NULL, NULL},
-        [QS_GEMM_BF16] = {"bf16", qs_ops_cpu_bf16, "AVX512-BF16 as AMD's CPUs have it",
-                          qs_ops_cpu_bf16_is_faster},
-        [QS_GEMM_FP16] = {"fp16", qs_ops_cpu_fp16, "AVX512-FP16", NULL},
-        [QS_GEMM_AMX] = {"amx", qs_ops_cpu_amx, "AMX-BF16", qs_ops_cpu_amx_is_faster},
-    };
     int *gemm = &s->config.cpu.gemm;
-    if (!qs_device_is_host(s->device)) {
-        if (*gemm != QS_GEMM_STRICT && *gemm != QS_GEMM_AUTO) {
-            qs_log_warn("cpu.gemm: %s is for the CPU and has no effect with device: cuda",
-                        kinds[*gemm].name);
-        }
-        *gemm = QS_GEMM_STRICT;
-        return QS_OK;
+    if (qs_device_is_host(s->device)) {
+        return qs_products_choose(s->comm, gemm, &s->ops);
     }
-    if (*gemm == QS_GEMM_AUTO) {
-        QS_TRY(products_by_cpu(s->comm, gemm));
+    if (*gemm != QS_GEMM_STRICT && *gemm != QS_GEMM_AUTO) {
+        qs_log_warn("cpu.gemm: %s is for the CPU and has no effect with device: cuda",
+                    qs_products_name(*gemm));
     }
-    const qs_ops *ops = kinds[*gemm].ops();
-    QS_TRY(qs_comm_agree(s->comm, ops != NULL
-                                      ? QS_OK
-                                      : QS_FAIL(QS_ERR_ENVIRONMENT,
-                                                "cpu.gemm: %s needs a CPU with %s on every rank; "
-                                                "cpu.gemm: strict computes on any",
-                                                kinds[*gemm].name, kinds[*gemm].needs)));
-    s->ops = ops;
-    return warn_if_slower(s->comm, &kinds[*gemm]);
+    *gemm = QS_GEMM_STRICT;
+    return QS_OK;
 }
 
 static qs_status open_device(qs_session *s)

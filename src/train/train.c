@@ -75,6 +75,7 @@ static qs_status check_targets(const qs_data *data)
 static qs_status open_inputs(run *r)
 {
     const qs_config *cfg = r->cfg;
+    QS_TRY(qs_run_dir_settle(&r->config, r->comm));
     QS_TRY(qs_session_open(&r->session, cfg, r->comm));
     r->config.device = r->session.config.device; /* what auto stands for: recorded */
     r->config.cpu.gemm = r->session.config.cpu.gemm;

@@ -2,6 +2,7 @@
 import ctypes
 import os
 import re
+import time
 import unittest
 
 import support
@@ -47,14 +48,14 @@ class Products(unittest.TestCase):
 
     def test_the_same_on_every_cpu(self):
         """The fastest inner loops that this CPU has, and AVX2's where it has them, beside portable C."""
-        for gemm, variable in (("bf16", "QSHARD_CPU_BF16"), ("amx", "QSHARD_CPU_AMX")):
+        for gemm, variable in (("bf16", "QSHARD_CPU_BF16"), ("fp16", "QSHARD_CPU_FP16"), ("amx", "QSHARD_CPU_AMX")):
             kinds = {"portable": PORTABLE, "avx2": {variable: "avx2"}, "fastest": {}}
             runs = [self.train(gemm + name, gemm, environment, train__steps=3) for name, environment in kinds.items()]
             self.assertEqual([support.curve(run) for run in runs], [support.curve(runs[0])] * 3)
             self.assertEqual([support.adapter_digest(run) for run in runs], [support.adapter_digest(runs[0])] * 3)
 
     def test_slower_ones_say_so(self):
-        for gemm in ("bf16", "amx"):
+        for gemm in ("bf16", "fp16", "amx"):
             for ranks, whose in ((None, "this CPU"), (2, "a rank's CPU")):
                 done = support.train(os.path.join(self.folder, f"{gemm}{ranks}"), environment=PORTABLE, cpu__gemm=gemm,
                                      train__steps=1, ranks=ranks, threads=1)
@@ -71,24 +72,32 @@ class Products(unittest.TestCase):
                 self.assertEqual(re.search(r"gemm: (\w+)", file.read()).group(1), expected)
 
     def test_other_products_do_not_go_on(self):
-        """A curve is computed one way: what amx began neither auto nor another goes on with."""
+        """A curve is computed one way: what amx began no other goes on with."""
         output = self.train("amx", "amx")
         before = support.adapter_digest(output)
-        for gemm in ("auto", "strict", "fp16"):
+        for gemm in ("strict", "fp16"):
             done = support.train(output, environment=PORTABLE, expect=8, cpu__gemm=gemm, train__steps=STEPS)
             self.assertEqual(done.stderr.count("error["), 1, done.stderr)
             self.assertRegex(done.stderr, r"error\[.*cpu\.gemm")
-        self.assertIn("finished", support.train(output, environment=PORTABLE, cpu__gemm="amx", train__steps=STEPS).stderr)
-        self.assertEqual(support.adapter_digest(output), before)
+        for gemm in ("amx", "auto"):
+            self.assertIn("finished", support.train(output, environment=PORTABLE, cpu__gemm=gemm, train__steps=STEPS).stderr)
+            self.assertEqual(support.adapter_digest(output), before)
 
-    def test_refused_without_the_instructions(self):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = file.read().split()
-        if "avx512_fp16" in flags:
-            self.skipTest("this CPU has AVX512-FP16")
-        done = support.train(os.path.join(self.folder, "no"), expect=8, cpu__gemm="fp16", train__steps=1)
-        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
-        self.assertRegex(done.stderr, r"error\[E801\].*cpu\.gemm: fp16 needs .*AVX512-FP16")
+    def test_auto_goes_on_as_it_began(self):
+        """A run that is put on another CPU, here one for which auto is strict, keeps its bits."""
+        whole = self.train("whole", "fp16")
+        cut = os.path.join(self.folder, "cut")
+        how = {"cpu__gemm": "fp16", "train__steps": STEPS, "train__save_every": 3}
+        process = support.start("train", support.TINY_YAML, *support.settings(support.tiny(), cut, **how), **PORTABLE)
+        while not os.path.isdir(os.path.join(cut, "step-00000003")):
+            self.assertIsNone(process.poll(), "the run ended before it could be stopped")
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        done = support.train(cut, environment=PORTABLE, ranks=2, **{**how, "cpu__gemm": "auto"})
+        self.assertRegex(done.stderr, r"warning.*cpu\.gemm: fp16 is slower than strict")
+        self.assertEqual(support.curve(cut), support.curve(whole))
+        self.assertEqual(support.adapter_digest(cut), support.adapter_digest(whole))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ double qs_bench_products_rate(qs_bench *b, const qs_ops *ops, const char **name)
     if (ops == qs_ops_cpu_fp16()) {
         *name = "fp16 register tile in L1";
         return measure_tiles(b, half_task, 2.0 * QS_HALF_MR * QS_HALF_NR * TILE_DEPTH,
-                             !qs_half_supported());
+                             !qs_ops_cpu_fp16_is_faster());
     }
     if (ops == qs_ops_cpu_amx()) {
         *name = "bf16 tiles in L1";
