@@ -3,10 +3,10 @@
 
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "base/dtype.h"
+#include "kernels/cpu/choice.h"
 #include "kernels/cpu/isa.h"
 #include "quant/nf4.h"
 
@@ -138,7 +138,7 @@ bool qs_half_supported(void)
 }
 
 /* By name, NULL if there is none or this CPU cannot run it. */
-static const qs_half *find(const char *name)
+static const void *find(const char *name)
 {
     if (strcmp(name, "avx512fp16") == 0) {
         return qs_half_supported() ? qs_half_avx512() : NULL;
@@ -149,28 +149,15 @@ static const qs_half *find(const char *name)
     return strcmp(name, "portable") == 0 ? qs_half_portable() : NULL;
 }
 
-static const qs_half *_Atomic forced;
+static qs_choice choice = {
+    .variable = "QSHARD_CPU_FP16", .names = {"avx512fp16", "avx2", "portable"}, .find = find};
 
 const qs_half *qs_half_get(void)
 {
-    static const char *const fastest_first[] = {"avx512fp16", "avx2", "portable"};
-    const qs_half *half = forced;
-    const char *wanted = getenv("QSHARD_CPU_FP16");
-    if (half == NULL && wanted != NULL) {
-        half = find(wanted);
-    }
-    for (int i = 0; half == NULL; i++) {
-        half = find(fastest_first[i]);
-    }
-    return half;
+    return qs_choice_get(&choice);
 }
 
 bool qs_half_force(const char *name)
 {
-    const qs_half *half = name != NULL ? find(name) : NULL;
-    if (name != NULL && half == NULL) {
-        return false;
-    }
-    forced = half;
-    return true;
+    return qs_choice_force(&choice, name);
 }

@@ -3,7 +3,8 @@
 
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
+
+#include "kernels/cpu/choice.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -111,7 +112,7 @@ static bool has_avx512_bf16(void)
 }
 
 /* By name, NULL if there is none or this CPU cannot run it. */
-static const qs_pairs *find(const char *name)
+static const void *find(const char *name)
 {
     if (strcmp(name, "avx512bf16") == 0) {
         return has_avx512_bf16() ? qs_pairs_avx512() : NULL;
@@ -122,20 +123,17 @@ static const qs_pairs *find(const char *name)
     return strcmp(name, "portable") == 0 ? qs_pairs_portable() : NULL;
 }
 
-static const qs_pairs *_Atomic forced;
+static qs_choice choice = {
+    .variable = "QSHARD_CPU_BF16", .names = {"avx512bf16", "avx2", "portable"}, .find = find};
 
 const qs_pairs *qs_pairs_get(void)
 {
-    static const char *const by_speed[] = {"avx512bf16", "avx2", "portable"};
-    const char *wanted = getenv("QSHARD_CPU_BF16");
-    const qs_pairs *pairs = forced;
-    if (pairs == NULL && wanted != NULL) {
-        pairs = find(wanted);
-    }
-    for (size_t i = 0; pairs == NULL; i++) {
-        pairs = find(by_speed[i]);
-    }
-    return pairs;
+    return qs_choice_get(&choice);
+}
+
+bool qs_pairs_force(const char *name)
+{
+    return qs_choice_force(&choice, name);
 }
 
 bool qs_pairs_are_faster(void)
@@ -146,14 +144,4 @@ bool qs_pairs_are_faster(void)
 #else
     return false;
 #endif
-}
-
-bool qs_pairs_force(const char *name)
-{
-    const qs_pairs *pairs = name != NULL ? find(name) : NULL;
-    if (name != NULL && pairs == NULL) {
-        return false;
-    }
-    forced = pairs;
-    return true;
 }

@@ -3,7 +3,6 @@
 
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -11,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include "kernels/cpu/choice.h"
 #include "kernels/cpu/isa.h"
 
 enum { SIDE = QS_TILE_SIDE, HALF = QS_TILE_HALF, STEP = QS_TILE_STEP };
@@ -136,7 +136,7 @@ bool qs_tile_supported(void)
 }
 
 /* By name, NULL if there is none or this CPU cannot run it. */
-static const qs_tile *find(const char *name)
+static const void *find(const char *name)
 {
     if (strcmp(name, "amx") == 0) {
         return qs_tile_supported() ? qs_tile_amx() : NULL;
@@ -147,28 +147,15 @@ static const qs_tile *find(const char *name)
     return strcmp(name, "portable") == 0 ? qs_tile_portable() : NULL;
 }
 
-static const qs_tile *_Atomic forced;
+static qs_choice choice = {
+    .variable = "QSHARD_CPU_AMX", .names = {"amx", "avx2", "portable"}, .find = find};
 
 const qs_tile *qs_tile_get(void)
 {
-    const qs_tile *tile = forced;
-    const char *wanted = getenv("QSHARD_CPU_AMX");
-    if (tile == NULL && wanted != NULL) {
-        tile = find(wanted);
-    }
-    static const char *const fastest_first[] = {"amx", "avx2", "portable"};
-    for (int i = 0; tile == NULL; i++) {
-        tile = find(fastest_first[i]);
-    }
-    return tile;
+    return qs_choice_get(&choice);
 }
 
 bool qs_tile_force(const char *name)
 {
-    const qs_tile *tile = name != NULL ? find(name) : NULL;
-    if (name != NULL && tile == NULL) {
-        return false;
-    }
-    forced = tile;
-    return true;
+    return qs_choice_force(&choice, name);
 }

@@ -26,7 +26,7 @@ avx512=(-mavx512f -mavx512bw -mavx512vl -mfma -mf16c -DQS_HALF_ASSEMBLER -DQS_TI
 compile() {
     gcc "${kernel[@]}" "${bare[@]}" -c "$@"
 }
-compile "$top"/kernels/cpu/{half,tile,pairs,isa,isa_portable}.c "$top"/src/base/{dtype,rng}.c "$top"/src/quant/{nf4,dynamic_map}.c
+compile "$top"/kernels/cpu/{choice,half,tile,pairs,isa,isa_portable}.c "$top"/src/base/{dtype,rng}.c "$top"/src/quant/{nf4,dynamic_map}.c
 compile -mavx2 -mfma -mf16c "$top"/kernels/cpu/{half_avx2,pairs_avx2,tile_avx2,isa_avx2}.c
 compile "${avx512[@]}" -mprefer-vector-width=512 "$top/kernels/cpu/isa_avx512.c"
 compile "${avx512[@]}" "$top/kernels/cpu/half_avx512.c" "$top/kernels/cpu/tile_amx.c"
@@ -76,6 +76,6 @@ run_case() {
     }
 }
 run_case isa isa.o isa_portable.o isa_avx2.o isa_avx512.o rng.o dtype.o nf4.o dynamic_map.o
-run_case pairs pairs.o pairs_avx2.o pairs_avx512.o isa.o isa_portable.o isa_avx2.o isa_avx512.o rng.o dtype.o nf4.o dynamic_map.o
-run_case half isa.o isa_portable.o half.o half_avx2.o half_avx512.o dtype.o nf4.o dynamic_map.o
-run_case tile isa.o isa_portable.o tile.o tile_avx2.o tile_amx.o
+run_case pairs choice.o pairs.o pairs_avx2.o pairs_avx512.o isa.o isa_portable.o isa_avx2.o isa_avx512.o rng.o dtype.o nf4.o dynamic_map.o
+run_case half choice.o isa.o isa_portable.o half.o half_avx2.o half_avx512.o dtype.o nf4.o dynamic_map.o
+run_case tile choice.o isa.o isa_portable.o tile.o tile_avx2.o tile_amx.o
