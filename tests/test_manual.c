@@ -268,7 +268,7 @@ Test(manual, bash_completes_commands_options_values_keys_and_paths)
     offers("qshard train --resume m", "must\n");
     offers("qshard train --resume = m", "must\n");
     offers("qshard quantize --device =", "auto\ncpu\ncuda\n");
-    offers("qshard train --set train.st", "train.steps=\n");
+    offers("qshard train --set train.st", "train.steps=\ntrain.stall_limit=\n");
     offers("qshard train --set train.recompute = s", "selective\n");
     offers("qshard train --set lora.rslora = \"\"", "true\nfalse\n");
     offers("qshard train --set shard.group = \"\"", "auto\nworld\nnode\n");

@@ -38,7 +38,8 @@ typedef enum {
     /* 5: numeric */
     QS_ERR_NUMERIC = 500, /* loss or gradient not finite */
     /* 6: peer lost or hang */
-    QS_ERR_PEER = 600,
+    QS_ERR_PEER = 600,  /* a collective failed */
+    QS_ERR_STALL = 601, /* nothing moves any more */
     /* 7: memory */
     QS_ERR_MEMORY = 700,
     /* 8: ranks disagree, or the environment does not fit */

@@ -54,7 +54,7 @@ const qs_cli_exit_code qs_cli_exit_codes[] = {
     {3, "bad input file"},
     {4, "output or checkpoint"},
     {5, "numeric"},
-    {6, "peer lost"},
+    {6, "peer lost or stalled"},
     {7, "memory"},
     {8, "ranks disagree or environment"},
     {9, "device"},

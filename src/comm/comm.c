@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "base/cores.h"
+#include "base/watch.h"
 #include "comm/comm_impl.h"
 
 qs_status qs_comm_init(qs_comm *comm, const qs_comm_ops *ops, int rank, int nranks)
@@ -166,23 +167,34 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
                                    queue);
 }
 
+static const char ALL[] = "all ranks to answer"; /* what a blocking call waits for */
+
 qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank)
 {
     count_gathered(comm, QS_COMM_SMALL, bytes_per_rank);
-    return comm->ops->all_gather_now(comm, send, recv, bytes_per_rank);
+    const char *before = qs_watch_wait(ALL);
+    const qs_status st = comm->ops->all_gather_now(comm, send, recv, bytes_per_rank);
+    qs_watch_wait(before);
+    return st;
 }
 
 qs_status qs_comm_bcast(qs_comm *comm, void *data, size_t bytes, int root)
 {
     comm->traffic[QS_COMM_SMALL].calls++;
     count(comm, QS_COMM_SMALL, root, bytes);
-    return comm->ops->bcast(comm, data, bytes, root);
+    const char *before = qs_watch_wait(ALL);
+    const qs_status st = comm->ops->bcast(comm, data, bytes, root);
+    qs_watch_wait(before);
+    return st;
 }
 
 qs_status qs_comm_barrier(qs_comm *comm)
 {
     comm->traffic[QS_COMM_SMALL].calls++;
-    return comm->ops->barrier(comm);
+    const char *before = qs_watch_wait(ALL);
+    const qs_status st = comm->ops->barrier(comm);
+    qs_watch_wait(before);
+    return st;
 }
 
 static int64_t larger(int64_t a, int64_t b)

@@ -15,9 +15,10 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/watch.h"
 #include "comm/comm_impl.h"
 
-enum { TAG = 1 };
+enum { TAG = 1, MISSING_MAX = 4 };
 static const size_t PIECE_BYTES = (size_t)1 << 30;
 
 typedef struct comm_mpi comm_mpi;
@@ -32,12 +33,14 @@ typedef struct operation {
     MPI_Request *requests; /* [capacity] */
     MPI_Status *statuses;  /* [capacity] */
     int *expected;         /* [capacity] bytes of each receive */
+    int *peers;            /* [capacity] to or from whom */
 } operation;
 
 struct comm_mpi {
     qs_comm base;
     comm_mpi *parent; /* that it was split from, NULL: none */
     MPI_Comm world;   /* our own duplicate, or a part of the parent's */
+    int *world_ranks; /* [nranks] as in MPI_COMM_WORLD, by which people know them */
     bool owns_mpi;    /* we called MPI_Init */
     bool broken;      /* a call failed: MPI_Finalize could hang */
     operation *unused;
@@ -77,6 +80,7 @@ static void free_operation(operation *op)
     free(op->requests);
     free(op->statuses);
     free(op->expected);
+    free(op->peers);
     free(op);
 }
 
@@ -88,11 +92,13 @@ static qs_status reserve(operation *op, size_t capacity)
     free(op->requests);
     free(op->statuses);
     free(op->expected);
+    free(op->peers);
     op->requests = calloc(capacity, sizeof *op->requests);
     op->statuses = calloc(capacity, sizeof *op->statuses);
     op->expected = calloc(capacity, sizeof *op->expected);
+    op->peers = calloc(capacity, sizeof *op->peers);
     op->capacity = (int)capacity;
-    if (op->requests == NULL || op->statuses == NULL || op->expected == NULL) {
+    if (op->requests == NULL || op->statuses == NULL || op->expected == NULL || op->peers == NULL) {
         op->capacity = 0;
         return QS_FAIL(QS_ERR_MEMORY, "memory: %zu messages cannot be kept", capacity);
     }
@@ -160,6 +166,7 @@ static qs_status post_receives(operation *op, char *to, size_t bytes, int from)
         int n = op->count++;
         op->requests[n] = MPI_REQUEST_NULL;
         op->expected[n] = piece_bytes(bytes, at);
+        op->peers[n] = from;
         QS_TRY(QS_MPI(MPI_Irecv(to + at, op->expected[n], MPI_BYTE, from, TAG, op->comm->world,
                                 &op->requests[n])));
     }
@@ -172,6 +179,7 @@ static qs_status post_sends(operation *op, const char *from, size_t bytes, int t
     for (size_t at = 0; at < bytes; at += PIECE_BYTES) {
         int n = op->count++;
         op->requests[n] = MPI_REQUEST_NULL;
+        op->peers[n] = to;
         QS_TRY(QS_MPI(MPI_Isend(from + at, piece_bytes(bytes, at), MPI_BYTE, to, TAG,
                                 op->comm->world, &op->requests[n])));
     }
@@ -204,6 +212,27 @@ static qs_status check_lengths(const operation *op)
     return QS_OK;
 }
 
+/* For the watch: the ranks that have not sent what is expected of them, or, where all have, that
+ * have not taken what was sent to them. */
+static void name_missing(const operation *op)
+{
+    int ranks[MISSING_MAX], count = 0;
+    for (int part = 0; part < 2 && count == 0; part++) {
+        const int first = part == 0 ? 0 : op->receives, end = part == 0 ? op->receives : op->count;
+        for (int i = first; i < end; i++) {
+            int over = i > first && op->peers[i] == op->peers[i - 1]; /* a further piece */
+            if (!over) {
+                MPI_Request_get_status(op->requests[i], &over, MPI_STATUS_IGNORE);
+            }
+            if (!over && count < MISSING_MAX) {
+                ranks[count] = op->comm->world_ranks[op->peers[i]];
+            }
+            count += !over;
+        }
+    }
+    qs_watch_missing(ranks, count);
+}
+
 static qs_status poll_operation(void *ctx, bool *finished)
 {
     operation *op = ctx;
@@ -214,6 +243,9 @@ static qs_status poll_operation(void *ctx, bool *finished)
     }
     op->finished = flag != 0;
     *finished = op->finished;
+    if (!op->finished && qs_watch_asks()) {
+        name_missing(op);
+    }
     return op->finished ? note(op->comm, check_lengths(op)) : QS_OK;
 }
 
@@ -385,6 +417,13 @@ static void mpi_abort(qs_comm *comm, qs_status status)
     _exit(qs_exit_code(status)); /* MPI_Abort may return where the launcher is gone */
 }
 
+static void forget(comm_mpi *c)
+{
+    qs_comm_fini(&c->base);
+    free(c->world_ranks);
+    free(c);
+}
+
 static void mpi_destroy(qs_comm *comm)
 {
     comm_mpi *c = (comm_mpi *)comm;
@@ -401,8 +440,7 @@ static void mpi_destroy(qs_comm *comm)
             MPI_Finalize();
         }
     }
-    qs_comm_fini(comm);
-    free(c);
+    forget(c);
 }
 
 static qs_status mpi_split(qs_comm *comm, int color, qs_comm **out);
@@ -470,6 +508,18 @@ static qs_status find_local_ranks(comm_mpi *c)
     return QS_MPI(MPI_Comm_free(&host));
 }
 
+static qs_status find_world_ranks(comm_mpi *c)
+{
+    int mine = 0;
+    c->world_ranks = calloc((size_t)c->base.nranks, sizeof *c->world_ranks);
+    if (c->world_ranks == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "memory: a communicator of %d ranks cannot be allocated",
+                       c->base.nranks);
+    }
+    QS_TRY(QS_MPI(MPI_Comm_rank(MPI_COMM_WORLD, &mine)));
+    return QS_MPI(MPI_Allgather(&mine, 1, MPI_INT, c->world_ranks, 1, MPI_INT, c->world));
+}
+
 /* What there is to know about c->world. */
 static qs_status look_around(comm_mpi *c)
 {
@@ -477,6 +527,7 @@ static qs_status look_around(comm_mpi *c)
     QS_TRY(QS_MPI(MPI_Comm_rank(c->world, &rank)));
     QS_TRY(QS_MPI(MPI_Comm_size(c->world, &nranks)));
     QS_TRY(qs_comm_init(&c->base, &mpi_ops, rank, nranks));
+    QS_TRY(find_world_ranks(c));
     return find_local_ranks(c);
 }
 
@@ -501,8 +552,7 @@ static qs_status mpi_split(qs_comm *comm, int color, qs_comm **out)
         st = look_around(c);
     }
     if (note(parent, st) != QS_OK) {
-        qs_comm_fini(&c->base);
-        free(c);
+        forget(c);
         return st;
     }
     *out = &c->base;
@@ -522,8 +572,7 @@ qs_status qs_comm_mpi_create(qs_comm **out, int *argc, char ***argv)
         st = set_up(c);
     }
     if (st != QS_OK) { /* MPI is left as it is: the caller can only end the process */
-        qs_comm_fini(&c->base);
-        free(c);
+        forget(c);
         return st;
     }
     *out = &c->base;

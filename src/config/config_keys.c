@@ -170,6 +170,15 @@ const qs_key qs_keys[] = {
      .neutral = true,
      .unit = "s",
      .meaning = "save and leave with code 75 after this time; 0: no limit"},
+    {.name = "train.stall_limit",
+     .type = QS_KEY_F64,
+     .offset = AT(train.stall_limit),
+     .preset = "300.0",
+     .high = SECONDS_MAX,
+     .neutral = true,
+     .unit = "s",
+     .meaning = "leave with code 6 where nothing has moved for so long, in a step that was under "
+                "way for a quarter of it; twelve times as long for files; 0: wait for ever"},
 
     {.name = "lora.rank",
      .type = QS_KEY_I64,

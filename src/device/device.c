@@ -4,6 +4,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#include "base/watch.h"
+
 qs_device *qs_device_cpu(void)
 {
     static qs_device cpu = {.ops = &qs_device_cpu_ops, .description = "cpu"};
@@ -134,9 +136,18 @@ qs_status qs_queue_zero(qs_queue *queue, void *ptr, size_t bytes)
     return bytes > 0 ? queue->ops->zero(queue, ptr, bytes) : QS_OK;
 }
 
+/* For whom the host waits in a queue: a GPU's collectives are among its work. */
+static const char *whom(const qs_queue *queue)
+{
+    return queue->device->ops->is_host ? "other ranks" : "the GPU, or other ranks through it";
+}
+
 qs_status qs_queue_wait(qs_queue *queue)
 {
-    return queue->ops->wait(queue);
+    const char *before = qs_watch_wait(whom(queue));
+    const qs_status st = queue->ops->wait(queue);
+    qs_watch_wait(before);
+    return st;
 }
 
 qs_event qs_event_record(qs_queue *queue)
@@ -146,7 +157,13 @@ qs_event qs_event_record(qs_queue *queue)
 
 qs_status qs_event_wait(qs_event event)
 {
-    return event.queue != NULL ? event.queue->ops->wait_for(event.queue, event.number) : QS_OK;
+    if (event.queue == NULL) {
+        return QS_OK;
+    }
+    const char *before = qs_watch_wait(whom(event.queue));
+    const qs_status st = event.queue->ops->wait_for(event.queue, event.number);
+    qs_watch_wait(before);
+    return st;
 }
 
 qs_status qs_queue_after(qs_queue *queue, qs_event event)
@@ -223,6 +240,7 @@ qs_status qs_mirror_pull(qs_queue *queue, const qs_mirror *mirror, size_t at, si
 
 void qs_range_begin(qs_queue *queue, const char *format, ...)
 {
+    qs_watch_moved();
     if (queue->ops->range_begin == NULL) {
         return;
     }

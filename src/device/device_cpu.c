@@ -13,6 +13,7 @@
 
 #include "base/timer.h"
 #include "base/trace.h"
+#include "base/watch.h"
 
 enum { FIRST_CAPACITY = 16, RANGES_MAX = 8 };
 static const double IDLE_PERIOD_S = 200e-6;
@@ -143,6 +144,7 @@ static qs_status poll_all(qs_queue *base)
         if (queue->failed == QS_OK && !finished) {
             break;
         }
+        qs_watch_moved();
         if (queue->failed == QS_OK) {
             drop_first(queue);
         } else {

@@ -1,6 +1,7 @@
 /* Greedy continuations. The prompts are dealt out to the ranks; every rank makes the same number of
  * passes, because every pass gathers every unit. A pass sees the whole text again: short samples
  * that show what an adapter has learned, not a server. */
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -263,6 +264,7 @@ static qs_status sample_with(sampler *s)
     QS_TRY(qs_session_connect(s->session, &s->shape, false));
     QS_TRY(qs_session_build(s->session, &s->shape));
     for (int64_t i = 0; i < s->new_tokens && alive; i++) {
+        qs_watch_section(false, "token %" PRId64, i + 1);
         QS_TRY(extend_all(s));
         QS_TRY(any_alive(s, &alive));
     }

@@ -133,6 +133,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     s->comm = comm;
     s->nranks = qs_comm_nranks(comm);
     s->per_host = qs_comm_per_host(comm);
+    QS_TRY(qs_watchdog_start(&s->watchdog, config->train.stall_limit, comm));
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
@@ -414,6 +415,7 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape)
 
 void qs_session_close(qs_session *s)
 {
+    qs_watchdog_stop(&s->watchdog);
     qs_model_destroy(s->model);
     qs_fsdp_destroy(s->fsdp);
     if (s->device != NULL) {

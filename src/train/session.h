@@ -11,13 +11,15 @@
 #include "model/model.h"
 #include "train/room.h"
 #include "train/shard_group.h"
+#include "train/watchdog.h"
 
 /** The plan of a run (plan.h) looks at config, index, layout, ops and numbers alone, no object that
  * a device or other ranks are behind, so that it can be made for a run that nobody has started. */
 typedef struct {
-    qs_config config;     /* adapter settings may come from the adapter itself */
-    int nranks, threads;  /* ranks, and threads of each */
-    bool apart;           /* the device has memory of its own: it is no CPU */
+    qs_config config;    /* adapter settings may come from the adapter itself */
+    int nranks, threads; /* ranks, and threads of each */
+    bool apart;          /* the device has memory of its own: it is no CPU */
+    qs_watchdog watchdog;
     qs_comm *comm;        /* over the host's memory; borrowed */
     qs_comm *device_comm; /* over the device's memory; on the CPU the same */
     qs_shard_group shard; /* the ranks that share one copy of the base with this one */
@@ -42,9 +44,9 @@ typedef struct {
     qs_model *model;
 } qs_session;
 
-/** Open the base; choose the device, the same kind on all ranks, and threads. A model
- * that the GPU's operations do not take is refused with device: cuda (QS_ERR_CONFIG_PAIR) and
- * computed on the CPU with auto. Collective. */
+/** Watch over this rank from now on; open the base; choose the device, the same kind on all ranks,
+ * and threads. A model that the GPU's operations do not take is refused with device: cuda
+ * (QS_ERR_CONFIG_PAIR) and computed on the CPU with auto. Collective. */
 qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm);
 
 /** Load an adapter: a PEFT directory, a checkpoint step-N, or a run directory (its newest

@@ -312,6 +312,7 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     const double reduced = qs_grads_wait_s(r->trainer.grads);
     double loss_sum = 0;
     float *shard = NULL;
+    qs_watch_section(false, "step %" PRId64, r->step + 1);
     *m = (qs_step_metrics){.step = r->step + 1,
                            .tokens = qs_sampler_targets(&r->sampler, r->step),
                            .all_tokens = step_tokens(r),
@@ -401,6 +402,7 @@ static qs_status report_ranks(run *r)
  * end. */
 static qs_status save(run *r, qs_status *last_save)
 {
+    qs_watch_section(true, "saving step %" PRId64, r->step);
     *last_save = qs_data_check_unchanged(r->train_data, r->comm);
     QS_TRY(*last_save);
     *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
@@ -610,6 +612,7 @@ static void compare_with_forecast(const run *r)
 static qs_status finish(run *r)
 {
     const double seconds = qs_time_s() - r->started_s;
+    qs_watch_section(true, "end");
     qs_status st = qs_metrics_summary(r->metrics, r->step, seconds, r->nranks,
                                       qs_mem_peak_total_bytes(r->plan.space));
     QS_TRY(qs_comm_agree(r->comm, st));
