@@ -13,7 +13,7 @@
 #include "base/timer.h"
 
 enum { MISSING_MAX = 4, SLOWER = 4, PRINT_LIMIT_S = 5, TURNS = 10 };
-static const double TICK_MAX_S = 1.0, TURN_S = 0.4;
+static const double TICK_MAX_S = 1.0, TURN_MAX_S = 0.4;
 
 /* The rank's thread writes, the watching one reads; what is not atomic under the lock. */
 struct qs_watch {
@@ -85,6 +85,11 @@ void qs_watch_missing(const int *ranks, int count)
 }
 
 /* ---- the watching thread ---- */
+
+static double at_most(double limit, double value)
+{
+    return value < limit ? value : limit;
+}
 
 /* How long nothing has moved, in time that this process was awake. */
 typedef struct {
@@ -165,7 +170,8 @@ static double grace_s(const qs_watch *w, const char *waits_for)
     const int turn = w->options.rank < TURNS ? w->options.rank : TURNS;
     const bool knows = w->missing_count > 0 && w->missing_count < MISSING_MAX;
     const int lacks = knows ? w->missing_count : MISSING_MAX;
-    return waits_for == NULL ? 0 : TURN_S * (1 + turn + 4 * lacks);
+    const double turn_s = at_most(TURN_MAX_S, w->options.limit_s / 10);
+    return waits_for == NULL ? 0 : turn_s * (1 + turn + 4 * lacks);
 }
 
 static void end_process(qs_status st)
@@ -190,8 +196,7 @@ static void sleep_locked(qs_watch *w, double tick_s)
 static void *watch_main(void *ctx)
 {
     qs_watch *w = ctx;
-    const double tick_s =
-        w->options.limit_s / 20 < TICK_MAX_S ? w->options.limit_s / 20 : TICK_MAX_S;
+    const double tick_s = at_most(TICK_MAX_S, w->options.limit_s / 20);
     stillness still = {.at_s = qs_time_s(), .moved_s = qs_time_s()};
     pthread_mutex_lock(&w->lock);
     while (!w->stop) {
