@@ -3,8 +3,8 @@
 
     feature_checks.py WORK --log FILE
 
-QSHARD_NVTX_INJECTION names the library made of nvtx_log.c, if there is one. Prints one line a check, for the report; the
-programs' own output goes to FILE. Needs the standard library alone.
+In WORK the stage has put what stands in for a profiler (nvtx_log.so) and for a driver (no-driver/, old-driver/). Prints one line a
+check, for the report; the programs' own output goes to FILE. Needs the standard library alone.
 """
 import json
 import math
@@ -144,23 +144,22 @@ def no_device(bench, case):
     return said
 
 
-def no_driver(bench, case):
-    """A file that is no library stands before the driver's."""
+def driver(bench, case, kind, words):
+    """Another libcuda.so.1 before the machine's."""
+    folder = os.path.join(bench.work, f"{kind}-driver")
     if EMULATED:
         raise NotHere("the emulator has no driver")
-    folder = os.path.join(bench.work, "no-driver")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "libcuda.so.1"), "wb"):
-        pass
+    if not os.path.exists(os.path.join(folder, "libcuda.so.1")):
+        raise NotHere("its library does not compile: see features.libraries.log")
     before = os.environ.get("LD_LIBRARY_PATH")
-    return refusal(bench, case, "libcuda.so.1", {"LD_LIBRARY_PATH": folder + (f":{before}" if before else "")})
+    return refusal(bench, case, words, {"LD_LIBRARY_PATH": folder + (f":{before}" if before else "")})
 
 
 def ranges(bench, case):
     """Ranges as a profiler sees them, and a profile that changes nothing."""
-    injection = os.environ.get("QSHARD_NVTX_INJECTION", "")
-    if not EMULATED and not injection:
-        raise NotHere("nvtx_log.c does not compile: see features.nvtx.log")
+    injection = os.path.join(bench.work, "nvtx_log.so")
+    if not EMULATED and not os.path.exists(injection):
+        raise NotHere("nvtx_log.c does not compile: see features.libraries.log")
     log = os.path.join(bench.work, "ranges")
     output, _ = bench.train(case, "profiled", "cuda", options=("--profile-steps", "2:3"),
                             environment={"NVTX_INJECTION64_PATH": injection, "QSHARD_NVTX_LOG": log})
@@ -206,10 +205,10 @@ def main():
         bench.check("rows of the embedding ahead, 2 micro-batches a pass: the same bits on 2 ranks", rows_ahead, bench, case)
     bench.check("cpu.gemm has no effect, and says so", cpus_products, bench, case)
     bench.check("no visible GPU: one line, exit 8; auto takes the CPU", no_device, bench, case)
-    bench.check("no driver: one line, exit 8", no_driver, bench, case)
+    bench.check("no driver: one line, exit 8", driver, bench, case, "no", "no NVIDIA driver is loaded")
+    bench.check("a driver that says 11.4 (a stand-in): one line, exit 8", driver, bench, case, "old", "it is for CUDA 11.4")
     bench.check("NVTX ranges and --profile-steps", ranges, bench, case)
-    for name in ("an old driver", "a card without code in the plugin"):
-        bench.cannot(name, "this machine has neither")
+    bench.cannot("a card without code in the plugin", "the plugin is built for this one")
     bench.cannot("NCCL between several cards", "one card is looked at")
     return 1 if bench.failures else 0
 
