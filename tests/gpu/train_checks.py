@@ -193,6 +193,8 @@ def check_dora(bench, case):
         bench.check("DoRA: the same bits again", same_bits, bench, dora, "dora-again")
         bench.check("DoRA: the same bits with recompute: none", same_bits, bench, dora, "dora-none", train__recompute="none")
         bench.check("DoRA: peak memory beside the plan", plan_is_kept, bench, dora, "dora-plan")
+        bench.check("losses with DoRA and a residual stream in fp32 near the CPU's", near_cpu, bench, dora, SEED_MADE_LIMIT, "fp32",
+                    train__residual_fp32="true")
         bench.check("DoRA without dropout near the CPU's", near_cpu, bench,
                     Case(f"{dora.name}-0", case.model, case.yaml, {**settings, "lora.dropout": 0}), SEED_MADE_LIMIT)
 
