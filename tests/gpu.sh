@@ -7,6 +7,7 @@
 #   ops        every kernel against its CPU twin, and against float64 beside PyTorch's bf16
 #   sanitize   the same under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
 #   train      whole runs: losses of the CPU, equal bits, memory beside its plan, offload, ranks, resume
+#   features   two hosts out of one, evaluation, samples, what is refused, profiles
 #   bench      speed of every kernel beside its bound; a step of Llama-3-8B's shape with made-up weights
 #   peer       transformers + peft at the same shape on the same card
 #   cpu        the machine's CPU, no card: products that only some have (AVX512-FP16, AMX), right and fast; beside the peers
@@ -36,25 +37,25 @@ mode=cuda
 for word in "$@"; do
     case $word in
     --emulated) mode=emulated ;;
-    build | ops | sanitize | train | bench | peer | cpu) stages+=("$word") ;;
+    build | ops | sanitize | train | features | bench | peer | cpu) stages+=("$word") ;;
     -h | --help)
         sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
         exit 0
         ;;
     *)
-        echo "gpu.sh: no stage \"$word\"; there are build ops sanitize train bench peer cpu, and --emulated" >&2
+        echo "gpu.sh: no stage \"$word\"; there are build ops sanitize train features bench peer cpu, and --emulated" >&2
         exit 2
         ;;
     esac
 done
-[ "${#stages[@]}" -gt 0 ] || stages=(build ops sanitize train bench peer cpu)
+[ "${#stages[@]}" -gt 0 ] || stages=(build ops sanitize train features bench peer cpu)
 export QSHARD_GPU_MODE=$mode
 . tests/gpu/common.sh
 
 assemble() { # the report of all stages that ran since the last build
     write_title
     local name
-    for name in build ops sanitize train bench peer cpu; do
+    for name in build ops sanitize train features bench peer cpu; do
         if [ -e "$report/$name.verdict" ]; then
             printf '\n## %s: %s\n\n' "$name" "$(cat "$report/$name.verdict")"
             cat "$report/$name.part"

@@ -26,7 +26,7 @@
  * Sums over tokens have one order for each number of them: parts of 64 rows, each in 8 threads a
  * column, the parts in fp64 one behind the other.
  *
- * Registers on sm_80, 86, 89, 90a, 100, 120; no spills:
+ * Registers on sm_80, 86, 89, 90a, 100, 120 (tests/gpu/registers.py); no spills:
  *     gain_kernel 1      36 36 36 38 22 22, from fp32 38 38 38 36 22 22, to fp32 36 36 36 36 32 36
  *     gain_kernel 8      28 28 28 30 32 40, from fp32 28 28 28 28 32 40, to fp32 38 40 40 32 32 40
  *     columns_kernel 1, 8  32 40 40 32 32 40, 48 48 48 44 44 44; 1 and 8 KiB of shared memory

@@ -1,13 +1,16 @@
-/* What touches every element once: RoPE, gated MLPs, addition, scaling. bf16 in and out, fp32
- * between, one rounding at the end; the same operations in the same order as
- * kernels/cpu/elementwise.c, so that RoPE, addition and scaling give the CPU's bits, rounded.
+/* What touches every element once: RoPE, gated MLPs, addition, scaling. bf16 in and out, or a sum
+ * and what is scaled in fp32 where they are of the residual stream; fp32 between, one rounding at
+ * the end; the same operations in the same order as kernels/cpu/elementwise.c, so that RoPE,
+ * addition and scaling give the CPU's bits, rounded.
  *
  * Memory-bound. Bytes an element: rope 4 (tables stay in the caches: a token's rows of them serve
- * all its heads), gated MLP forward 6, backward 10, add 6, scale 4. A thread moves 8 elements of
- * each matrix in pieces of 16 bytes; where an address or a length does not allow that, one element.
+ * all its heads), gated MLP forward 6, backward 10, add 6, scale 4; of an fp32 stream 10 and 8. A
+ * thread moves 8 elements of each matrix in pieces of 16 bytes; where an address or a length does
+ * not allow that, one element.
  *
- * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements): rope 44-48, gated MLP forward 31-37,
- * backward 40-43, add 30-37, scale 22-29. No shared memory, no spills. */
+ * Registers (sm_80, 86, 89, 90a, 100, 120; by 8 elements; tests/gpu/registers.py): rope 44-48,
+ * gated MLP forward 31-37, backward 40-43, add 30-37, scale 22-29; of an fp32 stream add 28-36,
+ * scale 23-36. No shared memory, no spills. */
 #include "kernels/cuda/vector.cuh"
 
 namespace

@@ -1,16 +1,18 @@
-/* RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467). bf16 in and out, fp32 between, one rounding at
- * the end. core/norm.h says which lane holds what: a row stays in registers between the sum and
- * its use, so that it is read once, and the order of the sum depends on its length alone.
+/* RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467). bf16 in and out, or x, of the residual stream,
+ * in fp32; fp32 between, one rounding at the end. core/norm.h says which lane holds what: a row
+ * stays in registers between the sum and its use, so that it is read once, and the order of the sum
+ * depends on its length alone.
  *
- * Memory-bound. Bytes an element: forward 4, backward 8 (dx is read and written); w comes from the
- * caches. Rows of heads (up to 256 columns) share a warp, because a block each would be mostly
- * barriers.
+ * Memory-bound. Bytes an element: forward 4, backward 8 (dx is read and written), 2 more with x in
+ * fp32; w comes from the caches. Rows of heads (up to 256 columns) share a warp, because a block
+ * each would be mostly barriers.
  *
- * Registers (sm_80, 86, 89, 90a, 100, 120; aligned rows): short rows 32-38 forward, 54-62 backward;
- * longer ones with 1, 2, 4 vectors a lane 32-39, 46-48, 56-78 forward, 48-62, 48-70, 64-116
- * backward, 128 bytes of shared memory. Forward spills 8 bytes with 2 vectors on sm_120 and with 4
- * on sm_100. Rows past 16,384 columns are held to 64 registers, and spill up to 180 bytes backward,
- * on sm_86, 89 and 90a none. */
+ * Registers (sm_80, 86, 89, 90a, 100, 120; aligned rows; tests/gpu/registers.py), in brackets where
+ * x in fp32 differs by more than two: short rows 32-38 forward, 53-62 backward; longer ones with 1,
+ * 2, 4 vectors a lane 32-39, 46-48 (46-54), 56-78 (62-76) forward, 48-62, 48-70, 64-116 (94-122)
+ * backward, 128 bytes of shared memory. Forward spills 8 bytes with 2 vectors on sm_120 (x in fp32:
+ * none) and with 4 on sm_100. Rows past 16,384 columns are held to 64 registers, and spill up to
+ * 180 bytes backward, on sm_86, 89 and 90a none (x in fp32: 72 to 168 bytes on all). */
 #include "kernels/cuda/core/norm.h"
 #include "kernels/cuda/vector.cuh"
 

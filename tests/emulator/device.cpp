@@ -12,6 +12,7 @@
  *   QSHARD_EMULATOR_FAIL=function:n   the n-th call of the function fails; a launch is
  *                               cudaLaunchKernel, creations count together as cudaStreamCreate and
  *                               cudaEventCreate
+ *   QSHARD_NVTX_LOG             a file that gets the ranges: include/nvtx3/nvToolsExt.h
  */
 #include <stdio.h>
 #include <stdlib.h>

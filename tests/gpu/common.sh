@@ -128,6 +128,23 @@ need_built() { # FILE
     [ -e "$build/$1" ] || refuse "$build/$1 is not built: run the build stage first, or see what it says"
 }
 
+# Runs of the program for runs.py: a folder for them, and what they read.
+need_runs() {
+    need_gpu
+    need_built qshard
+    need_built "${plugin##*/}"
+    [ -n "$python" ] || refuse "no python3 to drive the runs"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    inputs=$deps/inputs
+    if [ ! -d "$inputs/tiny" ]; then
+        inputs=$work/inputs
+        tests/gpu/make_inputs.sh "$inputs" "$python" >"$report/$stage.inputs.log" 2>&1 ||
+            refuse "${deps##"$PWD"/} (tests/gpu_deps.sh) has no inputs, and here: $(tail -n 1 "$report/$stage.inputs.log")"
+    fi
+    export QSHARD=$qshard QSHARD_INPUTS=$inputs QSHARD_GPU_SHORT=$short
+}
+
 # ---- what the machine lacks ----
 system_has_library() { # SONAME
     /sbin/ldconfig -p 2>/dev/null | grep -q "^[[:space:]]*$1 "

@@ -1,14 +1,10 @@
 #!/usr/bin/env python3
-"""Whole runs on the device against whole runs on the CPU: stage train of tests/gpu.sh, which sets QSHARD (the program),
-QSHARD_INPUTS (small models and token files, made by tests/gpu_deps.sh) and, under emulation, QSHARD_PLUGIN.
+"""Whole runs on the device against whole runs on the CPU: stage train of tests/gpu.sh.
 
     train_checks.py WORK --log FILE
 
 Prints one line a check, for the report; the programs' own output goes to FILE. Needs the standard library alone.
 """
-import argparse
-import hashlib
-import json
 import math
 import os
 import re
@@ -18,125 +14,11 @@ import subprocess
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-EMULATED = os.environ.get("QSHARD_GPU_MODE") == "emulated"
-SHORT = os.environ.get("QSHARD_GPU_SHORT", "0") != "0"
-# How far losses may be off the CPU's fp32 ones (docs/decisions.md, "How far is bf16 from fp32?"): the aim; a residual stream in
-# bf16, with which PyTorch is off by 1.4e-2; small seed-made models, whose curves rounding the products' operands alone moves by 6e-3.
-LOSS_LIMIT, BF16_LIMIT, SEED_MADE_LIMIT = 5e-3, 1.4e-2, 1e-2
-PLAN_LIMIT = 0.03
-RUN_LIMIT_S = 300
-NUMBERS = re.compile(r'"(step|loss|eval_loss|lr|grad_norm)": ([^,}]+)')
-TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
+from runs import (BF16_LIMIT, EMULATED, LOSS_LIMIT, PLAN_LIMIT, ROOT, RUN_LIMIT_S, SEED_MADE_LIMIT, SHORT, Case,
+                  Failed, NotHere, bench_of, losses, oracle_case, planned_and_peak, quantize,
+                  same_curve, same_run, several_ranks, sha256_of, tiny_case)
 
-# Ranks that share a card must look like different hosts to NCCL, which refuses two ranks on one GPU otherwise; then
-# only the network carries what they say, and the loopback device will do.
-SHARED = ["bash", "-c", 'export NCCL_HOSTID="rank$OMPI_COMM_WORLD_RANK"; exec "$@"', "rank"]
-SHARED_ENVIRONMENT = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-
-
-class Failed(Exception):
-    """A check that did not hold; the text says how."""
-
-
-class NotHere(Exception):
-    """A check that cannot be made; the text says why."""
-
-
-class Bench:
-    """Where runs happen, and what became of the checks."""
-
-    def __init__(self, work, log):
-        self.work, self.log = work, open(log, "w", encoding="utf-8")
-        self.program, self.inputs = os.environ["QSHARD"], os.environ["QSHARD_INPUTS"]
-        self.checks = self.failures = 0
-
-    def say(self, text):
-        print(text, flush=True)
-
-    def cannot(self, name, reason):
-        self.say(f"- not run: {name}: {reason}")
-
-    def check(self, name, function, *arguments, **settings):
-        """Runs the function, whose text is the detail of the line; True if it did not fail."""
-        self.checks += 1
-        started = time.monotonic()
-        try:
-            detail = function(*arguments, **settings)
-        except NotHere as why:
-            self.checks -= 1
-            self.cannot(name, why)
-            return False
-        except (Failed, OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
-            self.failures += 1
-            self.say(f"- FAILED: {name}: {type(error).__name__ if not isinstance(error, Failed) else ''}{error}")
-            return False
-        self.say(f"- ok: {name}{': ' + detail if detail else ''} ({time.monotonic() - started:.0f} s)")
-        return True
-
-    # --- runs ---------------------------------------------------------------------------------------------------------
-    def command(self, arguments, ranks):
-        words = [self.program, *map(str, arguments)]
-        return words if ranks is None else ["mpirun", "-np", str(ranks), *SHARED, *words]
-
-    def environment(self, ranks):
-        return {**os.environ, **(SHARED_ENVIRONMENT if ranks is not None else {})}
-
-    def qshard(self, *arguments, ranks=None, expect=0):
-        """Runs the program; its output. Failed if it does not leave with `expect`."""
-        command = self.command(arguments, ranks)
-        done = subprocess.run(command, cwd=self.work, env=self.environment(ranks), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=RUN_LIMIT_S)
-        self.log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
-        self.log.flush()
-        if done.returncode != expect:
-            lines = [line for line in done.stdout.splitlines() if line.startswith("error[")] or done.stdout.splitlines()
-            raise Failed(f"exit {done.returncode}, not {expect}: {lines[-1] if lines else 'no output'}"[:400])
-        return done.stdout
-
-    def train(self, case, name, device, ranks=None, options=(), **settings):
-        """One run into WORK/name; returns (folder, output)."""
-        output = os.path.join(self.work, name)
-        shutil.rmtree(output, ignore_errors=True)
-        words = case.words(output, device=device, **settings)
-        return output, self.qshard("train", *words, *options, ranks=ranks)
-
-
-class Case:
-    """A model with its data and settings."""
-
-    def __init__(self, name, model, yaml, settings):
-        self.name, self.model, self.yaml, self.settings = name, model, yaml, settings
-
-    def words(self, output, **more):
-        values = {**self.settings, "output": output}
-        values.update({key.replace("__", "."): value for key, value in more.items()})
-        return [self.yaml, *(word for key, value in values.items() for word in ("--set", f"{key}={value}"))]
-
-
-def tiny_case(bench):
-    folder = os.path.join(bench.inputs, "tiny")
-    steps = 4 if EMULATED else 40
-    return Case("tiny", folder, os.path.join(ROOT, "inputs", "tiny.yaml"), {
-        "base": os.path.join(bench.work, "tiny.h5"), "data.train": os.path.join(folder, "train.h5"),
-        "data.eval": os.path.join(folder, "eval.h5"), "train.steps": steps, "train.save_every": steps // 4,
-        "train.eval_every": 0})
-
-
-def oracle_case(bench, name, folder, model):
-    base = os.path.join(bench.work, name + ".h5")
-    steps = (4 if SHORT else 10) if EMULATED else 50
-    return Case(name, model, os.path.join(folder, "run.yaml"), {
-        "base": base, "data.train": os.path.join(folder, "train.h5"), "data.eval": os.path.join(folder, "eval.h5"),
-        "lora.init": os.path.join(folder, "adapter"), "train.steps": steps, "train.save_every": max(1, steps // 4)})
-
-
-def quantize(bench, case):
-    rows = ["--head-chunk-rows", "128"] if case.name != "smollm2" else []
-    out = bench.qshard("quantize", case.model, "-o", case.settings["base"], *rows)
-    return out.splitlines()[-1].split(": ", 1)[1].split(",")[0]
-
-
+# --- checks -------------------------------------------------------------------------------------------------------------
 def same_base(bench, case):
     """Quantized on the device, with and without double quantization: the CPU's file, byte for byte."""
     rows = ["--head-chunk-rows", "128"] if case.name != "smollm2" else []
@@ -154,52 +36,6 @@ def same_base(bench, case):
     return f"the same file twice, in {' and '.join(details)}"
 
 
-# --- what runs leave ----------------------------------------------------------------------------------------------------
-def lines_of(output):
-    with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
-        return file.read().splitlines()
-
-
-def curve(output):
-    """What must not depend on how it was computed, as printed: 17 digits, so the bits."""
-    return [tuple(NUMBERS.findall(line)) for line in lines_of(output)]
-
-
-def losses(output, key="loss"):
-    return [line[key] for line in map(json.loads, lines_of(output)) if key in line]
-
-
-def same_curve(first, second):
-    one, two = curve(first), curve(second)
-    if one != two:
-        at = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
-        raise Failed(f"lines {at + 1} differ: {one[at:at + 1]} and {two[at:at + 1]}"[:400])
-    return len(one)
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def adapter_sha256(bench, output):
-    target = output + "-adapter"
-    shutil.rmtree(target, ignore_errors=True)
-    bench.qshard("export", output, "-o", target)
-    return sha256_of(os.path.join(target, "adapter_model.safetensors"))
-
-
-def planned_and_peak(text):
-    match = TOTAL.search(text)
-    if match is None:
-        raise Failed("the output has no table of the device's memory")
-    return float(match.group(1)), float(match.group(2))
-
-
-# --- checks -------------------------------------------------------------------------------------------------------------
 def cpu_run(bench, case):
     """The folder of the case on the CPU, run once: strict products are what the kernels are compared with, too."""
     output = os.path.join(bench.work, f"{case.name}-cpu")
@@ -232,11 +68,7 @@ def near_cpu(bench, case, limit, name="cuda", **settings):
 def same_bits(bench, case, name, ranks=None, options=(), **settings):
     """The same bits as the first run of the case on the device."""
     output, _ = bench.train(case, name, "cuda", ranks=ranks, options=options, **settings)
-    reference = os.path.join(bench.work, f"{case.name}-cuda")
-    steps = same_curve(reference, output)
-    if adapter_sha256(bench, output) != adapter_sha256(bench, reference):
-        raise Failed("the adapters differ")
-    return f"{steps} lines and the adapter"
+    return same_run(bench, os.path.join(bench.work, f"{case.name}-cuda"), output)
 
 
 def plan_is_kept(bench, case, name, **settings):
@@ -361,19 +193,14 @@ def check_dora(bench, case):
         bench.check("DoRA: the same bits again", same_bits, bench, dora, "dora-again")
         bench.check("DoRA: the same bits with recompute: none", same_bits, bench, dora, "dora-none", train__recompute="none")
         bench.check("DoRA: peak memory beside the plan", plan_is_kept, bench, dora, "dora-plan")
+        bench.check("losses with DoRA and a residual stream in fp32 near the CPU's", near_cpu, bench, dora, SEED_MADE_LIMIT, "fp32",
+                    train__residual_fp32="true")
         bench.check("DoRA without dropout near the CPU's", near_cpu, bench,
                     Case(f"{dora.name}-0", case.model, case.yaml, {**settings, "lora.dropout": 0}), SEED_MADE_LIMIT)
 
 
 def check_ranks(bench, case):
-    if shutil.which("mpirun") is None:
-        bench.cannot("several ranks on one GPU", "no mpirun")
-        return
-    words = case.words(os.path.join(bench.work, "no-nccl"), device="cuda")
-    done = subprocess.run(bench.command(["train", *words, "--allow-shared-device", "--dry-run"], 2), cwd=bench.work,
-                          env=bench.environment(2), capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False)
-    if "built without NCCL" in done.stdout + done.stderr:
-        bench.cannot("several ranks on one GPU", "the plugin was built without NCCL")
+    if not several_ranks(bench, case):
         return
     for ranks in (2,) if SHORT else (2, 3):
         bench.check(f"the same bits on {ranks} ranks of one GPU", same_bits, bench, case, f"ranks-{ranks}", ranks,
@@ -386,11 +213,7 @@ def check_ranks(bench, case):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("work")
-    parser.add_argument("--log", required=True)
-    options = parser.parse_args()
-    bench = Bench(options.work, options.log)
+    bench = bench_of(__doc__)
     case = check_losses(bench)
     if case is None:
         bench.cannot("bits, memory, offload, ranks, resume", "the first model did not train")

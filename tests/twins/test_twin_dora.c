@@ -270,6 +270,8 @@ Test(twin_dora, blocks_of_tokens)
         {2100, 16, 24, 4, 4, 0.0F, NF4, true, BORDER, 8, true, RESIDUAL_IS_Y, DX_ADD},
         {2100, 16, 24, 3, 4, 0.25F, NF4, true, BORDER, 8, true, RESIDUAL, DX},
         {4100, 8, 16, 2, 2, 0.25F, NF4, false, 5, 8, false, NO_RESIDUAL, DX_ADD},
+        {2100, 16, 24, 4, 4, 0.0F, NF4, true, BORDER, 8, true, RESIDUAL_F32, NO_DX},
+        {4100, 8, 16, 2, 2, 0.25F, NF4, true, BORDER, 8, false, RESIDUAL_IS_Y_F32, NO_DX},
     };
     TW_CHECK_CASES(check_case, cases);
 }

@@ -20,16 +20,18 @@ static const double FP32_SLACK = 1e-5;
 static const double ONE_ROUNDING = TW_BF16 + 1e-5;
 
 /* Rows and columns below, at and past vectors, warps' and blocks' shares, and the shapes that take
- * the longer plans of RMSNorm. Odd columns or an odd pad go element by element. */
+ * the longer plans of RMSNorm, up to the longest rows it takes. Odd columns or an odd pad go
+ * element by element. */
 typedef struct {
     int64_t rows, cols, pad;
 } shape;
 
 static const shape SHAPES[] = {
-    {0, 64, 0},   {1, 1, 0},    {5, 7, 0},     {9, 8, 0},     {3, 8, 8},     {4, 9, 3},
-    {33, 33, 0},  {40, 64, 0},  {17, 64, 8},   {5, 72, 8},    {130, 128, 0}, {7, 128, 5},
-    {3, 255, 1},  {11, 256, 0}, {3, 257, 0},   {2, 264, 8},   {3, 1000, 0},  {2, 2048, 8},
-    {2, 2056, 0}, {1, 4104, 0}, {2, 5120, 16}, {1, 8200, 40}, {1, 8193, 0},
+    {0, 64, 0},    {1, 1, 0},     {5, 7, 0},     {9, 8, 0},     {3, 8, 8},     {4, 9, 3},
+    {33, 33, 0},   {40, 64, 0},   {17, 64, 8},   {5, 72, 8},    {130, 128, 0}, {7, 128, 5},
+    {3, 255, 1},   {11, 256, 0},  {3, 257, 0},   {2, 264, 8},   {3, 1000, 0},  {2, 2048, 8},
+    {2, 2056, 0},  {1, 4104, 0},  {2, 5120, 16}, {1, 8200, 40}, {1, 8193, 0},  {1, 16392, 8},
+    {2, 16385, 0}, {2, 32768, 0},
 };
 
 /* A part of a matrix that starts `by` columns further right; no part of anything but the view. */
@@ -461,19 +463,32 @@ Test(twin_rows, scale_has_the_cpus_bits_rounded)
     tw_on_backends(scale_shapes);
 }
 
-/* Columns that start in the middle of a vector, beside others that must stay. */
+/* Whole vectors of columns that start anywhere, beside others that must stay: y where b lies, and
+ * where a lies, of the residual stream. */
+static void add_to_columns_of(const tw_backend *b, qs_dtype stream, bool y_is_a, int64_t x_by,
+                              int64_t y_by)
+{
+    enum { ALL = 40, ADDED = 24 };
+    tw_mat x = tw_mat_make(b, 5, ALL, 0, 1.0F, 22);
+    tw_mat y = tw_mat_make_as(b, stream, 5, ALL, 0, 1.0F, 23);
+    qs_mat x_part = columns_from(&x.device, x_by), x_host = columns_from(&x.host, x_by);
+    qs_mat y_part = columns_from(&y.device, y_by), y_host = columns_from(&y.host, y_by);
+    x_part.cols = x_host.cols = y_part.cols = y_host.cols = ADDED;
+    const qs_mat *first = y_is_a ? &y_part : &x_part, *second = y_is_a ? &x_part : &y_part;
+    tw_ok(b, b->ops->add(b->queue, first, second, &y_part));
+    tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x_host, &y_host, &y_host));
+    assert_rounded(b, &y.device, &y.host, "add to columns");
+    tw_mat_free(b, &x);
+    tw_mat_free(b, &y);
+}
+
 static void add_to_columns(const tw_backend *b)
 {
-    for (int64_t by = 1; by <= 8; by++) {
-        tw_mat x = tw_mat_make(b, 5, 40, 0, 1.0F, 22), y = tw_mat_make(b, 5, 40, 0, 1.0F, 23);
-        const qs_mat x_part = columns_from(&x.device, by);
-        const qs_mat x_host = columns_from(&x.host, by);
-        qs_mat y_part = columns_from(&y.device, by), y_host = columns_from(&y.host, by);
-        tw_ok(b, b->ops->add(b->queue, &x_part, &y_part, &y_part));
-        tw_ok(b, qs_ops_cpu()->add(b->cpu_queue, &x_host, &y_host, &y_host));
-        assert_rounded(b, &y.device, &y.host, "add to columns");
-        tw_mat_free(b, &x);
-        tw_mat_free(b, &y);
+    for (int64_t x_by = 0; x_by <= 8; x_by++) {
+        for (int64_t y_by = 0; y_by <= 8; y_by++) {
+            add_to_columns_of(b, b->ops->act_dtype, false, x_by, y_by);
+            add_to_columns_of(b, QS_F32, true, x_by, y_by);
+        }
     }
 }
 
