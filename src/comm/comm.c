@@ -143,11 +143,17 @@ static void count_gathered(qs_comm *comm, qs_comm_kind kind, size_t bytes_per_ra
     }
 }
 
+/* What a call waits for, for the watch; one that is asynchronous may stand still in NCCL. */
+static const char ALL[] = "all ranks to answer";
+
 qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank,
                              qs_queue *queue)
 {
     count_gathered(comm, QS_COMM_GATHERS, bytes_per_rank);
-    return comm->ops->all_gather(comm, send, recv, bytes_per_rank, queue);
+    const char *before = qs_watch_wait(ALL);
+    const qs_status st = comm->ops->all_gather(comm, send, recv, bytes_per_rank, queue);
+    qs_watch_wait(before);
+    return st;
 }
 
 qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *send_bytes,
@@ -163,11 +169,12 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
     for (int r = 0; r < comm->nranks; r++) {
         count(comm, QS_COMM_EXCHANGES, r, recv_bytes[r]);
     }
-    return comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at,
-                                   queue);
+    const char *before = qs_watch_wait(ALL);
+    const qs_status st =
+        comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at, queue);
+    qs_watch_wait(before);
+    return st;
 }
-
-static const char ALL[] = "all ranks to answer"; /* what a blocking call waits for */
 
 qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank)
 {

@@ -10,9 +10,12 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 
-from runs import (EMULATED, SEED_MADE_LIMIT, SHORT, Case, Failed, NotHere, bench_of, losses, oracle_case, quantize, same_run,
+from runs import (EMULATED, SEED_MADE_LIMIT, SHORT, Case, Failed, NotHere, bench_of, lines_of, losses, oracle_case, quantize, same_run,
                   several_ranks, tiny_case)
 
 SAMPLED = 0.75  # of the continuations, at least, are the CPU's: bf16 may turn two tokens that are nearly as likely
@@ -111,6 +114,44 @@ def samples_of_ranks(bench, case):
     return f"{len(shared)} continuations"
 
 
+# --- a rank that is stopped -----------------------------------------------------------------------------------------------
+def second_rank(output):
+    """Its process, among all; None until it is there."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as command, open(f"/proc/{pid}/environ", "rb") as environment:
+                if (f"output={output}".encode() in command.read() and b"OMPI_COMM_WORLD_RANK=1\0" in environment.read() and
+                        os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "qshard"):
+                    return int(pid)
+        except OSError:
+            pass  # gone by now
+    return None
+
+
+def stopped_rank(bench, case):
+    """NCCL waits for it for ever; the other rank does not."""
+    output = os.path.join(bench.work, "stopped")
+    words = case.words(output, device="cuda", train__steps=100000, train__stall_limit=5, train__eval_every=0, train__micro_batch=1)
+    with open(output + ".log", "w+", encoding="utf-8") as log:
+        job = subprocess.Popen(bench.command(["train", *words, "--allow-shared-device"], 2), cwd=bench.work, env=bench.environment(2),
+                               stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            end = time.monotonic() + 60
+            while not os.path.exists(f"{output}/metrics.jsonl") or len(lines_of(output)) < 2:
+                if job.poll() is not None or time.monotonic() > end:
+                    raise Failed(f"no two steps: {log.seek(0) or log.read()[-300:]}")
+                time.sleep(0.05)
+            os.kill(second_rank(output), signal.SIGSTOP)
+            code = job.wait(60)
+        finally:
+            job.kill()
+        log.seek(0)
+        said = [line for line in log.read().splitlines() if line.startswith("error[")]
+    if code != 6 or len(said) != 1 or not said[0].startswith("error[E601] step "):
+        raise Failed(f"exit {code}: {said}")
+    return said[0].split(";")[0]
+
+
 # --- what is said -------------------------------------------------------------------------------------------------------
 def cpus_products(bench, case):
     output, text = bench.train(case, "gemm", "cuda", train__steps=1, train__eval_every=0, cpu__gemm="bf16")
@@ -202,6 +243,7 @@ def main():
         bench.check("samples: the same on 2 ranks of one GPU", samples_of_ranks, bench, case)
         for group in ("node",) if SHORT else ("node", "world"):
             bench.check(f"the same bits on 2 hosts of 2 ranks, shard.group: {group}", across_hosts, bench, case, group)
+        bench.check("a rank that is stopped ends the job: one line, exit 6", stopped_rank, bench, case)
         bench.check("rows of the embedding ahead, 2 micro-batches a pass: the same bits on 2 ranks", rows_ahead, bench, case)
     bench.check("cpu.gemm has no effect, and says so", cpus_products, bench, case)
     bench.check("no visible GPU: one line, exit 8; auto takes the CPU", no_device, bench, case)
