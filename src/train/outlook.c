@@ -73,13 +73,6 @@ static qs_group_links links_on_paper(const qs_outlook_place *place, int per_node
                             qs_links_receive_s(place->nranks - 1, place->nranks, &usual)};
 }
 
-/* What the run would find there: on the CPU as much as on this host. */
-static size_t room_on_paper(const qs_config *cfg, const qs_outlook_place *place, int per_node)
-{
-    const size_t allowed = qs_outlook_allowed(cfg, place), host = qs_room_on_host(per_node);
-    return place->gpu == NULL && host < allowed ? host : allowed;
-}
-
 /* The part of a session that plans look at; nothing in it is owned. */
 static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
                                   const qs_outlook_place *place)
@@ -97,12 +90,12 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
         return QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s, so not on a GPU", cfg->base, why);
     }
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
-    const int per_node = place->per_node < place->nranks ? place->per_node : place->nranks;
+    const int per_node = qs_outlook_local_nranks(place);
     if (per_node > 1 && per_node < place->nranks && place->nranks % per_node == 0) {
         s->per_host = per_node;
     }
     const qs_group_links links = links_on_paper(place, per_node);
-    s->room = room_on_paper(cfg, place, per_node);
+    s->room = qs_outlook_allowed(cfg, place);
     return qs_shard_group_assume(&s->shard, cfg, in->index, &options, s->room, place->nranks,
                                  per_node, &links);
 }
@@ -124,10 +117,17 @@ size_t qs_outlook_needed(const qs_outlook *outlook)
     return qs_memory_plan_needed(&outlook->memory);
 }
 
+int qs_outlook_local_nranks(const qs_outlook_place *place)
+{
+    return place->per_node < place->nranks ? place->per_node : place->nranks;
+}
+
 size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place)
 {
-    const size_t card = place->gpu != NULL ? qs_gpu_kind_free_bytes(place->gpu) : SIZE_MAX;
-    return qs_room_within(card, cfg->memory.device_limit);
+    const size_t there = place->gpu != NULL
+                             ? qs_gpu_kind_free_bytes(place->gpu)
+                             : qs_room_assume(place->threads, qs_outlook_local_nranks(place)).bytes;
+    return qs_room_within(there, cfg->memory.device_limit);
 }
 
 /* ---- remedies ---- */

@@ -83,7 +83,8 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, co
     host[QS_MEM_ACTIVATION] += model.host_activation_bytes;
     host[QS_MEM_WORK] += fsdp.embed_host_bytes;
     host[QS_MEM_DATA] += data_bytes(train) + batch_bytes(shape) + data_bytes(eval);
-    if (s->apart) { /* the other side of the mirrors */
+    host[QS_MEM_OPTIM] += 3 * shard * sizeof(float); /* the image of a checkpoint */
+    if (s->apart) {                                  /* the other side of the mirrors */
         host[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
         host[QS_MEM_DATA] += model.input_bytes;
     }
@@ -231,30 +232,56 @@ size_t qs_memory_plan_needed(const qs_memory_plan *plan)
     return plan->total_bytes[plan->space] + (plan->space == QS_MEM_DEVICE ? beside : 0);
 }
 
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
-                               int64_t limit_bytes)
+static qs_status check_limit(const qs_memory_plan *plan, int64_t limit_bytes)
+{
+    const size_t needed = qs_memory_plan_needed(plan);
+    return limit_bytes <= 0 || needed <= (size_t)limit_bytes
+               ? QS_OK
+               : QS_FAIL(QS_ERR_MEMORY,
+                         "memory.device_limit is %lld bytes, a rank would need %zu: lower "
+                         "train.micro_batch, train.gather_group, shard.keep_resident or "
+                         "shard.prefetch, set train.recompute: full, or use more ranks",
+                         (long long)limit_bytes, needed);
+}
+
+static qs_status check_device(const qs_memory_plan *plan, const qs_device *device)
 {
     const size_t needed = qs_memory_plan_needed(plan), held = plan->total_bytes[plan->space];
     size_t free_bytes = 0, total_bytes = 0;
     qs_device_memory(device, &free_bytes, &total_bytes);
-    if (limit_bytes > 0 && needed > (size_t)limit_bytes) {
-        return QS_FAIL(
-            QS_ERR_MEMORY,
-            "memory.device_limit is %lld bytes, a rank would need %zu: lower "
-            "train.micro_batch, train.gather_group, shard.keep_resident or shard.prefetch, set "
-            "train.recompute: full, or use "
-            "more ranks",
-            (long long)limit_bytes, needed);
+    return total_bytes == 0 || needed <= free_bytes
+               ? QS_OK
+               : QS_FAIL(QS_ERR_MEMORY,
+                         "%s: a rank would need %zu bytes of device memory and %zu for code and "
+                         "NCCL, %zu of %zu are free: lower train.micro_batch, train.gather_group, "
+                         "shard.keep_resident or shard.prefetch, set train.recompute: full or "
+                         "memory.offload: [activations, weights, embedding], or use more ranks",
+                         qs_device_name(device), held, needed - held, free_bytes, total_bytes);
+}
+
+/* The kernel would end the run later, without a word. */
+static qs_status check_host(const qs_memory_plan *plan, const qs_room *host)
+{
+    const size_t needed = plan->total_bytes[QS_MEM_HOST];
+    char what[QS_ROOM_TEXT_MAX];
+    if (needed <= host->bytes) {
+        return QS_OK;
     }
-    if (total_bytes > 0 && needed > free_bytes) {
-        return QS_FAIL(
-            QS_ERR_MEMORY,
-            "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of "
-            "%zu "
-            "are free: lower train.micro_batch, train.gather_group, shard.keep_resident or "
-            "shard.prefetch, set train.recompute: full or "
-            "memory.offload: [activations, weights, embedding], or use more ranks",
-            qs_device_name(device), held, needed - held, free_bytes, total_bytes);
-    }
-    return QS_OK;
+    qs_room_describe(host, what, sizeof what);
+    const char *remedy = qs_limit_remedy(&host->limit);
+    return QS_FAIL(QS_ERR_MEMORY,
+                   "memory of the host: a rank would need %zu bytes and has %zu, its part of %s: "
+                   "%s%s%s, or use more hosts",
+                   needed, host->bytes, what, remedy, remedy[0] != '\0' ? "; " : "",
+                   plan->space == QS_MEM_HOST
+                       ? "lower train.micro_batch, train.gather_group, shard.keep_resident or "
+                         "shard.prefetch, set train.recompute: full"
+                       : "take entries out of memory.offload");
+}
+
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_session *s)
+{
+    QS_TRY(check_limit(plan, s->config.memory.device_limit));
+    QS_TRY(check_device(plan, s->device));
+    return check_host(plan, &s->host);
 }

@@ -55,9 +55,8 @@ void qs_memory_plan_print(const qs_memory_plan *plan, bool measured);
  * that is loaded when it is first called, and the buffers of NCCL where there are peers. */
 size_t qs_memory_plan_needed(const qs_memory_plan *plan);
 
-/** QS_ERR_MEMORY if that is above `limit_bytes` (0: no limit) or above what `device` has free,
- * naming what to change. */
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
-                               int64_t limit_bytes);
+/** QS_ERR_MEMORY if that is above memory.device_limit or above what the device has free, or if the
+ * host's part is above what the rank may have there (room.h), naming what to change. */
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_session *s);
 
 #endif

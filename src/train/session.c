@@ -184,7 +184,8 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     describe(s);
     describe_place(s);
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
-    s->room = qs_room_here(s->device, config->memory.device_limit, comm);
+    QS_TRY(qs_room_on_host(&s->host, s->threads, comm));
+    s->room = qs_room_here(s->device, &s->host, config->memory.device_limit);
     return qs_shard_group_make(&s->shard, config, s->index, &options, s->room, comm);
 }
 

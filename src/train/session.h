@@ -23,7 +23,8 @@ typedef struct {
     qs_shard_group shard; /* the ranks that share one copy of the base with this one */
     qs_comm *base_comm;   /* theirs over the device's memory; may be device_comm */
     int per_host;         /* ranks of each host where LoRA takes two levels (comm.h), else 0 */
-    size_t room;          /* bytes that this rank may have where it computes (room.h) */
+    qs_room host;         /* what this rank may have of its host's memory */
+    size_t room;          /* bytes that it may have where it computes */
     qs_backend_levels levels;
     qs_backend backend;
     qs_device *device;

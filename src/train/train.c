@@ -668,8 +668,7 @@ static qs_status run_all(run *r)
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);
     }
-    const qs_status fits =
-        qs_memory_plan_check(&r->plan, r->session.device, r->cfg->memory.device_limit);
+    const qs_status fits = qs_memory_plan_check(&r->plan, &r->session);
     const bool explains = fits != QS_OK && qs_log_says(QS_LOG_INFO);
     if (r->rank == 0 && (r->options->dry_run || explains)) {
         qs_memory_plan_print(&r->plan, false);
