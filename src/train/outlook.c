@@ -106,9 +106,10 @@ qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs
     qs_session s;
     QS_TRY(session_on_paper(&s, in, cfg, place));
     const int64_t slots = qs_sampler_make(cfg, in->train).slots;
-    qs_model_shape shape = qs_plan_shape(&s, in->train, in->eval, slots);
-    QS_TRY(qs_plan_settle(&out->choice, &s, in->train, in->eval, &shape, slots));
-    out->memory = qs_memory_plan_make(&s, in->train, in->eval, &shape, slots);
+    const qs_plan_job job = qs_plan_training(in->train, in->eval, slots);
+    qs_model_shape shape = qs_plan_shape(&s, &job);
+    QS_TRY(qs_plan_settle(&out->choice, &s, &job, &shape));
+    out->memory = qs_memory_plan_make(&s, &job, &shape);
     return qs_step_work_make(&out->work, &s, in->train, &shape, slots);
 }
 

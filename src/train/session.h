@@ -64,8 +64,11 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape);
 qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape);
 
-/** Bytes of s->lora and what stands beside it, in training. */
-size_t qs_session_lora_bytes(const qs_session *s);
+/** Bytes of s->lora and what stands beside it on the device; more of them in training. */
+size_t qs_session_lora_bytes(const qs_session *s, bool trained);
+
+/** Bytes of s->adapter. */
+size_t qs_session_adapter_bytes(const qs_session *s);
 
 void qs_session_close(qs_session *s);
 

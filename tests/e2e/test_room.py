@@ -18,7 +18,7 @@ def within(shell, *arguments, ranks=None, expect=0):
     """The program, started by a shell that does `shell` first; the exit code is asserted."""
     done = subprocess.run(["bash", "-c", shell + '\nexec timeout -k 5 "$@"', "bash", str(support.TIMEOUT_S),
                            *support.command(arguments, ranks)],
-                          env=support.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+                          env=support.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="backslashreplace")  # a sample may be no UTF-8
     if done.returncode != expect:
         raise AssertionError(f"{shell}: exit {done.returncode}, not {expect}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
@@ -82,6 +82,18 @@ class Ulimit(unittest.TestCase):
         more = {found[1].replace(".", "__"): found[2]}
         self.assertIn("fits: a rank needs", within(limit, "plan", *train_words(self.output, **more)[1:]).stdout)
         within(limit, *train_words(self.output, "--dry-run", **more), ranks=2)
+
+    def test_eval_and_sample(self):
+        """A limit that leaves nothing to a plan: neither begins, and in a large one both go through."""
+        prompts = ("--prompts", os.path.join(support.tiny(), "eval.h5"), "--tokens", "2")
+        for command, ends, word in (("eval", (), "train.micro_batch"), ("sample", prompts, "fewer or shorter prompts")):
+            words = (command, support.TINY_YAML, *support.settings(support.tiny(), "unused", device="cpu", cpu__threads=1), *ends)
+            done = within("ulimit -v 80000", *words, expect=7)
+            self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+            self.assertIn("raise it with ulimit -v unlimited", done.stderr)
+            self.assertIn(word, done.stderr)
+            self.assertIn("memory of rank 0", done.stdout)
+            within("ulimit -v 400000", *words)
 
     def test_doctor(self):
         """A GiB less what a rank holds with MPI (256 MiB) and beside a plan (16)."""
