@@ -1,5 +1,6 @@
 #include "train/outlook.h"
 
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -139,7 +140,7 @@ typedef enum {
     PREFETCH_1,
     SELECTIVE,
     FULL,
-    GROUP_1,
+    GROUP, /* fewer micro-batches a pass */
     MICRO_1,
     OFFLOAD_ACTIVATIONS,
     OFFLOAD_EMBEDDING,
@@ -147,12 +148,17 @@ typedef enum {
     CHANGES
 } change;
 
-static bool has(unsigned changes, change c)
+typedef struct {
+    unsigned set;
+    int64_t group; /* with GROUP */
+} change_set;
+
+static bool has(change_set changes, change c)
 {
-    return (changes & (1u << c)) != 0;
+    return (changes.set & (1u << c)) != 0;
 }
 
-static qs_config changed(const qs_config *cfg, unsigned changes)
+static qs_config changed(const qs_config *cfg, change_set changes)
 {
     qs_config out = *cfg;
     out.shard.keep_resident = has(changes, RESIDENT_0) ? 0 : out.shard.keep_resident;
@@ -163,7 +169,7 @@ static qs_config changed(const qs_config *cfg, unsigned changes)
     if (has(changes, FULL)) {
         out.train.recompute = QS_RECOMPUTE_FULL;
     }
-    out.train.gather_group = has(changes, GROUP_1) ? 1 : out.train.gather_group;
+    out.train.gather_group = has(changes, GROUP) ? changes.group : out.train.gather_group;
     out.train.micro_batch = has(changes, MICRO_1) ? 1 : out.train.micro_batch;
     out.memory.offload |= has(changes, OFFLOAD_ACTIVATIONS) ? QS_OFFLOAD_ACTIVATIONS : 0;
     out.memory.offload |= has(changes, OFFLOAD_EMBEDDING) ? QS_OFFLOAD_EMBEDDING : 0;
@@ -187,61 +193,97 @@ static qs_status fits(bool *out, const qs_outlook_inputs *in, const qs_config *c
     return QS_OK;
 }
 
-/* The fewest of the changes, in their order, that are enough; 0: all together are not. */
-static qs_status enough_changes(unsigned *out, const qs_outlook_inputs *in, const qs_config *cfg,
+/* Is *changes enough? With GROUP: with the largest group below the configured one that is, past
+ * those that save no pass; `auto` has been settled already. */
+static qs_status are_enough(bool *out, change_set *changes, const qs_outlook_inputs *in,
+                            const qs_config *cfg, const qs_outlook_place *place)
+{
+    qs_config next = changed(cfg, *changes);
+    const int64_t slots = qs_sampler_make(&next, in->train).slots;
+    const int64_t per_rank = qs_shard_width(slots, place->nranks);
+    *out = false;
+    if (!allowed_pair(&next)) {
+        return QS_OK;
+    }
+    if (!has(*changes, GROUP) || cfg->train.gather_group == 0) {
+        changes->group = cfg->train.gather_group;
+        next.train.gather_group = cfg->train.gather_group;
+        return fits(out, in, &next, place);
+    }
+    changes->group = cfg->train.gather_group - 1;
+    changes->group = changes->group < per_rank ? changes->group : per_rank;
+    for (; changes->group > 1; changes->group--) {
+        next.train.gather_group = changes->group;
+        if (qs_plan_saves_pass(per_rank, changes->group)) {
+            QS_TRY(fits(out, in, &next, place));
+        }
+        if (*out) {
+            return QS_OK;
+        }
+    }
+    changes->group = next.train.gather_group = 1;
+    return fits(out, in, &next, place);
+}
+
+/* The fewest of the changes, in their order, that are enough; none: all together are not. */
+static qs_status enough_changes(change_set *out, const qs_outlook_inputs *in, const qs_config *cfg,
                                 const qs_outlook_place *place)
 {
     const int count =
         place->gpu != NULL ? CHANGES : OFFLOAD_ACTIVATIONS; /* the CPU offloads none */
     bool enough = false;
-    unsigned taken = 0;
-    *out = 0;
+    change_set taken = {0};
+    *out = (change_set){0};
     for (int c = 0; c < count && !enough; c++) {
-        taken |= 1u << c;
-        const qs_config next = changed(cfg, taken);
-        QS_TRY(fits(&enough, in, &next, place));
-        enough = enough && allowed_pair(&next);
+        taken.set |= 1u << c;
+        QS_TRY(are_enough(&enough, &taken, in, cfg, place));
     }
     for (int c = 0; c < count && enough; c++) { /* those that turn out not to matter */
-        const unsigned fewer = taken & ~(1u << c);
-        const qs_config without = changed(cfg, fewer);
+        change_set fewer = {.set = taken.set & ~(1u << c)};
         bool still = false;
-        QS_TRY(fits(&still, in, &without, place));
-        taken = still && allowed_pair(&without) ? fewer : taken;
+        QS_TRY(are_enough(&still, &fewer, in, cfg, place));
+        taken = still ? fewer : taken;
     }
-    *out = enough ? taken : 0;
+    *out = enough ? taken : (change_set){0};
     return QS_OK;
 }
 
-static void add_text(char *out, size_t capacity, const char *text)
+static void __attribute__((format(printf, 3, 4)))
+add_text(char *out, size_t capacity, const char *format, ...)
 {
     const size_t used = strlen(out);
-    snprintf(out + used, capacity - used, "%s%s", used > 0 ? ", " : "", text);
+    va_list args;
+    snprintf(out + used, capacity - used, "%s", used > 0 ? ", " : "");
+    const size_t at = strlen(out);
+    va_start(args, format);
+    vsnprintf(out + at, capacity - at, format, args);
+    va_end(args);
 }
 
-static void describe_changes(unsigned changes, const qs_config *cfg, char *out, size_t capacity)
+static void describe_changes(change_set changes, const qs_config *cfg, char *out, size_t capacity)
 {
-    static const char *const texts[] = {"shard.keep_resident: 0",     "shard.prefetch: 1",
-                                        "train.recompute: selective", "train.recompute: full",
-                                        "train.gather_group: 1",      "train.micro_batch: 1"};
+    static const char *const texts[] = {
+        [RESIDENT_0] = "shard.keep_resident: 0",    [PREFETCH_1] = "shard.prefetch: 1",
+        [SELECTIVE] = "train.recompute: selective", [FULL] = "train.recompute: full",
+        [GROUP] = "train.gather_group: ",           [MICRO_1] = "train.micro_batch: 1"};
     static const char *const moved[] = {"activations", "weights", "embedding"}; /* bit by bit */
     const qs_config to = changed(cfg, changes);
     out[0] = '\0';
     for (int c = 0; c <= MICRO_1; c++) {
-        if (has(changes, (change)c)) {
-            add_text(out, capacity, texts[c]);
+        if (has(changes, (change)c) && c == GROUP) {
+            add_text(out, capacity, "%s%lld", texts[c], (long long)changes.group);
+        } else if (has(changes, (change)c)) {
+            add_text(out, capacity, "%s", texts[c]);
         }
     }
     if (to.memory.offload != cfg->memory.offload) {
         char list[64] = "";
         for (int i = 0; i < 3; i++) {
             if ((to.memory.offload & (1u << i)) != 0) {
-                add_text(list, sizeof list, moved[i]);
+                add_text(list, sizeof list, "%s", moved[i]);
             }
         }
-        char text[96];
-        snprintf(text, sizeof text, "memory.offload: [%s]", list);
-        add_text(out, capacity, text);
+        add_text(out, capacity, "memory.offload: [%s]", list);
     }
 }
 
@@ -283,7 +325,7 @@ static qs_status enough_ranks(int *out, const qs_outlook_inputs *in, const qs_co
 qs_status qs_outlook_find_remedy(qs_outlook_remedy *out, const qs_outlook_inputs *in,
                                  const qs_config *cfg, const qs_outlook_place *place)
 {
-    unsigned changes = 0;
+    change_set changes;
     *out = (qs_outlook_remedy){0};
     QS_TRY(enough_changes(&changes, in, cfg, place));
     describe_changes(changes, cfg, out->settings, sizeof out->settings);

@@ -151,13 +151,17 @@ static qs_status find_lack(candidates *c, const qs_session *s, const qs_plan_job
     return s->comm != NULL ? qs_comm_max_i64(s->comm, c->lack, (int)(c->high - c->low + 1)) : QS_OK;
 }
 
-/* The largest that fits, past those that take as many passes as the next smaller one (of four
- * micro-batches 3 + 1 hide gathers worse than 2 + 2); or the one that lacks least. */
+bool qs_plan_saves_pass(int64_t per_rank, int64_t group)
+{
+    return group == 1 || passes(per_rank, group) < passes(per_rank, group - 1);
+}
+
+/* The largest that fits, past those that save no pass; or the one that lacks least. */
 static int64_t best_group(const candidates *c, int64_t per_rank)
 {
     int64_t least = c->high;
     for (int64_t g = c->high; g >= c->low; g--) {
-        const bool saves = g == c->high || g == 1 || passes(per_rank, g) < passes(per_rank, g - 1);
+        const bool saves = g == c->high || qs_plan_saves_pass(per_rank, g);
         if (lack_of(c, g) <= 0 && saves) {
             return g;
         }

@@ -56,6 +56,10 @@ qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *
 
 enum { QS_PLAN_REASONS_MAX = 2, QS_PLAN_REASON_BYTES = 160 };
 
+/** Does a group of `group` of a rank's `per_rank` micro-batches save a pass over the next smaller
+ * one? Of four, 3 + 1 hide gathers worse than 2 + 2. */
+bool qs_plan_saves_pass(int64_t per_rank, int64_t group);
+
 /** A line for each setting that memory decided. \return how many. */
 int qs_plan_reasons(const qs_plan_choice *choice,
                     char out[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES]);
