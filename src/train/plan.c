@@ -182,10 +182,20 @@ static qs_status choose_group(qs_plan_choice *out, const qs_session *s, const qs
     return QS_OK;
 }
 
+/* What is final alone: a node's copy that the plan took back is not said to be there first. */
+static void report(const qs_plan_choice *choice, const qs_session *s)
+{
+    char reasons[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES];
+    const int count = qs_plan_reasons(choice, reasons);
+    qs_shard_group_report(&s->shard, &s->config, s->comm);
+    for (int i = 0; i < count; i++) {
+        qs_log_info("%s", reasons[i]);
+    }
+}
+
 qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *job,
                          qs_model_shape *shape)
 {
-    char reasons[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES];
     *out = (qs_plan_choice){0};
     QS_TRY(choose_group(out, s, job, shape));
     if (out->lack > 0 && s->config.shard.group == QS_SHARD_AUTO && s->shard.most < s->nranks) {
@@ -195,9 +205,8 @@ qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *
         QS_TRY(choose_group(out, s, job, shape));
     }
     shape->group = out->group;
-    const int count = s->comm != NULL ? qs_plan_reasons(out, reasons) : 0;
-    for (int i = 0; i < count; i++) {
-        qs_log_info("%s", reasons[i]);
+    if (s->comm != NULL) {
+        report(out, s);
     }
     return QS_OK;
 }
