@@ -417,6 +417,43 @@ Test(outlook, a_remedy_names_only_what_is_needed)
     done(&g);
 }
 
+/* What is suggested for a number of micro-batches a pass is the largest that fits and saves a pass;
+ * a number that is in the way is not lowered further than it has to be. */
+Test(outlook, a_smaller_group_is_the_largest_that_fits)
+{
+    static const char *const limits[] = {"22G", "23G", "24G", "26G", "28G", "30G", "33G", "36G"};
+    const int per_rank = 12;
+    int64_t seen[16] = {0}, kinds = 0;
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+        char limit[64];
+        snprintf(limit, sizeof limit, "memory.device_limit=%s", limits[i]);
+        const char *const sets[] = {"train.global_batch=48", "train.seq_len=2048", limit,
+                                    "train.gather_group=12"};
+        fixture f = on_base(LLAMA_3_70B, sets, 4);
+        qs_outlook_remedy remedy;
+        const qs_outlook_place place = {
+            .gpu = qs_gpu_kind_find("H100"), .nranks = 4, .per_node = 8, .threads = 1};
+        int64_t best = 0, chosen = 0;
+        for (int group = 11; group > 0 && best == 0; group--) {
+            const qs_config was = f.config;
+            f.config.train.gather_group = group;
+            const qs_outlook outlook = look_at(&f, "H100", 4, 8);
+            const int passes = (per_rank + group - 1) / group;
+            const bool saves = group == 1 || passes < (per_rank + group - 2) / (group - 1);
+            best = saves && lack_on(&f, &outlook, "H100") <= 0 ? group : 0;
+            f.config = was;
+        }
+        cr_assert_eq(qs_outlook_find_remedy(&remedy, &f.inputs, &f.config, &place), QS_OK);
+        const char *at = strstr(remedy.settings, "train.gather_group: ");
+        chosen = at != NULL ? atoll(at + strlen("train.gather_group: ")) : 0;
+        cr_assert_gt(best, 0, "%s", limits[i]);
+        cr_assert_eq(chosen, best, "%s: %s, not %lld", limits[i], remedy.settings, (long long)best);
+        kinds += seen[chosen]++ == 0;
+        done(&f);
+    }
+    cr_assert_geq(kinds, 3);
+}
+
 Test(outlook, what_nothing_helps_has_no_remedy)
 {
     static const char *const huge[] = {"train.seq_len=1048576"};

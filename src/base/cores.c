@@ -4,11 +4,11 @@
 #include "base/cores_impl.h"
 
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "base/places.h"
+#include "base/proc.h"
 
 typedef struct {
     int cores; /* that this process may use */
@@ -181,24 +181,9 @@ int qs_threads_for_rank(int local_nranks, int local_rank, int wanted)
     return qs_threads_for_share(local_nranks, local_rank, wanted);
 }
 
-/* FNV-1a of the kernel's boot id. Where /proc is not there every process counts as on one host:
- * shares are small then, never too large. */
-static uint64_t kernel_id(void)
-{
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "r");
-    if (file != NULL) {
-        for (int c = fgetc(file); c != EOF; c = fgetc(file)) {
-            hash = (hash ^ (uint64_t)c) * UINT64_C(0x100000001b3);
-        }
-        fclose(file);
-    }
-    return hash;
-}
-
 void qs_cores_get_binding(qs_cores_binding *out)
 {
-    *out = (qs_cores_binding){.host = kernel_id()};
+    *out = (qs_cores_binding){.host = qs_proc_host_number()};
     hwloc_topology_t topology = machine_topology();
     hwloc_cpuset_t mine = hwloc_bitmap_alloc();
     if (mine != NULL && topology != NULL &&

@@ -13,7 +13,8 @@ typedef enum {
     QS_MEM_BASE_SMALL,  /* replicated norms, biases, table, hashes */
     QS_MEM_LORA,        /* LoRA weights in the compute dtype, all ranks the same */
     QS_MEM_LORA_GRAD,   /* partial sums of the slot tree and reduction buffers */
-    QS_MEM_OPTIM,       /* fp32 master and moments of this rank's LoRA shard */
+    QS_MEM_OPTIM,       /* fp32 master and moments of this rank's LoRA shard, and while they are
+                         saved the image of their file */
     QS_MEM_ACTIVATION,  /* kept between forward and backward */
     QS_MEM_WORK,        /* scratch of one layer, of the head, of the kernels */
     QS_MEM_DATA,        /* tokens, labels, index */

@@ -21,3 +21,17 @@ void qs_proc_value(const char *path, const char *key, char *out, size_t capacity
         fclose(file);
     }
 }
+
+/* FNV-1a of the kernel's boot id. */
+uint64_t qs_proc_host_number(void)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (file != NULL) {
+        for (int c = fgetc(file); c != EOF; c = fgetc(file)) {
+            hash = (hash ^ (uint64_t)c) * UINT64_C(0x100000001b3);
+        }
+        fclose(file);
+    }
+    return hash;
+}

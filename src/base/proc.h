@@ -3,9 +3,15 @@
 #define QS_BASE_PROC_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /** The value behind "key :" in a file of /proc, for example "model name" in /proc/cpuinfo; "" if
  * there is none. */
 void qs_proc_value(const char *path, const char *key, char *out, size_t capacity);
+
+/** A number of the running kernel's, so that two containers of one machine count as one host. Where
+ * /proc is not there every process counts as on one host: shares are small then, never too large.
+ */
+uint64_t qs_proc_host_number(void);
 
 #endif

@@ -279,9 +279,10 @@ static qs_status open_session(bench_step *b)
     b->slots = (b->sequences + config.train.micro_batch - 1) / config.train.micro_batch;
     b->tokens = b->sequences * config.train.seq_len;
     b->targets = b->sequences * (config.train.seq_len - 1);
-    b->shape = qs_plan_shape(s, b->data, NULL, b->slots);
+    const qs_plan_job plan = qs_plan_training(b->data, NULL, b->slots);
+    b->shape = qs_plan_shape(s, &plan);
     qs_plan_choice choice;
-    return qs_plan_settle(&choice, s, b->data, NULL, &b->shape, b->slots);
+    return qs_plan_settle(&choice, s, &plan, &b->shape);
 }
 
 static qs_status allocate(bench_step *b)

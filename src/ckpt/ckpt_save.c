@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "base/mem.h"
 #include "ckpt/ckpt_impl.h"
 #include "store/h5.h"
 #include "store/hash.h"
@@ -34,7 +35,7 @@ typedef struct {
     int rank, nranks;
     char temp[QS_CKPT_PATH], final[QS_CKPT_PATH];
     void *image;
-    size_t image_bytes;
+    size_t image_bytes, noted_bytes;
     char sha256[QS_SHA256_HEX];
     file_note *notes; /* [nranks] */
     bool *blind;      /* [nranks] does not see the directory; NULL: all do */
@@ -250,6 +251,8 @@ static qs_status look_at_existing(const saving *s, int64_t *saved)
 static qs_status stages(saving *s)
 {
     QS_TRY(qs_comm_agree(s->comm, build_image(s)));
+    qs_mem_note(QS_MEM_HOST, QS_MEM_OPTIM, (ptrdiff_t)s->image_bytes);
+    s->noted_bytes = s->image_bytes;
     QS_TRY(collect_notes(s));
     QS_TRY(qs_ckpt_find_blind(s->meta, s->comm, &s->blind));
     const bool writes = !is_blind(s, s->rank);
@@ -293,6 +296,7 @@ qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_l
     }
     qs_status st = stages(&s);
     free(s.image);
+    qs_mem_note(QS_MEM_HOST, QS_MEM_OPTIM, -(ptrdiff_t)s.noted_bytes);
     free(s.notes);
     free(s.blind);
     if (st != QS_OK && s.made) {

@@ -21,6 +21,7 @@
 #include "store/h5.h"
 #include "store/io.h"
 #include "train/products.h"
+#include "train/room.h"
 
 #define GIB (1024.0 * 1024.0 * 1024.0)
 
@@ -75,6 +76,18 @@ static void look_at_memory(void)
     double free_gib = strtod(available, NULL) * 1024 / GIB;
     line(free_gib < 1 ? NOTE : FINE, "memory", "qshard train --dry-run prints what a rank needs",
          "%.1f GiB, %.1f free", strtod(total, NULL) * 1024 / GIB, free_gib);
+}
+
+/* What a rank may have of it: what plans and runs on the CPU go by. */
+static void look_at_share(const qs_comm *comm)
+{
+    const int ranks = qs_comm_local_nranks(comm);
+    const qs_room room = qs_room_assume(qs_threads_for_rank(ranks, 0, 0), ranks);
+    char what[QS_ROOM_TEXT_MAX];
+    qs_room_describe(&room, what, sizeof what);
+    const char *remedy = qs_limit_remedy(&room.limit);
+    line(FINE, "for a rank", NULL, "%.2f GiB of %s%s%s", (double)room.bytes / GIB, what,
+         remedy[0] != '\0' ? ": " : "", remedy);
 }
 
 static void look_at_limits(void)
@@ -249,6 +262,7 @@ qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm)
     broken_count = 0;
     look_at_cpu();
     look_at_memory();
+    look_at_share(comm);
     look_at_limits();
     look_at_gpus();
     look_at_mpi(comm);

@@ -41,10 +41,10 @@ static qs_status understand(plan *p, const qs_cli_args *args)
     return qs_outlook_open(&p->inputs, &p->config);
 }
 
-/* Ranks of a node, of which there may be fewer than it has room for. */
 static int local_nranks(const plan *p)
 {
-    return p->per_node < p->nranks ? p->per_node : p->nranks;
+    return qs_outlook_local_nranks(
+        &(qs_outlook_place){.nranks = p->nranks, .per_node = p->per_node});
 }
 
 static qs_outlook_place place_of(const plan *p, const qs_gpu_kind *gpu)
@@ -172,7 +172,30 @@ static qs_status print_kinds_row(const plan *p, const qs_gpu_kind *gpu, bool *an
 
 /* ---- does it fit? ---- */
 
-static qs_status does_not_fit(const plan *p, const qs_outlook_place *place, const char *who,
+/* Who allows what a rank may have, and what gives more of it. */
+typedef struct {
+    char name[QS_ROOM_TEXT_MAX];
+    const char *remedy;
+} grant;
+
+static void find_grant(const plan *p, const qs_outlook_place *place, size_t allowed, grant *out)
+{
+    out->remedy = "";
+    snprintf(out->name, sizeof out->name, "memory.device_limit");
+    if (place->gpu != NULL) {
+        if (allowed == qs_gpu_kind_free_bytes(place->gpu)) {
+            snprintf(out->name, sizeof out->name, "%s", place->gpu->name);
+        }
+        return;
+    }
+    const qs_room room = qs_room_assume(place->threads, local_nranks(p));
+    if (p->config.memory.device_limit == 0 || (size_t)p->config.memory.device_limit > room.bytes) {
+        qs_room_describe(&room, out->name, sizeof out->name);
+        out->remedy = qs_limit_remedy(&room.limit);
+    }
+}
+
+static qs_status does_not_fit(const plan *p, const qs_outlook_place *place, const grant *who,
                               size_t needed, size_t allowed)
 {
     qs_outlook_remedy remedy;
@@ -188,33 +211,30 @@ static qs_status does_not_fit(const plan *p, const qs_outlook_place *place, cons
                  remedy.nranks);
     }
     if (text[0] == '\0') {
-        snprintf(
-            text, sizeof text,
-            "no setting and no number of ranks makes it fit: lower train.seq_len or lora.rank, "
-            "or take larger GPUs");
+        snprintf(text, sizeof text,
+                 "no setting and no number of ranks makes it fit: lower train.seq_len or "
+                 "lora.rank, or take %s",
+                 place->gpu != NULL ? "larger GPUs" : "hosts with more memory");
     }
-    return QS_FAIL(QS_ERR_MEMORY, "%s: a rank needs %.1f GiB and has %.1f (%s): %s", p->path,
-                   (double)needed / GIB, (double)allowed / GIB, who, text);
+    return QS_FAIL(QS_ERR_MEMORY, "%s: a rank needs %.1f GiB and has %.1f (%s%s%s): %s", p->path,
+                   (double)needed / GIB, (double)allowed / GIB, who->name,
+                   who->remedy[0] != '\0' ? "; " : "", who->remedy, text);
 }
 
 static qs_status judge(const plan *p, const qs_outlook *outlook, const qs_outlook_place *place)
 {
     const size_t needed = qs_outlook_needed(outlook);
     const size_t allowed = qs_outlook_allowed(&p->config, place);
-    char who[64] = "memory.device_limit";
-    if (place->gpu != NULL && allowed == qs_gpu_kind_free_bytes(place->gpu)) {
-        snprintf(who, sizeof who, "%s", place->gpu->name);
-    }
+    grant who;
+    find_grant(p, place, allowed, &who);
     if (needed > allowed) {
-        return does_not_fit(p, place, who, needed, allowed);
+        return does_not_fit(p, place, &who, needed, allowed);
     }
-    if (allowed < SIZE_MAX) {
-        printf("fits: a rank needs %.1f GiB%s and has %.1f (%s)\n\n", (double)needed / GIB,
-               place->gpu == NULL ? ""
-               : p->nranks > 1    ? " with code and NCCL"
-                                  : " with code",
-               (double)allowed / GIB, who);
-    }
+    printf("fits: a rank needs %.1f GiB%s and has %.1f (%s)\n\n", (double)needed / GIB,
+           place->gpu == NULL ? ""
+           : p->nranks > 1    ? " with code and NCCL"
+                              : " with code",
+           (double)allowed / GIB, who.name);
     return QS_OK;
 }
 

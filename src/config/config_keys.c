@@ -334,7 +334,7 @@ const qs_key qs_keys[] = {
      .neutral = true,
      .unit = "bytes",
      .meaning = "most that a rank may need on its device (8G = 8 * 2^30); 0: what a GPU has free, "
-                "no limit on the CPU"},
+                "on the CPU its part of the host"},
 
     {.name = "cpu.gemm",
      .type = QS_KEY_ENUM,

@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "hf/safetensors.h"
+#include "train/plan.h"
 #include "train/train.h"
 
 qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum)
@@ -112,31 +113,55 @@ done:
     return st;
 }
 
+/* The largest micro-batch decides the room. */
+static qs_model_shape shape_of(const qs_session *s, const qs_eval_options *options,
+                               const qs_plan_job *job)
+{
+    const int64_t micro_batch = options->config.train.micro_batch;
+    const int64_t tokens = qs_data_longest(job->eval, micro_batch);
+    const bool all = options->dump_logits != NULL;
+    return (qs_model_shape){.max_tokens = tokens,
+                            .max_targets =
+                                all ? tokens : qs_data_most_targets(job->eval, micro_batch),
+                            .seq_len = options->config.train.seq_len,
+                            .group = qs_session_group(s, job->slots),
+                            .logit_rows = all ? tokens : 0,
+                            .residual_f32 = options->config.train.residual_fp32,
+                            .head_chunk_rows = s->index->head_chunk_rows};
+}
+
+/* Sums of losses, this rank's and everybody's, and the first sequence's logits. */
+static size_t result_bytes(const qs_session *s, const qs_eval_options *options, const qs_data *data,
+                           int64_t slots)
+{
+    const int64_t logits =
+        options->dump_logits != NULL ? qs_data_longest(data, 1) * s->index->config.vocab : 0;
+    return (size_t)(3 * slots) * sizeof(double) + (size_t)logits * sizeof(float);
+}
+
 static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_data *data)
 {
     qs_status st = QS_OK;
     const int64_t micro_batch = options->config.train.micro_batch;
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
-    const int64_t group = qs_session_group(s, slots);
-    const int64_t tokens = qs_data_longest(data, micro_batch);
-    const qs_model_shape shape = {.max_tokens = tokens,
-                                  .max_targets = options->dump_logits != NULL
-                                                     ? tokens
-                                                     : qs_data_most_targets(data, micro_batch),
-                                  .seq_len = options->config.train.seq_len,
-                                  .group = group,
-                                  .logit_rows = options->dump_logits != NULL ? tokens : 0,
-                                  .residual_f32 = options->config.train.residual_fp32,
-                                  .head_chunk_rows = s->index->head_chunk_rows};
+    const qs_plan_job job = {.eval = data,
+                             .slots = slots,
+                             .result_bytes = result_bytes(s, options, data, slots),
+                             .settings = "lower train.micro_batch, train.gather_group, "
+                                         "shard.keep_resident or shard.prefetch"};
+    qs_model_shape shape = shape_of(s, options, &job);
+    qs_memory_plan plan;
     qs_feed feed = {0};
     qs_eval_result result;
+    QS_GOTO(qs_plan_forward(&plan, s, &job, &shape));
     QS_GOTO(qs_session_connect(s, &shape, false));
     QS_GOTO(qs_session_build(s, &shape));
-    QS_GOTO(qs_comm_agree(s->comm, qs_feed_create(&feed, group, tokens)));
+    QS_GOTO(qs_comm_agree(s->comm, qs_feed_create(&feed, shape.group, shape.max_tokens)));
     if (options->dump_logits != NULL) {
         QS_GOTO(dump_logits(s, data, feed.batches[0], options->dump_logits));
     }
     QS_GOTO(qs_evaluate(s, data, micro_batch, &feed, &result));
+    qs_memory_plan_compare(&plan);
     if (qs_comm_rank(s->comm) == 0) {
         printf("eval_loss %.17g perplexity %.6g targets %lld sequences %lld\n", result.loss,
                exp(result.loss), (long long)result.targets, (long long)result.sequences);

@@ -1,5 +1,6 @@
 #include "train/outlook.h"
 
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -73,13 +74,6 @@ static qs_group_links links_on_paper(const qs_outlook_place *place, int per_node
                             qs_links_receive_s(place->nranks - 1, place->nranks, &usual)};
 }
 
-/* What the run would find there: on the CPU as much as on this host. */
-static size_t room_on_paper(const qs_config *cfg, const qs_outlook_place *place, int per_node)
-{
-    const size_t allowed = qs_outlook_allowed(cfg, place), host = qs_room_on_host(per_node);
-    return place->gpu == NULL && host < allowed ? host : allowed;
-}
-
 /* The part of a session that plans look at; nothing in it is owned. */
 static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
                                   const qs_outlook_place *place)
@@ -97,12 +91,12 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
         return QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s, so not on a GPU", cfg->base, why);
     }
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
-    const int per_node = place->per_node < place->nranks ? place->per_node : place->nranks;
+    const int per_node = qs_outlook_local_nranks(place);
     if (per_node > 1 && per_node < place->nranks && place->nranks % per_node == 0) {
         s->per_host = per_node;
     }
     const qs_group_links links = links_on_paper(place, per_node);
-    s->room = room_on_paper(cfg, place, per_node);
+    s->room = qs_outlook_allowed(cfg, place);
     return qs_shard_group_assume(&s->shard, cfg, in->index, &options, s->room, place->nranks,
                                  per_node, &links);
 }
@@ -113,9 +107,10 @@ qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs
     qs_session s;
     QS_TRY(session_on_paper(&s, in, cfg, place));
     const int64_t slots = qs_sampler_make(cfg, in->train).slots;
-    qs_model_shape shape = qs_plan_shape(&s, in->train, in->eval, slots);
-    QS_TRY(qs_plan_settle(&out->choice, &s, in->train, in->eval, &shape, slots));
-    out->memory = qs_memory_plan_make(&s, in->train, in->eval, &shape, slots);
+    const qs_plan_job job = qs_plan_training(in->train, in->eval, slots);
+    qs_model_shape shape = qs_plan_shape(&s, &job);
+    QS_TRY(qs_plan_settle(&out->choice, &s, &job, &shape));
+    out->memory = qs_memory_plan_make(&s, &job, &shape);
     return qs_step_work_make(&out->work, &s, in->train, &shape, slots);
 }
 
@@ -124,10 +119,17 @@ size_t qs_outlook_needed(const qs_outlook *outlook)
     return qs_memory_plan_needed(&outlook->memory);
 }
 
+int qs_outlook_local_nranks(const qs_outlook_place *place)
+{
+    return place->per_node < place->nranks ? place->per_node : place->nranks;
+}
+
 size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place)
 {
-    const size_t card = place->gpu != NULL ? qs_gpu_kind_free_bytes(place->gpu) : SIZE_MAX;
-    return qs_room_within(card, cfg->memory.device_limit);
+    const size_t there = place->gpu != NULL
+                             ? qs_gpu_kind_free_bytes(place->gpu)
+                             : qs_room_assume(place->threads, qs_outlook_local_nranks(place)).bytes;
+    return qs_room_within(there, cfg->memory.device_limit);
 }
 
 /* ---- remedies ---- */
@@ -138,7 +140,7 @@ typedef enum {
     PREFETCH_1,
     SELECTIVE,
     FULL,
-    GROUP_1,
+    GROUP, /* fewer micro-batches a pass */
     MICRO_1,
     OFFLOAD_ACTIVATIONS,
     OFFLOAD_EMBEDDING,
@@ -146,12 +148,17 @@ typedef enum {
     CHANGES
 } change;
 
-static bool has(unsigned changes, change c)
+typedef struct {
+    unsigned set;
+    int64_t group; /* with GROUP */
+} change_set;
+
+static bool has(change_set changes, change c)
 {
-    return (changes & (1u << c)) != 0;
+    return (changes.set & (1u << c)) != 0;
 }
 
-static qs_config changed(const qs_config *cfg, unsigned changes)
+static qs_config changed(const qs_config *cfg, change_set changes)
 {
     qs_config out = *cfg;
     out.shard.keep_resident = has(changes, RESIDENT_0) ? 0 : out.shard.keep_resident;
@@ -162,7 +169,7 @@ static qs_config changed(const qs_config *cfg, unsigned changes)
     if (has(changes, FULL)) {
         out.train.recompute = QS_RECOMPUTE_FULL;
     }
-    out.train.gather_group = has(changes, GROUP_1) ? 1 : out.train.gather_group;
+    out.train.gather_group = has(changes, GROUP) ? changes.group : out.train.gather_group;
     out.train.micro_batch = has(changes, MICRO_1) ? 1 : out.train.micro_batch;
     out.memory.offload |= has(changes, OFFLOAD_ACTIVATIONS) ? QS_OFFLOAD_ACTIVATIONS : 0;
     out.memory.offload |= has(changes, OFFLOAD_EMBEDDING) ? QS_OFFLOAD_EMBEDDING : 0;
@@ -186,61 +193,97 @@ static qs_status fits(bool *out, const qs_outlook_inputs *in, const qs_config *c
     return QS_OK;
 }
 
-/* The fewest of the changes, in their order, that are enough; 0: all together are not. */
-static qs_status enough_changes(unsigned *out, const qs_outlook_inputs *in, const qs_config *cfg,
+/* Is *changes enough? With GROUP: with the largest group below the configured one that is, past
+ * those that save no pass; `auto` has been settled already. */
+static qs_status are_enough(bool *out, change_set *changes, const qs_outlook_inputs *in,
+                            const qs_config *cfg, const qs_outlook_place *place)
+{
+    qs_config next = changed(cfg, *changes);
+    const int64_t slots = qs_sampler_make(&next, in->train).slots;
+    const int64_t per_rank = qs_shard_width(slots, place->nranks);
+    *out = false;
+    if (!allowed_pair(&next)) {
+        return QS_OK;
+    }
+    if (!has(*changes, GROUP) || cfg->train.gather_group == 0) {
+        changes->group = cfg->train.gather_group;
+        next.train.gather_group = cfg->train.gather_group;
+        return fits(out, in, &next, place);
+    }
+    changes->group = cfg->train.gather_group - 1;
+    changes->group = changes->group < per_rank ? changes->group : per_rank;
+    for (; changes->group > 1; changes->group--) {
+        next.train.gather_group = changes->group;
+        if (qs_plan_saves_pass(per_rank, changes->group)) {
+            QS_TRY(fits(out, in, &next, place));
+        }
+        if (*out) {
+            return QS_OK;
+        }
+    }
+    changes->group = next.train.gather_group = 1;
+    return fits(out, in, &next, place);
+}
+
+/* The fewest of the changes, in their order, that are enough; none: all together are not. */
+static qs_status enough_changes(change_set *out, const qs_outlook_inputs *in, const qs_config *cfg,
                                 const qs_outlook_place *place)
 {
     const int count =
         place->gpu != NULL ? CHANGES : OFFLOAD_ACTIVATIONS; /* the CPU offloads none */
     bool enough = false;
-    unsigned taken = 0;
-    *out = 0;
+    change_set taken = {0};
+    *out = (change_set){0};
     for (int c = 0; c < count && !enough; c++) {
-        taken |= 1u << c;
-        const qs_config next = changed(cfg, taken);
-        QS_TRY(fits(&enough, in, &next, place));
-        enough = enough && allowed_pair(&next);
+        taken.set |= 1u << c;
+        QS_TRY(are_enough(&enough, &taken, in, cfg, place));
     }
     for (int c = 0; c < count && enough; c++) { /* those that turn out not to matter */
-        const unsigned fewer = taken & ~(1u << c);
-        const qs_config without = changed(cfg, fewer);
+        change_set fewer = {.set = taken.set & ~(1u << c)};
         bool still = false;
-        QS_TRY(fits(&still, in, &without, place));
-        taken = still && allowed_pair(&without) ? fewer : taken;
+        QS_TRY(are_enough(&still, &fewer, in, cfg, place));
+        taken = still ? fewer : taken;
     }
-    *out = enough ? taken : 0;
+    *out = enough ? taken : (change_set){0};
     return QS_OK;
 }
 
-static void add_text(char *out, size_t capacity, const char *text)
+static void __attribute__((format(printf, 3, 4)))
+add_text(char *out, size_t capacity, const char *format, ...)
 {
     const size_t used = strlen(out);
-    snprintf(out + used, capacity - used, "%s%s", used > 0 ? ", " : "", text);
+    va_list args;
+    snprintf(out + used, capacity - used, "%s", used > 0 ? ", " : "");
+    const size_t at = strlen(out);
+    va_start(args, format);
+    vsnprintf(out + at, capacity - at, format, args);
+    va_end(args);
 }
 
-static void describe_changes(unsigned changes, const qs_config *cfg, char *out, size_t capacity)
+static void describe_changes(change_set changes, const qs_config *cfg, char *out, size_t capacity)
 {
-    static const char *const texts[] = {"shard.keep_resident: 0",     "shard.prefetch: 1",
-                                        "train.recompute: selective", "train.recompute: full",
-                                        "train.gather_group: 1",      "train.micro_batch: 1"};
+    static const char *const texts[] = {
+        [RESIDENT_0] = "shard.keep_resident: 0",    [PREFETCH_1] = "shard.prefetch: 1",
+        [SELECTIVE] = "train.recompute: selective", [FULL] = "train.recompute: full",
+        [GROUP] = "train.gather_group: ",           [MICRO_1] = "train.micro_batch: 1"};
     static const char *const moved[] = {"activations", "weights", "embedding"}; /* bit by bit */
     const qs_config to = changed(cfg, changes);
     out[0] = '\0';
     for (int c = 0; c <= MICRO_1; c++) {
-        if (has(changes, (change)c)) {
-            add_text(out, capacity, texts[c]);
+        if (has(changes, (change)c) && c == GROUP) {
+            add_text(out, capacity, "%s%lld", texts[c], (long long)changes.group);
+        } else if (has(changes, (change)c)) {
+            add_text(out, capacity, "%s", texts[c]);
         }
     }
     if (to.memory.offload != cfg->memory.offload) {
         char list[64] = "";
         for (int i = 0; i < 3; i++) {
             if ((to.memory.offload & (1u << i)) != 0) {
-                add_text(list, sizeof list, moved[i]);
+                add_text(list, sizeof list, "%s", moved[i]);
             }
         }
-        char text[96];
-        snprintf(text, sizeof text, "memory.offload: [%s]", list);
-        add_text(out, capacity, text);
+        add_text(out, capacity, "memory.offload: [%s]", list);
     }
 }
 
@@ -282,7 +325,7 @@ static qs_status enough_ranks(int *out, const qs_outlook_inputs *in, const qs_co
 qs_status qs_outlook_find_remedy(qs_outlook_remedy *out, const qs_outlook_inputs *in,
                                  const qs_config *cfg, const qs_outlook_place *place)
 {
-    unsigned changes = 0;
+    change_set changes;
     *out = (qs_outlook_remedy){0};
     QS_TRY(enough_changes(&changes, in, cfg, place));
     describe_changes(changes, cfg, out->settings, sizeof out->settings);

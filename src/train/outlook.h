@@ -38,10 +38,13 @@ typedef struct {
 qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs_config *cfg,
                           const qs_outlook_place *place);
 
-/** Bytes of device memory (on the CPU: of the host's) that a rank needs, and may have: the card's
- * or memory.device_limit's, the smaller; SIZE_MAX where nobody sets a bound. */
+/** Bytes of device memory (on the CPU: of the host's) that a rank needs, and may have: the card's,
+ * or on the CPU what this host would give it (room.h), or memory.device_limit, the smaller. */
 size_t qs_outlook_needed(const qs_outlook *outlook);
 size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place);
+
+/** Ranks of a node, of which there may be fewer than it has room for. */
+int qs_outlook_local_nranks(const qs_outlook_place *place);
 
 /** What would make a run fit that does not: changes of the configuration, or more GPUs. */
 typedef struct {

@@ -32,60 +32,85 @@ static int64_t larger(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs_data *eval,
-                             int64_t slots)
+qs_plan_job qs_plan_training(const qs_data *train, const qs_data *eval, int64_t slots)
+{
+    return (qs_plan_job){.train = train,
+                         .eval = eval,
+                         .slots = slots,
+                         .trained = true,
+                         .settings = "lower train.micro_batch, train.gather_group, "
+                                     "shard.keep_resident or shard.prefetch, set "
+                                     "train.recompute: full"};
+}
+
+qs_model_shape qs_plan_shape(const qs_session *s, const qs_plan_job *job)
 {
     const qs_config *cfg = &s->config;
     const int64_t micro = cfg->train.micro_batch;
     qs_model_shape shape = {
-        .max_tokens = qs_data_longest(train, micro),
-        .max_targets = qs_data_most_targets(train, micro),
+        .max_tokens = qs_data_longest(job->train, micro),
+        .max_targets = qs_data_most_targets(job->train, micro),
         .seq_len = cfg->train.seq_len,
-        .group = qs_session_group(s, slots),
+        .group = qs_session_group(s, job->slots),
         .recompute = cfg->train.recompute,
         .backward = true,
         .head_chunk_rows = s->index->head_chunk_rows,
         .residual_f32 = cfg->train.residual_fp32,
         .offload = s->apart && (cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0,
     };
-    if (eval != NULL) {
-        shape.max_tokens = larger(shape.max_tokens, qs_data_longest(eval, micro));
-        shape.max_targets = larger(shape.max_targets, qs_data_most_targets(eval, micro));
+    if (job->eval != NULL) {
+        shape.max_tokens = larger(shape.max_tokens, qs_data_longest(job->eval, micro));
+        shape.max_targets = larger(shape.max_targets, qs_data_most_targets(job->eval, micro));
     }
     return shape;
 }
 
-qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
-                                   const qs_model_shape *shape, int64_t slots)
+/* Gradients and the optimizer's state. */
+static void add_training(qs_memory_plan *plan, const qs_session *s, int64_t slots, int64_t group)
 {
-    const int nranks = s->nranks;
     const qs_lora_layout *layout = &s->layout;
+    const size_t state =
+        3 * sizeof(float) * (size_t)(layout->n_layers * qs_lora_shard_width(layout, s->nranks));
+    size_t *device = plan->bytes[plan->space], *host = plan->bytes[QS_MEM_HOST];
+    device[QS_MEM_LORA_GRAD] += qs_grads_bytes(layout, s->nranks, s->per_host, slots, group);
+    device[QS_MEM_OPTIM] += state;
+    host[QS_MEM_OPTIM] += state;                /* the image of a checkpoint */
+    host[QS_MEM_OPTIM] += s->apart ? state : 0; /* the other side of the mirrors */
+}
+
+qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_plan_job *job,
+                                   const qs_model_shape *shape)
+{
+    const bool adapted = job->trained || s->adapter != NULL;
+    const qs_lora_layout *layout = adapted ? &s->layout : NULL;
     const qs_ops_limits limits = qs_session_limits(s, shape);
     const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
     const qs_model_bytes model = qs_model_plan(&s->index->config, layout, s->ops, shape);
     const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, s->shard.nranks, &options);
-    const size_t shard = (size_t)(layout->n_layers * qs_lora_shard_width(layout, nranks));
-    qs_memory_plan plan = {.space = s->apart ? QS_MEM_DEVICE : QS_MEM_HOST, .peers = nranks > 1};
+    qs_memory_plan plan = {.space = s->apart ? QS_MEM_DEVICE : QS_MEM_HOST,
+                           .peers = s->nranks > 1,
+                           .trained = job->trained,
+                           .settings = job->settings};
     size_t *device = plan.bytes[plan.space], *host = plan.bytes[QS_MEM_HOST];
 
     device[QS_MEM_BASE_SHARD] += fsdp.device_shard_bytes;
     device[QS_MEM_BASE_GATHER] += fsdp.gather_bytes;
     device[QS_MEM_BASE_SMALL] += model.small_bytes;
-    device[QS_MEM_LORA] += qs_session_lora_bytes(s) + model.adapter_bytes;
-    device[QS_MEM_LORA_GRAD] += qs_grads_bytes(layout, nranks, s->per_host, slots, shape->group);
-    device[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
+    device[QS_MEM_LORA] +=
+        model.adapter_bytes + (adapted ? qs_session_lora_bytes(s, job->trained) : 0);
     device[QS_MEM_ACTIVATION] += model.activation_bytes;
     device[QS_MEM_WORK] +=
         model.work_bytes + s->ops->scratch_bytes(&limits) + fsdp.embed_device_bytes;
     device[QS_MEM_DATA] += model.input_bytes;
 
     host[QS_MEM_BASE_SHARD] += fsdp.host_shard_bytes;
+    host[QS_MEM_LORA] += s->adapter != NULL ? qs_session_adapter_bytes(s) : 0;
     host[QS_MEM_ACTIVATION] += model.host_activation_bytes;
-    host[QS_MEM_WORK] += fsdp.embed_host_bytes;
-    host[QS_MEM_DATA] += data_bytes(train) + batch_bytes(shape) + data_bytes(eval);
-    if (s->apart) { /* the other side of the mirrors */
-        host[QS_MEM_OPTIM] += 3 * shard * sizeof(float);
-        host[QS_MEM_DATA] += model.input_bytes;
+    host[QS_MEM_WORK] += fsdp.embed_host_bytes + job->result_bytes;
+    host[QS_MEM_DATA] += data_bytes(job->train) + batch_bytes(shape) + data_bytes(job->eval);
+    host[QS_MEM_DATA] += s->apart ? model.input_bytes : 0; /* the other side of the mirrors */
+    if (job->trained) {
+        add_training(&plan, s, job->slots, shape->group);
     }
     for (int space = 0; space < QS_MEM_SPACE_COUNT; space++) {
         for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
@@ -113,26 +138,30 @@ static int64_t lack_of(const candidates *c, int64_t group)
     return c->lack[group - c->low];
 }
 
-static qs_status find_lack(candidates *c, const qs_session *s, const qs_data *train,
-                           const qs_data *eval, const qs_model_shape *shape, int64_t slots)
+static qs_status find_lack(candidates *c, const qs_session *s, const qs_plan_job *job,
+                           const qs_model_shape *shape)
 {
     qs_model_shape tried = *shape;
-    c->high = qs_session_group(s, slots);
+    c->high = qs_session_group(s, job->slots);
     c->low = s->config.train.gather_group == 0 ? 1 : c->high;
     for (tried.group = c->low; tried.group <= c->high; tried.group++) {
-        const qs_memory_plan plan = qs_memory_plan_make(s, train, eval, &tried, slots);
+        const qs_memory_plan plan = qs_memory_plan_make(s, job, &tried);
         c->lack[tried.group - c->low] = (int64_t)qs_memory_plan_needed(&plan) - (int64_t)s->room;
     }
     return s->comm != NULL ? qs_comm_max_i64(s->comm, c->lack, (int)(c->high - c->low + 1)) : QS_OK;
 }
 
-/* The largest that fits, past those that take as many passes as the next smaller one (of four
- * micro-batches 3 + 1 hide gathers worse than 2 + 2); or the one that lacks least. */
+bool qs_plan_saves_pass(int64_t per_rank, int64_t group)
+{
+    return group == 1 || passes(per_rank, group) < passes(per_rank, group - 1);
+}
+
+/* The largest that fits, past those that save no pass; or the one that lacks least. */
 static int64_t best_group(const candidates *c, int64_t per_rank)
 {
     int64_t least = c->high;
     for (int64_t g = c->high; g >= c->low; g--) {
-        const bool saves = g == c->high || g == 1 || passes(per_rank, g) < passes(per_rank, g - 1);
+        const bool saves = g == c->high || qs_plan_saves_pass(per_rank, g);
         if (lack_of(c, g) <= 0 && saves) {
             return g;
         }
@@ -141,34 +170,43 @@ static int64_t best_group(const candidates *c, int64_t per_rank)
     return least;
 }
 
-static qs_status choose_group(qs_plan_choice *out, const qs_session *s, const qs_data *train,
-                              const qs_data *eval, const qs_model_shape *shape, int64_t slots)
+static qs_status choose_group(qs_plan_choice *out, const qs_session *s, const qs_plan_job *job,
+                              const qs_model_shape *shape)
 {
     candidates c;
-    QS_TRY(find_lack(&c, s, train, eval, shape, slots));
+    QS_TRY(find_lack(&c, s, job, shape));
     out->most = c.high;
-    out->group = best_group(&c, qs_shard_width(slots, s->nranks));
+    out->group = best_group(&c, qs_shard_width(job->slots, s->nranks));
     out->lack = lack_of(&c, out->group);
     out->most_lack = lack_of(&c, c.high);
     return QS_OK;
 }
 
-qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_data *train,
-                         const qs_data *eval, qs_model_shape *shape, int64_t slots)
+/* What is final alone: a node's copy that the plan took back is not said to be there first. */
+static void report(const qs_plan_choice *choice, const qs_session *s)
 {
     char reasons[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES];
+    const int count = qs_plan_reasons(choice, reasons);
+    qs_shard_group_report(&s->shard, &s->config, s->comm);
+    for (int i = 0; i < count; i++) {
+        qs_log_info("%s", reasons[i]);
+    }
+}
+
+qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *job,
+                         qs_model_shape *shape)
+{
     *out = (qs_plan_choice){0};
-    QS_TRY(choose_group(out, s, train, eval, shape, slots));
+    QS_TRY(choose_group(out, s, job, shape));
     if (out->lack > 0 && s->config.shard.group == QS_SHARD_AUTO && s->shard.most < s->nranks) {
         out->widened = true;
         out->node_lack = out->lack;
         qs_shard_group_widen(&s->shard, s->comm, s->nranks);
-        QS_TRY(choose_group(out, s, train, eval, shape, slots));
+        QS_TRY(choose_group(out, s, job, shape));
     }
     shape->group = out->group;
-    const int count = s->comm != NULL ? qs_plan_reasons(out, reasons) : 0;
-    for (int i = 0; i < count; i++) {
-        qs_log_info("%s", reasons[i]);
+    if (s->comm != NULL) {
+        report(out, s);
     }
     return QS_OK;
 }
@@ -231,30 +269,83 @@ size_t qs_memory_plan_needed(const qs_memory_plan *plan)
     return plan->total_bytes[plan->space] + (plan->space == QS_MEM_DEVICE ? beside : 0);
 }
 
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
-                               int64_t limit_bytes)
+static qs_status check_limit(const qs_memory_plan *plan, int64_t limit_bytes)
+{
+    const size_t needed = qs_memory_plan_needed(plan);
+    return limit_bytes <= 0 || needed <= (size_t)limit_bytes
+               ? QS_OK
+               : QS_FAIL(QS_ERR_MEMORY,
+                         "memory.device_limit is %lld bytes, a rank would need %zu: %s, or use "
+                         "more ranks",
+                         (long long)limit_bytes, needed, plan->settings);
+}
+
+static qs_status check_device(const qs_memory_plan *plan, const qs_device *device)
 {
     const size_t needed = qs_memory_plan_needed(plan), held = plan->total_bytes[plan->space];
     size_t free_bytes = 0, total_bytes = 0;
     qs_device_memory(device, &free_bytes, &total_bytes);
-    if (limit_bytes > 0 && needed > (size_t)limit_bytes) {
-        return QS_FAIL(
-            QS_ERR_MEMORY,
-            "memory.device_limit is %lld bytes, a rank would need %zu: lower "
-            "train.micro_batch, train.gather_group, shard.keep_resident or shard.prefetch, set "
-            "train.recompute: full, or use "
-            "more ranks",
-            (long long)limit_bytes, needed);
+    return total_bytes == 0 || needed <= free_bytes
+               ? QS_OK
+               : QS_FAIL(QS_ERR_MEMORY,
+                         "%s: a rank would need %zu bytes of device memory and %zu for code and "
+                         "NCCL, %zu of %zu are free: %s%s, or use more ranks",
+                         qs_device_name(device), held, needed - held, free_bytes, total_bytes,
+                         plan->settings,
+                         plan->trained ? " or memory.offload: [activations, weights, embedding]"
+                                       : ", set memory.offload: [weights, embedding]");
+}
+
+/* The kernel would end the run later, without a word. */
+static qs_status check_host(const qs_memory_plan *plan, const qs_room *host)
+{
+    const size_t needed = plan->total_bytes[QS_MEM_HOST];
+    char what[QS_ROOM_TEXT_MAX];
+    if (needed <= host->bytes) {
+        return QS_OK;
     }
-    if (total_bytes > 0 && needed > free_bytes) {
-        return QS_FAIL(
-            QS_ERR_MEMORY,
-            "%s: a rank would need %zu bytes of device memory and %zu for code and NCCL, %zu of "
-            "%zu "
-            "are free: lower train.micro_batch, train.gather_group, shard.keep_resident or "
-            "shard.prefetch, set train.recompute: full or "
-            "memory.offload: [activations, weights, embedding], or use more ranks",
-            qs_device_name(device), held, needed - held, free_bytes, total_bytes);
+    qs_room_describe(host, what, sizeof what);
+    const char *remedy = qs_limit_remedy(&host->limit);
+    return QS_FAIL(QS_ERR_MEMORY,
+                   "memory of the host: a rank would need %zu bytes and has %zu, its part of %s: "
+                   "%s%s%s, or use more hosts",
+                   needed, host->bytes, what, remedy, remedy[0] != '\0' ? "; " : "",
+                   plan->space == QS_MEM_HOST ? plan->settings
+                                              : "take entries out of memory.offload");
+}
+
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_session *s)
+{
+    QS_TRY(check_limit(plan, s->config.memory.device_limit));
+    QS_TRY(check_device(plan, s->device));
+    return check_host(plan, &s->host);
+}
+
+qs_status qs_memory_plan_require(const qs_memory_plan *plan, const qs_session *s, bool print)
+{
+    const qs_status fits = qs_memory_plan_check(plan, s);
+    const bool explains = fits != QS_OK && qs_log_says(QS_LOG_INFO);
+    if (qs_comm_rank(s->comm) == 0 && (print || explains)) {
+        qs_memory_plan_print(plan, false);
     }
-    return QS_OK;
+    return qs_comm_agree(s->comm, fits);
+}
+
+qs_status qs_plan_forward(qs_memory_plan *out, qs_session *s, const qs_plan_job *job,
+                          qs_model_shape *shape)
+{
+    qs_plan_choice choice;
+    QS_TRY(qs_plan_settle(&choice, s, job, shape));
+    *out = qs_memory_plan_make(s, job, shape);
+    return qs_memory_plan_require(out, s, false);
+}
+
+void qs_memory_plan_compare(const qs_memory_plan *plan)
+{
+    for (int c = 0; c < QS_MEM_CLASS_COUNT; c++) {
+        qs_log_debug("memory: %s: %zu planned, %zu reached", qs_mem_class_name((qs_mem_class)c),
+                     plan->bytes[plan->space][c], qs_mem_peak_bytes(plan->space, (qs_mem_class)c));
+    }
+    qs_log_debug("memory: total: %zu planned, %zu reached", plan->total_bytes[plan->space],
+                 qs_mem_peak_total_bytes(plan->space));
 }

@@ -6,24 +6,36 @@
 #include "data/data.h"
 #include "train/session.h"
 
+/** What is planned for: a training run, or passes that only go forward (eval, sample). */
+typedef struct {
+    const qs_data *train, *eval; /* the token files that are open; NULL: none */
+    int64_t slots; /* micro-batches over all ranks: of a step, or forward of the whole file */
+    bool trained;
+    size_t result_bytes;  /* in host memory, beside the model: what a command asks of it */
+    const char *settings; /* of a command that does not train: what makes it less, for a message */
+} qs_plan_job;
+
+/** A training run's; `eval` may be NULL. */
+qs_plan_job qs_plan_training(const qs_data *train, const qs_data *eval, int64_t slots);
+
 typedef struct {
     size_t bytes[QS_MEM_SPACE_COUNT][QS_MEM_CLASS_COUNT];
     size_t total_bytes[QS_MEM_SPACE_COUNT];
     qs_mem_space space; /* where it computes: the device's memory, or on the CPU the host's */
     bool peers;         /* more than one rank */
+    bool trained;
+    const char *settings; /* that make it less: for a message */
 } qs_memory_plan;
 
 /** What the model of a training run is built for: the largest micro-batch of either file decides
- * the room, `eval` may be NULL; `slots` micro-batches a step. Its group is the most that `auto`
- * stands for: qs_plan_settle. */
-qs_model_shape qs_plan_shape(const qs_session *s, const qs_data *train, const qs_data *eval,
-                             int64_t slots);
+ * the room. Its group is the most that `auto` stands for: qs_plan_settle. */
+qs_model_shape qs_plan_shape(const qs_session *s, const qs_plan_job *job);
 
-/** Bytes that rank 0, which has the largest share, will hold for training with `shape` and `slots`
- * micro-batches a step; `eval` may be NULL. Buffers that are the host's alone (tokens, tables) are
- * listed apart where the device has memory of its own. */
-qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_data *train, const qs_data *eval,
-                                   const qs_model_shape *shape, int64_t slots);
+/** Bytes that rank 0, which has the largest share, will hold for `job` with `shape`. Buffers that
+ * are the host's alone (tokens, tables) are listed apart where the device has memory of its own.
+ * An adapter that is not trained must have been loaded. */
+qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_plan_job *job,
+                                   const qs_model_shape *shape);
 
 /** What `auto` was settled on by memory, and why. Lacking bytes are those of the rank that lacks
  * most; below 0 it has them to spare. */
@@ -39,10 +51,14 @@ typedef struct {
  * (shard.group, s->shard); where none fits, beside a copy that all ranks share; where that is not
  * enough either, what lacks least. Settings that say a number or a word stay. The same on all
  * ranks; collective, and said to the log, but on paper (s->comm is NULL). */
-qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_data *train,
-                         const qs_data *eval, qs_model_shape *shape, int64_t slots);
+qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *job,
+                         qs_model_shape *shape);
 
 enum { QS_PLAN_REASONS_MAX = 2, QS_PLAN_REASON_BYTES = 160 };
+
+/** Does a group of `group` of a rank's `per_rank` micro-batches save a pass over the next smaller
+ * one? Of four, 3 + 1 hide gathers worse than 2 + 2. */
+bool qs_plan_saves_pass(int64_t per_rank, int64_t group);
 
 /** A line for each setting that memory decided. \return how many. */
 int qs_plan_reasons(const qs_plan_choice *choice,
@@ -55,9 +71,19 @@ void qs_memory_plan_print(const qs_memory_plan *plan, bool measured);
  * that is loaded when it is first called, and the buffers of NCCL where there are peers. */
 size_t qs_memory_plan_needed(const qs_memory_plan *plan);
 
-/** QS_ERR_MEMORY if that is above `limit_bytes` (0: no limit) or above what `device` has free,
- * naming what to change. */
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_device *device,
-                               int64_t limit_bytes);
+/** QS_ERR_MEMORY if that is above memory.device_limit or above what the device has free, or if the
+ * host's part is above what the rank may have there (room.h), naming what to change. */
+qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_session *s);
+
+/** The same on all ranks, before anything large is allocated: rank 0 prints the table if somebody
+ * lacks memory, or where `print` says so. Collective. */
+qs_status qs_memory_plan_require(const qs_memory_plan *plan, const qs_session *s, bool print);
+
+/** qs_plan_settle, and the plan with what it has settled on, which must fit. Collective. */
+qs_status qs_plan_forward(qs_memory_plan *out, qs_session *s, const qs_plan_job *job,
+                          qs_model_shape *shape);
+
+/** With --verbose: bytes that were planned and reached, by class. */
+void qs_memory_plan_compare(const qs_memory_plan *plan);
 
 #endif

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "hf/json.h"
 #include "train/evaluate.h"
+#include "train/plan.h"
 #include "train/train.h"
 
 enum { EOS_MAX = 16 };
@@ -214,13 +215,14 @@ done:
     return st;
 }
 
-static qs_status prepare(sampler *s)
+/* One shape for all ranks: they exchange rows of the embedding. */
+static void deal_out(sampler *s)
 {
-    qs_session *session = s->session;
+    const qs_session *session = s->session;
     const int rank = qs_comm_rank(session->comm), nranks = qs_comm_nranks(session->comm);
     s->most = (s->data->n_sequences + nranks - 1) / nranks;
     int64_t tokens = qs_data_longest(s->data, 1); /* rank 0 prints any prompt */
-    for (int r = 0; r < nranks; r++) { /* one shape for all: they exchange rows of the embedding */
+    for (int r = 0; r < nranks; r++) {
         int64_t of_rank = 1;
         for (int64_t p = r; p < s->data->n_sequences; p += nranks) {
             of_rank += s->data->seq_offsets[p + 1] - s->data->seq_offsets[p] + s->new_tokens;
@@ -236,7 +238,32 @@ static qs_status prepare(sampler *s)
                                 .logit_rows = s->most,
                                 .residual_f32 = session->config.train.residual_fp32,
                                 .head_chunk_rows = session->index->head_chunk_rows};
-    if (rank == 0) { /* it prints */
+}
+
+/* Logits, the texts, and at the end those of all ranks. */
+static size_t result_bytes(const sampler *s)
+{
+    const int64_t nranks = qs_comm_nranks(s->session->comm);
+    const int64_t ids = s->shape.max_tokens + s->most * (s->new_tokens + 1) * (1 + nranks);
+    return (size_t)(s->most * s->session->index->config.vocab) * sizeof(float) +
+           (size_t)ids * sizeof(int32_t);
+}
+
+static qs_status check_memory(sampler *s, qs_memory_plan *plan)
+{
+    const qs_plan_job job = {.eval = s->data,
+                             .slots = 1, /* the rank's texts are one micro-batch */
+                             .result_bytes = result_bytes(s),
+                             .settings = "take fewer or shorter prompts or fewer --tokens, lower "
+                                         "shard.keep_resident or shard.prefetch"};
+    return qs_plan_forward(plan, s->session, &job, &s->shape);
+}
+
+static qs_status prepare(sampler *s)
+{
+    const qs_session *session = s->session;
+    const int64_t tokens = s->shape.max_tokens;
+    if (qs_comm_rank(session->comm) == 0) { /* it prints */
         QS_TRY(qs_decode_table_read(&s->table, s->data->path));
     }
     QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
@@ -260,6 +287,9 @@ static qs_status any_alive(const sampler *s, bool *alive)
 static qs_status sample_with(sampler *s)
 {
     bool alive = true;
+    qs_memory_plan plan;
+    deal_out(s);
+    QS_TRY(check_memory(s, &plan));
     QS_TRY(qs_comm_agree(s->session->comm, prepare(s)));
     QS_TRY(qs_session_connect(s->session, &s->shape, false));
     QS_TRY(qs_session_build(s->session, &s->shape));
@@ -268,7 +298,9 @@ static qs_status sample_with(sampler *s)
         QS_TRY(extend_all(s));
         QS_TRY(any_alive(s, &alive));
     }
-    return collect_and_print(s);
+    QS_TRY(collect_and_print(s));
+    qs_memory_plan_compare(&plan);
+    return QS_OK;
 }
 
 static void destroy(sampler *s)

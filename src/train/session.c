@@ -139,7 +139,8 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     describe(s);
     describe_place(s);
     const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
-    s->room = qs_room_here(s->device, config->memory.device_limit, comm);
+    QS_TRY(qs_room_on_host(&s->host, s->threads, comm));
+    s->room = qs_room_here(s->device, &s->host, config->memory.device_limit);
     return qs_shard_group_make(&s->shard, config, s->index, &options, s->room, comm);
 }
 
@@ -289,10 +290,17 @@ static int64_t magnitude_send_count(const qs_session *s)
                : s->layout.n_layers * qs_lora_magnitude_width(&s->layout, s->nranks);
 }
 
-size_t qs_session_lora_bytes(const qs_session *s)
+size_t qs_session_lora_bytes(const qs_session *s, bool trained)
 {
-    return (size_t)(lora_count(s) + send_count(s)) * qs_dtype_bytes(s->ops->act_dtype) +
-           (size_t)(magnitude_count(s) + magnitude_send_count(s)) * sizeof(float);
+    const int64_t sent = trained ? send_count(s) : 0;
+    const int64_t magnitudes_sent = trained ? magnitude_send_count(s) : 0;
+    return (size_t)(lora_count(s) + sent) * qs_dtype_bytes(s->ops->act_dtype) +
+           (size_t)(magnitude_count(s) + magnitudes_sent) * sizeof(float);
+}
+
+size_t qs_session_adapter_bytes(const qs_session *s)
+{
+    return (size_t)lora_count(s) * sizeof *s->adapter;
 }
 
 /* Room for the LoRA vector on the device, and for DoRA's magnitudes beside it. */

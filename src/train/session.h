@@ -25,7 +25,8 @@ typedef struct {
     qs_shard_group shard; /* the ranks that share one copy of the base with this one */
     qs_comm *base_comm;   /* theirs over the device's memory; may be device_comm */
     int per_host;         /* ranks of each host where LoRA takes two levels (comm.h), else 0 */
-    size_t room;          /* bytes that this rank may have where it computes (room.h) */
+    qs_room host;         /* what this rank may have of its host's memory */
+    size_t room;          /* bytes that it may have where it computes */
     qs_backend_levels levels;
     qs_backend backend;
     qs_device *device;
@@ -65,8 +66,11 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape);
 qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape);
 
-/** Bytes of s->lora and what stands beside it, in training. */
-size_t qs_session_lora_bytes(const qs_session *s);
+/** Bytes of s->lora and what stands beside it on the device; more of them in training. */
+size_t qs_session_lora_bytes(const qs_session *s, bool trained);
+
+/** Bytes of s->adapter. */
+size_t qs_session_adapter_bytes(const qs_session *s);
 
 void qs_session_close(qs_session *s);
 

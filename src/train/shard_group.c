@@ -1,5 +1,7 @@
 #include "train/shard_group.h"
 
+#include <stdio.h>
+
 #include "base/log.h"
 
 static const double GIB = 1073741824.0;
@@ -46,9 +48,10 @@ static qs_status measure(qs_group_links *links, const qs_base_index *index, qs_c
     return QS_OK;
 }
 
-/* Whether a node's copy takes too much on any rank. */
-static qs_status find_tight(bool *out, const qs_base_index *index, const qs_fsdp_options *options,
-                            size_t room, qs_comm *node, qs_comm *world)
+/* Whether a node's copy takes too much on any rank; says why to `why`. */
+static qs_status find_tight(bool *out, char *why, size_t capacity, const qs_base_index *index,
+                            const qs_fsdp_options *options, size_t room, qs_comm *node,
+                            qs_comm *world)
 {
     qs_group_links links = {0};
     const size_t needed = kept_bytes(index, options, qs_comm_nranks(node));
@@ -56,27 +59,28 @@ static qs_status find_tight(bool *out, const qs_base_index *index, const qs_fsdp
     int64_t tight = is_tight(needed, room, &links);
     QS_TRY(qs_comm_max_i64(world, &tight, 1));
     *out = tight != 0;
-    qs_log_info("shard.group: auto is %s: gathering a layer takes %.3g ms among a node's ranks, "
-                "%.3g among all; a rank would keep %.2f GiB of the base and its buffers in a "
-                "node's group, %.2f in the world's; it has %.2f, of which %.0f %% may be taken",
-                tight != 0 ? "world" : "node", 1e3 * links.node_s, 1e3 * links.world_s,
-                (double)needed / GIB,
-                (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB, (double)room / GIB,
-                100 * allowed_share(&links));
+    snprintf(why, capacity,
+             "gathering a layer takes %.3g ms among a node's ranks, %.3g among all; a rank would "
+             "keep %.2f GiB of the base and its buffers in a node's group, %.2f in the world's; it "
+             "has %.2f, of which %.0f %% may be taken",
+             1e3 * links.node_s, 1e3 * links.world_s, (double)needed / GIB,
+             (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB, (double)room / GIB,
+             100 * allowed_share(&links));
     return QS_OK;
 }
 
-/* What `auto` stands for on several hosts: *out is the node's, which its gathers were measured
+/* What `auto` stands for on several hosts: out->comm is the node's, which its gathers were measured
  * over, or the world. */
-static qs_status choose(qs_comm **out, const qs_base_index *index, const qs_fsdp_options *options,
-                        size_t room, qs_comm *world)
+static qs_status choose(qs_shard_group *out, const qs_base_index *index,
+                        const qs_fsdp_options *options, size_t room, qs_comm *world)
 {
     bool tight = false;
     qs_comm *node = NULL;
     QS_TRY(qs_comm_split(world, qs_comm_host(world), &node));
-    const qs_status st = find_tight(&tight, index, options, room, node, world);
-    *out = st != QS_OK || tight ? world : node;
-    if (*out == world) {
+    const qs_status st =
+        find_tight(&tight, out->why, sizeof out->why, index, options, room, node, world);
+    out->comm = st != QS_OK || tight ? world : node;
+    if (out->comm == world) {
         qs_comm_destroy(node);
     }
     return st;
@@ -116,7 +120,7 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     if (other_host == 0 && group <= 0) {
         return QS_OK; /* one node: all words mean the same */
     }
-    QS_TRY(group == QS_SHARD_AUTO ? choose(&out->comm, index, options, room, world)
+    QS_TRY(group == QS_SHARD_AUTO ? choose(out, index, options, room, world)
                                   : qs_shard_group_split(&out->comm, group, world, "shard.group"));
     if (out->comm == world) {
         return QS_OK;
@@ -125,8 +129,6 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     int64_t most = out->nranks;
     QS_TRY(qs_comm_max_i64(world, &most, 1));
     out->most = (int)most;
-    qs_log_info("shard.group: the base is shared by groups of %s%d rank%s",
-                group <= 0 ? "at most " : "", out->most, out->most == 1 ? "" : "s");
     return QS_OK;
 }
 
@@ -152,6 +154,20 @@ void qs_shard_group_widen(qs_shard_group *group, qs_comm *world, int nranks)
 {
     qs_shard_group_destroy(group, world);
     *group = (qs_shard_group){.comm = world, .nranks = nranks, .most = nranks};
+}
+
+void qs_shard_group_report(const qs_shard_group *group, const qs_config *config,
+                           const qs_comm *world)
+{
+    const bool is_world = group->comm == world;
+    if (group->why[0] != '\0') {
+        qs_log_info("shard.group: auto is %s: %s", is_world ? "world" : "node", group->why);
+    }
+    if (!is_world) {
+        qs_log_info("shard.group: the base is shared by groups of %s%d rank%s",
+                    config->shard.group <= 0 ? "at most " : "", group->most,
+                    group->most == 1 ? "" : "s");
+    }
 }
 
 void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world)

@@ -10,6 +10,7 @@ typedef struct {
     qs_comm *comm; /* of this rank's group; the world's own if it is that */
     int nranks;    /* of it */
     int most;      /* ranks of the largest group, the same on every rank */
+    char why[320]; /* how `auto` was decided by links and the base's share; "": it was not */
 } qs_shard_group;
 
 /** Cut `world` into groups: of `group` neighbours, of a node's ranks (QS_SHARD_NODE), or one of
@@ -40,6 +41,10 @@ qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
 
 /** Make it one group of all `nranks` ranks after all. Collective over `world` (NULL on paper). */
 void qs_shard_group_widen(qs_shard_group *group, qs_comm *world, int nranks);
+
+/** Say to the log which it is, and why; nothing where it could be no other. Once it is final. */
+void qs_shard_group_report(const qs_shard_group *group, const qs_config *config,
+                           const qs_comm *world);
 
 /** Does nothing to the world's communicator. */
 void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world);

@@ -111,10 +111,10 @@ static qs_status shape_run(run *r)
 {
     qs_plan_choice choice;
     r->sampler = qs_sampler_make(r->cfg, r->train_data);
-    const int64_t slots = r->sampler.slots;
-    r->shape = qs_plan_shape(&r->session, r->train_data, r->eval_data, slots);
-    QS_TRY(qs_plan_settle(&choice, &r->session, r->train_data, r->eval_data, &r->shape, slots));
-    r->plan = qs_memory_plan_make(&r->session, r->train_data, r->eval_data, &r->shape, slots);
+    const qs_plan_job job = qs_plan_training(r->train_data, r->eval_data, r->sampler.slots);
+    r->shape = qs_plan_shape(&r->session, &job);
+    QS_TRY(qs_plan_settle(&choice, &r->session, &job, &r->shape));
+    r->plan = qs_memory_plan_make(&r->session, &job, &r->shape);
     return QS_OK;
 }
 
@@ -672,13 +672,7 @@ static qs_status run_all(run *r)
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);
     }
-    const qs_status fits =
-        qs_memory_plan_check(&r->plan, r->session.device, r->cfg->memory.device_limit);
-    const bool explains = fits != QS_OK && qs_log_says(QS_LOG_INFO);
-    if (r->rank == 0 && (r->options->dry_run || explains)) {
-        qs_memory_plan_print(&r->plan, false);
-    }
-    QS_TRY(qs_comm_agree(r->comm, fits));
+    QS_TRY(qs_memory_plan_require(&r->plan, &r->session, r->options->dry_run));
     if (r->options->dry_run) {
         return qs_comm_agree(r->comm, check_init(r));
     }

@@ -39,7 +39,8 @@ class TwoHosts(HostsTest):
             done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
                               *support.settings(support.tiny(), output, train__steps=6, shard__group=group))
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-            self.assertEqual("auto is node" in done.stdout + done.stderr, group == "auto", done.stdout + done.stderr)
+            self.assertEqual("auto is node: gathering" in done.stdout + done.stderr, group == "auto", done.stdout + done.stderr)
+            self.assertEqual("the base is shared by groups of at most 2 ranks" in done.stdout + done.stderr, group == "auto")
             lines[group] = support.metrics(output, "ranks.jsonl")[-4:]
         self.assertEqual(support.curve(os.path.join(folder, "auto")), support.curve(os.path.join(folder, "world")))
         for world, node in zip(lines["world"], lines["auto"]):
@@ -73,7 +74,9 @@ class TwoHosts(HostsTest):
                 done = train(f"auto-{ranks}", memory__device_limit=limit)
                 said = done.stdout + done.stderr
                 self.assertEqual(done.returncode, 0, said)
-                self.assertIn("auto is node: gathering", said)
+                self.assertNotIn("auto is node", said)  # which it was before the rest of the plan was made
+                self.assertNotIn("shared by groups", said)
+                self.assertEqual(said.count("shard.group: auto is world"), 1, said)
                 self.assertIn("auto is world: with a copy of the base on each node a rank would lack", said)
                 self.assertEqual([line["shard_group"] for line in support.metrics(output, "ranks.jsonl")[-ranks:]], [ranks] * ranks)
                 self.assertEqual(support.curve(output), support.curve(alone))

@@ -116,6 +116,64 @@ class Auto(unittest.TestCase):
             self.assertRegex(text, rf"(?m)^{name} +[\d.]+ +[\d.]+ +{group} +yes ")
 
 
+class Forward(unittest.TestCase):
+    """eval and sample are planned as training is: what they reach is what was planned, and what does not fit is not begun."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.adapter = os.path.join(support.scratch(), "run")
+        support.train(cls.adapter, train__steps=1)
+
+    def forward(self, command, *options, ranks=None, expect=0, **more):
+        more = {"device": "cpu", "cpu__threads": 1, "train__micro_batch": 2, "train__gather_group": 2, **more}
+        ends = ("--prompts", os.path.join(support.tiny(), "eval.h5"), "--tokens", 3) if command == "sample" else ()
+        return support.qshard(command, support.TINY_YAML, *support.settings(support.tiny(), "unused", **more), *ends, *options,
+                              ranks=ranks, expect=expect)
+
+    def total(self, done):
+        """Bytes planned and reached, of rank 0 with --verbose."""
+        return [int(number) for number in re.search(r"memory: total: (\d+) planned, (\d+) reached", done.stderr).groups()]
+
+    def test_reached_and_refused(self):
+        logits = os.path.join(support.scratch(), "logits.safetensors")
+        for command, ranks, options in (("eval", None, ()), ("eval", 3, ()), ("eval", None, ("--dump-logits", logits)),
+                                        ("eval", 2, ("--adapter", self.adapter)), ("sample", None, ("--adapter", self.adapter)),
+                                        ("sample", 3, ())):
+            with self.subTest(command=command, ranks=ranks, options=options):
+                done = self.forward(command, *options, "--verbose", ranks=ranks)
+                planned, reached = self.total(done)
+                self.assertLessEqual(reached, planned)
+                self.assertGreater(reached, planned - 0.1 * planned - 2**19)  # scratch that only a backward uses
+                same = self.forward(command, *options, ranks=ranks, memory__device_limit=planned)
+                self.assertEqual(same.stdout, done.stdout)
+                refused = self.forward(command, *options, ranks=ranks, memory__device_limit=planned - 1, expect=7)
+                self.assertEqual(refused.stderr.count("error["), 1, refused.stderr)
+                self.assertIn(f"memory.device_limit is {planned - 1} bytes, a rank would need {planned}: ", refused.stderr)
+                self.assertIn("--tokens" if command == "sample" else "train.micro_batch", refused.stderr)
+                self.assertNotIn("recompute", refused.stderr)
+                self.assertAlmostEqual(tables(refused.stdout)["memory of rank 0"]["total"], planned / 2**20, delta=0.06)
+                self.assertNotIn("eval_loss", refused.stdout)
+
+    def test_an_adapter_counts(self):
+        without, with_it = (self.total(self.forward("eval", *options, "--verbose"))[0] for options in ((), ("--adapter", self.adapter)))
+        weights = sum(len(blob.tobytes()) for blob in self.tensors())
+        self.assertGreaterEqual(with_it - without, 2 * weights)  # as it was read, and as it computes
+
+    def tensors(self):
+        target = os.path.join(support.scratch(), "adapter")
+        support.qshard("export", self.adapter, "-o", target)
+        return support.read_safetensors(os.path.join(target, "adapter_model.safetensors")).values()
+
+    def test_micro_batches_a_pass(self):
+        """auto takes fewer where more do not fit; the loss stays."""
+        three, four = (self.total(self.forward("eval", "--verbose", ranks=2, train__gather_group=group))[0] for group in (3, 4))
+        free = self.forward("eval", ranks=2, train__gather_group="auto")
+        tight = self.forward("eval", "--verbose", ranks=2, train__gather_group="auto", memory__device_limit=(three + four) // 2)
+        self.assertIn("train.gather_group: auto is 3", tight.stderr)
+        self.assertEqual(self.total(tight)[0], three)
+        self.assertEqual(tight.stdout, free.stdout)
+
+
 class Work(unittest.TestCase):
     """The step that the forecast divides by a card's figures is the one that runs."""
 
