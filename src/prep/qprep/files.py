@@ -1,7 +1,7 @@
 """Files that are either complete under their final name or not there at all.
 
-Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A killed run leaves
-only `.NAME.tmp-PID`, which no program of ours takes for a result.
+Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A run that is stopped
+(Ctrl-C, TERM, HUP) removes it; a killed one leaves `.NAME.tmp-PID`, which no program of ours takes for a result.
 """
 
 import contextlib
