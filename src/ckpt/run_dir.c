@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "ckpt/ckpt_impl.h"
 #include "ckpt/run_lock.h"
 #include "hf/json.h"
 #include "qshard_version.h"
@@ -191,6 +192,7 @@ static qs_status fill_run(json_t **run, const qs_config *cfg, const char *hosts,
     failed |= json_object_set_new(*run, "version", json_string(QSHARD_VERSION)) != 0;
     failed |= json_object_set_new(*run, "build", json_string(QSHARD_COMMIT)) != 0;
     failed |= json_object_set_new(*run, "finished", json_false()) != 0;
+    (void)json_object_del(*run, "ended"); /* of a run that goes on longer; else it is not there */
     return failed ? QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", cfg->output) : QS_OK;
 }
 
@@ -216,13 +218,15 @@ static qs_status make_directory(const char *dir, bool *made_parent)
     return qs_io_mkdir(dir);
 }
 
-/* A run that has something to lose goes on with its own configuration only. */
-static qs_status compare_config(const qs_config *cfg, bool finished, int count)
+/* A run that has something to lose goes on with its own configuration only, or with another length
+ * that the `done` steps of its newest checkpoint allow: a finished one that is given more steps is
+ * not finished any more. */
+static qs_status compare_config(const qs_config *cfg, int count, int64_t done, bool *finished)
 {
-    char path[PATH_ROOM], values[512];
+    char path[PATH_ROOM], subject[PATH_ROOM];
     snprintf(path, sizeof path, "%s/config.yaml", cfg->output);
     struct stat info;
-    if ((count == 0 && !finished) || stat(path, &info) != 0) {
+    if ((count == 0 && !*finished) || stat(path, &info) != 0) {
         return QS_OK;
     }
     qs_config *old = malloc(sizeof *old);
@@ -230,14 +234,12 @@ static qs_status compare_config(const qs_config *cfg, bool finished, int count)
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
     }
     qs_status st = qs_config_load(old, path, NULL, 0);
-    const char *key =
-        st == QS_OK ? qs_config_first_difference(old, cfg, values, sizeof values) : NULL;
-    if (key) {
-        st = QS_FAIL(QS_ERR_RESUME,
-                     "%s: this run %s with another %s (then and now: %s); give the old value, or "
-                     "another output%s",
-                     cfg->output, finished ? "has finished" : "was started", key, values,
-                     finished ? " (with lora.init it goes on from an exported adapter)" : "");
+    if (st == QS_OK) {
+        const int64_t steps = old->train.steps;
+        snprintf(subject, sizeof subject, "%s: this run %s", cfg->output,
+                 *finished ? "has finished" : "was started");
+        st = qs_ckpt_compare_configs(old, cfg, count > 0 ? done : 0, subject);
+        *finished = *finished && (st != QS_OK || old->train.steps <= steps);
     }
     free(old);
     return st;
@@ -285,7 +287,7 @@ static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume re
                        "auto to start anew",
                        cfg->output);
     }
-    return compare_config(cfg, run->finished, count);
+    return compare_config(cfg, count, step, &run->finished);
 }
 
 /* Look again: until the lock was ours, another process may have started, or even finished, a run.
