@@ -46,8 +46,8 @@ qs_status qs_h5_attr_put_text(qs_h5 *file, const char *name, const char *text);
 /** Read a root attribute; wrong class, size or rank is QS_ERR_INPUT_FORMAT naming file and
  * attribute. */
 qs_status qs_h5_attr_get_i64(qs_h5 *file, const char *name, int64_t *value);
-/** Likewise one that need not be there: *found says so. */
-qs_status qs_h5_attr_find_i64(qs_h5 *file, const char *name, int64_t *value, bool *found);
+/** Is it there? For what the first versions of a format do not have. */
+qs_status qs_h5_attr_exists(qs_h5 *file, const char *name, bool *exists);
 qs_status qs_h5_attr_get_text(qs_h5 *file, const char *name, char *text, size_t capacity);
 
 /** Check `format` and `format_version` of the root. */

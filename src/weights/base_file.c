@@ -105,9 +105,13 @@ static qs_status check_index_hash(qs_h5 *file, const qs_base_index *index, const
                                   size_t bytes)
 {
     int64_t hash = 0;
-    bool found = false;
-    QS_TRY(qs_h5_attr_find_i64(file, "index_xxh3", &hash, &found));
-    if (found && (uint64_t)hash != qs_base_index_hash(index, text, bytes)) {
+    bool exists = false;
+    QS_TRY(qs_h5_attr_exists(file, "index_xxh3", &exists));
+    if (!exists) {
+        return QS_OK;
+    }
+    QS_TRY(qs_h5_attr_get_i64(file, "index_xxh3", &hash));
+    if ((uint64_t)hash != qs_base_index_hash(index, text, bytes)) {
         return QS_FAIL(QS_ERR_INPUT_HASH,
                        "%s: the index or the maps do not match index_xxh3; copy the file again",
                        index->path);

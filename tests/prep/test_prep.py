@@ -143,7 +143,9 @@ class Prep(FolderTest):
             "n_sequences": 3, "n_tokens": len(data["tokens"]), "n_targets": 6, "tokenizer_sha256": tokenizer,
             "template_sha256": attributes["template_sha256"], "source": "data.jsonl",
             "tokens_xxh3": xxhash.xxh3_128_hexdigest(data["tokens"].tobytes()),
-            "labels_xxh3": xxhash.xxh3_128_hexdigest(data["labels"].tobytes())})
+            "labels_xxh3": xxhash.xxh3_128_hexdigest(data["labels"].tobytes()),
+            "layout_xxh3": xxhash.xxh3_128_hexdigest(attributes["labels_xxh3"].encode() + data["seq_offsets"].tobytes() +
+                                                     data["doc_offsets"].tobytes())})
         with h5py.File(self.path("out.h5"), "r") as file:
             for name in data:
                 self.assertIsNone(file[name].chunks)

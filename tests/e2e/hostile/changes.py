@@ -373,6 +373,8 @@ def signed_base(*changes, name="base.h5"):
 def sign_data(file):
     for key in ("tokens", "labels"):
         file.attrs[key + "_xxh3"] = np.bytes_(xxhash.xxh3_128_hexdigest(file[key][()].tobytes()))
+    layout = [bytes(file.attrs["labels_xxh3"]), *(file[key][()].tobytes() for key in ("seq_offsets", "doc_offsets"))]
+    file.attrs["layout_xxh3"] = np.bytes_(xxhash.xxh3_128_hexdigest(b"".join(layout)))
 
 
 def signed_data(*changes, name="train.h5"):
