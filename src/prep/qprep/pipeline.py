@@ -245,13 +245,24 @@ def spread(options, form, source, jobs):
 
 @contextlib.contextmanager
 def signals_held():
-    """For starting processes, which inherit it: a Ctrl-C goes to all of a terminal's processes, and a pool whose processes
-    are ended by others waits for ever. This process alone takes the signal, afterwards, and closes its pool."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *errors.ENDING))
+    """For starting processes: a Ctrl-C goes to all of a terminal's processes, and a pool whose processes are ended by others
+    waits for ever. They inherit that it is blocked; this process alone takes it, afterwards, and closes its pool. It has
+    threads of others' (tokenizers, numpy) that take a signal all the same, so that the handlers wait, too."""
+    came = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *errors.ENDING)}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _frame: came.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for number in came:
+            os.kill(os.getpid(), number)
 
 
 def end_with_parent():
