@@ -265,6 +265,18 @@ class Prep(FolderTest):
         with open(self.path("out.h5"), "rb") as file:
             self.assertEqual(file.read(), b"mine")
 
+    def test_a_pipe_as_output_is_refused_even_with_overwrite(self):
+        os.mkfifo(self.path("pipe"))
+        os.symlink(self.path("pipe"), self.path("link"))
+        for name in ("pipe", "link"):
+            before = os.lstat(self.path(name)).st_ino
+            result = prep("--model", self.model, self.write_records("d.jsonl", [talk("a", "b")]), "-o", self.path(name),
+                          "--overwrite")
+            self.assert_one_error(result, 2, name, "is a device or a pipe")
+            metrics = self.write_records("m.jsonl", [{"step": 1, "loss": 2.0}])
+            self.assert_one_error(tool("plot_loss.py", metrics, "-o", self.path(name)), 2, name, "is a device or a pipe")
+            self.assertEqual(os.lstat(self.path(name)).st_ino, before)
+
     def test_input_as_output_is_refused_even_with_overwrite(self):
         path = self.write_records("out.h5", [talk("a", "b")])
         self.assert_one_error(self.prep(path, "--overwrite", expect=None), 2, "both input and output")
