@@ -129,7 +129,7 @@ real_inputs() {
         --model "$work/smollm2" "$work/manpages.jsonl" --seq-len 128 --overwrite \
         -o "$work/train.h5" --eval-out "$work/eval.h5" --eval-fraction 0.05
     write_prompts
-    model=$work/smollm2 base=$work/smollm2.h5
+    model=$work/smollm2 base=$work/smollm2.h5 base_name=HuggingFaceTB/SmolLM2-135M-Instruct
 }
 
 # --- data and model of the tiny run -----------------------------------------------------------------------------------
@@ -147,6 +147,7 @@ tiny_inputs() {
     done
     head -n 3 "$work/model/eval.jsonl" >"$work/prompts.jsonl"
     model=$work/model base=$work/base.h5
+    base_name=$PWD/$model # it is nowhere else
 }
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -230,7 +231,8 @@ step 'evaluate before' "$work/eval_before.txt" keep "$work/eval_before.txt" rank
 step 'continue prompts before' "$work/sample_before.txt" keep "$work/sample_before.txt" \
     ranks "$qshard" sample "$config" --prompts "$work/prompts.h5" --tokens 40
 train
-step 'export the adapter' "$work/adapter" "$qshard" export "$(last_checkpoint)" -o "$work/adapter"
+step 'export the adapter' "$work/adapter" "$qshard" export "$(last_checkpoint)" -o "$work/adapter" \
+    --base-name "$base_name"
 step 'evaluate after' "$work/eval_after.txt" keep "$work/eval_after.txt" \
     ranks "$qshard" eval "$config" --adapter "$work/adapter"
 step 'continue prompts after' "$work/sample_after.txt" keep "$work/sample_after.txt" \

@@ -1,4 +1,5 @@
 /* base.h5: every rank count reads the same weights, and no damaged byte goes unnoticed. */
+#define _GNU_SOURCE
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
 #include <fcntl.h>
@@ -248,6 +249,36 @@ Test(base_file, a_flipped_bit_anywhere_in_the_data_is_found_and_named)
         flip(place[i].at);
     }
     cr_assert_eq(qs_base_verify(base), QS_OK);
+    qs_base_index_free(index);
+}
+
+/* Numbers of the index and entries of a map stay what they may be, and are others. */
+Test(base_file, a_flipped_bit_in_the_index_or_the_maps_is_found)
+{
+    static const char *const fields[] = {"\"offset\":0.", "\"rms_norm_eps\":"};
+    qs_base_index *index = open_index();
+    void *data = NULL;
+    size_t bytes = 0;
+    cr_assert_eq(qs_io_read_file(base, 1 << 26, &data, &bytes), QS_OK);
+    int64_t place[3];
+    for (int i = 0; i < 2; i++) {
+        const char *field = memmem(data, bytes, fields[i], strlen(fields[i]));
+        cr_assert_not_null(field, "the index has no %s", fields[i]);
+        place[i] = field + strlen(fields[i]) + strcspn(field + strlen(fields[i]), "01234567") -
+                   (const char *)data;
+    }
+    const char *map = memmem(data, bytes, index->maps, 256 * sizeof(float));
+    cr_assert_not_null(map);
+    place[2] = map + 200 * sizeof(float) + 1 - (const char *)data;
+    for (int i = 0; i < 3; i++) {
+        qs_base_index *damaged = NULL;
+        flip(place[i]);
+        qs_error_clear();
+        cr_assert_eq(qs_base_open_local(&damaged, base), QS_ERR_INPUT_HASH, "place %d", i);
+        cr_assert_not_null(strstr(qs_error_text(), "index_xxh3"), "%s", qs_error_text());
+        flip(place[i]);
+    }
+    free(data);
     qs_base_index_free(index);
 }
 

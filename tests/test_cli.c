@@ -365,6 +365,8 @@ Test(cli, export_writes_the_newest_or_the_named_checkpoint)
     cr_assert_not_null(strstr(output, "rank        4"), "%s", output);
     cr_assert_eq(run("export run -o newest"), 2, "%s", output);
     cr_assert_not_null(strstr(output, "newest: exists already"), "%s", output);
+    cr_assert_null(strstr(output, "warning"), "nothing was written, so nothing records a path: %s",
+                   output);
 }
 
 Test(cli, a_signal_leaves_nothing_of_an_export)

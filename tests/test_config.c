@@ -443,6 +443,7 @@ static const bad_file BAD[] = {
     {B "---\n" B, QS_ERR_CONFIG_VALUE, "one document"},
     {B "seed: [1\n", QS_ERR_CONFIG_VALUE, "not valid YAML"},
     {B "\tseed: 1\n", QS_ERR_CONFIG_VALUE, "not valid YAML"},
+    {B "train:\n\tsteps: 1\n", QS_ERR_CONFIG_VALUE, "with spaces, not with tabs"},
     {B "seed: \"\xff\"\n", QS_ERR_CONFIG_VALUE, "not valid YAML"},
     {B "<<: {seed: 1}\n", QS_ERR_CONFIG_KEY, "unknown key"},
 };

@@ -122,6 +122,21 @@ Test(io, write_file_replaces_but_write_new_does_not)
     free(back);
 }
 
+Test(io, a_pipe_is_not_replaced_nor_a_link_to_it)
+{
+    char pipe[512];
+    struct stat info;
+    snprintf(pipe, sizeof pipe, "%s", in_dir("pipe"));
+    cr_assert_eq(mkfifo(pipe, 0600), 0);
+    cr_assert_eq(symlink(pipe, in_dir("link")), 0);
+    cr_assert_eq(qs_io_write_file(pipe, "x", 1), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_not_null(strstr(qs_error_text(), "pipe: is a device or a pipe"), "%s",
+                       qs_error_text());
+    cr_assert_eq(qs_io_write_file(in_dir("link"), "x", 1), QS_ERR_OUTPUT_TAKEN);
+    cr_assert(lstat(pipe, &info) == 0 && S_ISFIFO(info.st_mode));
+    cr_assert(lstat(in_dir("link"), &info) == 0 && S_ISLNK(info.st_mode));
+}
+
 Test(io, failures_name_file_and_class)
 {
     void *back = NULL;

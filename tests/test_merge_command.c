@@ -57,6 +57,7 @@ static const struct {
     {"adapter --base base.h5 -o out --shard-size 0", 2, "is no size"},
     {"adapter --base base.h5 -o out --shard-size -5G", 2, "is no size"},
     {"adapter --base base.h5 -o out --shard-size 9999999T", 2, "is no size"},
+    {"adapter --base base.h5 -o out --shard-size 9223372036854775808", 2, "is no size"},
     {"adapter --base base.h5 -o out --threads 0", 2, "whole number"},
     {"adapter --base base.h5 -o taken", 2, "error[E204] taken: exists already"},
     {"adapter --base base.h5 -o taken/", 2, "error[E204] taken: exists already"},

@@ -73,6 +73,54 @@ Test(run_dir, finished_run_is_told_and_not_touched)
     cr_assert_not_null(strstr(qs_error_text(), "optim.lr"), "%s", qs_error_text());
 }
 
+static void expect_length_refused(const qs_config *c, const char *text)
+{
+    qs_run_dir run;
+    cr_assert_eq(open_as(&run, c, QS_RESUME_AUTO, false), QS_ERR_RESUME, "%s", text);
+    cr_assert_not_null(strstr(qs_error_text(), text), "%s", qs_error_text());
+    cr_assert(!fx_exists("run.lock"));
+}
+
+Test(run_dir, finished_run_goes_on_with_more_steps_where_those_done_stay_the_same)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    qs_comm *comm = NULL;
+    c.train.steps = 40;
+    c.optim.schedule = QS_SCHEDULE_CONSTANT;
+    c.optim.warmup = 0.05;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
+    cr_assert_eq(qs_run_dir_finish(&run, comm), QS_OK, "%s", qs_error_text());
+    qs_comm_destroy(comm);
+    qs_run_dir_close(&run);
+
+    c.train.steps = 80;
+    c.optim.warmup = 2;
+    expect_length_refused(&c, "train.steps (then and now: 40 and 80); give the old value");
+    fx_save_step(40, 1); /* without a checkpoint it would begin anew */
+    c.optim.warmup = 0.05;
+    expect_length_refused(&c, "give optim.warmup=2 as well");
+    c.optim.schedule = QS_SCHEDULE_LINEAR;
+    c.optim.warmup = 2;
+    expect_length_refused(&c, "other learning rates");
+    c.optim.schedule = QS_SCHEDULE_CONSTANT;
+    c.train.steps = 39;
+    expect_length_refused(&c, "40 steps are done; give at least as many");
+    c.train.steps = 0;
+    c.train.epochs = 3;
+    expect_length_refused(&c, "train.steps (then and now: 40 and 0)");
+    c.train.epochs = 0;
+
+    c.train.steps = 40;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert(run.finished && !run.locked, "the same steps in another word");
+    c.train.steps = 80;
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert(!run.finished && run.locked);
+    qs_run_dir_close(&run);
+}
+
 Test(run_dir, strangers_directory_is_refused_and_left_alone)
 {
     qs_config c = fx_config();

@@ -38,6 +38,12 @@ qs_status qs_ckpt_set_aside(const char *run_dir, int64_t step);
  * where all see it. Collective, and the same on all ranks. */
 qs_status qs_ckpt_find_blind(const qs_ckpt_meta *meta, qs_comm *comm, bool **blind);
 
+/** May a run of `then` whose checkpoint has `done` steps (0: there is none) go on as `now`?
+ * QS_ERR_RESUME with the first setting that forbids it and what to do; the text begins with
+ * `subject`, as "DIR: was saved". `then` gets the length of `now` where that may change. */
+qs_status qs_ckpt_compare_configs(qs_config *then, const qs_config *now, int64_t done,
+                                  const char *subject);
+
 /** Name of rank r's file: rank-00003.h5 */
 void qs_ckpt_file_name(char *out, size_t capacity, int rank);
 

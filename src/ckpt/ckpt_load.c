@@ -173,20 +173,15 @@ static qs_status compare_configs(const source *s, const char *now_yaml)
     if (!both) {
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", s->dir);
     }
-    char values[512];
-    const char *then_yaml = s->record.config_yaml, *key = NULL;
+    char subject[QS_CKPT_PATH + 16];
+    const char *then_yaml = s->record.config_yaml;
     qs_status st = qs_config_parse(&both[0], then_yaml, strlen(then_yaml), s->dir, NULL, 0);
     if (st == QS_OK) {
         st = qs_config_parse(&both[1], now_yaml, strlen(now_yaml), "configuration", NULL, 0);
     }
     if (st == QS_OK) {
-        key = qs_config_first_difference(&both[0], &both[1], values, sizeof values);
-    }
-    if (key) {
-        st = QS_FAIL(QS_ERR_RESUME,
-                     "%s: was saved with another %s (then and now: %s); resume with the old value, "
-                     "or choose another output",
-                     s->dir, key, values);
+        snprintf(subject, sizeof subject, "%s: was saved", s->dir);
+        st = qs_ckpt_compare_configs(&both[0], &both[1], s->manifest.step, subject);
     }
     free(both);
     return st;

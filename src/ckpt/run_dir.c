@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "ckpt/ckpt_impl.h"
 #include "ckpt/run_lock.h"
 #include "hf/json.h"
 #include "qshard_version.h"
@@ -191,6 +192,7 @@ static qs_status fill_run(json_t **run, const qs_config *cfg, const char *hosts,
     failed |= json_object_set_new(*run, "version", json_string(QSHARD_VERSION)) != 0;
     failed |= json_object_set_new(*run, "build", json_string(QSHARD_COMMIT)) != 0;
     failed |= json_object_set_new(*run, "finished", json_false()) != 0;
+    (void)json_object_del(*run, "ended"); /* of a run that goes on longer; else it is not there */
     return failed ? QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", cfg->output) : QS_OK;
 }
 
@@ -233,21 +235,20 @@ static qs_status old_config(const qs_config *cfg, bool finished, int count, qs_c
     return qs_config_load(*old, path, NULL, 0);
 }
 
-/* A run that has something to lose goes on with its own configuration only. */
-static qs_status compare_config(const qs_config *cfg, bool finished, int count)
+/* A run that has something to lose goes on with its own configuration only, or with another length
+ * that the `done` steps of its newest checkpoint allow: a finished one that is given more steps is
+ * not finished any more. */
+static qs_status compare_config(const qs_config *cfg, int count, int64_t done, bool *finished)
 {
-    char values[512];
+    char subject[PATH_ROOM];
     qs_config *old = NULL;
-    qs_status st = old_config(cfg, finished, count, &old);
-    const char *key = st == QS_OK && old != NULL
-                          ? qs_config_first_difference(old, cfg, values, sizeof values)
-                          : NULL;
-    if (key) {
-        st = QS_FAIL(QS_ERR_RESUME,
-                     "%s: this run %s with another %s (then and now: %s); give the old value, or "
-                     "another output%s",
-                     cfg->output, finished ? "has finished" : "was started", key, values,
-                     finished ? " (with lora.init it goes on from an exported adapter)" : "");
+    qs_status st = old_config(cfg, *finished, count, &old);
+    if (st == QS_OK && old != NULL) {
+        const int64_t steps = old->train.steps;
+        snprintf(subject, sizeof subject, "%s: this run %s", cfg->output,
+                 *finished ? "has finished" : "was started");
+        st = qs_ckpt_compare_configs(old, cfg, count > 0 ? done : 0, subject);
+        *finished = *finished && (st != QS_OK || old->train.steps <= steps);
     }
     free(old);
     return st;
@@ -281,27 +282,29 @@ static qs_status check_wish(const char *dir, found what, qs_resume resume)
     return QS_OK;
 }
 
-/* A run in the directory: its run.json, and how many checkpoints it has (0 or 1 will do). */
-static qs_status read_found(qs_run_dir *run, const qs_config *cfg, json_t **json, int *count)
+/* A run in the directory: its run.json, and its newest checkpoint's step, *count 1, if it has one.
+ */
+static qs_status read_found(qs_run_dir *run, const qs_config *cfg, json_t **json, int64_t *step,
+                            int *count)
 {
-    int64_t step = -1;
     QS_TRY(read_run(cfg->output, QS_ERR_OUTPUT_TAKEN, json));
     run->finished = json_is_true(json_object_get(*json, "finished"));
-    return qs_manifest_list(cfg->output, &step, 1, count);
+    return qs_manifest_list(cfg->output, step, 1, count);
 }
 
 /* A run that was there before: that it is ours, and may go on as it is wished. */
 static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume resume, json_t **json)
 {
+    int64_t step = -1;
     int count = 0;
-    QS_TRY(read_found(run, cfg, json, &count));
+    QS_TRY(read_found(run, cfg, json, &step, &count));
     if (count == 0 && !run->finished && resume == QS_RESUME_MUST) {
         return QS_FAIL(QS_ERR_CHECKPOINT,
                        "%s: no checkpoint that verifies, and --resume must was given; use --resume "
                        "auto to start anew",
                        cfg->output);
     }
-    return compare_config(cfg, run->finished, count);
+    return compare_config(cfg, count, step, &run->finished);
 }
 
 /* Look again: until the lock was ours, another process may have started, or even finished, a run.
@@ -363,12 +366,13 @@ done:
 static int recorded_gemm(const qs_config *cfg)
 {
     found what;
+    int64_t step = -1;
     int count = 0, gemm = QS_GEMM_AUTO;
     json_t *json = NULL;
     qs_config *old = NULL;
     qs_run_dir run = {.finished = false};
     if (look(cfg->output, &what) == QS_OK && what == FOUND_RUN &&
-        read_found(&run, cfg, &json, &count) == QS_OK &&
+        read_found(&run, cfg, &json, &step, &count) == QS_OK &&
         old_config(cfg, run.finished, count, &old) == QS_OK && old != NULL) {
         gemm = old->cpu.gemm;
     }

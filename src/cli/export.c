@@ -72,26 +72,31 @@ static bool name_in_cache(const char *path, char *out, size_t capacity)
     return end > begin;
 }
 
-/* Without a name the adapter records a directory, as peft does for a model that was loaded from
- * one. _name_or_path is what the author of the checkpoint had loaded: of a fine-tuned model its
- * parent, so it is told and not written. */
-static void choose_base_name(const qs_cli_args *args, const qs_config *cfg, char *out,
-                             size_t capacity)
+/* The name that the adapter records; false if it is a local path. */
+static bool choose_base_name(const qs_cli_args *args, const qs_config *cfg, const origin *from,
+                             char *out, size_t capacity)
 {
     if (args->base_name) {
         snprintf(out, capacity, "%s", args->base_name);
-        return;
+        return true;
     }
-    const origin from = read_origin(cfg->base);
-    if (name_in_cache(from.path, out, capacity)) {
-        return;
+    if (name_in_cache(from->path, out, capacity)) {
+        return true;
     }
-    const bool hint = from.parent[0] != '\0' && strcmp(from.parent, from.path) != 0;
-    snprintf(out, capacity, "%s", from.path[0] != '\0' ? from.path : cfg->base);
+    snprintf(out, capacity, "%s", from->path[0] != '\0' ? from->path : cfg->base);
+    return false;
+}
+
+/* Without a name the adapter records a directory, as peft does for a model that was loaded from
+ * one. _name_or_path is what the author of the checkpoint had loaded: of a fine-tuned model its
+ * parent, so it is told and not written. */
+static void warn_of_path(const char *output, const char *path, const origin *from)
+{
+    const bool hint = from->parent[0] != '\0' && strcmp(from->parent, from->path) != 0;
     qs_log_warn("%s: the adapter records the local path \"%s\" as its base; for programs that load "
                 "the base by name, export it with --base-name ORG/MODEL%s%.200s%s",
-                args->output, out, hint ? " (its config.json names \"" : "",
-                hint ? from.parent : "", hint ? "\", itself or its parent)" : "");
+                output, path, hint ? " (its config.json names \"" : "", hint ? from->parent : "",
+                hint ? "\", itself or its parent)" : "");
 }
 
 /* y = W x + (alpha / sqrt(r)) B A x = W x + (alpha / r) (sqrt(r) B) A x */
@@ -155,10 +160,14 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     if (args->fold_scaling) {
         fold_scaling(&cfg, &layout, vector);
     }
-    choose_base_name(args, &cfg, base_name, sizeof base_name);
+    const origin from = read_origin(cfg.base);
+    const bool named = choose_base_name(args, &cfg, &from, base_name, sizeof base_name);
     qs_status st = qs_peft_write(args->output, &layout, &cfg, base_name, vector);
     qs_mem_free(vector);
     QS_TRY(st);
+    if (!named) {
+        warn_of_path(args->output, base_name, &from);
+    }
     printf("%s: %s, %d layers, %srank %lld, %lld weights, base %s\n", args->output, step_dir,
            layout.n_layers, layout.dora ? "DoRA of " : "", (long long)cfg.lora.rank,
            (long long)qs_lora_count(&layout), base_name);

@@ -211,10 +211,11 @@ qs_status qs_cli_parse_size(const char *option, const char *text, int64_t *out)
 {
     static const char units[] = "KMGT";
     char *end;
+    errno = 0;
     long long value = strtoll(text, &end, 10);
     const char *unit = *end != '\0' ? strchr(units, *end) : NULL;
     int shift = unit != NULL ? 10 * (int)(unit - units + 1) : 0;
-    bool number = text[0] >= '1' && text[0] <= '9' && value > 0;
+    bool number = text[0] >= '1' && text[0] <= '9' && errno == 0;
     if (!number || (unit == NULL ? *end != '\0' : end[1] != '\0') || value > INT64_MAX >> shift) {
         return QS_FAIL(QS_ERR_USAGE,
                        "--%s: \"%.40s\" is no size; give bytes, or a whole number with K, M, G or "

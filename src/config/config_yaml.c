@@ -25,8 +25,12 @@ static qs_status syntax_error(reader *r)
     if (p->error == YAML_MEMORY_ERROR) {
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the YAML parser", r->path);
     }
-    return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s:%zu: not valid YAML: %s", r->path,
-                   p->problem_mark.line + 1, p->problem ? p->problem : "unreadable");
+    const char *problem = p->problem != NULL ? p->problem : "unreadable";
+    const bool tab = strstr(problem, "cannot start any token") != NULL; /* the usual one */
+    return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s:%zu: not valid YAML: %s%s", r->path,
+                   p->problem_mark.line + 1, problem,
+                   tab ? "; indent with spaces, not with tabs, and quote what begins with @, ` or %"
+                       : "");
 }
 
 /* Step to the next event and refuse what no configuration needs. */

@@ -140,6 +140,25 @@ static qs_status name_layout(qs_data *d)
     return QS_OK;
 }
 
+/* Borders that moved give another attention, and sequences all the same. Files of the first
+ * versions carry no hash of them. */
+static qs_status check_layout(const qs_data *d, qs_h5 *file)
+{
+    char layout[sizeof d->layout];
+    bool exists = false;
+    QS_TRY(qs_h5_attr_exists(file, "layout_xxh3", &exists));
+    if (!exists) {
+        return QS_OK;
+    }
+    QS_TRY(qs_h5_attr_get_text(file, "layout_xxh3", layout, sizeof layout));
+    return strcmp(layout, d->layout) == 0
+               ? QS_OK
+               : QS_FAIL(QS_ERR_INPUT_HASH,
+                         "%s: seq_offsets, doc_offsets or labels_xxh3 do not match layout_xxh3; "
+                         "copy the file again, or prepare the data again",
+                         d->path);
+}
+
 qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
 {
     bool packed = false;
@@ -153,7 +172,8 @@ qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
                        d->path, (long long)d->n_sequences, (long long)d->n_docs);
     }
     QS_TRY(check_sequences(d));
-    return name_layout(d);
+    QS_TRY(name_layout(d));
+    return check_layout(d, file);
 }
 
 qs_status qs_data_check_fit(const qs_data *d, int64_t model_vocab, int64_t max_seq_len)

@@ -6,7 +6,7 @@
 #include "base/mem.h"
 
 /* A fraction is rounded up, as transformers does; 0.07 * 100 is 7 all the same. */
-static double warmup_steps(const qs_config *cfg, int64_t steps)
+double qs_warmup_steps(const qs_config *cfg, int64_t steps)
 {
     double warmup = cfg->optim.warmup;
     return warmup < 1 ? ceil(warmup * (double)steps - 1e-9) : warmup;
@@ -15,7 +15,7 @@ static double warmup_steps(const qs_config *cfg, int64_t steps)
 double qs_lr_at(const qs_config *cfg, int64_t step, int64_t steps)
 {
     const double pi = 3.14159265358979323846;
-    double warm = warmup_steps(cfg, steps), low = cfg->optim.min_lr_ratio;
+    double warm = qs_warmup_steps(cfg, steps), low = cfg->optim.min_lr_ratio;
     if ((double)step < warm) {
         return cfg->optim.lr * (double)(step + 1) / warm;
     }

@@ -9,6 +9,9 @@
 #include "kernels/ops.h"
 #include "lora/lora.h"
 
+/** optim.warmup in steps, of a run of `steps`. */
+double qs_warmup_steps(const qs_config *cfg, int64_t steps);
+
 /** Learning rate of step `step` (0-based) of `steps`: warm-up (step + 1) / warmup_steps, then the
  * schedule down to min_lr_ratio * lr (cosine: Loshchilov & Hutter 2017, arXiv:1608.03983). warmup
  * < 1 is a fraction of steps. */

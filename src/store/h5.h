@@ -43,6 +43,9 @@ qs_status qs_h5_close_image(qs_h5 *file, void **image, size_t *bytes);
 
 qs_status qs_h5_attr_put_i64(qs_h5 *file, const char *name, int64_t value);
 qs_status qs_h5_attr_put_text(qs_h5 *file, const char *name, const char *text);
+/** Is a root attribute there? For what the first versions of a format do not have. */
+qs_status qs_h5_attr_exists(qs_h5 *file, const char *name, bool *exists);
+
 /** Read a root attribute; wrong class, size or rank is QS_ERR_INPUT_FORMAT naming file and
  * attribute. */
 qs_status qs_h5_attr_get_i64(qs_h5 *file, const char *name, int64_t *value);

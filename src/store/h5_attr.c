@@ -121,6 +121,16 @@ qs_status qs_h5_attr_get_i64(qs_h5 *file, const char *name, int64_t *value)
     return st;
 }
 
+qs_status qs_h5_attr_exists(qs_h5 *file, const char *name, bool *exists)
+{
+    qs_h5_lock();
+    const htri_t found = H5Aexists(file->id, name);
+    const qs_status st = qs_h5_check(file, found, "looking for attribute", name);
+    qs_h5_unlock();
+    *exists = found > 0;
+    return st;
+}
+
 static qs_status attr_read_text(qs_h5 *file, const char *name, const attr_ids *ids, char *text,
                                 size_t capacity)
 {

@@ -256,10 +256,20 @@ static qs_status parent_of(const char *path, char *out, size_t capacity)
     return QS_OK;
 }
 
+/* A rename puts a plain file in the place of /dev/null or /dev/stdout, for all of a machine. */
+static qs_status expect_replaceable(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) != 0 || S_ISREG(info.st_mode) || S_ISDIR(info.st_mode)
+               ? QS_OK
+               : QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: is a device or a pipe; name a file", path);
+}
+
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
 {
     char temp[QS_IO_PATH];
     char parent[QS_IO_PATH];
+    QS_TRY(expect_replaceable(path));
     QS_TRY(parent_of(path, parent, sizeof parent));
     if (snprintf(temp, sizeof temp, "%s.tmp-%ld", path, (long)getpid()) >= (int)sizeof temp) {
         return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %zu bytes", path, sizeof temp - 1);

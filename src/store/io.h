@@ -34,7 +34,7 @@ qs_status qs_io_close(int fd, const char *path);
 
 /** Write a whole file so that it is there completely or not at all: temporary name in the same
  * directory, allocate, write, fsync, close, read back and compare, rename, fsync of the
- * directory. An older file of the name is replaced. */
+ * directory. An older file of the name is replaced, a device or a pipe is QS_ERR_OUTPUT_TAKEN. */
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
 
 /** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not

@@ -8,6 +8,7 @@
  * seed. */
 #include "train/train.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -569,7 +570,8 @@ static qs_status dump_order(const run *r)
 {
     FILE *out = fopen(r->options->dump_order, "w");
     if (out == NULL) {
-        return QS_FAIL(QS_ERR_IO, "%s: cannot be written", r->options->dump_order);
+        return QS_FAIL(QS_ERR_IO, "%s: cannot be written: %s", r->options->dump_order,
+                       strerror(errno));
     }
     for (int64_t step = 0; step < r->sampler.steps; step++) {
         for (int64_t i = 0; i < qs_sampler_step_size(&r->sampler, step); i++) {

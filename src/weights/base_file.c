@@ -92,6 +92,33 @@ static qs_status read_maps(qs_h5 *file, qs_base_index *index)
     return QS_OK;
 }
 
+uint64_t qs_base_index_hash(const qs_base_index *index, const char *text, size_t bytes)
+{
+    const qs_piece pieces[] = {{text, bytes},
+                               {index->maps, (size_t)index->n_maps * 256 * sizeof *index->maps}};
+    return qs_xxh3_64_pieces(pieces, 2);
+}
+
+/* What says how the data are to be read, with numbers that enter every weight. Files of the first
+ * versions carry no hash of it. */
+static qs_status check_index_hash(qs_h5 *file, const qs_base_index *index, const char *text,
+                                  size_t bytes)
+{
+    int64_t hash = 0;
+    bool exists = false;
+    QS_TRY(qs_h5_attr_exists(file, "index_xxh3", &exists));
+    if (!exists) {
+        return QS_OK;
+    }
+    QS_TRY(qs_h5_attr_get_i64(file, "index_xxh3", &hash));
+    if ((uint64_t)hash != qs_base_index_hash(index, text, bytes)) {
+        return QS_FAIL(QS_ERR_INPUT_HASH,
+                       "%s: the index or the maps do not match index_xxh3; copy the file again",
+                       index->path);
+    }
+    return QS_OK;
+}
+
 static qs_status find_datasets(qs_h5 *file, qs_base_unit *unit, const char *group)
 {
     qs_base_dataset all[QS_BASE_DATASETS];
@@ -151,11 +178,12 @@ static qs_status check_hash_of_hashes(const qs_base_index *index, int fd)
     return st;
 }
 
-static qs_status locate(qs_h5 *file, qs_base_index *index)
+static qs_status locate(qs_h5 *file, qs_base_index *index, const char *text, size_t bytes)
 {
     qs_status st = QS_OK;
     int fd = -1;
     QS_TRY(read_maps(file, index));
+    QS_TRY(check_index_hash(file, index, text, bytes));
     for (int u = 0; u < index->n_units; u++) {
         QS_TRY(find_datasets(file, &index->units[u], "units/"));
     }
@@ -183,7 +211,7 @@ qs_status qs_base_open_with_text(qs_base_index **out, char **text, const char *p
     }
     QS_GOTO(read_index_text(file, text, &bytes));
     QS_GOTO(qs_base_index_parse(&index, *text, bytes, path));
-    QS_GOTO(locate(file, index));
+    QS_GOTO(locate(file, index, *text, bytes));
     *out = index;
     index = NULL;
 done:

@@ -51,6 +51,9 @@ qs_status qs_base_open_local(qs_base_index **out, const char *path);
 /** The same, with the text of the index for other ranks; the caller frees *text. */
 qs_status qs_base_open_with_text(qs_base_index **out, char **text, const char *path);
 
+/** XXH3-64 of the index's text and the maps behind it: attribute index_xxh3 of the file. */
+uint64_t qs_base_index_hash(const qs_base_index *index, const char *text, size_t bytes);
+
 /** XXH3-64 of NF4 quantum `i` within sections that start at the given pointers. */
 uint64_t qs_base_nf4_hash(const qs_unit_size *size, const uint8_t *packed, const uint8_t *absmax8,
                           const uint8_t *absmax32, int64_t i);

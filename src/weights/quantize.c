@@ -339,7 +339,9 @@ static qs_status put_index(job *j)
     QS_TRY(qs_h5_dataset_put(j->file, "maps", &maps, index->maps));
     QS_TRY(qs_base_index_text(index, &text));
     qs_h5_info info = {.dtype = QS_U8, .rank = 1, .dims = {(int64_t)strlen(text), 0}};
+    const int64_t hash = (int64_t)qs_base_index_hash(index, text, strlen(text));
     qs_status st = qs_h5_dataset_put(j->file, "index", &info, text);
+    st = st == QS_OK ? qs_h5_attr_put_i64(j->file, "index_xxh3", hash) : st;
     free(text);
     return st;
 }

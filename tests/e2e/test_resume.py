@@ -97,6 +97,36 @@ class Resume(unittest.TestCase):
         done = support.qshard(*self.options(self.reference), ranks=2)
         self.assertIn("finished", done.stderr)
 
+    def test_more_steps_after_a_finished_run(self):
+        """Where the schedule does not depend on the run's end: the bits of a run that was as long from the start."""
+        constant = {"optim__schedule": "constant", "optim__warmup": 2}
+        at_once, output = (os.path.join(self.folder, name) for name in ("at-once", "more"))
+        support.train(at_once, ranks=2, train__steps=8, **constant)
+        support.train(output, train__steps=4, **constant)
+        support.train(output, ranks=3, train__steps=8, **constant)
+        losses = [[line for line in support.curve(run) if line[1][0] == "loss"] for run in (at_once, output)]
+        self.assertEqual(len(losses[0]), 8)
+        self.assertEqual(losses[1], losses[0])
+        self.assertEqual(support.adapter_digest(output), support.adapter_digest(at_once))
+        support.qshard("check", output)
+        done = support.train(output, ranks=2, train__steps=8, **constant)
+        self.assertIn("finished", done.stderr)
+
+    def test_more_steps_that_change_the_steps_done_are_refused_with_the_remedy(self):
+        for name, schedule, warmup, remedy in (("cosine", "cosine", 1, "lora.init"), ("linear", "linear", 0.25, "lora.init"),
+                                               ("fraction", "constant", 0.5, "give optim.warmup=2 as well")):
+            with self.subTest(name=name):
+                output = os.path.join(self.folder, name)
+                settings = {"optim__schedule": schedule, "optim__warmup": warmup}
+                support.train(output, train__steps=4, **settings)
+                kept = support.curve(output)
+                done = support.train(output, ranks=2, expect=8, train__steps=8, **settings)
+                self.assertRegex(done.stderr, r"(?m)^error\[E802\] .*train\.steps \(then and now: 4 and 8\).*" + remedy)
+                self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+                self.assertEqual(support.curve(output), kept)
+        support.train(output, ranks=2, train__steps=8, optim__schedule="constant", optim__warmup=2)
+        self.assertEqual(len([line for line in support.curve(output) if line[1][0] == "loss"]), 8)
+
     def test_other_settings_are_refused(self):
         output = os.path.join(self.folder, "other")
         support.train(output, train__steps=3, train__save_every=3)

@@ -2,9 +2,11 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -141,7 +143,9 @@ class Prep(FolderTest):
             "n_sequences": 3, "n_tokens": len(data["tokens"]), "n_targets": 6, "tokenizer_sha256": tokenizer,
             "template_sha256": attributes["template_sha256"], "source": "data.jsonl",
             "tokens_xxh3": xxhash.xxh3_128_hexdigest(data["tokens"].tobytes()),
-            "labels_xxh3": xxhash.xxh3_128_hexdigest(data["labels"].tobytes())})
+            "labels_xxh3": xxhash.xxh3_128_hexdigest(data["labels"].tobytes()),
+            "layout_xxh3": xxhash.xxh3_128_hexdigest(attributes["labels_xxh3"].encode() + data["seq_offsets"].tobytes() +
+                                                     data["doc_offsets"].tobytes())})
         with h5py.File(self.path("out.h5"), "r") as file:
             for name in data:
                 self.assertIsNone(file[name].chunks)
@@ -261,6 +265,18 @@ class Prep(FolderTest):
         with open(self.path("out.h5"), "rb") as file:
             self.assertEqual(file.read(), b"mine")
 
+    def test_a_pipe_as_output_is_refused_even_with_overwrite(self):
+        os.mkfifo(self.path("pipe"))
+        os.symlink(self.path("pipe"), self.path("link"))
+        for name in ("pipe", "link"):
+            before = os.lstat(self.path(name)).st_ino
+            result = prep("--model", self.model, self.write_records("d.jsonl", [talk("a", "b")]), "-o", self.path(name),
+                          "--overwrite")
+            self.assert_one_error(result, 2, name, "is a device or a pipe")
+            metrics = self.write_records("m.jsonl", [{"step": 1, "loss": 2.0}])
+            self.assert_one_error(tool("plot_loss.py", metrics, "-o", self.path(name)), 2, name, "is a device or a pipe")
+            self.assertEqual(os.lstat(self.path(name)).st_ino, before)
+
     def test_input_as_output_is_refused_even_with_overwrite(self):
         path = self.write_records("out.h5", [talk("a", "b")])
         self.assert_one_error(self.prep(path, "--overwrite", expect=None), 2, "both input and output")
@@ -286,6 +302,62 @@ class Prep(FolderTest):
         result = tool("qshard_prep.py", "--model", self.model, data, "-o", os.path.join(disk, "out.h5"))
         self.assert_one_error(result, 4, "out.h5")
         self.assertEqual(os.listdir(disk), [])
+
+    def test_a_stopped_run_removes_what_it_has_begun(self):
+        from qprep.tokenfile import write_token_file
+
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup ctest
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+            with self.subTest(signal=number.name):
+                found = []
+
+                def write_and_stop(path, *arguments):
+                    write_token_file(path, *arguments)
+                    found.append(os.path.exists(path))
+                    os.kill(os.getpid(), number)
+
+                with mock.patch("qshard_prep.write_token_file", write_and_stop):
+                    result = self.prep([talk("a", "b")], expect=code)
+                self.assertEqual(found, [True])
+                self.assertRegex(result.stderr, r"\Astopped by [^\n]*\n\Z")
+                self.assert_nothing_written()
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+
+    def start_two(self):
+        """qshard-prep at work with two processes, in a group of its own as from a terminal, and their pids."""
+        data = self.write_records("many.jsonl", [{"text": "the " * 50}] * 20_000)
+        started = subprocess.Popen(
+            [sys.executable, os.path.join(PREP, "qshard_prep.py"), "--model", self.model, data, "-o", self.path("out.h5"),
+             "--jobs", "2", "--overwrite"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        workers = []
+        while len(workers) < 2 and started.poll() is None:
+            found = subprocess.run(["pgrep", "-f", "-P", str(started.pid), "spawn_main"], capture_output=True, check=False)
+            workers = [int(pid) for pid in found.stdout.split()]
+        return started, workers
+
+    def end_of(self, started):
+        try:
+            return started.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            return self.fail(f"it did not end: {started.communicate()}")
+
+    def test_several_processes_stop_together(self):
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(signal=number.name):
+                started, _ = self.start_two()
+                os.killpg(started.pid, number)
+                said = self.end_of(started)
+                self.assertEqual(started.returncode, code, said)
+                self.assertRegex(said, r"\Astopped by [^\n]*\n\Z")
+                self.assert_nothing_written()
+
+    def test_a_killed_run_leaves_no_process(self):
+        started, workers = self.start_two()
+        started.kill()
+        self.end_of(started)  # only once nobody holds its output open any more
+        self.assertEqual([pid for pid in workers if os.path.exists(f"/proc/{pid}/exe")], [])
 
     def test_a_missing_output_folder_is_code_4(self):
         data = self.write_records("d.jsonl", [talk("a", "b")])

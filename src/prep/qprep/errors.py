@@ -5,8 +5,10 @@ with the code of the error's class, its number / 100. Nothing else is printed af
 """
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
 
 USAGE = 200  # unknown option, missing or mistyped argument
@@ -20,7 +22,7 @@ INPUT_TENSOR = 305  # a tensor is missing or of the wrong shape
 IO_FAILED = 400  # a write, sync or rename failed
 IO_FULL = 401  # no space or quota
 MEMORY = 700
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # beside SIGINT, of which Python makes a KeyboardInterrupt
 
 
 class PrepError(Exception):
@@ -71,10 +73,37 @@ class OneLineParser(argparse.ArgumentParser):
         raise PrepError(USAGE, self.prog, f"{message}; see {self.prog} --help")
 
 
-def run(main, argv=None):
-    """Runs `main(argv)` and returns the process's exit code."""
+class Ended(BaseException):
+    """A signal that ends the process, as an exception: what was begun is removed on the way out."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+def raise_ended(number, _frame):
+    signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the first
+    raise Ended(number)
+
+
+@contextlib.contextmanager
+def ending_by_exception():
+    """Inside, the signals that would end the process raise Ended; one that is ignored, as under nohup, stays so."""
+    taken = [number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, raise_ended)
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def run(main, argv=None):
+    """Runs `main(argv)` and returns the process's exit code; after a signal 128 + its number, as a shell has it."""
+    try:
+        with ending_by_exception():
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except PrepError as error:
         print(one_line(error), file=sys.stderr)
         return error.exit_code
@@ -83,7 +112,10 @@ def run(main, argv=None):
         return 0
     except KeyboardInterrupt:
         print("stopped by the keyboard; no output was finished", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 128 + signal.SIGINT
+    except Ended as end:
+        print(f"stopped by {signal.Signals(end.number).name}; no output was finished", file=sys.stderr)
+        return 128 + end.number
     except MemoryError:
         print(
             f"error[E{MEMORY}] out of memory: split the input into smaller files", file=sys.stderr

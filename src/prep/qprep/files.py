@@ -1,7 +1,7 @@
 """Files that are either complete under their final name or not there at all.
 
-Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A killed run leaves
-only `.NAME.tmp-PID`, which no program of ours takes for a result.
+Everything is written under a temporary name in the same folder, flushed to the disk, and renamed. A run that is stopped
+(Ctrl-C, TERM, HUP) removes it; a killed one leaves `.NAME.tmp-PID`, which no program of ours takes for a result.
 """
 
 import contextlib
@@ -21,8 +21,7 @@ def refuse_existing(path, overwrite=False, inputs=()):
             raise PrepError(
                 errors.CONFIG_PAIR, path, "is both input and output; name another output"
             )
-    if os.path.isdir(path):
-        raise PrepError(errors.OUTPUT_TAKEN, path, "is a folder; name a file")
+    refuse_special(path)
     if os.path.lexists(path) and not overwrite:
         raise PrepError(
             errors.OUTPUT_TAKEN,
@@ -34,6 +33,14 @@ def refuse_existing(path, overwrite=False, inputs=()):
         raise PrepError(
             errors.IO_FAILED, path, f"the folder {folder} does not exist; create it first"
         )
+
+
+def refuse_special(path):
+    """A rename puts a plain file in the place of /dev/null or /dev/stdout, for all of a machine."""
+    if os.path.isdir(path):
+        raise PrepError(errors.OUTPUT_TAKEN, path, "is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise PrepError(errors.OUTPUT_TAKEN, path, "is a device or a pipe; name a file")
 
 
 def sync_folder(folder):
@@ -48,6 +55,7 @@ def sync_folder(folder):
 @contextlib.contextmanager
 def finished(path):
     """Gives a temporary name to write to; when the block ends well, the file gets the name `path`."""
+    refuse_special(path)
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.tmp-{os.getpid()}")
     try:

@@ -2,8 +2,11 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -223,7 +226,8 @@ def spread(options, form, source, jobs):
     with concurrent.futures.ProcessPoolExecutor(jobs, start, set_up, (options, form)) as pool:
         try:
             for batch in source:
-                waiting.append(pool.submit(work, batch))
+                with signals_held():
+                    waiting.append(pool.submit(work, batch))
                 if len(waiting) > 3 * jobs:
                     yield waiting.popleft().result()
             while waiting:
@@ -239,7 +243,35 @@ def spread(options, form, source, jobs):
                 future.cancel()
 
 
+@contextlib.contextmanager
+def signals_held():
+    """For starting processes: a Ctrl-C goes to all of a terminal's processes, and a pool whose processes are ended by others
+    waits for ever. They inherit that it is blocked; this process alone takes it, afterwards, and closes its pool. It has
+    threads of others' (tokenizers, numpy) that take a signal all the same, so that the handlers wait, too."""
+    came = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *errors.ENDING)}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _frame: came.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for number in came:
+            os.kill(os.getpid(), number)
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def set_up(options, form):
+    threading.Thread(target=end_with_parent, daemon=True).start()  # which a killed parent cannot ask for
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core's work
     work.worker = Worker(options, form)
 

@@ -58,6 +58,8 @@ def write_token_file(path, arrays, decode_table, attributes):
         "decode_offsets": decode_table[0].astype("<i8"),
         "decode_bytes": decode_table[1],
     }
+    labels_xxh3 = xxhash.xxh3_128_hexdigest(arrays["labels"].tobytes())
+    borders = arrays["seq_offsets"].tobytes() + arrays["doc_offsets"].tobytes()
     facts = {
         "format": "qshard-data",
         "format_version": 1,
@@ -66,7 +68,8 @@ def write_token_file(path, arrays, decode_table, attributes):
         "n_tokens": len(arrays["tokens"]),
         "n_targets": int(arrays["seq_targets"].sum()),
         "tokens_xxh3": xxhash.xxh3_128_hexdigest(arrays["tokens"].tobytes()),
-        "labels_xxh3": xxhash.xxh3_128_hexdigest(arrays["labels"].tobytes()),
+        "labels_xxh3": labels_xxh3,
+        "layout_xxh3": xxhash.xxh3_128_hexdigest(labels_xxh3.encode("ascii") + borders),
     }
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         for name, value in facts.items():

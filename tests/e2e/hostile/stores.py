@@ -29,6 +29,12 @@ def flip_lowest_bit(data):
     data[at] = data[at] ^ 1
 
 
+def move_border(file):
+    """The first sequence has one token less, the second one more: still what a token file may hold."""
+    for key in ("seq_offsets", "doc_offsets"):
+        file[key][1] -= 1
+
+
 def unallocated(name, shape, dtype):
     """A dataset whose bytes lie nowhere, so that its size costs nothing."""
     def alter(file):
@@ -137,6 +143,8 @@ for unit, key, at in (("layers.1", "packed", (-1, 100)), ("layers.1", "absmax8",
     case("train", f"base {unit} {key} is damaged", damaged, 304, f"{BASE}: .*{says}", 2)
     case("check base", f"base {unit} {key} is damaged", damaged, 304, f"{BASE}: .*{says}")
 case("sample", "base final norm is damaged", to.values(BASE, "final/small", 3, 77), 304, f"{BASE}: .*final", 2)
+for command in ("train", "check base"):
+    case(command, "base map is damaged", to.values(BASE, "maps", (0, 100), 0.25), 304, f"{BASE}: .*index_xxh3")
 for value, word in ((np.nan, "NaN"), (np.inf, "infinity")):
     case("train", f"base {word} in a map", to.values(BASE, "maps", (0, 3), value), 302, f"{BASE}: .*map", 2)
     signed = to.signed_base(to.values(BASE, "units/layers.1/absmax32", (-1, 0), value))
@@ -197,6 +205,8 @@ for command, name in (("train", DATA), ("train", "eval.h5"), ("eval", "eval.h5")
     for key in ("tokens", "labels"):
         case(command, f"{name} {key} are damaged", to.h5(name, lambda file, key=key: flip_lowest_bit(file[key])), 304,
              f"{name}: {key} hashes to", 2)
+for command in ("train", "check data"):
+    case(command, "data border is moved", to.h5(DATA, move_border), 304, f"{DATA}: .*layout_xxh3", 2 if command == "train" else None)
 case("check data", "data decode table is falling", to.values(DATA, "decode_offsets", 3, 0), 302, f"{DATA}: .*decode_offsets")
 case("sample", "prompts are missing", to.gone("prompts.h5"), 300, "prompts.h5", 2)
 case("sample", "prompts are cut off", to.cut("prompts.h5", 0.5), 301, "prompts.h5", 2)
