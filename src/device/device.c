@@ -199,6 +199,7 @@ void qs_queue_set_idle(qs_queue *queue, void (*idle)(void *), void *ctx)
 
 void qs_queue_idle(qs_queue *queue)
 {
+    qs_watch_moved(); /* a loop may be long */
     if (queue->ops->idle != NULL) {
         queue->ops->idle(queue);
     }
