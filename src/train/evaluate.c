@@ -55,12 +55,16 @@ static qs_status load_slot(void *ctx, int64_t step, int64_t slot, qs_batch *batc
     return qs_data_read(o->data, sequence, sequence, count, batch);
 }
 
-static qs_status eval_passes(qs_session *s, qs_feed *feed, const qs_feed_source *source,
-                             double *sums)
+/* The pass at hand is finished in any case: others may be sending rows for it. */
+static qs_status eval_passes(qs_session *s, qs_feed *feed, qs_feed_source *source,
+                             qs_eval_stop stop, void *ctx, double *sums)
 {
     qs_micro_batch *micro;
     bool last = false;
     for (int64_t first = 0; !last; first += feed->group) {
+        if (stop != NULL) {
+            QS_TRY(stop(ctx, &source->ends));
+        }
         QS_TRY(qs_feed_turn(feed, source, 0, first, false, &micro, &last));
         QS_TRY(qs_model_eval_pass(s->model, micro, qs_feed_ahead(feed), feed->group));
         qs_feed_keep_losses(feed, source, sums);
@@ -69,16 +73,20 @@ static qs_status eval_passes(qs_session *s, qs_feed *feed, const qs_feed_source 
 }
 
 qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed *feed,
-                      qs_eval_result *out)
+                      qs_eval_stop stop, void *ctx, qs_eval_result *out)
 {
     qs_status st = QS_OK;
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
     file_order order = {.data = data, .micro_batch = micro_batch};
-    const qs_feed_source source = qs_feed_source_make(s->comm, slots, load_slot, &order);
+    qs_feed_source source = qs_feed_source_make(s->comm, slots, load_slot, &order);
     double *sums = NULL, total = 0;
     qs_watch_section(false, "evaluation");
     QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
-    QS_GOTO(eval_passes(s, feed, &source, sums));
+    QS_GOTO(eval_passes(s, feed, &source, stop, ctx, sums));
+    *out = (qs_eval_result){.stopped = source.ends};
+    if (source.ends) {
+        goto done;
+    }
     QS_GOTO(qs_sum_slots(s->comm, slots, sums, &total));
     *out = (qs_eval_result){.loss = data->n_targets > 0 ? total / (double)data->n_targets : 0,
                             .targets = data->n_targets,
@@ -160,7 +168,7 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
     if (options->dump_logits != NULL) {
         QS_GOTO(dump_logits(s, data, feed.batches[0], options->dump_logits));
     }
-    QS_GOTO(qs_evaluate(s, data, micro_batch, &feed, &result));
+    QS_GOTO(qs_evaluate(s, data, micro_batch, &feed, NULL, NULL, &result));
     qs_memory_plan_compare(&plan);
     if (qs_comm_rank(s->comm) == 0) {
         printf("eval_loss %.17g perplexity %.6g targets %lld sequences %lld\n", result.loss,

@@ -9,12 +9,16 @@
 typedef struct {
     double loss; /* mean over targets */
     int64_t targets, sequences;
+    bool stopped; /* given up: the rest is not set */
 } qs_eval_result;
 
+/** Whether to give the evaluation up, asked before each pass. Collective: the same on all ranks. */
+typedef qs_status (*qs_eval_stop)(void *ctx, bool *stop);
+
 /** Evaluate `data` with the session's model, whose shape and `feed`, with no pass ahead, must have
- * room for micro_batch sequences of it. Collective. */
+ * room for micro_batch sequences of it. `stop` may be NULL: to the end. Collective. */
 qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed *feed,
-                      qs_eval_result *out);
+                      qs_eval_stop stop, void *ctx, qs_eval_result *out);
 
 /** Add per-slot sums over all ranks in slot order: `mine` are this rank's slots. Collective. */
 qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum);

@@ -61,7 +61,7 @@ qs_status qs_feed_turn(qs_feed *feed, const qs_feed_source *source, int64_t step
 {
     const int64_t per_rank = qs_shard_width(source->slots, qs_comm_nranks(source->comm));
     const int64_t next = first + feed->group;
-    *last = next >= per_rank;
+    *last = source->ends || next >= per_rank;
     QS_TRY(load_pass(feed, source, step, first));
     feed->now = 1 - feed->now;
     feed->ahead = false;

@@ -16,6 +16,7 @@ typedef struct {
     qs_comm *comm;
     int64_t slots; /* of every step, over all ranks */
     qs_range mine; /* those of this rank */
+    bool ends;     /* no pass behind the one that is turned to next: a step that is given up */
     qs_slot_load load;
     void *ctx;
 } qs_feed_source;

@@ -54,6 +54,7 @@ typedef struct {
     int64_t not_finite;
     int64_t tokens_seen; /* of all ranks, over all starts */
     int64_t lines_lost;  /* metrics that a full disk swallowed */
+    bool unevaluated;    /* a stop signal came during an evaluation */
     double started_s;
     int64_t profiled[2]; /* first and last step of the profile, from 1; 0: none */
     qs_step_metrics last;
@@ -364,11 +365,28 @@ static qs_status keep_going(run *r, qs_status st)
     return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
 }
 
-static qs_status evaluate(run *r)
+/* A signal anywhere is everyone's. */
+static qs_status signal_caught(void *ctx, bool *stop)
+{
+    const run *r = ctx;
+    int64_t flag = qs_signals_caught();
+    QS_TRY(qs_comm_max_i64(r->comm, &flag, 1));
+    *stop = flag != 0;
+    return QS_OK;
+}
+
+/* A stop signal ends it, and the next start makes up for it; `max_time` alone does not, or a run
+ * that is started again and again by it would never see the end of a long one. */
+static qs_status evaluate(run *r, bool *stop)
 {
     qs_eval_result result;
     QS_TRY(qs_evaluate(&r->session, r->eval_data, r->cfg->train.micro_batch, &r->trainer.feed,
-                       &result));
+                       signal_caught, r, &result));
+    if (result.stopped) {
+        qs_log_info("step %" PRId64 ": the evaluation is left to the next start", r->step);
+        r->unevaluated = *stop = true;
+        return QS_OK;
+    }
     QS_TRY(qs_data_check_unchanged(r->eval_data, r->comm));
     qs_log_info("step %" PRId64 "  eval_loss %.6f  perplexity %.4f  (%" PRId64 " tokens)", r->step,
                 result.loss, exp(result.loss), result.targets);
@@ -432,7 +450,7 @@ static qs_status save(run *r, qs_status *last_save)
     return qs_comm_agree(r->comm, st);
 }
 
-/* One flag for all: a signal anywhere, or rank 0's clock past max_time. */
+/* A signal anywhere, or rank 0's clock past max_time. */
 static qs_status stop_wanted(run *r, bool *stop)
 {
     const bool late = r->rank == 0 && r->cfg->train.max_time > 0 &&
@@ -454,11 +472,11 @@ static void show(const run *r, const qs_step_metrics *m)
 }
 
 /* A run that was stopped between a checkpoint and its evaluation makes up for it. */
-static qs_status missed_evaluation(run *r)
+static qs_status missed_evaluation(run *r, bool *stop)
 {
     int64_t last = qs_metrics_last_eval(r->metrics);
     QS_TRY(qs_comm_bcast(r->comm, &last, sizeof last, 0));
-    return eval_due(r, r->step) && last < r->step ? evaluate(r) : QS_OK;
+    return eval_due(r, r->step) && last < r->step ? evaluate(r, stop) : QS_OK;
 }
 
 /* With --trace alone: two steps of this start, behind its warm-up if there are so many. */
@@ -485,6 +503,13 @@ static qs_status end_profile(run *r)
     return r->options->trace != NULL ? qs_trace_file_write(r->options->trace, r->comm) : QS_OK;
 }
 
+static qs_status save_here(run *r, qs_status *last_save, int64_t *saved)
+{
+    QS_TRY(save(r, last_save));
+    *saved = *last_save == QS_OK ? r->step : *saved;
+    return report_ranks(r);
+}
+
 /* One step with everything that follows it. A stop signal saves first and leaves the evaluation to
  * the next start. */
 static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bool *stop)
@@ -505,12 +530,14 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
     QS_TRY(keep_going(r, qs_metrics_step(r->metrics, &r->last)));
     show(r, &r->last);
     QS_TRY(stop_wanted(r, stop));
-    if (*stop || due(r->step, r->cfg->train.save_every) || r->step == r->sampler.steps) {
-        QS_TRY(save(r, last_save));
-        *saved = *last_save == QS_OK ? r->step : *saved;
-        QS_TRY(report_ranks(r));
+    const bool ends = r->step == r->sampler.steps;
+    if (*stop || ends || due(r->step, r->cfg->train.save_every)) {
+        QS_TRY(save_here(r, last_save, saved));
     }
-    return eval_due(r, r->step) && (!*stop || r->step == r->sampler.steps) ? evaluate(r) : QS_OK;
+    if (eval_due(r, r->step) && (!*stop || ends)) {
+        QS_TRY(evaluate(r, stop));
+    }
+    return r->unevaluated && *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
 }
 
 /* `saved`: the newest step of which there is a checkpoint, 0: none. */
@@ -532,7 +559,7 @@ static qs_status step_loop(run *r)
     bool stop = false;
     int64_t saved = r->step;
     choose_profile(r);
-    QS_TRY(missed_evaluation(r));
+    QS_TRY(missed_evaluation(r, &stop));
     while (r->step < r->sampler.steps && !stop) {
         QS_TRY(step_and_after(r, &last_save, &saved, &stop));
     }
@@ -550,7 +577,8 @@ static qs_status step_loop(run *r)
                                      "checkpoints are complete",
                                      r->cfg->output, r->lines_lost));
     }
-    return qs_comm_agree(r->comm, stop && r->step < r->sampler.steps ? QS_REQUEUE : QS_OK);
+    return qs_comm_agree(
+        r->comm, stop && (r->unevaluated || r->step < r->sampler.steps) ? QS_REQUEUE : QS_OK);
 }
 
 /* --dump-grads: the first step up to the reduced gradient, nothing else. */

@@ -93,6 +93,31 @@ class Resume(unittest.TestCase):
         support.qshard(*self.options(output), ranks=3)
         self.same_as_reference(output)
 
+    def test_a_signal_during_an_evaluation(self):
+        """It is given up: what was not saved is, and the next start evaluates anew. At the last step, too."""
+        folder = support.scratch()
+        long = {"train__steps": 6, "train__eval_every": 3, "train__micro_batch": 1, "data__eval": os.path.join(support.tiny(), "train.h5")}
+        reference, output = os.path.join(folder, "reference"), os.path.join(folder, "run")
+        support.train(reference, ranks=2, **long)
+        for step in (3, 6):
+            process = support.start("train", support.TINY_YAML, *support.settings(support.tiny(), output, **long), ranks=2)
+            try:
+                metrics = os.path.join(output, "metrics.jsonl")
+                while not os.path.exists(metrics) or not any(line["step"] == step for line in support.metrics(output)):
+                    self.assertIsNone(process.poll(), "the run ended before it could be stopped")
+                    time.sleep(0.002)
+                os.kill(process.pid, signal.SIGUSR1)
+                text, _ = process.communicate(timeout=60)
+            finally:
+                kill_all(process)
+            self.assertEqual(process.returncode, 75, text)
+            self.assertIn("the evaluation is left to the next start", text)
+            self.assertEqual([line["step"] for line in support.metrics(output) if "eval_loss" in line], [3] if step == 6 else [])
+            self.assertTrue(os.path.isdir(os.path.join(output, f"step-{step:08d}")), text)
+        support.train(output, ranks=3, **long)
+        self.assertEqual(support.curve(output), support.curve(reference))
+        self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
+
     def test_finished_run_says_so(self):
         done = support.qshard(*self.options(self.reference), ranks=2)
         self.assertIn("finished", done.stderr)
