@@ -137,6 +137,33 @@ Test(io, a_pipe_is_not_replaced_nor_a_link_to_it)
     cr_assert(lstat(in_dir("link"), &info) == 0 && S_ISLNK(info.st_mode));
 }
 
+Test(io, trying_a_file_says_what_writing_it_would)
+{
+    char long_name[5000];
+    memset(long_name, 'x', sizeof long_name - 1);
+    long_name[sizeof long_name - 1] = '\0';
+    const char *const paths[] = {in_dir("there/not/f"), long_name, dir};
+    for (int i = 0; i < 3; i++) {
+        const qs_status tried = qs_io_try_file(paths[i]);
+        char text[512];
+        snprintf(text, sizeof text, "%s", qs_error_text());
+        qs_error_clear();
+        cr_assert_eq(tried, QS_ERR_IO, "%d: %s", i, text);
+        cr_assert_eq(qs_io_write_file(paths[i], "x", 1), tried);
+        qs_error_clear();
+    }
+    void *back = NULL;
+    size_t bytes = 0;
+    cr_assert_eq(qs_io_try_file(in_dir("new")), QS_OK);
+    cr_assert_eq(entries(dir), 0);
+    cr_assert_eq(qs_io_write_file(in_dir("old"), "old", 3), QS_OK);
+    cr_assert_eq(qs_io_try_file(in_dir("old")), QS_OK);
+    cr_assert_eq(qs_io_read_file(in_dir("old"), 100, &back, &bytes), QS_OK);
+    cr_assert_str_eq(back, "old");
+    cr_assert_eq(entries(dir), 1);
+    free(back);
+}
+
 Test(io, failures_name_file_and_class)
 {
     void *back = NULL;

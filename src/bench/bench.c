@@ -10,6 +10,7 @@
 #include "base/proc.h"
 #include "bench/bench_impl.h"
 #include "kernels/cpu/isa.h"
+#include "store/io.h"
 
 typedef qs_status (*benchmark)(qs_bench_job *job);
 
@@ -131,6 +132,8 @@ qs_status qs_bench_run(const qs_bench_options *options, qs_comm *comm)
     const bool speaks = qs_comm_rank(comm) == 0;
     qs_status st = QS_OK;
     QS_TRY(qs_comm_agree(comm, check_alone(options, comm)));
+    QS_TRY(qs_comm_agree(comm,
+                         speaks && options->json != NULL ? qs_io_try_file(options->json) : QS_OK));
     QS_GOTO(qs_comm_agree(
         comm, qs_bench_report_open(&job.report, benchmarks[options->kind].name, speaks)));
     QS_GOTO(benchmarks[options->kind].run(&job));

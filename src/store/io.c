@@ -265,16 +265,37 @@ static qs_status expect_replaceable(const char *path)
                : QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: is a device or a pipe; name a file", path);
 }
 
+/* What is to become `path`, beside it. */
+static qs_status name_temporary(const char *path, char temp[QS_IO_PATH])
+{
+    if (snprintf(temp, QS_IO_PATH, "%s.tmp-%ld", path, (long)getpid()) >= QS_IO_PATH) {
+        return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %d bytes", path, QS_IO_PATH - 1);
+    }
+    (void)unlink(temp); /* of a killed process that had our number */
+    return QS_OK;
+}
+
+qs_status qs_io_try_file(const char *path)
+{
+    char temp[QS_IO_PATH];
+    struct stat info;
+    QS_TRY(expect_replaceable(path));
+    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
+        return output_failed(path, "writing", EISDIR);
+    }
+    QS_TRY(name_temporary(path, temp));
+    const qs_status st = qs_io_write_new(temp, "", 0);
+    (void)unlink(temp);
+    return st;
+}
+
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
 {
     char temp[QS_IO_PATH];
     char parent[QS_IO_PATH];
     QS_TRY(expect_replaceable(path));
     QS_TRY(parent_of(path, parent, sizeof parent));
-    if (snprintf(temp, sizeof temp, "%s.tmp-%ld", path, (long)getpid()) >= (int)sizeof temp) {
-        return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %zu bytes", path, sizeof temp - 1);
-    }
-    (void)unlink(temp); /* of a killed process that had our number */
+    QS_TRY(name_temporary(path, temp));
     qs_status st = qs_io_write_new(temp, data, bytes);
     st = st != QS_OK ? st : qs_io_rename(temp, path);
     if (st != QS_OK) {

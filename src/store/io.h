@@ -37,6 +37,10 @@ qs_status qs_io_close(int fd, const char *path);
  * directory. An older file of the name is replaced, a device or a pipe is QS_ERR_OUTPUT_TAKEN. */
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
 
+/** Could qs_io_write_file write there now? For what is written at the end of long work. The reasons
+ * are its own; nothing is left, and an older file stays as it is. */
+qs_status qs_io_try_file(const char *path);
+
 /** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not
  * published yet. */
 qs_status qs_io_write_new(const char *path, const void *data, size_t bytes);

@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "hf/safetensors.h"
+#include "store/io.h"
 #include "train/plan.h"
 #include "train/train.h"
 
@@ -185,6 +186,10 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     qs_status st = QS_OK;
     qs_session s = {0};
     qs_data *data = NULL;
+    if (options->dump_logits != NULL && qs_comm_rank(comm) == 0) {
+        st = qs_io_try_file(options->dump_logits);
+    }
+    QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_session_open(&s, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&s, options->adapter));
     QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));

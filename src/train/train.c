@@ -93,6 +93,12 @@ static qs_status open_inputs(run *r)
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
 }
 
+static qs_status check_dump(const run *r)
+{
+    const char *path = r->options->dump_grads;
+    return qs_comm_agree(r->comm, path != NULL && r->rank == 0 ? qs_io_try_file(path) : QS_OK);
+}
+
 /* A GPU's work is not the host's to time. */
 static qs_status check_trace(const run *r)
 {
@@ -698,6 +704,7 @@ static qs_status run_all(run *r)
 {
     QS_TRY(open_inputs(r));
     QS_TRY(check_trace(r));
+    QS_TRY(check_dump(r));
     QS_TRY(shape_run(r));
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);

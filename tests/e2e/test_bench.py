@@ -167,9 +167,19 @@ class Refused(unittest.TestCase):
                 self.assertEqual(done.stderr.count("error["), 1, done.stderr)
                 self.assertIn(text, done.stderr)
 
-    def test_json_cannot_be_written(self):
-        done = support.qshard("bench", "gather", *SIZES, "--json", "/nowhere/bench.json", expect=4)
-        self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+    def test_what_cannot_be_written_is_said_at_the_beginning(self):
+        base = f"{support.tiny()}/base.h5"
+        for command, option, path in (
+                (("bench", "gather", *SIZES), "--json", "/nowhere/bench.json"),
+                (("train", support.TINY_YAML, "--set", f"base={base}"), "--dump-grads", "/nowhere/grads.safetensors"),
+                (("eval", support.TINY_YAML, "--set", f"base={base}"), "--dump-logits", "/nowhere/logits.safetensors")):
+            for ranks in (None, 2):
+                with self.subTest(command=command[0], ranks=ranks):
+                    done = support.qshard(*command, option, path, *(("--set", f"data.train={support.tiny()}/train.h5", "--set",
+                                          f"data.eval={support.tiny()}/eval.h5") if command[0] != "bench" else ()), ranks=ranks, expect=4)
+                    self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+                    self.assertIn(path, done.stderr)
+                    self.assertEqual(done.stdout, "")
 
 
 if __name__ == "__main__":
