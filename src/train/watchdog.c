@@ -8,7 +8,7 @@
 #include "base/log.h"
 
 static const char REMEDY[] =
-    "it may be stopped, its host down, the network or a file system away: look there, then start "
+    "a rank may be stopped, a host down, the network or a file system away: look there, then start "
     "again, and a run goes on from its last checkpoint (train.stall_limit says how long to wait)";
 
 static qs_status name_hosts(qs_watchdog *dog, qs_comm *comm)

@@ -246,6 +246,19 @@ class Slurm(unittest.TestCase):
         self.completes(*again)
         self.same_as_alone("killed")
 
+    def test_a_stopped_rank_ends_the_job(self):
+        """The other one does not wait for it until the time limit; the next start goes on."""
+        words = ["--set", "train.save_every=2", "--set", "train.stall_limit=2"]
+        job, log = self.submit("multi_node", "stopped", words=words)
+        first, _ = self.after_step(job, log, "stopped")
+        self.go_on([first])
+        self.assertEqual(self.end_of(job)[0], "FAILED", self.text(log))  # by 6, or by 137 of the one that had to be killed
+        self.assertEqual(len(re.findall(r"error\[E601\] (?:saving )?step \d+: ", self.text(log))), 1, self.text(log))
+        self.assertNotIn("requeue", self.text(log))
+        wait_for("the end of the ranks", lambda: not self.ranks(job))
+        self.completes(*self.submit("multi_node", "stopped", words=[*words, "--takeover"]))
+        self.same_as_alone("stopped")
+
     def test_scaling(self):
         """One run on one and two nodes: a line each, with the same loss."""
         job, log = self.submit("scaling", "unused", options=["--array=0-1", "--ntasks-per-node=1"], NODES="1 2",
