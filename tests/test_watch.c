@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/log.h"
 #include "base/timer.h"
 #include "base/watch.h"
 
@@ -273,7 +274,7 @@ Test(watch, notes_of_threads_that_are_not_watched_count_for_nothing)
 }
 
 /* The line comes out, or the process ends without: nobody reads, and the pipe is full. */
-static void nobody_reads(void)
+static void fill_stderr(void)
 {
     int full[2];
     char page[4096] = "";
@@ -285,13 +286,31 @@ static void nobody_reads(void)
     }
     fcntl(full[1], F_SETFL, 0);
     dup2(full[1], STDERR_FILENO);
+}
+
+static void nobody_reads(void)
+{
+    fill_stderr();
     works_without_end();
     sleep_s(20);
 }
 
-Test(watch, a_line_that_nobody_reads_does_not_keep_the_process)
+/* The rank itself has the log, and stands in it; with --verbose an error is noted there, too. */
+static void nobody_reads_the_log(void)
 {
-    const outcome o = run(nobody_reads, 0);
+    qs_watch *watch;
+    start(&watch, 2);
+    qs_watch_section(false, "step %d", 14);
+    qs_log_init(0, 1, QS_LOG_DEBUG, true);
+    fill_stderr();
+    qs_log_info("step 14");
+}
+
+Test(watch, a_line_that_nobody_reads_does_not_keep_the_process, .timeout = 60)
+{
+    const outcome o = run(nobody_reads, 0), log = run(nobody_reads_the_log, 0);
     cr_assert_eq(o.exit_code, -1);
     cr_assert_lt(o.took_s, 15);
+    cr_assert_eq(log.exit_code, -1);
+    cr_assert_lt(log.took_s, 15);
 }
