@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "base/timer.h"
 #include "base/watch.h"
+#include "store/io.h"
 
 #define LIMIT_S 0.4 /* a look every 20 ms */
 
@@ -177,6 +178,31 @@ static void moves_all_the_time(void)
 Test(watch, whoever_moves_is_left_alone)
 {
     const outcome o = run(moves_all_the_time, 0);
+    lived(&o);
+}
+
+/* A share of the base from a slow file system, piece by piece. */
+static void reads_slowly(void)
+{
+    qs_watch *watch;
+    char piece[64];
+    const int zeros = open("/dev/zero", O_RDONLY), nowhere = open("/dev/null", O_WRONLY);
+    start(&watch, 0);
+    qs_watch_section(false, "step %d", 1);
+    for (int i = 0; i < 12; i++) {
+        sleep_s(LIMIT_S / 4);
+        const qs_status st = i < 6 ? qs_io_read_all(zeros, piece, sizeof piece, 0, "zeros")
+                                   : qs_io_write_all(nowhere, piece, sizeof piece, 0, "nowhere");
+        if (st != QS_OK) {
+            _exit(1);
+        }
+    }
+    qs_watch_stop(watch);
+}
+
+Test(watch, whoever_reads_or_writes_moves)
+{
+    const outcome o = run(reads_slowly, 0);
     lived(&o);
 }
 
