@@ -81,7 +81,7 @@ qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed
     file_order order = {.data = data, .micro_batch = micro_batch};
     qs_feed_source source = qs_feed_source_make(s->comm, slots, load_slot, &order);
     double *sums = NULL, total = 0;
-    qs_watch_section(false, "evaluation");
+    qs_watch_section(source.mine.begin == source.mine.end, "evaluation");
     QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
     QS_GOTO(eval_passes(s, feed, &source, stop, ctx, sums));
     *out = (qs_eval_result){.stopped = source.ends};
