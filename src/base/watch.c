@@ -207,7 +207,7 @@ static void *watch_main(void *ctx)
         look(w, &still, tick_s);
         const char *waits_for = atomic_load_explicit(&w->waits_for, memory_order_relaxed);
         const double limit_s = limit_of(w, &still);
-        if (still.idle_s > limit_s / 2 && w->missing_count == 0) {
+        if (still.idle_s > limit_s / 2) { /* each time: some may come late */
             atomic_store_explicit(&w->asks, true, memory_order_relaxed);
         }
         if (!w->stop && still.idle_s > limit_s + grace_s(w, waits_for)) {
