@@ -11,8 +11,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/log.h"
 #include "base/timer.h"
 #include "base/watch.h"
+#include "store/io.h"
 
 #define LIMIT_S 0.4 /* a look every 20 ms */
 
@@ -149,11 +151,30 @@ static void lacks_many(void)
     answers((const int[]){6, 1, 2, 3}, 7);
 }
 
+/* One of two comes later than it should, and is not to be looked at. */
+static void lacks_one_in_the_end(void)
+{
+    qs_watch *watch;
+    start(&watch, 0);
+    qs_watch_section(false, "step %d", 3);
+    qs_watch_wait("other ranks");
+    const double begin = qs_time_s();
+    while (qs_time_s() < begin + 60 * LIMIT_S) {
+        if (qs_watch_asks()) {
+            const bool late = qs_time_s() > begin + 0.8 * LIMIT_S;
+            qs_watch_missing(late ? (const int[]){7} : (const int[]){5, 7}, late ? 1 : 2);
+        }
+        usleep(1000);
+    }
+}
+
 Test(watch, who_is_missing_is_named)
 {
-    const outcome two = run(lacks_two, 0), many = run(lacks_many, 0);
+    const outcome two = run(lacks_two, 0), many = run(lacks_many, 0),
+                  one = run(lacks_one_in_the_end, 0);
     ended_with(&two, "step 3: nothing has come from rank 5 on f and rank 7 on h for ");
     ended_with(&many, "step 3: nothing has come from rank 6 on g and 6 more ranks for ");
+    ended_with(&one, "step 3: nothing has come from rank 7 on h for ");
 }
 
 static void moves_all_the_time(void)
@@ -176,6 +197,31 @@ static void moves_all_the_time(void)
 Test(watch, whoever_moves_is_left_alone)
 {
     const outcome o = run(moves_all_the_time, 0);
+    lived(&o);
+}
+
+/* A share of the base from a slow file system, piece by piece. */
+static void reads_slowly(void)
+{
+    qs_watch *watch;
+    char piece[64];
+    const int zeros = open("/dev/zero", O_RDONLY), nowhere = open("/dev/null", O_WRONLY);
+    start(&watch, 0);
+    qs_watch_section(false, "step %d", 1);
+    for (int i = 0; i < 12; i++) {
+        sleep_s(LIMIT_S / 4);
+        const qs_status st = i < 6 ? qs_io_read_all(zeros, piece, sizeof piece, 0, "zeros")
+                                   : qs_io_write_all(nowhere, piece, sizeof piece, 0, "nowhere");
+        if (st != QS_OK) {
+            _exit(1);
+        }
+    }
+    qs_watch_stop(watch);
+}
+
+Test(watch, whoever_reads_or_writes_moves)
+{
+    const outcome o = run(reads_slowly, 0);
     lived(&o);
 }
 
@@ -273,7 +319,7 @@ Test(watch, notes_of_threads_that_are_not_watched_count_for_nothing)
 }
 
 /* The line comes out, or the process ends without: nobody reads, and the pipe is full. */
-static void nobody_reads(void)
+static void fill_stderr(void)
 {
     int full[2];
     char page[4096] = "";
@@ -285,13 +331,31 @@ static void nobody_reads(void)
     }
     fcntl(full[1], F_SETFL, 0);
     dup2(full[1], STDERR_FILENO);
+}
+
+static void nobody_reads(void)
+{
+    fill_stderr();
     works_without_end();
     sleep_s(20);
 }
 
-Test(watch, a_line_that_nobody_reads_does_not_keep_the_process)
+/* The rank itself has the log, and stands in it; with --verbose an error is noted there, too. */
+static void nobody_reads_the_log(void)
 {
-    const outcome o = run(nobody_reads, 0);
+    qs_watch *watch;
+    start(&watch, 2);
+    qs_watch_section(false, "step %d", 14);
+    qs_log_init(0, 1, QS_LOG_DEBUG, true);
+    fill_stderr();
+    qs_log_info("step 14");
+}
+
+Test(watch, a_line_that_nobody_reads_does_not_keep_the_process, .timeout = 60)
+{
+    const outcome o = run(nobody_reads, 0), log = run(nobody_reads_the_log, 0);
     cr_assert_eq(o.exit_code, -1);
     cr_assert_lt(o.took_s, 15);
+    cr_assert_eq(log.exit_code, -1);
+    cr_assert_lt(log.took_s, 15);
 }

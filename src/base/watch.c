@@ -63,9 +63,9 @@ void qs_watch_section(bool patient, const char *format, ...)
     vsnprintf(mine->section, sizeof mine->section, format, args);
     mine->section_s = qs_time_s();
     mine->patient = patient;
+    qs_watch_moved(); /* before the watch looks: a limit that is less patient meets a new move */
     pthread_mutex_unlock(&mine->lock);
     va_end(args);
-    qs_watch_moved();
 }
 
 bool qs_watch_asks(void)
@@ -174,10 +174,13 @@ static double grace_s(const qs_watch *w, const char *waits_for)
     return waits_for == NULL ? 0 : turn_s * (1 + turn + 4 * lacks);
 }
 
-static void end_process(qs_status st)
+/* Nobody may read what is printed, and the rank's thread may stand in the log and have its lock,
+ * which an error asks for with --verbose. */
+static void end_process(const qs_watch *w, const char *waits_for, double idle_s)
 {
     signal(SIGALRM, SIG_DFL);
-    alarm(PRINT_LIMIT_S); /* nobody may read what is printed */
+    alarm(PRINT_LIMIT_S);
+    const qs_status st = describe(w, waits_for, idle_s);
     qs_error_print(st);
     _exit(qs_exit_code(st));
 }
@@ -204,11 +207,11 @@ static void *watch_main(void *ctx)
         look(w, &still, tick_s);
         const char *waits_for = atomic_load_explicit(&w->waits_for, memory_order_relaxed);
         const double limit_s = limit_of(w, &still);
-        if (still.idle_s > limit_s / 2 && w->missing_count == 0) {
+        if (still.idle_s > limit_s / 2) { /* each time: some may come late */
             atomic_store_explicit(&w->asks, true, memory_order_relaxed);
         }
         if (!w->stop && still.idle_s > limit_s + grace_s(w, waits_for)) {
-            end_process(describe(w, waits_for, still.idle_s));
+            end_process(w, waits_for, still.idle_s);
         }
     }
     pthread_mutex_unlock(&w->lock);

@@ -7,9 +7,10 @@
  * Too long is never a matter of the rank's own speed: whoever works, or hears of others, moves. It
  * is `limit_s` seconds, or four times what the section (a step, an evaluation) has taken until it
  * came to a stop, whichever is more, since others may have as much to do on a slower machine;
- * before and between passes, where files are read and written, PATIENT times `limit_s`. Time during
- * which this process was itself stopped (a suspended job, a debugger) does not count. Some seconds
- * more decide who speaks, so that the line comes from where the trouble is near.
+ * before and between passes, where files are read and written, and in a pass in which this rank has
+ * no work to compare with, PATIENT times `limit_s`. Time during which this process was itself
+ * stopped (a suspended job, a debugger) does not count. Some seconds more decide who speaks, so
+ * that the line comes from where the trouble is near.
  *
  * The notes are made by one thread, the rank's, and cost next to nothing; a thread without a watch
  * makes none. */
@@ -37,7 +38,8 @@ qs_status qs_watch_start(qs_watch **out, const qs_watch_options *options);
 /** End it, from the thread that it watches. NULL is fine. */
 void qs_watch_stop(qs_watch *watch);
 
-/** A section begins: what the line will name ("step 14"). `patient`: files are read or written. */
+/** A section begins: what the line will name ("step 14"). `patient`: files are read or written, or
+ * this rank has no work in it. */
 void qs_watch_section(bool patient, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /** This rank has done something, or something has arrived. */

@@ -172,19 +172,21 @@ static qs_status print_kinds_row(const plan *p, const qs_gpu_kind *gpu, bool *an
 
 /* ---- does it fit? ---- */
 
-/* Who allows what a rank may have, and what gives more of it. */
+/* Who allows what a rank may have, what gives more of it, and what would have more. */
 typedef struct {
     char name[QS_ROOM_TEXT_MAX];
-    const char *remedy;
+    const char *remedy, *larger;
 } grant;
 
 static void find_grant(const plan *p, const qs_outlook_place *place, size_t allowed, grant *out)
 {
     out->remedy = "";
+    out->larger = "a larger memory.device_limit";
     snprintf(out->name, sizeof out->name, "memory.device_limit");
     if (place->gpu != NULL) {
         if (allowed == qs_gpu_kind_free_bytes(place->gpu)) {
             snprintf(out->name, sizeof out->name, "%s", place->gpu->name);
+            out->larger = "larger GPUs";
         }
         return;
     }
@@ -192,6 +194,7 @@ static void find_grant(const plan *p, const qs_outlook_place *place, size_t allo
     if (p->config.memory.device_limit == 0 || (size_t)p->config.memory.device_limit > room.bytes) {
         qs_room_describe(&room, out->name, sizeof out->name);
         out->remedy = qs_limit_remedy(&room.limit);
+        out->larger = "hosts with more memory";
     }
 }
 
@@ -214,7 +217,7 @@ static qs_status does_not_fit(const plan *p, const qs_outlook_place *place, cons
         snprintf(text, sizeof text,
                  "no setting and no number of ranks makes it fit: lower train.seq_len or "
                  "lora.rank, or take %s",
-                 place->gpu != NULL ? "larger GPUs" : "hosts with more memory");
+                 who->larger);
     }
     return QS_FAIL(QS_ERR_MEMORY, "%s: a rank needs %.1f GiB and has %.1f (%s%s%s): %s", p->path,
                    (double)needed / GIB, (double)allowed / GIB, who->name,

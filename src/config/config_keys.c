@@ -177,8 +177,9 @@ const qs_key qs_keys[] = {
      .high = SECONDS_MAX,
      .neutral = true,
      .unit = "s",
-     .meaning = "leave with code 6 where nothing has moved for so long, in a step that was under "
-                "way for a quarter of it; twelve times as long for files; 0: wait for ever"},
+     .meaning = "leave with code 6 where nothing has moved for so long, and for four times as long "
+                "as the step had been under way; twelve times the limit for files; 0: wait for "
+                "ever"},
 
     {.name = "lora.rank",
      .type = QS_KEY_I64,

@@ -16,6 +16,8 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "base/watch.h"
+
 enum { QS_IO_PATH = 4096, QS_IO_COMPARE_BYTES = 1 << 20 };
 static const size_t max_call_bytes = (size_t)1
                                      << 30; /* Linux moves at most 2 GiB - 4 KiB per call */
@@ -109,6 +111,7 @@ qs_status qs_io_write_all(int fd, const void *data, size_t bytes, int64_t offset
         if (n <= 0) { /* 0 has no errno and would be repeated for ever */
             return output_failed(path, "writing", n < 0 ? errno : EIO);
         }
+        qs_watch_moved();
         done += (size_t)n;
     }
     return QS_OK;
@@ -134,6 +137,7 @@ qs_status qs_io_read_all(int fd, void *data, size_t bytes, int64_t offset, const
                 "cut off, copy it again",
                 path, (long long)(offset + (int64_t)done), bytes, (long long)offset);
         }
+        qs_watch_moved();
         done += (size_t)n;
     }
     return QS_OK;

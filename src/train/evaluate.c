@@ -56,13 +56,15 @@ static qs_status load_slot(void *ctx, int64_t step, int64_t slot, qs_batch *batc
     return qs_data_read(o->data, sequence, sequence, count, batch);
 }
 
-/* The pass at hand is finished in any case: others may be sending rows for it. */
+/* The pass at hand is finished in any case: others may be sending rows for it. If it is the last
+ * one, nothing has been given up. */
 static qs_status eval_passes(qs_session *s, qs_feed *feed, qs_feed_source *source,
                              qs_eval_stop stop, void *ctx, double *sums)
 {
     qs_micro_batch *micro;
     bool last = false;
-    for (int64_t first = 0; !last; first += feed->group) {
+    int64_t first = 0;
+    for (; !last; first += feed->group) {
         if (stop != NULL) {
             QS_TRY(stop(ctx, &source->ends));
         }
@@ -70,6 +72,7 @@ static qs_status eval_passes(qs_session *s, qs_feed *feed, qs_feed_source *sourc
         QS_TRY(qs_model_eval_pass(s->model, micro, qs_feed_ahead(feed), feed->group));
         qs_feed_keep_losses(feed, source, sums);
     }
+    source->ends = first < qs_shard_width(source->slots, qs_comm_nranks(source->comm));
     return QS_OK;
 }
 
@@ -81,7 +84,7 @@ qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed
     file_order order = {.data = data, .micro_batch = micro_batch};
     qs_feed_source source = qs_feed_source_make(s->comm, slots, load_slot, &order);
     double *sums = NULL, total = 0;
-    qs_watch_section(false, "evaluation");
+    qs_watch_section(source.mine.begin == source.mine.end, "evaluation");
     QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
     QS_GOTO(eval_passes(s, feed, &source, stop, ctx, sums));
     *out = (qs_eval_result){.stopped = source.ends};

@@ -294,7 +294,7 @@ static qs_status sample_with(sampler *s)
     QS_TRY(qs_session_connect(s->session, &s->shape, false));
     QS_TRY(qs_session_build(s->session, &s->shape));
     for (int64_t i = 0; i < s->new_tokens && alive; i++) {
-        qs_watch_section(false, "token %" PRId64, i + 1);
+        qs_watch_section(s->count == 0, "token %" PRId64, i + 1);
         QS_TRY(extend_all(s));
         QS_TRY(any_alive(s, &alive));
     }

@@ -21,6 +21,7 @@
 #include "base/trace.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/run_dir.h"
+#include "shard/shard.h"
 #include "store/io.h"
 #include "train/evaluate.h"
 #include "train/forecast.h"
@@ -313,6 +314,14 @@ static bool another_follows(const run *r)
     return r->options->dump_grads == NULL && done < r->sampler.steps && !eval_due(r, done);
 }
 
+/* A rank without a sequence of the step does not learn from its own how long others' take. */
+static bool has_work(const run *r)
+{
+    const qs_range slots = qs_slots_of(r->sampler.slots, r->rank, r->nranks);
+    return slots.begin < slots.end &&
+           slots.begin * r->sampler.micro_batch < qs_sampler_step_size(&r->sampler, r->step);
+}
+
 static qs_status train_step(run *r, qs_step_metrics *m)
 {
     const double start = qs_time_s();
@@ -320,7 +329,7 @@ static qs_status train_step(run *r, qs_step_metrics *m)
     const double reduced = qs_grads_wait_s(r->trainer.grads);
     double loss_sum = 0;
     float *shard = NULL;
-    qs_watch_section(false, "step %" PRId64, r->step + 1);
+    qs_watch_section(!has_work(r), "step %" PRId64, r->step + 1);
     *m = (qs_step_metrics){.step = r->step + 1,
                            .tokens = qs_sampler_targets(&r->sampler, r->step),
                            .all_tokens = step_tokens(r),

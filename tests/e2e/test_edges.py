@@ -319,6 +319,15 @@ class Interrupted(Case):
                                QSHARD_FAULT_SIGNAL=str(int(number)))
                 support.qshard("check", os.path.join(output, "step-00000001"))
 
+    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
+    def test_a_signal_before_an_evaluation_of_one_pass(self):
+        """It is done with that pass: nothing is left to another start."""
+        output = self.path("one-pass")
+        options = support.settings(support.tiny(), output, train__steps=1, train__eval_every=1, train__micro_batch=10)
+        support.qshard("train", support.TINY_YAML, *options, ranks=2, LD_PRELOAD=MPIFAULT, QSHARD_FAULT_SIGNAL=str(int(signal.SIGUSR1)))
+        self.assertEqual(len([line for line in support.metrics(output) if "eval_loss" in line]), 1)
+        self.assertIn("finished", support.qshard("train", support.TINY_YAML, *options).stderr)
+
     def test_data_written_over(self):
         """The run notices before it saves what it made of it; a file that was only touched is no news."""
         for name, change, code in (("touched", False, 75), ("changed", True, 3)):

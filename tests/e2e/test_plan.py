@@ -246,6 +246,15 @@ class Answers(unittest.TestCase):
         fits = plan("--gpu", "H100", **{**settings, **{key.replace(".", "__"): value for key, value in changes.items()}})
         self.assertIn("fits: a rank needs", fits.stdout)
 
+    def test_nothing_makes_it_fit(self):
+        """The way out is that of the limit which is in the way."""
+        for options, settings, text in ((("--gpu", "H100"), {"memory__device_limit": 1000000}, "a larger memory.device_limit"),
+                                        ((), {"memory__device_limit": 1000000, "device": "cpu"}, "a larger memory.device_limit"),
+                                        (("--gpu", "RTX3090"), {"train__seq_len": 1048576}, "larger GPUs")):
+            with self.subTest(options=options, settings=settings):
+                done = plan(*options, expect=7, data__train="", data__eval="", train__eval_every=0, **settings)
+                self.assertRegex(done.stderr, rf"no setting and no number of ranks makes it fit: .*, or take {text}$")
+
     def test_refused(self):
         for options, text in ((("--gpu", "V100"), "known are RTX3090"), (("--link", "fast"), "--link"),
                               (("--gpus", "0"), "--gpus"), (("--link", 1, "--link", 2, "--link", 3), "more than 2")):

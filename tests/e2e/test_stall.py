@@ -36,8 +36,8 @@ class Stall(unittest.TestCase):
         self.output = os.path.join(self.folder, "run")
         self.tag = os.path.basename(self.folder)
 
-    def start(self, ranks=None, steps=STEPS, limit=LIMIT_S):
-        how = {"train__steps": steps, "train__stall_limit": limit, "train__save_every": 5, "train__micro_batch": 1}
+    def start(self, ranks=None, steps=STEPS, limit=LIMIT_S, **more):
+        how = {"train__steps": steps, "train__stall_limit": limit, "train__save_every": 5, "train__micro_batch": 1, **more}
         process = support.start("train", support.TINY_YAML, *support.settings(support.tiny(), self.output, **how), ranks=ranks,
                                 QSHARD_HOSTS_TAG=self.tag)
         self.addCleanup(self.end, process)
@@ -83,6 +83,15 @@ class Stall(unittest.TestCase):
         os.kill(pids[0], signal.SIGSTOP)
         time.sleep(LIMIT_S / 2)
         os.kill(pids[0], signal.SIGCONT)
+        text, _ = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, text)
+
+    def test_a_rank_without_work_waits_longer(self):
+        """For the only micro-batch of a step, which tells it nothing of how long that may take. Here rank 1, which has it, stands still."""
+        process, pids = self.start(ranks=2, steps=40, train__global_batch=1, train__save_every=0, train__eval_every=0, shard__group=1)
+        os.kill(pids[1], signal.SIGSTOP)
+        time.sleep(4 * LIMIT_S)
+        os.kill(pids[1], signal.SIGCONT)
         text, _ = process.communicate(timeout=120)
         self.assertEqual(process.returncode, 0, text)
 
