@@ -23,7 +23,7 @@ static const char hosts[8][QS_WATCH_NAME_MAX] = {"a", "b", "c", "d", "e", "f", "
 static void start(qs_watch **watch, int rank)
 {
     const qs_watch_options options = {
-        .rank = rank, .nranks = 8, .hosts = hosts, .limit_s = LIMIT_S, .remedy = "look there"};
+        .rank = rank, .hosts = hosts, .limit_s = LIMIT_S, .remedy = "look there"};
     if (qs_watch_start(watch, &options) != QS_OK) {
         _exit(1);
     }

@@ -26,8 +26,8 @@ typedef struct qs_watch qs_watch;
 enum { QS_WATCH_NAME_MAX = 64, QS_WATCH_PATIENT = 12 };
 
 typedef struct {
-    int rank, nranks;
-    const char (*hosts)[QS_WATCH_NAME_MAX]; /* [nranks] of each rank; borrowed, NULL: not known */
+    int rank;
+    const char (*hosts)[QS_WATCH_NAME_MAX]; /* of each rank; borrowed, NULL: not known */
     double limit_s;                         /* above 0 */
     const char *remedy;                     /* ends the line; borrowed */
 } qs_watch_options;

@@ -32,7 +32,6 @@ qs_status qs_watchdog_start(qs_watchdog *out, double limit_s, qs_comm *comm)
     }
     QS_TRY(name_hosts(out, comm));
     const qs_watch_options options = {.rank = qs_comm_rank(comm),
-                                      .nranks = qs_comm_nranks(comm),
                                       .hosts = (const char(*)[QS_WATCH_NAME_MAX])out->hosts,
                                       .limit_s = limit_s,
                                       .remedy = REMEDY};

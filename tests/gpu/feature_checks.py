@@ -141,10 +141,15 @@ def stopped_rank(bench, case):
                 if job.poll() is not None or time.monotonic() > end:
                     raise Failed(f"no two steps: {log.seek(0) or log.read()[-300:]}")
                 time.sleep(0.05)
-            os.kill(second_rank(output), signal.SIGSTOP)
+            second = second_rank(output)
+            if second is None:
+                raise Failed("no process of rank 1 is found")
+            os.kill(second, signal.SIGSTOP)
             code = job.wait(60)
         finally:
             job.kill()
+            for pid in filter(None, [second_rank(output)]):
+                os.kill(pid, signal.SIGKILL)  # mpirun was, and could not
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.startswith("error[")]
     if code != 6 or len(said) != 1 or not said[0].startswith("error[E601] step "):
