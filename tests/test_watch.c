@@ -125,6 +125,55 @@ Test(watch, a_rank_that_waits_says_for_whom)
     cr_assert_not_null(strstr(o.text, " s for all ranks to answer; "), "%s", o.text);
 }
 
+static int a_signal(void)
+{
+    static double begin;
+    begin = begin > 0 ? begin : qs_time_s();
+    return qs_time_s() > begin + 1.2 * LIMIT_S;
+}
+
+static void is_told(void)
+{
+    qs_watch *watch;
+    const qs_watch_options options = {
+        .rank = 7, .hosts = hosts, .limit_s = LIMIT_S, .signals = a_signal, .remedy = "look"};
+    qs_watch_start(&watch, &options);
+    qs_watch_section(false, "step %d", 1);
+    qs_watch_wait("all ranks to answer");
+    sleep_s(60 * LIMIT_S);
+}
+
+Test(watch, where_another_rank_has_spoken_this_one_leaves)
+{
+    const outcome o = run(is_told, 0);
+    cr_assert_eq(o.exit_code, 6);
+    cr_assert_str_empty(o.text);
+}
+
+static int a_signal_before(void)
+{
+    return 1;
+}
+
+static void was_told_before(void)
+{
+    qs_watch *watch;
+    const qs_watch_options options = {.rank = 7,
+                                      .hosts = hosts,
+                                      .limit_s = LIMIT_S,
+                                      .signals = a_signal_before,
+                                      .remedy = "look there"};
+    qs_watch_start(&watch, &options);
+    qs_watch_section(false, "step %d", 1);
+    sleep_s(60 * LIMIT_S);
+}
+
+Test(watch, a_signal_before_the_stall_is_none_of_that)
+{
+    const outcome o = run(was_told_before, 0);
+    ended_with(&o, "step 1: rank 7 on h has not got on for ");
+}
+
 /* As a queue does, which polls while it waits. */
 static void answers(const int *ranks, int count)
 {

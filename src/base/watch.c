@@ -13,7 +13,7 @@
 #include "base/timer.h"
 
 enum { MISSING_MAX = 4, SLOWER = 4, PRINT_LIMIT_S = 5, TURNS = 10 };
-static const double TICK_MAX_S = 1.0, TURN_MAX_S = 0.4;
+static const double TICK_MAX_S = 1.0, TURN_MAX_S = 1.0;
 
 /* The rank's thread writes, the watching one reads; what is not atomic under the lock. */
 struct qs_watch {
@@ -170,8 +170,13 @@ static double grace_s(const qs_watch *w, const char *waits_for)
     const int turn = w->options.rank < TURNS ? w->options.rank : TURNS;
     const bool knows = w->missing_count > 0 && w->missing_count < MISSING_MAX;
     const int lacks = knows ? w->missing_count : MISSING_MAX;
-    const double turn_s = at_most(TURN_MAX_S, w->options.limit_s / 10);
+    const double turn_s = at_most(TURN_MAX_S, w->options.limit_s / 4);
     return waits_for == NULL ? 0 : turn_s * (1 + turn + 4 * lacks);
+}
+
+static int signals_of(const qs_watch *w)
+{
+    return w->options.signals != NULL ? w->options.signals() : 0;
 }
 
 /* Nobody may read what is printed, and the rank's thread may stand in the log and have its lock,
@@ -200,6 +205,7 @@ static void *watch_main(void *ctx)
 {
     qs_watch *w = ctx;
     const double tick_s = at_most(TICK_MAX_S, w->options.limit_s / 20);
+    int signals = 0;
     stillness still = {.at_s = qs_time_s(), .moved_s = qs_time_s()};
     pthread_mutex_lock(&w->lock);
     while (!w->stop) {
@@ -207,6 +213,11 @@ static void *watch_main(void *ctx)
         look(w, &still, tick_s);
         const char *waits_for = atomic_load_explicit(&w->waits_for, memory_order_relaxed);
         const double limit_s = limit_of(w, &still);
+        if (still.idle_s <= limit_s) {
+            signals = signals_of(w);
+        } else if (signals_of(w) > signals) { /* the launcher's: another rank has spoken */
+            _exit(qs_exit_code(QS_ERR_STALL));
+        }
         if (still.idle_s > limit_s / 2) { /* each time: some may come late */
             atomic_store_explicit(&w->asks, true, memory_order_relaxed);
         }

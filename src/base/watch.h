@@ -29,7 +29,8 @@ typedef struct {
     int rank;
     const char (*hosts)[QS_WATCH_NAME_MAX]; /* of each rank; borrowed, NULL: not known */
     double limit_s;                         /* above 0 */
-    const char *remedy;                     /* ends the line; borrowed */
+    int (*signals)(void); /* stop signals that came so far; NULL: none are caught */
+    const char *remedy;   /* ends the line; borrowed */
 } qs_watch_options;
 
 /** Begin to watch the calling thread. One watch a thread. \return QS_ERR_MEMORY. */

@@ -10,7 +10,7 @@ static volatile sig_atomic_t caught, interrupts;
 
 static void on_signal(int number)
 {
-    caught = 1;
+    caught++;
     if (number == SIGINT && ++interrupts > 1) {
         _exit(128 + SIGINT);
     }
@@ -28,5 +28,5 @@ void qs_signals_install(void)
 
 int qs_signals_caught(void)
 {
-    return caught != 0;
+    return caught;
 }

@@ -384,7 +384,7 @@ static qs_status keep_going(run *r, qs_status st)
 static qs_status signal_caught(void *ctx, bool *stop)
 {
     const run *r = ctx;
-    int64_t flag = qs_signals_caught();
+    int64_t flag = qs_signals_caught() > 0;
     QS_TRY(qs_comm_max_i64(r->comm, &flag, 1));
     *stop = flag != 0;
     return QS_OK;
@@ -470,7 +470,7 @@ static qs_status stop_wanted(run *r, bool *stop)
 {
     const bool late = r->rank == 0 && r->cfg->train.max_time > 0 &&
                       qs_time_s() - r->started_s >= r->cfg->train.max_time;
-    int64_t flag = qs_signals_caught() || late;
+    int64_t flag = qs_signals_caught() > 0 || late;
     QS_TRY(qs_comm_max_i64(r->comm, &flag, 1));
     *stop = flag != 0;
     return QS_OK;
