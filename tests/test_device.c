@@ -83,7 +83,7 @@ Test(device, ring_grows_while_its_start_is_not_at_zero)
 
 Test(device, poll_does_not_wait)
 {
-    fake_op slow = {.polls = 1000000, .clock = &clock_now};
+    static fake_op slow = {.polls = 1000000, .clock = &clock_now};
     qs_queue_push(queue, fake_poll, fake_release, &slow);
     cr_assert_eq(qs_queue_poll(queue), QS_OK);
     cr_assert_eq(slow.released, 0);
@@ -93,7 +93,7 @@ Test(device, poll_does_not_wait)
 Test(device, event_waits_for_what_was_before_it_only)
 {
     fake_op before = {.polls = 3, .clock = &clock_now};
-    fake_op after = {.polls = 1000000, .clock = &clock_now};
+    static fake_op after = {.polls = 1000000, .clock = &clock_now};
     qs_queue_push(queue, fake_poll, fake_release, &before);
     qs_event mark = qs_event_record(queue);
     qs_queue_push(queue, fake_poll, fake_release, &after);
