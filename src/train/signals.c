@@ -2,11 +2,13 @@
  * all save at the same step. USR1 comes from schedulers ahead of the time limit, TERM at
  * preemption; INT from a keyboard, where a second one means now. */
 #include <signal.h>
+#include <stdatomic.h>
 #include <unistd.h>
 
 #include "train/train.h"
 
-static volatile sig_atomic_t caught, interrupts;
+static atomic_int caught; /* read by the watch's thread, too */
+static volatile sig_atomic_t interrupts;
 
 static void on_signal(int number)
 {
