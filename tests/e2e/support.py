@@ -37,6 +37,11 @@ def environment(threads=1, **more):
     return {**os.environ, **OMPI, "OMP_NUM_THREADS": str(threads), **more}
 
 
+def preload(library):
+    """For the environment; the library comes before a sanitizer's, if there is one."""
+    return {"LD_PRELOAD": library, "ASAN_OPTIONS": os.environ.get("ASAN_OPTIONS", "") + ":verify_asan_link_order=0"}
+
+
 def command(arguments, ranks=None):
     """The command line: alone without ranks, else under mpirun."""
     launcher = [] if ranks is None else ["mpirun", "-np", str(ranks)]

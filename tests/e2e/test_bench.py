@@ -61,7 +61,7 @@ class Collectives(unittest.TestCase):
         for name, bytes_each, wrong in (("gather", 65536 // 4, 12), ("reduce", 16384, 4)):
             with self.subTest(name=name):
                 done, document = bench(name, "--begin-bytes", "64K", "--end-bytes", "64K", "--repeats", 1, "--threads", 1,
-                                       ranks=4, expect=5, LD_PRELOAD=MPIFAULT, QSHARD_FAULT_BYTES=str(bytes_each))
+                                       ranks=4, expect=5, QSHARD_FAULT_BYTES=str(bytes_each), **support.preload(MPIFAULT))
                 self.assertEqual(done.stderr.count("error["), 1, done.stderr)
                 self.assertIn(f"error[E500] bench {name}: {wrong} elements are wrong", done.stderr)
                 self.assertEqual(rows(document, "sizes")[0]["#wrong"], wrong)

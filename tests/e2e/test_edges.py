@@ -315,8 +315,8 @@ class Interrupted(Case):
             with self.subTest(signal=number.name):
                 output = self.path(f"early-{number.name}")
                 options = support.settings(support.tiny(), output, **self.LONG)
-                support.qshard("train", support.TINY_YAML, *options, ranks=2, expect=75, LD_PRELOAD=MPIFAULT,
-                               QSHARD_FAULT_SIGNAL=str(int(number)))
+                support.qshard("train", support.TINY_YAML, *options, ranks=2, expect=75,
+                               QSHARD_FAULT_SIGNAL=str(int(number)), **support.preload(MPIFAULT))
                 support.qshard("check", os.path.join(output, "step-00000001"))
 
     @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
