@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -391,6 +392,24 @@ Test(run_dir, a_lock_that_is_swept_away_half_taken_is_written_again)
     cr_assert(fx_exists("run.lock"));
     qs_run_dir_close(&run);
     cr_assert_eq(fx_entries(), 2, "config.yaml and run.json");
+}
+
+/* Of a run that was killed while it removed its oldest checkpoint after the last save: no other
+ * save follows. */
+Test(run_dir, half_removed_checkpoints_go_at_the_start)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    char path[256];
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    qs_run_dir_close(&run);
+    snprintf(path, sizeof path, "%s/step-00000036.tmp-old", fx_run_dir);
+    cr_assert_eq(mkdir(path, 0777), 0);
+    strcat(path, "/rank-00000.h5");
+    cr_assert_eq(qs_io_write_new(path, "x", 1), QS_OK);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert(!fx_exists("step-00000036.tmp-old"));
+    qs_run_dir_close(&run);
 }
 
 static void finish_another(void)

@@ -68,12 +68,13 @@ static qs_status look(const char *dir, found *out)
     return QS_OK;
 }
 
-/* Remove what a killed process left half written. The lock is ours by now. */
-static void sweep(const char *dir)
+/* Remove what a killed process left half written or half removed, be there another save or not. The
+ * lock is ours by now. */
+static qs_status sweep(const char *dir)
 {
     DIR *entries = opendir(dir);
     if (!entries) {
-        return; /* whoever reads the directory next will say so */
+        return QS_OK; /* whoever reads the directory next will say so */
     }
     for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
         if (strstr(e->d_name, ".tmp-") || starts_with(e->d_name, QS_RUN_LOCK_NAME ".")) {
@@ -81,6 +82,7 @@ static void sweep(const char *dir)
         }
     }
     closedir(entries);
+    return qs_ckpt_sweep(dir);
 }
 
 /* ---- run.json ---- */
@@ -346,7 +348,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
     if (run->finished) {
         qs_run_dir_close(run);
     } else {
-        sweep(cfg->output);
+        QS_GOTO(sweep(cfg->output));
         QS_GOTO(fill_run(&json, cfg, hosts, nranks));
         QS_GOTO(write_config(cfg)); /* before run.json: a directory with that is complete */
         QS_GOTO(write_run(cfg->output, json));

@@ -173,6 +173,7 @@ class RealCgroup(unittest.TestCase):
         self.assertEqual(done.stderr.count("error["), 1, done.stderr)
         self.assertRegex(done.stderr, r"GiB that the container or service has \(memory\.\w+ of cgroup \S*/qshard-test-\d+\): start the container")
         self.assertFalse(os.path.exists(self.output))
+        self.cgroup.limit(1024 * MIB)  # it loads the GPU plugin, with cuBLAS
         text = within(self.cgroup.enter(), "doctor").stdout
         self.assertRegex(text, r"for a rank +[\d.]+ GiB of [\d.]+ GiB that the container or service has")
         # so much that the check lets it pass: the kernel must agree
