@@ -324,7 +324,8 @@ class Interrupted(Case):
         """It is done with that pass: nothing is left to another start."""
         output = self.path("one-pass")
         options = support.settings(support.tiny(), output, train__steps=1, train__eval_every=1, train__micro_batch=10)
-        support.qshard("train", support.TINY_YAML, *options, ranks=2, LD_PRELOAD=MPIFAULT, QSHARD_FAULT_SIGNAL=str(int(signal.SIGUSR1)))
+        support.qshard("train", support.TINY_YAML, *options, ranks=2,
+                       QSHARD_FAULT_SIGNAL=str(int(signal.SIGUSR1)), **support.preload(MPIFAULT))
         self.assertEqual(len([line for line in support.metrics(output) if "eval_loss" in line]), 1)
         self.assertIn("finished", support.qshard("train", support.TINY_YAML, *options).stderr)
 
