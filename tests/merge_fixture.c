@@ -2,7 +2,6 @@
 #include "merge_fixture.h"
 
 #include <criterion/criterion.h>
-#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,25 +13,13 @@
 #include "tests/scratch.h"
 #include "weights/quantize.h"
 
-char mf_binaries[1024];
+char mf_binaries[PROGRAM_FOLDER_MAX];
 static char folder[SCRATCH_MAX];
-
-static void find_binaries(void)
-{
-    char self[900] = "";
-    const char *dir = getenv("QSHARD_BINARY_DIR");
-    if (dir) {
-        snprintf(mf_binaries, sizeof mf_binaries, "%s", dir);
-        return;
-    }
-    cr_assert_gt(readlink("/proc/self/exe", self, sizeof self - 1), 0);
-    snprintf(mf_binaries, sizeof mf_binaries, "%s/..", dirname(self));
-}
 
 void mf_make_folder(void)
 {
     qs_log_init(0, 1, QS_LOG_QUIET, false);
-    find_binaries();
+    program_find(mf_binaries);
     scratch_make(folder, NULL);
     cr_assert_eq(chdir(folder), 0);
 }

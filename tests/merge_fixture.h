@@ -7,6 +7,7 @@
 
 #include "lora/lora.h"
 #include "support/tiny_hf.h"
+#include "tests/program.h"
 #include "weights/base_file.h"
 
 enum {
@@ -15,7 +16,7 @@ enum {
 };
 
 /** Where the program and the libraries of faults are. */
-extern char mf_binaries[1024];
+extern char mf_binaries[PROGRAM_FOLDER_MAX];
 
 /** Init and fini of a suite. */
 void mf_make_folder(void);

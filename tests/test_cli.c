@@ -18,27 +18,16 @@
 #include "lora/lora.h"
 #include "store/io.h"
 #include "store/manifest.h"
+#include "tests/program.h"
 #include "tests/scratch.h"
 
-static char folder[SCRATCH_MAX], program[1024], output[1 << 16];
-
-static void find_program(void)
-{
-    char self[900] = "";
-    const char *dir = getenv("QSHARD_BINARY_DIR");
-    if (dir) {
-        snprintf(program, sizeof program, "%s/qshard", dir);
-        return;
-    }
-    cr_assert_gt(readlink("/proc/self/exe", self, sizeof self - 1), 0);
-    snprintf(program, sizeof program, "%s/../qshard", dirname(self));
-}
+static char folder[SCRATCH_MAX], binaries[PROGRAM_FOLDER_MAX], output[PROGRAM_OUTPUT_MAX];
 
 static void make_folder(void)
 {
     qs_log_init(0, 1, QS_LOG_QUIET, false);
-    find_program();
-    cr_assert_eq(access(program, X_OK), 0, "%s", program);
+    program_find(binaries);
+    cr_assert_eq(program_run(output, binaries, "", "--version"), 0, "%s: %s", binaries, output);
     scratch_make(folder, NULL);
     cr_assert_eq(chdir(folder), 0);
 }
@@ -51,32 +40,9 @@ static void remove_folder(void)
 
 TestSuite(cli, .init = make_folder, .fini = remove_folder, .timeout = 120);
 
-/* Run `prefix qshard arguments`, both streams into `output`. \return the exit code. */
-static int run_with(const char *prefix, const char *arguments)
-{
-    char command[4096];
-    snprintf(command, sizeof command, "{ %s timeout -k 2 60 %s %s ; } 2>&1", prefix, program,
-             arguments);
-    FILE *pipe = popen(command, "r");
-    cr_assert_not_null(pipe);
-    size_t bytes = fread(output, 1, sizeof output - 1, pipe);
-    output[bytes] = '\0';
-    int status = pclose(pipe);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
 static int run(const char *arguments)
 {
-    return run_with("", arguments);
-}
-
-static int error_lines(void)
-{
-    int count = 0;
-    for (const char *p = output; (p = strstr(p, "error[")); p++) {
-        count += p == output || p[-1] == '\n';
-    }
-    return count;
+    return program_run(output, binaries, "", arguments);
 }
 
 static void put(const char *name, const char *text)
@@ -191,7 +157,7 @@ ParameterizedTest(int *row, cli, bad_call_gives_one_line_and_its_code)
     cr_assert_eq(qs_io_write_file("zero.h5", "", 0), QS_OK);
     int code = run(call->arguments);
     cr_assert_eq(code, call->code, "%s: exit %d\n%s", call->arguments, code, output);
-    cr_assert_eq(error_lines(), 1, "%s:\n%s", call->arguments, output);
+    cr_assert_eq(program_error_lines(output), 1, "%s:\n%s", call->arguments, output);
     cr_assert_not_null(strstr(output, call->says), "%s:\n%s", call->arguments, output);
     cr_assert_not_null(strchr(output, '\n'));
     cr_assert_neq(access("run", F_OK), 0, "nothing is made");
@@ -236,7 +202,7 @@ Test(cli, bad_configuration_gives_one_line_and_code_2)
         put("run.yaml", FILES[i].arguments);
         cr_assert_eq(run("train run.yaml --dry-run"), FILES[i].code, "%s:\n%s", FILES[i].arguments,
                      output);
-        cr_assert_eq(error_lines(), 1, "%s:\n%s", FILES[i].arguments, output);
+        cr_assert_eq(program_error_lines(output), 1, "%s:\n%s", FILES[i].arguments, output);
         cr_assert_not_null(strstr(output, FILES[i].says), "%s:\n%s", FILES[i].arguments, output);
         cr_assert(strncmp(output, "error[E2", 8) == 0, "%s", output);
     }
@@ -257,7 +223,7 @@ Test(cli, help_and_version_go_to_standard_output)
         snprintf(arguments, sizeof arguments, "%s --help", commands[i]);
         cr_assert_eq(run(arguments), 0, "%s", output);
         cr_assert_not_null(strstr(output, "--help"), "%s", output);
-        cr_assert_eq(error_lines(), 0);
+        cr_assert_eq(program_error_lines(output), 0);
     }
     cr_assert_eq(run("train --help"), 0);
     cr_assert_not_null(strstr(output, "train.gather_group"), "the keys: %s", output);
@@ -265,7 +231,7 @@ Test(cli, help_and_version_go_to_standard_output)
     cr_assert(strncmp(output, "qshard ", 7) == 0 && strstr(output, "MPI") &&
                   strstr(output, "HDF5") && strstr(output, "kernels"),
               "%s", output);
-    cr_assert_eq(run_with("QSHARD_PLUGIN=/nowhere.so", "--version"), 0);
+    cr_assert_eq(program_run(output, binaries, "QSHARD_PLUGIN=/nowhere.so", "--version"), 0);
     cr_assert_not_null(strstr(output, "  GPU       no plugin\n"), "%s", output);
 }
 
@@ -283,7 +249,7 @@ Test(cli, resolved_configuration_is_shown_and_checked)
 Test(cli, output_that_cannot_be_written_is_an_error)
 {
     cr_assert_eq(run("--version > /dev/full"), 4, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
 }
 
 Test(cli, doctor_finds_a_good_environment_and_a_bad_one)
@@ -291,9 +257,9 @@ Test(cli, doctor_finds_a_good_environment_and_a_bad_one)
     cr_assert_eq(run("doctor"), 0, "%s", output);
     cr_assert_not_null(strstr(output, "OK    writing"), "%s", output);
     cr_assert_null(strstr(output, "FAIL"), "%s", output);
-    cr_assert_eq(run_with("cd /proc &&", "doctor"), 8, "%s", output);
+    cr_assert_eq(program_run(output, binaries, "cd /proc &&", "doctor"), 8, "%s", output);
     cr_assert_not_null(strstr(output, "FAIL  writing"), "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
 }
 
 /* ---- checkpoints through export, check and inspect ---- */
@@ -385,8 +351,9 @@ Test(cli, a_signal_leaves_nothing_of_an_export)
                  "FAULT=io:%d:termbefore FAULT_PATH=/new ASAN_OPTIONS=%s:verify_asan_link_order=0 "
                  "LD_PRELOAD=%s",
                  n, asan ? asan : "", library);
-        cr_assert_eq(run_with(prefix, "export run -o new --base-name org/model"), 128 + SIGTERM,
-                     "%d: %s", n, output);
+        cr_assert_eq(
+            program_run(output, binaries, prefix, "export run -o new --base-name org/model"),
+            128 + SIGTERM, "%d: %s", n, output);
         cr_assert_eq(system("test -z \"$(ls -d new* 2> /dev/null)\""), 0, "call %d", n);
     }
 }
@@ -405,7 +372,7 @@ Test(cli, check_tells_good_from_bad_checkpoints)
     cr_assert_eq(run("check run/step-00000002/rank-00000.h5"), 2, "%s", output);
     cr_assert_eq(truncate("run/step-00000001/rank-00000.h5", 3000), 0);
     cr_assert_eq(run("check run"), 3, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
     cr_assert_not_null(strstr(output, "(1 of 2 checkpoints are bad)"), "%s", output);
     cr_assert_eq(run("export run/step-00000001 -o x"), 3, "%s", output);
     cr_assert_neq(access("x", F_OK), 0);
@@ -419,14 +386,18 @@ Test(cli, many_ranks_print_one_error_line_and_one_help)
     if (system("command -v mpirun > /dev/null") != 0) {
         cr_skip_test("no mpirun");
     }
-    cr_assert_eq(run_with("timeout -k 2 50 mpirun -np 3", "trian"), 2, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
+    cr_assert_eq(program_run(output, binaries, "timeout -k 2 50 mpirun -np 3", "trian"), 2, "%s",
+                 output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
     put("run.yaml", "base: b\nseed: x\n");
-    cr_assert_eq(run_with("timeout -k 2 50 mpirun -np 3", "train run.yaml"), 2, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
-    cr_assert_eq(run_with("timeout -k 2 50 mpirun -np 3", "check nowhere"), 3, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
-    cr_assert_eq(run_with("timeout -k 2 50 mpirun -np 3", "--version"), 0, "%s", output);
+    cr_assert_eq(program_run(output, binaries, "timeout -k 2 50 mpirun -np 3", "train run.yaml"), 2,
+                 "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
+    cr_assert_eq(program_run(output, binaries, "timeout -k 2 50 mpirun -np 3", "check nowhere"), 3,
+                 "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
+    cr_assert_eq(program_run(output, binaries, "timeout -k 2 50 mpirun -np 3", "--version"), 0,
+                 "%s", output);
     const char *first = strstr(output, "qshard ");
     cr_assert_not_null(first);
     cr_assert_null(strstr(first + 1, "\nqshard "), "%s", output);

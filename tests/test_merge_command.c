@@ -18,28 +18,13 @@
 
 TestSuite(merge_command, .init = mf_make_folder, .fini = mf_remove_folder, .timeout = 300);
 
-static char output[1 << 16];
+static char output[PROGRAM_OUTPUT_MAX];
 
-static int run_with(const char *prefix, const char *arguments)
+static int run_merge(const char *prefix, const char *options)
 {
-    char command[4096];
-    snprintf(command, sizeof command, "{ %s timeout -k 2 60 %s/qshard merge %s ; } 2>&1", prefix,
-             mf_binaries, arguments);
-    FILE *pipe = popen(command, "r");
-    cr_assert_not_null(pipe);
-    size_t bytes = fread(output, 1, sizeof output - 1, pipe);
-    output[bytes] = '\0';
-    int status = pclose(pipe);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-static int error_lines(void)
-{
-    int count = 0;
-    for (const char *p = output; (p = strstr(p, "error[")); p++) {
-        count += p == output || p[-1] == '\n';
-    }
-    return count;
+    char arguments[3072];
+    snprintf(arguments, sizeof arguments, "merge %s", options);
+    return program_run(output, mf_binaries, prefix, arguments);
 }
 
 static const struct {
@@ -141,10 +126,10 @@ Test(merge_command, what_does_not_fit_is_refused_with_one_line)
     close(fd);
     qs_st_close(dir);
     for (size_t i = 0; i < sizeof REFUSALS / sizeof *REFUSALS; i++) {
-        int code = run_with("", REFUSALS[i].arguments);
+        int code = run_merge("", REFUSALS[i].arguments);
         cr_assert_eq(code, REFUSALS[i].code, "%s: exit %d\n%s", REFUSALS[i].arguments, code,
                      output);
-        cr_assert_eq(error_lines(), 1, "%s:\n%s", REFUSALS[i].arguments, output);
+        cr_assert_eq(program_error_lines(output), 1, "%s:\n%s", REFUSALS[i].arguments, output);
         cr_assert_not_null(strstr(output, REFUSALS[i].says), "%s:\n%s", REFUSALS[i].arguments,
                            output);
         cr_assert_neq(access("out", F_OK), 0, "%s: something is made", REFUSALS[i].arguments);
@@ -190,23 +175,23 @@ Test(merge_command, a_run_is_merged_onto_its_own_base_only)
     qs_base_index *index = mf_open_index("base.h5");
     make_run(&index->config, index->hashes_sha256);
     qs_base_index_free(index);
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o peft"), 0, "%s", output);
+    cr_assert_eq(run_merge("", "adapter --base base.h5 -o peft"), 0, "%s", output);
     cr_assert_not_null(strstr(output, "14 of 35 tensors merged, bf16"), "%s", output);
-    cr_assert_eq(run_with("", "run -o run_out"), 0, "%s", output);
-    cr_assert_eq(run_with("", "run/step-00000001 --base base.h5 -o step_out"), 0, "%s", output);
+    cr_assert_eq(run_merge("", "run -o run_out"), 0, "%s", output);
+    cr_assert_eq(run_merge("", "run/step-00000001 --base base.h5 -o step_out"), 0, "%s", output);
     cr_assert_eq(mf_differs("peft", "run_out") | mf_differs("peft", "step_out"), 0);
-    cr_assert_eq(run_with("timeout -k 2 50 mpirun -np 3", "run -o ranks_out"), 0, "%s", output);
+    cr_assert_eq(run_merge("timeout -k 2 50 mpirun -np 3", "run -o ranks_out"), 0, "%s", output);
     cr_assert_eq(mf_differs("peft", "ranks_out"), 0);
     tiny_hf small = {.dtype = QS_BF16, .untied = true}; /* other shapes are found first */
     mf_make_model("plain", "plain.h5", &small);
-    cr_assert_eq(run_with("", "run --base plain.h5 -o out"), 3, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
+    cr_assert_eq(run_merge("", "run --base plain.h5 -o out"), 3, "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
     cr_assert_not_null(strstr(output, "error[E304] run/step-00000001: was trained on a base"), "%s",
                        output);
     cr_assert_neq(access("out", F_OK), 0);
     cr_assert_eq(truncate("run/step-00000001/rank-00000.h5", 3000), 0);
-    cr_assert_eq(run_with("", "run/step-00000001 -o out"), 3, "%s", output);
-    cr_assert_eq(error_lines(), 1, "%s", output);
+    cr_assert_eq(run_merge("", "run/step-00000001 -o out"), 3, "%s", output);
+    cr_assert_eq(program_error_lines(output), 1, "%s", output);
     cr_assert_neq(access("out", F_OK), 0);
 }
 
@@ -220,14 +205,14 @@ static int run_faulty(const char *fault)
              "FAULT=%s FAULT_PATH=out ASAN_OPTIONS=%s:verify_asan_link_order=0 "
              "LD_PRELOAD=%s/tests/libiofault.so",
              fault, asan ? asan : "", mf_binaries);
-    return run_with(prefix, "adapter --base base.h5 -o out --shard-size 100K --quiet");
+    return run_merge(prefix, "adapter --base base.h5 -o out --shard-size 100K --quiet");
 }
 
 /* As many calls of the library as a merge makes, which leaves its result in good. */
 static int calls_of_a_merge(void)
 {
     int calls = 0;
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o good --shard-size 100K"), 0);
+    cr_assert_eq(run_merge("", "adapter --base base.h5 -o good --shard-size 100K"), 0);
     cr_assert_eq(run_faulty("io:count"), 0, "%s", output);
     const char *at = strstr(output, "iofault: calls ");
     cr_assert(at && sscanf(at, "iofault: calls %d", &calls) == 1, "%s", output);
@@ -247,7 +232,7 @@ Test(merge_command, any_call_may_fail_and_nothing_half_done_is_left)
             cr_assert_eq(system("rm -rf out"), 0);
             int code = run_faulty(fault);
             cr_assert(code == 0 || code == 4, "%s: exit %d\n%s", fault, code, output);
-            cr_assert_eq(error_lines(), code == 4, "%s:\n%s", fault, output);
+            cr_assert_eq(program_error_lines(output), code == 4, "%s:\n%s", fault, output);
             cr_assert_eq(mf_leftovers(), 0, "%s:\n%s", fault, output);
             bool there = access("out", F_OK) == 0;
             cr_assert(there || code == 4, "%s: success without a result", fault);
@@ -290,7 +275,7 @@ Test(merge_command, leftovers_of_killed_commands_are_removed_and_others_are_not)
     snprintf(command, sizeof command, "mkdir %s/by_hand && touch -d 2001-01-01 %s", made[3],
              made[3]);
     cr_assert_eq(system(command), 0);
-    cr_assert_eq(run_with("", "adapter --base base.h5 -o out/"), 0, "%s", output);
+    cr_assert_eq(run_merge("", "adapter --base base.h5 -o out/"), 0, "%s", output);
     cr_assert_neq(access(made[0], F_OK), 0);
     for (size_t i = 1; i < sizeof made / sizeof *made; i++) {
         snprintf(command, sizeof command, "%s/model.safetensors", made[i]);

@@ -137,7 +137,7 @@ static void is_told(void)
 {
     qs_watch *watch;
     const qs_watch_options options = {
-        .rank = 7, .hosts = hosts, .limit_s = LIMIT_S, .signals = a_signal, .remedy = "look"};
+        .rank = 7, .hosts = hosts, .limit_s = LIMIT_S, .terminations = a_signal, .remedy = "look"};
     qs_watch_start(&watch, &options);
     qs_watch_section(false, "step %d", 1);
     qs_watch_wait("all ranks to answer");
@@ -162,7 +162,7 @@ static void was_told_before(void)
     const qs_watch_options options = {.rank = 7,
                                       .hosts = hosts,
                                       .limit_s = LIMIT_S,
-                                      .signals = a_signal_before,
+                                      .terminations = a_signal_before,
                                       .remedy = "look there"};
     qs_watch_start(&watch, &options);
     qs_watch_section(false, "step %d", 1);

@@ -15,7 +15,6 @@
 #include <time.h>
 
 #include "base/places.h"
-#include "base/watch.h"
 
 enum {
     WORK_PER_THREAD =
@@ -203,7 +202,6 @@ static void end(team *t, qs_queue *queue)
 
 void qs_parallel_for(qs_queue *queue, int64_t count, int64_t work, qs_task task, void *ctx)
 {
-    qs_watch_moved();
     int64_t threads = qs_min_i64(qs_queue_threads(queue), count);
     threads = qs_min_i64(threads, 1 + work / WORK_PER_THREAD);
     team *t = threads > 1 ? team_of_thread((int)threads - 1) : NULL;

@@ -174,9 +174,9 @@ static double grace_s(const qs_watch *w, const char *waits_for)
     return waits_for == NULL ? 0 : turn_s * (1 + turn + 4 * lacks);
 }
 
-static int signals_of(const qs_watch *w)
+static int terminations_of(const qs_watch *w)
 {
-    return w->options.signals != NULL ? w->options.signals() : 0;
+    return w->options.terminations != NULL ? w->options.terminations() : 0;
 }
 
 /* Nobody may read what is printed, and the rank's thread may stand in the log and have its lock,
@@ -205,7 +205,7 @@ static void *watch_main(void *ctx)
 {
     qs_watch *w = ctx;
     const double tick_s = at_most(TICK_MAX_S, w->options.limit_s / 20);
-    int signals = 0;
+    int before = 0;
     stillness still = {.at_s = qs_time_s(), .moved_s = qs_time_s()};
     pthread_mutex_lock(&w->lock);
     while (!w->stop) {
@@ -214,8 +214,8 @@ static void *watch_main(void *ctx)
         const char *waits_for = atomic_load_explicit(&w->waits_for, memory_order_relaxed);
         const double limit_s = limit_of(w, &still);
         if (still.idle_s <= limit_s) {
-            signals = signals_of(w);
-        } else if (signals_of(w) > signals) { /* the launcher's: another rank has spoken */
+            before = terminations_of(w);
+        } else if (terminations_of(w) > before) { /* the launcher's: another rank has spoken */
             _exit(qs_exit_code(QS_ERR_STALL));
         }
         if (still.idle_s > limit_s / 2) { /* each time: some may come late */

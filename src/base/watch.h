@@ -29,8 +29,8 @@ typedef struct {
     int rank;
     const char (*hosts)[QS_WATCH_NAME_MAX]; /* of each rank; borrowed, NULL: not known */
     double limit_s;                         /* above 0 */
-    int (*signals)(void); /* stop signals that came so far; NULL: none are caught */
-    const char *remedy;   /* ends the line; borrowed */
+    int (*terminations)(void); /* TERM signals that came so far; NULL: they are not caught */
+    const char *remedy;        /* ends the line; borrowed */
 } qs_watch_options;
 
 /** Begin to watch the calling thread. One watch a thread. \return QS_ERR_MEMORY. */
@@ -49,6 +49,14 @@ void qs_watch_moved(void);
 /** From here on the rank waits for `what` (a literal: "the other ranks' answers"), or works: NULL.
  * \return what it was before, to be given back at the end. Both are moves. */
 const char *qs_watch_wait(const char *what);
+
+/** Runs a statement that waits for `what`. */
+#define QS_WHILE_WAITING(what, statement)                                                          \
+    do {                                                                                           \
+        const char *qs_waited_before = qs_watch_wait(what);                                        \
+        statement;                                                                                 \
+        qs_watch_wait(qs_waited_before);                                                           \
+    } while (0)
 
 /** Should the waiting thread say whose messages are missing? Asked while it polls. */
 bool qs_watch_asks(void);

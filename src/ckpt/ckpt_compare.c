@@ -54,7 +54,9 @@ qs_status qs_ckpt_compare_configs(qs_config *then, const qs_config *now, int64_t
 {
     char values[512], remedy[REMEDY_ROOM];
     const bool by_steps = done > 0 && then->train.steps > 0 && now->train.steps > 0;
-    if (by_steps && now->train.steps >= done && same_rates(then, now, done)) {
+    const bool other_length =
+        then->train.steps != now->train.steps || then->optim.warmup != now->optim.warmup;
+    if (other_length && by_steps && now->train.steps >= done && same_rates(then, now, done)) {
         then->train.steps = now->train.steps;
         then->optim.warmup = now->optim.warmup;
     }

@@ -35,7 +35,7 @@ typedef struct {
     int rank, nranks;
     char temp[QS_CKPT_PATH], final[QS_CKPT_PATH];
     void *image;
-    size_t image_bytes, noted_bytes;
+    size_t image_bytes;
     char sha256[QS_SHA256_HEX];
     file_note *notes; /* [nranks] */
     bool *blind;      /* [nranks] does not see the directory; NULL: all do */
@@ -69,6 +69,7 @@ static qs_status build_image(saving *s)
     st = qs_h5_close_image(file, &s->image, &s->image_bytes);
     file = NULL;
     QS_GOTO(st);
+    qs_mem_note(QS_MEM_HOST, QS_MEM_OPTIM, (ptrdiff_t)s->image_bytes);
     qs_sha256_hex(s->image, s->image_bytes, s->sha256);
 done:
     qs_h5_discard(file); /* open only after a failure */
@@ -251,8 +252,6 @@ static qs_status look_at_existing(const saving *s, int64_t *saved)
 static qs_status stages(saving *s)
 {
     QS_TRY(qs_comm_agree(s->comm, build_image(s)));
-    qs_mem_note(QS_MEM_HOST, QS_MEM_OPTIM, (ptrdiff_t)s->image_bytes);
-    s->noted_bytes = s->image_bytes;
     QS_TRY(collect_notes(s));
     QS_TRY(qs_ckpt_find_blind(s->meta, s->comm, &s->blind));
     const bool writes = !is_blind(s, s->rank);
@@ -295,8 +294,10 @@ qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_l
         return QS_OK;
     }
     qs_status st = stages(&s);
+    if (s.image != NULL) {
+        qs_mem_note(QS_MEM_HOST, QS_MEM_OPTIM, -(ptrdiff_t)s.image_bytes);
+    }
     free(s.image);
-    qs_mem_note(QS_MEM_HOST, QS_MEM_OPTIM, -(ptrdiff_t)s.noted_bytes);
     free(s.notes);
     free(s.blind);
     if (st != QS_OK && s.made) {

@@ -150,9 +150,8 @@ qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t
                              qs_queue *queue)
 {
     count_gathered(comm, QS_COMM_GATHERS, bytes_per_rank);
-    const char *before = qs_watch_wait(ALL);
-    const qs_status st = comm->ops->all_gather(comm, send, recv, bytes_per_rank, queue);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(ALL, st = comm->ops->all_gather(comm, send, recv, bytes_per_rank, queue));
     return st;
 }
 
@@ -169,19 +168,17 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
     for (int r = 0; r < comm->nranks; r++) {
         count(comm, QS_COMM_EXCHANGES, r, recv_bytes[r]);
     }
-    const char *before = qs_watch_wait(ALL);
-    const qs_status st =
-        comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at, queue);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(ALL, st = comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv,
+                                                       recv_bytes, recv_at, queue));
     return st;
 }
 
 qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank)
 {
     count_gathered(comm, QS_COMM_SMALL, bytes_per_rank);
-    const char *before = qs_watch_wait(ALL);
-    const qs_status st = comm->ops->all_gather_now(comm, send, recv, bytes_per_rank);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(ALL, st = comm->ops->all_gather_now(comm, send, recv, bytes_per_rank));
     return st;
 }
 
@@ -189,18 +186,16 @@ qs_status qs_comm_bcast(qs_comm *comm, void *data, size_t bytes, int root)
 {
     comm->traffic[QS_COMM_SMALL].calls++;
     count(comm, QS_COMM_SMALL, root, bytes);
-    const char *before = qs_watch_wait(ALL);
-    const qs_status st = comm->ops->bcast(comm, data, bytes, root);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(ALL, st = comm->ops->bcast(comm, data, bytes, root));
     return st;
 }
 
 qs_status qs_comm_barrier(qs_comm *comm)
 {
     comm->traffic[QS_COMM_SMALL].calls++;
-    const char *before = qs_watch_wait(ALL);
-    const qs_status st = comm->ops->barrier(comm);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(ALL, st = comm->ops->barrier(comm));
     return st;
 }
 

@@ -219,15 +219,18 @@ static void name_missing(const operation *op)
     int ranks[MISSING_MAX], count = 0;
     for (int part = 0; part < 2 && count == 0; part++) {
         const int first = part == 0 ? 0 : op->receives, end = part == 0 ? op->receives : op->count;
+        int last = -1; /* a peer's pieces are neighbours: one of them will do */
         for (int i = first; i < end; i++) {
-            int over = i > first && op->peers[i] == op->peers[i - 1]; /* a further piece */
-            if (!over) {
-                MPI_Request_get_status(op->requests[i], &over, MPI_STATUS_IGNORE);
+            int over = 0;
+            MPI_Request_get_status(op->requests[i], &over, MPI_STATUS_IGNORE);
+            if (over || op->peers[i] == last) {
+                continue;
             }
-            if (!over && count < MISSING_MAX) {
-                ranks[count] = op->comm->world_ranks[op->peers[i]];
+            last = op->peers[i];
+            if (count < MISSING_MAX) {
+                ranks[count] = op->comm->world_ranks[last];
             }
-            count += !over;
+            count++;
         }
     }
     qs_watch_missing(ranks, count);

@@ -144,9 +144,8 @@ static const char *whom(const qs_queue *queue)
 
 qs_status qs_queue_wait(qs_queue *queue)
 {
-    const char *before = qs_watch_wait(whom(queue));
-    const qs_status st = queue->ops->wait(queue);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(whom(queue), st = queue->ops->wait(queue));
     return st;
 }
 
@@ -160,9 +159,8 @@ qs_status qs_event_wait(qs_event event)
     if (event.queue == NULL) {
         return QS_OK;
     }
-    const char *before = qs_watch_wait(whom(event.queue));
-    const qs_status st = event.queue->ops->wait_for(event.queue, event.number);
-    qs_watch_wait(before);
+    qs_status st;
+    QS_WHILE_WAITING(whom(event.queue), st = event.queue->ops->wait_for(event.queue, event.number));
     return st;
 }
 

@@ -7,12 +7,13 @@
 
 #include "train/train.h"
 
-static atomic_int caught; /* read by the watch's thread, too */
+static atomic_int caught, terminations; /* read by the watch's thread, too */
 static volatile sig_atomic_t interrupts;
 
 static void on_signal(int number)
 {
     caught++;
+    terminations += number == SIGTERM;
     if (number == SIGINT && ++interrupts > 1) {
         _exit(128 + SIGINT);
     }
@@ -31,4 +32,9 @@ void qs_signals_install(void)
 int qs_signals_caught(void)
 {
     return caught;
+}
+
+int qs_signals_terminations(void)
+{
+    return terminations;
 }

@@ -44,6 +44,7 @@ qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm);
 
 /** Install handlers: USR1, TERM and INT set a flag; a second INT ends the process. */
 void qs_signals_install(void);
-int qs_signals_caught(void); /* how many so far */
+int qs_signals_caught(void);       /* how many so far */
+int qs_signals_terminations(void); /* TERM among them: a launcher ends its ranks by it */
 
 #endif

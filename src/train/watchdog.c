@@ -35,7 +35,7 @@ qs_status qs_watchdog_start(qs_watchdog *out, double limit_s, qs_comm *comm)
     const qs_watch_options options = {.rank = qs_comm_rank(comm),
                                       .hosts = (const char(*)[QS_WATCH_NAME_MAX])out->hosts,
                                       .limit_s = limit_s,
-                                      .signals = qs_signals_caught,
+                                      .terminations = qs_signals_terminations,
                                       .remedy = REMEDY};
     if (qs_watch_start(&out->watch, &options) != QS_OK) {
         qs_log_warn("%s; the run goes on without", qs_error_text());
