@@ -111,6 +111,7 @@ typedef struct {
     int lora_rank; /* 0: no adapters */
     int n_linears; /* of a layer, which unit_open makes ready together */
     int64_t out[QS_OPS_LINEARS_MAX], in[QS_OPS_LINEARS_MAX];
+    int kept_units; /* units whose decoded weights stay, beside those of the unit at hand */
     int64_t hidden;
     int64_t head_rows; /* of the largest chunk of the vocabulary */
 } qs_ops_limits;
@@ -127,6 +128,10 @@ typedef struct {
     /** Upper bound of the scratch that one calling thread (CPU) or one queue (GPU) keeps. */
     size_t (*scratch_bytes)(const qs_ops_limits *limits);
 
+    /** What `open` allocates beside it for kept_units, QS_MEM_BASE_DECODED; 0 where weights are not
+     * decoded ahead of use (CPU), so that none can stay. */
+    size_t (*kept_bytes)(const qs_ops_limits *limits);
+
     /** Allocate what the operations need on `q`, for calls up to `limits`; nothing is allocated
      * afterwards. Once per queue, before the first operation. `close` before the queue goes. */
     qs_status (*open)(qs_queue *q, const qs_ops_limits *limits);
@@ -139,9 +144,13 @@ typedef struct {
     /** A gathered layer has arrived: make the `count` linears `w` with their adapters `lora`
      * [count] ready for linear_* until unit_close or the next unit_open. Decoded once, used by
      * every micro-batch of the group. The adapters' weights must not change in between. Linears of
-     * a unit that is not open are decoded call by call. */
+     * a unit that is not open are decoded call by call.
+     *
+     * `slot`: which of the 1 + kept_units places takes the decoded weights. `decoded`: those of `w`
+     * lie there already, since the last call with this slot was for them; then the unit's bytes are
+     * not read, and only the adapters are made ready. */
     qs_status (*unit_open)(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                           const qs_lora *lora, int count);
+                           const qs_lora *lora, int count, int slot, bool decoded);
     void (*unit_close)(qs_queue *q);
 
     /** y = x W^T (+ bias) [T, out] <- [T, in]. bias [out] fp32 or NULL. y may be fp32 (logits). On

@@ -324,6 +324,56 @@ Test(outlook, auto_lacks_least_where_nothing_fits)
     }
 }
 
+/* Of a rank, and what its step takes, with so many decoded layers; -1: auto, whose choice is
+ * *chosen. */
+static double with_decoded(const char *gpu, const char *limit, int layers, int64_t *chosen,
+                           int64_t *lack)
+{
+    char decoded[48] = "memory.keep_decoded=auto";
+    if (layers >= 0) {
+        snprintf(decoded, sizeof decoded, layers > 0 ? "memory.keep_decoded=%d" : "seed=1", layers);
+    }
+    const char *const sets[] = {"train.recompute=none", limit, decoded};
+    fixture f = llama(sets, 3);
+    const qs_outlook_place place = {
+        .gpu = qs_gpu_kind_find(gpu), .nranks = 1, .per_node = 8, .threads = 1};
+    const qs_outlook outlook = look_at(&f, gpu, 1, 8);
+    const double allowed = (double)qs_outlook_allowed(&f.config, &place);
+    const qs_links links = {8, 1, 1};
+    *chosen = outlook.choice.decoded;
+    *lack = (int64_t)((double)qs_outlook_needed(&outlook) - 0.95 * allowed);
+    cr_assert_eq(outlook.choice.decoded_auto, layers < 0);
+    const double step_s = qs_forecast_make(&outlook.work, place.gpu, &links).step_s;
+    done(&f);
+    return step_s;
+}
+
+Test(outlook, auto_keeps_as_many_decoded_layers_as_fit)
+{
+    static const struct {
+        const char *gpu, *limit;
+        int low, high;
+    } cases[] = {{"H200", "memory.device_limit=0", 32, 32},
+                 {"RTX5090", "memory.device_limit=0", 10, 31},
+                 {"H200", "memory.device_limit=21G", 0, 1},
+                 {"H200", "memory.device_limit=10G", 0, 0}}; /* lacks memory with none */
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *gpu = cases[i].gpu, *limit = cases[i].limit;
+        int64_t chosen = 0, same = 0, lack = 0;
+        const double none_s = with_decoded(gpu, limit, 0, &same, &lack);
+        const double auto_s = with_decoded(gpu, limit, -1, &chosen, &lack);
+        cr_assert(chosen >= cases[i].low && chosen <= cases[i].high, "%s, %s: %lld", gpu, limit,
+                  (long long)chosen);
+        cr_assert(chosen == 0 ? auto_s == none_s : auto_s < none_s && lack <= 0);
+        cr_assert_eq(with_decoded(gpu, limit, (int)chosen, &same, &lack), auto_s);
+        cr_assert_eq(same, chosen, "a number stays");
+        if (chosen < 31) { /* the last of all takes no room of its own */
+            (void)with_decoded(gpu, limit, (int)chosen + 1, &same, &lack);
+            cr_assert_gt(lack, 0, "%s, %s: one more fits", gpu, limit);
+        }
+    }
+}
+
 /* 2 nodes of 4: a node's copy is 44 % of a 3090, and long sequences need what it takes more
  * than the world's. */
 Test(outlook, auto_gives_a_node_no_copy_that_leaves_no_room_for_the_rest)
@@ -415,6 +465,13 @@ Test(outlook, a_remedy_names_only_what_is_needed)
     const qs_outlook_remedy remedy = remedy_for(&g, "A6000");
     cr_assert_str_eq(remedy.settings, "train.micro_batch: 1", "%s", remedy.settings);
     done(&g);
+    static const char *const decoded[] = {"memory.keep_decoded=20", "train.recompute=full",
+                                          "memory.device_limit=20G"};
+    fixture h = llama(decoded, 3);
+    cr_assert_str_eq(remedy_for(&h, "RTX3090").settings, "", "it fits");
+    h.config.memory.keep_decoded = 64; /* of 32 */
+    cr_assert_str_eq(remedy_for(&h, "RTX3090").settings, "memory.keep_decoded: none");
+    done(&h);
 }
 
 /* What is suggested for a number of micro-batches a pass is the largest that fits and saves a pass;

@@ -73,21 +73,30 @@ static int64_t border(int lora_rank)
     return 0;
 }
 
+static size_t kept_bytes(const qs_ops_limits *limits)
+{
+    (void)limits;
+    return 0;
+}
+
 static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                           const qs_lora *lora, int count)
+                           const qs_lora *lora, int count, int slot, bool decoded)
 {
     (void)q;
     (void)unit;
     (void)w;
     (void)lora;
     (void)count;
+    (void)slot;
+    (void)decoded;
     return QS_OK;
 }
 
 /* What the tables have in common. */
 #define COMMON                                                                                     \
     .act_dtype = QS_F32, .takes = takes, .open = open_queue, .close = close_queue,                 \
-    .border = border, .unit_open = unit_open, .unit_close = close_queue,                           \
+    .border = border, .kept_bytes = kept_bytes, .unit_open = unit_open,                            \
+    .unit_close = close_queue,                                                                     \
     .dora_norms = qs_cpu_dora_norms, .dora_backward = qs_cpu_dora_backward,                        \
     .lora_forward = qs_cpu_lora_forward, .lora_backward = qs_cpu_lora_backward,                    \
     .rmsnorm_forward = qs_cpu_rmsnorm_forward, .rmsnorm_backward = qs_cpu_rmsnorm_backward,        \

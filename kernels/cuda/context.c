@@ -1,5 +1,5 @@
 /* What an opened queue carries: one allocation of the device, cut into the scratch that each group
- * of operations asked for, and the products' handle and plans. */
+ * of operations asked for, one for decoded units that stay, and the products' handle and plans. */
 #include "kernels/cuda/ops_cuda.h"
 
 #include <stdlib.h>
@@ -42,6 +42,7 @@ static void context_free(qs_queue *q, qs_cuda_context *context)
 {
     qs_cuda_gemm_close(context);
     qs_device_free(qs_queue_device(q), context->block);
+    qs_device_free(qs_queue_device(q), context->kept);
     free(context);
 }
 
@@ -60,7 +61,12 @@ qs_status qs_cuda_open(qs_queue *q, const qs_ops_limits *limits)
     }
     context->limits = *limits;
     const qs_cuda_pieces p = pieces_of(limits);
-    qs_status st = qs_device_alloc(qs_queue_device(q), &context->block, p.total, QS_MEM_WORK);
+    qs_device *device = qs_queue_device(q);
+    qs_status st = qs_device_alloc(device, &context->block, p.total, QS_MEM_WORK);
+    if (st == QS_OK) {
+        st = qs_device_alloc(device, &context->kept, qs_cuda_kept_bytes(limits),
+                             QS_MEM_BASE_DECODED);
+    }
     if (st == QS_OK) {
         hand_out(context, &p);
         st = qs_cuda_gemm_open(q, context);

@@ -8,6 +8,7 @@ const qs_ops *qs_ops_cuda(void)
         .act_dtype = QS_BF16,
         .takes = qs_cuda_takes,
         .scratch_bytes = qs_cuda_scratch_bytes,
+        .kept_bytes = qs_cuda_kept_bytes,
         .open = qs_cuda_open,
         .close = qs_cuda_close,
         .border = qs_cuda_border,

@@ -22,8 +22,9 @@ typedef struct {
 /** Pieces of one allocation, made by open and used by one group of operations each. */
 typedef struct {
     qs_ops_limits limits;
-    void *block;         /* everything below */
-    void *decoded;       /* the opened unit */
+    void *block;         /* everything below but `kept` */
+    void *decoded;       /* the opened unit, if it lies in slot 0 */
+    void *kept;          /* slots 1 to limits.kept_units */
     void *single;        /* bf16: one weight outside of an opened unit, or a chunk of the head */
     float *logits;       /* [loss_rows, QS_CUDA_HEAD_SLICE] */
     void *probabilities; /* bf16 [loss_rows, QS_CUDA_HEAD_SLICE] */
@@ -55,7 +56,7 @@ size_t qs_cuda_attention_scratch(const qs_ops_limits *limits); /* context->atten
 size_t qs_cuda_lora_scratch(const qs_ops_limits *limits);      /* context->lora */
 size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits);  /* context->lora_sum */
 size_t qs_cuda_dora_scratch(const qs_ops_limits *limits);      /* context->dora */
-size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* context->decoded */
+size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* a slot */
 size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* context->single */
 
 /** What context->dora is cut into. */
@@ -75,11 +76,14 @@ qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *limits, size_t gemm_worksp
  * the tokens. */
 enum { QS_CUDA_GEMM_WORKSPACE_BYTES = 64 << 20 };
 
+/** Bytes of all slots but 0. */
+size_t qs_cuda_kept_bytes(const qs_ops_limits *limits);
+
 bool qs_cuda_takes(const qs_ops_limits *limits, char *why, size_t capacity);
 int64_t qs_cuda_border(int lora_rank);
 
-/** The table of the CUDA operations with name, act_dtype, takes, scratch_bytes and border alone:
- * for planning where there is no plugin. Everything else in it is NULL. */
+/** The table of the CUDA operations with name, act_dtype, takes, scratch_bytes, kept_bytes and
+ * border alone: for planning where there is no plugin. Everything else in it is NULL. */
 const qs_ops *qs_ops_cuda_sizes(void);
 
 /* ---- matrix products (gemm_lt.c: cuBLASLt) ---- */
@@ -124,7 +128,7 @@ const qs_cuda_linear *qs_cuda_opened(const qs_cuda_context *context, const qs_un
 /* ---- the operations ---- */
 
 qs_status qs_cuda_unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                            const qs_lora *lora, int count);
+                            const qs_lora *lora, int count, int slot, bool decoded);
 void qs_cuda_unit_close(qs_queue *q);
 qs_status qs_cuda_linear_forward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                                  const float *bias, const qs_mat *x, qs_mat *y);

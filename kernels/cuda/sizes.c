@@ -1,5 +1,5 @@
 /* What the CUDA operations answer without a device: which models they take, how wide a border is,
- * and how much scratch an opened queue has. Part of the plugin, and of the program as well, which
+ * and how much an opened queue holds. Part of the plugin, and of the program as well, which
  * plans runs for GPUs that the machine at hand does not have: one formula for both. */
 #include "kernels/cuda/ops_cuda.h"
 
@@ -38,6 +38,11 @@ int64_t qs_cuda_border(int lora_rank)
 
 /* ---- scratch, group by group ---- */
 
+static size_t aligned(size_t bytes)
+{
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
 size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits)
 {
     const int64_t border = qs_border_width(limits->lora_rank);
@@ -45,7 +50,12 @@ size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits)
     for (int i = 0; i < limits->n_linears; i++) {
         total += qs_border_bytes(qs_border_elems(limits->out[i], limits->in[i], border));
     }
-    return total;
+    return aligned(total);
+}
+
+size_t qs_cuda_kept_bytes(const qs_ops_limits *limits)
+{
+    return (size_t)limits->kept_units * qs_cuda_decoded_bytes(limits);
 }
 
 size_t qs_cuda_single_bytes(const qs_ops_limits *limits)
@@ -112,7 +122,7 @@ qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *l, size_t gemm_workspace_b
                         }};
     for (int i = 0; i < QS_CUDA_PIECES; i++) {
         p.at[i] = p.total;
-        p.total += (p.bytes[i] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        p.total += aligned(p.bytes[i]);
     }
     return p;
 }
@@ -131,6 +141,7 @@ const qs_ops *qs_ops_cuda_sizes(void)
         .act_dtype = QS_BF16,
         .takes = qs_cuda_takes,
         .scratch_bytes = scratch_bytes,
+        .kept_bytes = qs_cuda_kept_bytes,
         .border = qs_cuda_border,
     };
     return &table;

@@ -1,8 +1,9 @@
 /* From the bytes of a gathered unit to bf16 matrices.
  *
  * A layer that has arrived is decoded once, all its linears and their adapters' borders
- * (core/border.h) in one launch, and used by every micro-batch of the group (unit_open). A weight
- * outside of an opened unit is decoded, or copied, call by call.
+ * (core/border.h) in one launch, and used by every micro-batch of the group (unit_open). Where
+ * memory allows, layers have places of their own and stay decoded; then the launch fills the
+ * borders alone. A weight outside of an opened unit is decoded, or copied, call by call.
  *
  * A weight is W = round(code * absmax) to its own type (Dettmers et al. 2023, arXiv:2305.14314,
  * app. E), then bf16: the same bits as qs_weight_decode, rounded. One rounding for bf16 and fp32
@@ -478,14 +479,22 @@ extern "C" qs_status qs_cuda_weight_matrix(qs_queue *q, const qs_unit_view *unit
 
 /* ---- a unit ---- */
 
-/* Give each linear its piece of the decoded scratch. */
-static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int count)
+/* Where a slot begins. */
+static uint8_t *slot_base(const qs_cuda_context *context, int slot)
+{
+    const size_t before = (size_t)(slot - 1) * qs_cuda_decoded_bytes(&context->limits);
+    return slot == 0 ? (uint8_t *)context->decoded : (uint8_t *)context->kept + before;
+}
+
+/* Give each linear its piece of the slot. */
+static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int count, int slot)
 {
     const int64_t border = qs_border_width(context->limits.lora_rank);
     size_t at = 0;
-    if (count > QS_OPS_LINEARS_MAX) {
-        return QS_FAIL(QS_ERR_BUG, "a unit of %d linears", count);
+    if (count > QS_OPS_LINEARS_MAX || slot < 0 || slot > context->limits.kept_units) {
+        return QS_FAIL(QS_ERR_BUG, "a unit of %d linears in slot %d", count, slot);
     }
+    uint8_t *base = slot_base(context, slot);
     for (int i = 0; i < count; i++) {
         qs_cuda_linear *linear = &context->linears[i];
         linear->kind = w[i].kind;
@@ -493,7 +502,7 @@ static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int
         linear->out = w[i].out;
         linear->in = w[i].in;
         linear->stride = qs_border_stride(w[i].in, border);
-        linear->matrix = (uint8_t *)context->decoded + at;
+        linear->matrix = base + at;
         linear->bordered = false;
         at += qs_border_bytes(qs_border_elems(w[i].out, w[i].in, border));
     }
@@ -527,12 +536,13 @@ static void plan_borders(qs_cuda_context *context, const qs_lora *lora, int coun
     }
 }
 
+/* With `decoded` the weights lie there: the job has borders alone. */
 static qs_status decode_linears(qs_queue *q, qs_cuda_context *context, const qs_unit_view *unit,
-                                const qs_weight *w, const qs_lora *lora, int count)
+                                const qs_weight *w, const qs_lora *lora, int count, bool decoded)
 {
     decode_job job;
     job.count = 0;
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count && !decoded; i++) {
         const qs_cuda_linear *linear = &context->linears[i];
         if (w[i].kind == QS_WEIGHT_NF4) {
             job.linear[job.count++] = decode_linear_of(&w[i], linear->matrix, linear->stride);
@@ -545,15 +555,15 @@ static qs_status decode_linears(qs_queue *q, qs_cuda_context *context, const qs_
 }
 
 extern "C" qs_status qs_cuda_unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
-                                       const qs_lora *lora, int count)
+                                       const qs_lora *lora, int count, int slot, bool decoded)
 {
     qs_cuda_context *context = qs_cuda_context_of(q);
     if (context == NULL) {
         return QS_ERR_BUG;
     }
     qs_cuda_unit_close(q);
-    QS_TRY(place_linears(context, w, count));
-    QS_TRY(decode_linears(q, context, unit, w, lora, count));
+    QS_TRY(place_linears(context, w, count, slot));
+    QS_TRY(decode_linears(q, context, unit, w, lora, count, decoded));
     context->n_linears = count;
     context->open_base = unit->base;
     return QS_OK;

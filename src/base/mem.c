@@ -114,6 +114,7 @@ const char *qs_mem_class_name(qs_mem_class kind)
     static const char *const names[QS_MEM_CLASS_COUNT] = {
         [QS_MEM_BASE_SHARD] = "base shard",
         [QS_MEM_BASE_GATHER] = "gathered units",
+        [QS_MEM_BASE_DECODED] = "decoded layers",
         [QS_MEM_BASE_SMALL] = "replicated base",
         [QS_MEM_LORA] = "LoRA weights",
         [QS_MEM_LORA_GRAD] = "LoRA gradients",

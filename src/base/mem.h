@@ -8,16 +8,17 @@
 #include "base/status.h"
 
 typedef enum {
-    QS_MEM_BASE_SHARD,  /* this rank's share of the base */
-    QS_MEM_BASE_GATHER, /* gathered units (the two buffers) */
-    QS_MEM_BASE_SMALL,  /* replicated norms, biases, table, hashes */
-    QS_MEM_LORA,        /* LoRA weights in the compute dtype, all ranks the same */
-    QS_MEM_LORA_GRAD,   /* partial sums of the slot tree and reduction buffers */
-    QS_MEM_OPTIM,       /* fp32 master and moments of this rank's LoRA shard, and while they are
-                         saved the image of their file */
-    QS_MEM_ACTIVATION,  /* kept between forward and backward */
-    QS_MEM_WORK,        /* scratch of one layer, of the head, of the kernels */
-    QS_MEM_DATA,        /* tokens, labels, index */
+    QS_MEM_BASE_SHARD,   /* this rank's share of the base */
+    QS_MEM_BASE_GATHER,  /* gathered units (the two buffers) */
+    QS_MEM_BASE_DECODED, /* layers whose decoded weights stay */
+    QS_MEM_BASE_SMALL,   /* replicated norms, biases, table, hashes */
+    QS_MEM_LORA,         /* LoRA weights in the compute dtype, all ranks the same */
+    QS_MEM_LORA_GRAD,    /* partial sums of the slot tree and reduction buffers */
+    QS_MEM_OPTIM,        /* fp32 master and moments of this rank's LoRA shard, and while they are
+                          saved the image of their file */
+    QS_MEM_ACTIVATION,   /* kept between forward and backward */
+    QS_MEM_WORK,         /* scratch of one layer, of the head, of the kernels */
+    QS_MEM_DATA,         /* tokens, labels, index */
     QS_MEM_CLASS_COUNT
 } qs_mem_class;
 

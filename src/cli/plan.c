@@ -10,6 +10,7 @@
 
 #define GIB 1073741824.0
 enum { USUAL_PER_NODE = 8, LAUNCH_TOKENS = 1000 };
+static const double OFFER_BELOW = 0.98; /* of a step's time: what is worth a line */
 
 /* A plan that is being printed. */
 typedef struct {
@@ -121,8 +122,30 @@ static void print_short_batches(const plan *p, const qs_step_work *work)
     }
 }
 
-static void print_step(const plan *p, const qs_gpu_kind *gpu, const qs_step_work *work)
+/* Memory that would be left makes steps shorter, unless the configuration says how much of it. */
+static qs_status print_offer(const plan *p, const qs_outlook_place *place, double step_s)
 {
+    qs_outlook more;
+    qs_config config = p->config;
+    const qs_links links = links_of(p, place->gpu);
+    if (config.memory.keep_decoded != 0) {
+        return QS_OK;
+    }
+    config.memory.keep_decoded = QS_KEEP_DECODED_AUTO;
+    QS_TRY(qs_outlook_make(&more, &p->inputs, &config, place));
+    const double then_s = qs_forecast_make(&more.work, place->gpu, &links).step_s;
+    if (then_s < OFFER_BELOW * step_s) {
+        printf("with memory.keep_decoded: auto, %" PRId64 " of %" PRId64
+               " layers stay decoded: %.1f ms, %.1f GiB\n",
+               more.choice.decoded, more.choice.layers, 1e3 * then_s,
+               (double)qs_outlook_needed(&more) / GIB);
+    }
+    return QS_OK;
+}
+
+static qs_status print_step(const plan *p, const qs_outlook_place *place, const qs_step_work *work)
+{
+    const qs_gpu_kind *gpu = place->gpu;
     const qs_links links = links_of(p, gpu);
     const qs_forecast f = qs_forecast_make(work, gpu, &links);
     print_place(p, gpu, &links, work->group);
@@ -139,6 +162,7 @@ static void print_step(const plan *p, const qs_gpu_kind *gpu, const qs_step_work
     printf("  %-26s %12.1f   %.0f tokens/s, %.0f a GPU\n", "step", 1e3 * f.step_s,
            work->all_tokens / f.step_s, work->all_tokens / f.step_s / p->nranks);
     print_short_batches(p, work);
+    return print_offer(p, place, f.step_s);
 }
 
 /* What `auto` stands for where memory decided it, each with the reason. */
@@ -252,10 +276,9 @@ static qs_status plan_on(const plan *p, const qs_gpu_kind *gpu)
     qs_memory_plan_print(&outlook.memory, false);
     QS_TRY(judge(p, &outlook, &place));
     if (gpu != NULL) {
-        print_step(p, gpu, &outlook.work);
-    } else {
-        printf("no forecast of the time: it is made for GPUs; --gpu names one\n");
+        return print_step(p, &place, &outlook.work);
     }
+    printf("no forecast of the time: it is made for GPUs; --gpu names one\n");
     return QS_OK;
 }
 

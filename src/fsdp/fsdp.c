@@ -279,6 +279,11 @@ bool qs_fsdp_is_gathered(const qs_fsdp *f, int u)
     return f->nranks > 1 && !f->at_hand[u];
 }
 
+bool qs_fsdp_stays(const qs_fsdp *f, int u)
+{
+    return f->at_hand[u];
+}
+
 qs_status qs_fsdp_barrier(qs_fsdp *f)
 {
     return qs_comm_barrier(f->comm);

@@ -47,6 +47,9 @@ void qs_fsdp_destroy(qs_fsdp *fsdp);
 /** Whether unit `u` must come from other ranks when it is used. */
 bool qs_fsdp_is_gathered(const qs_fsdp *fsdp, int u);
 
+/** Whether unit `u` lies whole on this rank's device all the time. */
+bool qs_fsdp_stays(const qs_fsdp *fsdp, int u);
+
 /** Wait for the other ranks that share the base. Collective. */
 qs_status qs_fsdp_barrier(qs_fsdp *fsdp);
 

@@ -139,7 +139,7 @@ qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit)
             lora[count++] = qs_layer_adapter(model, layer, (qs_linear)i);
         }
     }
-    return model->ops->unit_open(model->queue, unit, w, lora, count);
+    return qs_slots_open(model, layer, unit, w, lora, count);
 }
 
 void qs_layer_close(qs_model *model)

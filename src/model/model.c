@@ -86,6 +86,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     set_widths(m);
     QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
     QS_GOTO(qs_model_load_params(m));
+    QS_GOTO(qs_slots_create(m));
     QS_GOTO(qs_dora_create(m));
     QS_GOTO(allocate_buffers(m));
     *out = m;
@@ -104,6 +105,7 @@ void qs_model_destroy(qs_model *m)
     (void)qs_queue_wait(m->queue); /* operations may still use the buffers */
     qs_offload_destroy(m);
     qs_dora_destroy(m);
+    qs_slots_destroy(m);
     for (int64_t g = 0; m->micro != NULL && g < m->shape.group; g++) {
         qs_mem_free(m->micro[g].layers);
         qs_mirror_destroy(m->device, &m->micro[g].input.mirror);

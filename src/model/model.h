@@ -28,6 +28,8 @@ typedef struct {
     int64_t logit_rows;      /* rows of one qs_model_logits; 0: not asked for */
     int64_t head_chunk_rows; /* of the base */
     bool offload;            /* keep the layers' inputs in pinned host memory (recompute: full) */
+    int64_t keep_decoded;    /* layers whose decoded weights stay, of those that stay whole on the
+                                device (qs_fsdp_stays); 0 where the operations keep none */
     bool residual_f32;       /* the residual stream in fp32, whatever the operations' act_dtype */
 } qs_model_shape;
 
@@ -55,6 +57,10 @@ void qs_model_adapter_changed(qs_model *model);
  * segments (lora.h); those of layer l go to out + l * stride, on the host, where nothing but
  * magnitudes is written. Does nothing without DoRA. Collective; waits. */
 qs_status qs_model_magnitudes(qs_model *model, qs_range elements, int64_t stride, float *out);
+
+/** What the operations must be opened for (qs_ops_limits.kept_units) so that so many layers stay.
+ */
+int qs_model_kept_units(const qs_hf_config *config, const qs_model_shape *shape);
 
 /** Bytes that qs_model_create will allocate on the device, by class, for the plan; and, with
  * `offload`, in pinned host memory. */

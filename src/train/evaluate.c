@@ -159,8 +159,9 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
     const qs_plan_job job = {.eval = data,
                              .slots = slots,
                              .result_bytes = result_bytes(s, options, data, slots),
-                             .settings = "lower train.micro_batch, train.gather_group, "
-                                         "shard.keep_resident or shard.prefetch"};
+                             .settings =
+                                 "lower train.micro_batch, train.gather_group, "
+                                 "memory.keep_decoded, shard.keep_resident or shard.prefetch"};
     qs_model_shape shape = shape_of(s, options, &job);
     qs_memory_plan plan;
     qs_feed feed = {0};

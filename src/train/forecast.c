@@ -29,6 +29,7 @@ typedef struct {
     double tokens, targets; /* of the rank */
     double pairs;           /* of queries and keys, over all layers */
     double passes;
+    double decoded_share; /* of the layers, that a pass decodes */
     double act_bytes;
     double more_bytes; /* of an element of the residual stream than of act_dtype */
 } work_sizes;
@@ -75,6 +76,7 @@ static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_m
                     .targets = sequences * (double)train->n_targets / (double)train->n_sequences,
                     .passes = (double)((most + shape->group - 1) / shape->group),
                     .act_bytes = (double)qs_dtype_bytes(s->ops->act_dtype)};
+    z.decoded_share = 1 - (double)shape->keep_decoded / z.layers;
     z.more_bytes = shape->residual_f32 ? (double)sizeof(float) - z.act_bytes : 0;
     z.pairs = z.tokens * pairs_per_token(model, train);
     return z;
@@ -173,7 +175,8 @@ static double stream_bytes(const work_sizes *z, bool backward, int recompute)
     return z->tokens * z->layers * (backward ? norms_twice + again : forward) * z->more_bytes;
 }
 
-/* Every layer's unit, decoded once a pass: what is read of it, and bf16 written. */
+/* The unit of every layer that does not stay decoded, once a pass: what is read of it, and bf16
+ * written. */
 static double decode_bytes(const work_sizes *z)
 {
     double bytes = 0;
@@ -187,7 +190,7 @@ static double decode_bytes(const work_sizes *z)
             }
         }
     }
-    return z->passes * bytes;
+    return z->passes * bytes * z->decoded_share;
 }
 
 /* ---- gathers ---- */
@@ -233,11 +236,12 @@ static qs_status walk_pass(const qs_session *s, qs_gather_plan *plan, const int 
 
 /* What a rank receives in a pass, by stretches: in the second of two, since the first finds empty
  * buffers. */
-static qs_status gathers_of_pass(const qs_session *s, double bytes[STRETCHES])
+static qs_status gathers_of_pass(const qs_session *s, const qs_model_shape *shape,
+                                 double bytes[STRETCHES])
 {
     qs_status st = QS_OK;
     const int units = s->index->n_units;
-    const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
+    const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
     qs_gather_plan plan = {0};
     bool *at_hand = NULL;
     int *order = NULL;
@@ -314,7 +318,7 @@ qs_status qs_step_work_make(qs_step_work *out, const qs_session *s, const qs_dat
 {
     const work_sizes z = sizes_of(s, train, shape, slots);
     double gathered[STRETCHES];
-    QS_TRY(gathers_of_pass(s, gathered));
+    QS_TRY(gathers_of_pass(s, shape, gathered));
     *out = (qs_step_work){.forward = forward_phase(&z),
                           .head = head_phase(&z),
                           .backward = backward_phase(&z, shape->recompute),

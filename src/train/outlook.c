@@ -136,6 +136,7 @@ size_t qs_outlook_allowed(const qs_config *cfg, const qs_outlook_place *place)
 
 /* Changes of the configuration, those that cost the least time first. */
 typedef enum {
+    DECODED_0,
     RESIDENT_0,
     PREFETCH_1,
     SELECTIVE,
@@ -161,6 +162,7 @@ static bool has(change_set changes, change c)
 static qs_config changed(const qs_config *cfg, change_set changes)
 {
     qs_config out = *cfg;
+    out.memory.keep_decoded = has(changes, DECODED_0) ? 0 : out.memory.keep_decoded;
     out.shard.keep_resident = has(changes, RESIDENT_0) ? 0 : out.shard.keep_resident;
     out.shard.prefetch = has(changes, PREFETCH_1) ? 1 : out.shard.prefetch;
     if (has(changes, SELECTIVE) && out.train.recompute == QS_RECOMPUTE_NONE) {
@@ -263,9 +265,10 @@ add_text(char *out, size_t capacity, const char *format, ...)
 static void describe_changes(change_set changes, const qs_config *cfg, char *out, size_t capacity)
 {
     static const char *const texts[] = {
-        [RESIDENT_0] = "shard.keep_resident: 0",    [PREFETCH_1] = "shard.prefetch: 1",
-        [SELECTIVE] = "train.recompute: selective", [FULL] = "train.recompute: full",
-        [GROUP] = "train.gather_group: ",           [MICRO_1] = "train.micro_batch: 1"};
+        [DECODED_0] = "memory.keep_decoded: none", [RESIDENT_0] = "shard.keep_resident: 0",
+        [PREFETCH_1] = "shard.prefetch: 1",        [SELECTIVE] = "train.recompute: selective",
+        [FULL] = "train.recompute: full",          [GROUP] = "train.gather_group: ",
+        [MICRO_1] = "train.micro_batch: 1"};
     static const char *const moved[] = {"activations", "weights", "embedding"}; /* bit by bit */
     const qs_config to = changed(cfg, changes);
     out[0] = '\0';

@@ -39,8 +39,8 @@ qs_plan_job qs_plan_training(const qs_data *train, const qs_data *eval, int64_t 
                          .slots = slots,
                          .trained = true,
                          .settings = "lower train.micro_batch, train.gather_group, "
-                                     "shard.keep_resident or shard.prefetch, set "
-                                     "train.recompute: full"};
+                                     "memory.keep_decoded, shard.keep_resident or shard.prefetch, "
+                                     "set train.recompute: full"};
 }
 
 qs_model_shape qs_plan_shape(const qs_session *s, const qs_plan_job *job)
@@ -95,6 +95,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_plan_job *job,
 
     device[QS_MEM_BASE_SHARD] += fsdp.device_shard_bytes;
     device[QS_MEM_BASE_GATHER] += fsdp.gather_bytes;
+    device[QS_MEM_BASE_DECODED] += s->ops->kept_bytes(&limits);
     device[QS_MEM_BASE_SMALL] += model.small_bytes;
     device[QS_MEM_LORA] +=
         model.adapter_bytes + (adapted ? qs_session_lora_bytes(s, job->trained) : 0);
@@ -182,6 +183,68 @@ static qs_status choose_group(qs_plan_choice *out, const qs_session *s, const qs
     return QS_OK;
 }
 
+/* ---- decoded layers ---- */
+
+/* All layers, or none where the operations keep none. */
+static int64_t keepable(const qs_session *s)
+{
+    qs_ops_limits limits = qs_session_limits(s, &(qs_model_shape){0});
+    limits.kept_units = 1;
+    return s->ops->kept_bytes(&limits) > 0 ? s->index->config.n_layers : 0;
+}
+
+/* Does the rank that lacks most have room for so many, with a twentieth to spare for whatever else
+ * uses the device? */
+static qs_status decoded_fit(bool *fits, const qs_session *s, const qs_plan_job *job,
+                             const qs_model_shape *shape, int64_t layers)
+{
+    qs_model_shape tried = *shape;
+    tried.keep_decoded = layers;
+    const qs_memory_plan plan = qs_memory_plan_make(s, job, &tried);
+    const size_t room = s->room - s->room / 20;
+    int64_t lack = (int64_t)qs_memory_plan_needed(&plan) - (int64_t)room;
+    QS_TRY(s->comm != NULL ? qs_comm_max_i64(s->comm, &lack, 1) : QS_OK);
+    *fits = lack <= 0;
+    return QS_OK;
+}
+
+/* The most that fit, between `none`, which need no room, and all. */
+static qs_status most_decoded(int64_t *out, const qs_session *s, const qs_plan_job *job,
+                              const qs_model_shape *shape)
+{
+    int64_t low = 0, high = keepable(s);
+    while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        bool fits = false;
+        QS_TRY(decoded_fit(&fits, s, job, shape, middle));
+        low = fits ? middle : low;
+        high = fits ? high : middle - 1;
+    }
+    *out = low;
+    return QS_OK;
+}
+
+/* A number is settled before the group, which has to fit beside it; auto takes what is left. */
+static int64_t decoded_asked(const qs_session *s)
+{
+    const int64_t asked = s->config.memory.keep_decoded, most = keepable(s);
+    return asked == QS_KEEP_DECODED_AUTO ? 0 : asked < most ? asked : most;
+}
+
+static qs_status choose_decoded(qs_plan_choice *out, const qs_session *s, const qs_plan_job *job,
+                                qs_model_shape *shape)
+{
+    out->layers = s->index->config.n_layers;
+    out->decoded_auto = s->config.memory.keep_decoded == QS_KEEP_DECODED_AUTO && keepable(s) > 0;
+    if (out->decoded_auto) {
+        QS_TRY(most_decoded(&shape->keep_decoded, s, job, shape));
+    }
+    out->decoded = shape->keep_decoded;
+    return QS_OK;
+}
+
+/* ---- both ---- */
+
 /* What is final alone: a node's copy that the plan took back is not said to be there first. */
 static void report(const qs_plan_choice *choice, const qs_session *s)
 {
@@ -197,6 +260,7 @@ qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *
                          qs_model_shape *shape)
 {
     *out = (qs_plan_choice){0};
+    shape->keep_decoded = decoded_asked(s);
     QS_TRY(choose_group(out, s, job, shape));
     if (out->lack > 0 && s->config.shard.group == QS_SHARD_AUTO && s->shard.most < s->nranks) {
         out->widened = true;
@@ -205,6 +269,7 @@ qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *
         QS_TRY(choose_group(out, s, job, shape));
     }
     shape->group = out->group;
+    QS_TRY(choose_decoded(out, s, job, shape));
     if (s->comm != NULL) {
         report(out, s);
     }
@@ -227,6 +292,12 @@ int qs_plan_reasons(const qs_plan_choice *choice,
                  "lack %.2f GiB",
                  (long long)choice->group, (long long)choice->most,
                  (double)choice->most_lack / GIB);
+    }
+    if (choice->decoded_auto) {
+        snprintf(out[count++], QS_PLAN_REASON_BYTES,
+                 "memory.keep_decoded: auto is %lld of %lld layers%s", (long long)choice->decoded,
+                 (long long)choice->layers,
+                 choice->decoded < choice->layers ? ": a rank has no room for more" : "");
     }
     return count;
 }

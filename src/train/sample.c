@@ -254,8 +254,9 @@ static qs_status check_memory(sampler *s, qs_memory_plan *plan)
     const qs_plan_job job = {.eval = s->data,
                              .slots = 1, /* the rank's texts are one micro-batch */
                              .result_bytes = result_bytes(s),
-                             .settings = "take fewer or shorter prompts or fewer --tokens, lower "
-                                         "shard.keep_resident or shard.prefetch"};
+                             .settings =
+                                 "take fewer or shorter prompts or fewer --tokens, lower "
+                                 "memory.keep_decoded, shard.keep_resident or shard.prefetch"};
     return qs_plan_forward(plan, s->session, &job, &s->shape);
 }
 

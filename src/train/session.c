@@ -245,6 +245,7 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
     limits.dora = s->config.lora.dora;
     limits.lora_rank = s->layout.lora_rank;
     limits.head_rows = s->index->head_chunk_rows;
+    limits.kept_units = qs_model_kept_units(model, shape);
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         if (qs_linears(model->fused) >> i & 1) {
             const int n = limits.n_linears++;
@@ -263,7 +264,8 @@ qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shap
                              .offload_layers = (offload & QS_OFFLOAD_WEIGHTS) != 0,
                              .offload_vocabulary = (offload & QS_OFFLOAD_EMBEDDING) != 0,
                              .prefetch = s->config.shard.prefetch,
-                             .keep_resident = s->config.shard.keep_resident};
+                             .keep_resident =
+                                 larger(s->config.shard.keep_resident, shape->keep_decoded)};
 }
 
 static int64_t lora_count(const qs_session *s)

@@ -418,6 +418,7 @@ static qs_status report_ranks(run *r)
         .targets = r->trainer.targets,
         .gather_group = r->shape.group,
         .shard_group = r->session.shard.nranks,
+        .keep_decoded = r->shape.keep_decoded,
         .flops = qs_model_flops(r->session.model),
         .read_bytes = stats.read_bytes,
         .data_bytes = r->train_data->bytes_read,

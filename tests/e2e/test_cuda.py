@@ -50,10 +50,11 @@ class Training(unittest.TestCase):
                              options=("--allow-shared-device", *options), **how)
 
     def same_as_reference(self, name, **how):
-        self.train(name, **how)
+        done = self.train(name, **how)
         output = os.path.join(self.folder, name)
         self.assertEqual(support.curve(output), self.curve)
         self.assertEqual(support.adapter_digest(output), self.adapter)
+        return done
 
     def test_version_names_the_plugin(self):
         done = subprocess.run([support.QSHARD, "--version"], env={**os.environ, **on_gpu()}, capture_output=True, text=True)
@@ -120,6 +121,33 @@ class Training(unittest.TestCase):
                           "resident-2": {"ranks": 2, "shard__keep_resident": 2, "shard__prefetch": 2}}.items():
             with self.subTest(name):
                 self.same_as_reference(name, **how)
+
+    def test_same_bits_with_layers_that_stay_decoded(self):
+        """memory.keep_decoded, where every layer lies here, where only those do that stay, and where weights are offloaded; what
+        auto takes where not all fit, and what the plan says of it."""
+        def run(name, **how):
+            log = self.same_as_reference(name, memory__keep_decoded=how.pop("keep"), **how)
+            rows = support.plan_and_peak(log.stdout)
+            for kind in ("decoded layers",) if "ranks" in how else ("decoded layers", "total"):
+                self.assertLess(abs(rows[kind][0] - rows[kind][1]), max(0.03 * rows[kind][0], 0.11), kind)
+            self.kept = support.metrics(os.path.join(self.folder, name), "ranks.jsonl")[-1]["keep_decoded"]
+            return rows["decoded layers"][1], rows["total"][0], re.findall(r"memory\.keep_decoded: .*", log.stderr)
+
+        self.assertEqual(support.plan_and_peak(self.log)["decoded layers"], (0.0, 0.0))
+        layer, total, _ = run("one", keep=1)
+        self.assertGreater(layer, 0)
+        self.assertEqual(self.kept, 1)
+        most, _, said = run("auto", keep="auto", train__recompute="none", train__gather_group=2)
+        layers = round(most / layer) + 1  # the last needs no room of its own
+        self.assertEqual(said, [f"memory.keep_decoded: auto is {layers} of {layers} layers"])
+        self.assertEqual(self.kept, layers)
+        self.assertAlmostEqual(run("number", keep=layers)[0], most, delta=0.11)
+        self.assertAlmostEqual(run("ranks", keep=2, ranks=2)[0], 2 * layer, delta=0.11)
+        self.assertAlmostEqual(run("offloaded", keep=1, memory__offload="[weights]", ranks=2)[0], layer, delta=0.11)
+        beside = 256 + 0.5 * layer  # MiB for code, and not quite another layer
+        tight, _, said = run("tight", keep="auto", memory__device_limit=int((total + beside) / 0.95 * 2**20))
+        self.assertAlmostEqual(tight, layer, delta=0.11)
+        self.assertEqual(said, [f"memory.keep_decoded: auto is 1 of {layers} layers: a rank has no room for more"])
 
     def test_resume_gives_the_undisturbed_bits(self):
         """Stopped by the clock after a step, continued on another number of ranks."""

@@ -62,7 +62,8 @@ class Memory(unittest.TestCase):
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_gpu(self):
         for ranks, more in ((1, {}), (2, {"train__recompute": "none", "lora__dropout": 0}),
-                            (3, {"lora__dora": "true"}), (2, {"memory__offload": "[activations, weights, embedding]"})):
+                            (3, {"lora__dora": "true"}), (1, {"memory__keep_decoded": "auto"}),
+                            (2, {"memory__keep_decoded": 1, "memory__offload": "[weights]"}), (2, {"memory__offload": "[activations, weights, embedding]"})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, {"QSHARD_PLUGIN": EMULATED}, ("--gpu", "H100"), WORKSPACE_MIB, device="cuda", **more)
 
@@ -114,6 +115,25 @@ class Auto(unittest.TestCase):
                     train__micro_batch=1, train__global_batch=16, lora__rank=16, lora__dropout=0).stdout
         for name, group in (("RTX3090", 2), ("RTX4090", 2), ("A6000", 4), ("H100", 4)):
             self.assertRegex(text, rf"(?m)^{name} +[\d.]+ +[\d.]+ +{group} +yes ")
+
+
+    def test_what_decoded_layers_would_save(self):
+        """What --gpu offers is what the setting then gives; nothing is offered where it is set, or where there is no room."""
+        folder = support.scratch()
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(LLAMA_3_70B, file)
+        settings = {"base": folder, "data__train": "", "data__eval": "", "train__eval_every": 0, "train__seq_len": 256,
+                    "train__micro_batch": 1, "train__global_batch": 1, "lora__rank": 16, "lora__dropout": 0}
+        step, needs = r"(?m)^  step +([\d.]+) ", r"(?m)^fits: a rank needs ([\d.]+) GiB"
+        offered = plan("--gpu", "B200", **settings).stdout
+        offer = re.search(r"with memory.keep_decoded: auto, (\d+) of 80 layers stay decoded: ([\d.]+) ms, ([\d.]+) GiB", offered)
+        taken = plan("--gpu", "B200", memory__keep_decoded="auto", **settings).stdout
+        self.assertEqual([re.search(part, taken)[1] for part in (r"memory.keep_decoded: auto is (\d+) of 80 layers: a", step, needs)],
+                         list(offer.groups()))
+        self.assertLess(float(offer[2]), 0.98 * float(re.search(step, offered)[1]))
+        self.assertNotIn("with memory.keep_decoded", taken)
+        limit = int((float(re.search(needs, offered)[1]) + 1) * 2**30)
+        self.assertNotIn("keep_decoded", plan("--gpu", "B200", memory__device_limit=limit, **settings).stdout)
 
 
 class Forward(unittest.TestCase):

@@ -260,7 +260,7 @@ static qs_status dump_linear(dump *d)
     QS_TRY(empty(d, QS_F32, rank, in, 0, &da));
     QS_TRY(empty(d, QS_F32, out, rank, 0, &db));
     const qs_lora lora = {.a = a.data, .b = b.data, .rank = rank, .scale = scale};
-    QS_TRY(d->ops->unit_open(d->queue, &unit, &w, &lora, 1));
+    QS_TRY(d->ops->unit_open(d->queue, &unit, &w, &lora, 1, 0, false));
     QS_TRY(d->ops->linear_lora_forward(d->queue, &unit, &w, NULL, NULL, &lora, &x, &xa, &y));
     QS_TRY(output(d, "y", &y));
     QS_TRY(d->ops->linear_lora_backward(d->queue, &unit, &w, &lora, &x, &xa, &dy, &work, da.data,

@@ -176,6 +176,10 @@ def check_variants(bench, case):
     for what in offloads:
         bench.check(f"the same bits with memory.offload: {what}", same_bits, bench, case, "offload",
                     memory__offload=what)
+    bench.check("the same bits with layers that stay decoded", same_bits, bench, case, "decoded", memory__keep_decoded="auto",
+                train__recompute="none")
+    bench.check("peak memory beside the plan, layers that stay decoded", plan_is_kept, bench, case, "plan",
+                memory__keep_decoded=1)
     for mode in ("full", *modes):
         bench.check(f"peak memory beside the plan, recompute: {mode}", plan_is_kept, bench, case, "plan",
                     train__recompute=mode)

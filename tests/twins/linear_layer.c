@@ -116,12 +116,14 @@ float *layer_read(const layer *l, const layer_vector *v)
 
 /* ---- opening ---- */
 
-void layer_open_unit(const layer *l, const qs_lora *lora)
+void layer_open_unit(const layer *l, const qs_lora *lora, bool decoded)
 {
-    tw_ok(l->b, l->b->ops->unit_open(l->b->queue, &l->unit.view, &l->unit.weight, lora, 1));
+    tw_ok(l->b,
+          l->b->ops->unit_open(l->b->queue, &l->unit.view, &l->unit.weight, lora, 1, 0, decoded));
 }
 
-/* Another unit, with the largest rank, was open before: nothing of its border may stay. */
+/* The unit was open before with another adapter, of the largest rank: its weights stay, of its
+ * border nothing may. */
 void layer_open(const layer *l)
 {
     const layer_case *c = l->c;
@@ -130,8 +132,8 @@ void layer_open(const layer *l)
     tw_open(l->b, &limits);
     if (c->opened) {
         adapter other = adapter_make(l->b, c->rows, c->in, c->out, c->most_rank, 0.0F);
-        layer_open_unit(l, &other.device);
-        layer_open_unit(l, &l->ad.device);
+        layer_open_unit(l, &other.device, false);
+        layer_open_unit(l, &l->ad.device, true);
         adapter_free(l->b, &other);
     }
 }

@@ -71,9 +71,9 @@ void layer_free(layer *l);
 void layer_upload(const layer *l, const layer_vector *v);
 float *layer_read(const layer *l, const layer_vector *v);
 
-/** Open the backend for the case and, if it says so, the unit; close both. */
+/** Open the backend for the case and, if it says so, the unit (`decoded`: again); close both. */
 void layer_open(const layer *l);
-void layer_open_unit(const layer *l, const qs_lora *lora);
+void layer_open_unit(const layer *l, const qs_lora *lora, bool decoded);
 void layer_close(const layer *l);
 
 /** DORA: norms of the weight with `lora` and, with `magnitude`, gains, on the device. */

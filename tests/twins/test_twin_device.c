@@ -296,7 +296,8 @@ static const qs_ops_limits small_limits = {.threads = 1,
                                            .out = {64, 32},
                                            .in = {32, 64},
                                            .hidden = 32,
-                                           .head_rows = 64};
+                                           .head_rows = 64,
+                                           .kept_units = 3};
 
 Test(twin_device, an_opened_queue_holds_the_scratch_that_was_announced)
 {
@@ -305,19 +306,22 @@ Test(twin_device, an_opened_queue_holds_the_scratch_that_was_announced)
         const size_t announced = b->ops->scratch_bytes(&small_limits);
         cr_assert_gt(announced, 0);
         if (tw_is_cpu(b)) {
+            cr_assert_eq(b->ops->kept_bytes(&small_limits), 0);
             continue; /* grows by itself */
         }
         for (int round = 0; round < 2; round++) {
             tw_open(b, &small_limits);
             cr_assert_eq(held(b, QS_MEM_WORK), announced);
+            cr_assert_gt(held(b, QS_MEM_BASE_DECODED), 0);
+            cr_assert_eq(held(b, QS_MEM_BASE_DECODED), b->ops->kept_bytes(&small_limits));
             cr_assert_eq(b->ops->open(b->queue, &small_limits), QS_ERR_BUG, "opened twice");
             qs_error_clear();
             b->ops->close(b->queue);
-            cr_assert_eq(held(b, QS_MEM_WORK), 0);
+            cr_assert_eq(held(b, QS_MEM_WORK) + held(b, QS_MEM_BASE_DECODED), 0);
             b->ops->close(b->queue);
         }
         const qs_unit_view no_unit = {0};
-        cr_assert_eq(b->ops->unit_open(b->queue, &no_unit, NULL, NULL, 0), QS_ERR_BUG,
+        cr_assert_eq(b->ops->unit_open(b->queue, &no_unit, NULL, NULL, 0, 0, false), QS_ERR_BUG,
                      "an operation on a closed queue");
         qs_error_clear();
     }

@@ -27,7 +27,7 @@ static void check_start(const tw_backend *b, int64_t out, int64_t in, int rank)
     layer_upload(&l, &l.magnitude);
     for (int opened = 0; opened <= 1; opened++) {
         if (opened) {
-            layer_open_unit(&l, &start);
+            layer_open_unit(&l, &start, false);
         }
         layer_norms(&l, &start, l.magnitude.device);
         float *gain = layer_read(&l, &l.gain);

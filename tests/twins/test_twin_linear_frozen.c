@@ -83,7 +83,7 @@ static void check_frozen(const tw_backend *b, const frozen_case *c)
     const qs_lora none = {0};
     tw_open(b, &limits);
     if (c->opened) {
-        tw_ok(b, b->ops->unit_open(b->queue, &unit.view, &unit.weight, &none, 1));
+        tw_ok(b, b->ops->unit_open(b->queue, &unit.view, &unit.weight, &none, 1, 0, false));
     }
     check_forward(b, c, &unit);
     check_backward(b, c, &unit, false);

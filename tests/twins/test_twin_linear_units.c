@@ -72,7 +72,7 @@ static void check_several(const tw_backend *b)
     qs_ops_limits limits = ad_limits_of(rows, 8, 8, 13, false);
     several s = several_make(b, &unit, rows, &limits);
     tw_open(b, &limits);
-    tw_ok(b, b->ops->unit_open(b->queue, &unit.view, s.device, s.lora, SEVERAL));
+    tw_ok(b, b->ops->unit_open(b->queue, &unit.view, s.device, s.lora, SEVERAL, 0, false));
     for (int i = SEVERAL - 1; i >= 0; i--) {
         check_one_of(b, &unit, &s, i, rows);
     }
@@ -116,7 +116,7 @@ static void check_bare(const tw_backend *b)
     tw_mat dy = tw_mat_make(b, rows, out, 8, 1.0F, 63), dx = tw_mat_make(b, rows, in, 0, 1.0F, 64);
     float *y_start = ad_compact(&y.host), *dx_start = ad_compact(&dx.host);
     tw_open(b, &limits);
-    tw_ok(b, b->ops->unit_open(b->queue, &unit.view, &unit.weight, &none, 1));
+    tw_ok(b, b->ops->unit_open(b->queue, &unit.view, &unit.weight, &none, 1, 0, false));
     tw_ok(b, b->ops->linear_lora_forward(b->queue, &unit.view, &unit.weight, NULL, &y.device, &none,
                                          &x.device, NULL, &y.device));
     tw_ok(b, b->ops->linear_lora_backward(b->queue, &unit.view, &unit.weight, &none, &x.device,

@@ -170,8 +170,8 @@ static void check_nf4(const tw_backend *b, qs_dtype dtype, bool nested, int nran
     tw_open(b, &limits);
     for (int opened = 0; opened <= 1; opened++) {
         if (opened == 1) {
-            cr_assert_eq(b->ops->unit_open(b->queue, &m.device, device, none, TENSORS), QS_OK,
-                         "%s: %s", b->name, qs_error_text());
+            cr_assert_eq(b->ops->unit_open(b->queue, &m.device, device, none, TENSORS, 0, false),
+                         QS_OK, "%s: %s", b->name, qs_error_text());
         }
         for (int i = 0; i < TENSORS; i++) {
             assert_weight(b, &m.device, &device[i], &m.host, &host[i]);
@@ -236,7 +236,7 @@ static void check_raw(const tw_backend *b, qs_dtype dtype, int nranks, int64_t e
     const qs_lora none = {0};
     tw_open(b, &limits);
     assert_weight(b, &m.device, &w, &m.host, &w);
-    cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &w, &none, 1), QS_OK);
+    cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &w, &none, 1, 0, false), QS_OK);
     assert_weight(b, &m.device, &w, &m.host, &w);
     b->ops->unit_close(b->queue);
     b->ops->close(b->queue);
@@ -285,7 +285,8 @@ static void kinds(const tw_backend *b)
     tw_open(b, &limits);
     for (int first = 0; first <= 1; first++) {
         const int count = 2 - first; /* both, then the second alone in the first one's place */
-        cr_assert_eq(b->ops->unit_open(b->queue, &m.device, device + first, none, count), QS_OK);
+        cr_assert_eq(b->ops->unit_open(b->queue, &m.device, device + first, none, count, 0, false),
+                     QS_OK);
         for (int i = 0; i < 2; i++) {
             assert_weight(b, &m.device, &device[i], &m.host, &host[i]);
         }
@@ -317,7 +318,7 @@ static void reuse(const tw_backend *b)
     const qs_lora none = {0};
     const size_t bytes = m.host.layout.message_bytes * 2;
     tw_open(b, &limits);
-    cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &device, &none, 1), QS_OK);
+    cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &device, &none, 1, 0, false), QS_OK);
     assert_weight(b, &m.device, &device, &m.host, &host);
     uint8_t *packed = (uint8_t *)(uintptr_t)qs_unit_nf4_quantum(&m.host, 1).packed;
     for (int i = 0; i < 30 * 56 / 2; i++) {
@@ -328,7 +329,7 @@ static void reuse(const tw_backend *b)
                  QS_OK);
     for (int opened = 0; opened <= 1; opened++) {
         assert_weight(b, &m.device, &device, &m.host, &host);
-        cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &device, &none, 1), QS_OK);
+        cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &device, &none, 1, 0, false), QS_OK);
     }
     b->ops->unit_close(b->queue);
     b->ops->close(b->queue);
@@ -338,4 +339,66 @@ static void reuse(const tw_backend *b)
 Test(twin_unit, a_closed_unit_is_forgotten)
 {
     tw_each_backend(reuse);
+}
+
+/* ---- slots ---- */
+
+enum { SLOTS = 4 };
+
+/* A weight of its own in each slot. */
+static qs_weight in_slot(int slot)
+{
+    return (qs_weight){.kind = slot == 2 ? QS_WEIGHT_RAW : QS_WEIGHT_NF4,
+                       .out = 30,
+                       .in = 56 + 8 * slot,
+                       .quantum = slot,
+                       .dtype = QS_BF16,
+                       .map = qs_dynamic_map,
+                       .offset = 0.02F};
+}
+
+static void open_slot(const tw_backend *b, const many *m, int slot, bool decoded)
+{
+    const qs_weight host = in_slot(slot), device = on_device(&host, m);
+    const qs_lora none = {0};
+    cr_assert_eq(b->ops->unit_open(b->queue, &m->device, &device, &none, 1, slot, decoded), QS_OK,
+                 "%s: %s", b->name, qs_error_text());
+    assert_weight(b, &m->device, &device, &m->host, &host);
+}
+
+/* Units stay decoded while others are opened, and their bytes are not read again. */
+static void slots(const tw_backend *b)
+{
+    many m = many_make(b, true, 2, 0.05F, QS_BF16, RAW_ELEMS);
+    qs_ops_limits limits = ad_limits_of(1, 30, 56 + 8 * SLOTS, 8, false);
+    const size_t bytes = m.host.layout.message_bytes * 2;
+    limits.kept_units = SLOTS - 1;
+    tw_open(b, &limits);
+    for (int slot = 0; slot < SLOTS; slot++) {
+        open_slot(b, &m, slot, false);
+    }
+    b->ops->unit_close(b->queue);
+    if (b->ops->kept_bytes(&limits) > 0) { /* the CPU keeps none: it reads the bytes */
+        cr_assert_eq(qs_queue_zero(b->queue, (void *)(uintptr_t)m.device.base, bytes), QS_OK);
+    } else {
+        cr_assert(tw_is_cpu(b));
+    }
+    for (int slot = SLOTS - 1; slot >= 0; slot--) {
+        open_slot(b, &m, slot, true);
+    }
+    const qs_lora none = {0};
+    const qs_weight one = in_slot(0);
+    if (!tw_is_cpu(b)) {
+        cr_assert_eq(b->ops->unit_open(b->queue, &m.device, &one, &none, 1, SLOTS, true),
+                     QS_ERR_BUG, "there is no such slot");
+        qs_error_clear();
+    }
+    b->ops->unit_close(b->queue);
+    b->ops->close(b->queue);
+    many_free(b, &m);
+}
+
+Test(twin_unit, slots_keep_their_units)
+{
+    tw_each_backend(slots);
 }

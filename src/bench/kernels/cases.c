@@ -71,7 +71,8 @@ double qs_bench_unit_weights(const qs_bench_unit *u)
 qs_status qs_bench_unit_open(qs_bench *b, void *unit)
 {
     const qs_bench_unit *u = unit;
-    return b->ops->unit_open(b->queue, &u->view, u->w, u->adapted ? u->lora : NULL, u->count);
+    return b->ops->unit_open(b->queue, &u->view, u->w, u->adapted ? u->lora : NULL, u->count, 0,
+                             false);
 }
 
 qs_status qs_bench_unit_decode_make(qs_bench *b, qs_bench_unit *u)
