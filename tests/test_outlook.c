@@ -324,54 +324,81 @@ Test(outlook, auto_lacks_least_where_nothing_fits)
     }
 }
 
-/* Of a rank, and what its step takes, with so many decoded layers; -1: auto, whose choice is
- * *chosen. */
-static double with_decoded(const char *gpu, const char *limit, int layers, int64_t *chosen,
-                           int64_t *lack)
+/* ---- layers that stay ---- */
+
+typedef struct {
+    const char *key; /* shard.keep_resident or memory.keep_decoded */
+    const char *gpu, *limit;
+    int nranks, low, high; /* what auto may be */
+} kept_case;
+
+/* With `kept` for the key: "auto", "none", a number. *over: bytes beyond 19 of 20 that there are.
+ */
+static qs_outlook with_kept(const kept_case *c, const char *kept, double *step_s, int64_t *over)
 {
-    char decoded[48] = "memory.keep_decoded=auto";
-    if (layers >= 0) {
-        snprintf(decoded, sizeof decoded, layers > 0 ? "memory.keep_decoded=%d" : "seed=1", layers);
-    }
-    const char *const sets[] = {"train.recompute=none", limit, decoded};
+    char set[64];
+    snprintf(set, sizeof set, "%s=%s", c->key, kept);
+    const char *const sets[] = {"train.recompute=none", c->limit, set};
     fixture f = llama(sets, 3);
     const qs_outlook_place place = {
-        .gpu = qs_gpu_kind_find(gpu), .nranks = 1, .per_node = 8, .threads = 1};
-    const qs_outlook outlook = look_at(&f, gpu, 1, 8);
-    const double allowed = (double)qs_outlook_allowed(&f.config, &place);
+        .gpu = qs_gpu_kind_find(c->gpu), .nranks = c->nranks, .per_node = 8, .threads = 1};
+    const qs_outlook outlook = look_at(&f, c->gpu, c->nranks, 8);
     const qs_links links = {8, 1, 1};
-    *chosen = outlook.choice.decoded;
-    *lack = (int64_t)((double)qs_outlook_needed(&outlook) - 0.95 * allowed);
-    cr_assert_eq(outlook.choice.decoded_auto, layers < 0);
-    const double step_s = qs_forecast_make(&outlook.work, place.gpu, &links).step_s;
+    *over = (int64_t)((double)qs_outlook_needed(&outlook) -
+                      0.95 * (double)qs_outlook_allowed(&f.config, &place));
+    *step_s = qs_forecast_make(&outlook.work, place.gpu, &links).step_s;
     done(&f);
-    return step_s;
+    return outlook;
 }
 
-Test(outlook, auto_keeps_as_many_decoded_layers_as_fit)
+Test(outlook, auto_keeps_as_many_layers_as_fit)
 {
-    static const struct {
-        const char *gpu, *limit;
-        int low, high;
-    } cases[] = {{"H200", "memory.device_limit=0", 32, 32},
-                 {"RTX5090", "memory.device_limit=0", 10, 31},
-                 {"H200", "memory.device_limit=21G", 0, 1},
-                 {"H200", "memory.device_limit=10G", 0, 0}}; /* lacks memory with none */
+    static const kept_case cases[] = {
+        {"memory.keep_decoded", "H200", "memory.device_limit=0", 1, 32, 32},
+        {"memory.keep_decoded", "RTX5090", "memory.device_limit=0", 1, 10, 31},
+        {"memory.keep_decoded", "RTX5090", "memory.device_limit=0", 2, 10, 31},
+        {"memory.keep_decoded", "H200", "memory.device_limit=21G", 1, 0, 1},
+        {"memory.keep_decoded", "H200", "memory.device_limit=10G", 1, 0, 0}, /* too little */
+        {"shard.keep_resident", "H200", "memory.device_limit=0", 4, 32, 32},
+        {"shard.keep_resident", "H200", "memory.device_limit=19G", 4, 10, 31}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        const char *gpu = cases[i].gpu, *limit = cases[i].limit;
-        int64_t chosen = 0, same = 0, lack = 0;
-        const double none_s = with_decoded(gpu, limit, 0, &same, &lack);
-        const double auto_s = with_decoded(gpu, limit, -1, &chosen, &lack);
-        cr_assert(chosen >= cases[i].low && chosen <= cases[i].high, "%s, %s: %lld", gpu, limit,
-                  (long long)chosen);
-        cr_assert(chosen == 0 ? auto_s == none_s : auto_s < none_s && lack <= 0);
-        cr_assert_eq(with_decoded(gpu, limit, (int)chosen, &same, &lack), auto_s);
-        cr_assert_eq(same, chosen, "a number stays");
-        if (chosen < 31) { /* the last of all takes no room of its own */
-            (void)with_decoded(gpu, limit, (int)chosen + 1, &same, &lack);
-            cr_assert_gt(lack, 0, "%s, %s: one more fits", gpu, limit);
+        const kept_case *c = &cases[i];
+        const bool decoded = strstr(c->key, "decoded") != NULL;
+        char number[24];
+        double auto_s = 0, other_s = 0;
+        int64_t over = 0;
+        const qs_outlook best = with_kept(c, "auto", &auto_s, &over);
+        const qs_plan_kept *kept = decoded ? &best.choice.decoded : &best.choice.resident;
+        cr_assert(kept->by_room && kept->of == 32);
+        cr_assert(kept->layers >= c->low && kept->layers <= c->high, "%s on %s, %s: %lld", c->key,
+                  c->gpu, c->limit, (long long)kept->layers);
+        cr_assert(over <= 0 || kept->layers == 0);
+        snprintf(number, sizeof number, "%lld", (long long)kept->layers);
+        const qs_outlook same = with_kept(c, number, &other_s, &over);
+        cr_assert(!same.choice.resident.by_room && !same.choice.decoded.by_room);
+        cr_assert_eq(qs_outlook_needed(&same), qs_outlook_needed(&best), "a number stays");
+        cr_assert_eq(other_s, auto_s);
+        (void)with_kept(c, "none", &other_s, &over);
+        cr_assert(kept->layers == 0 ? other_s == auto_s : other_s > auto_s);
+        if (kept->layers < kept->of - 1) { /* the last decoded layer takes no room of its own */
+            snprintf(number, sizeof number, "%lld", (long long)kept->layers + 1);
+            (void)with_kept(c, number, &other_s, &over);
+            cr_assert_gt(over, 0, "%s on %s, %s: one more fits", c->key, c->gpu, c->limit);
         }
     }
+}
+
+/* Whole layers first: what is left is decoded. Where nothing is gathered none has to stay whole. */
+Test(outlook, layers_stay_whole_before_they_stay_decoded)
+{
+    static const char *const sets[] = {"shard.keep_resident=auto", "memory.keep_decoded=auto",
+                                       "train.recompute=none", "memory.device_limit=24G"};
+    fixture f = llama(sets, 4);
+    const qs_outlook four = look_at(&f, "H200", 4, 8), one = look_at(&f, "H200", 1, 8);
+    cr_assert(four.choice.resident.by_room && four.choice.resident.layers == 32);
+    cr_assert(four.choice.decoded.layers > 0 && four.choice.decoded.layers < 32);
+    cr_assert(!one.choice.resident.by_room && one.choice.decoded.layers > 0);
+    done(&f);
 }
 
 /* 2 nodes of 4: a node's copy is 44 % of a 3090, and long sequences need what it takes more

@@ -122,25 +122,32 @@ static void print_short_batches(const plan *p, const qs_step_work *work)
     }
 }
 
-/* Memory that would be left makes steps shorter, unless the configuration says how much of it. */
-static qs_status print_offer(const plan *p, const qs_outlook_place *place, double step_s)
+/* What a step would be with layers that stay, decoded or just whole, if that is shorter. */
+static qs_status print_offer(const plan *p, const qs_outlook_place *place, bool decoded,
+                             double step_s)
 {
     qs_outlook more;
     qs_config config = p->config;
     const qs_links links = links_of(p, place->gpu);
-    if (config.memory.keep_decoded != 0) {
-        return QS_OK;
-    }
-    config.memory.keep_decoded = QS_KEEP_DECODED_AUTO;
+    *(decoded ? &config.memory.keep_decoded : &config.shard.keep_resident) = QS_KEEP_AUTO;
     QS_TRY(qs_outlook_make(&more, &p->inputs, &config, place));
+    const qs_plan_kept *kept = decoded ? &more.choice.decoded : &more.choice.resident;
     const double then_s = qs_forecast_make(&more.work, place->gpu, &links).step_s;
     if (then_s < OFFER_BELOW * step_s) {
-        printf("with memory.keep_decoded: auto, %" PRId64 " of %" PRId64
-               " layers stay decoded: %.1f ms, %.1f GiB\n",
-               more.choice.decoded, more.choice.layers, 1e3 * then_s,
-               (double)qs_outlook_needed(&more) / GIB);
+        printf("with %s: auto, %" PRId64 " of %" PRId64 " layers stay %s: %.1f ms, %.1f GiB\n",
+               decoded ? "memory.keep_decoded" : "shard.keep_resident", kept->layers, kept->of,
+               decoded ? "decoded" : "whole", 1e3 * then_s, (double)qs_outlook_needed(&more) / GIB);
     }
     return QS_OK;
+}
+
+/* Memory that would be left makes steps shorter, unless the configuration says how much of it. */
+static qs_status print_offers(const plan *p, const qs_outlook_place *place, double step_s)
+{
+    if (p->config.shard.keep_resident == 0) {
+        QS_TRY(print_offer(p, place, false, step_s));
+    }
+    return p->config.memory.keep_decoded == 0 ? print_offer(p, place, true, step_s) : QS_OK;
 }
 
 static qs_status print_step(const plan *p, const qs_outlook_place *place, const qs_step_work *work)
@@ -162,7 +169,7 @@ static qs_status print_step(const plan *p, const qs_outlook_place *place, const 
     printf("  %-26s %12.1f   %.0f tokens/s, %.0f a GPU\n", "step", 1e3 * f.step_s,
            work->all_tokens / f.step_s, work->all_tokens / f.step_s / p->nranks);
     print_short_batches(p, work);
-    return print_offer(p, place, f.step_s);
+    return print_offers(p, place, f.step_s);
 }
 
 /* What `auto` stands for where memory decided it, each with the reason. */

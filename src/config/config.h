@@ -27,8 +27,8 @@ typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT, QS_GEMM_BF16, QS_GEMM_FP16, QS_GEMM_AMX } qs_gemm_kind;
 /** Words of shard.group; above 0 it is a number of ranks. */
 enum { QS_SHARD_AUTO = 0, QS_SHARD_WORLD = -1, QS_SHARD_NODE = -2 };
-/** The word of memory.keep_decoded; from 0 on it is a number of layers. */
-enum { QS_KEEP_DECODED_AUTO = -1 };
+/** The word of shard.keep_resident and memory.keep_decoded; from 0 on they are numbers of layers. */
+enum { QS_KEEP_AUTO = -1 };
 /** A bit of lora.targets beside those of linears: it is a named set, of which a model takes what it
  * has; a list must name nothing else. */
 #define QS_TARGETS_SET (1u << 31)
@@ -69,12 +69,13 @@ typedef struct {
     } optim;
     struct {
         int64_t group; /* ranks, or QS_SHARD_* */
-        int64_t keep_resident, prefetch;
+        int64_t keep_resident; /* layers, or QS_KEEP_AUTO */
+        int64_t prefetch;
     } shard;
     struct {
         int64_t device_limit; /* bytes, 0: what there is */
         uint32_t offload;     /* QS_OFFLOAD_* bits */
-        int64_t keep_decoded; /* layers, or QS_KEEP_DECODED_AUTO */
+        int64_t keep_decoded; /* layers, or QS_KEEP_AUTO */
     } memory;
     struct {
         int gemm; /* qs_gemm_kind */

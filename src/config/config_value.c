@@ -204,7 +204,7 @@ static qs_status set_integer(qs_config *cfg, const qs_key *key, const char *text
     if (*end) {
         return refuse(key, where, text, "is not an integer in decimal digits");
     }
-    if (!in_range(key, (double)value * (double)scale) || (key->zero && value == 0)) {
+    if (!in_range(key, (double)value * (double)scale)) {
         return refuse(key, where, text, "is out of range");
     }
     *(int64_t *)field(cfg, key) = value * scale;

@@ -28,8 +28,9 @@ typedef struct {
     int64_t logit_rows;      /* rows of one qs_model_logits; 0: not asked for */
     int64_t head_chunk_rows; /* of the base */
     bool offload;            /* keep the layers' inputs in pinned host memory (recompute: full) */
-    int64_t keep_decoded;    /* layers whose decoded weights stay, of those that stay whole on the
-                                device (qs_fsdp_stays); 0 where the operations keep none */
+    int64_t keep_resident;   /* layers that stay whole on every rank (fsdp.h); and as many, if they
+                                are more, as stay decoded: */
+    int64_t keep_decoded;    /* layers whose decoded weights stay; 0 where operations keep none */
     bool residual_f32;       /* the residual stream in fp32, whatever the operations' act_dtype */
 } qs_model_shape;
 

@@ -44,7 +44,7 @@ qs_status qs_gathers_report(const qs_session *s, const qs_model_shape *shape, do
     if (tokens < needed) {
         qs_log_warn("a pass takes fewer tokens of a rank (%.0f) than hide a gather (T* = %.0f): "
                     "steps will wait for gathers; raise train.gather_group, train.micro_batch or "
-                    "shard.keep_resident, or set shard.group: %s",
+                    "shard.keep_resident (auto: as many layers as fit), or set shard.group: %s",
                     tokens, needed, apart ? "node" : "1 (the whole base on every rank)");
     }
     return QS_OK;

@@ -205,10 +205,10 @@ static qs_status write_rank(qs_metrics *metrics, int64_t step, int rank, const q
         ", \"gathered_bytes\": %" PRIu64 ", \"received_bytes\": %" PRIu64
         ", \"foreign_bytes\": %" PRIu64 ", \"base_bytes\": %" PRIu64 ", \"peak_bytes\": %" PRIu64
         ", \"rss_bytes\": %" PRIu64 ", \"gather_group\": %" PRId64 ", \"shard_group\": %" PRId64
-        ", \"keep_decoded\": %" PRId64 "}\n",
+        ", \"keep_resident\": %" PRId64 ", \"keep_decoded\": %" PRId64 "}\n",
         step, rank, m->tokens, m->targets, m->flops, m->read_bytes, m->data_bytes,
         m->gathered_bytes, m->received_bytes, m->foreign_bytes, m->base_bytes, m->peak_bytes,
-        m->rss_bytes, m->gather_group, m->shard_group, m->keep_decoded);
+        m->rss_bytes, m->gather_group, m->shard_group, m->keep_resident, m->keep_decoded);
     return qs_io_append(metrics->ranks_fd, line, (size_t)n, metrics->ranks_path);
 }
 

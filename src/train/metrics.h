@@ -24,8 +24,8 @@ typedef struct {
 /** What one rank did since this start of the program (a resumed run counts anew). */
 typedef struct {
     int64_t tokens, targets;
-    int64_t gather_group, shard_group; /* what the settings of these names stood for, */
-    int64_t keep_decoded;              /* and of this */
+    int64_t gather_group, shard_group;   /* what the settings of these names stood for, */
+    int64_t keep_resident, keep_decoded; /* and of these */
     double flops;
     uint64_t read_bytes;     /* of base.h5 */
     uint64_t data_bytes;     /* of the token file */

@@ -90,7 +90,7 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
     if (!s->ops->takes(&limits, why, sizeof why)) {
         return QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s, so not on a GPU", cfg->base, why);
     }
-    const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
+    const qs_fsdp_options options = qs_session_group_options(s);
     const int per_node = qs_outlook_local_nranks(place);
     if (per_node > 1 && per_node < place->nranks && place->nranks % per_node == 0) {
         s->per_host = per_node;
@@ -265,7 +265,7 @@ add_text(char *out, size_t capacity, const char *format, ...)
 static void describe_changes(change_set changes, const qs_config *cfg, char *out, size_t capacity)
 {
     static const char *const texts[] = {
-        [DECODED_0] = "memory.keep_decoded: none", [RESIDENT_0] = "shard.keep_resident: 0",
+        [DECODED_0] = "memory.keep_decoded: none", [RESIDENT_0] = "shard.keep_resident: none",
         [PREFETCH_1] = "shard.prefetch: 1",        [SELECTIVE] = "train.recompute: selective",
         [FULL] = "train.recompute: full",          [GROUP] = "train.gather_group: ",
         [MICRO_1] = "train.micro_batch: 1"};

@@ -183,67 +183,73 @@ static qs_status choose_group(qs_plan_choice *out, const qs_session *s, const qs
     return QS_OK;
 }
 
-/* ---- decoded layers ---- */
+/* ---- layers that stay ---- */
 
-/* All layers, or none where the operations keep none. */
-static int64_t keepable(const qs_session *s)
+/* All layers, or none where no layer is gathered or moved for its use. */
+static int64_t gatherable(const qs_session *s)
+{
+    const bool moved = s->apart && (s->config.memory.offload & QS_OFFLOAD_WEIGHTS) != 0;
+    return s->shard.nranks > 1 || moved ? s->index->config.n_layers : 0;
+}
+
+/* All layers, or none where the operations keep none decoded. */
+static int64_t decodable(const qs_session *s)
 {
     qs_ops_limits limits = qs_session_limits(s, &(qs_model_shape){0});
     limits.kept_units = 1;
     return s->ops->kept_bytes(&limits) > 0 ? s->index->config.n_layers : 0;
 }
 
-/* Does the rank that lacks most have room for so many, with a twentieth to spare for whatever else
- * uses the device? */
-static qs_status decoded_fit(bool *fits, const qs_session *s, const qs_plan_job *job,
-                             const qs_model_shape *shape, int64_t layers)
-{
-    qs_model_shape tried = *shape;
-    tried.keep_decoded = layers;
-    const qs_memory_plan plan = qs_memory_plan_make(s, job, &tried);
-    const size_t room = s->room - s->room / 20;
-    int64_t lack = (int64_t)qs_memory_plan_needed(&plan) - (int64_t)room;
-    QS_TRY(s->comm != NULL ? qs_comm_max_i64(s->comm, &lack, 1) : QS_OK);
-    *fits = lack <= 0;
-    return QS_OK;
-}
-
-/* The most that fit, between `none`, which need no room, and all. */
-static qs_status most_decoded(int64_t *out, const qs_session *s, const qs_plan_job *job,
-                              const qs_model_shape *shape)
-{
-    int64_t low = 0, high = keepable(s);
-    while (low < high) {
-        const int64_t middle = (low + high + 1) / 2;
-        bool fits = false;
-        QS_TRY(decoded_fit(&fits, s, job, shape, middle));
-        low = fits ? middle : low;
-        high = fits ? high : middle - 1;
-    }
-    *out = low;
-    return QS_OK;
-}
-
 /* A number is settled before the group, which has to fit beside it; auto takes what is left. */
-static int64_t decoded_asked(const qs_session *s)
+static int64_t asked(int64_t setting, int64_t most)
 {
-    const int64_t asked = s->config.memory.keep_decoded, most = keepable(s);
-    return asked == QS_KEEP_DECODED_AUTO ? 0 : asked < most ? asked : most;
+    return setting == QS_KEEP_AUTO ? 0 : setting < most ? setting : most;
 }
 
-static qs_status choose_decoded(qs_plan_choice *out, const qs_session *s, const qs_plan_job *job,
-                                qs_model_shape *shape)
+/* Has the rank that lacks most room for *shape, with a twentieth to spare for whatever else uses
+ * the memory? */
+static qs_status has_room(bool *out, const qs_session *s, const qs_plan_job *job,
+                          const qs_model_shape *shape)
 {
-    out->layers = s->index->config.n_layers;
-    out->decoded_auto = s->config.memory.keep_decoded == QS_KEEP_DECODED_AUTO && keepable(s) > 0;
-    if (out->decoded_auto) {
-        QS_TRY(most_decoded(&shape->keep_decoded, s, job, shape));
-    }
-    out->decoded = shape->keep_decoded;
+    const qs_memory_plan plan = qs_memory_plan_make(s, job, shape);
+    int64_t lack = (int64_t)qs_memory_plan_needed(&plan) - (int64_t)(s->room - s->room / 20);
+    QS_TRY(s->comm != NULL ? qs_comm_max_i64(s->comm, &lack, 1) : QS_OK);
+    *out = lack <= 0;
     return QS_OK;
 }
 
-/* ---- both ---- */
+/* auto: set *layers, which is of *shape, to the largest number that fits, at most `most`; 0 needs
+ * no room. */
+static qs_status keep_most(qs_plan_kept *out, int64_t *layers, int64_t most, const qs_session *s,
+                           const qs_plan_job *job, const qs_model_shape *shape)
+{
+    int64_t low = 0, high = most;
+    while (low < high) {
+        bool fits = false;
+        *layers = (low + high + 1) / 2;
+        QS_TRY(has_room(&fits, s, job, shape));
+        low = fits ? *layers : low;
+        high = fits ? high : *layers - 1;
+    }
+    *layers = low;
+    *out = (qs_plan_kept){.by_room = most > 0, .layers = low, .of = most};
+    return QS_OK;
+}
+
+/* What stays whole comes first: a gather that does not hide costs more than decoding. */
+static qs_status choose_kept(qs_plan_choice *out, const qs_session *s, const qs_plan_job *job,
+                             qs_model_shape *shape)
+{
+    if (s->config.shard.keep_resident == QS_KEEP_AUTO) {
+        QS_TRY(keep_most(&out->resident, &shape->keep_resident, gatherable(s), s, job, shape));
+    }
+    if (s->config.memory.keep_decoded == QS_KEEP_AUTO) {
+        QS_TRY(keep_most(&out->decoded, &shape->keep_decoded, decodable(s), s, job, shape));
+    }
+    return QS_OK;
+}
+
+/* ---- all of it ---- */
 
 /* What is final alone: a node's copy that the plan took back is not said to be there first. */
 static void report(const qs_plan_choice *choice, const qs_session *s)
@@ -260,7 +266,8 @@ qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *
                          qs_model_shape *shape)
 {
     *out = (qs_plan_choice){0};
-    shape->keep_decoded = decoded_asked(s);
+    shape->keep_resident = asked(s->config.shard.keep_resident, s->index->config.n_layers);
+    shape->keep_decoded = asked(s->config.memory.keep_decoded, decodable(s));
     QS_TRY(choose_group(out, s, job, shape));
     if (out->lack > 0 && s->config.shard.group == QS_SHARD_AUTO && s->shard.most < s->nranks) {
         out->widened = true;
@@ -269,11 +276,21 @@ qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *
         QS_TRY(choose_group(out, s, job, shape));
     }
     shape->group = out->group;
-    QS_TRY(choose_decoded(out, s, job, shape));
+    QS_TRY(choose_kept(out, s, job, shape));
     if (s->comm != NULL) {
         report(out, s);
     }
     return QS_OK;
+}
+
+static void add_kept(char out[QS_PLAN_REASONS_MAX][QS_PLAN_REASON_BYTES], int *count,
+                     const char *name, const qs_plan_kept *kept)
+{
+    if (kept->by_room) {
+        snprintf(out[(*count)++], QS_PLAN_REASON_BYTES, "%s: auto is %lld of %lld layers%s", name,
+                 (long long)kept->layers, (long long)kept->of,
+                 kept->layers < kept->of ? ": a rank has no room for more" : "");
+    }
 }
 
 int qs_plan_reasons(const qs_plan_choice *choice,
@@ -293,12 +310,8 @@ int qs_plan_reasons(const qs_plan_choice *choice,
                  (long long)choice->group, (long long)choice->most,
                  (double)choice->most_lack / GIB);
     }
-    if (choice->decoded_auto) {
-        snprintf(out[count++], QS_PLAN_REASON_BYTES,
-                 "memory.keep_decoded: auto is %lld of %lld layers%s", (long long)choice->decoded,
-                 (long long)choice->layers,
-                 choice->decoded < choice->layers ? ": a rank has no room for more" : "");
-    }
+    add_kept(out, &count, "shard.keep_resident", &choice->resident);
+    add_kept(out, &count, "memory.keep_decoded", &choice->decoded);
     return count;
 }
 

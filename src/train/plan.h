@@ -37,6 +37,12 @@ qs_model_shape qs_plan_shape(const qs_session *s, const qs_plan_job *job);
 qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_plan_job *job,
                                    const qs_model_shape *shape);
 
+/** Layers that stay because there is room: so many, of so many that could. */
+typedef struct {
+    bool by_room; /* the setting is auto */
+    int64_t layers, of;
+} qs_plan_kept;
+
 /** What `auto` was settled on by memory, and why. Lacking bytes are those of the rank that lacks
  * most; below 0 it has them to spare. */
 typedef struct {
@@ -44,20 +50,20 @@ typedef struct {
     int64_t node_lack;       /* a rank would lack so much */
     int64_t group, most;     /* train.gather_group: it is `group`, since for the `most` that auto */
     int64_t lack, most_lack; /* takes a rank would lack most_lack; for `group` it lacks `lack` */
-    bool decoded_auto;       /* memory.keep_decoded: auto; it is */
-    int64_t decoded, layers; /* so many of the model's */
+    qs_plan_kept resident, decoded; /* shard.keep_resident, memory.keep_decoded */
 } qs_plan_choice;
 
 /** Settle what `auto` stands for by the memory that the plan takes, before anything is allocated:
  * as few passes as fit (train.gather_group, into shape->group) beside a node's copy of the base
  * (shard.group, s->shard); where none fits, beside a copy that all ranks share; where that is not
- * enough either, what lacks least. What is left then takes as many decoded layers as fit
- * (memory.keep_decoded, into shape->keep_decoded). Settings that say a number or a word stay. The
- * same on all ranks; collective, and said to the log, but on paper (s->comm is NULL). */
+ * enough either, what lacks least. What is left then takes as many layers as fit, whole
+ * (shard.keep_resident), then decoded (memory.keep_decoded; both into *shape). Settings that say a
+ * number or a word stay. The same on all ranks; collective, and said to the log, but on paper
+ * (s->comm is NULL). */
 qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *job,
                          qs_model_shape *shape);
 
-enum { QS_PLAN_REASONS_MAX = 3, QS_PLAN_REASON_BYTES = 160 };
+enum { QS_PLAN_REASONS_MAX = 4, QS_PLAN_REASON_BYTES = 160 };
 
 /** Does a group of `group` of a rank's `per_rank` micro-batches save a pass over the next smaller
  * one? Of four, 3 + 1 hide gathers worse than 2 + 2. */

@@ -138,7 +138,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     QS_TRY(open_device(s));
     describe(s);
     describe_place(s);
-    const qs_fsdp_options options = qs_session_fsdp_options(s, &(qs_model_shape){.max_tokens = 1});
+    const qs_fsdp_options options = qs_session_group_options(s);
     QS_TRY(qs_room_on_host(&s->host, s->threads, comm));
     s->room = qs_room_here(s->device, &s->host, config->memory.device_limit);
     return qs_shard_group_make(&s->shard, config, s->index, &options, s->room, comm);
@@ -264,8 +264,14 @@ qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shap
                              .offload_layers = (offload & QS_OFFLOAD_WEIGHTS) != 0,
                              .offload_vocabulary = (offload & QS_OFFLOAD_EMBEDDING) != 0,
                              .prefetch = s->config.shard.prefetch,
-                             .keep_resident =
-                                 larger(s->config.shard.keep_resident, shape->keep_decoded)};
+                             .keep_resident = larger(shape->keep_resident, shape->keep_decoded)};
+}
+
+qs_fsdp_options qs_session_group_options(const qs_session *s)
+{
+    const int64_t kept = s->config.shard.keep_resident;
+    return qs_session_fsdp_options(
+        s, &(qs_model_shape){.max_tokens = 1, .keep_resident = larger(kept, 0)});
 }
 
 static int64_t lora_count(const qs_session *s)

@@ -66,6 +66,9 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape);
 qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape);
 
+/** The same before there is a shape: what `shard.group: auto` goes by. */
+qs_fsdp_options qs_session_group_options(const qs_session *s);
+
 /** Bytes of s->lora and what stands beside it on the device; more of them in training. */
 size_t qs_session_lora_bytes(const qs_session *s, bool trained);
 

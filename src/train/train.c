@@ -418,6 +418,7 @@ static qs_status report_ranks(run *r)
         .targets = r->trainer.targets,
         .gather_group = r->shape.group,
         .shard_group = r->session.shard.nranks,
+        .keep_resident = r->shape.keep_resident,
         .keep_decoded = r->shape.keep_decoded,
         .flops = qs_model_flops(r->session.model),
         .read_bytes = stats.read_bytes,

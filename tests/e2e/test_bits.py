@@ -57,14 +57,18 @@ class SameBits(unittest.TestCase):
     def test_layers_that_stay_and_gathers_ahead(self):
         """Other gathers, fewer with more room, the same bits."""
         gathered = {}
-        for ranks, keep, prefetch in ((2, 0, 1), (2, 0, 3), (2, 1, 1), (2, 99, 1), (3, 1, 2)):
+        for ranks, keep, prefetch in ((2, 0, 1), (2, 0, 3), (2, 1, 1), (2, 99, 1), (2, "auto", 1), (3, 1, 2)):
             with self.subTest(ranks=ranks, keep=keep, prefetch=prefetch):
                 output = self.same_as_reference(f"keep-{ranks}-{keep}-{prefetch}", ranks=ranks,
                                                 shard__keep_resident=keep, shard__prefetch=prefetch)
-                gathered[ranks, keep, prefetch] = support.metrics(output, "ranks.jsonl")[-1]["gathered_bytes"]
+                line = support.metrics(output, "ranks.jsonl")[-1]
+                gathered[ranks, keep, prefetch] = line["gathered_bytes"]
+                layers = line["keep_resident"]  # 99 and auto: all that there are
+                self.assertTrue(layers == keep or 1 < layers < 99)
         self.assertLess(gathered[2, 0, 3], gathered[2, 0, 1])
         self.assertLess(gathered[2, 1, 1], gathered[2, 0, 1])
         self.assertLess(gathered[2, 99, 1], gathered[2, 1, 1])
+        self.assertEqual(gathered[2, "auto", 1], gathered[2, 99, 1])
 
     def test_ranks_that_are_no_multiple_of_the_group(self):
         done = support.train(os.path.join(self.folder, "uneven"), ranks=3, shard__group=2, expect=2)
