@@ -95,8 +95,7 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
 /* What the tables have in common. */
 #define COMMON                                                                                     \
     .act_dtype = QS_F32, .takes = takes, .open = open_queue, .close = close_queue,                 \
-    .border = border, .kept_bytes = kept_bytes, .unit_open = unit_open,                            \
-    .unit_close = close_queue,                                                                     \
+    .border = border, .kept_bytes = kept_bytes, .unit_open = unit_open, .unit_close = close_queue, \
     .dora_norms = qs_cpu_dora_norms, .dora_backward = qs_cpu_dora_backward,                        \
     .lora_forward = qs_cpu_lora_forward, .lora_backward = qs_cpu_lora_backward,                    \
     .rmsnorm_forward = qs_cpu_rmsnorm_forward, .rmsnorm_backward = qs_cpu_rmsnorm_backward,        \
