@@ -93,6 +93,8 @@ class Bench:
         with open(yaml, "w", encoding="utf-8") as file:
             file.write(STEP_YAML.format(base=self.base, tokens=self.tokens_path(length), out=out, steps=steps, batch=1,
                                         length=length, recompute=recompute, adapter=self.adapter, gemm="auto"))
+        if os.path.exists(self.order_path(length)):  # of another recompute mode: the same; the program replaces nothing
+            os.remove(self.order_path(length))
         run_process([self.options.qshard, "train", yaml, "--dump-order", self.order_path(length)], self.environment)
         _, mib = run_process([self.options.qshard, "train", yaml], self.environment)
         with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:

@@ -144,7 +144,7 @@ Test(io, trying_a_file_says_what_writing_it_would)
     long_name[sizeof long_name - 1] = '\0';
     const char *const paths[] = {in_dir("there/not/f"), long_name, dir};
     for (int i = 0; i < 3; i++) {
-        const qs_status tried = qs_io_try_file(paths[i]);
+        const qs_status tried = qs_io_try_file(paths[i], NULL);
         char text[512];
         snprintf(text, sizeof text, "%s", qs_error_text());
         qs_error_clear();
@@ -154,13 +154,21 @@ Test(io, trying_a_file_says_what_writing_it_would)
     }
     void *back = NULL;
     size_t bytes = 0;
-    cr_assert_eq(qs_io_try_file(in_dir("new")), QS_OK);
+    cr_assert_eq(qs_io_try_file(in_dir("new"), NULL), QS_OK);
     cr_assert_eq(entries(dir), 0);
-    cr_assert_eq(qs_io_write_file(in_dir("old"), "old", 3), QS_OK);
-    cr_assert_eq(qs_io_try_file(in_dir("old")), QS_OK);
+    cr_assert_eq(qs_io_write_file(in_dir("empty"), "", 0), QS_OK);
+    cr_assert_eq(qs_io_try_file(in_dir("empty"), NULL), QS_OK);
+    cr_assert_eq(qs_io_write_file(in_dir("old"), "an old one", 10), QS_OK);
+    cr_assert_eq(qs_io_try_file(in_dir("old"), "old one"), QS_OK);
+    static const char *const others[] = {NULL, "old one and more", "young"};
+    for (int i = 0; i < 3; i++) {
+        cr_assert_eq(qs_io_try_file(in_dir("old"), others[i]), QS_ERR_OUTPUT_TAKEN);
+        cr_assert_not_null(strstr(qs_error_text(), "remove it"));
+        qs_error_clear();
+    }
     cr_assert_eq(qs_io_read_file(in_dir("old"), 100, &back, &bytes), QS_OK);
-    cr_assert_str_eq(back, "old");
-    cr_assert_eq(entries(dir), 1);
+    cr_assert_str_eq(back, "an old one");
+    cr_assert_eq(entries(dir), 2);
     free(back);
 }
 

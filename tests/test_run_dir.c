@@ -4,10 +4,12 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <jansson.h>
 #include <libgen.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -290,6 +292,160 @@ Test(run_dir, lock_of_another_host_needs_takeover_or_the_same_job)
     write_text("run.lock", "");
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_OUTPUT_TAKEN);
     cr_assert_not_null(strstr(qs_error_text(), "cannot be read"), "%s", qs_error_text());
+}
+
+static void lock_path(char path[256])
+{
+    snprintf(path, 256, "%s/run.lock", fx_run_dir);
+}
+
+/* Add to a member of the lock; 0: as an older program, that has none. */
+static void change_lock(const char *name, int64_t more)
+{
+    char path[256];
+    lock_path(path);
+    json_t *lock = json_load_file(path, 0, NULL);
+    json_t *value = json_object_get(lock, name);
+    cr_assert_gt(json_integer_value(value), 0, "%s", name);
+    cr_assert_eq(more != 0 ? json_integer_set(value, json_integer_value(value) + more)
+                           : json_object_del(lock, name),
+                 0);
+    cr_assert_eq(json_dump_file(lock, path, 0), 0);
+    json_decref(lock);
+}
+
+/* As this host and this PID namespace write it, of a process that nobody is any more. */
+static void write_lock(void)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    void *text = NULL;
+    size_t bytes = 0;
+    char path[256];
+    lock_path(path);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, true), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_io_read_file(path, 4096, &text, &bytes), QS_OK);
+    qs_run_dir_close(&run);
+    write_text("run.lock", text);
+    change_lock("born", 1);
+    free(text);
+}
+
+static qs_status open_over_lock(void)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    const qs_status st = open_as(&run, &c, QS_RESUME_AUTO, false);
+    if (st == QS_OK) {
+        qs_run_dir_close(&run);
+    }
+    return st;
+}
+
+/* Its number is another one's here, and says nothing: the file does, which it keeps locked. */
+Test(run_dir, a_process_of_another_container_lives_as_long_as_it_holds_its_lock)
+{
+    char path[256];
+    lock_path(path);
+    write_lock();
+    cr_assert_eq(open_over_lock(), QS_OK, "numbered together: %s", qs_error_text());
+    write_lock();
+    change_lock("pids", 1);
+    const int fd = open(path, O_RDWR | O_CLOEXEC);
+    cr_assert(fd >= 0 && flock(fd, LOCK_EX) == 0);
+    cr_assert_eq(open_over_lock(), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_not_null(strstr(qs_error_text(), "in another container writes here"), "%s",
+                       qs_error_text());
+    close(fd);
+    cr_assert_eq(open_over_lock(), QS_OK, "%s", qs_error_text());
+    write_lock();
+    change_lock("pids", 1);
+    change_lock("held", 0); /* where files cannot be locked nobody can tell */
+    cr_assert_eq(open_over_lock(), QS_ERR_OUTPUT_TAKEN);
+}
+
+Test(run_dir, a_lock_is_held_by_its_process)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    char path[256];
+    lock_path(path);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    const int fd = open(path, O_RDWR | O_CLOEXEC);
+    cr_assert(fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK);
+    qs_run_dir_close(&run);
+    cr_assert_eq(flock(fd, LOCK_EX | LOCK_NB), 0);
+    close(fd);
+}
+
+/* Two machines may have one name; one that was started again is known by its machine-id. */
+Test(run_dir, another_kernel_of_the_same_name_is_the_same_machine_only_by_its_id)
+{
+    struct stat id;
+    const bool known = stat("/etc/machine-id", &id) == 0 && id.st_size > 0;
+    write_lock();
+    change_lock("kernel", 0); /* by an older program: the name decides */
+    cr_assert_eq(open_over_lock(), QS_OK, "%s", qs_error_text());
+    write_lock();
+    change_lock("kernel", 1);
+    cr_assert_eq(open_over_lock(), known ? QS_OK : QS_ERR_OUTPUT_TAKEN, "%s", qs_error_text());
+    write_lock();
+    change_lock("kernel", 1);
+    if (known) {
+        change_lock("machine", 1);
+    }
+    cr_assert_eq(open_over_lock(), QS_ERR_OUTPUT_TAKEN);
+}
+
+/* What only looks like ours makes a directory somebody's, and stays where it is in one of ours. */
+Test(run_dir, files_of_others_are_neither_replaced_nor_removed)
+{
+    static const char *const names[] = {"config.yaml", "run.json.tmp-mine", "run.lock.notes",
+                                        "run.lock.new-", "mine.tmp-17"};
+    qs_config c = fx_config();
+    qs_run_dir run;
+    void *text = NULL;
+    size_t bytes = 0;
+    char path[256];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        snprintf(path, sizeof path, "%s/%s", fx_run_dir, names[i]);
+        cr_assert_eq(qs_io_mkdir(fx_run_dir), QS_OK);
+        write_text(names[i], "my thesis");
+        cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, true), QS_ERR_OUTPUT_TAKEN, "%s", names[i]);
+        cr_assert_not_null(strstr(qs_error_text(), names[i]));
+        cr_assert_eq(unlink(path), 0);
+        cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+        qs_run_dir_close(&run);
+        if (i > 0) { /* config.yaml is ours in a directory of ours */
+            write_text(names[i], "my thesis");
+            cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+            qs_run_dir_close(&run);
+            cr_assert_eq(qs_io_read_file(path, 100, &text, &bytes), QS_OK, "%s", names[i]);
+            cr_assert_str_eq(text, "my thesis");
+            free(text);
+            cr_assert_eq(unlink(path), 0);
+        }
+        write_text("run.json.tmp-17", "half"); /* of ours */
+        write_text("run.lock.new-17", "half");
+        write_text("run.lock.17", "half");
+        cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+        qs_run_dir_close(&run);
+        cr_assert_eq(fx_entries(), 2, "config.yaml and run.json");
+        cr_assert_eq(qs_io_remove_dir(fx_run_dir), QS_OK);
+    }
+}
+
+Test(run_dir, a_start_that_was_killed_before_run_json_is_no_strangers)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    char path[256];
+    snprintf(path, sizeof path, "%s/run.json", fx_run_dir);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    qs_run_dir_close(&run);
+    cr_assert_eq(unlink(path), 0);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    qs_run_dir_close(&run);
 }
 
 /* link() of the process, which taking the lock uses: tests act in the moment before it. */

@@ -102,6 +102,8 @@ class Program:
     def order(self, workload, steps):
         """Numbers of the sequences that `train` takes, one after the other."""
         folder, yaml = self._write_yaml(workload, steps)
+        if os.path.exists(folder + ".order"):  # of another repeat; the program replaces nothing
+            os.remove(folder + ".order")
         run_process([self.path, "train", yaml, "--dump-order", folder + ".order"], self.environment)
         with open(folder + ".order", encoding="utf-8") as file:
             return [int(word) for word in file.read().split()]

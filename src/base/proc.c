@@ -22,16 +22,22 @@ void qs_proc_value(const char *path, const char *key, char *out, size_t capacity
     }
 }
 
-/* FNV-1a of the kernel's boot id. */
-uint64_t qs_proc_host_number(void)
+/* FNV-1a. */
+uint64_t qs_proc_file_number(const char *path)
 {
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    const uint64_t basis = UINT64_C(0xcbf29ce484222325);
+    uint64_t hash = basis;
+    FILE *file = fopen(path, "re");
     if (file != NULL) {
         for (int c = fgetc(file); c != EOF; c = fgetc(file)) {
             hash = (hash ^ (uint64_t)c) * UINT64_C(0x100000001b3);
         }
         fclose(file);
     }
-    return hash;
+    return hash != basis ? hash : 0;
+}
+
+uint64_t qs_proc_host_number(void)
+{
+    return qs_proc_file_number("/proc/sys/kernel/random/boot_id");
 }

@@ -9,6 +9,9 @@
  * there is none. */
 void qs_proc_value(const char *path, const char *key, char *out, size_t capacity);
 
+/** A number that stands for what a small file says; 0 where it is not there or empty. */
+uint64_t qs_proc_file_number(const char *path);
+
 /** A number of the running kernel's, so that two containers of one machine count as one host. Where
  * /proc is not there every process counts as on one host: shares are small then, never too large.
  */

@@ -132,8 +132,9 @@ qs_status qs_bench_run(const qs_bench_options *options, qs_comm *comm)
     const bool speaks = qs_comm_rank(comm) == 0;
     qs_status st = QS_OK;
     QS_TRY(qs_comm_agree(comm, check_alone(options, comm)));
-    QS_TRY(qs_comm_agree(comm,
-                         speaks && options->json != NULL ? qs_io_try_file(options->json) : QS_OK));
+    QS_TRY(qs_comm_agree(comm, speaks && options->json != NULL
+                                   ? qs_io_try_file(options->json, QS_BENCH_FORMAT)
+                                   : QS_OK));
     QS_GOTO(qs_comm_agree(
         comm, qs_bench_report_open(&job.report, benchmarks[options->kind].name, speaks)));
     QS_GOTO(benchmarks[options->kind].run(&job));

@@ -27,7 +27,7 @@ qs_status qs_bench_report_open(qs_bench_report **out, const char *name, bool spe
     }
     r->speaks = speaks;
     r->root =
-        json_pack("{s:s, s:i, s:s, s:s, s:s, s:{}}", "format", "qshard-bench", "format_version", 1,
+        json_pack("{s:s, s:i, s:s, s:s, s:s, s:{}}", "format", QS_BENCH_FORMAT, "format_version", 1,
                   "version", QSHARD_VERSION, "commit", QSHARD_COMMIT, "bench", name, "tables");
     if (r->root == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "memory: a report cannot be allocated");

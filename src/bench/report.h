@@ -29,6 +29,9 @@ typedef struct {
 
 typedef struct qs_bench_report qs_bench_report;
 
+/** "format" of the file. */
+#define QS_BENCH_FORMAT "qshard-bench"
+
 /** Begin. `speaks`: this is rank 0. */
 qs_status qs_bench_report_open(qs_bench_report **out, const char *name, bool speaks);
 

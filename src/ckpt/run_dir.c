@@ -3,6 +3,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <jansson.h>
 #include <libgen.h>
 #include <stdio.h>
@@ -32,12 +33,45 @@ static bool starts_with(const char *text, const char *start)
     return strncmp(text, start, strlen(start)) == 0;
 }
 
-/* Locks and half-written files of ours do not make a directory anybody's. */
-static bool is_leftover(const char *name)
+/* Nothing but a process number follows `start`: what is written stands under such a name until it
+ * is complete. */
+static bool is_numbered(const char *name, const char *start)
+{
+    const char *number = name + strlen(start);
+    return starts_with(name, start) && number[0] != '\0' &&
+           strspn(number, "0123456789") == strlen(number);
+}
+
+static bool is_half_written(const char *name)
+{
+    static const char *const starts[] = {
+        QS_RUN_LOCK_NAME ".new-", QS_RUN_LOCK_NAME ".", "run.json.tmp-",   "config.yaml.tmp-",
+        "metrics.jsonl.tmp-",     "ranks.jsonl.tmp-",   "summary.csv.tmp-"};
+    bool is = false;
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
+        is = is || is_numbered(name, starts[i]);
+    }
+    return is;
+}
+
+/* One that this program wrote: by its first line. */
+static bool is_resolved_config(int dir, const char *name)
+{
+    char line[sizeof QS_CONFIG_FIRST_LINE] = "";
+    const int fd = openat(dir, name, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    const ssize_t bytes = fd < 0 ? -1 : read(fd, line, sizeof line - 1);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return bytes > 0 && strcmp(line, QS_CONFIG_FIRST_LINE) == 0;
+}
+
+/* Locks and files of ours that are half written do not make a directory anybody's. */
+static bool is_leftover(int dir, const char *name)
 {
     return strcmp(name, ".") == 0 || strcmp(name, "..") == 0 ||
-           starts_with(name, QS_RUN_LOCK_NAME) || starts_with(name, "run.json.tmp-") ||
-           starts_with(name, "config.yaml");
+           strcmp(name, QS_RUN_LOCK_NAME) == 0 || is_half_written(name) ||
+           (strcmp(name, "config.yaml") == 0 && is_resolved_config(dir, name));
 }
 
 static qs_status look(const char *dir, found *out)
@@ -54,7 +88,7 @@ static qs_status look(const char *dir, found *out)
     for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
         if (strcmp(e->d_name, "run.json") == 0) {
             *out = FOUND_RUN;
-        } else if (!is_leftover(e->d_name)) {
+        } else if (!is_leftover(dirfd(entries), e->d_name)) {
             snprintf(stranger, sizeof stranger, "%s", e->d_name);
         }
     }
@@ -77,7 +111,7 @@ static qs_status sweep(const char *dir)
         return QS_OK; /* whoever reads the directory next will say so */
     }
     for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
-        if (strstr(e->d_name, ".tmp-") || starts_with(e->d_name, QS_RUN_LOCK_NAME ".")) {
+        if (is_half_written(e->d_name)) {
             (void)unlinkat(dirfd(entries), e->d_name, 0); /* refuses directories, as it should */
         }
     }
@@ -341,7 +375,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
         QS_GOTO(look_at_run(run, cfg, resume, &json));
     }
     if (!run->finished) {
-        QS_GOTO(qs_run_lock_take(cfg->output, takeover));
+        QS_GOTO(qs_run_lock_take(cfg->output, takeover, &run->lock));
         run->locked = true;
         QS_GOTO(look_locked(run, cfg, resume, &json));
     }
@@ -520,7 +554,7 @@ void qs_run_dir_abandon(qs_run_dir *run)
 void qs_run_dir_close(qs_run_dir *run)
 {
     if (run->locked) {
-        qs_run_lock_release(run->dir);
+        qs_run_lock_release(run->dir, run->lock);
         run->locked = false;
     }
 }

@@ -5,7 +5,7 @@
  *
  * A directory is ours if its run.json says so. One run writes at a time: run.lock is created
  * exclusively and names host, process and batch job; it is taken over only when that process is
- * gone from this host, when this is a later start of the same batch job, or when asked for.
+ * certainly gone (run_lock.c), when this is a later start of the same batch job, or when asked for.
  *
  * The directory is on rank 0's host. Others see it if they read rank 0's lock in it; those that do
  * not leave all writing to rank 0. */
@@ -26,7 +26,8 @@ typedef struct {
     char dir[QS_PATH_MAX];
     char run_id[40]; /* of the first start; the same after every resume */
     bool finished;   /* nothing was opened: the run had finished before */
-    bool locked;     /* this process holds run.lock (rank 0 only) */
+    bool locked;     /* this process holds run.lock (rank 0 only), */
+    int lock;        /* its file */
     bool made;       /* the directory was not there before (rank 0 only) */
     bool made_parent;
     qs_seen seen; /* which ranks see the directory; rank 0 does */

@@ -1,19 +1,28 @@
 /* run.lock is written under a name of its own and then linked to its place: link() fails if the
- * place is taken, on network file systems too, and nobody ever sees half a lock. */
+ * place is taken, on network file systems too, and nobody ever sees half a lock.
+ *
+ * Whether the owner still lives its process number says, among processes that are numbered
+ * together: of one kernel and one PID namespace. Host names do not tell: containers and cloned
+ * machines share them. Across the containers of a kernel the file itself is asked, which its owner
+ * keeps locked (flock). Whoever is on another kernel may live, but for a machine that has been
+ * started again since, and an earlier start of the same batch job. */
 #define _GNU_SOURCE
 #include "ckpt/run_lock.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/proc.h"
 #include "base/timer.h"
 #include "config/config.h"
 #include "hf/json.h"
@@ -24,8 +33,11 @@ enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64, OWNER_WAIT_S = 5, TE
 typedef struct {
     char host[256], job[64];
     int64_t pid;
-    int64_t born;    /* start time of the process: a reused pid is another process */
-    int64_t restart; /* how often the batch system has started the job again */
+    int64_t born;                  /* start time of the process: a reused pid is another process */
+    int64_t restart;               /* how often the batch system has started the job again */
+    int64_t kernel, pids, machine; /* numbers of the running kernel, of its PID namespace, of the
+                                      machine; 0: not known */
+    int64_t held;                  /* 1: it keeps the file locked as long as it lives */
 } owner;
 
 /* Field 22 of /proc/PID/stat, in clock ticks since boot; 0 where there is none, -1 for a process
@@ -57,9 +69,20 @@ static int64_t environment_number(const char *name)
     return text ? strtoll(text, NULL, 10) : 0;
 }
 
+static int64_t file_number(const char *path)
+{
+    return (int64_t)(qs_proc_file_number(path) & INT64_MAX);
+}
+
 static owner this_process(void)
 {
-    owner me = {.pid = getpid(), .restart = environment_number("SLURM_RESTART_COUNT")};
+    struct stat pids;
+    owner me = {.pid = getpid(),
+                .restart = environment_number("SLURM_RESTART_COUNT"),
+                .kernel = file_number("/proc/sys/kernel/random/boot_id"),
+                .machine = file_number("/etc/machine-id"),
+                .held = 1};
+    me.pids = stat("/proc/self/ns/pid", &pids) == 0 ? (int64_t)pids.st_ino : 0;
     me.born = process_born(me.pid);
     gethostname(me.host, sizeof me.host - 1);
     const char *job = getenv("SLURM_JOB_ID");
@@ -69,17 +92,60 @@ static owner this_process(void)
 
 static bool same_process(const owner *a, const owner *b)
 {
-    return a->pid == b->pid && a->born == b->born && strcmp(a->host, b->host) == 0;
+    return a->pid == b->pid && a->born == b->born && a->kernel == b->kernel && a->pids == b->pids &&
+           strcmp(a->host, b->host) == 0;
 }
 
-/* Only what is certain: a process of another host may live. */
-static bool is_gone(const owner *other, const owner *me)
+/* Locks of older programs have the host's name alone. */
+static bool same_host(const owner *a, const owner *b)
 {
-    if (strcmp(other->host, me->host) == 0) {
+    return a->kernel != 0 && b->kernel != 0 ? a->kernel == b->kernel
+                                            : strcmp(a->host, b->host) == 0;
+}
+
+static bool numbered_together(const owner *a, const owner *b)
+{
+    return same_host(a, b) && (a->pids == b->pids || a->pids == 0 || b->pids == 0);
+}
+
+static bool started_again_since(const owner *other, const owner *me)
+{
+    return strcmp(other->host, me->host) == 0 && !same_host(other, me) && other->machine != 0 &&
+           other->machine == me->machine;
+}
+
+/* Open and locked, or -1. */
+static int hold(const char *path)
+{
+    const int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+static bool is_held(const char *path)
+{
+    const int fd = hold(path);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return fd < 0;
+}
+
+/* Only what is certain. */
+static bool is_gone(const owner *other, const owner *me, const char *path)
+{
+    if (numbered_together(other, me)) {
         bool absent = kill((pid_t)other->pid, 0) != 0 && errno == ESRCH;
         return absent || process_born(other->pid) != other->born;
     }
-    return me->job[0] && strcmp(other->job, me->job) == 0 && other->restart < me->restart;
+    if (same_host(other, me) && other->held && !is_held(path)) {
+        return true;
+    }
+    return started_again_since(other, me) ||
+           (me->job[0] && strcmp(other->job, me->job) == 0 && other->restart < me->restart);
 }
 
 static void lock_path(char *out, const char *dir)
@@ -89,9 +155,11 @@ static void lock_path(char *out, const char *dir)
 
 static qs_status write_owner(const owner *me, const char *path)
 {
-    json_t *json = json_pack("{s:s, s:s, s:I, s:I, s:I}", "host", me->host, "job", me->job, "pid",
-                             (json_int_t)me->pid, "born", (json_int_t)me->born, "restart",
-                             (json_int_t)me->restart);
+    json_t *json = json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "host", me->host,
+                             "job", me->job, "pid", (json_int_t)me->pid, "born",
+                             (json_int_t)me->born, "restart", (json_int_t)me->restart, "kernel",
+                             (json_int_t)me->kernel, "pids", (json_int_t)me->pids, "machine",
+                             (json_int_t)me->machine, "held", (json_int_t)me->held);
     char *text = json ? json_dumps(json, JSON_SORT_KEYS) : NULL;
     json_decref(json);
     if (!text) {
@@ -100,6 +168,13 @@ static qs_status write_owner(const owner *me, const char *path)
     qs_status st = qs_io_write_new(path, text, strlen(text));
     free(text);
     return st;
+}
+
+static qs_status optional_i64(const json_t *json, const char *name, int64_t *out, const char *path)
+{
+    *out = 0;
+    return json_object_get(json, name) == NULL ? QS_OK
+                                               : qs_json_i64(json, name, 0, INT64_MAX, out, path);
 }
 
 static qs_status parse_owner(const char *text, size_t bytes, const char *path, owner *out)
@@ -114,6 +189,10 @@ static qs_status parse_owner(const char *text, size_t bytes, const char *path, o
     QS_GOTO(qs_json_i64(json, "born", 0, INT64_MAX, &out->born, path));
     QS_GOTO(qs_json_i64(json, "restart", 0, INT32_MAX, &out->restart, path));
     snprintf(out->host, sizeof out->host, "%s", host);
+    QS_GOTO(optional_i64(json, "kernel", &out->kernel, path));
+    QS_GOTO(optional_i64(json, "pids", &out->pids, path));
+    QS_GOTO(optional_i64(json, "machine", &out->machine, path));
+    QS_GOTO(optional_i64(json, "held", &out->held, path));
     snprintf(out->job, sizeof out->job, "%s", job);
 done:
     json_decref(json);
@@ -152,10 +231,29 @@ static qs_status write_temp(const owner *me, const char *temp)
     return st;
 }
 
+/* The same, held: a link to the file is held, too. */
+static qs_status write_held_temp(owner *me, const char *temp, int *fd)
+{
+    if (*fd >= 0) {
+        close(*fd); /* of one that is gone */
+    }
+    QS_TRY(write_temp(me, temp));
+    *fd = hold(temp);
+    if (*fd < 0 && me->held) { /* no locks on this file system */
+        me->held = 0;
+        return write_temp(me, temp);
+    }
+    return QS_OK;
+}
+
 /* A file system without hard links has O_EXCL. False where the place is taken. */
-static bool create_in_place(const owner *me, const char *path, qs_status *st)
+static bool create_in_place(const owner *me, const char *path, int *fd, qs_status *st)
 {
     *st = write_owner(me, path);
+    if (*st == QS_OK && *fd >= 0) {
+        close(*fd);
+        *fd = hold(path);
+    }
     if (*st == QS_ERR_OUTPUT_TAKEN) {
         qs_error_clear();
         *st = QS_OK;
@@ -183,7 +281,8 @@ static qs_status remove_stale(const char *path, const owner *stale)
     return QS_OK;
 }
 
-static qs_status taken(const char *dir, const char *path, const owner *other, bool readable)
+static qs_status taken(const char *dir, const char *path, const owner *other, const owner *me,
+                       bool readable)
 {
     if (!readable) {
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
@@ -192,15 +291,18 @@ static qs_status taken(const char *dir, const char *path, const owner *other, bo
                        dir, path);
     }
     return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
-                   "%s: process %" PRId64 " on host %s%s%s writes here; wait for it, or use "
+                   "%s: process %" PRId64 " on host %s%s%s%s writes here; wait for it, or use "
                    "--takeover if it is gone",
-                   dir, other->pid, other->host, other->job[0] ? ", job " : "", other->job);
+                   dir, other->pid, other->host,
+                   same_host(other, me) && !numbered_together(other, me) ? " in another container"
+                                                                         : "",
+                   other->job[0] ? ", job " : "", other->job);
 }
 
 /* Link `temp` to its place, after removing a lock that does not count. The ranks of a launcher that
  * was killed are gone a few seconds later, so an owner on this host gets that time. */
-static qs_status put_in_place(const char *dir, const char *temp, const char *path, const owner *me,
-                              bool takeover)
+static qs_status put_in_place(const char *dir, const char *temp, const char *path, owner *me,
+                              bool takeover, int *fd)
 {
     const double deadline = qs_time_s() + OWNER_WAIT_S;
     for (;;) {
@@ -208,11 +310,11 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
             return QS_OK;
         }
         if (errno == ENOENT) { /* swept away, or the directory is gone, which writing will say */
-            QS_TRY(write_temp(me, temp));
+            QS_TRY(write_held_temp(me, temp, fd));
             continue;
         }
         qs_status st = QS_OK;
-        if (errno != EEXIST && create_in_place(me, path, &st)) {
+        if (errno != EEXIST && create_in_place(me, path, fd, &st)) {
             return st;
         }
         owner other;
@@ -221,39 +323,49 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
         if (!readable && lstat(path, &info) != 0) { /* a link to nothing would never go */
             continue;                               /* released a moment ago */
         }
-        if (takeover || (readable && is_gone(&other, me))) {
+        if (takeover || (readable && is_gone(&other, me, path))) {
             qs_log_info("%s: taken over from process %" PRId64 " on host %s", path, other.pid,
                         readable ? other.host : "(unknown)");
             QS_TRY(remove_stale(path, &other));
             continue;
         }
-        bool here = readable && strcmp(other.host, me->host) == 0;
+        const bool here = readable && same_host(&other, me);
         if (!here || qs_time_s() >= deadline) {
-            return taken(dir, path, &other, readable);
+            return taken(dir, path, &other, me, readable);
         }
         usleep(100000);
     }
 }
 
-qs_status qs_run_lock_take(const char *dir, bool takeover)
+qs_status qs_run_lock_take(const char *dir, bool takeover, int *fd)
 {
     char path[PATH_ROOM], temp[PATH_ROOM + 32];
     owner me = this_process();
     lock_path(path, dir);
     snprintf(temp, sizeof temp, "%s.new-%ld", path, (long)getpid());
-    QS_TRY(write_temp(&me, temp));
-    qs_status st = put_in_place(dir, temp, path, &me, takeover);
+    *fd = -1;
+    qs_status st = write_held_temp(&me, temp, fd);
+    if (st == QS_OK) {
+        st = put_in_place(dir, temp, path, &me, takeover, fd);
+    }
     (void)unlink(temp);
+    if (st != QS_OK && *fd >= 0) {
+        close(*fd);
+        *fd = -1;
+    }
     return st;
 }
 
-void qs_run_lock_release(const char *dir)
+void qs_run_lock_release(const char *dir, int fd)
 {
     char path[PATH_ROOM];
     owner holder, me = this_process();
     lock_path(path, dir);
     if (read_owner(path, &holder) && same_process(&holder, &me)) {
         (void)unlink(path);
+    }
+    if (fd >= 0) {
+        close(fd);
     }
 }
 

@@ -8,11 +8,13 @@
 #include "base/status.h"
 
 /** Create DIR/run.lock in the name of this process. A lock whose owner is gone is taken over, any
- * other one only with `takeover`. \return QS_ERR_OUTPUT_TAKEN naming the owner. */
-qs_status qs_run_lock_take(const char *dir, bool takeover);
+ * other one only with `takeover`. *fd, for qs_run_lock_release, is its file, locked: other
+ * containers of this host see by it that this process lives; -1 where files cannot be locked.
+ * \return QS_ERR_OUTPUT_TAKEN naming the owner. */
+qs_status qs_run_lock_take(const char *dir, bool takeover, int *fd);
 
-/** Remove DIR/run.lock if it is still this process's own. */
-void qs_run_lock_release(const char *dir);
+/** Remove DIR/run.lock if it is still this process's own, and close its file. */
+void qs_run_lock_release(const char *dir, int fd);
 
 /** Does nobody else hold DIR/run.lock by now? A lock that somebody has removed is not held by
  * anybody. \return QS_ERR_OUTPUT_TAKEN naming who does. */

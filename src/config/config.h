@@ -27,7 +27,8 @@ typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT, QS_GEMM_BF16, QS_GEMM_FP16, QS_GEMM_AMX } qs_gemm_kind;
 /** Words of shard.group; above 0 it is a number of ranks. */
 enum { QS_SHARD_AUTO = 0, QS_SHARD_WORLD = -1, QS_SHARD_NODE = -2 };
-/** The word of shard.keep_resident and memory.keep_decoded; from 0 on they are numbers of layers. */
+/** The word of shard.keep_resident and memory.keep_decoded; from 0 on they are numbers of layers.
+ */
 enum { QS_KEEP_AUTO = -1 };
 /** A bit of lora.targets beside those of linears: it is a named set, of which a model takes what it
  * has; a list must name nothing else. */
@@ -68,7 +69,7 @@ typedef struct {
         double min_lr_ratio;
     } optim;
     struct {
-        int64_t group; /* ranks, or QS_SHARD_* */
+        int64_t group;         /* ranks, or QS_SHARD_* */
         int64_t keep_resident; /* layers, or QS_KEEP_AUTO */
         int64_t prefetch;
     } shard;
@@ -98,6 +99,9 @@ qs_status qs_config_read(const char *path, char **text, size_t *bytes);
 /** The same as qs_config_load from text. Pure: no I/O. */
 qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const char *path,
                           const char *const *sets, int n_sets);
+
+/** What tells a file that qs_config_dump has made. */
+#define QS_CONFIG_FIRST_LINE "# Resolved configuration of a qshard run."
 
 /** The resolved configuration as YAML with a comment per key; caller frees. Parsing it again gives
  * the same struct. */

@@ -24,7 +24,7 @@ static void write_keys(const qs_config *cfg, FILE *out)
 {
     const char *section = "";
     size_t section_length = 0;
-    fputs("# Resolved configuration of a qshard run.\n", out);
+    fputs(QS_CONFIG_FIRST_LINE "\n", out);
     for (int i = 0; i < qs_keys_count; i++) {
         const qs_key *key = &qs_keys[i];
         const char *dot = strchr(key->name, '.');

@@ -63,13 +63,7 @@ static qs_status open_adapter(qs_merge_job *job)
     }
     job->layout = *o->layout;
     QS_TRY(qs_lora_layout_check(&job->layout, &job->index->config, o->adapter, o->base));
-    if (strcmp(o->base_sha256, job->index->hashes_sha256) != 0) {
-        return QS_FAIL(QS_ERR_INPUT_HASH,
-                       "%s: was trained on a base with hash %.12s..., %s has %.12s...; give the "
-                       "run's own base, or qshard export the adapter and merge that",
-                       o->adapter, o->base_sha256, o->base, job->index->hashes_sha256);
-    }
-    return QS_OK;
+    return qs_base_expect(job->index, o->base_sha256, o->adapter);
 }
 
 /* ---- the list ---- */

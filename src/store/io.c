@@ -4,6 +4,7 @@
  * what was being done and what to do about it. fsync is never repeated after a failure other than
  * EINTR: the kernel may have dropped the dirty pages, and a second call would then report success
  * over lost data. */
+#define _GNU_SOURCE /* memmem */
 #include "store/io.h"
 
 #include <dirent.h>
@@ -279,7 +280,27 @@ static qs_status name_temporary(const char *path, char temp[QS_IO_PATH])
     return QS_OK;
 }
 
-qs_status qs_io_try_file(const char *path)
+/* Nothing that somebody may want: no file, an empty one, one of ours. */
+static qs_status expect_ours(const char *path, const char *ours)
+{
+    char start[4096];
+    struct stat info;
+    if (stat(path, &info) != 0 || info.st_size == 0) {
+        return QS_OK;
+    }
+    const int fd = open_retrying(path, O_RDONLY, 0);
+    const ssize_t bytes = fd < 0 ? -1 : read(fd, start, sizeof start);
+    if (fd >= 0) {
+        (void)close(fd);
+    }
+    return ours != NULL && bytes > 0 && memmem(start, (size_t)bytes, ours, strlen(ours)) != NULL
+               ? QS_OK
+               : QS_FAIL(QS_ERR_OUTPUT_TAKEN,
+                         "%s: is there already and is not replaced; remove it, or name another",
+                         path);
+}
+
+qs_status qs_io_try_file(const char *path, const char *ours)
 {
     char temp[QS_IO_PATH];
     struct stat info;
@@ -287,6 +308,7 @@ qs_status qs_io_try_file(const char *path)
     if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) {
         return output_failed(path, "writing", EISDIR);
     }
+    QS_TRY(expect_ours(path, ours));
     QS_TRY(name_temporary(path, temp));
     const qs_status st = qs_io_write_new(temp, "", 0);
     (void)unlink(temp);

@@ -37,9 +37,10 @@ qs_status qs_io_close(int fd, const char *path);
  * directory. An older file of the name is replaced, a device or a pipe is QS_ERR_OUTPUT_TAKEN. */
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
 
-/** Could qs_io_write_file write there now? For what is written at the end of long work. The reasons
- * are its own; nothing is left, and an older file stays as it is. */
-qs_status qs_io_try_file(const char *path);
+/** Could qs_io_write_file write there now? For what a user names and is written at the end of long
+ * work. Nothing is left. The reasons are its own, and QS_ERR_OUTPUT_TAKEN where a file stands that
+ * is neither empty nor one of `ours`: with these words in its first 4 KiB; NULL: none is. */
+qs_status qs_io_try_file(const char *path, const char *ours);
 
 /** Like qs_io_write_file without the rename: `path` is a new file in a directory that is not
  * published yet. */

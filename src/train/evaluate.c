@@ -191,7 +191,7 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     qs_session s = {0};
     qs_data *data = NULL;
     if (options->dump_logits != NULL && qs_comm_rank(comm) == 0) {
-        st = qs_io_try_file(options->dump_logits);
+        st = qs_io_try_file(options->dump_logits, NULL);
     }
     QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_session_open(&s, &options->config, comm));

@@ -166,9 +166,12 @@ done:
 static qs_status read_checkpoint(qs_session *s, const char *step_dir)
 {
     qs_config trained;
+    char base[65];
     QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter));
+    QS_TRY(qs_ckpt_read_base_hash(step_dir, base));
     s->config.lora = trained.lora;
-    return qs_lora_layout_check(&s->layout, &s->index->config, step_dir, s->index->path);
+    QS_TRY(qs_lora_layout_check(&s->layout, &s->index->config, step_dir, s->index->path));
+    return qs_base_expect(s->index, base, step_dir);
 }
 
 /* Whether there is such a name: what is wrong with it, opening it says. */

@@ -1,31 +1,18 @@
 #include "train/trace_file.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "base/log.h"
 #include "base/trace.h"
+#include "store/io.h"
 
-static qs_status open_file(FILE **out, const char *path, const char *mode)
-{
-    *out = fopen(path, mode);
-    return *out != NULL ? QS_OK
-                        : QS_FAIL(QS_ERR_IO, "%s: cannot be written: %s", path, strerror(errno));
-}
+/* How the file begins. */
+#define BEGIN "{\"traceEvents\": ["
 
 qs_status qs_trace_file_check(const char *path, qs_comm *comm)
 {
-    FILE *file = NULL;
-    qs_status st = QS_OK;
-    if (qs_comm_rank(comm) == 0) {
-        st = open_file(&file, path, "a");
-    }
-    if (file != NULL) {
-        fclose(file);
-    }
-    return qs_comm_agree(comm, st);
+    return qs_comm_agree(comm, qs_comm_rank(comm) == 0 ? qs_io_try_file(path, BEGIN) : QS_OK);
 }
 
 qs_status qs_trace_file_start(qs_comm *comm)
@@ -78,52 +65,60 @@ static qs_status own_part(char **text, const qs_comm *comm)
     return QS_OK;
 }
 
-static qs_status append(FILE *out, const char *text, int rank, const char *path)
+/* Everybody's part in turn, to `out` where there is one. */
+static qs_status collect_parts(FILE *out, char *own, qs_comm *comm)
 {
-    const bool written =
-        fputs(rank == 0 ? "{\"traceEvents\": [\n" : ",\n", out) >= 0 && fputs(text, out) >= 0;
-    return written ? QS_OK : QS_FAIL(QS_ERR_IO, "%s: could not be written", path);
-}
-
-/* Everybody's part in turn. */
-static qs_status write_parts(FILE *out, char *own, const char *path, qs_comm *comm)
-{
-    qs_status st = QS_OK;
     for (int r = 0; r < qs_comm_nranks(comm); r++) {
         char *text = r == qs_comm_rank(comm) ? own : NULL;
         QS_TRY(qs_comm_bcast_text(comm, &text, r));
-        if (out != NULL && st == QS_OK) {
-            st = append(out, text, r, path);
+        if (out != NULL) {
+            fputs(r == 0 ? BEGIN "\n" : ",\n", out);
+            fputs(text, out);
         }
         if (text != own) {
             free(text);
         }
     }
-    return st;
+    if (out != NULL) {
+        fputs("\n]}\n", out);
+    }
+    return QS_OK;
+}
+
+/* The whole file's text, on rank 0; the caller frees it. Collective. */
+static qs_status whole_text(char **text, size_t *bytes, qs_comm *comm)
+{
+    char *own = NULL;
+    FILE *out = NULL;
+    qs_status st = own_part(&own, comm);
+    if (st == QS_OK && qs_comm_rank(comm) == 0) {
+        out = open_memstream(text, bytes);
+        st = out != NULL ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "trace: no memory for the file");
+    }
+    st = qs_comm_agree(comm, st);
+    if (st == QS_OK) {
+        st = collect_parts(out, own, comm);
+    }
+    if (out != NULL && fclose(out) != 0 && st == QS_OK) {
+        st = QS_FAIL(QS_ERR_MEMORY, "trace: no memory for the file");
+    }
+    free(own);
+    return qs_comm_agree(comm, st);
 }
 
 qs_status qs_trace_file_write(const char *path, qs_comm *comm)
 {
-    qs_status st = QS_OK;
-    char *own = NULL;
-    FILE *out = NULL;
+    char *text = NULL;
+    size_t bytes = 0;
     qs_trace_stop();
-    st = own_part(&own, comm);
-    if (st == QS_OK && qs_comm_rank(comm) == 0) {
-        st = open_file(&out, path, "w");
+    qs_status st = whole_text(&text, &bytes, comm);
+    if (st == QS_OK) {
+        st = qs_comm_agree(comm,
+                           qs_comm_rank(comm) == 0 ? qs_io_write_file(path, text, bytes) : QS_OK);
     }
-    QS_GOTO(qs_comm_agree(comm, st));
-    st = write_parts(out, own, path, comm);
-    if (out != NULL) {
-        const bool ended = fputs("\n]}\n", out) >= 0;
-        const bool closed = fclose(out) == 0;
-        if (st == QS_OK && !(ended && closed)) {
-            st = QS_FAIL(QS_ERR_IO, "%s: could not be written", path);
-        }
+    free(text);
+    if (st == QS_OK) {
+        qs_log_info("%s: written; chrome://tracing and ui.perfetto.dev show it", path);
     }
-    QS_GOTO(qs_comm_agree(comm, st));
-    qs_log_info("%s: written; chrome://tracing and ui.perfetto.dev show it", path);
-done:
-    free(own);
     return st;
 }

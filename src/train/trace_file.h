@@ -5,13 +5,15 @@
 
 #include "comm/comm.h"
 
-/** Whether rank 0 can write `path`: before a run that would end for it. Collective. */
+/** Whether rank 0 can write `path`, in the place of nothing but an older trace: before a run whose
+ * trace would be lost. Collective. */
 qs_status qs_trace_file_check(const char *path, qs_comm *comm);
 
 /** Start tracing on all ranks at the same time, as far as a barrier goes. Collective. */
 qs_status qs_trace_file_start(qs_comm *comm);
 
-/** Stop, and write what all ranks have kept to `path` on rank 0, replacing it. Collective. */
+/** Stop, and write what all ranks have kept to `path` on rank 0, replacing it.
+ * Errors of the file leave the run as it is. Collective. */
 qs_status qs_trace_file_write(const char *path, qs_comm *comm);
 
 #endif

@@ -94,10 +94,14 @@ static qs_status open_inputs(run *r)
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
 }
 
-static qs_status check_dump(const run *r)
+static qs_status check_dumps(const run *r)
 {
-    const char *path = r->options->dump_grads;
-    return qs_comm_agree(r->comm, path != NULL && r->rank == 0 ? qs_io_try_file(path) : QS_OK);
+    const char *const paths[] = {r->options->dump_grads, r->options->dump_order};
+    qs_status st = QS_OK;
+    for (size_t i = 0; i < sizeof paths / sizeof *paths && r->rank == 0 && st == QS_OK; i++) {
+        st = paths[i] != NULL ? qs_io_try_file(paths[i], NULL) : QS_OK;
+    }
+    return qs_comm_agree(r->comm, st);
 }
 
 /* A GPU's work is not the host's to time. */
@@ -514,10 +518,20 @@ static qs_status start_profile(run *r)
     return r->options->trace != NULL ? qs_trace_file_start(r->comm) : QS_OK;
 }
 
+/* A trace that finds no room is not worth a run's steps. */
 static qs_status end_profile(run *r)
 {
     qs_device_profile(r->session.device, false);
-    return r->options->trace != NULL ? qs_trace_file_write(r->options->trace, r->comm) : QS_OK;
+    if (r->options->trace == NULL) {
+        return QS_OK;
+    }
+    const qs_status st = qs_trace_file_write(r->options->trace, r->comm);
+    if (qs_exit_code(st) != qs_exit_code(QS_ERR_IO)) {
+        return st;
+    }
+    qs_log_warn("%s; the run goes on without the trace", qs_error_text());
+    qs_error_clear();
+    return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
 }
 
 static qs_status save_here(run *r, qs_status *last_save, int64_t *saved)
@@ -613,12 +627,10 @@ static qs_status first_gradient(run *r)
 /* One line a step: the sequences that it trains on, for comparing with other programs. */
 static qs_status dump_order(const run *r)
 {
-    FILE *out = fopen(r->options->dump_order, "w");
-    if (out == NULL) {
-        return QS_FAIL(QS_ERR_IO, "%s: cannot be written: %s", r->options->dump_order,
-                       strerror(errno));
-    }
-    for (int64_t step = 0; step < r->sampler.steps; step++) {
+    char *text = NULL;
+    size_t bytes = 0;
+    FILE *out = open_memstream(&text, &bytes);
+    for (int64_t step = 0; out != NULL && step < r->sampler.steps; step++) {
         for (int64_t i = 0; i < qs_sampler_step_size(&r->sampler, step); i++) {
             int64_t number = 0;
             fprintf(out, "%s%" PRId64, i > 0 ? " " : "",
@@ -626,10 +638,11 @@ static qs_status dump_order(const run *r)
         }
         fputc('\n', out);
     }
-    const bool written = !ferror(out);
-    return fclose(out) == 0 && written
-               ? QS_OK
-               : QS_FAIL(QS_ERR_IO, "%s: could not be written", r->options->dump_order);
+    qs_status st = out != NULL && fclose(out) == 0
+                       ? qs_io_write_file(r->options->dump_order, text, bytes)
+                       : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", r->options->dump_order);
+    free(text);
+    return st;
 }
 
 /* What `qshard plan` would have said of this run, beside what it did: on cards that the table
@@ -715,7 +728,7 @@ static qs_status run_all(run *r)
 {
     QS_TRY(open_inputs(r));
     QS_TRY(check_trace(r));
-    QS_TRY(check_dump(r));
+    QS_TRY(check_dumps(r));
     QS_TRY(shape_run(r));
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? dump_order(r) : QS_OK);

@@ -234,6 +234,16 @@ qs_status qs_base_open_local(qs_base_index **out, const char *path)
 
 /* ---- look things up ---- */
 
+qs_status qs_base_expect(const qs_base_index *index, const char *trained, const char *name)
+{
+    return strcmp(trained, index->hashes_sha256) == 0
+               ? QS_OK
+               : QS_FAIL(QS_ERR_INPUT_HASH,
+                         "%s: was trained on a base with hash %.12s..., %s has %.12s...; give the "
+                         "run's own base, or qshard export the adapter and take that",
+                         name, trained, index->path, index->hashes_sha256);
+}
+
 int qs_base_layer_unit(const qs_base_index *index, int layer)
 {
     (void)index;

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import unittest
 
 import support
@@ -180,6 +181,29 @@ class Refused(unittest.TestCase):
                     self.assertEqual(done.stderr.count("error["), 1, done.stderr)
                     self.assertIn(path, done.stderr)
                     self.assertEqual(done.stdout, "")
+
+    def test_no_file_of_others_is_replaced(self):
+        """Not the base and the data of the very command; what a bench or a trace wrote before is."""
+        folder, outputs = support.tiny(), support.scratch()
+        settings = support.settings(folder, os.path.join(outputs, "run"), base=os.path.join(outputs, "base.h5"))
+        shutil.copy(os.path.join(folder, "base.h5"), outputs)
+        for command, option in ((("bench", "gather", *SIZES), "--json"), (("train", support.TINY_YAML, *settings), "--dump-grads"),
+                                (("train", support.TINY_YAML, *settings), "--dump-order"),
+                                (("train", support.TINY_YAML, *settings), "--trace"),
+                                (("eval", support.TINY_YAML, *settings), "--dump-logits")):
+            for ranks in (None, 2):
+                with self.subTest(option=option, ranks=ranks):
+                    done = support.qshard(*command, option, os.path.join(outputs, "base.h5"), ranks=ranks, expect=2)
+                    self.assertEqual(re.findall(r"error\[E\d+\] [^:]*: is there already", done.stderr),
+                                     [f"error[E204] {outputs}/base.h5: is there already"])
+                    self.assertEqual(os.listdir(outputs), ["base.h5"])
+        with open(os.path.join(folder, "base.h5"), "rb") as mine, open(os.path.join(outputs, "base.h5"), "rb") as other:
+            self.assertEqual(mine.read(), other.read())
+        for _ in range(2):
+            support.qshard("bench", "gather", *SIZES, "--json", os.path.join(outputs, "bench.json"))
+            support.qshard("train", support.TINY_YAML, *settings, "--trace", os.path.join(outputs, "trace.json"), "--set", "train.steps=3",
+                           "--set", "train.eval_every=0")
+            shutil.rmtree(os.path.join(outputs, "run"))
 
 
 if __name__ == "__main__":

@@ -107,6 +107,20 @@ class Refused(Case):
                     with self.subTest(adapter=os.path.basename(adapter), model=name, ranks=ranks):
                         self.refused(self.command("eval", "--adapter", adapter), ranks, 3, output)
 
+    def test_checkpoint_of_another_base(self):
+        """Of the same shape, so that only its hash tells; an exported adapter carries none, and is taken."""
+        base, output = support.base_of("--seed", "7"), self.path("base")
+        support.train(output, train__steps=1, train__eval_every=0)
+        support.qshard("export", output, "-o", output + "-peft")
+        for adapter in (output, os.path.join(output, "step-00000001")):
+            for ranks in (None, 2):
+                with self.subTest(adapter=os.path.basename(adapter), ranks=ranks):
+                    self.refused(self.command("eval", "--adapter", adapter, base=base), ranks, 3, base, "was trained on a base with hash")
+        self.refused(self.command("sample", "--adapter", output, "--prompts", os.path.join(support.tiny(), "eval.h5"), "--tokens", 2,
+                                  base=base), None, 3,
+                     base, "was trained on a base with hash")
+        self.assertIn("eval_loss", support.qshard(*self.command("eval", "--adapter", output + "-peft", base=base)).stdout)
+
     def test_data_without_targets(self):
         prompts = prepare(4, self.path("prompts.h5"), "--prompts")
         for ranks in (None, 2):

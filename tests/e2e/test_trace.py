@@ -72,8 +72,22 @@ class Trace(unittest.TestCase):
     def test_a_file_that_cannot_be_written_ends_the_run_before_it_starts(self):
         output = os.path.join(support.scratch(), "run")
         done = support.train(output, ranks=2, options=("--trace", "/nonexistent/trace.json"), expect=4)
-        self.assertEqual(re.findall(r"error\[E\d+\] [^:]*:", done.stderr), ["error[E400] /nonexistent/trace.json:"])
+        self.assertRegex("".join(re.findall(r"error\[E\d+\] [^:]*:", done.stderr)),
+                         r"\Aerror\[E400\] /nonexistent/trace\.json\.tmp-\d+:\Z")
         self.assertFalse(os.path.exists(output))
+
+    def test_a_full_disk_costs_the_trace_and_not_the_run(self):
+        library = os.path.join(os.path.dirname(support.QSHARD), "tests", "libiofault.so")
+        for error in ("ENOSPC", "EIO"):  # where the file is given room; before the run it is tried in seven calls
+            with self.subTest(error):
+                output, path = os.path.join(support.scratch(), "run"), os.path.join(support.scratch(), "trace.json")
+                fault = {**support.preload(library), "FAULT": f"io:9:{error}", "FAULT_PATH": "trace.json"}
+                done = support.train(output, options=("--trace", path, "--profile-steps", "2:3"), train__steps=6, train__save_every=6,
+                                     train__eval_every=0, environment=fault)
+                self.assertRegex(done.stderr, r"warning: .*trace\.json\.tmp-\d+: .*; the run goes on without the trace")
+                self.assertEqual([line["step"] for line in support.metrics(output) if "loss" in line], [1, 2, 3, 4, 5, 6])
+                self.assertTrue(os.path.exists(os.path.join(output, "step-00000006")))
+                self.assertEqual(os.listdir(os.path.dirname(path)), [])
 
 
 if __name__ == "__main__":
