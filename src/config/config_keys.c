@@ -340,8 +340,9 @@ const qs_key qs_keys[] = {
      .zero = "none",
      .names = {"auto"},
      .unit = "layers",
-     .meaning = "layers of which a GPU keeps the decoded weights beside the NF4 ones, for steps that "
-                "decode less: 2 bytes a weight; auto: as many as fit"},
+     .meaning =
+         "layers of which a GPU keeps the decoded weights beside the NF4 ones, for steps that "
+         "decode less: 2 bytes a weight; auto: as many as fit"},
     {.name = "memory.device_limit",
      .type = QS_KEY_BYTES,
      .offset = AT(memory.device_limit),
