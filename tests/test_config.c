@@ -283,6 +283,24 @@ Test(config, dump_carries_every_key_and_a_comment)
 
 /* ---- what may change on resume ---- */
 
+Test(config, set_takes_a_path_with_quotes_around_it)
+{
+    static const struct {
+        const char *set, *path;
+    } cases[] = {{"data.eval=\"eval.h5\"", "eval.h5"},
+                 {"data.eval='a b.h5'", "a b.h5"},
+                 {"data.eval=\"\"", ""},
+                 {"data.eval=", ""},
+                 {"data.eval=\"half.h5", "\"half.h5"},
+                 {"data.eval=\"mixed'", "\"mixed'"},
+                 {"data.eval=\"", "\""}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        qs_config c;
+        cr_assert_eq(parse_set(&c, "base: b\n", cases[i].set), QS_OK, "%s", qs_error_text());
+        cr_assert_str_eq(c.data_eval, cases[i].path, "%s", cases[i].set);
+    }
+}
+
 Test(config, resume_allows_what_changes_no_bit_and_names_the_rest)
 {
     static const struct {

@@ -58,7 +58,15 @@ static qs_status split_list(qs_value *value, const char *text, const char *where
     }
 }
 
-/* A value from the command line. A path is taken letter by letter, and may be empty. */
+/* Written in quotes as in a file, which the shell has left. */
+static bool is_quoted(const char *text)
+{
+    const size_t length = strlen(text);
+    return length >= 2 && (text[0] == '"' || text[0] == '\'') && text[length - 1] == text[0];
+}
+
+/* A value from the command line. A path is taken letter by letter, but for quotes around it, and
+ * may be empty. */
 static qs_status value_of_text(const qs_key *key, const char *text, qs_value *value,
                                const char *where)
 {
@@ -71,7 +79,9 @@ static qs_status value_of_text(const qs_key *key, const char *text, qs_value *va
         return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s: a path of at most %d bytes is allowed", where,
                        key->name, QS_PATH_MAX - 1);
     }
-    memcpy(value->items[0].text, text, strlen(text) + 1);
+    const size_t around = is_quoted(text) ? 1 : 0, length = strlen(text) - 2 * around;
+    memcpy(value->items[0].text, text + around, length);
+    value->items[0].text[length] = '\0';
     value->count = 1;
     return QS_OK;
 }
