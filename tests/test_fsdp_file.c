@@ -73,7 +73,7 @@ static void write_checkpoint(model_files *m)
     items[n] =
         (qs_st_item){"model.norm.weight", QS_BF16, 1, {HIDDEN}, .data = random_bf16(HIDDEN, 1001)};
     snprintf(path, sizeof path, "%s/model.safetensors", m->dir);
-    cr_assert_eq(qs_st_write(path, items, ITEMS), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_st_write(path, items, ITEMS, NULL), QS_OK, "%s", qs_error_text());
     snprintf(path, sizeof path, "%s/config.json", m->dir);
     FILE *file = fopen(path, "w");
     cr_assert_not_null(file);

@@ -491,7 +491,7 @@ static void write_16_bit(const char *dir, const qs_lora_layout *l, const qs_conf
     }
     cr_assert_eq(qs_io_mkdir(dir), QS_OK);
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
-    cr_assert_eq(qs_st_write(path, items, n - skip), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_st_write(path, items, n - skip, NULL), QS_OK, "%s", qs_error_text());
     char *text = qs_peft_config_text(c, l, "m");
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
     cr_assert_eq(qs_io_write_new(path, text, strlen(text)), QS_OK);

@@ -148,7 +148,7 @@ static void write_two(const char *name, const char *a, const char *b)
     static float f[4] = {1.0f, -2.5f, 3.25f, 65504.0f};
     static uint16_t h[3] = {0x3C00, 0xC000, 0x3555};
     qs_st_item items[2] = {{a, QS_F16, 1, {3}, h}, {b, QS_F32, 2, {2, 2}, f}};
-    cr_assert_eq(qs_st_write(in_dir(name), items, 2), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_st_write(in_dir(name), items, 2, NULL), QS_OK, "%s", qs_error_text());
 }
 
 Test(safetensors, written_file_reads_back, .init = make_dir, .fini = remove_dir)

@@ -345,11 +345,15 @@ static json_t *entry_of(const qs_st_item *item, size_t begin, size_t end)
 }
 
 /* Text of the header, padded to 8; the caller frees it. NULL without memory. */
-static char *header_text(const qs_st_item *const *sorted, int64_t count, size_t *bytes)
+static char *header_text(const qs_st_item *const *sorted, int64_t count, const char *mark,
+                         size_t *bytes)
 {
     char *padded = NULL;
     size_t at = 0;
     json_t *root = json_pack("{s:{s:s}}", "__metadata__", "format", "pt");
+    if (mark != NULL) {
+        json_object_set_new(json_object_get(root, "__metadata__"), "qshard", json_string(mark));
+    }
     for (int64_t i = 0; i < count; i++) {
         size_t end = at + qs_st_item_bytes(sorted[i]);
         json_object_set_new(root, sorted[i]->name, entry_of(sorted[i], at, end));
@@ -371,7 +375,7 @@ static char *header_text(const qs_st_item *const *sorted, int64_t count, size_t 
 }
 
 qs_status qs_st_arrange(qs_st_arranged *out, const char *path, const qs_st_item *items,
-                        int64_t count)
+                        int64_t count, const char *mark)
 {
     *out = (qs_st_arranged){.sorted = calloc((size_t)count + 1, sizeof *out->sorted)};
     if (out->sorted == NULL) {
@@ -383,7 +387,7 @@ qs_status qs_st_arrange(qs_st_arranged *out, const char *path, const qs_st_item 
         out->file_bytes += qs_st_item_bytes(&items[i]);
     }
     qsort(out->sorted, (size_t)count, sizeof *out->sorted, by_dtype_then_name);
-    out->header = header_text(out->sorted, count, &out->header_bytes);
+    out->header = header_text(out->sorted, count, mark, &out->header_bytes);
     out->file_bytes += out->header_bytes;
     return out->header != NULL ? QS_OK
                                : QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its header", path);
@@ -404,12 +408,12 @@ void qs_st_put_header(const qs_st_arranged *arranged, uint8_t *out)
     memcpy(out + 8, arranged->header, arranged->header_bytes);
 }
 
-qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count)
+qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count, const char *mark)
 {
     qs_status st = QS_OK;
     uint8_t *image = NULL;
     qs_st_arranged arranged = {0};
-    QS_GOTO(qs_st_arrange(&arranged, path, items, count));
+    QS_GOTO(qs_st_arrange(&arranged, path, items, count, mark));
     image = malloc(arranged.file_bytes);
     if (image == NULL) {
         QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for an image of %zu bytes", path,

@@ -83,9 +83,12 @@ typedef struct {
     const void *data;
 } qs_st_item;
 
+/** What tells a file with this `mark` (qs_st_write): words of its beginning. */
+#define QS_ST_MARK(mark) "\"qshard\":\"" mark "\""
+
 /** Write a safetensors file (ordered as the reference writer does, header padded to 8, metadata
- * format pt), through qs_io_write_file. */
-qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count);
+ * format pt and, unless it is NULL, qshard `mark`), through qs_io_write_file. */
+qs_status qs_st_write(const char *path, const qs_st_item *items, int64_t count, const char *mark);
 
 /** The same file, written piece by piece: for tensors that do not fit into memory. */
 typedef struct qs_st_writer qs_st_writer;

@@ -19,7 +19,7 @@ typedef struct {
 
 /** Arrange; free with qs_st_arranged_free, also after a failure. */
 qs_status qs_st_arrange(qs_st_arranged *out, const char *path, const qs_st_item *items,
-                        int64_t count);
+                        int64_t count, const char *mark);
 void qs_st_arranged_free(qs_st_arranged *arranged);
 
 size_t qs_st_item_bytes(const qs_st_item *item);

@@ -100,7 +100,7 @@ qs_status qs_st_writer_open(qs_st_writer **out, const char *path, const qs_st_it
     if (w->path == NULL || w->next == NULL || w->end == NULL) {
         QS_GOTO(no_memory(path));
     }
-    QS_GOTO(qs_st_arrange(&arranged, path, items, count));
+    QS_GOTO(qs_st_arrange(&arranged, path, items, count, NULL));
     QS_GOTO(qs_io_create(path, &w->fd));
     QS_GOTO(qs_io_reserve(w->fd, arranged.file_bytes, path));
     QS_GOTO(write_header(w, &arranged));

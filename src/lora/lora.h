@@ -115,8 +115,9 @@ void qs_peft_close(qs_peft *peft);
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
                         const char *base_name, const float *vector);
 
-/** Write any LoRA-shaped vector as one safetensors file with PEFT names (train --dump-grads). */
-qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout,
-                                const float *vector);
+/** Write any LoRA-shaped vector as one safetensors file with PEFT names (train --dump-grads),
+ * marked with `mark` (qs_st_write). */
+qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, const float *vector,
+                                const char *mark);
 
 #endif

@@ -30,7 +30,8 @@ static void add_item(qs_st_item *items, char (*names)[NAME_ROOM], int64_t at, in
     };
 }
 
-qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, const float *vector)
+qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, const float *vector,
+                                const char *mark)
 {
     size_t most = (size_t)layout->n_layers * QS_LORA_PARTS_MAX * QS_LINEAR_COUNT;
     qs_st_item *items = calloc(most, sizeof *items);
@@ -50,7 +51,7 @@ qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, 
             }
         }
     }
-    QS_GOTO(qs_st_write(path, items, count));
+    QS_GOTO(qs_st_write(path, items, count, mark));
 done:
     free(items);
     free(names);
@@ -115,7 +116,7 @@ static qs_status write_files(const char *dir, const qs_lora_layout *layout, cons
 {
     char path[PATH_ROOM + 32];
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
-    QS_TRY(qs_peft_write_tensors(path, layout, vector));
+    QS_TRY(qs_peft_write_tensors(path, layout, vector, NULL));
     char *text = qs_peft_config_text(cfg, layout, base_name);
     qs_status st = write_text(dir, "adapter_config.json", text);
     free(text);

@@ -102,6 +102,8 @@ done:
 
 /* Logits of every token of the first sequence, by rank 0 into a safetensors file; the others join
  * the gathers. */
+#define LOGITS "logits" /* what tells files of --dump-logits */
+
 static qs_status dump_logits(qs_session *s, qs_data *data, qs_batch *batch, const char *path)
 {
     qs_status st = QS_OK;
@@ -117,7 +119,7 @@ static qs_status dump_logits(qs_session *s, qs_data *data, qs_batch *batch, cons
                                  .rank = 2,
                                  .shape = {batch->n_tokens, vocab},
                                  .data = logits};
-        st = qs_st_write(path, &item, 1);
+        st = qs_st_write(path, &item, 1, LOGITS);
     }
     st = qs_comm_agree(s->comm, st);
 done:
@@ -191,7 +193,7 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     qs_session s = {0};
     qs_data *data = NULL;
     if (options->dump_logits != NULL && qs_comm_rank(comm) == 0) {
-        st = qs_io_try_file(options->dump_logits, NULL);
+        st = qs_io_try_file(options->dump_logits, QS_ST_MARK(LOGITS));
     }
     QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_session_open(&s, &options->config, comm));

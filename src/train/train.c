@@ -21,6 +21,7 @@
 #include "base/trace.h"
 #include "ckpt/ckpt.h"
 #include "ckpt/run_dir.h"
+#include "hf/safetensors.h"
 #include "shard/shard.h"
 #include "store/io.h"
 #include "train/evaluate.h"
@@ -94,12 +95,17 @@ static qs_status open_inputs(run *r)
                          qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
 }
 
+#define GRADIENTS "gradients" /* what tells files of --dump-grads */
+
 static qs_status check_dumps(const run *r)
 {
-    const char *const paths[] = {r->options->dump_grads, r->options->dump_order};
+    const char *grads = r->options->dump_grads, *order = r->options->dump_order;
     qs_status st = QS_OK;
-    for (size_t i = 0; i < sizeof paths / sizeof *paths && r->rank == 0 && st == QS_OK; i++) {
-        st = paths[i] != NULL ? qs_io_try_file(paths[i], NULL) : QS_OK;
+    if (grads != NULL && r->rank == 0) {
+        st = qs_io_try_file(grads, QS_ST_MARK(GRADIENTS));
+    }
+    if (order != NULL && r->rank == 0 && st == QS_OK) {
+        st = qs_io_try_file(order, NULL);
     }
     return qs_comm_agree(r->comm, st);
 }
@@ -259,7 +265,7 @@ static qs_status dump_grads(run *r, const float *shard)
     QS_GOTO(qs_mirror_pull(s->queue, &full, 0, full.bytes));
     QS_GOTO(qs_queue_wait(s->queue));
     if (r->rank == 0) {
-        st = qs_peft_write_tensors(r->options->dump_grads, layout, full.host);
+        st = qs_peft_write_tensors(r->options->dump_grads, layout, full.host, GRADIENTS);
     }
     st = qs_comm_agree(r->comm, st);
 done:

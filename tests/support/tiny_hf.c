@@ -227,7 +227,7 @@ void tiny_hf_write(const char *dir, const tiny_hf *o)
     }
     write_config(dir, o);
     (void)snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    cr_assert_eq(qs_st_write(path, b->items, b->count), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_st_write(path, b->items, b->count, NULL), QS_OK, "%s", qs_error_text());
     for (int i = 0; i < b->count; i++) {
         free((void *)(uintptr_t)b->items[i].name);
         free((void *)(uintptr_t)b->items[i].data);
