@@ -465,6 +465,18 @@ static qs_status backward_apart(qs_queue *q, const qs_unit_view *unit, const qs_
     return lora->a == NULL ? QS_OK : qs_cuda_lora_input_gradient(q, lora, 1.0f, &work, dx);
 }
 
+/* Does another one's dY lie behind that of linear i, where its border would be? */
+static bool is_hemmed(const qs_joined_linear *l, int count, int i)
+{
+    const int64_t row = l[i].y.stride * (int64_t)qs_dtype_bytes(l[i].y.dtype);
+    bool hemmed = false;
+    for (int j = 0; j < count; j++) {
+        const int64_t on = (const uint8_t *)l[j].y.data - (const uint8_t *)l[i].y.data;
+        hemmed = hemmed || (on > 0 && on < row);
+    }
+    return hemmed;
+}
+
 static qs_status backward(qs_queue *q, const qs_unit_view *unit, const qs_joined_linear *l,
                           int count, const qs_mat *x, qs_mat *dx, bool accumulate)
 {
@@ -476,7 +488,9 @@ static qs_status backward(qs_queue *q, const qs_unit_view *unit, const qs_joined
         return backward_apart(q, unit, l, x, dx, accumulate);
     }
     for (int i = 0; i < count; i++) {
-        QS_TRY(backward(q, unit, &l[i], 1, x, dx, accumulate || i > 0));
+        const bool add = accumulate || i > 0;
+        QS_TRY(is_hemmed(l, count, i) ? backward_apart(q, unit, &l[i], x, dx, add)
+                                      : backward(q, unit, &l[i], 1, x, dx, add));
     }
     return QS_OK;
 }
