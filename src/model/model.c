@@ -30,7 +30,7 @@ static void set_rows(qs_model *m)
     m->norm_border = m->qkv_border > m->gate_up_border ? m->qkv_border : m->gate_up_border;
 }
 
-static void set_widths(qs_model *m)
+void qs_model_set_widths(qs_model *m)
 {
     m->act_bytes = qs_dtype_bytes(m->ops->act_dtype);
     m->stream_dtype = m->shape.residual_f32 ? QS_F32 : m->ops->act_dtype;
@@ -46,7 +46,7 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
 {
     qs_model m = {.config = config, .layout = layout, .ops = ops, .shape = *shape};
     qs_model_bytes bytes = {0};
-    set_widths(&m);
+    qs_model_set_widths(&m);
     qs_model_carve(&m, &bytes.activation_bytes, &bytes.work_bytes);
     int64_t biases = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
@@ -103,7 +103,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     m->lora = lora;
     m->dora.magnitude = magnitudes;
     m->shape = *shape;
-    set_widths(m);
+    qs_model_set_widths(m);
     QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
     QS_GOTO(qs_model_load_params(m));
     QS_GOTO(qs_slots_create(m));

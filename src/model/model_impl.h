@@ -238,6 +238,10 @@ qs_status qs_head_end(qs_model *model, qs_micro_acts *micro, int64_t n_tokens, f
 /** Their sum, fp64 in row order, once the queue has passed. */
 double qs_head_loss(const qs_micro_acts *micro);
 
+/** Element types, widths and borders of a model's rows, from its configuration, adapters and
+ * operations. */
+void qs_model_set_widths(qs_model *model);
+
 /** Lay out all buffers of a model: with model->activation_block NULL only the sizes are computed.
  */
 void qs_model_carve(qs_model *model, size_t *activation_bytes, size_t *work_bytes);

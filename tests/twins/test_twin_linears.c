@@ -12,15 +12,20 @@ typedef enum { APART, BORDERED, JOINED } way;
 
 typedef enum { NO_BIAS, BIASES, SOME_BIASES } bias_kind;
 
+/* Where the limits put the weights. SWAPPED: the last two of one matrix in another order; SHIFTED:
+ * the stranger and the first one in one matrix, the others in the next. */
+typedef enum { OWN_MATRICES, ONE_MATRIX, SWAPPED, SHIFTED } unit_kind;
+
 typedef struct {
     int count;
     int64_t rows, in, out[MOST];
     int rank[MOST], most_rank; /* 0: no adapter */
     float dropout;
-    bool opened, joined; /* the unit; by the limits */
-    bool in_rows;        /* y's and dy's side by side; else each in a matrix of its own */
-    int at_once;         /* linears a call, from the first one on */
-    int x_pad, dy_pad;   /* BORDER: for all, and some behind them that nobody may touch */
+    bool opened;
+    unit_kind unit;
+    bool in_rows;      /* y's and dy's side by side; else each in a matrix of its own */
+    int at_once;       /* linears a call, from the first one on */
+    int x_pad, dy_pad; /* BORDER: for all, and some behind them that nobody may touch */
     bias_kind bias;
     dx_kind dx;
     way forward, backward;
@@ -132,10 +137,10 @@ static void make_part(linears *l, int i)
     p->work = tw_mat_make(b, c->rows, room, 0, 1.0F, seed++);
     p->dropped = adapter_dropped(&p->ad, &l->x.host);
     snprintf(p->what, sizeof p->what,
-             "linear %d of %d: T %lld in %lld out %lld rank %d of %d p %g opened %d joined %d in "
+             "linear %d of %d: T %lld in %lld out %lld rank %d of %d p %g opened %d unit %d in "
              "rows %d pads %d %d bias %d dx %d",
              i, c->count, (long long)c->rows, (long long)c->in, (long long)c->out[i], c->rank[i],
-             c->most_rank, (double)c->dropout, c->opened, c->joined, c->in_rows, c->x_pad,
+             c->most_rank, (double)c->dropout, c->opened, (int)c->unit, c->in_rows, c->x_pad,
              c->dy_pad, (int)c->bias, (int)c->dx);
 }
 
@@ -188,21 +193,22 @@ static void linears_open(const linears *l)
 {
     const linears_case *c = l->c;
     const tw_backend *b = l->b;
-    qs_ops_limits limits = ad_limits_of(c->rows, 24, 40, c->most_rank, c->dropout > 0.0F);
+    const int64_t strange = c->unit == SHIFTED ? c->in : 40;
+    qs_ops_limits limits = ad_limits_of(c->rows, 24, strange, c->most_rank, c->dropout > 0.0F);
     qs_weight w[STRANGER + MOST] = {l->unit.weight};
     qs_lora lora[STRANGER + MOST] = {{0}}, others[STRANGER + MOST] = {{0}};
     adapter other[MOST];
     const int other_rank = c->most_rank > 0 ? c->most_rank : 1;
     w[0].quantum = 4;
     w[0].out = 24;
-    w[0].in = 40;
+    w[0].in = strange;
     limits.n_linears = STRANGER + c->count;
     limits.widest = 256;
     for (int i = 0; i < c->count; i++) {
-        const int at = STRANGER + i;
+        const int at = STRANGER + (c->unit == SWAPPED && i > 0 ? c->count - i : i);
         limits.out[at] = c->out[i];
         limits.in[at] = c->in;
-        limits.joined[at] = c->joined && i > 0;
+        limits.joined[at] = c->unit == SHIFTED ? at != 2 : c->unit != OWN_MATRICES && i > 0;
         w[at] = l->part[i].unit.weight;
         lora[at] = l->part[i].ad.device;
         other[i] = adapter_make_one_of(b, c->rows, c->in, c->out[i], other_rank, 0.0F, 9);
@@ -495,7 +501,7 @@ Test(twin_linears, one_product)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -512,7 +518,7 @@ Test(twin_linears, one_product)
          16,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -529,7 +535,7 @@ Test(twin_linears, one_product)
          1,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -546,7 +552,7 @@ Test(twin_linears, one_product)
          13,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -563,7 +569,7 @@ Test(twin_linears, one_product)
          30,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -580,7 +586,7 @@ Test(twin_linears, one_product)
          64,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -597,7 +603,7 @@ Test(twin_linears, one_product)
          4,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -614,7 +620,7 @@ Test(twin_linears, one_product)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          1,
          BORDER,
@@ -639,7 +645,7 @@ Test(twin_linears, adapters_on_some)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -656,7 +662,7 @@ Test(twin_linears, adapters_on_some)
          13,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -673,7 +679,7 @@ Test(twin_linears, adapters_on_some)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -690,7 +696,7 @@ Test(twin_linears, adapters_on_some)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -707,7 +713,7 @@ Test(twin_linears, adapters_on_some)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          3,
@@ -724,7 +730,7 @@ Test(twin_linears, adapters_on_some)
          0,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          0,
@@ -749,7 +755,7 @@ Test(twin_linears, dropout)
          8,
          0.3F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -766,7 +772,7 @@ Test(twin_linears, dropout)
          16,
          0.3F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -783,7 +789,7 @@ Test(twin_linears, dropout)
          5,
          0.1F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -800,7 +806,7 @@ Test(twin_linears, dropout)
          8,
          0.3F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          3,
@@ -817,7 +823,7 @@ Test(twin_linears, dropout)
          8,
          0.3F,
          true,
-         false,
+         OWN_MATRICES,
          false,
          2,
          BORDER,
@@ -843,7 +849,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          16,
@@ -860,7 +866,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -877,7 +883,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          5,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -894,7 +900,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          5,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -911,7 +917,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          false,
          3,
          BORDER,
@@ -928,7 +934,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -945,7 +951,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          8,
          0.0F,
          false,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -962,7 +968,7 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -971,15 +977,66 @@ Test(twin_linears, one_by_one_where_they_cannot_join)
          DX,
          APART,
          APART},
+        {2,
+         21,
+         88,
+         {40, 40},
+         {8, 8},
+         8,
+         0.0F,
+         true,
+         ONE_MATRIX,
+         false,
+         2,
+         BORDER,
+         BORDER,
+         NO_BIAS,
+         DX_ADD,
+         APART,
+         APART},
     };
     TW_CHECK_CASES(check, cases);
 }
 
-/* Linears of a joined matrix that are called alone, or not all of them; and linears that the limits
- * do not join, whose dy's have no borders where another one's begins. */
+/* Linears of one matrix in another order, called alone, or not all of them; and linears of matrices
+ * of their own, whose dy's have no borders where another one's begins. */
 Test(twin_linears, parts_of_what_is_joined)
 {
     static const linears_case cases[] = {
+        {3,
+         21,
+         88,
+         {16, 16, 16},
+         {8, 8, 8},
+         8,
+         0.0F,
+         true,
+         SHIFTED,
+         true,
+         2,
+         BORDER,
+         BORDER,
+         NO_BIAS,
+         DX,
+         APART,
+         APART},
+        {3,
+         21,
+         88,
+         {64, 16, 16},
+         {8, 8, 8},
+         8,
+         0.0F,
+         true,
+         SWAPPED,
+         true,
+         3,
+         BORDER,
+         BORDER,
+         NO_BIAS,
+         DX,
+         APART,
+         APART},
         {3,
          21,
          88,
@@ -988,7 +1045,7 @@ Test(twin_linears, parts_of_what_is_joined)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          1,
          BORDER,
@@ -1005,7 +1062,7 @@ Test(twin_linears, parts_of_what_is_joined)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -1022,7 +1079,7 @@ Test(twin_linears, parts_of_what_is_joined)
          8,
          0.3F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          1,
          BORDER,
@@ -1039,7 +1096,7 @@ Test(twin_linears, parts_of_what_is_joined)
          8,
          0.0F,
          true,
-         false,
+         OWN_MATRICES,
          false,
          3,
          BORDER,
@@ -1056,7 +1113,7 @@ Test(twin_linears, parts_of_what_is_joined)
          8,
          0.0F,
          true,
-         false,
+         OWN_MATRICES,
          true,
          3,
          BORDER,
@@ -1112,7 +1169,7 @@ Test(twin_linears, no_rows)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -1129,7 +1186,7 @@ Test(twin_linears, no_rows)
          8,
          0.5F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,
@@ -1146,7 +1203,7 @@ Test(twin_linears, no_rows)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          false,
          2,
          BORDER,
@@ -1206,7 +1263,7 @@ Test(twin_linears, others_see_each_alone)
          8,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          3,
          BORDER,
@@ -1223,7 +1280,7 @@ Test(twin_linears, others_see_each_alone)
          13,
          0.0F,
          true,
-         true,
+         ONE_MATRIX,
          true,
          2,
          BORDER,

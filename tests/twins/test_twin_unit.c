@@ -421,7 +421,7 @@ static qs_weight joined_one(int i, int64_t in)
     const bool nf4 = of[i].kind == QS_WEIGHT_NF4;
     return (qs_weight){.kind = of[i].kind,
                        .out = of[i].out,
-                       .in = i == 4 ? in + 1 : in,
+                       .in = i == 4 ? 2 * in : in,
                        .quantum = of[i].quantum,
                        .dtype = of[i].dtype,
                        .map = nf4 ? qs_dynamic_map : NULL,
@@ -432,7 +432,7 @@ static qs_weight joined_one(int i, int64_t in)
 static void check_joined(const tw_backend *b, int64_t in, int rank)
 {
     many m = many_make(b, true, 3, 0.05F, QS_BF16, RAW_ELEMS);
-    qs_ops_limits limits = ad_limits_of(1, 60, in + 1, rank, false);
+    qs_ops_limits limits = ad_limits_of(1, 60, 2 * in, rank, false);
     qs_weight host[JOINED], device[JOINED];
     adapter ad[JOINED];
     qs_lora lora[JOINED];
@@ -447,7 +447,8 @@ static void check_joined(const tw_backend *b, int64_t in, int rank)
         ad[i] = adapter_make(b, 1, host[i].in, host[i].out, rank > 0 ? rank : 1, 0.0F);
         lora[i] = i == 1 ? (qs_lora){0} : ad[i].device;
     }
-    limits.in[4] = in; /* the unit has another one */
+    limits.in[4] = in; /* the unit has another one, and less elsewhere */
+    limits.out[0] += 20;
     tw_open(b, &limits);
     for (int pass = 0; pass < 3; pass++) {
         cr_assert_eq(b->ops->unit_open(b->queue, &m.device, device, pass == 0 ? NULL : lora, JOINED,
