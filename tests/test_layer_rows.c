@@ -43,6 +43,18 @@ static int adapters_of(const qs_joined_linear *l, int count)
     return adapters;
 }
 
+/* Nothing of what the adapters keep lies where the operations may write. */
+static void check_apart(const qs_mat *wide, const qs_joined_linear *l, int count)
+{
+    const char *from = wide->data;
+    const char *behind =
+        from + (size_t)((wide->rows - 1) * wide->stride + wide->cols) * qs_dtype_bytes(wide->dtype);
+    for (int i = 0; i < count; i++) {
+        const char *xa = l[i].xa.data;
+        cr_assert(xa == NULL || xa < from || xa >= behind, "xa of %d in a border", i);
+    }
+}
+
 /* `multiplied`: what needs the border, x or, NULL, the row of all. */
 static void record(const qs_joined_linear *l, int count, const qs_mat *multiplied)
 {
@@ -56,8 +68,13 @@ static void record(const qs_joined_linear *l, int count, const qs_mat *multiplie
             row.cols += l[i].y.cols;
         }
     }
-    const qs_mat *mat = multiplied != NULL ? multiplied : &row;
-    one = one && mat->stride >= mat->cols + adapters_of(l, count) * BORDER;
+    qs_mat wide = multiplied != NULL ? *multiplied : row;
+    wide.cols += adapters_of(l, count) * BORDER;
+    one = one && wide.stride >= wide.cols;
+    if (one) {
+        check_place(&wide);
+        check_apart(&wide, l, count);
+    }
     cr_assert_lt(n_seen, CALLS_MAX);
     seen[n_seen++] = (call_seen){count, one};
 }

@@ -16,19 +16,27 @@ typedef enum { NO_BIAS, BIASES, SOME_BIASES } bias_kind;
  * the stranger and the first one in one matrix, the others in the next. */
 typedef enum { OWN_MATRICES, ONE_MATRIX, SWAPPED, SHIFTED } unit_kind;
 
+enum { ALL = QS_OPS_JOINED_MAX };
+
+/* Where everything lies, how many linears a call has, from the first one on, and which way it has
+ * to take. */
+typedef struct {
+    bool opened;
+    unit_kind unit;
+    bool in_rows;      /* y's and dy's side by side; else each in a matrix of its own */
+    int x_pad, dy_pad; /* BORDER: for all, and some behind them that nobody may touch */
+    int at_once;
+    way forward, backward;
+} arrangement;
+
 typedef struct {
     int count;
     int64_t rows, in, out[MOST];
     int rank[MOST], most_rank; /* 0: no adapter */
     float dropout;
-    bool opened;
-    unit_kind unit;
-    bool in_rows;      /* y's and dy's side by side; else each in a matrix of its own */
-    int at_once;       /* linears a call, from the first one on */
-    int x_pad, dy_pad; /* BORDER: for all, and some behind them that nobody may touch */
+    const arrangement *at;
     bias_kind bias;
     dx_kind dx;
-    way forward, backward;
 } linears_case;
 
 typedef struct {
@@ -80,14 +88,14 @@ static void make_results(const linears *l, int pad, uint64_t seed, tw_mat *own, 
     for (int i = 0; i < c->count; i++) {
         sum += c->out[i];
     }
-    if (c->in_rows) {
+    if (c->at->in_rows) {
         own[0] = make_rows(l, sum, pad, seed);
     }
     for (int64_t i = 0, col = 0; i < c->count; col += c->out[i++]) {
-        if (!c->in_rows) {
+        if (!c->at->in_rows) {
             own[i] = make_rows(l, c->out[i], pad, seed + (uint64_t)i);
         }
-        part[i] = c->in_rows ? columns_of(&own[0], col, c->out[i]) : own[i];
+        part[i] = c->at->in_rows ? columns_of(&own[0], col, c->out[i]) : own[i];
     }
 }
 
@@ -140,19 +148,19 @@ static void make_part(linears *l, int i)
              "linear %d of %d: T %lld in %lld out %lld rank %d of %d p %g opened %d unit %d in "
              "rows %d pads %d %d bias %d dx %d",
              i, c->count, (long long)c->rows, (long long)c->in, (long long)c->out[i], c->rank[i],
-             c->most_rank, (double)c->dropout, c->opened, (int)c->unit, c->in_rows, c->x_pad,
-             c->dy_pad, (int)c->bias, (int)c->dx);
+             c->most_rank, (double)c->dropout, c->at->opened, (int)c->at->unit, c->at->in_rows,
+             c->at->x_pad, c->at->dy_pad, (int)c->bias, (int)c->dx);
 }
 
 static void linears_make(linears *l, const tw_backend *b, const linears_case *c)
 {
     tw_mat y[MOST], dy[MOST];
     *l = (linears){.b = b, .c = c, .unit = layer_weight(b, NF4, 256, 256)};
-    l->x = make_rows(l, c->in, c->x_pad, 41);
+    l->x = make_rows(l, c->in, c->at->x_pad, 41);
     l->dx = tw_mat_make(b, c->rows, c->in, 8, 1.0F, 42);
     l->work = tw_mat_make(b, c->rows, 64, 0, 1.0F, 43);
     make_results(l, 8, 50, l->y, y);
-    make_results(l, c->dy_pad, 60, l->dy, dy);
+    make_results(l, c->at->dy_pad, 60, l->dy, dy);
     for (int i = 0; i < c->count; i++) {
         make_part(l, i);
         l->part[i].y = y[i];
@@ -175,7 +183,7 @@ static void linears_free(linears *l)
         adapter_free(b, &p->ad);
         free(p->dropped);
         free(p->unit.host.plain);
-        if (i == 0 || !l->c->in_rows) {
+        if (i == 0 || !l->c->at->in_rows) {
             tw_mat_free(b, &l->y[i]);
             tw_mat_free(b, &l->dy[i]);
         }
@@ -193,7 +201,7 @@ static void linears_open(const linears *l)
 {
     const linears_case *c = l->c;
     const tw_backend *b = l->b;
-    const int64_t strange = c->unit == SHIFTED ? c->in : 40;
+    const int64_t strange = c->at->unit == SHIFTED ? c->in : 40;
     qs_ops_limits limits = ad_limits_of(c->rows, 24, strange, c->most_rank, c->dropout > 0.0F);
     qs_weight w[STRANGER + MOST] = {l->unit.weight};
     qs_lora lora[STRANGER + MOST] = {{0}}, others[STRANGER + MOST] = {{0}};
@@ -205,17 +213,17 @@ static void linears_open(const linears *l)
     limits.n_linears = STRANGER + c->count;
     limits.widest = 256;
     for (int i = 0; i < c->count; i++) {
-        const int at = STRANGER + (c->unit == SWAPPED && i > 0 ? c->count - i : i);
+        const int at = STRANGER + (c->at->unit == SWAPPED && i > 0 ? c->count - i : i);
         limits.out[at] = c->out[i];
         limits.in[at] = c->in;
-        limits.joined[at] = c->unit == SHIFTED ? at != 2 : c->unit != OWN_MATRICES && i > 0;
+        limits.joined[at] = c->at->unit == SHIFTED ? at != 2 : c->at->unit != OWN_MATRICES && i > 0;
         w[at] = l->part[i].unit.weight;
         lora[at] = l->part[i].ad.device;
         other[i] = adapter_make_one_of(b, c->rows, c->in, c->out[i], other_rank, 0.0F, 9);
         others[at] = other[i].device;
     }
     tw_open(b, &limits);
-    if (c->opened) {
+    if (c->at->opened) {
         const int count = STRANGER + c->count;
         tw_ok(b, b->ops->unit_open(b->queue, &l->unit.view, w, others, count, 0, false));
         tw_ok(b, b->ops->unit_open(b->queue, &l->unit.view, w, lora, count, 0, true));
@@ -262,8 +270,8 @@ static void run(const linears *l, bool host)
     const qs_mat *x = host ? &l->x.host : &l->x.device;
     qs_mat dx = host ? l->dx.host : l->dx.device;
     qs_joined_linear joined[MOST];
-    for (int i = 0; i < c->count; i += c->at_once) {
-        const int n = c->count - i < c->at_once ? c->count - i : c->at_once;
+    for (int i = 0; i < c->count; i += c->at->at_once) {
+        const int n = c->count - i < c->at->at_once ? c->count - i : c->at->at_once;
         describe(l, host, false, joined);
         tw_ok(l->b, ops->linears_lora_forward(q, view, joined + i, n, x));
         describe(l, host, true, joined);
@@ -310,10 +318,10 @@ static int64_t border_of(const linears *l, way taken)
 static void check_borders(const linears *l)
 {
     const linears_case *c = l->c;
-    check_input(l, "x", &l->x, border_of(l, c->forward));
-    for (int i = 0; i < (c->in_rows ? 1 : c->count); i++) {
-        const bool adapted = c->in_rows || c->rank[i] > 0;
-        check_input(l, "dy", &l->dy[i], adapted ? border_of(l, c->backward) : 0);
+    check_input(l, "x", &l->x, border_of(l, c->at->forward));
+    for (int i = 0; i < (c->at->in_rows ? 1 : c->count); i++) {
+        const bool adapted = c->at->in_rows || c->rank[i] > 0;
+        check_input(l, "dy", &l->dy[i], adapted ? border_of(l, c->at->backward) : 0);
         cr_assert(tw_gap_intact(l->b, &l->y[i].device), "%s: behind y", l->part[0].what);
     }
     cr_assert(tw_gap_intact(l->b, &l->dx.device), "%s: behind dx", l->part[0].what);
@@ -376,7 +384,7 @@ static void add_parts(const linears *l, const parts_of_dx *parts, const float *s
 {
     const linears_case *c = l->c;
     const int64_t elems = c->rows * c->in;
-    const bool joined = c->backward == JOINED, dropout = c->dropout > 0.0F;
+    const bool joined = c->at->backward == JOINED, dropout = c->dropout > 0.0F;
     float *sum = ad_zeros(elems), *all = ad_zeros(elems);
     for (int64_t e = 0; e < elems; e++) {
         sum[e] = start != NULL ? start[e] : 0.0F;
@@ -489,146 +497,25 @@ static void check(const tw_backend *b, const linears_case *c)
 
 /* ---- tests ---- */
 
+static const arrangement side_by_side = {true,   ONE_MATRIX, true,   BORDER,
+                                         BORDER, ALL,        JOINED, JOINED};
+static const arrangement side_by_side_without_room = {true, ONE_MATRIX, true,  3,
+                                                      5,    ALL,        APART, APART};
+static const arrangement own_matrices = {true,   OWN_MATRICES, false,    BORDER,
+                                         BORDER, ALL,          BORDERED, BORDERED};
+
 /* q, k and v, and gate and up, with their columns side by side. */
 Test(twin_linears, one_product)
 {
     static const linears_case cases[] = {
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {2,
-         21,
-         72,
-         {104, 104},
-         {16, 16},
-         16,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX_ADD,
-         JOINED,
-         JOINED},
-        {3,
-         1,
-         8,
-         {8, 16, 8},
-         {1, 1, 1},
-         1,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {3,
-         17,
-         128,
-         {64, 64, 64},
-         {13, 13, 13},
-         13,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         JOINED,
-         JOINED},
-        {3,
-         17,
-         64,
-         {40, 8, 16},
-         {3, 13, 8},
-         30,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {2,
-         19,
-         72,
-         {5, 11},
-         {64, 64},
-         64,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         BIASES,
-         NO_DX,
-         JOINED,
-         JOINED},
-        {3,
-         300,
-         16,
-         {16, 8, 8},
-         {4, 4, 4},
-         4,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {1,
-         21,
-         88,
-         {64},
-         {8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         1,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         JOINED,
-         JOINED},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &side_by_side, NO_BIAS, DX},
+        {2, 21, 72, {104, 104}, {16, 16}, 16, 0.0F, &side_by_side, NO_BIAS, DX_ADD},
+        {3, 1, 8, {8, 16, 8}, {1, 1, 1}, 1, 0.0F, &side_by_side, NO_BIAS, DX},
+        {3, 17, 128, {64, 64, 64}, {13, 13, 13}, 13, 0.0F, &side_by_side, BIASES, DX_ADD},
+        {3, 17, 64, {40, 8, 16}, {3, 13, 8}, 30, 0.0F, &side_by_side, NO_BIAS, DX},
+        {2, 19, 72, {5, 11}, {64, 64}, 64, 0.0F, &side_by_side, BIASES, NO_DX},
+        {3, 300, 16, {16, 8, 8}, {4, 4, 4}, 4, 0.0F, &side_by_side, NO_BIAS, DX},
+        {1, 21, 88, {64}, {8}, 8, 0.0F, &side_by_side, BIASES, DX_ADD},
     };
     TW_CHECK_CASES(check, cases);
 }
@@ -636,109 +523,14 @@ Test(twin_linears, one_product)
 /* Adapters on some of the linears, or on none: then nothing needs a border. */
 Test(twin_linears, adapters_on_some)
 {
+    static const arrangement bare = {true, ONE_MATRIX, true, 3, 5, ALL, JOINED, JOINED};
     static const linears_case cases[] = {
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 0, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {0, 5, 13},
-         13,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         JOINED,
-         JOINED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {0, 0, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {2,
-         21,
-         88,
-         {64, 16},
-         {8, 0},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         NO_DX,
-         JOINED,
-         JOINED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {0, 0, 0},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         3,
-         5,
-         BIASES,
-         DX_ADD,
-         JOINED,
-         JOINED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {0, 0, 0},
-         0,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         0,
-         0,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
+        {3, 21, 88, {64, 16, 24}, {8, 0, 8}, 8, 0.0F, &side_by_side, NO_BIAS, DX},
+        {3, 21, 88, {64, 16, 24}, {0, 5, 13}, 13, 0.0F, &side_by_side, BIASES, DX_ADD},
+        {3, 21, 88, {64, 16, 24}, {0, 0, 8}, 8, 0.0F, &side_by_side, NO_BIAS, DX},
+        {2, 21, 88, {64, 16}, {8, 0}, 8, 0.0F, &side_by_side, NO_BIAS, NO_DX},
+        {3, 21, 88, {64, 16, 24}, {0, 0, 0}, 8, 0.0F, &bare, BIASES, DX_ADD},
+        {3, 21, 88, {64, 16, 24}, {0, 0, 0}, 0, 0.0F, &bare, NO_BIAS, DX},
     };
     TW_CHECK_CASES(check, cases);
 }
@@ -747,381 +539,60 @@ Test(twin_linears, adapters_on_some)
 Test(twin_linears, dropout)
 {
     static const linears_case cases[] = {
-        {3,
-         23,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.3F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {3,
-         23,
-         88,
-         {64, 16, 24},
-         {8, 0, 13},
-         16,
-         0.3F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         JOINED,
-         JOINED},
-        {2,
-         23,
-         72,
-         {40, 40},
-         {5, 5},
-         5,
-         0.1F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         NO_DX,
-         JOINED,
-         JOINED},
-        {2,
-         23,
-         72,
-         {40, 40},
-         {8, 8},
-         8,
-         0.3F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         3,
-         3,
-         NO_BIAS,
-         DX,
-         APART,
-         APART},
-        {2,
-         23,
-         72,
-         {40, 40},
-         {8, 8},
-         8,
-         0.3F,
-         true,
-         OWN_MATRICES,
-         false,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX_ADD,
-         BORDERED,
-         BORDERED},
+        {3, 23, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.3F, &side_by_side, NO_BIAS, DX},
+        {3, 23, 88, {64, 16, 24}, {8, 0, 13}, 16, 0.3F, &side_by_side, BIASES, DX_ADD},
+        {2, 23, 72, {40, 40}, {5, 5}, 5, 0.1F, &side_by_side, NO_BIAS, NO_DX},
+        {2, 23, 72, {40, 40}, {8, 8}, 8, 0.3F, &side_by_side_without_room, NO_BIAS, DX},
+        {2, 23, 72, {40, 40}, {8, 8}, 8, 0.3F, &own_matrices, NO_BIAS, DX_ADD},
     };
     TW_CHECK_CASES(check, cases);
 }
 
-/* Without room behind x or dy, or too little; of widths that are no whole pieces; in matrices of
- * their own; with a bias here and there; not opened; an adapter larger than the limits say. */
+/* Too little room behind x or dy; widths that are no whole pieces; a bias here and there; results
+ * in matrices of their own; not opened; an adapter larger than the limits say. */
 Test(twin_linears, one_by_one_where_they_cannot_join)
 {
+    static const arrangement x_in_short = {true, ONE_MATRIX, true, 16, BORDER, ALL, APART, JOINED};
+    static const arrangement dy_in_short = {true, ONE_MATRIX, true, BORDER, 16, ALL, JOINED, APART};
+    static const arrangement up = {true, ONE_MATRIX, true, BORDER, BORDER, ALL, APART, JOINED};
+    static const arrangement down = {true, ONE_MATRIX, true, BORDER, BORDER, ALL, JOINED, APART};
+    static const arrangement both = {true, ONE_MATRIX, true, BORDER, BORDER, ALL, APART, APART};
+    static const arrangement scattered = {true,   ONE_MATRIX, false, BORDER,
+                                          BORDER, ALL,        APART, APART};
+    static const arrangement closed = {false, ONE_MATRIX, true, BORDER, BORDER, ALL, APART, APART};
     static const linears_case cases[] = {
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         16,
-         BORDER,
-         NO_BIAS,
-         DX,
-         APART,
-         JOINED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         16,
-         NO_BIAS,
-         DX,
-         JOINED,
-         APART},
-        {2,
-         9,
-         333,
-         {40, 40},
-         {5, 5},
-         5,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         APART,
-         JOINED},
-        {2,
-         9,
-         64,
-         {45, 20},
-         {5, 5},
-         5,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         false,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         SOME_BIASES,
-         DX,
-         APART,
-         JOINED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         false,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 13, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         APART,
-         APART},
-        {2,
-         21,
-         88,
-         {40, 40},
-         {8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         false,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX_ADD,
-         APART,
-         APART},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &x_in_short, NO_BIAS, DX},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &dy_in_short, NO_BIAS, DX},
+        {2, 9, 333, {40, 40}, {5, 5}, 5, 0.0F, &up, BIASES, DX_ADD},
+        {2, 9, 64, {45, 20}, {5, 5}, 5, 0.0F, &down, NO_BIAS, DX},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &up, SOME_BIASES, DX},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &scattered, NO_BIAS, DX},
+        {2, 21, 88, {8, 8}, {8, 8}, 8, 0.0F, &scattered, NO_BIAS, DX_ADD},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &closed, BIASES, DX_ADD},
+        {3, 21, 88, {64, 16, 24}, {8, 13, 8}, 8, 0.0F, &both, NO_BIAS, DX},
     };
     TW_CHECK_CASES(check, cases);
 }
 
-/* Linears of one matrix in another order, called alone, or not all of them; and linears of matrices
- * of their own, whose dy's have no borders where another one's begins. */
+/* Linears of one matrix in another order, called alone, or not all of them, or some of two
+ * matrices; and linears of matrices of their own, whose dy's have no borders where another one's
+ * begins. */
 Test(twin_linears, parts_of_what_is_joined)
 {
+    static const arrangement alone = {true, ONE_MATRIX, true, BORDER, BORDER, 1, APART, APART};
+    static const arrangement in_pairs = {true, ONE_MATRIX, true, BORDER, BORDER, 2, APART, APART};
+    static const arrangement swapped = {true, SWAPPED, true, BORDER, BORDER, ALL, APART, APART};
+    static const arrangement shifted = {true, SHIFTED, true, BORDER, BORDER, 2, APART, APART};
+    static const arrangement hemmed = {true,   OWN_MATRICES, true,     BORDER,
+                                       BORDER, ALL,          BORDERED, APART};
     static const linears_case cases[] = {
-        {3,
-         21,
-         88,
-         {16, 16, 16},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         SHIFTED,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 16},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         SWAPPED,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         1,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 0, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX_ADD,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.3F,
-         true,
-         ONE_MATRIX,
-         true,
-         1,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         APART,
-         APART},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 8},
-         8,
-         0.0F,
-         true,
-         OWN_MATRICES,
-         false,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX_ADD,
-         BORDERED,
-         BORDERED},
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 8, 0},
-         8,
-         0.0F,
-         true,
-         OWN_MATRICES,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         BORDERED,
-         APART},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &alone, BIASES, DX},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.3F, &alone, NO_BIAS, DX},
+        {3, 21, 88, {64, 16, 24}, {8, 0, 8}, 8, 0.0F, &in_pairs, NO_BIAS, DX_ADD},
+        {3, 21, 88, {64, 16, 16}, {8, 8, 8}, 8, 0.0F, &swapped, NO_BIAS, DX},
+        {3, 21, 88, {16, 16, 16}, {8, 8, 8}, 8, 0.0F, &shifted, NO_BIAS, DX},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 8}, 8, 0.0F, &own_matrices, NO_BIAS, DX_ADD},
+        {3, 21, 88, {64, 16, 24}, {8, 8, 0}, 8, 0.0F, &hemmed, NO_BIAS, DX},
     };
     TW_CHECK_CASES(check, cases);
 }
@@ -1161,57 +632,9 @@ static void check_empty(const tw_backend *b, const linears_case *c)
 Test(twin_linears, no_rows)
 {
     static const linears_case cases[] = {
-        {3,
-         4,
-         88,
-         {64, 16, 24},
-         {8, 3, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX,
-         JOINED,
-         JOINED},
-        {2,
-         4,
-         88,
-         {64, 16},
-         {8, 3},
-         8,
-         0.5F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         BIASES,
-         DX_ADD,
-         JOINED,
-         JOINED},
-        {2,
-         4,
-         88,
-         {64, 16},
-         {8, 3},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         false,
-         2,
-         BORDER,
-         BORDER,
-         BIASES,
-         NO_DX,
-         APART,
-         APART},
+        {3, 4, 88, {64, 16, 24}, {8, 3, 8}, 8, 0.0F, &side_by_side, BIASES, DX},
+        {2, 4, 88, {64, 16}, {8, 3}, 8, 0.5F, &side_by_side, BIASES, DX_ADD},
+        {2, 4, 88, {64, 16}, {8, 3}, 8, 0.0F, &side_by_side_without_room, BIASES, NO_DX},
     };
     TW_CHECK_CASES(check_empty, cases);
 }
@@ -1255,40 +678,8 @@ static void check_others(const tw_backend *b, const linears_case *c)
 Test(twin_linears, others_see_each_alone)
 {
     static const linears_case cases[] = {
-        {3,
-         21,
-         88,
-         {64, 16, 24},
-         {8, 3, 8},
-         8,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         3,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
-        {2,
-         21,
-         72,
-         {40, 48},
-         {0, 13},
-         13,
-         0.0F,
-         true,
-         ONE_MATRIX,
-         true,
-         2,
-         BORDER,
-         BORDER,
-         NO_BIAS,
-         DX,
-         JOINED,
-         JOINED},
+        {3, 21, 88, {64, 16, 24}, {8, 3, 8}, 8, 0.0F, &side_by_side, NO_BIAS, DX},
+        {2, 21, 72, {40, 48}, {0, 13}, 13, 0.0F, &side_by_side, NO_BIAS, DX},
     };
     TW_CHECK_CASES(check_others, cases);
 }
