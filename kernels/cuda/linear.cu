@@ -1,4 +1,5 @@
-/* The frozen linears, and a linear as a layer has it: with its adapter, bias and residual.
+/* The frozen linears, and linears as a layer has them: with adapter, bias and residual, one alone or
+ * those that read the same x together.
  *
  * All is matrix products on bf16 matrices [out, in] that unit.cu provides. On an opened unit the
  * adapter costs no pass of its own over Y or dX: its part stands in the border of the matrix
@@ -7,8 +8,17 @@
  * border behind X (or dY); else, and for dX with dropout, whose mask does not factor, the adapter
  * is a product of its own.
  *
+ * Linears that read the same x are one such matrix (limits.joined), so that all is one product each
+ * way, where their y's (dy's) are columns of the same rows: N = the sum of their out forward, K for
+ * dX. Of the thin products, s X A^T of all adapters is one (with dropout, where each has an X of its
+ * own, one each), s dY B is one, since the B's stand block by block, and dA is one, whose rows then
+ * go from scratch to where each belongs (da_kernel); dB is one each. Whoever cannot be computed so
+ * is computed one by one, and a linear alone out of such a matrix as one without a border.
+ *
  * FLOPs: 2 T in out forward, the same for dX, and 2 T r in or 2 T r out for each of the six
- * products of rank r. What the thin ones read again: X for XA and for dA, dY for dY B and for dB.
+ * products of rank r; of n joined linears Y and dY B multiply with the zeros between the blocks, too,
+ * n - 1 times as much as with the B's. What the thin ones read again: X for XA and for dA, dY for
+ * dY B and for dB; joined linears read X once for all.
  *
  * xa is s A drop(x), bf16, whatever way was taken: each of forward and backward decides by itself.
  * Linears with a gain are DoRA's: dora.cu.
@@ -19,15 +29,15 @@
  * the same for its product, which starts from the rounded Y or dX. xa and s dY B to bf16; dA, dB
  * none.
  *
- * Registers on sm_80 to sm_120: bias_kernel 20 to 40, xa_kernel 30 to 32; no shared memory, no
- * spills.
+ * Registers on sm_80 to sm_120: bias_kernel 20 to 40, xa_kernel 22 to 28, da_kernel 24 to 28; no
+ * shared memory, no spills.
  */
 #include "kernels/cuda/bordered.cuh"
 #include "kernels/cuda/dora.cuh"
 #include "kernels/cuda/lora.cuh"
 #include "kernels/cuda/vector.cuh"
 
-/* ---- small kernels: what a product starts from, and xa out of its border ---- */
+/* ---- small kernels: what a product starts from, and what moves to where it is kept ---- */
 
 /* y = bias, or bias + residual (which y may be). */
 template <int WIDTH, typename T>
