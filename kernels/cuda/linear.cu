@@ -1,5 +1,5 @@
-/* The frozen linears, and linears as a layer has them: with adapter, bias and residual, one alone or
- * those that read the same x together.
+/* The frozen linears, and linears as a layer has them: with adapter, bias and residual, one alone
+ * or those that read the same x together.
  *
  * All is matrix products on bf16 matrices [out, in] that unit.cu provides. On an opened unit the
  * adapter costs no pass of its own over Y or dX: its part stands in the border of the matrix
@@ -10,15 +10,16 @@
  *
  * Linears that read the same x are one such matrix (limits.joined), so that all is one product each
  * way, where their y's (dy's) are columns of the same rows: N = the sum of their out forward, K for
- * dX. Of the thin products, s X A^T of all adapters is one (with dropout, where each has an X of its
- * own, one each), s dY B is one, since the B's stand block by block, and dA is one, whose rows then
- * go from scratch to where each belongs (da_kernel); dB is one each. Whoever cannot be computed so
- * is computed one by one, and a linear alone out of such a matrix as one without a border.
+ * dX. Of the thin products, s X A^T of all adapters is one (with dropout, where each has an X of
+ * its own, one each), s dY B is one, since the B's stand block by block, and dA is one, whose rows
+ * then go from scratch to where each belongs (da_kernel); dB is one each. Whoever cannot be
+ * computed so is computed one by one, and a linear alone out of such a matrix as one without a
+ * border.
  *
  * FLOPs: 2 T in out forward, the same for dX, and 2 T r in or 2 T r out for each of the six
- * products of rank r; of n joined linears Y and dY B multiply with the zeros between the blocks, too,
- * n - 1 times as much as with the B's. What the thin ones read again: X for XA and for dA, dY for
- * dY B and for dB; joined linears read X once for all.
+ * products of rank r; of n joined linears Y and dY B multiply with the zeros between the blocks,
+ * too, n - 1 times as much as with the B's. What the thin ones read again: X for XA and for dA, dY
+ * for dY B and for dB; joined linears read X once for all.
  *
  * xa is s A drop(x), bf16, whatever way was taken: each of forward and backward decides by itself.
  * Linears with a gain are DoRA's: dora.cu.

@@ -19,8 +19,8 @@
  *
  * A block reads, waits, computes and writes, so that what keeps memory busy is how many blocks a
  * multiprocessor has at different places of that. Of 13,312 quanta of Llama-3-8B's layer an H200
- * takes 1,056 at a time: 13 turns, of the last of which about two fifths are lost. (792 and 17 before
- * the border's places came ready made, which is what was measured.)
+ * takes 1,056 at a time: 13 turns, of the last of which about two fifths are lost. (792 and 17
+ * before the border's places came ready made, which is what was measured.)
  *
  * Registers on sm_80, 86, 89, 90a, 100, 120; no spills; 1088 bytes of shared memory:
  *     decode_kernel plain  32 40 40 32 40 47: 8 blocks a multiprocessor on sm_80 and 90a, 6 on
