@@ -135,9 +135,6 @@ static void make_part(linears *l, int i)
     cr_assert_not_null(p->unit.host.plain);
     qs_weight_decode(&l->unit.host.view, &p->unit.host.weight, 0, count, p->unit.host.plain);
     p->ad = adapter_make_one_of(b, c->rows, c->in, c->out[i], room, c->dropout, i);
-    if (c->rank[i] == 0) {
-        p->ad.device.a = p->ad.host.a = NULL;
-    }
     p->bias = make_vector(b, c->out[i], seed++);
     p->da = make_vector(b, room * c->in, seed++);
     p->db = make_vector(b, c->out[i] * room, seed++);
@@ -218,7 +215,7 @@ static void linears_open(const linears *l)
         limits.in[at] = c->in;
         limits.joined[at] = c->at->unit == SHIFTED ? at != 2 : c->at->unit != OWN_MATRICES && i > 0;
         w[at] = l->part[i].unit.weight;
-        lora[at] = l->part[i].ad.device;
+        lora[at] = c->rank[i] > 0 ? l->part[i].ad.device : (qs_lora){0};
         other[i] = adapter_make_one_of(b, c->rows, c->in, c->out[i], other_rank, 0.0F, 9);
         others[at] = other[i].device;
     }
