@@ -16,7 +16,7 @@
 
 #include "bench/kernels/cases.h"
 
-enum { N_LINEARS = 7, TOKENS_MAX = 8, NAME_BYTES = 64 };
+enum { N_LINEARS = 7, N_GROUPS = 4, TOKENS_MAX = 8, NAME_BYTES = 64 };
 
 typedef struct {
     int64_t hidden, kv, ffn, vocab, head_rows;
@@ -28,7 +28,7 @@ static const model_shape tiny = {128, 64, 192, 512, 128, 4, 2, 32, 2, 8};
 
 /* Times of one micro-batch of T tokens, seconds. */
 typedef struct {
-    double rmsnorm[2], rope, swiglu[2], attention[2], linear[N_LINEARS][2], head_chunk, head_finish;
+    double rmsnorm[2], rope, swiglu[2], attention[2], linears[N_GROUPS][2], head_chunk, head_finish;
 } layer_times;
 
 typedef struct {
@@ -49,7 +49,14 @@ typedef struct {
     int64_t count;
 } op_case;
 
-static const char *const linear_names[N_LINEARS] = {"q", "k", "v", "o", "gate", "up", "down"};
+/* A layer's linears in order; those that read the same x together, as a layer computes them. */
+typedef struct {
+    const char *name;
+    int first, count;
+} linear_group;
+
+static const linear_group groups[N_GROUPS] = {
+    {"q k v", 0, 3}, {"o", 3, 1}, {"gate up", 4, 2}, {"down", 6, 1}};
 
 static void linear_shape(const model_shape *s, int i, int64_t *out, int64_t *in)
 {
@@ -130,25 +137,34 @@ static qs_status bench_quantize(state *st)
 
 /* ---- linears ---- */
 
-/* FLOPs: the frozen product 2 out in T either way; LoRA's 2 r (in + out) T forward, 4 backward. */
-static qs_status bench_linear(state *st, int i)
+/* The product alone, once a shape. */
+static qs_status bench_frozen(state *st, int i, const char *name)
 {
     qs_bench_linear l;
-    char shape[NAME_BYTES], name[NAME_BYTES];
+    char shape[NAME_BYTES];
     QS_TRY(qs_bench_linear_make(&st->b, &l, &st->unit, i, st->tokens));
-    const double frozen = qs_bench_linear_flops(&l), lora = qs_bench_lora_flops(&l);
     (void)snprintf(shape, sizeof shape, "T %lld, %lld x %lld", (long long)st->tokens,
                    (long long)l.w->out, (long long)l.w->in);
-    if (i == 0 || i == 1 || i == 4 || i == 6) { /* the product alone, once a shape */
-        (void)snprintf(name, sizeof name, "linear %s", linear_names[i]);
-        QS_TRY(row(st, name, shape, QS_BENCH_MATMUL, frozen, qs_bench_linear_forward, &l, NULL));
-    }
-    (void)snprintf(name, sizeof name, "lora fwd %s", linear_names[i]);
-    QS_TRY(row(st, name, shape, QS_BENCH_MATMUL, frozen + lora, qs_bench_lora_forward, &l,
-               &st->times.linear[i][0]));
-    (void)snprintf(name, sizeof name, "lora bwd %s", linear_names[i]);
-    return row(st, name, shape, QS_BENCH_MATMUL, frozen + 2 * lora, qs_bench_lora_backward, &l,
-               &st->times.linear[i][1]);
+    return row(st, name, shape, QS_BENCH_MATMUL, qs_bench_linear_flops(&l), qs_bench_linear_forward,
+               &l, NULL);
+}
+
+/* FLOPs: the frozen product 2 out in T either way; LoRA's 2 r (in + out) T forward, 4 backward. */
+static qs_status bench_adapted(state *st, int g)
+{
+    const linear_group *group = &groups[g];
+    qs_bench_joined j;
+    char shape[NAME_BYTES], name[NAME_BYTES];
+    QS_TRY(qs_bench_joined_make(&st->b, &j, &st->unit, group->first, group->count, st->tokens));
+    const double frozen = qs_bench_joined_flops(&j), lora = qs_bench_joined_lora_flops(&j);
+    (void)snprintf(shape, sizeof shape, "T %lld, %lld x %lld", (long long)st->tokens,
+                   (long long)j.y.cols, (long long)j.x.cols);
+    (void)snprintf(name, sizeof name, "lora fwd %s", group->name);
+    QS_TRY(row(st, name, shape, QS_BENCH_MATMUL, frozen + lora, qs_bench_joined_forward, &j,
+               &st->times.linears[g][0]));
+    (void)snprintf(name, sizeof name, "lora bwd %s", group->name);
+    return row(st, name, shape, QS_BENCH_MATMUL, frozen + 2 * lora, qs_bench_joined_backward, &j,
+               &st->times.linears[g][1]);
 }
 
 /* ---- attention, head ---- */
@@ -363,9 +379,9 @@ static void print_sum(const state *st)
     const double layers = st->s.n_layers;
     double forward = 2 * t->rmsnorm[0] + 1.25 * t->rope + t->attention[0] + t->swiglu[0];
     double backward = 2 * t->rmsnorm[1] + 1.25 * t->rope + t->attention[1] + t->swiglu[1];
-    for (int i = 0; i < N_LINEARS; i++) {
-        forward += t->linear[i][0];
-        backward += t->linear[i][1];
+    for (int g = 0; g < N_GROUPS; g++) {
+        forward += t->linears[g][0];
+        backward += t->linears[g][1];
     }
     const double head =
         t->head_chunk * (double)st->s.vocab / (double)st->s.head_rows + t->head_finish;
@@ -411,6 +427,11 @@ static qs_ops_limits limits_of(const model_shape *s, int64_t tokens)
     for (int i = 0; i < N_LINEARS; i++) {
         linear_shape(s, i, &limits.out[i], &limits.in[i]);
     }
+    for (int g = 0; g < N_GROUPS; g++) {
+        for (int i = 1; i < groups[g].count; i++) {
+            limits.joined[groups[g].first + i] = true;
+        }
+    }
     return limits;
 }
 
@@ -434,8 +455,12 @@ static qs_status run_group(state *st, group g)
 
 static qs_status bench_linears(state *st)
 {
-    for (int i = 0; i < N_LINEARS; i++) {
-        QS_TRY(bench_linear(st, i));
+    QS_TRY(bench_frozen(st, 0, "linear q"));
+    QS_TRY(bench_frozen(st, 1, "linear k"));
+    QS_TRY(bench_frozen(st, 4, "linear gate"));
+    QS_TRY(bench_frozen(st, 6, "linear down"));
+    for (int g = 0; g < N_GROUPS; g++) {
+        QS_TRY(bench_adapted(st, g));
     }
     return QS_OK;
 }

@@ -55,6 +55,18 @@ typedef struct {
     const float *norm; /* [out] with gain: of the rows of W + s B A; no gradient passes it */
 } qs_lora;
 
+/** One of several linears that read the same x, with what belongs to it alone: as the arguments of
+ * linear_lora_forward and _backward. */
+typedef struct {
+    const qs_weight *w;
+    const float *bias; /* forward */
+    qs_lora lora;
+    qs_mat xa;
+    qs_mat y;    /* backward: dy */
+    qs_mat work; /* backward, as are da and db; the linears may share it */
+    float *da, *db;
+} qs_joined_linear;
+
 /** Geometry of one attention launch. q is [T, n_heads * head_dim], k and v are [T, n_kv_heads *
  * head_dim]. */
 typedef struct {
@@ -96,7 +108,7 @@ typedef struct {
  * sqrt(2 / pi) (g + 0.044715 g^3). Hendrycks & Gimpel 2016, arXiv:1606.08415. */
 typedef enum { QS_GLU_SILU, QS_GLU_GELU_TANH } qs_glu;
 
-enum { QS_OPS_LINEARS_MAX = 8 };
+enum { QS_OPS_LINEARS_MAX = 8, QS_OPS_JOINED_MAX = 3 };
 
 /** The largest that the operations will be asked for. */
 typedef struct {
@@ -111,6 +123,8 @@ typedef struct {
     int lora_rank; /* 0: no adapters */
     int n_linears; /* of a layer, which unit_open makes ready together */
     int64_t out[QS_OPS_LINEARS_MAX], in[QS_OPS_LINEARS_MAX];
+    bool joined[QS_OPS_LINEARS_MAX]; /* reads the x of the linear before it, with which it will be
+                                        given to linears_lora_*; up to QS_OPS_JOINED_MAX in a row */
     int kept_units; /* units whose decoded weights stay, beside those of the unit at hand */
     int64_t hidden;
     int64_t head_rows; /* of the largest chunk of the vocabulary */
@@ -119,6 +133,8 @@ typedef struct {
 typedef struct {
     const char *name;   /* "strict", "bf16", "fp16", "amx", "cuda" */
     qs_dtype act_dtype; /* of activations, of LoRA weights in compute, of what the ops multiply */
+    bool joins;         /* linears_lora_* can be one product for all: worth limits.joined, and y's
+                           side by side */
 
     /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
      * looked at)? If not, `why` gets one line: the field, its value, what
@@ -175,6 +191,18 @@ typedef struct {
                                       const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                       const qs_mat *dy, qs_mat *work, float *da, float *db,
                                       qs_mat *dx, bool accumulate);
+
+    /** The same of `count` linears of one unit that read the same x: linear_lora_forward of each,
+     * without a residual; linear_lora_backward of each, where dx, which may be NULL, is the sum for
+     * all. Where the operations join, the unit is open, limits.joined has the linears, their y's
+     * (dy's) are neighbouring columns of the rows of one matrix, and these and x have a border for
+     * each adapter behind them (`count` times border()), that is one product each way, and dx is
+     * rounded once; else they come one by one. */
+    qs_status (*linears_lora_forward)(qs_queue *q, const qs_unit_view *unit,
+                                      const qs_joined_linear *linears, int count, const qs_mat *x);
+    qs_status (*linears_lora_backward)(qs_queue *q, const qs_unit_view *unit,
+                                       const qs_joined_linear *linears, int count, const qs_mat *x,
+                                       qs_mat *dx, bool accumulate);
 
     /** DoRA: norm[i] of row i of W + s B A, of W alone without an adapter (lora->a NULL), and, with
      * `magnitude` [out], gain[i] = magnitude[i] / norm[i]; 0 where the row is zero. All fp32. */

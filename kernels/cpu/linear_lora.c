@@ -69,3 +69,28 @@ qs_status qs_linear_lora_backward_by(qs_queue *q, qs_products products, const qs
     return lora->a == NULL ? QS_OK
                            : qs_lora_backward_beside(q, &frozen, lora, x, xa, dy, work, da, db, dx);
 }
+
+qs_status qs_linears_lora_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                     const qs_joined_linear *linears, int count, const qs_mat *x)
+{
+    for (int i = 0; i < count; i++) {
+        const qs_joined_linear *l = &linears[i];
+        qs_mat xa = l->xa, y = l->y;
+        QS_TRY(qs_linear_lora_forward_by(q, products, unit, l->w, l->bias, NULL, &l->lora, x, &xa,
+                                         &y));
+    }
+    return QS_OK;
+}
+
+qs_status qs_linears_lora_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                      const qs_joined_linear *linears, int count, const qs_mat *x,
+                                      qs_mat *dx, bool accumulate)
+{
+    for (int i = 0; i < count; i++) {
+        const qs_joined_linear *l = &linears[i];
+        qs_mat work = l->work;
+        QS_TRY(qs_linear_lora_backward_by(q, products, unit, l->w, &l->lora, x, &l->xa, &l->y,
+                                          &work, l->da, l->db, dx, accumulate || i > 0));
+    }
+    return QS_OK;
+}

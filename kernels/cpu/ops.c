@@ -136,6 +136,18 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
         return qs_linear_lora_backward_by(q, products, unit, w, lora, x, xa, dy, work, da, db, dx, \
                                           accumulate);                                             \
     }                                                                                              \
+    static qs_status prefix##_linears_lora_forward(qs_queue *q, const qs_unit_view *unit,          \
+                                                   const qs_joined_linear *linears, int count,     \
+                                                   const qs_mat *x)                                \
+    {                                                                                              \
+        return qs_linears_lora_forward_by(q, products, unit, linears, count, x);                   \
+    }                                                                                              \
+    static qs_status prefix##_linears_lora_backward(qs_queue *q, const qs_unit_view *unit,         \
+                                                    const qs_joined_linear *linears, int count,    \
+                                                    const qs_mat *x, qs_mat *dx, bool accumulate)  \
+    {                                                                                              \
+        return qs_linears_lora_backward_by(q, products, unit, linears, count, x, dx, accumulate);  \
+    }                                                                                              \
     static qs_status prefix##_attention_forward(qs_queue *q, const qs_attention_shape *shape,      \
                                                 const qs_mat *qm, const qs_mat *km,                \
                                                 const qs_mat *vm, qs_mat *o, float *lse)           \
@@ -157,6 +169,8 @@ static qs_status unit_open(qs_queue *q, const qs_unit_view *unit, const qs_weigh
         .linear_backward = prefix##_linear_backward,                                               \
         .linear_lora_forward = prefix##_linear_lora_forward,                                       \
         .linear_lora_backward = prefix##_linear_lora_backward,                                     \
+        .linears_lora_forward = prefix##_linears_lora_forward,                                     \
+        .linears_lora_backward = prefix##_linears_lora_backward,                                   \
         .attention_forward = prefix##_attention_forward,                                           \
         .attention_backward = prefix##_attention_backward,                                         \
         COMMON,                                                                                    \

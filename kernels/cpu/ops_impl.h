@@ -104,6 +104,11 @@ qs_status qs_linear_lora_backward_by(qs_queue *q, qs_products products, const qs
                                      const qs_weight *w, const qs_lora *lora, const qs_mat *x,
                                      const qs_mat *xa, const qs_mat *dy, qs_mat *work, float *da,
                                      float *db, qs_mat *dx, bool accumulate);
+qs_status qs_linears_lora_forward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                     const qs_joined_linear *linears, int count, const qs_mat *x);
+qs_status qs_linears_lora_backward_by(qs_queue *q, qs_products products, const qs_unit_view *unit,
+                                      const qs_joined_linear *linears, int count, const qs_mat *x,
+                                      qs_mat *dx, bool accumulate);
 qs_status qs_attention_forward_by(qs_queue *q, qs_products products,
                                   const qs_attention_shape *shape, const qs_mat *qm,
                                   const qs_mat *km, const qs_mat *vm, qs_mat *o, float *lse);

@@ -15,7 +15,7 @@ typedef struct {
     int64_t border;
 } qs_bordered;
 
-/** The linear of an opened unit, if its adapter stands in the border. */
+/** The linear of an opened unit, if its adapter stands in the border of a matrix of its own. */
 static inline qs_bordered qs_bordered_linear(qs_queue *q, const qs_unit_view *unit,
                                              const qs_weight *w, const qs_lora *lora)
 {
@@ -26,7 +26,7 @@ static inline qs_bordered qs_bordered_linear(qs_queue *q, const qs_unit_view *un
     }
     const qs_cuda_linear *linear = qs_cuda_opened(context, unit, w);
     found.border = qs_border_width(context->limits.lora_rank);
-    if (linear != NULL && linear->bordered && lora->rank <= found.border) {
+    if (linear != NULL && linear->joined == 1 && linear->rank == lora->rank) {
         found.linear = linear;
     }
     return found;
@@ -39,7 +39,7 @@ static inline bool qs_bordered_fits(const qs_bordered *to, const qs_mat *mat)
            qs_border_usable((uintptr_t)mat->data, mat->cols, mat->stride, to->border);
 }
 
-/** Rows and columns of the bordered matrix. */
+/** Rows and columns of the bordered matrix that begins with this linear. */
 static inline qs_mat qs_bordered_part(const qs_cuda_linear *linear, int64_t row, int64_t rows,
                                       int64_t col, int64_t cols)
 {

@@ -6,6 +6,7 @@ const qs_ops *qs_ops_cuda(void)
     static const qs_ops table = {
         .name = "cuda",
         .act_dtype = QS_BF16,
+        .joins = true,
         .takes = qs_cuda_takes,
         .scratch_bytes = qs_cuda_scratch_bytes,
         .kept_bytes = qs_cuda_kept_bytes,
@@ -18,6 +19,8 @@ const qs_ops *qs_ops_cuda(void)
         .linear_backward = qs_cuda_linear_backward,
         .linear_lora_forward = qs_cuda_linear_lora_forward,
         .linear_lora_backward = qs_cuda_linear_lora_backward,
+        .linears_lora_forward = qs_cuda_linears_lora_forward,
+        .linears_lora_backward = qs_cuda_linears_lora_backward,
         .dora_norms = qs_cuda_dora_norms,
         .dora_backward = qs_cuda_dora_backward,
         .lora_forward = qs_cuda_lora_forward,

@@ -15,8 +15,12 @@ typedef struct {
     int64_t quantum; /* where it lies in its unit, among those of its kind */
     int64_t out, in;
     int64_t stride; /* in + border, rounded up to 128 bytes */
-    void *matrix;   /* bf16 [out + border, in + border] */
-    bool bordered;  /* the adapter's B and A stand in the border */
+    void *matrix;   /* bf16 [out, in] of a bordered matrix, which is that of the linears that it is
+                       joined with, too: */
+    int place, joined; /* which of them it is, and how many there are, with it */
+    int64_t border;    /* columns (and rows) of the adapters in that matrix, */
+    int64_t at;        /* the first one of this linear's, */
+    int rank;          /* and the rank; 0: none of its own */
 } qs_cuda_linear;
 
 /** Pieces of one allocation, made by open and used by one group of operations each. */
@@ -30,7 +34,7 @@ typedef struct {
     void *probabilities; /* bf16 [loss_rows, QS_CUDA_HEAD_SLICE] */
     void *attention;     /* scratch of the attention's backward */
     void *lora;          /* bf16 [tokens, widest] with dropout, else nothing */
-    void *lora_sum;      /* fp32 scratch of adapter gradients */
+    void *lora_sum;      /* fp32 [adapters, in]: gradients of the A's of joined linears */
     void *dora;          /* with DoRA a block of tokens (core/dora.h), else nothing */
     void *gemm_workspace;
     size_t single_bytes, attention_bytes, lora_bytes, lora_sum_bytes, gemm_workspace_bytes;
@@ -79,11 +83,14 @@ enum { QS_CUDA_GEMM_WORKSPACE_BYTES = 64 << 20 };
 /** Bytes of all slots but 0. */
 size_t qs_cuda_kept_bytes(const qs_ops_limits *limits);
 
+/** How many linears from number i on are one matrix. */
+int qs_cuda_joined(const qs_ops_limits *limits, int i);
+
 bool qs_cuda_takes(const qs_ops_limits *limits, char *why, size_t capacity);
 int64_t qs_cuda_border(int lora_rank);
 
-/** The table of the CUDA operations with name, act_dtype, takes, scratch_bytes, kept_bytes and
- * border alone: for planning where there is no plugin. Everything else in it is NULL. */
+/** The table of the CUDA operations with name, act_dtype, joins, takes, scratch_bytes, kept_bytes
+ * and border alone: for planning where there is no plugin. Everything else in it is NULL. */
 const qs_ops *qs_ops_cuda_sizes(void);
 
 /* ---- matrix products (gemm_lt.c: cuBLASLt) ---- */
@@ -141,6 +148,11 @@ qs_status qs_cuda_linear_lora_backward(qs_queue *q, const qs_unit_view *unit, co
                                        const qs_lora *lora, const qs_mat *x, const qs_mat *xa,
                                        const qs_mat *dy, qs_mat *work, float *da, float *db,
                                        qs_mat *dx, bool accumulate);
+qs_status qs_cuda_linears_lora_forward(qs_queue *q, const qs_unit_view *unit,
+                                       const qs_joined_linear *linears, int count, const qs_mat *x);
+qs_status qs_cuda_linears_lora_backward(qs_queue *q, const qs_unit_view *unit,
+                                        const qs_joined_linear *linears, int count, const qs_mat *x,
+                                        qs_mat *dx, bool accumulate);
 qs_status qs_cuda_dora_norms(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,
                              const qs_lora *lora, const float *magnitude, float *norm, float *gain);
 qs_status qs_cuda_dora_backward(qs_queue *q, const qs_unit_view *unit, const qs_weight *w,

@@ -43,12 +43,27 @@ static size_t aligned(size_t bytes)
     return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
+int qs_cuda_joined(const qs_ops_limits *limits, int i)
+{
+    int count = 1;
+    while (count < QS_OPS_JOINED_MAX && i + count < limits->n_linears &&
+           limits->joined[i + count]) {
+        count++;
+    }
+    return count;
+}
+
 size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits)
 {
     const int64_t border = qs_border_width(limits->lora_rank);
     size_t total = 0;
-    for (int i = 0; i < limits->n_linears; i++) {
-        total += qs_border_bytes(qs_border_elems(limits->out[i], limits->in[i], border));
+    for (int i = 0, count; i < limits->n_linears; i += count) {
+        int64_t out = 0;
+        count = qs_cuda_joined(limits, i);
+        for (int j = i; j < i + count; j++) {
+            out += limits->out[j];
+        }
+        total += qs_border_bytes(qs_border_elems(out, limits->in[i], count * border));
     }
     return aligned(total);
 }
@@ -86,8 +101,13 @@ size_t qs_cuda_lora_scratch(const qs_ops_limits *limits)
 
 size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits)
 {
-    (void)limits;
-    return 0; /* the products sum over all tokens by themselves */
+    const int64_t border = qs_border_width(limits->lora_rank);
+    int64_t most = 0; /* the products sum over all tokens by themselves */
+    for (int i = 0, count; i < limits->n_linears; i += count) {
+        count = qs_cuda_joined(limits, i);
+        most = qs_hd_max(most, count > 1 ? count * border * limits->in[i] : 0);
+    }
+    return (size_t)most * sizeof(float);
 }
 
 qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits)
@@ -139,6 +159,7 @@ const qs_ops *qs_ops_cuda_sizes(void)
     static const qs_ops table = {
         .name = "cuda",
         .act_dtype = QS_BF16,
+        .joins = true,
         .takes = qs_cuda_takes,
         .scratch_bytes = scratch_bytes,
         .kept_bytes = qs_cuda_kept_bytes,

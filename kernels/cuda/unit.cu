@@ -1,8 +1,9 @@
 /* From the bytes of a gathered unit to bf16 matrices.
  *
  * A layer that has arrived is decoded once, all its linears and their adapters' borders
- * (core/border.h) in one launch, and used by every micro-batch of the group (unit_open). Where
- * memory allows, layers have places of their own and stay decoded; then the launch fills the
+ * (core/border.h) in one launch, and used by every micro-batch of the group (unit_open). Linears
+ * that read the same x lie below each other in one bordered matrix (limits.joined). Where memory
+ * allows, layers have places of their own and stay decoded; then the launch fills the
  * borders alone. A weight outside of an opened unit is decoded, or copied, call by call.
  *
  * A weight is W = round(code * absmax) to its own type (Dettmers et al. 2023, arXiv:2305.14314,
@@ -18,12 +19,13 @@
  *
  * A block reads, waits, computes and writes, so that what keeps memory busy is how many blocks a
  * multiprocessor has at different places of that. Of 13,312 quanta of Llama-3-8B's layer an H200
- * takes 792 at a time: 17 turns, of the last of which about half is lost.
+ * takes 1,056 at a time: 13 turns, of the last of which about two fifths are lost. (792 and 17
+ * before the border's places came ready made, which is what was measured.)
  *
  * Registers on sm_80, 86, 89, 90a, 100, 120; no spills; 1088 bytes of shared memory:
- *     decode_kernel plain  40 40 40 40 47 47: 6 blocks a multiprocessor, 5 on sm_100 and 120, where
- *                          a limit of 40 registers spills
- *     other types, widths  48 48 48 48 44 48
+ *     decode_kernel plain  32 40 40 32 40 47: 8 blocks a multiprocessor on sm_80 and 90a, 6 on
+ *                          sm_86, 89 and 100, 5 on sm_120
+ *     other types, widths  48 48 48 48 40 48
  *     raw_kernel 1, 8      22 23 23 19 22 22, 24 22 22 24 22 22
  */
 #include "kernels/cuda/cuda_impl.cuh"
@@ -43,14 +45,14 @@ static_assert((int)QS_DECODE_BLOCKS == (int)QS_DECODE_THREADS, "a thread compute
 /* ---- borders ---- */
 
 typedef struct {
-    qs_bf16 *matrix;
+    qs_bf16 *matrix; /* the linear's part */
     const qs_bf16 *a, *b;
-    int64_t out, in, groups;
-    int rank;
+    int64_t groups;
+    qs_border_linear place;
 } border_linear;
 
 typedef struct {
-    int64_t border, groups;
+    int64_t groups;
     int count;
     border_linear linear[QS_OPS_LINEARS_MAX];
 } border_job;
@@ -100,8 +102,7 @@ static __device__ __forceinline__ uint4 border_group(const border_job &job, int6
         which++;
     }
     const border_linear *linear = &job.linear[which];
-    const qs_border_group group =
-        qs_border_group_at(local, linear->out, linear->in, job.border, linear->rank);
+    const qs_border_group group = qs_border_group_at(local, &linear->place);
     *to = linear->matrix + group.at;
     return load_border((group.source == QS_BORDER_B ? linear->b : linear->a) + group.from,
                        group.taken);
@@ -486,25 +487,51 @@ static uint8_t *slot_base(const qs_cuda_context *context, int slot)
     return slot == 0 ? (uint8_t *)context->decoded : (uint8_t *)context->kept + before;
 }
 
-/* Give each linear its piece of the slot. */
+/* How many weights from `w` on are one matrix: those that the limits join and that can be. */
+static int joined_weights(const qs_ops_limits *limits, const qs_weight *w, int i, int count)
+{
+    const int most = (int)qs_hd_min(qs_cuda_joined(limits, i), count - i);
+    int joined = 1;
+    while (joined < most && w[i + joined].in == w[i].in) {
+        joined++;
+    }
+    return joined;
+}
+
+/* Give linears i to i + joined the matrix that begins at `to`; its bytes. */
+static size_t place_joined(qs_cuda_context *context, const qs_weight *w, int i, int joined,
+                           uint8_t *to)
+{
+    const int64_t border = joined * qs_border_width(context->limits.lora_rank);
+    const int64_t stride = qs_border_stride(w[i].in, border);
+    int64_t out = 0;
+    for (int j = 0; j < joined; j++) {
+        qs_cuda_linear *linear = &context->linears[i + j];
+        *linear = {};
+        linear->kind = w[i + j].kind;
+        linear->quantum = w[i + j].quantum;
+        linear->out = w[i + j].out;
+        linear->in = w[i + j].in;
+        linear->stride = stride;
+        linear->matrix = (qs_bf16 *)to + out * stride;
+        linear->place = j;
+        linear->joined = joined;
+        out += w[i + j].out;
+    }
+    return qs_border_bytes(qs_border_elems(out, w[i].in, border));
+}
+
+/* Give all of a unit their pieces of the slot. */
 static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int count, int slot)
 {
-    const int64_t border = qs_border_width(context->limits.lora_rank);
     size_t at = 0;
     if (count > QS_OPS_LINEARS_MAX || slot < 0 || slot > context->limits.kept_units) {
         return QS_FAIL(QS_ERR_BUG, "a unit of %d linears in slot %d", count, slot);
     }
     uint8_t *base = slot_base(context, slot);
-    for (int i = 0; i < count; i++) {
-        qs_cuda_linear *linear = &context->linears[i];
-        linear->kind = w[i].kind;
-        linear->quantum = w[i].quantum;
-        linear->out = w[i].out;
-        linear->in = w[i].in;
-        linear->stride = qs_border_stride(w[i].in, border);
-        linear->matrix = base + at;
-        linear->bordered = false;
-        at += qs_border_bytes(qs_border_elems(w[i].out, w[i].in, border));
+    for (int i = 0, joined; i < count; i += joined) {
+        joined = joined_weights(&context->limits, w, i, count);
+        at += place_joined(context, w, i, joined, base + at);
     }
     if (at > qs_cuda_decoded_bytes(&context->limits)) {
         return QS_FAIL(QS_ERR_BUG, "a unit of %zu decoded bytes is larger than the limits say", at);
@@ -512,27 +539,42 @@ static qs_status place_linears(qs_cuda_context *context, const qs_weight *w, int
     return QS_OK;
 }
 
-/* Those of the adapters that fit; `lora` NULL: none. */
+/* Adapters that fit get their places at the edges of the matrix that begins with `first`, one
+ * behind the other, and the job what to fill in there. */
+static void plan_border(qs_cuda_linear *first, const qs_lora *lora, int64_t width, border_job *job)
+{
+    int64_t border = 0, below = 0;
+    for (int i = 0; i < first->joined; i++) {
+        const bool fits = lora[i].a != NULL && lora[i].rank <= width;
+        first[i].rank = fits ? lora[i].rank : 0;
+        first[i].at = border;
+        border += fits ? width : 0;
+        below += first[i].out;
+    }
+    for (int i = 0; border > 0 && i < first->joined; i++) {
+        border_linear *to = &job->linear[job->count++];
+        qs_cuda_linear *l = &first[i];
+        l->border = border;
+        to->matrix = (qs_bf16 *)l->matrix;
+        to->a = l->rank > 0 ? (const qs_bf16 *)lora[i].a : to->matrix; /* no one reads the latter */
+        to->b = l->rank > 0 ? (const qs_bf16 *)lora[i].b : to->matrix;
+        to->place = {l->out,     l->in,         l->stride,
+                     border,     below + l->at, l->rank > 0 ? (int)width : 0,
+                     (int)l->at, l->rank};
+        to->groups = qs_border_groups(&to->place);
+        job->groups += to->groups;
+        below -= l->out;
+    }
+}
+
+/* `lora` NULL: no adapters. */
 static void plan_borders(qs_cuda_context *context, const qs_lora *lora, int count, border_job *job)
 {
-    job->border = qs_border_width(context->limits.lora_rank);
+    const int64_t width = qs_border_width(context->limits.lora_rank);
     job->groups = 0;
     job->count = 0;
-    for (int i = 0; lora != NULL && i < count; i++) {
-        qs_cuda_linear *linear = &context->linears[i];
-        if (lora[i].a == NULL || lora[i].rank > job->border) {
-            continue;
-        }
-        border_linear *to = &job->linear[job->count++];
-        to->matrix = (qs_bf16 *)linear->matrix;
-        to->a = (const qs_bf16 *)lora[i].a;
-        to->b = (const qs_bf16 *)lora[i].b;
-        to->out = linear->out;
-        to->in = linear->in;
-        to->rank = lora[i].rank;
-        to->groups = qs_border_groups(linear->out, linear->in, job->border);
-        job->groups += to->groups;
-        linear->bordered = true;
+    for (int i = 0; lora != NULL && i < count; i += context->linears[i].joined) {
+        plan_border(&context->linears[i], lora + i, width, job);
     }
 }
 

@@ -92,8 +92,8 @@ static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts
 static void carve_gate_and_up(const qs_model *m, arena *block, qs_layer_acts *acts)
 {
     const int64_t t = m->shape.max_tokens, ffn = m->config->ffn_hidden;
-    if (m->config->fused) {
-        acts->gate = take_bordered(m, block, t, 2 * ffn);
+    if (m->gate_up_width > 0) {
+        acts->gate = take_acts(m, block, t, m->gate_up_width + m->gate_up_border);
         acts->up = qs_model_beside(m, acts->gate, ffn);
         return;
     }
@@ -171,7 +171,7 @@ static void carve_work(qs_model *m, arena *block)
     const int64_t hidden = m->config->hidden, ffn = m->config->ffn_hidden;
     const int lora_rank = m->layout != NULL ? m->layout->lora_rank : 0;
     qs_model_work *w = &m->work;
-    w->norm = take_bordered(m, block, t, hidden);
+    w->norm = take_acts(m, block, t, hidden + m->norm_border);
     w->act = take_bordered(m, block, t, ffn);
     w->rows = take_stream(m, block, r);
     w->logits = take_floats(block, m->shape.logit_rows * m->shape.head_chunk_rows);
@@ -182,7 +182,7 @@ static void carve_work(qs_model *m, arena *block)
             w->d_branch = take_bordered(m, block, t, hidden);
         }
         w->d_o = take_acts(m, block, t, m->q_width);
-        take_qkv(m, block, m->border, &w->d_q, &w->d_k, &w->d_v);
+        take_qkv(m, block, m->qkv_border, &w->d_q, &w->d_k, &w->d_v);
         if (m->config->qk_norm) {
             w->d_q_in = take_acts(m, block, t, m->q_width);
             w->d_k_in = take_acts(m, block, t, m->kv_width);

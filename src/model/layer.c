@@ -16,7 +16,8 @@
  *
  * Phi-3 has one linear for q, k and v and one for gate and up, which adapters and quantization take
  * as one: the operations behind them read columns of its rows, and their gradients meet in the rows
- * of one matrix, so that nothing is copied together or apart. */
+ * of one matrix, so that nothing is copied together or apart. The same rows make the linears of
+ * other models one product, where the operations join (qs_ops.joins). */
 #include "model/model_impl.h"
 
 qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border)
@@ -169,32 +170,86 @@ static qs_status linear_forward(const qs_layer_call *call, qs_linear linear, con
     return linear_to(call, linear, x, NULL, &to);
 }
 
-/* dx (+)= dy W + adapter, and the adapter's gradients. dx NULL: only the latter. */
-static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
-                                 const qs_mat *dy, qs_mat *dx, bool accumulate, float *grad)
+/* Linears that read the same x, and their results or the gradients of these. */
+typedef struct {
+    int count;
+    qs_linear linear[QS_OPS_JOINED_MAX];
+    qs_mat y[QS_OPS_JOINED_MAX];
+} siblings;
+
+/* What the operations want of them; grad NULL: only what the forward does. */
+static void describe(const qs_layer_call *call, const siblings *s, float *grad,
+                     qs_joined_linear *out)
+{
+    const qs_model *m = call->model;
+    const qs_layer_params *p = params_of(call);
+    for (int i = 0; i < s->count; i++) {
+        const qs_linear linear = s->linear[i];
+        const qs_lora lora = adapter_of(call, linear);
+        out[i] = (qs_joined_linear){.w = &p->linear[linear],
+                                    .bias = p->bias[linear],
+                                    .lora = lora,
+                                    .xa = tokens_by(call, call->acts->xa[linear], lora.rank),
+                                    .y = s->y[i]};
+        if (grad != NULL && lora.a != NULL) {
+            out[i].work = tokens_by(call, m->work.lora, lora.rank);
+            out[i].da = grad + m->layout->a_at[linear];
+            out[i].db = grad + m->layout->b_at[linear];
+        }
+    }
+}
+
+static qs_status linears_forward(const qs_layer_call *call, const siblings *s, const qs_mat *x)
+{
+    const qs_model *m = call->model;
+    qs_joined_linear joined[QS_OPS_JOINED_MAX];
+    describe(call, s, NULL, joined);
+    QS_TRY(m->ops->linears_lora_forward(m->queue, call->unit, joined, s->count, x));
+    for (int i = 0; i < s->count; i++) {
+        count_linear(call, s->linear[i], 1, frozen_twice(&joined[i].lora));
+    }
+    return QS_OK;
+}
+
+/* The gradient of the magnitudes; FLOPs of a linear's backward, with `dx` that of its input. */
+static qs_status finish_backward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
+                                 const qs_joined_linear *l, bool dx, float *grad)
 {
     qs_model *m = call->model;
-    const qs_weight *w = &params_of(call)->linear[linear];
-    const qs_lora lora = adapter_of(call, linear);
-    const bool adapted = lora.a != NULL;
-    qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
-    qs_mat scratch = tokens_by(call, m->work.lora, lora.rank);
-    float *da = adapted ? grad + m->layout->a_at[linear] : NULL;
-    float *db = adapted ? grad + m->layout->b_at[linear] : NULL;
-    QS_TRY(m->ops->linear_lora_backward(m->queue, call->unit, w, &lora, x, &xa, dy, &scratch, da,
-                                        db, dx, accumulate));
-    if (lora.gain != NULL) {
-        QS_TRY(m->ops->dora_backward(m->queue, call->unit, w, &lora, x, &xa, dy,
+    if (l->lora.gain != NULL) {
+        QS_TRY(m->ops->dora_backward(m->queue, call->unit, l->w, &l->lora, x, &l->xa, &l->y,
                                      grad + m->layout->m_at[linear]));
         count_linear(call, linear, 0, 1);
     }
-    if (adapted) {
-        m->flops += 2.0 * (double)call->batch->n_tokens * (double)(w->out + w->in) * lora.rank;
+    if (l->lora.a != NULL) {
+        m->flops +=
+            2.0 * (double)call->batch->n_tokens * (double)(l->w->out + l->w->in) * l->lora.rank;
     }
-    if (dx != NULL) {
-        count_linear(call, linear, 1, frozen_twice(&lora));
+    if (dx) {
+        count_linear(call, linear, 1, frozen_twice(&l->lora));
     }
     return QS_OK;
+}
+
+/* dx = the sum of dy W + adapter, and the adapters' gradients. dx NULL: only the latter. */
+static qs_status linears_backward(const qs_layer_call *call, const siblings *s, const qs_mat *x,
+                                  qs_mat *dx, float *grad)
+{
+    const qs_model *m = call->model;
+    qs_joined_linear joined[QS_OPS_JOINED_MAX];
+    describe(call, s, grad, joined);
+    QS_TRY(m->ops->linears_lora_backward(m->queue, call->unit, joined, s->count, x, dx, false));
+    for (int i = 0; i < s->count; i++) {
+        QS_TRY(finish_backward(call, s->linear[i], x, &joined[i], dx != NULL, grad));
+    }
+    return QS_OK;
+}
+
+static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, const qs_mat *x,
+                                 const qs_mat *dy, qs_mat *dx, float *grad)
+{
+    const siblings alone = {1, {linear}, {*dy}};
+    return linears_backward(call, &alone, x, dx, grad);
 }
 
 /* x, of the stream or what a branch gave, through a norm into work.norm, which is also what *norm
@@ -203,7 +258,7 @@ static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const 
                               float *rstd, qs_mat *norm)
 {
     const qs_model *m = call->model;
-    *norm = bordered(call, m->work.norm, m->config->hidden);
+    *norm = columns(call, m->work.norm, m->config->hidden, m->config->hidden + m->norm_border);
     return m->ops->rmsnorm_forward(m->queue, x, w, m->config->rms_norm_eps, rstd, norm);
 }
 
@@ -331,6 +386,17 @@ static qkv_mats kept_qkv(const qs_layer_call *call)
                       columns(call, acts->v, m->kv_width, row > 0 ? row : m->kv_width)};
 }
 
+/* The linears that make q, k and v, or what the norms of heads go over. */
+static siblings of_qkv(const qs_layer_call *call, const qkv_mats *x, int64_t border)
+{
+    const qs_model *m = call->model;
+    if (m->config->fused) {
+        return (siblings){
+            1, {QS_QKV}, {columns(call, x->q.data, m->qkv_width, m->qkv_width + border)}};
+    }
+    return (siblings){3, {QS_Q, QS_K, QS_V}, {x->q, x->k, x->v}};
+}
+
 /* norm -> q, k, v */
 static qs_status project(const qs_layer_call *call, const qs_mat *norm)
 {
@@ -338,12 +404,13 @@ static qs_status project(const qs_layer_call *call, const qs_mat *norm)
     const qs_layer_params *p = params_of(call);
     const qs_hf_config *cfg = call->model->config;
     const bool normed = p->q_norm != NULL;
-    if (cfg->fused) {
-        return linear_forward(call, QS_QKV, norm, acts->q);
+    qkv_mats to = kept_qkv(call);
+    if (normed) {
+        to.q.data = acts->q_in;
+        to.k.data = acts->k_in;
     }
-    QS_TRY(linear_forward(call, QS_Q, norm, normed ? acts->q_in : acts->q));
-    QS_TRY(linear_forward(call, QS_K, norm, normed ? acts->k_in : acts->k));
-    QS_TRY(linear_forward(call, QS_V, norm, acts->v));
+    const siblings s = of_qkv(call, &to, 0);
+    QS_TRY(linears_forward(call, &s, norm));
     if (normed) {
         QS_TRY(head_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
         QS_TRY(head_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
@@ -375,22 +442,30 @@ static qs_status attention_half(const qs_layer_call *call)
 static qs_mat half_of_glu(const qs_layer_call *call, void *data)
 {
     const qs_model *m = call->model;
-    const int64_t ffn = m->config->ffn_hidden;
-    return columns(call, data, ffn, m->config->fused ? 2 * ffn + m->border : ffn);
+    const int64_t ffn = m->config->ffn_hidden, row = m->gate_up_width + m->gate_up_border;
+    return columns(call, data, ffn, m->gate_up_width > 0 ? row : ffn);
+}
+
+/* The linears that make gate and up, and these or their gradients. */
+static siblings of_gate_and_up(const qs_layer_call *call, const qs_mat *gate, const qs_mat *up)
+{
+    const qs_model *m = call->model;
+    if (m->config->fused) {
+        return (siblings){
+            1, {QS_GATE_UP}, {columns(call, gate->data, m->gate_up_width, gate->stride)}};
+    }
+    return (siblings){2, {QS_GATE, QS_UP}, {*gate, *up}};
 }
 
 /* x2 -> gate, up */
 static qs_status gate_and_up(const qs_layer_call *call)
 {
-    const qs_hf_config *cfg = call->model->config;
+    const qs_mat gates = half_of_glu(call, call->acts->gate);
+    const qs_mat up = half_of_glu(call, call->acts->up);
+    const siblings s = of_gate_and_up(call, &gates, &up);
     qs_mat norm;
     QS_TRY(norm2_forward(call, &norm));
-    if (cfg->fused) {
-        qs_mat both = bordered(call, call->acts->gate, 2 * cfg->ffn_hidden);
-        return linear_to(call, QS_GATE_UP, &norm, NULL, &both);
-    }
-    QS_TRY(linear_forward(call, QS_GATE, &norm, call->acts->gate));
-    return linear_forward(call, QS_UP, &norm, call->acts->up);
+    return linears_forward(call, &s, &norm);
 }
 
 static qs_glu glu_of(const qs_model *m)
@@ -445,25 +520,21 @@ qs_status qs_layer_recompute(const qs_layer_call *call)
     }
 }
 
-/* gate, up and the gradient of what they give -> d_norm, which is what *d_norm describes. Made by
- * linears of their own, d_gate takes the place of d_act and d_up that of act; made by one, they
- * take those of gate and up, side by side. Nobody needs any of these any more. */
+/* gate, up and the gradient of what they give -> d_norm, which is what *d_norm describes. In
+ * matrices of their own, d_gate takes the place of d_act and d_up that of act; in the rows of one,
+ * they take those of gate and up. Nobody needs any of these any more. */
 static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *act, float *grad,
                               qs_mat *d_norm)
 {
     const qs_model *m = call->model;
-    const bool fused = m->config->fused;
+    const bool in_rows = m->gate_up_width > 0;
     qs_mat gates = half_of_glu(call, call->acts->gate), up = half_of_glu(call, call->acts->up);
-    qs_mat *d_gate = fused ? &gates : d_act, *d_up = fused ? &up : act, norm;
+    qs_mat *d_gate = in_rows ? &gates : d_act, *d_up = in_rows ? &up : act, norm;
     QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, d_act, d_gate, d_up));
     QS_TRY(norm2_forward(call, &norm));
     *d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
-    if (fused) {
-        const qs_mat both = bordered(call, call->acts->gate, 2 * m->config->ffn_hidden);
-        return linear_backward(call, QS_GATE_UP, &norm, &both, d_norm, false, grad);
-    }
-    QS_TRY(linear_backward(call, QS_GATE, &norm, d_gate, d_norm, false, grad));
-    return linear_backward(call, QS_UP, &norm, d_up, d_norm, true, grad);
+    const siblings s = of_gate_and_up(call, d_gate, d_up);
+    return linears_backward(call, &s, &norm, d_norm, grad);
 }
 
 /* dx (of the layer's output) -> dx (of x2): the MLP's branch is added to what passes by. */
@@ -475,7 +546,7 @@ static qs_status backward_mlp(const qs_layer_call *call, qs_mat *dx, float *grad
     qs_mat d_act = bordered(call, m->work.d_act, m->config->ffn_hidden);
     QS_TRY(gate(call, &act));
     QS_TRY(part(call, dx, params_of(call)->post2, acts->branch2, acts->rstd_post2, &d_down));
-    QS_TRY(linear_backward(call, QS_DOWN, &act, &d_down, &d_act, false, grad));
+    QS_TRY(linear_backward(call, QS_DOWN, &act, &d_down, &d_act, grad));
     QS_TRY(backward_glu(call, &d_act, &act, grad, &d_norm));
     return norm_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
 }
@@ -486,7 +557,7 @@ static qkv_mats gradients_of_qkv(const qs_layer_call *call)
 {
     const qs_model *m = call->model;
     const qs_model_work *work = &m->work;
-    const int64_t row = m->qkv_width + m->border;
+    const int64_t row = m->qkv_width + m->qkv_border;
     if (m->qkv_width > 0) {
         return (qkv_mats){columns(call, work->d_q, m->q_width, row),
                           columns(call, work->d_k, m->kv_width, row),
@@ -496,20 +567,6 @@ static qkv_mats gradients_of_qkv(const qs_layer_call *call)
     return (qkv_mats){columns(call, work->d_q, m->q_width, m->q_width + border),
                       columns(call, work->d_k, m->kv_width, m->kv_width + border),
                       bordered(call, work->d_v, m->kv_width)};
-}
-
-/* The backward of project, after the norms of heads: adds to nothing. */
-static qs_status backward_project(const qs_layer_call *call, const qkv_mats *d, const qs_mat *norm,
-                                  qs_mat *d_norm, float *grad)
-{
-    const qs_model *m = call->model;
-    if (m->config->fused) {
-        const qs_mat all = bordered(call, d->q.data, m->qkv_width);
-        return linear_backward(call, QS_QKV, norm, &all, d_norm, false, grad);
-    }
-    QS_TRY(linear_backward(call, QS_Q, norm, &d->q, d_norm, false, grad));
-    QS_TRY(linear_backward(call, QS_K, norm, &d->k, d_norm, true, grad));
-    return linear_backward(call, QS_V, norm, &d->v, d_norm, true, grad);
 }
 
 /* dx (of x2) -> dx (of x). Below the first layer nothing is trained, so its dx is not computed. */
@@ -525,7 +582,7 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     qkv_mats d = gradients_of_qkv(call);
     qs_mat d_attention;
     QS_TRY(part(call, dx, p->post1, acts->branch1, acts->rstd_post1, &d_attention));
-    QS_TRY(linear_backward(call, QS_O, &o, &d_attention, &d_o, false, grad));
+    QS_TRY(linear_backward(call, QS_O, &o, &d_attention, &d_o, grad));
 
     const qs_attention_shape shape = attention_shape(call);
     QS_TRY(m->ops->attention_backward(m->queue, &shape, &x.q, &x.k, &x.v, &o, acts->lse, &d_o,
@@ -543,7 +600,8 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     qs_mat norm, d_norm = tokens_by(call, work->d_norm, m->config->hidden);
     qs_mat *wanted = call->layer > 0 ? &d_norm : NULL;
     QS_TRY(norm1_forward(call, &norm));
-    QS_TRY(backward_project(call, &d, &norm, wanted, grad));
+    const siblings s = of_qkv(call, &d, m->qkv_border);
+    QS_TRY(linears_backward(call, &s, &norm, wanted, grad));
     return wanted != NULL ? norm_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
                           : QS_OK;
 }

@@ -10,7 +10,27 @@
 #include "model/model_impl.h"
 #include "model/offload.h"
 
-static void set_widths(qs_model *m)
+bool qs_model_joins(const qs_hf_config *config, bool dora, qs_linear linear)
+{
+    const bool of_qkv = linear == QS_K || linear == QS_V;
+    return !config->fused && !dora && (linear == QS_UP || (of_qkv && !config->qk_norm));
+}
+
+/* q, k and v share the rows of one matrix where one linear makes them, or one product does for all;
+ * then each of these linears has an adapter, which wants a border. So do gate and up. */
+static void set_rows(qs_model *m)
+{
+    const bool fused = m->config->fused, dora = m->layout != NULL && m->layout->dora;
+    const bool qkv = m->ops->joins && qs_model_joins(m->config, dora, QS_K);
+    const bool gate_up = m->ops->joins && qs_model_joins(m->config, dora, QS_UP);
+    m->qkv_width = fused || qkv ? m->q_width + 2 * m->kv_width : 0;
+    m->gate_up_width = fused || gate_up ? 2 * m->config->ffn_hidden : 0;
+    m->qkv_border = (qkv ? 3 : 1) * m->border;
+    m->gate_up_border = (gate_up ? 2 : 1) * m->border;
+    m->norm_border = m->qkv_border > m->gate_up_border ? m->qkv_border : m->gate_up_border;
+}
+
+void qs_model_set_widths(qs_model *m)
 {
     m->act_bytes = qs_dtype_bytes(m->ops->act_dtype);
     m->stream_dtype = m->shape.residual_f32 ? QS_F32 : m->ops->act_dtype;
@@ -18,7 +38,7 @@ static void set_widths(qs_model *m)
     m->border = m->layout != NULL ? m->ops->border(m->layout->lora_rank) : 0;
     m->q_width = (int64_t)m->config->n_heads * m->config->head_dim;
     m->kv_width = (int64_t)m->config->n_kv_heads * m->config->head_dim;
-    m->qkv_width = m->config->fused ? m->q_width + 2 * m->kv_width : 0;
+    set_rows(m);
 }
 
 qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *layout,
@@ -26,7 +46,7 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
 {
     qs_model m = {.config = config, .layout = layout, .ops = ops, .shape = *shape};
     qs_model_bytes bytes = {0};
-    set_widths(&m);
+    qs_model_set_widths(&m);
     qs_model_carve(&m, &bytes.activation_bytes, &bytes.work_bytes);
     int64_t biases = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
@@ -83,7 +103,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     m->lora = lora;
     m->dora.magnitude = magnitudes;
     m->shape = *shape;
-    set_widths(m);
+    qs_model_set_widths(m);
     QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
     QS_GOTO(qs_model_load_params(m));
     QS_GOTO(qs_slots_create(m));

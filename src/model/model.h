@@ -63,6 +63,11 @@ qs_status qs_model_magnitudes(qs_model *model, qs_range elements, int64_t stride
  */
 int qs_model_kept_units(const qs_hf_config *config, const qs_model_shape *shape);
 
+/** Does this linear of a layer read the x of the one before it, and can they be one product
+ * (qs_ops_limits.joined)? Not with norms of heads, which want q and k apart, nor with DoRA, whose
+ * gains come between. */
+bool qs_model_joins(const qs_hf_config *config, bool dora, qs_linear linear);
+
 /** Bytes that qs_model_create will allocate on the device, by class, for the plan; and, with
  * `offload`, in pinned host memory. */
 typedef struct {

@@ -26,11 +26,11 @@ typedef struct {
     void *q_in, *k_in;       /* [T, q width], [T, kv width] before the norm of the heads, where
                                 there is one; else NULL */
     float *rstd_q, *rstd_k;  /* [T, heads] of that norm */
-    void *q, *k, *v;         /* after RoPE; a row of one matrix where one linear makes them */
+    void *q, *k, *v;         /* after RoPE; with qkv_width rows of one matrix */
     void *o;                 /* [T, q width + border] attention output */
     float *lse;              /* [n_heads, T] */
     void *x2;                /* [T, hidden] after attention, of the stream */
-    void *gate, *up;         /* [T, ffn]; or [T, 2 ffn + border], where one linear makes them */
+    void *gate, *up;         /* [T, ffn]; or [T, gate_up_width + gate_up_border] */
     void *branch1, *branch2; /* [T, hidden] of attention and MLP before the norm behind them, where
                                 there is one; else NULL */
     float *rstd_post1, *rstd_post2; /* [T] of that norm */
@@ -39,15 +39,16 @@ typedef struct {
 
 /** Scratch shared by all layers and micro-batches. */
 typedef struct {
-    void *norm;            /* [T, hidden + border] */
+    void *norm;            /* [T, hidden + norm_border] */
     void *act;             /* [T, ffn + border] */
     void *d_act;           /* [T, ffn + border] */
     void *d_norm;          /* [T, hidden] */
     void *d_branch;        /* [T, hidden + border] where there are norms behind the branches */
     void *d_o;             /* [T, q width] */
-    void *d_q;             /* [T, q width + border]; no border where heads are normed */
+    void *d_q;             /* [T, q width + border]; no border where heads are normed; or with k and
+                              v [T, qkv_width + qkv_border] */
     void *d_q_in, *d_k_in; /* [T, q width], [T, kv width] where they are */
-    void *d_k, *d_v;       /* [T, kv width + border]; or with d_q a row of one matrix */
+    void *d_k, *d_v;       /* [T, kv width + border] */
     float *delta;          /* [n_heads, T] */
     void *lora;            /* [T, lora_rank] */
     void *rows;            /* [R, hidden] of the stream */
@@ -121,10 +122,14 @@ struct qs_model {
     qs_model_shape shape;
     int64_t q_width, kv_width;
     int64_t qkv_width;     /* of a row that holds q, k and v; 0: a matrix each */
-    int64_t border;        /* columns */
-    size_t act_bytes;      /* of one element of act_dtype */
-    qs_dtype stream_dtype; /* of the residual stream: act_dtype, or fp32 */
-    size_t stream_bytes;   /* of one element of it */
+    int64_t gate_up_width; /* of one that holds gate and up; 0: likewise */
+    int64_t border;        /* columns behind the operand of a linear, for its adapter */
+    int64_t qkv_border, gate_up_border; /* the same behind gradients of q, k and v, of gate and up:
+                                           of each matrix, or of the one that holds all */
+    int64_t norm_border;                /* behind the outputs of norms, which all of these read */
+    size_t act_bytes;                   /* of one element of act_dtype */
+    qs_dtype stream_dtype;              /* of the residual stream: act_dtype, or fp32 */
+    size_t stream_bytes;                /* of one element of it */
 
     int *order; /* [3 n_units] of the pass at hand */
     qs_layer_params *layers;
@@ -232,6 +237,10 @@ qs_status qs_head_end(qs_model *model, qs_micro_acts *micro, int64_t n_tokens, f
 
 /** Their sum, fp64 in row order, once the queue has passed. */
 double qs_head_loss(const qs_micro_acts *micro);
+
+/** Element types, widths and borders of a model's rows, from its configuration, adapters and
+ * operations. */
+void qs_model_set_widths(qs_model *model);
 
 /** Lay out all buffers of a model: with model->activation_block NULL only the sizes are computed.
  */

@@ -253,6 +253,7 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
         if (qs_linears(model->fused) >> i & 1) {
             const int n = limits.n_linears++;
             qs_linear_shape(model, (qs_linear)i, &limits.out[n], &limits.in[n]);
+            limits.joined[n] = qs_model_joins(model, limits.dora, (qs_linear)i);
             limits.widest = larger(limits.widest, larger(limits.out[n], limits.in[n]));
         }
     }

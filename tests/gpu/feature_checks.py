@@ -18,7 +18,7 @@ import time
 from runs import (EMULATED, SEED_MADE_LIMIT, SHORT, Case, Failed, NotHere, bench_of, lines_of, losses, oracle_case, quantize, same_run,
                   several_ranks, tiny_case)
 
-SAMPLED = 0.75  # of the continuations, at least, are the CPU's: bf16 may turn two tokens that are nearly as likely
+OTHERS = 0.25  # of the continuations, or one, may not be the CPU's: bf16 may turn two tokens that are nearly as likely
 
 
 def the_case(bench):
@@ -99,7 +99,7 @@ def samples(bench, case):
     if not ours or len(ours) != len(cpus):
         raise Failed(f"{len(ours)} continuations, on the CPU {len(cpus)}")
     equal = sum(a == b for a, b in zip(ours, cpus))
-    if equal < math.ceil(SAMPLED * len(cpus)):
+    if len(cpus) - equal > max(1, math.floor(OTHERS * len(cpus))):
         raise Failed(f"{equal} of {len(cpus)} continuations are the CPU's")
     if continuations(bench, case, "cuda") == ours:
         raise Failed("without the adapter the text is the same")

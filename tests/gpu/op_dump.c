@@ -13,7 +13,7 @@
 #include "backend/plugin.h"
 #include "quant/nf4.h"
 
-enum { BUFFERS_MAX = 128, PATH_BYTES = 512 };
+enum { BUFFERS_MAX = 128, PATH_BYTES = 512, JOINED = 3 };
 
 typedef struct {
     const char *dir, *op; /* op: of the files written now */
@@ -274,6 +274,87 @@ static qs_status dump_linear(dump *d)
     return QS_OK;
 }
 
+/* Rows of q, k and v, whole quanta each. */
+static int64_t joined_out(const dump *d, int i)
+{
+    return i > 0 ? 256 : d->small ? 512 : 1024;
+}
+
+/* Adapter i of the linears that read one x, and what its gradients are written to. */
+static qs_status joined_adapter(dump *d, int i, int64_t t, qs_joined_linear *l, qs_mat *da,
+                                qs_mat *db)
+{
+    static const char *const names[JOINED][2] = {{"a0", "b0"}, {"a1", "b1"}, {"a2", "b2"}};
+    const int rank = 16;
+    qs_mat a, b;
+    QS_TRY(input(d, names[i][0], d->ops->act_dtype, rank, l->w->in, 0, 0.03F, &a));
+    QS_TRY(input(d, names[i][1], d->ops->act_dtype, l->w->out, rank, 0, 0.03F, &b));
+    QS_TRY(empty(d, d->ops->act_dtype, t, rank, 0, &l->xa));
+    QS_TRY(empty(d, d->ops->act_dtype, t, rank, 0, &l->work));
+    QS_TRY(empty(d, QS_F32, rank, l->w->in, 0, da));
+    QS_TRY(empty(d, QS_F32, l->w->out, rank, 0, db));
+    l->lora = (qs_lora){.a = a.data, .b = b.data, .rank = rank, .scale = 2.0F};
+    l->da = da->data;
+    l->db = db->data;
+    return QS_OK;
+}
+
+/* Columns of the rows of `all` to each of the linears. */
+static void joined_columns(const dump *d, const qs_mat *all, qs_joined_linear *l)
+{
+    int64_t col = 0;
+    for (int i = 0; i < JOINED; i++) {
+        l[i].y = *all;
+        l[i].y.data = (char *)all->data + (size_t)col * qs_dtype_bytes(all->dtype);
+        l[i].y.cols = joined_out(d, i);
+        col += l[i].y.cols;
+    }
+}
+
+/* q, k and v of one x as one product. */
+static qs_status dump_joined(dump *d)
+{
+    static const char *const names[JOINED][2] = {{"da0", "db0"}, {"da1", "db1"}, {"da2", "db2"}};
+    const int64_t t = d->small ? 24 : 512, in = d->small ? 64 : 2048;
+    const int64_t border = JOINED * d->ops->border(16);
+    qs_joined_linear l[JOINED] = {{0}};
+    qs_weight whole, w[JOINED];
+    qs_lora lora[JOINED];
+    qs_unit_view unit;
+    qs_mat x, y, dy, dx, da[JOINED], db[JOINED];
+    int64_t out = 0;
+    d->op = "joined";
+    for (int i = 0; i < JOINED; i++) {
+        out += joined_out(d, i);
+    }
+    QS_TRY(weight(d, "w", QS_WEIGHT_NF4, out, in, &unit, &whole));
+    QS_TRY(input(d, "x", d->ops->act_dtype, t, in, border, 1.0F, &x));
+    QS_TRY(input(d, "dy", d->ops->act_dtype, t, out, border, 1.0F, &dy));
+    QS_TRY(empty(d, d->ops->act_dtype, t, out, 0, &y));
+    QS_TRY(empty(d, d->ops->act_dtype, t, in, 0, &dx));
+    for (int i = 0; i < JOINED; i++) {
+        w[i] = whole;
+        w[i].out = joined_out(d, i);
+        w[i].quantum = i > 0 ? w[i - 1].quantum + w[i - 1].out * in / QS_NF4_QUANTUM : 0;
+        l[i].w = &w[i];
+        QS_TRY(joined_adapter(d, i, t, &l[i], &da[i], &db[i]));
+        lora[i] = l[i].lora;
+    }
+    QS_TRY(d->ops->unit_open(d->queue, &unit, w, lora, JOINED, 0, false));
+    joined_columns(d, &y, l);
+    QS_TRY(d->ops->linears_lora_forward(d->queue, &unit, l, JOINED, &x));
+    joined_columns(d, &dy, l);
+    QS_TRY(d->ops->linears_lora_backward(d->queue, &unit, l, JOINED, &x, &dx, false));
+    QS_TRY(output(d, "y", &y));
+    QS_TRY(output(d, "dx", &dx));
+    for (int i = 0; i < JOINED; i++) {
+        QS_TRY(output(d, names[i][0], &da[i]));
+        QS_TRY(output(d, names[i][1], &db[i]));
+    }
+    d->ops->unit_close(d->queue);
+    return QS_OK;
+}
+
 static qs_status dump_rmsnorm(dump *d)
 {
     const int64_t t = d->small ? 24 : 512, h = d->small ? 64 : 2048;
@@ -435,8 +516,9 @@ done:
 
 static qs_status run(dump *d, const char *path)
 {
-    static qs_status (*const all[])(dump *) = {dump_linear, dump_rmsnorm,   dump_swiglu, dump_geglu,
-                                               dump_rope,   dump_attention, dump_head};
+    static qs_status (*const all[])(dump *) = {dump_linear,    dump_joined, dump_rmsnorm,
+                                               dump_swiglu,    dump_geglu,  dump_rope,
+                                               dump_attention, dump_head};
     char why[1024] = "";
     const qs_plugin *plugin = qs_plugin_load(path, why, sizeof why);
     if (plugin == NULL || plugin->probe(why, sizeof why) < 1) {
@@ -455,11 +537,14 @@ static qs_status run(dump *d, const char *path)
                             .head_dim = d->small ? 32 : 128,
                             .dora = true,
                             .lora_rank = 16,
-                            .n_linears = 1,
+                            .n_linears = JOINED,
                             .hidden = 2048,
                             .head_rows = 4096};
-    limits.out[0] = d->small ? 96 : 1024;
-    limits.in[0] = d->small ? 64 : 2048;
+    for (int i = 0; i < JOINED; i++) {
+        limits.out[i] = joined_out(d, i);
+        limits.in[i] = d->small ? 64 : 2048;
+        limits.joined[i] = i > 0;
+    }
     QS_TRY(d->ops->open(d->queue, &limits));
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         QS_TRY(all[i](d));

@@ -15,6 +15,7 @@ LIMIT_ALONE = 1e-2
 LEEWAY = 1.05
 LORA_SCALE, EPS = 2.0, 1e-5
 HEADS, KV_HEADS, ROPE_HEADS = 4, 2, 4
+JOINED = 3  # q, k and v
 
 
 def read(folder):
@@ -38,6 +39,23 @@ def lora64(t):
     xa, g = t["x"] @ t["a"].T, t["dy"] @ t["b"]
     return {"y": t["x"] @ t["w"].T + LORA_SCALE * xa @ t["b"].T, "dx": t["dy"] @ t["w"] + LORA_SCALE * g @ t["a"],
             "da": LORA_SCALE * g.T @ t["x"], "db": LORA_SCALE * t["dy"].T @ xa}
+
+
+def joined(t):
+    """The linears that share an x: a slice of W's rows each, A and B."""
+    sizes = [t[f"b{i}"].shape[0] for i in range(JOINED)]
+    ends = np.cumsum(sizes)
+    return [(slice(end - size, end), t[f"a{i}"], t[f"b{i}"]) for i, (size, end) in enumerate(zip(sizes, ends))]
+
+
+def joined64(t):
+    out = {"y": t["x"] @ t["w"].T, "dx": t["dy"] @ t["w"]}
+    for i, (rows, a, b) in enumerate(joined(t)):
+        part = lora64({"x": t["x"], "w": t["w"][rows], "a": a, "b": b, "dy": t["dy"][:, rows]})
+        out["y"][:, rows] = part["y"]
+        out["dx"] += part["dx"] - t["dy"][:, rows] @ t["w"][rows]
+        out |= {f"da{i}": part["da"], f"db{i}": part["db"]}
+    return out
 
 
 def dora64(t):
@@ -134,6 +152,12 @@ def torch_results(torch, op, t, device):
         x, a, b = leaf("x", True), leaf("a", True), leaf("b", True)
         y = linear(x, leaf("w")) + linear(linear(x, a), b) * LORA_SCALE
         return {"y": y, **gradients(y, "dy", x=x, a=a, b=b)}
+    if op == "joined":
+        x, w = leaf("x", True), leaf("w")
+        leaves = {name: leaf(name, True) for i in range(JOINED) for name in (f"a{i}", f"b{i}")}
+        y = torch.cat([linear(x, w[rows]) + linear(linear(x, leaves[f"a{i}"]), leaves[f"b{i}"]) * LORA_SCALE
+                       for i, (rows, _, _) in enumerate(joined(t))], dim=1)
+        return {"y": y, **gradients(y, "dy", x=x, **leaves)}
     if op == "dora":
         x, a, b, m, w = leaf("x", True), leaf("a", True), leaf("b", True), leaf("m", True), leaf("w")
         norm = (w + LORA_SCALE * b @ a).detach().norm(dim=1)[None, :]
@@ -172,8 +196,8 @@ def torch_results(torch, op, t, device):
     return {"loss": loss[None, :], **gradients(loss.mean(), None, x=x)}
 
 
-REFERENCES = {"linear": linear64, "lora": lora64, "dora": dora64, "rmsnorm": rmsnorm64, "swiglu": swiglu64, "geglu": geglu64,
-              "rope": rope64, "attention": attention64, "head": head64}
+REFERENCES = {"linear": linear64, "lora": lora64, "joined": joined64, "dora": dora64, "rmsnorm": rmsnorm64, "swiglu": swiglu64,
+              "geglu": geglu64, "rope": rope64, "attention": attention64, "head": head64}
 
 
 def error(out, ref):

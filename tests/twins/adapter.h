@@ -20,11 +20,13 @@ typedef struct {
     int64_t *sample, *row_at;
 } adapter;
 
-/** Samples of 5 rows that begin at row 3 of the sample, so that nothing is 0 by luck. */
-static inline adapter adapter_make(const tw_backend *b, int64_t rows, int64_t in, int64_t out,
-                                   int rank, float dropout)
+/** Number `which` of several, whose weights and sites differ. Samples of 5 rows that begin at row 3
+ * of the sample, so that nothing is 0 by luck. */
+static inline adapter adapter_make_one_of(const tw_backend *b, int64_t rows, int64_t in,
+                                          int64_t out, int rank, float dropout, int which)
 {
-    adapter ad = {.a = fx_random(rank * in, 31), .b = fx_random(out * rank, 32)};
+    const uint64_t seed = 31 + 2 * (uint64_t)which;
+    adapter ad = {.a = fx_random(rank * in, seed), .b = fx_random(out * rank, seed + 1)};
     const size_t bytes = (size_t)rows * sizeof *ad.sample;
     ad.sample = malloc(bytes + 1);
     ad.row_at = malloc(bytes + 1);
@@ -42,7 +44,7 @@ static inline adapter adapter_make(const tw_backend *b, int64_t rows, int64_t in
                         .dropout = dropout,
                         .seed = 42,
                         .step = 7,
-                        .site = QS_RNG_DROPOUT + 2,
+                        .site = QS_RNG_DROPOUT + 2 + (uint32_t)which,
                         .layer = 3,
                         .sample = ad.sample,
                         .row_at = ad.row_at};
@@ -52,6 +54,12 @@ static inline adapter adapter_make(const tw_backend *b, int64_t rows, int64_t in
     ad.device.sample = tw_upload(b, ad.sample, bytes);
     ad.device.row_at = tw_upload(b, ad.row_at, bytes);
     return ad;
+}
+
+static inline adapter adapter_make(const tw_backend *b, int64_t rows, int64_t in, int64_t out,
+                                   int rank, float dropout)
+{
+    return adapter_make_one_of(b, rows, in, out, rank, dropout, 0);
 }
 
 static inline void adapter_free(const tw_backend *b, adapter *ad)

@@ -100,4 +100,9 @@ void layer_check_empty(layer *l);
 void layer_assert_mat(const layer *l, const char *name, const tw_mat *mat, double *limit);
 void layer_assert_vector(const layer *l, const char *name, const layer_vector *v, double *limit);
 
+/** LORA: y, and da and db, within what roundings on the longest way can change. `start` [rows,
+ * out]: what the product was added to; NULL: nothing. */
+void layer_check_y(const layer *l, const float *start);
+void layer_check_gradients(const layer *l);
+
 #endif

@@ -20,43 +20,6 @@ static float *start_of_y(const layer *l)
     return start;
 }
 
-static void check_y(const layer *l, const float *start)
-{
-    const layer_case *c = l->c;
-    const double s = l->ad.host.scale;
-    double *limit = ad_limits(c->rows * c->out);
-    const ad_factor b = {l->ad.b, 1, c->rank};
-    const bool f32 = layer_y_is_f32(c); /* then xa alone is rounded */
-    ad_add_products(limit, c->rows, c->out, c->rank, ad_of(&l->xa), b,
-                    (f32 ? 1 : ad_part_roundings(start)) * s * AD_HALF_ULP);
-    if (f32) {
-        ad_add_values(limit, &l->y.host, 1e-6);
-    } else {
-        ad_add_values(limit, &l->y.host, 2 * AD_HALF_ULP);
-        ad_add_rounded_product(limit, &l->y.host, start);
-    }
-    if (c->bias && !f32) {
-        ad_add_rounded_start(limit, start, c->rows * c->out);
-    }
-    ad_add_products(limit, c->rows, c->out, c->in, ad_of(&l->x),
-                    (ad_factor){l->unit.host.plain, 1, c->in}, 1e-6);
-    if (c->dropout > 0.0F) { /* drop(x) was rounded: what that does to A drop(x), and B to that */
-        double *xa = ad_limits(c->rows * c->rank);
-        ad_add_products(xa, c->rows, c->rank, c->in, (ad_factor){l->dropped, c->in, 1},
-                        (ad_factor){l->ad.a, 1, c->in}, s * AD_HALF_ULP);
-        for (int64_t t = 0; t < c->rows; t++) {
-            for (int64_t o = 0; o < c->out; o++) {
-                for (int k = 0; k < c->rank; k++) {
-                    limit[t * c->out + o] +=
-                        xa[t * c->rank + k] * fabs((double)l->ad.b[o * c->rank + k]);
-                }
-            }
-        }
-        free(xa);
-    }
-    layer_assert_mat(l, "y", &l->y, limit);
-}
-
 static void check_dx(const layer *l, const float *start)
 {
     const layer_case *c = l->c;
@@ -71,42 +34,14 @@ static void check_dx(const layer *l, const float *start)
     layer_assert_mat(l, "dx", &l->dx, limit);
 }
 
-/* da: s dy B and drop(x) were rounded. db: s xa, itself from rounded drop(x). */
-static void check_gradients(const layer *l)
-{
-    const layer_case *c = l->c;
-    const double s = l->ad.host.scale;
-    const ad_factor dropped = {l->dropped, c->in, 1};
-    double *a_limit = ad_limits(c->rank * c->in), *b_limit = ad_limits(c->out * c->rank);
-    double *xa = ad_limits(c->rows * c->rank);
-    float *xa_sizes = ad_zeros(c->rows * c->rank);
-    ad_add_products(a_limit, c->rank, c->in, c->rows, ad_transposed(ad_of(&l->work)), dropped,
-                    s * AD_HALF_ULP * (c->dropout > 0.0F ? 2 : 1));
-    if (c->dropout > 0.0F) {
-        ad_add_products(xa, c->rows, c->rank, c->in, dropped, (ad_factor){l->ad.a, 1, c->in}, 1.0);
-    }
-    for (int64_t t = 0; t < c->rows; t++) {
-        for (int k = 0; k < c->rank; k++) {
-            const float *kept = qs_mat_f32(&l->xa.host) + t * l->xa.host.stride;
-            xa_sizes[t * c->rank + k] = fabsf(kept[k]) + (float)xa[t * c->rank + k];
-        }
-    }
-    ad_add_products(b_limit, c->out, c->rank, c->rows, ad_transposed(ad_of(&l->dy)),
-                    (ad_factor){xa_sizes, c->rank, 1}, s * AD_HALF_ULP);
-    layer_assert_vector(l, "da", &l->da, a_limit);
-    layer_assert_vector(l, "db", &l->db, b_limit);
-    free(xa);
-    free(xa_sizes);
-}
-
 static void check_layer(const tw_backend *b, const layer_case *c)
 {
     layer l = layer_make(b, c, LORA);
     float *y_start = start_of_y(&l), *dx_start = c->dx == DX_ADD ? ad_compact(&l.dx.host) : NULL;
     layer_open(&l);
     layer_run(&l);
-    check_y(&l, y_start);
-    check_gradients(&l);
+    layer_check_y(&l, y_start);
+    layer_check_gradients(&l);
     if (c->dx != NO_DX) {
         check_dx(&l, dx_start);
     }

@@ -49,7 +49,7 @@ static void check_one_of(const tw_backend *b, const tw_unit *unit, several *s, i
     float *got = tw_mat_read(b, &y.device);
     double *limit = ad_limits(rows * w->out);
     ad_add_values(limit, &y.host, AD_HALF_ULP);
-    if (s->ad[i].host.a != NULL) { /* as in check_y */
+    if (s->ad[i].host.a != NULL) { /* as in layer_check_y */
         ad_add_values(limit, &y.host, AD_HALF_ULP);
         ad_add_products(limit, rows, w->out, rank, ad_of(&xa), (ad_factor){s->ad[i].b, 1, rank},
                         ad_part_roundings(NULL) * (double)s->ad[i].host.scale * AD_HALF_ULP);

@@ -402,3 +402,78 @@ Test(twin_unit, slots_keep_their_units)
 {
     tw_each_backend(slots);
 }
+
+/* ---- joined ---- */
+
+enum { JOINED = 6 };
+
+/* Linears of one matrix by the limits: kinds and types mixed, rows that cross quanta, odd widths,
+ * more than the operations join; and one that has another width than the one before it. */
+static qs_weight joined_one(int i, int64_t in)
+{
+    static const struct {
+        qs_weight_kind kind;
+        qs_dtype dtype;
+        int64_t quantum, out;
+    } of[JOINED] = {{QS_WEIGHT_NF4, QS_BF16, 0, 50}, {QS_WEIGHT_RAW, QS_BF16, 0, 7},
+                    {QS_WEIGHT_NF4, QS_F16, 3, 3},   {QS_WEIGHT_NF4, QS_BF16, 4, 60},
+                    {QS_WEIGHT_RAW, QS_BF16, 4, 1},  {QS_WEIGHT_NF4, QS_BF16, 7, 9}};
+    const bool nf4 = of[i].kind == QS_WEIGHT_NF4;
+    return (qs_weight){.kind = of[i].kind,
+                       .out = of[i].out,
+                       .in = i == 4 ? 2 * in : in,
+                       .quantum = of[i].quantum,
+                       .dtype = of[i].dtype,
+                       .map = nf4 ? qs_dynamic_map : NULL,
+                       .offset = nf4 ? 0.02F : 0.0F};
+}
+
+/* Without adapters, with them, and once more with the weights as they lie there. */
+static void check_joined(const tw_backend *b, int64_t in, int rank)
+{
+    many m = many_make(b, true, 3, 0.05F, QS_BF16, RAW_ELEMS);
+    qs_ops_limits limits = ad_limits_of(1, 60, 2 * in, rank, false);
+    qs_weight host[JOINED], device[JOINED];
+    adapter ad[JOINED];
+    qs_lora lora[JOINED];
+    limits.n_linears = JOINED;
+    limits.kept_units = 1;
+    for (int i = 0; i < JOINED; i++) {
+        host[i] = joined_one(i, in);
+        device[i] = on_device(&host[i], &m);
+        limits.out[i] = host[i].out;
+        limits.in[i] = host[i].in;
+        limits.joined[i] = i > 0 && i != 5;
+        ad[i] = adapter_make(b, 1, host[i].in, host[i].out, rank > 0 ? rank : 1, 0.0F);
+        lora[i] = i == 1 ? (qs_lora){0} : ad[i].device;
+    }
+    limits.in[4] = in; /* the unit has another one, and less elsewhere */
+    limits.out[0] += 20;
+    tw_open(b, &limits);
+    for (int pass = 0; pass < 3; pass++) {
+        cr_assert_eq(b->ops->unit_open(b->queue, &m.device, device, pass == 0 ? NULL : lora, JOINED,
+                                       1, pass == 2),
+                     QS_OK, "%s: %s", b->name, qs_error_text());
+        for (int i = 0; i < JOINED; i++) {
+            assert_weight(b, &m.device, &device[i], &m.host, &host[i]);
+        }
+    }
+    b->ops->unit_close(b->queue);
+    b->ops->close(b->queue);
+    for (int i = 0; i < JOINED; i++) {
+        adapter_free(b, &ad[i]);
+    }
+    many_free(b, &m);
+}
+
+static void joined(const tw_backend *b)
+{
+    check_joined(b, 64, 8);
+    check_joined(b, 333, 5);
+    check_joined(b, 56, 0);
+}
+
+Test(twin_unit, joined_weights_lie_below_each_other)
+{
+    tw_each_backend(joined);
+}

@@ -9,11 +9,24 @@
  *        | 0          |        |
  *        +------------+--------+
  *
- * The border is the largest rank rounded up to 8 elements (16 bytes of bf16), one width for all
- * linears. Rows start on 128 bytes: the stride is in + border, rounded up to 64 elements; what that
- * adds is never read. So a warp that decodes writes 512 bytes as four lines of the cache, not as
- * five, and a product that reads 64 elements of a row reads one line, not two; it costs 1 % of the
- * scratch of Llama-3-8B's layer. */
+ * Linears that read the same x are one matrix, their rows one below the other. On the right the B's
+ * stand block by block, below them the A's, also one below the other:
+ *
+ *              in      border
+ *        +------------+-------+
+ *        |     W1     | B1  0 |   out1 rows     [X | s X A1^T | s X A2^T] [...]^T = [Y1 | Y2]
+ *        |     W2     | 0  B2 |   out2 rows
+ *        +------------+-------+
+ *        |     A1     | 0     |                 [dY1 | dY2 | s dY1 B1 | s dY2 B2] [W1 ; W2 ; A1 ;
+ * A2] |     A2     |       |                     = dX, the sum for both
+ *        +------------+-------+
+ *
+ * One without an adapter has zeros beside its W and no rows below. The border of an adapter is the
+ * largest rank rounded up to 8 elements (16 bytes of bf16), one width for all linears. Rows start
+ * on 128 bytes: the stride is in + border, rounded up to 64 elements; what that adds is never read.
+ * So a warp that decodes writes 512 bytes as four lines of the cache, not as five, and a product
+ * that reads 64 elements of a row reads one line, not two; it costs 1 % of the scratch of
+ * Llama-3-8B's layer. */
 #ifndef QS_KERNELS_CUDA_CORE_BORDER_H
 #define QS_KERNELS_CUDA_CORE_BORDER_H
 
@@ -57,43 +70,56 @@ QS_HD bool qs_border_usable(uintptr_t data, int64_t cols, int64_t stride, int64_
            stride % QS_BORDER_ALIGN == 0 && data % 16 == 0;
 }
 
-/** Groups of QS_BORDER_GROUP neighbouring cells around W: those of the right border row by row,
- * then those of the rows below, of which the last may reach into what fills the row up. */
-QS_HD int64_t qs_border_groups(int64_t out, int64_t in, int64_t border)
+/** A linear in its bordered matrix, and what of the border belongs to it: the cells beside its
+ * rows, and its adapter's rows below. */
+typedef struct {
+    int64_t out, in;
+    int64_t stride; /* of the matrix */
+    int64_t border; /* columns of all adapters in it */
+    int64_t below;  /* the adapter's first row, counted from the linear's own first one, */
+    int rows;       /* and how many: the width of an adapter's border; 0 without one */
+    int at;         /* the adapter's first column of the border */
+    int rank;       /* 0: no adapter */
+} qs_border_linear;
+
+/** Groups of QS_BORDER_GROUP neighbouring cells: those of the right border row by row, then those
+ * of the rows below, of which the last may reach into what fills the row up. */
+QS_HD int64_t qs_border_groups(const qs_border_linear *l)
 {
-    return border / QS_BORDER_GROUP * out + border * qs_hd_ceil_div(in + border, QS_BORDER_GROUP);
+    return l->border / QS_BORDER_GROUP * l->out +
+           l->rows * qs_hd_ceil_div(l->in + l->border, QS_BORDER_GROUP);
 }
 
 typedef enum { QS_BORDER_B, QS_BORDER_A } qs_border_source;
 
 typedef struct {
-    int64_t at;   /* its first element of the bordered matrix */
+    int64_t at;   /* its first element, counted from the linear's first one */
     int64_t from; /* of B [out, rank] or A [rank, in] */
     int taken;    /* so many come from there, the others are zero */
     qs_border_source source;
 } qs_border_group;
 
 /** What stands in group `index` < qs_border_groups. */
-QS_HD qs_border_group qs_border_group_at(int64_t index, int64_t out, int64_t in, int64_t border,
-                                         int rank)
+QS_HD qs_border_group qs_border_group_at(int64_t index, const qs_border_linear *l)
 {
-    const int64_t stride = qs_border_stride(in, border), of_row = border / QS_BORDER_GROUP;
+    const int64_t of_row = l->border / QS_BORDER_GROUP;
     qs_border_group group;
     int64_t left; /* of B's or A's row, from the group's first cell on */
-    if (index < of_row * out) {
-        const int64_t row = index / of_row, k = (index - row * of_row) * QS_BORDER_GROUP;
+    if (index < of_row * l->out) {
+        const int64_t row = index / of_row, col = (index - row * of_row) * QS_BORDER_GROUP;
+        const int64_t k = col - l->at;
         group.source = QS_BORDER_B;
-        group.at = row * stride + in + k;
-        group.from = row * rank + k;
-        left = rank - k;
+        group.at = row * l->stride + l->in + col;
+        group.from = row * l->rank + k;
+        left = k >= 0 ? l->rank - k : 0;
     } else {
-        const int64_t below = index - of_row * out;
-        const int64_t wide = qs_hd_ceil_div(in + border, QS_BORDER_GROUP);
+        const int64_t below = index - of_row * l->out;
+        const int64_t wide = qs_hd_ceil_div(l->in + l->border, QS_BORDER_GROUP);
         const int64_t k = below / wide, col = (below - k * wide) * QS_BORDER_GROUP;
         group.source = QS_BORDER_A;
-        group.at = (out + k) * stride + col;
-        group.from = k * in + col;
-        left = k < rank ? in - col : 0;
+        group.at = (l->below + k) * l->stride + col;
+        group.from = k * l->in + col;
+        left = k < l->rank ? l->in - col : 0;
     }
     group.taken = (int)qs_hd_max(qs_hd_min(left, QS_BORDER_GROUP), 0);
     return group;

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "base/dtype.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/ops_impl.h"
 #include "kernels/cpu/parallel.h"
@@ -216,6 +217,77 @@ double qs_bench_linear_flops(const qs_bench_linear *l)
 double qs_bench_lora_flops(const qs_bench_linear *l)
 {
     return 2.0 * (double)l->x.rows * (double)l->lora->rank * (double)(l->w->in + l->w->out);
+}
+
+/* ---- joined ---- */
+
+static qs_status joined_adapter(qs_bench *b, qs_joined_linear *l, const qs_lora *lora,
+                                int64_t tokens)
+{
+    void *da = NULL, *db = NULL;
+    l->lora = *lora;
+    QS_TRY(qs_bench_mat(b, &l->xa, tokens, lora->rank, 0));
+    QS_TRY(qs_bench_mat(b, &l->work, tokens, lora->rank, 0));
+    QS_TRY(qs_bench_zeros(b, &da, (size_t)(lora->rank * l->w->in) * sizeof(float)));
+    QS_TRY(qs_bench_zeros(b, &db, (size_t)(lora->rank * l->w->out) * sizeof(float)));
+    l->da = da;
+    l->db = db;
+    return QS_OK;
+}
+
+qs_status qs_bench_joined_make(qs_bench *b, qs_bench_joined *j, const qs_bench_unit *u, int first,
+                               int count, int64_t tokens)
+{
+    const int64_t in = u->w[first].in;
+    const int64_t border = u->adapted ? count * b->ops->border(u->lora[first].rank) : 0;
+    int64_t out = 0, col = 0;
+    *j = (qs_bench_joined){.unit = u, .count = count};
+    for (int i = 0; i < count; i++) {
+        out += u->w[first + i].out;
+    }
+    QS_TRY(qs_bench_mat(b, &j->x, tokens, in, border));
+    QS_TRY(qs_bench_mat(b, &j->y, tokens, out, border));
+    QS_TRY(qs_bench_mat(b, &j->dx, tokens, in, border));
+    for (int i = 0; i < count; i++) {
+        qs_joined_linear *l = &j->linear[i];
+        l->w = &u->w[first + i];
+        l->y = j->y;
+        l->y.data = (char *)j->y.data + (size_t)col * qs_dtype_bytes(j->y.dtype);
+        l->y.cols = l->w->out;
+        col += l->w->out;
+        if (u->adapted) {
+            QS_TRY(joined_adapter(b, l, &u->lora[first + i], tokens));
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_bench_joined_forward(qs_bench *b, void *joined)
+{
+    const qs_bench_joined *j = joined;
+    return b->ops->linears_lora_forward(b->queue, &j->unit->view, j->linear, j->count, &j->x);
+}
+
+qs_status qs_bench_joined_backward(qs_bench *b, void *joined)
+{
+    qs_bench_joined *j = joined;
+    return b->ops->linears_lora_backward(b->queue, &j->unit->view, j->linear, j->count, &j->x,
+                                         &j->dx, false);
+}
+
+double qs_bench_joined_flops(const qs_bench_joined *j)
+{
+    return 2.0 * (double)j->x.rows * (double)j->y.cols * (double)j->x.cols;
+}
+
+double qs_bench_joined_lora_flops(const qs_bench_joined *j)
+{
+    double sum = 0;
+    for (int i = 0; i < j->count; i++) {
+        const qs_joined_linear *l = &j->linear[i];
+        sum += 2.0 * (double)j->x.rows * (double)l->lora.rank * (double)(l->w->in + l->w->out);
+    }
+    return sum;
 }
 
 /* ---- attention ---- */

@@ -68,6 +68,25 @@ qs_status qs_bench_dense(qs_bench *b, void *linear); /* y = x dense^T */
 double qs_bench_linear_flops(const qs_bench_linear *l);
 double qs_bench_lora_flops(const qs_bench_linear *l);
 
+/* ---- linears of the unit that read the same x, with their adapters ---- */
+
+typedef struct {
+    const qs_bench_unit *unit;
+    int count;
+    qs_joined_linear linear[QS_OPS_JOINED_MAX];
+    qs_mat x, y, dx; /* [T, in], [T, out of all] (also dY), [T, in] */
+} qs_bench_joined;
+
+/** Linears `first` to first + count. */
+qs_status qs_bench_joined_make(qs_bench *b, qs_bench_joined *j, const qs_bench_unit *u, int first,
+                               int count, int64_t tokens);
+qs_status qs_bench_joined_forward(qs_bench *b, void *joined);
+qs_status qs_bench_joined_backward(qs_bench *b, void *joined);
+
+/** As qs_bench_linear_flops and qs_bench_lora_flops, of all. */
+double qs_bench_joined_flops(const qs_bench_joined *j);
+double qs_bench_joined_lora_flops(const qs_bench_joined *j);
+
 /* ---- attention: one document ---- */
 
 typedef struct {
