@@ -86,7 +86,7 @@ mf_adapter mf_make_adapter(const qs_hf_config *model, uint32_t targets, bool rsl
 
 void mf_write_adapter(const char *dir, const mf_adapter *a)
 {
-    cr_assert_eq(qs_peft_write(dir, &a->layout, &a->config, "m", a->vector), QS_OK, "%s",
+    cr_assert_eq(qs_peft_write(dir, &a->layout, &a->config, "m", NULL, a->vector), QS_OK, "%s",
                  qs_error_text());
 }
 

@@ -378,6 +378,39 @@ Test(base_file, an_index_that_contradicts_its_config_is_refused)
     qs_base_index_free(index);
 }
 
+/* Not in the first files: an index without it is as it was. */
+Test(base_file, ids_that_end_a_text_are_kept_and_checked)
+{
+    static const char *const wrong[] = {
+        "7",     "\"7\"",   "{}",    "[]",   "[301]", "[-1]",
+        "[1.5]", "[\"7\"]", "[[7]]", "null", "true",  "[0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0]"};
+    qs_base_index *index = open_index(), *again = NULL;
+    char *text = NULL;
+    cr_assert_eq(index->n_eos, 0);
+    cr_assert_eq(qs_base_index_text(index, &text), QS_OK);
+    cr_assert_null(strstr(text, "eos_token_ids"));
+    free(text);
+    index->n_eos = 2;
+    index->eos[0] = 300;
+    index->eos[1] = 0;
+    cr_assert_eq(qs_base_index_text(index, &text), QS_OK);
+    cr_assert_not_null(strstr(text, "\"eos_token_ids\":[300,0]"));
+    cr_assert_eq(qs_base_index_parse(&again, text, strlen(text), "b.h5"), QS_OK, "%s",
+                 qs_error_text());
+    cr_assert(again->n_eos == 2 && again->eos[0] == 300 && again->eos[1] == 0);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char to[96];
+        snprintf(to, sizeof to, "\"eos_token_ids\":%s", wrong[i]);
+        qs_status st = parse_changed(index, "\"eos_token_ids\":[300,0]", to);
+        cr_assert_eq(qs_exit_code(st), 3, "%s: %s", wrong[i], qs_error_text());
+        cr_assert_not_null(strstr(qs_error_text(), "eos_token_ids"), "%s", qs_error_text());
+    }
+    qs_error_clear();
+    free(text);
+    qs_base_index_free(again);
+    qs_base_index_free(index);
+}
+
 Test(base_file, describe_prints_what_the_file_holds)
 {
     char *text = NULL;

@@ -434,6 +434,84 @@ Test(data, the_same_tokens_with_other_labels_or_borders_have_another_layout)
     make_data_free(&a);
 }
 
+/* ---- the chat template ---- */
+
+static const char a_template[] =
+    "{% for m in messages %}\xc2\xab{{ m.content }}\xc2\xbb{% endfor %}";
+
+static qs_status open_with_template(team_member *me)
+{
+    qs_data *d = NULL;
+    QS_TRY(qs_data_open(&d, path, 0, 0, me->comm));
+    const bool there = d->chat_template != NULL && strcmp(d->chat_template, a_template) == 0;
+    qs_data_close(d);
+    return there ? QS_OK : QS_FAIL(QS_ERR_BUG, "the template has not come");
+}
+
+Test(data, the_chat_template_comes_to_every_rank)
+{
+    make_data_arrays a = make_data_create(&packed);
+    team_member members[TEAM_MAX];
+    a.chat_template = a_template;
+    CR_OK(make_data_write(path, &a));
+    CR_OK(qs_data_verify(path));
+    for (int nranks = 1; nranks <= 3; nranks++) {
+        team_run(members, nranks, open_with_template, NULL);
+        for (int r = 0; r < nranks; r++) {
+            cr_assert_eq(members[r].st, QS_OK, "%s", members[r].text);
+        }
+    }
+    make_data_free(&a);
+}
+
+Test(data, files_without_a_chat_template_have_none)
+{
+    make_data_arrays a = make_data_create(&packed);
+    static const char *const hashes[] = {NULL, "00"}; /* the first files had the hash alone */
+    for (size_t i = 0; i < 2; i++) {
+        qs_data *d = NULL;
+        a.template_sha256 = hashes[i];
+        CR_OK(make_data_write(path, &a));
+        CR_OK(open_alone(&d, 0, 0));
+        cr_assert_null(d->chat_template);
+        qs_data_close(d);
+    }
+    make_data_free(&a);
+}
+
+Test(data, a_chat_template_that_is_none_is_refused)
+{
+    enum { LIMIT = 256 << 10 };
+    char *longest = malloc(LIMIT + 2);
+    memset(longest, 'x', LIMIT + 1);
+    longest[LIMIT + 1] = '\0';
+    const struct {
+        const char *text, *sha256;
+        qs_status st;
+        const char *says;
+    } rows[] = {{longest + 1, NULL, QS_OK, ""},
+                {longest, NULL, QS_ERR_INPUT_FORMAT, "has 262145 bytes; at most 262144"},
+                {"", NULL, QS_OK, ""},
+                {"x\xff", NULL, QS_ERR_INPUT_VALUE, "is not UTF-8"},
+                {"x", "", QS_ERR_INPUT_HASH, "does not match template_sha256"},
+                {"x", "00", QS_ERR_INPUT_HASH, "does not match template_sha256"}};
+    make_data_arrays a = make_data_create(&packed);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qs_data *d = NULL;
+        a.chat_template = rows[i].text;
+        a.template_sha256 = rows[i].sha256;
+        CR_OK(make_data_write(path, &a));
+        qs_error_clear();
+        cr_assert_eq(open_alone(&d, 0, 0), rows[i].st, "%zu: %s", i, qs_error_text());
+        cr_assert_not_null(strstr(qs_error_text(), rows[i].says), "%zu: %s", i, qs_error_text());
+        cr_assert(rows[i].st != QS_OK || strcmp(d->chat_template, rows[i].text) == 0);
+        qs_data_close(d);
+    }
+    qs_error_clear();
+    make_data_free(&a);
+    free(longest);
+}
+
 Test(data, verify_finds_flipped_bits_and_a_wrong_decode_table)
 {
     make_data_arrays a = make_data_create(&packed);

@@ -298,7 +298,8 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
         char dir[192], name[16];
         snprintf(name, sizeof name, "adapter%zu/", k);
         path_in(dir, name);
-        cr_assert_eq(qs_peft_write(dir, &l, &c, "org/\"model\"", x), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "org/\"model\"", NULL, x), QS_OK, "%s",
+                     qs_error_text());
         char card[256];
         void *text = NULL;
         size_t bytes = 0;
@@ -356,7 +357,7 @@ Test(peft, fused_linears_have_adapters_of_their_own)
     cr_assert_str_eq(name, "base_model.model.model.layers.2.mlp.gate_up_proj.lora_B.weight");
     float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
     path_in(dir, "fused");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
     qs_config_defaults(&found);
     cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
     cr_assert_eq(qs_lora_layout_make(&again, &m, &found), QS_OK, "%s", qs_error_text());
@@ -407,6 +408,31 @@ Test(peft, config_text_is_the_one_of_peft)
     free(text);
 }
 
+Test(peft, a_chat_template_stands_beside_the_weights)
+{
+    static const char *const templates[] = {"{{ m }}\n", NULL};
+    qs_config c = config(1);
+    qs_lora_layout l = layout_of(&c);
+    float *x = random_vector(&l);
+    for (int i = 0; i < 2; i++) {
+        char dir[192], file[256], name[16];
+        void *text = NULL;
+        size_t bytes = 0;
+        snprintf(name, sizeof name, "adapter%d", i);
+        path_in(dir, name);
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", templates[i], x), QS_OK, "%s",
+                     qs_error_text());
+        snprintf(file, sizeof file, "%s/chat_template.jinja", dir);
+        cr_assert_eq(access(file, F_OK) == 0, i == 0);
+        if (i == 0) {
+            cr_assert_eq(qs_io_read_file(file, 1 << 16, &text, &bytes), QS_OK);
+            cr_assert_str_eq(text, templates[0]);
+            free(text);
+        }
+    }
+    free(x);
+}
+
 Test(peft, existing_directory_is_never_overwritten)
 {
     qs_config c = config(1);
@@ -415,11 +441,11 @@ Test(peft, existing_directory_is_never_overwritten)
     char dir[192];
     path_in(dir, "taken");
     cr_assert_eq(mkdir(dir, 0777), 0);
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_ERR_OUTPUT_TAKEN);
     cr_assert_eq(rmdir(dir), 0, "nothing was put into it");
     qs_error_clear();
     path_in(dir, "missing/adapter");
-    cr_assert_eq(qs_exit_code(qs_peft_write(dir, &l, &c, "m", x)), 4);
+    cr_assert_eq(qs_exit_code(qs_peft_write(dir, &l, &c, "m", NULL, x)), 4);
     free(x);
 }
 
@@ -450,7 +476,7 @@ Test(peft, magnitudes_are_written_as_peft_names_them)
     float *x = random_vector(&l);
     char dir[192];
     path_in(dir, "dora");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
     qs_st_dir *tensors = NULL;
     cr_assert_eq(qs_st_open(&tensors, dir, "adapter_model"), QS_OK);
     cr_assert_eq(qs_st_count(tensors), 9);

@@ -431,3 +431,126 @@ Test(merge, tokenizer_comes_along_while_the_source_is_the_same)
     cr_assert_eq(merge(&c, "other", 1, &report), QS_OK, "%s", qs_error_text());
     cr_assert_str_eq(report.source, "");
 }
+
+/* ---- the chat template ---- */
+
+/* What a file holds; NULL: it is not there. The caller frees it. */
+static char *content(const char *dir, const char *name)
+{
+    char path[256];
+    void *text = NULL;
+    size_t bytes = 0;
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (access(path, F_OK) == 0) {
+        cr_assert_eq(qs_io_read_file(path, 1 << 20, &text, &bytes), QS_OK, "%s", qs_error_text());
+    }
+    return text;
+}
+
+static void expect_content(const char *name, const char *expected, size_t row)
+{
+    char *found = content("out", name);
+    cr_assert_eq(found == NULL, expected == NULL, "%zu: %s", row, name);
+    cr_assert(found == NULL || strcmp(found, expected) == 0, "%zu: %s: %s", row, name, found);
+    free(found);
+}
+
+/* `chat_template`: of the training data; NULL: not known. */
+static qs_status merge_trained(const char *chat_template, qs_merge_report *report)
+{
+    const qs_merge_options options = {.base = "base.h5",
+                                      .output = "out",
+                                      .dtype = -1,
+                                      .shard_bytes = INT64_MAX,
+                                      .threads = 1,
+                                      .adapter = "adapter",
+                                      .chat_template = chat_template};
+    return qs_merge(&options, report);
+}
+
+static void put_or_remove(const char *name, const char *text)
+{
+    (void)unlink(name);
+    if (text != NULL) {
+        mf_put(name, text);
+    }
+}
+
+/* transformers takes the file before tokenizer_config.json's, llama.cpp the other way round: the
+ * result holds one template alone. What else stands in tokenizer_config.json comes along byte for
+ * byte, a number of more than 64 bits too. */
+Test(merge, the_template_of_the_training_data_takes_the_place_of_another)
+{
+#define NUMBER "\"model_max_length\": 1000000000000000019884624838656"
+#define NAMED                                                                                      \
+    "{\"chat_template\": [{\"name\": \"tool_use\", \"template\": \"t\"}, {\"name\": \"default\", " \
+    "\"template\": \"own\"}], " NUMBER "}\n"
+#define PLAIN "{\"a\": 1.50,\n \"chat_template\":\"own\"," NUMBER "}"
+#define FULL                                                                                       \
+    "{\"a\": {\"chat_template\": \"in\"}, \"b\\\"\": \"]}\\\\\", \"chat_templat\\u0065\" : null "  \
+    ", \"c\": "                                                                                    \
+    "[-1, {\"d\": \"\\\"\"}]}"
+#define WITHOUT "{ " NUMBER " }"
+#define OTHER "{{ \"m\" }}\n\\ \xc2\xab"
+#define QUOTED "\"{{ \\\"m\\\" }}\\n\\\\ \xc2\xab\""
+    static const struct {
+        const char *config, *jinja, *json; /* of the model */
+        const char *trained;
+        const char *config_out, *jinja_out, *json_out;
+    } rows[] = {
+        {PLAIN, NULL, "{}", NULL, PLAIN, NULL, "{}"}, /* not known */
+        {PLAIN, "file", "{}", NULL, PLAIN, "file", "{}"},
+        {PLAIN, NULL, NULL, "own", PLAIN, NULL, NULL}, /* the model's own */
+        {NAMED, NULL, "{}", "own", NAMED, NULL, "{}"},
+        {PLAIN, "file", NULL, "file", PLAIN, "file", NULL},
+        {PLAIN, NULL, "{}", OTHER, "{\"a\": 1.50,\n \"chat_template\":" QUOTED "," NUMBER "}",
+         OTHER, NULL},
+        {NAMED, NULL, NULL, "t", "{\"chat_template\": \"t\", " NUMBER "}\n", "t", NULL},
+        {PLAIN, "file", NULL, "own", PLAIN, "own", NULL},
+        {FULL, NULL, NULL, OTHER,
+         "{\"a\": {\"chat_template\": \"in\"}, \"b\\\"\": \"]}\\\\\", \"chat_templat\\u0065\" "
+         ": " QUOTED " , \"c\": [-1, {\"d\": \"\\\"\"}]}",
+         OTHER, NULL},
+        {WITHOUT, "file", NULL, OTHER, WITHOUT, OTHER, NULL},
+        {WITHOUT, NULL, NULL, "", WITHOUT, "", NULL},
+        {"{}", NULL, NULL, OTHER, "{}", OTHER, NULL},
+        {NULL, NULL, NULL, OTHER, NULL, OTHER, NULL},
+    };
+    mf_make_usual();
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qs_merge_report report;
+        put_or_remove("model/tokenizer_config.json", rows[i].config);
+        put_or_remove("model/chat_template.jinja", rows[i].jinja);
+        put_or_remove("model/chat_template.json", rows[i].json);
+        cr_assert_eq(merge_trained(rows[i].trained, &report), QS_OK, "%zu: %s", i, qs_error_text());
+        expect_content("tokenizer_config.json", rows[i].config_out, i);
+        expect_content("chat_template.jinja", rows[i].jinja_out, i);
+        expect_content("chat_template.json", rows[i].json_out, i);
+        cr_assert_eq(report.other_template, i >= 5, "%zu", i);
+        cr_assert_eq(system("rm -r out"), 0);
+    }
+    cr_assert_eq(rename("model", "moved"), 0); /* then there is nothing to compare with */
+    qs_merge_report report;
+    cr_assert_eq(merge_trained("own", &report), QS_OK, "%s", qs_error_text());
+    expect_content("chat_template.jinja", "own", 99);
+    cr_assert(report.other_template && report.source[0] == '\0');
+}
+
+Test(merge, a_tokenizer_config_that_is_none_is_named_and_leaves_nothing)
+{
+    static const char *const wrong[] = {"", "{", "[1]", "{\"a\": 1, \"a\": 2}",
+                                        "{\"a\": \"\xff\"}"};
+    qs_merge_report report;
+    mf_make_usual();
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        mf_put("model/tokenizer_config.json", wrong[i]);
+        qs_error_clear();
+        cr_assert_eq(merge_trained("own", &report), QS_ERR_INPUT_FORMAT, "%zu: %s", i,
+                     qs_error_text());
+        cr_assert_eq(strncmp(qs_error_text(), "model/tokenizer_config.json: ", 29), 0, "%s",
+                     qs_error_text());
+        cr_assert_neq(access("out", F_OK), 0);
+        cr_assert_eq(mf_leftovers(), 0);
+    }
+    qs_error_clear();
+}

@@ -134,6 +134,77 @@ Test(quantize, file_is_the_same_for_any_ranks_and_threads)
     cr_assert_eq(files_in_out(), 8, "no temporary file is left");
 }
 
+/* ---- generation_config.json ---- */
+
+static void put_generation(const char *text)
+{
+    char path[160];
+    (void)snprintf(path, sizeof path, "%s/generation_config.json", model);
+    (void)unlink(path);
+    cr_assert(text == NULL || qs_io_write_new(path, text, strlen(text)) == QS_OK);
+}
+
+/* The ids that base.h5 has, and its hash. */
+static void ids_of(const char *name, char ids[128], char sha256[QS_SHA256_HEX])
+{
+    qs_base_index *index = NULL;
+    const char *path = out_file(name);
+    (void)quantize(path);
+    sha256_of(path, sha256);
+    cr_assert_eq(qs_base_open_local(&index, path), QS_OK, "%s", qs_error_text());
+    ids[0] = '\0';
+    for (int i = 0; i < index->n_eos; i++) {
+        (void)snprintf(ids + strlen(ids), 128 - strlen(ids), " %d", index->eos[i]);
+    }
+    qs_base_index_free(index);
+    cr_assert_eq(unlink(path), 0);
+}
+
+/* What is no good costs the ids alone; without any the file is that of a model that has none. */
+Test(quantize, ids_that_end_a_text_come_from_generation_config)
+{
+    static char deep[300], many[16384];
+    const struct {
+        const char *text, *ids;
+    } rows[] = {{NULL, ""},
+                {"{\"eos_token_id\": [1, 300, 7], \"x\": [0.5]}", " 1 300 7"},
+                {"{\"eos_token_id\": 7}", " 7"},
+                {"{\"eos_token_id\": [-1, 301, 4294967296, 5]}", " 5"},
+                {"{\"eos_token_id\": [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]}",
+                 " 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15"},
+                {"{\"eos_token_id\": [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16]}", ""},
+                {"{\"eos_token_id\": null}", ""},
+                {"{\"eos_token_id\": -1}", ""},
+                {"{\"eos_token_id\": \"7\"}", ""},
+                {"{\"eos_token_id\": [1, \"7\"]}", ""},
+                {"{\"eos_token_id\": [1, [7]]}", ""},
+                {"{\"eos_token_id\": {\"a\": 7}}", ""},
+                {"{\"eos_token_id\": 99999999999999999999}", ""},
+                {"{\"a\": 1}", ""},
+                {"[7]", ""},
+                {"", ""},
+                {"{\"eos_token_id\": [1,", ""},
+                {"{\"eos_token_id\": 1, \"eos_token_id\": 2}", ""},
+                {deep, ""},
+                {many, ""}};
+    tiny_hf o = {.dtype = QS_BF16};
+    char ids[128], none[QS_SHA256_HEX], sha256[QS_SHA256_HEX];
+    memset(deep, '[', sizeof deep - 1);
+    (void)strcpy(many, "{\"eos_token_id\": [");
+    for (size_t at = strlen(many); at + 4 < sizeof many; at += 2) {
+        (void)memcpy(many + at, "7,", 3);
+    }
+    (void)strcat(many, "7]}");
+    tiny_hf_write(model, &o);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        put_generation(rows[i].text);
+        ids_of("base.h5", ids, i == 0 ? none : sha256);
+        cr_assert_str_eq(ids, rows[i].ids, "%s", rows[i].text);
+        cr_assert(i == 0 || (strcmp(none, sha256) == 0) == (rows[i].ids[0] == '\0'), "%s",
+                  rows[i].text);
+    }
+}
+
 Test(quantize, file_is_the_same_under_mpirun, .timeout = 120)
 {
     tiny_hf o = {.dtype = QS_F16};

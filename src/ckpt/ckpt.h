@@ -26,6 +26,7 @@ typedef struct {
     int64_t tokens_seen;
     char device[192]; /* what computed: qs_device_description; "" in checkpoints before it was kept
                        */
+    const char *chat_template; /* of the training data; NULL: none, or not known */
     const qs_seen *seen; /* which ranks see the run directory, rank 0 among them; NULL: all do */
 } qs_ckpt_meta;
 
@@ -53,6 +54,10 @@ qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_ev
 /** The hash (hashes_sha256) of the base that the checkpoint in `step_dir` was trained on. Not
  * collective. */
 qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65]);
+
+/** The chat template that shaped its training data; NULL: none did, or checkpoint or data are from
+ * before it was kept. Not collective. The caller frees *text. */
+qs_status qs_ckpt_read_template(const char *step_dir, char **text);
 
 /** Read the whole LoRA vector of a checkpoint directory (step-N) without a communicator: for
  * export, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees

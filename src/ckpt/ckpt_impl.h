@@ -14,6 +14,7 @@ typedef struct {
     char data_content[33], data_layout[33];
     int64_t tokens_seen;
     char device[192];
+    char *chat_template; /* NULL: none, or from before it was kept */
     int n_layers;
     int64_t out[QS_LINEAR_COUNT], in[QS_LINEAR_COUNT];
 } qs_ckpt_record;

@@ -333,6 +333,22 @@ qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65])
     return st;
 }
 
+qs_status qs_ckpt_read_template(const char *step_dir, char **text)
+{
+    qs_manifest manifest;
+    qs_ckpt_record record;
+    *text = NULL;
+    QS_TRY(qs_manifest_read(step_dir, &manifest));
+    qs_status st = qs_ckpt_record_parse(&record, manifest.meta_json, step_dir);
+    if (st == QS_OK) {
+        *text = record.chat_template;
+        record.chat_template = NULL;
+        qs_ckpt_record_free(&record);
+    }
+    qs_manifest_free(&manifest);
+    return st;
+}
+
 qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout *layout,
                             float **vector)
 {

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "ckpt/ckpt_impl.h"
+#include "hf/chat_template.h"
 #include "hf/json.h"
 
 enum { LAYERS_MAX = 1000, FEATURES_MAX = 1 << 24 };
@@ -46,7 +47,11 @@ char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout
                   meta->base_sha256, "data_xxh3", meta->data_content, "data_layout_xxh3",
                   meta->data_layout, "tokens_seen", (json_int_t)meta->tokens_seen, "device",
                   meta->device, "lora", lora_object(layout));
-    char *text = root ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
+    int failed = root == NULL;
+    if (root != NULL && meta->chat_template != NULL) {
+        failed |= json_object_set_new(root, "chat_template", json_string(meta->chat_template));
+    }
+    char *text = failed == 0 ? json_dumps(root, JSON_REAL_PRECISION(17)) : NULL;
     json_decref(root);
     return text;
 }
@@ -62,6 +67,22 @@ static qs_status copy_text(const json_t *root, const char *key, char *out, size_
     }
     snprintf(out, capacity, "%s", text);
     return QS_OK;
+}
+
+/* Not there in the first checkpoints, nor where no template shaped the data. */
+static qs_status copy_template(const json_t *root, qs_ckpt_record *out, const char *path)
+{
+    const char *text = NULL;
+    if (json_object_get(root, "chat_template") == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(qs_json_text(root, "chat_template", &text, path));
+    if (strlen(text) > QS_CHAT_TEMPLATE_MAX) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: chat_template has %zu bytes; at most %d are kept",
+                       path, strlen(text), QS_CHAT_TEMPLATE_MAX);
+    }
+    out->chat_template = strdup(text);
+    return out->chat_template ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
 }
 
 static qs_status parse_shapes(const json_t *shapes, qs_ckpt_record *out, const char *path)
@@ -137,6 +158,7 @@ static qs_status parse_root(const json_t *root, qs_ckpt_record *out, const char 
         QS_TRY(
             copy_text(root, "data_layout_xxh3", out->data_layout, sizeof out->data_layout, path));
     }
+    QS_TRY(copy_template(root, out, path));
     QS_TRY(qs_json_object(root, "lora", &lora, path));
     QS_TRY(qs_json_i64(lora, "layers", 1, LAYERS_MAX, &layers, path));
     QS_TRY(qs_json_object(lora, "shapes", &shapes, path));
@@ -166,7 +188,8 @@ qs_status qs_ckpt_record_parse(qs_ckpt_record *out, const char *json, const char
 void qs_ckpt_record_free(qs_ckpt_record *record)
 {
     free(record->config_yaml);
-    record->config_yaml = NULL;
+    free(record->chat_template);
+    record->config_yaml = record->chat_template = NULL;
 }
 
 void qs_ckpt_file_name(char *out, size_t capacity, int rank)

@@ -10,6 +10,7 @@
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
+#include "hf/chat_template.h"
 #include "store/h5.h"
 
 enum { PATH_ROOM = QS_PATH_MAX + 64, NAME_ROOM = 1024, INDEX_BYTES_MAX = 64 << 20 };
@@ -155,6 +156,7 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     qs_config cfg;
     qs_lora_layout layout;
     float *vector = NULL;
+    char *chat_template = NULL;
     QS_TRY(qs_cli_find_step(args->words[0], step_dir, sizeof step_dir));
     QS_TRY(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector));
     if (args->fold_scaling) {
@@ -162,7 +164,12 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     }
     const origin from = read_origin(cfg.base);
     const bool named = choose_base_name(args, &cfg, &from, base_name, sizeof base_name);
-    qs_status st = qs_peft_write(args->output, &layout, &cfg, base_name, vector);
+    qs_status st = qs_ckpt_read_template(step_dir, &chat_template);
+    if (st == QS_OK) {
+        st = qs_peft_write(args->output, &layout, &cfg, base_name, chat_template, vector);
+    }
+    const bool with_template = chat_template != NULL;
+    free(chat_template);
     qs_mem_free(vector);
     QS_TRY(st);
     if (!named) {
@@ -171,6 +178,10 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     printf("%s: %s, %d layers, %srank %lld, %lld weights, base %s\n", args->output, step_dir,
            layout.n_layers, layout.dora ? "DoRA of " : "", (long long)cfg.lora.rank,
            (long long)qs_lora_count(&layout), base_name);
+    if (with_template) {
+        printf("  template  " QS_CHAT_TEMPLATE_NAME
+               ": that of the training data, to serve it with\n");
+    }
     print_loaders(&cfg);
     return QS_OK;
 }

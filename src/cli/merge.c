@@ -7,6 +7,7 @@
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
+#include "hf/chat_template.h"
 #include "merge/merge.h"
 
 enum { PATH_ROOM = QS_PATH_MAX + 64 };
@@ -56,28 +57,39 @@ static qs_status merge_checkpoint(qs_merge_options *o, const char *path, qs_merg
     qs_config config;
     qs_lora_layout layout;
     float *vector = NULL;
+    char *chat_template = NULL;
     QS_TRY(qs_cli_find_step(path, step_dir, sizeof step_dir));
     QS_TRY(qs_ckpt_read_base_hash(step_dir, base_sha256));
     QS_TRY(qs_ckpt_read_lora(step_dir, &config, &layout, &vector));
+    qs_status st = qs_ckpt_read_template(step_dir, &chat_template);
     o->adapter = step_dir;
+    o->chat_template = chat_template;
     o->vector = vector;
     o->layout = &layout;
     o->base_sha256 = base_sha256;
     o->base = o->base != NULL ? o->base : config.base;
-    qs_status st = qs_merge(o, report);
+    st = st == QS_OK ? qs_merge(o, report) : st;
+    free(chat_template);
     qs_mem_free(vector);
     return st;
 }
 
-static qs_status merge_adapter(const qs_merge_options *o, qs_merge_report *report)
+/* Whoever wrote the adapter may have put the template of its training data beside it, as export
+ * does. */
+static qs_status merge_adapter(qs_merge_options *o, qs_merge_report *report)
 {
+    char *chat_template = NULL;
     if (o->base == NULL) {
         return QS_FAIL(QS_ERR_USAGE,
                        "%s: a PEFT directory does not say which base.h5 it belongs "
                        "to; give it with --base",
                        o->adapter);
     }
-    return qs_merge(o, report);
+    QS_TRY(qs_chat_template_read(o->adapter, &chat_template));
+    o->chat_template = chat_template;
+    qs_status st = qs_merge(o, report);
+    free(chat_template);
+    return st;
 }
 
 static void print_report(const qs_merge_options *o, const char *adapter, const qs_merge_report *r)
@@ -88,6 +100,11 @@ static void print_report(const qs_merge_options *o, const char *adapter, const q
            (long long)r->merged, (long long)r->tensors, qs_dtype_name(r->dtype),
            (double)r->bytes / MIB, r->files, r->files == 1 ? "" : "s", r->seconds,
            (double)r->peak_bytes / MIB);
+    if (r->other_template) {
+        printf("  template   " QS_CHAT_TEMPLATE_NAME " is that of the training data%s\n",
+               r->source[0] != '\0' ? ", not the model's own"
+                                    : "; keep it in place of the tokenizer's");
+    }
     if (r->source[0] == '\0') {
         printf(
             "  not there  the checkpoint that the base was made from; copy the tokenizer's files "

@@ -39,6 +39,7 @@ void qs_data_close(qs_data *data)
     qs_mem_free(data->doc_offsets);
     qs_mem_free(data->seq_first_doc);
     qs_mem_free(data->seq_targets);
+    free(data->chat_template);
     free(data->path);
     free(data);
 }
@@ -132,6 +133,7 @@ static qs_status share_index(qs_data *d, const qs_seen *seen)
     qs_comm *comm = seen->comm;
     const int root = seen->root;
     QS_TRY(share_header(d, seen));
+    QS_TRY(qs_comm_bcast_text(comm, &d->chat_template, root));
     QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == root ? QS_OK : allocate_index(d)));
     const size_t sequences = (size_t)d->n_sequences;
     const size_t documents = (size_t)d->n_docs;

@@ -1,10 +1,13 @@
 /* The index of a token file: attributes, offsets, target counts, and the rules that they obey. */
 #include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/mem.h"
 #include "data/data.h"
 #include "data/data_impl.h"
+#include "hf/chat_template.h"
+#include "hf/json.h"
 #include "store/hash.h"
 
 static qs_status get_ranged(qs_h5 *file, const char *name, int64_t low, int64_t high, int64_t *out)
@@ -159,6 +162,41 @@ static qs_status check_layout(const qs_data *d, qs_h5 *file)
                          d->path);
 }
 
+static qs_status template_wrong(const qs_data *d, qs_status st, const char *what)
+{
+    return QS_FAIL(st, "%s: attribute \"chat_template\" %s; prepare the data again", d->path, what);
+}
+
+/* It goes to whoever serves the model, so it is the text that the data was made with, or none. */
+static qs_status check_template(const qs_data *d, qs_h5 *file)
+{
+    char want[QS_SHA256_HEX + 1], found[QS_SHA256_HEX];
+    QS_TRY(qs_h5_attr_get_text(file, "template_sha256", want, sizeof want));
+    qs_sha256_hex(d->chat_template, strlen(d->chat_template), found);
+    if (strcmp(want, found) != 0) {
+        return template_wrong(d, QS_ERR_INPUT_HASH, "does not match template_sha256");
+    }
+    return qs_json_is_utf8(d->chat_template)
+               ? QS_OK
+               : template_wrong(d, QS_ERR_INPUT_VALUE, "is not UTF-8");
+}
+
+/* Not in the first files, nor where no template shaped the data. */
+static qs_status read_template(qs_data *d, qs_h5 *file)
+{
+    bool exists = false;
+    QS_TRY(qs_h5_attr_exists(file, "chat_template", &exists));
+    if (!exists) {
+        return QS_OK;
+    }
+    d->chat_template = malloc(QS_CHAT_TEMPLATE_MAX + 1);
+    if (d->chat_template == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its chat template", d->path);
+    }
+    QS_TRY(qs_h5_attr_get_text(file, "chat_template", d->chat_template, QS_CHAT_TEMPLATE_MAX + 1));
+    return check_template(d, file);
+}
+
 qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
 {
     bool packed = false;
@@ -173,7 +211,8 @@ qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
     }
     QS_TRY(check_sequences(d));
     QS_TRY(name_layout(d));
-    return check_layout(d, file);
+    QS_TRY(check_layout(d, file));
+    return read_template(d, file);
 }
 
 qs_status qs_data_check_fit(const qs_data *d, int64_t model_vocab, int64_t max_seq_len)

@@ -283,6 +283,10 @@ qs_status qs_data_describe(const char *path, FILE *out)
     fprintf(
         out, "longest sequence %lld of seq_len %lld\nvocabulary       %lld\ntokens_xxh3      %s\n",
         (long long)qs_data_longest(d, 1), (long long)d->seq_len, (long long)d->vocab, d->content);
+    if (d->chat_template != NULL) {
+        fprintf(out, "chat template    %zu bytes, kept for the model that is trained on it\n",
+                strlen(d->chat_template));
+    }
     print_lengths(d, out);
     qs_status st = describe_first(d, out);
     qs_data_close(d);

@@ -6,7 +6,6 @@
 #include "hf/json.h"
 
 #include <math.h>
-#include <stdbool.h>
 #include <string.h>
 
 enum { MAX_DEPTH = 64 };
@@ -41,20 +40,37 @@ static int deepest_level(const char *text, size_t bytes)
     return deepest;
 }
 
-qs_status qs_json_parse(json_t **out, const char *text, size_t bytes, const char *path)
+static qs_status parse(json_t **out, const char *text, size_t bytes, size_t flags, const char *path)
 {
     json_error_t error;
     if (deepest_level(text, bytes) > MAX_DEPTH) {
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: JSON is nested deeper than %d levels", path,
                        MAX_DEPTH);
     }
-    json_t *value = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &error);
+    json_t *value = json_loadb(text, bytes, JSON_REJECT_DUPLICATES | flags, &error);
     if (value == NULL) {
         return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: not valid JSON: line %d, column %d: %s", path,
                        error.line, error.column, error.text);
     }
     *out = value;
     return QS_OK;
+}
+
+qs_status qs_json_parse(json_t **out, const char *text, size_t bytes, const char *path)
+{
+    return parse(out, text, bytes, 0, path);
+}
+
+qs_status qs_json_parse_texts(json_t **out, const char *text, size_t bytes, const char *path)
+{
+    return parse(out, text, bytes, JSON_DECODE_INT_AS_REAL, path);
+}
+
+bool qs_json_is_utf8(const char *text)
+{
+    json_t *value = json_string(text); /* NULL where it is not, or there is no memory */
+    json_decref(value);
+    return value != NULL;
 }
 
 static const char *type_name(const json_t *value)

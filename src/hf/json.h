@@ -4,6 +4,7 @@
 #define QS_HF_JSON_H
 
 #include <jansson.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -12,6 +13,13 @@
 /** Parse `bytes` of text. NaN and Infinity, duplicate keys and depth over 64 are refused. Caller
  * decrefs *out. */
 qs_status qs_json_parse(json_t **out, const char *text, size_t bytes, const char *path);
+
+/** The same for files of which texts alone are wanted: whole numbers are read as doubles, because
+ * tokenizers' files hold some of more than 64 bits. */
+qs_status qs_json_parse_texts(json_t **out, const char *text, size_t bytes, const char *path);
+
+/** Is it UTF-8, as every text in JSON is? */
+bool qs_json_is_utf8(const char *text);
 
 /** Required integer member in [low, high]. */
 qs_status qs_json_i64(const json_t *object, const char *key, int64_t low, int64_t high,

@@ -110,10 +110,11 @@ qs_status qs_peft_settings(const char *dir, qs_config *cfg);
 qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment);
 void qs_peft_close(qs_peft *peft);
 
-/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. A temporary
- * directory, read back, renamed. QS_ERR_OUTPUT_TAKEN if DIR exists. */
+/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. `chat_template` goes
+ * into a file beside it; NULL: none. A temporary directory, read back, renamed.
+ * QS_ERR_OUTPUT_TAKEN if DIR exists. */
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
-                        const char *base_name, const float *vector);
+                        const char *base_name, const char *chat_template, const float *vector);
 
 /** Write any LoRA-shaped vector as one safetensors file with PEFT names (train --dump-grads),
  * marked with `mark` (qs_st_write). */

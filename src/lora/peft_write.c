@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "base/mem.h"
+#include "hf/chat_template.h"
 #include "hf/safetensors.h"
 #include "lora/lora_impl.h"
 #include "store/io.h"
@@ -112,7 +113,7 @@ static char *model_card(const qs_config *cfg, const char *base_name)
 /* ---- the directory ---- */
 
 static qs_status write_files(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
-                             const char *base_name, const float *vector)
+                             const char *base_name, const char *chat_template, const float *vector)
 {
     char path[PATH_ROOM + 32];
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
@@ -124,7 +125,8 @@ static qs_status write_files(const char *dir, const qs_lora_layout *layout, cons
     text = model_card(cfg, base_name);
     st = write_text(dir, "README.md", text);
     free(text);
-    return st;
+    QS_TRY(st);
+    return chat_template ? write_text(dir, QS_CHAT_TEMPLATE_NAME, chat_template) : QS_OK;
 }
 
 /* What our own parser makes of it must be what was to be written, bit by bit. */
@@ -159,7 +161,7 @@ static void parent_of(char *out, size_t capacity, const char *path)
 }
 
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
-                        const char *base_name, const float *vector)
+                        const char *base_name, const char *chat_template, const float *vector)
 {
     char place[QS_PATH_MAX], temp[PATH_ROOM], parent[QS_PATH_MAX];
     size_t length = strlen(dir);
@@ -180,7 +182,7 @@ qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_
     qs_temp_remove_stale(place);
     qs_temp_guard(temp);
     qs_status st = qs_io_mkdir(temp);
-    st = st == QS_OK ? write_files(temp, layout, cfg, base_name, vector) : st;
+    st = st == QS_OK ? write_files(temp, layout, cfg, base_name, chat_template, vector) : st;
     st = st == QS_OK ? read_back(temp, layout, vector) : st;
     st = st == QS_OK ? qs_io_fsync_dir(temp) : st;
     st = st == QS_OK ? qs_io_rename(temp, place) : st;

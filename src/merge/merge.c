@@ -220,9 +220,9 @@ static qs_status look_at(const qs_merge_job *job, const char *dir)
 
 static qs_status fill_directory(qs_merge_job *job, const char *dir, qs_merge_report *report)
 {
-    QS_TRY(write_weights(job, dir));
-    QS_TRY(qs_merge_put_config(job, dir));
+    QS_TRY(qs_merge_put_config(job, dir)); /* what may be refused, before the long work */
     QS_TRY(qs_merge_copy_companions(job, dir, report));
+    QS_TRY(write_weights(job, dir));
     QS_TRY(look_at(job, dir));
     return qs_io_fsync_dir(dir);
 }

@@ -20,7 +20,8 @@ typedef struct {
     const char *adapter; /* for messages, and the PEFT directory to read if `vector` is NULL */
     const float *vector; /* [n_layers * per_layer] a checkpoint's weights in `layout` */
     const qs_lora_layout *layout;
-    const char *base_sha256; /* with `vector`: hashes_sha256 of the base that it was trained on */
+    const char *chat_template; /* of the training data; NULL: not known, the model's own stays */
+    const char *base_sha256;   /* with `vector`: hashes_sha256 of the base that it was trained on */
 } qs_merge_options;
 
 typedef struct {
@@ -32,6 +33,7 @@ typedef struct {
     size_t peak_bytes;
     char source[QS_PATH_MAX]; /* where tokenizer and generation files were looked for, or "" */
     char copied[512], missing[512]; /* their names, each with a blank in front */
+    bool other_template; /* that of the training data was written, which is not the model's own */
 } qs_merge_report;
 
 /** Merge. Not collective. A temporary directory, everything read back, then renamed: after a

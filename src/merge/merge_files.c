@@ -8,11 +8,12 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "hf/chat_template.h"
 #include "hf/json.h"
 #include "merge/merge_impl.h"
 #include "store/io.h"
 
-enum { PATH_ROOM = QS_PATH_MAX + 128, COPY_BYTES_MAX = 256 << 20, CONFIG_BYTES_MAX = 1 << 20 };
+enum { PATH_ROOM = QS_PATH_MAX + 128, CONFIG_BYTES_MAX = 1 << 20 };
 
 static qs_status no_memory(const char *path)
 {
@@ -139,9 +140,12 @@ static void note(char *list, size_t capacity, const char *name)
     snprintf(list + used, capacity - used, " %s", name);
 }
 
-static qs_status copy_one(const char *from, const char *to, const char *name, bool *found)
+/* `chat_template`: in place of the one that a tokenizer_config.json holds; NULL: as it is. */
+static qs_status copy_one(const char *from, const char *to, const char *name,
+                          const char *chat_template, bool *found)
 {
     char source[PATH_ROOM], target[PATH_ROOM];
+    char *other = NULL;
     void *data = NULL;
     size_t bytes = 0;
     snprintf(source, sizeof source, "%s/%s", from, name);
@@ -150,10 +154,34 @@ static qs_status copy_one(const char *from, const char *to, const char *name, bo
     if (!*found) {
         return QS_OK;
     }
-    QS_TRY(qs_io_read_file(source, COPY_BYTES_MAX, &data, &bytes));
-    qs_status st = qs_io_write_new(target, data, bytes);
+    QS_TRY(qs_io_read_file(source, QS_CHAT_FILE_MAX, &data, &bytes));
+    qs_status st = QS_OK;
+    if (chat_template != NULL && strcmp(name, "tokenizer_config.json") == 0) {
+        QS_GOTO(qs_chat_template_replace(data, bytes, chat_template, source, &other));
+        bytes = strlen(other);
+    }
+    st = qs_io_write_new(target, other != NULL ? other : data, bytes);
+done:
+    free(other);
     free(data);
     return st;
+}
+
+/* The template to write: the training data's, unless the model comes with the same one, or it is
+ * not known. */
+static qs_status choose_template(const qs_merge_job *job, const char *from, const char **out)
+{
+    char *own = NULL;
+    *out = job->options->chat_template;
+    if (*out == NULL || from == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(qs_chat_template_of_model(from, &own));
+    if (own != NULL && strcmp(own, *out) == 0) {
+        *out = NULL;
+    }
+    free(own);
+    return QS_OK;
 }
 
 qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
@@ -169,15 +197,23 @@ qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
                                         "chat_template.jinja",
                                         "chat_template.json",
                                         "generation_config.json"};
-    const char *from = job->options->original;
+    const char *from = job->options->original, *chat_template = NULL;
     if (from == NULL && is_source(job, job->index->source_path)) {
         from = job->index->source_path;
     }
     snprintf(report->source, sizeof report->source, "%s", from != NULL ? from : "");
+    QS_TRY(choose_template(job, from, &chat_template));
+    if (chat_template != NULL) {
+        QS_TRY(write_text(dir, QS_CHAT_TEMPLATE_NAME, chat_template));
+        report->other_template = true;
+    }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         bool found = false;
+        if (chat_template != NULL && strncmp(names[i], "chat_template.", 14) == 0) {
+            continue;
+        }
         if (from != NULL) {
-            QS_TRY(copy_one(from, dir, names[i], &found));
+            QS_TRY(copy_one(from, dir, names[i], chat_template, &found));
         }
         if (found) {
             note(report->copied, sizeof report->copied, names[i]);

@@ -88,7 +88,8 @@ qs_status qs_merge_put_index(const qs_merge_job *job, const char *dir);
 void qs_merge_file_name(const qs_merge_job *job, int file, char *out, size_t capacity);
 
 /** Copy tokenizer and generation files of the source checkpoint, where it is still there, into
- * `dir`, and note in the report what was found. */
+ * `dir`, with the chat template of the training data in place of another, and note in the report
+ * what was found. */
 qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
                                    qs_merge_report *report);
 

@@ -22,7 +22,7 @@ from qprep.packing import METHODS
 from qprep.pipeline import read_documents
 from qprep.preview import show
 from qprep.template import TURNS
-from qprep.tokenfile import arrange, ranges, write_token_file
+from qprep.tokenfile import arrange, ranges, template_attributes, write_token_file
 from qprep.tokens import Documents, Tokenizer
 
 DESCRIPTION = "Makes the token files that qshard train, eval and sample read."
@@ -388,7 +388,7 @@ def main(argv):
             "seq_len": options.seq_len,
             "packed": int(options.pack),
             "tokenizer_sha256": tokenizer.sha256,
-            "template_sha256": outcome.template_sha256,
+            **template_attributes(outcome.template),
             "source": ", ".join(os.path.basename(path) for path in options.data) or options.format,
         },
     )

@@ -12,8 +12,6 @@
 #include "train/plan.h"
 #include "train/train.h"
 
-enum { EOS_MAX = 16 };
-
 typedef struct {
     int64_t prompt_tokens; /* of the prompt alone */
     int64_t length, capacity;
@@ -28,7 +26,7 @@ typedef struct {
     int64_t count; /* texts of this rank */
     int64_t most;  /* texts of the rank that has most */
     text *texts;
-    int32_t eos[EOS_MAX];
+    int32_t eos[2 * QS_EOS_MAX]; /* of config.json, then of generation_config.json */
     int eos_count;
     qs_batch *batch;
     float *logits; /* [count, vocab] */
@@ -38,23 +36,28 @@ typedef struct {
 
 static qs_status add_eos(sampler *s, const json_t *id)
 {
-    if (!json_is_integer(id) || s->eos_count == EOS_MAX) {
+    const qs_base_index *index = s->session->index;
+    const json_int_t value = json_integer_value(id);
+    if (!json_is_integer(id) || s->eos_count == QS_EOS_MAX) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: eos_token_id of the model's config is neither a token id nor a list of "
                        "at most %d; correct config.json and quantize again",
-                       s->session->index->path, EOS_MAX);
+                       index->path, QS_EOS_MAX);
     }
-    s->eos[s->eos_count++] = (int32_t)json_integer_value(id);
+    if (value >= 0 && value < index->config.vocab) { /* no other comes up */
+        s->eos[s->eos_count++] = (int32_t)value;
+    }
     return QS_OK;
 }
 
-/* eos_token_id of config.json: one id, a list, or none. */
+/* eos_token_id of config.json: one id, a list, or none; and what base.h5 has of
+ * generation_config.json, which in chat models names the end of a turn. */
 static qs_status read_eos(sampler *s)
 {
     qs_status st = QS_OK;
-    const char *config = s->session->index->config_text;
+    const qs_base_index *index = s->session->index;
     json_t *root = NULL;
-    QS_TRY(qs_json_parse(&root, config, strlen(config), s->session->index->path));
+    QS_TRY(qs_json_parse(&root, index->config_text, strlen(index->config_text), index->path));
     const json_t *eos = json_object_get(root, "eos_token_id");
     if (json_is_array(eos)) {
         for (size_t i = 0; i < json_array_size(eos) && st == QS_OK; i++) {
@@ -62,6 +65,9 @@ static qs_status read_eos(sampler *s)
         }
     } else if (eos != NULL && !json_is_null(eos)) {
         st = add_eos(s, eos);
+    }
+    for (int i = 0; i < index->n_eos; i++) {
+        s->eos[s->eos_count++] = index->eos[i];
     }
     json_decref(root);
     return st;

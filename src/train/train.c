@@ -190,6 +190,7 @@ static qs_ckpt_meta meta_of(const run *r, const char *config_yaml)
     qs_ckpt_meta meta = {.step = r->step,
                          .config_yaml = config_yaml,
                          .tokens_seen = r->tokens_seen,
+                         .chat_template = r->train_data->chat_template,
                          .seen = &r->run_dir.seen};
     snprintf(meta.run_id, sizeof meta.run_id, "%s", r->run_dir.run_id);
     snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);

@@ -39,11 +39,17 @@ typedef struct {
     int64_t small_from; /* where its small bytes begin in index->small */
 } qs_base_unit;
 
+/** Most ids that may end a text. */
+enum { QS_EOS_MAX = 16 };
+
 /** The whole index; equal on all ranks, but for what `seen` says of this one. */
 typedef struct {
     char *path;
     char *config_text; /* config.json as given */
     qs_hf_config config;
+    int n_eos; /* those of generation_config.json, beside those of config.json; 0: none, or from
+                  before they were kept */
+    int32_t eos[QS_EOS_MAX]; /* below config.vocab */
     int64_t head_chunk_rows;
     bool nested;
     int n_maps;

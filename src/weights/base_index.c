@@ -49,6 +49,18 @@ static json_t *unit_json(const qs_base_unit *unit)
                      (json_int_t)unit->small_bytes, "small_xxh3", hash, "tensors", tensors);
 }
 
+/* Nothing where there is none: then the text is that of the first versions. */
+static void put_eos(json_t *root, const qs_base_index *index)
+{
+    json_t *ids = index->n_eos > 0 ? json_array() : NULL;
+    for (int i = 0; i < index->n_eos; i++) {
+        json_array_append_new(ids, json_integer(index->eos[i]));
+    }
+    if (ids != NULL) {
+        json_object_set_new(root, "eos_token_ids", ids);
+    }
+}
+
 qs_status qs_base_index_text(const qs_base_index *index, char **text)
 {
     json_t *config = NULL;
@@ -63,6 +75,7 @@ qs_status qs_base_index_text(const qs_base_index *index, char **text)
         (json_int_t)index->head_chunk_rows, "nested", (int)index->nested, "quantizer",
         index->quantizer, "zero_blocks", (json_int_t)index->zero_blocks, "units", units, "final",
         unit_json(&index->final), "hashes_sha256", index->hashes_sha256);
+    put_eos(root, index);
     *text = root == NULL ? NULL : json_dumps(root, JSON_COMPACT);
     json_decref(root);
     return *text != NULL ? QS_OK
@@ -244,11 +257,38 @@ static qs_status parse_provenance(qs_base_index *index, const json_t *root, cons
                : qs_json_i64(root, "zero_blocks", 0, INT64_MAX, &index->zero_blocks, path);
 }
 
+/* Not there in the first files, nor without a generation_config.json. */
+static qs_status parse_eos(qs_base_index *index, const json_t *root, const char *path)
+{
+    const json_t *ids = json_object_get(root, "eos_token_ids");
+    const size_t count = json_array_size(ids); /* 0 if it is no array */
+    if (ids == NULL) {
+        return QS_OK;
+    }
+    if (count == 0 || count > QS_EOS_MAX) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT,
+                       "%s: index: \"eos_token_ids\" is not a list of 1 to %d ids", path,
+                       QS_EOS_MAX);
+    }
+    for (size_t i = 0; i < count; i++) {
+        const json_t *id = json_array_get(ids, i);
+        const json_int_t value = json_integer_value(id);
+        if (!json_is_integer(id) || value < 0 || value >= index->config.vocab) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: index: eos_token_ids[%zu] is not an id below vocab_size=%lld", path,
+                           i, (long long)index->config.vocab);
+        }
+        index->eos[index->n_eos++] = (int32_t)value;
+    }
+    return QS_OK;
+}
+
 static qs_status parse_root(qs_base_index *index, const json_t *root, const char *path)
 {
     const json_t *units = NULL;
     const json_t *nested = json_object_get(root, "nested");
     QS_TRY(parse_config(index, root, path));
+    QS_TRY(parse_eos(index, root, path));
     QS_TRY(parse_provenance(index, root, path));
     QS_TRY(qs_json_i64(root, "head_chunk_rows", 1, 1 << 22, &index->head_chunk_rows, path));
     if (!json_is_boolean(nested)) {

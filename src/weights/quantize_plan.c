@@ -2,13 +2,14 @@
  * units, the kind and dtype of every tensor and where its bytes come from. Every tensor of the
  * checkpoint must be accounted for. */
 #include <errno.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "base/mem.h"
+#include "hf/json.h"
 #include "hf/safetensors_impl.h"
 #include "qshard_version.h"
 #include "store/io.h"
@@ -82,6 +83,76 @@ static qs_status read_config(qs_base_index *index, const char *hf_dir)
     index->config_text = text;
     text = NULL;
 done:
+    free(text);
+    free(path);
+    return st;
+}
+
+static qs_status add_eos(qs_base_index *index, const json_t *id, const char *path)
+{
+    const json_int_t value = json_integer_value(id);
+    if (!json_is_integer(id)) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: eos_token_id is neither a token id nor a list of them", path);
+    }
+    if (value < 0 || value >= index->config.vocab) {
+        return QS_OK; /* -1 stands for none in some; no other such id comes up, either */
+    }
+    if (index->n_eos == QS_EOS_MAX) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: eos_token_id lists more than %d ids", path,
+                       QS_EOS_MAX);
+    }
+    index->eos[index->n_eos++] = (int32_t)value;
+    return QS_OK;
+}
+
+static qs_status parse_generation(qs_base_index *index, const json_t *root, const char *path)
+{
+    const json_t *eos = json_object_get(root, "eos_token_id");
+    if (!json_is_object(root)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
+    }
+    if (eos == NULL || json_is_null(eos)) {
+        return QS_OK;
+    }
+    if (!json_is_array(eos)) {
+        return add_eos(index, eos, path);
+    }
+    for (size_t i = 0; i < json_array_size(eos); i++) {
+        QS_TRY(add_eos(index, json_array_get(eos, i), path));
+    }
+    return QS_OK;
+}
+
+/* Chat models name the token that ends a turn there, and in config.json the one that ends a
+ * document. No weight depends on it: a file that is no good costs these ids and a warning. */
+static qs_status read_generation(qs_base_index *index, const char *hf_dir)
+{
+    qs_status st = QS_OK;
+    void *text = NULL;
+    size_t bytes = 0;
+    json_t *root = NULL;
+    const size_t path_bytes = strlen(hf_dir) + sizeof "/generation_config.json";
+    char *path = malloc(path_bytes);
+    if (path == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its path", hf_dir);
+    }
+    (void)snprintf(path, path_bytes, "%s/generation_config.json", hf_dir);
+    if (access(path, F_OK) == 0) {
+        QS_GOTO(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
+        QS_GOTO(qs_json_parse(&root, text, bytes, path));
+        QS_GOTO(parse_generation(index, root, path));
+    }
+done:
+    if (st != QS_OK && st != QS_ERR_MEMORY) {
+        qs_log_warn("%s; its eos_token_id is left out, so qshard sample stops at config.json's "
+                    "alone",
+                    qs_error_text());
+        qs_error_clear();
+        index->n_eos = 0;
+        st = QS_OK;
+    }
+    json_decref(root);
     free(text);
     free(path);
     return st;
@@ -289,11 +360,10 @@ static qs_status detect_import(planner *p)
 /* The index is JSON and names the checkpoint. */
 static qs_status check_name(const char *hf_dir)
 {
-    json_t *text = json_string(hf_dir);
-    json_decref(text);
-    return text != NULL ? QS_OK
-                        : QS_FAIL(QS_ERR_CONFIG_VALUE,
-                                  "%s: the path of the checkpoint is not UTF-8; rename it", hf_dir);
+    return qs_json_is_utf8(hf_dir)
+               ? QS_OK
+               : QS_FAIL(QS_ERR_CONFIG_VALUE,
+                         "%s: the path of the checkpoint is not UTF-8; rename it", hf_dir);
 }
 
 static qs_status start_index(qs_plan *plan, const char *hf_dir, int64_t head_chunk_rows)
@@ -307,6 +377,7 @@ static qs_status start_index(qs_plan *plan, const char *hf_dir, int64_t head_chu
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the plan", hf_dir);
     }
     QS_TRY(read_config(index, hf_dir));
+    QS_TRY(read_generation(index, hf_dir));
     index->head_chunk_rows = head_chunk_rows;
     index->n_maps = 1;
     QS_TRY(QS_ALLOC(&index->maps, 256, QS_MEM_WORK));

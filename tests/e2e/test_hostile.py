@@ -16,7 +16,7 @@ import support
 
 from hostile import changes as to
 from hostile import inputs, models, runs, settings, stores, tools  # noqa: F401  (most fill CASES)
-from hostile.case import CASES
+from hostile.case import CASES, DEEP, HTML
 from hostile.inputs import COMMANDS, command_line
 
 SLOWDOWN = int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))
@@ -107,6 +107,11 @@ class Hostile(unittest.TestCase):
                  ("train", None, to.put("run.yaml", yaml.replace(b"\n", b"\r\n"))),
                  ("check config", None, to.put("run.yaml", b"\xef\xbb\xbf" + yaml)),
                  ("train", 2, to.put("run.yaml", b"\xef\xbb\xbf" + yaml.replace(b"\n", b"\r\n"))),
+                 *((command, None, change("model/generation_config.json")) for command in ("quantize", "inspect model")
+                   for change in (to.directory, to.fifo, to.endless, to.link_loop, to.empty,
+                                  lambda name: to.put(name, DEEP), lambda name: to.put(name, HTML),
+                                  lambda name: to.put(name, b'{"eos_token_id": [' + b"2," * 10**6 + b"2]}"))),
+                 ("train", 2, to.attribute("train.h5", "chat_template", to.GONE)),
                  ("prep", None, to.put("data.jsonl", b'\xef\xbb\xbf{"text": "one and two"}\r\n'))]
         self.together(self.accepted, rows)
 

@@ -1,6 +1,8 @@
 """A merged checkpoint is a checkpoint: its weights are base plus adapter, and it can be quantized and evaluated."""
 import json
 import os
+import re
+import shutil
 import unittest
 
 import numpy as np
@@ -69,6 +71,129 @@ class Merge(unittest.TestCase):
     def test_nothing_is_overwritten(self):
         done = support.qshard("merge", self.trained, "-o", self.merged, "--base", f"{support.tiny()}/base.h5", expect=2)
         self.assertIn("error[E204]", done.stderr)
+
+
+def content(*names):
+    """Of a file; None where there is none."""
+    path = os.path.join(*names)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def prepare(model, source, target, *options):
+    support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", model, source, "-o", target, "--seq-len", "64",
+                   *options)
+
+
+class ChatTemplate(unittest.TestCase):
+    """Whoever serves a model prompts it in the format that it was trained in."""
+
+    OTHER = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}" \
+            "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}{# \"é\" #}\n"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+        cls.model = os.path.join(support.tiny(), "model")
+        cls.other = cls.path("other.jinja")
+        with open(cls.other, "w", encoding="utf-8") as file:
+            file.write(cls.OTHER)
+        prepare(cls.model, f"{cls.model}/train.jsonl", cls.path("train.h5"), "--chat-template", cls.other)
+
+    @classmethod
+    def path(cls, name):
+        return os.path.join(cls.folder, name)
+
+    def config(self, folder):
+        return content(folder, "tokenizer_config.json")
+
+    def merge(self, source, name, *options):
+        """What it printed, and the directory."""
+        done = support.qshard("merge", source, "-o", self.path(name), "--base", f"{support.tiny()}/base.h5", *options)
+        return done.stdout, self.path(name)
+
+    def test_another_template_goes_where_the_model_goes(self):
+        """Through a stop, a file that moved, and ranks; the evaluation's template, the model's own, is not taken."""
+        run, adapter, moved = self.path("run"), self.path("adapter"), self.path("moved.h5")
+        shutil.copy(self.path("train.h5"), self.path("first.h5"))
+        how = {"train__steps": 4, "train__eval_every": 2}
+        support.train(run, ranks=2, expect=75, data__train=self.path("first.h5"), train__max_time=0.001, **how)
+        os.rename(self.path("first.h5"), moved)
+        support.train(run, ranks=3, data__train=moved, **how)
+        os.remove(moved)
+        said = support.qshard("export", run, "-o", adapter).stdout
+        self.assertRegex(said, r"(?m)^  template  chat_template.jinja: that of the training data")
+        self.assertEqual(content(adapter, "chat_template.jinja"), self.OTHER)
+        own = json.loads(self.config(self.model))
+        self.assertNotEqual(own["chat_template"], self.OTHER)
+        for source, name, options in ((run, "of-run", ()), (run, "of-original", ("--original", self.model)),
+                                      (adapter, "of-adapter", ())):
+            said, merged = self.merge(source, name, *options)
+            self.assertEqual(len(re.findall(r"(?m)^  template .*not the model's own$", said)), 1, said)
+            self.assertEqual(content(merged, "chat_template.jinja"), self.OTHER)
+            self.assertEqual(json.loads(self.config(merged)), {**own, "chat_template": self.OTHER})
+            self.assertEqual(content(merged, "tokenizer.json"), content(self.model, "tokenizer.json"))
+        prepare(self.path("of-run"), f"{self.model}/train.jsonl", self.path("again.h5"))
+        with open(self.path("again.h5"), "rb") as again, open(self.path("train.h5"), "rb") as first:
+            self.assertEqual(again.read(), first.read())
+
+    def test_the_models_own_template_and_none_change_nothing(self):
+        import h5py
+        shutil.copy(self.path("train.h5"), self.path("first.h5"))
+        with h5py.File(self.path("first.h5"), "r+", libver=("v110", "v110")) as file:
+            del file.attrs["chat_template"]  # a file from before it was kept
+        with open(self.path("texts.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": f"{i} plus {i} is {2 * i}"}) + "\n" for i in range(16))
+        prepare(self.model, self.path("texts.jsonl"), self.path("texts.h5"), "--chat-template", self.other)
+        for name, data, own in (("own", f"{support.tiny()}/train.h5", True), ("first", self.path("first.h5"), False),
+                                ("texts", self.path("texts.h5"), False)):
+            support.train(self.path(name), data__train=data, train__steps=1)
+            support.qshard("export", self.path(name), "-o", self.path(name + "-adapter"))
+            kept = content(self.path(name + "-adapter"), "chat_template.jinja")
+            self.assertEqual(kept, json.loads(self.config(self.model))["chat_template"] if own else None)
+            said, merged = self.merge(self.path(name), name + "-merged")
+            self.assertNotIn("  template", said)
+            self.assertIsNone(content(merged, "chat_template.jinja"))
+            self.assertEqual(self.config(merged), self.config(self.model))
+
+
+class EndOfTurn(unittest.TestCase):
+    def test_a_sample_ends_where_generation_config_says(self):
+        """Chat models name the token that ends a turn there alone. The first token that the model says is made one."""
+        import h5py
+        folder = support.scratch()
+        model, prompts = os.path.join(folder, "model"), os.path.join(folder, "prompts.h5")
+        shutil.copytree(os.path.join(support.tiny(), "model"), model)
+        with open(f"{model}/eval.jsonl", encoding="utf-8") as lines, open(f"{folder}/one.jsonl", "w", encoding="utf-8") as one:
+            one.write(next(lines))
+        prepare(model, f"{folder}/one.jsonl", prompts, "--prompts")
+
+        def said(name, tokens, ids=None):
+            if ids is not None:
+                with open(f"{model}/generation_config.json", "w", encoding="utf-8") as file:
+                    json.dump({"eos_token_id": ids}, file)
+            base = os.path.join(folder, name)
+            support.qshard("quantize", model, "-o", base, "--head-chunk-rows", "128")
+            texts = [support.qshard("sample", support.TINY_YAML, *support.settings(support.tiny(), "none", base=base),
+                                    "--prompts", prompts, "--tokens", tokens, ranks=ranks).stdout for ranks in (None, 2)]
+            self.assertEqual(texts[0], texts[1])
+            return texts[0].split("--- continuation\n")[1].removesuffix("\n")
+
+        first, more = said("plain.h5", 1), said("more.h5", 4)
+        self.assertNotEqual(first, "")
+        self.assertTrue(more.startswith(first) and more != first, (first, more))
+        with h5py.File(prompts, "r") as file:
+            offsets, raw = file["decode_offsets"][()], file["decode_bytes"][()].tobytes()
+        ids = [i for i in range(len(offsets) - 1)
+               if raw[offsets[i]:offsets[i + 1]].decode("utf-8", "backslashreplace") == first]
+        self.assertTrue(0 < len(ids) < 16, first)
+        self.assertEqual(said("end.h5", 4, [*ids, 0]), "")
+        self.assertEqual(said("other.h5", 4, [i for i in range(20, 30) if i not in ids][:1]), more)
+        self.assertEqual(said("none.h5", 4, "no id"), more)
+        with open(f"{folder}/plain.h5", "rb") as plain, open(f"{folder}/none.h5", "rb") as none:
+            self.assertEqual(plain.read(), none.read())
 
 
 if __name__ == "__main__":

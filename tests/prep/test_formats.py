@@ -1,4 +1,5 @@
 """The formats of records: what each becomes, what of it is learned, and what the options change."""
+import hashlib
 import json
 import unittest
 
@@ -141,7 +142,36 @@ class Formats(FolderTest):
         self.assertEqual(self.prepared([{"instruction": "q", "output": "a"}], "--chat"), [turn("q", "a")])
         self.assertEqual(self.prepared([{"instruction": "q", "input": "x", "output": "a"}], "--chat"), [turn("q\n\nx", "a")])
         self.assertEqual(self.prepared([{"prompt": "q", "completion": "a"}], "--chat"), [turn("q", "a")])
-        self.assertNotEqual(self.load()[1]["template_sha256"], "")
+        attributes = self.load()[1]
+        self.assertNotEqual(attributes["template_sha256"], "")
+        self.assertEqual(attributes["template_sha256"], hashlib.sha256(attributes["chat_template"].encode()).hexdigest())
+
+    def test_the_template_that_shaped_the_data_is_kept(self):
+        other = "{% for m in messages %}é{{ m.content }}<|im_end|>\r\n{% endfor %}"
+        path = self.write("other.jinja", other)
+        for records, options, want in (
+            ([talk("q", "a")], ["--chat-template", path], other),
+            ([talk("q", "a")], ["--chat-template", path, "--prompts"], other),
+            ([{"prompt": "q", "completion": "a"}], ["--chat-template", path, "--chat"], other),
+            ([{"text": "ab"}], [], None),
+            ([{"input_ids": ids("ab")}], [], None),
+        ):
+            self.prep(records, *options, "--overwrite")
+            self.assertEqual(self.load()[1].get("chat_template"), want, (records, options))
+        many = [talk(f"q{i}", "a") for i in range(3000)]  # in several processes, and the records held out likewise
+        result = tool("qshard_prep.py", "--model", self.folder, self.write_records("many.jsonl", many), "--chat-template", path,
+                      "--jobs", "2", "--overwrite", "-o", self.path("out.h5"), "--eval-out", self.path("eval.h5"),
+                      "--eval-fraction", "0.1")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(self.load()[1]["chat_template"], other)
+        self.assertEqual(self.load("eval.h5")[1]["chat_template"], other)
+
+    def test_a_template_that_no_file_can_keep_is_refused(self):
+        for text, code, what in (("{{ messages[0].content }}\0", 301, "NUL"),
+                                 ("{# " + "x" * (256 << 10) + " #}{{ messages[0].content }}", 302, "at most 262144")):
+            path = self.write("other.jinja", text)
+            result = self.prep([talk("q", "a")], "--chat-template", path, expect=None)
+            self.assert_one_error(result, 3, f"error[E{code}]", "other.jinja", what)
 
     # --- what is learned besides
 

@@ -11,7 +11,7 @@ from unittest import mock
 import h5py
 import numpy as np
 import xxhash
-from support import BYTE, END, HE, PREP, SPECIALS, FolderTest, byte_alphabet, ids, make_model, prep, tool
+from support import BYTE, CHATML, END, HE, PREP, SPECIALS, FolderTest, byte_alphabet, ids, make_model, prep, tool
 
 from qprep.tokenfile import IGNORED
 
@@ -57,6 +57,7 @@ class Prep(FolderTest):
         self.assertTrue(text.endswith("### Input:\n1 2\n\n### Response:3<|im_end|>"), text)
         self.assertNotIn("### Input", self.decode(data, 1))
         self.assertEqual(attributes["template_sha256"], "")
+        self.assertNotIn("chat_template", attributes)
 
     def test_text_learns_all_but_the_first_token(self):
         self.prep([{"text": "the"}, {"text": "cat"}])
@@ -141,7 +142,8 @@ class Prep(FolderTest):
         self.assertEqual(attributes, {
             "format": "qshard-data", "format_version": 1, "vocab_size": 260, "seq_len": 64, "packed": 0,
             "n_sequences": 3, "n_tokens": len(data["tokens"]), "n_targets": 6, "tokenizer_sha256": tokenizer,
-            "template_sha256": attributes["template_sha256"], "source": "data.jsonl",
+            "template_sha256": hashlib.sha256(CHATML.encode()).hexdigest(), "chat_template": CHATML,
+            "source": "data.jsonl",
             "tokens_xxh3": xxhash.xxh3_128_hexdigest(data["tokens"].tobytes()),
             "labels_xxh3": xxhash.xxh3_128_hexdigest(data["labels"].tobytes()),
             "layout_xxh3": xxhash.xxh3_128_hexdigest(attributes["labels_xxh3"].encode() + data["seq_offsets"].tobytes() +

@@ -104,6 +104,17 @@ void make_data_free(make_data_arrays *a)
     free(a->decode_bytes);
 }
 
+static qs_status put_template(qs_h5 *file, const make_data_arrays *a)
+{
+    char hash[QS_SHA256_HEX] = "";
+    if (a->chat_template != NULL) {
+        qs_sha256_hex(a->chat_template, strlen(a->chat_template), hash);
+        QS_TRY(qs_h5_attr_put_text(file, "chat_template", a->chat_template));
+    }
+    return qs_h5_attr_put_text(file, "template_sha256",
+                               a->template_sha256 != NULL ? a->template_sha256 : hash);
+}
+
 static qs_status put_attributes(qs_h5 *file, const make_data_arrays *a)
 {
     char hash[QS_XXH128_HEX];
@@ -119,7 +130,7 @@ static qs_status put_attributes(qs_h5 *file, const make_data_arrays *a)
         QS_TRY(qs_h5_attr_put_i64(file, integers[i].name, integers[i].value));
     }
     QS_TRY(qs_h5_attr_put_text(file, "tokenizer_sha256", ""));
-    QS_TRY(qs_h5_attr_put_text(file, "template_sha256", ""));
+    QS_TRY(put_template(file, a));
     QS_TRY(qs_h5_attr_put_text(file, "source", "made for a test"));
     qs_xxh3_128_hex(a->tokens, (size_t)a->n_tokens * 4 - (a->wrong_hash ? 1 : 0), hash);
     QS_TRY(qs_h5_attr_put_text(file, "tokens_xxh3", hash));

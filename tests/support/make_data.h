@@ -30,6 +30,8 @@ typedef struct {
     int64_t *decode_offsets;
     uint8_t *decode_bytes;
     bool wrong_hash;
+    const char *chat_template;   /* NULL: none */
+    const char *template_sha256; /* NULL: the right one */
 } make_data_arrays;
 
 /** Valid arrays; the first half or so of each document is masked. */

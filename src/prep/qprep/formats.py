@@ -4,8 +4,6 @@ A format is told by the keys of a record (`recognise`) or by --format. `Builder`
 of text for the tokenizer, or Encoded where the record holds tokens.
 """
 
-import hashlib
-
 import numpy as np
 
 from . import errors, predecessor
@@ -13,7 +11,7 @@ from .chat import from_sharegpt, messages_of, tools_of
 from .errors import BadRecord, PrepError, quoted
 from .records import kind_of, text_field
 from .template import ChatTemplate, load_template
-from .tokenfile import IGNORED
+from .tokenfile import IGNORED, check_template
 from .tokens import Encoded, Example
 
 MEGATRON = "megatron"
@@ -75,6 +73,7 @@ class Builder:
         self.tokenizer = tokenizer
         self.roles = tuple(options.train_roles or ("assistant",))
         self.source, path, specials = load_template(options.model, options.chat_template)
+        self.template_path = path
         self.template = None
         if self.source is not None:
             self.template = ChatTemplate(
@@ -131,6 +130,8 @@ class Builder:
                 self.options.model,
                 "the model has no chat template, which conversations need; give --chat-template FILE",
             )
+        if not self.used_template:
+            check_template(self.template_path, self.source)
         self.used_template = True
 
     def need_eos(self):
@@ -334,10 +335,9 @@ class Builder:
             ids, learned = np.append(ids, np.uint32(self.tokenizer.eos)), np.append(learned, True)
         return Encoded(ids, learned)
 
-    def template_sha256(self):
-        """The template's hash if it shaped the data, else empty."""
-        used = self.source is not None and self.used_template
-        return hashlib.sha256(self.source.encode("utf-8")).hexdigest() if used else ""
+    def template_text(self):
+        """The chat template's text if it shaped the data, else None."""
+        return self.source if self.used_template else None
 
 
 def exchange(question, answer):

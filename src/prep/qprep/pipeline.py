@@ -31,7 +31,7 @@ class Outcome:
     counts: Counts = field(default_factory=Counts)
     done: Counter = field(default_factory=Counter)
     forms: set = field(default_factory=set)
-    template_sha256: str = ""
+    template: str = None  # the chat template that shaped the documents
     error: tuple = None  # the arguments of the PrepError that ended the batch
 
 
@@ -82,7 +82,7 @@ class Worker:
         encoded, straddling = self.tokenizer.encode(examples)
         done["straddling"] += straddling
         outcome.documents = fit(encoded, self.options, done)
-        outcome.template_sha256 = self.builder.template_sha256()
+        outcome.template = self.builder.template_text()
         return outcome
 
 
@@ -204,7 +204,7 @@ def gather(options, form, tokenizer, source):
             raise PrepError(*outcome.error)
         total.counts.add(outcome.counts)
         total.done.update(outcome.done)
-        total.template_sha256 = total.template_sha256 or outcome.template_sha256
+        total.template = outcome.template if total.template is None else total.template
         outcome.documents.groups += groups
         groups += outcome.counts.records
         parts.append(outcome.documents)

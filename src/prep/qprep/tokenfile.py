@@ -5,14 +5,17 @@ are int64 scalars and fixed-length strings.
 """
 
 import errno
+import hashlib
 
 import h5py
 import numpy as np
 import xxhash
 
+from .errors import INPUT_FORMAT, INPUT_VALUE, PrepError
 from .packing import packed
 
 IGNORED = -100
+TEMPLATE_BYTES = 256 << 10  # the longest chat template; src/hf/chat_template.h has the same
 
 
 def arrange(documents, seq_len, method=None):
@@ -78,6 +81,31 @@ def write_token_file(path, arrays, decode_table, attributes):
             write_dataset(file, name, values)
         file.flush()
     verify(path, datasets)
+
+
+def check_template(path, template):
+    """Refuses a chat template that a token file cannot keep."""
+    try:
+        length = len(template.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise PrepError(
+            INPUT_FORMAT, path, "the chat template holds half a surrogate pair, which is no text"
+        ) from error
+    if "\0" in template:
+        raise PrepError(INPUT_FORMAT, path, "the chat template holds a NUL, which is no text")
+    if length > TEMPLATE_BYTES:
+        raise PrepError(
+            INPUT_VALUE,
+            path,
+            f"the chat template has {length} bytes; a token file keeps at most {TEMPLATE_BYTES}",
+        )
+
+
+def template_attributes(template):
+    """What the file says of the chat template that shaped the data, None if none did."""
+    if template is None:
+        return {"template_sha256": ""}
+    return {"template_sha256": hashlib.sha256(template.encode("utf-8")).hexdigest(), "chat_template": template}
 
 
 def verify(path, datasets):

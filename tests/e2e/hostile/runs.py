@@ -47,6 +47,22 @@ for command, ranks in (("eval adapter", 2), ("init", 2), ("merge adapter", None)
     case(command, "adapter has a transposed tensor", to.changed_tensor(LORA, B_OF, shape=(16, 96)), 305,
          f"adapter: .*{B_OF}")
     case(command, "adapter has a tensor of I32", to.changed_tensor(LORA, B_OF, dtype="I32"), 303, f"adapter: .*{B_OF}")
+TEMPLATE = "adapter/chat_template.jinja"
+for what, change, code, says in (("is a directory", to.directory(TEMPLATE), 301, "plain file"),
+                                 ("is a pipe", to.fifo(TEMPLATE), 301, "plain file"),
+                                 ("is a device", to.endless(TEMPLATE), 301, "plain file"),
+                                 ("is of 257 KiB", to.put(TEMPLATE, b"x" * (257 << 10)), 302, "bytes"),
+                                 ("is not UTF-8", to.put(TEMPLATE, b"{{ m }}\xff"), 301, "UTF-8"),
+                                 ("holds a NUL", to.put(TEMPLATE, b"{{ m }}\0"), 301, "UTF-8")):
+    case("merge adapter", f"chat template {what}", change, code, f"{TEMPLATE}: .*{says}")
+TOKENIZER = "model/tokenizer_config.json"
+for what, change, says in (("is cut off", to.cut(TOKENIZER, 0.5), "not valid JSON"),
+                           ("is a list", to.put(TOKENIZER, b"[]"), "object"),
+                           ("is nested 100000 deep", to.put(TOKENIZER, DEEP), "deeper than 64"),
+                           ("is a pipe", to.fifo(TOKENIZER), "plain file"),
+                           ("has a key twice", to.twice(TOKENIZER, "chat_template"), "duplicate")):
+    case("merge original", f"tokenizer_config.json {what}", to.both(to.put(TEMPLATE, "other"), change), 301,
+         f"{TOKENIZER}: .*{says}")
 for command, ranks in (("eval adapter", 2), ("init", 2), ("merge adapter", None), ("check adapter", None)):
     for bits, word in ((NAN_F32, "NaN"), (INF_F32, "infinity")):
         case(command, f"adapter {word}", to.number_in(LORA, B_OF, bits, 5), 302, f"adapter: .*{B_OF}.*element 5.*not finite",
@@ -133,7 +149,8 @@ checkpoint("manifest is nested 3000 deep", to.manifest_swap(MANIFEST, '"step": 2
            f"{MANIFEST}: .*depth")
 for key, value in (("config", 7), ("config", "base: [\n"), ("lora", GONE), ("lora/layers", 0), ("lora/layers", 2**40),
                    ("lora/layers", 1), ("lora/shapes", {}), ("lora/shapes/q_proj", [64, 2**40]),
-                   ("lora/shapes/q_proj", [64, 63]), ("base_sha256", "x" * 500), ("tokens_seen", -1)):
+                   ("lora/shapes/q_proj", [64, 63]), ("base_sha256", "x" * 500), ("tokens_seen", -1),
+                   ("chat_template", 7), ("chat_template", None), ("chat_template", "x" * (300 << 10))):
     says = "lora" if key == "lora/layers" and value == 1 or value == [64, 63] else key.split("/")[-1]
     case("export step", f"checkpoint record {key} = {'gone' if value is GONE else str(value)[:30]}",
          to.manifest_field(key, value, MANIFEST),

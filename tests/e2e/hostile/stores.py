@@ -1,4 +1,6 @@
 """Rows for the HDF5 files: the quantized base and the token files."""
+import hashlib
+
 import h5py
 import numpy as np
 
@@ -109,6 +111,8 @@ for key, value, code, says in (("config", GONE, 302, "config"), ("config/vocab_s
                                ("units/0/tensors/0/name", "../../etc/passwd", 301, "name"),
                                ("units/0/tensors/0/kind", "raw", 301, "nf4_quanta"),
                                ("units/1/name", "layers.0", 301, "name"), ("zero_blocks", -1, 302, "zero_blocks"),
+                               ("eos_token_ids", [2, 2**32], 302, "eos_token_ids"), ("eos_token_ids", 2, 301, "eos_token_ids"),
+                               ("eos_token_ids", [2] * 10**6, 301, "eos_token_ids"), ("eos_token_ids", ["2"], 302, "eos_token_ids"),
                                ("hashes_sha256", "0" * 64, 304, "hashes_sha256"),
                                ("hashes_sha256", "0", 301, "hashes_sha256"), ("source", None, 302, "source"),
                                ("final", GONE, 302, "final")):
@@ -208,6 +212,23 @@ for command, name in (("train", DATA), ("train", "eval.h5"), ("eval", "eval.h5")
 for command in ("train", "check data"):
     case(command, "data border is moved", to.h5(DATA, move_border), 304, f"{DATA}: .*layout_xxh3", 2 if command == "train" else None)
 case("check data", "data decode table is falling", to.values(DATA, "decode_offsets", 3, 0), 302, f"{DATA}: .*decode_offsets")
+def template(text):
+    """The chat template as bytes, with its own hash."""
+    return to.both(to.attribute(DATA, "chat_template", text),
+                   to.attribute(DATA, "template_sha256", hashlib.sha256(text).hexdigest()))
+
+
+for command, ranks in (("train", 2), ("check data", None), ("inspect data", None)):
+    case(command, "data chat template is another", to.attribute(DATA, "chat_template", "{{ messages }}"), 304,
+         f"{DATA}: .*template_sha256", ranks)
+for what, change, code, says in (("is of 256 KiB and a byte", template(b"x" * ((256 << 10) + 1)), 301, "chat_template.*at most"),
+                                 ("is of 2 MiB", template(b"x" * (2 << 20)), 301, "chat_template"),
+                                 ("is not UTF-8", template(b"{{ m }}\xff"), 302, "chat_template.*UTF-8"),
+                                 ("is a number", to.attribute(DATA, "chat_template", 7), 301, "chat_template"),
+                                 ("holds a NUL", template(b"a\0b"), 304, "template_sha256"),
+                                 ("has no hash", to.attribute(DATA, "template_sha256", GONE), 301, "template_sha256"),
+                                 ("has a long hash", to.attribute(DATA, "template_sha256", "0" * 500), 301, "template_sha256")):
+    case("train", f"data chat template {what}", change, code, f"{DATA}: .*{says}")
 case("sample", "prompts are missing", to.gone("prompts.h5"), 300, "prompts.h5", 2)
 case("sample", "prompts are cut off", to.cut("prompts.h5", 0.5), 301, "prompts.h5", 2)
 case("sample", "prompts are a pipe", to.fifo("prompts.h5"), 301, "prompts.h5")
