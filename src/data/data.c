@@ -23,7 +23,7 @@
 /** The scalars of the index, as they travel. */
 typedef struct {
     int64_t vocab, seq_len, n_sequences, n_tokens, n_targets, n_docs, tokens_at, labels_at;
-    char content[33], labels[33], layout[33];
+    char content[33], labels[33], layout[33], tokenizer[65];
 } header;
 
 void qs_data_close(qs_data *data)
@@ -105,6 +105,7 @@ static qs_status share_header(qs_data *d, const qs_seen *seen)
     memcpy(h.content, d->content, sizeof h.content);
     memcpy(h.labels, d->labels, sizeof h.labels);
     memcpy(h.layout, d->layout, sizeof h.layout);
+    memcpy(h.tokenizer, d->tokenizer, sizeof h.tokenizer);
     QS_TRY(qs_comm_bcast(seen->comm, &h, sizeof h, seen->root));
     d->vocab = h.vocab;
     d->seq_len = h.seq_len;
@@ -117,6 +118,7 @@ static qs_status share_header(qs_data *d, const qs_seen *seen)
     memcpy(d->content, h.content, sizeof h.content);
     memcpy(d->labels, h.labels, sizeof h.labels);
     memcpy(d->layout, h.layout, sizeof h.layout);
+    memcpy(d->tokenizer, h.tokenizer, sizeof h.tokenizer);
     return QS_OK;
 }
 

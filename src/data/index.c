@@ -162,6 +162,14 @@ static qs_status check_layout(const qs_data *d, qs_h5 *file)
                          d->path);
 }
 
+static qs_status read_tokenizer(qs_data *d, qs_h5 *file)
+{
+    bool exists = false;
+    QS_TRY(qs_h5_attr_exists(file, "tokenizer_sha256", &exists));
+    return exists ? qs_h5_attr_get_text(file, "tokenizer_sha256", d->tokenizer, sizeof d->tokenizer)
+                  : QS_OK;
+}
+
 static qs_status template_wrong(const qs_data *d, qs_status st, const char *what)
 {
     return QS_FAIL(st, "%s: attribute \"chat_template\" %s; prepare the data again", d->path, what);
@@ -212,6 +220,7 @@ qs_status qs_data_read_index(qs_data *d, qs_h5 *file)
     QS_TRY(check_sequences(d));
     QS_TRY(name_layout(d));
     QS_TRY(check_layout(d, file));
+    QS_TRY(read_tokenizer(d, file));
     return read_template(d, file);
 }
 

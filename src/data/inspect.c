@@ -283,6 +283,9 @@ qs_status qs_data_describe(const char *path, FILE *out)
     fprintf(
         out, "longest sequence %lld of seq_len %lld\nvocabulary       %lld\ntokens_xxh3      %s\n",
         (long long)qs_data_longest(d, 1), (long long)d->seq_len, (long long)d->vocab, d->content);
+    if (d->tokenizer[0] != '\0') {
+        fprintf(out, "tokenizer_sha256 %s\n", d->tokenizer);
+    }
     if (d->chat_template != NULL) {
         fprintf(out, "chat template    %zu bytes, kept for the model that is trained on it\n",
                 strlen(d->chat_template));
