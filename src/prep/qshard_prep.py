@@ -14,10 +14,10 @@ need("numpy", "h5py", "jinja2", "tokenizers")
 import numpy as np
 
 from qprep import errors, predecessor
-from qprep.chat import ROLES
+from qprep.chat import RESERVED, ROLES
 from qprep.errors import OneLineParser, PrepError, run
 from qprep.files import finished, read_json, refuse_existing
-from qprep.formats import ALL_FORMATS, FORMATS
+from qprep.formats import ALL_FORMATS, FORMATS, OPENING
 from qprep.packing import METHODS
 from qprep.pipeline import read_documents
 from qprep.preview import show
@@ -30,7 +30,8 @@ FORMATS_HELP = """\
 formats, told by the keys of the first record or by --format:
   messages    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], "tools": [...]}
   sharegpt    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}], "system": ...}
-              both are written with the model's chat template; the assistant's turns are learned
+              both are written with the model's chat template; the assistant's turns are learned; beside the messages
+              may stand "system", "tools" and "chat_template_kwargs"
   alpaca      {"instruction", "input", "output"}: the output is learned
   completion  {"prompt", "completion"}, texts or lists of messages: the completion is learned
   text        {"text"}: everything is learned
@@ -205,7 +206,7 @@ def names_of(text):
 
 def variable_of(text):
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt"):
+    if not equals or not name.isidentifier() or name in RESERVED:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with the name of a free variable")
     try:
         return name, json.loads(value)
@@ -292,6 +293,8 @@ def check_usable(options, outcome):
         )
     if options.prompts:
         reason = f"every prompt is empty or longer than --seq-len={options.seq_len}; raise it"
+    elif done[OPENING] and done["without a turn to learn"] == counts.records:
+        reason = "the assistant's messages have nothing before them that they answer"
     elif done["without a turn to learn"] == counts.records:
         roles = " or ".join(options.train_roles or ("assistant",))
         reason = f"no record has an {roles} message" if roles[0] in "aeiou" else f"no record has a {roles} message"
@@ -347,6 +350,23 @@ def report(path, arrays, options):
     )
 
 
+def warn_of_straddling(outcome):
+    """A mask that misses a token in most documents has one cause, and it is not in the records."""
+    if 2 * outcome.straddled > outcome.encoded:
+        print(
+            f"warning: in {outcome.straddled} of {outcome.encoded} documents a token reaches over the border of what is "
+            "learned, so it is not learned: as a rule an answer's first word, where what stands before it ends in a space; "
+            "end prompts and template without it and begin answers with it (docs/data.md, Chat templates and masks)",
+            file=sys.stderr,
+        )
+
+
+def named(keys, limit=20):
+    """Keys of records for a line of output."""
+    shown = [errors.one_line(key) for key in sorted(keys)[:limit]]
+    return ", ".join(shown) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
 def write_outputs(options, parts, table, attributes):
     """Writes every part under a temporary name before the first of them gets its own."""
     if not parts:
@@ -388,7 +408,7 @@ def main(argv):
             "seq_len": options.seq_len,
             "packed": int(options.pack),
             "tokenizer_sha256": tokenizer.sha256,
-            **template_attributes(outcome.template),
+            **template_attributes(*outcome.template_texts),
             "source": ", ".join(os.path.basename(path) for path in options.data) or options.format,
         },
     )
@@ -398,6 +418,9 @@ def main(argv):
         f"{counts.records} records of {counts.lines} lines ({counts.empty} empty, {counts.bad} bad skipped)"
         + (": " + ", ".join(notes) if notes else "")
     )
+    if outcome.unused:
+        print(f"keys not used: {named(outcome.unused)}")
+    warn_of_straddling(outcome)
     show(arrays, table, options.preview)
     return 0
 

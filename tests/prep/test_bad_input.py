@@ -65,6 +65,16 @@ def chat_cases():
     for value in (3, ["s"], {"a": 1}):
         yield "sharegpt", but("sharegpt", system=value), '"system"'
     yield "sharegpt", {"conversations": [{"from": "system", "value": "t"}, HUMAN, GPT], "system": "s"}, "keep one"
+    told = {"role": "system", "content": "t"}
+    yield "messages", {"messages": [told, USER, ANSWER], "system": "s"}, 'in "system" and another one in "messages"'
+    yield "messages", {"messages": [USER, told, ANSWER], "system_prompt": "s"}, 'in "system_prompt" and another one in "messages"'
+    yield "messages", but("messages", system="s", system_prompt="t"), '"system" and "system_prompt" differ'
+    for value in (3, ["s"], {"a": 1}):
+        yield "messages", but("messages", system_prompt=value), '"system_prompt"'
+    for value in (3, "s", [1]):
+        yield "messages", but("messages", chat_template_kwargs=value), '"chat_template_kwargs"'
+    for key in ("messages", "tools", "add_generation_prompt", "chat_template"):
+        yield "messages", but("messages", chat_template_kwargs={key: "x"}), f"chat_template_kwargs.{key}"
 
 
 def text_cases():
@@ -82,6 +92,9 @@ def text_cases():
     yield "alpaca", but("alpaca", context="x", input="y"), "mean the same"
     yield "alpaca", but("alpaca", response="x"), "mean the same"
     yield "alpaca", but("alpaca", system="s"), '"system" has no place'
+    yield "alpaca", but("alpaca", system_prompt="s"), '"system_prompt" has no place'
+    yield "completion", but("completion", system="s"), '"system" has no place'
+    yield "completion", but("completion", system_prompt="s"), "give --chat"
     yield "alpaca", but("alpaca", history=[["q", "a"]]), '"history" has no place'
     yield "completion", {"prompt": [USER], "completion": "a"}, '"completion" is a JSON string, must be a list of messages'
     yield "completion", {"prompt": "q", "completion": [ANSWER]}, '"completion" is a JSON array'

@@ -4,7 +4,9 @@ import json
 import unittest
 
 import numpy as np
-from support import END, FolderTest, ids, make_model, tool
+from support import CHATML, END, FolderTest, ids, make_model, tool
+
+from test_template import QWEN
 
 from qprep import packing
 from qprep.formats import ALL_FORMATS
@@ -46,6 +48,85 @@ class Formats(FolderTest):
              "<|im_start|>user\nq<|im_end|>\n<|im_start|>tool\no<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"),
         ):
             self.assertEqual(self.prepared([record]), [want])
+
+    def test_a_system_text_beside_a_conversation_stands_first(self):
+        system = "<|im_start|>system\ns<|im_end|>\n"
+        plain = talk("q", "a")["messages"]
+        pair = {"prompt": "q", "completion": "a"}
+        for record, *options in (
+            ({"messages": plain, "system": "s"},), ({"messages": plain, "system_prompt": "s"},),
+            ({"messages": plain, "system_prompt": "s", "system": "s"},), ({"messages": plain, "system_prompt": "s", "system": ""},),
+            ({"messages": [{"role": "system", "content": "s"}, *plain], "system": "s"},),
+            ({"messages": [{"role": "system", "content": "s"}, *plain], "system": None},),
+            ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system_prompt": "s"},),
+            ({**pair, "system": "s"}, "--chat"), ({**pair, "system_prompt": "s"}, "--chat"),
+            ({"prompt": plain[:1], "completion": plain[1:], "system": "s"},),
+            ({"instruction": "q", "output": "a", "system": "s"}, "--chat"),
+            ({"system_prompt": "s", "question": "q", "response": "a"}, "--rename", "question=prompt", "--chat"),
+        ):
+            self.assertEqual(self.prepared([record], *options), [system + turn("q", "a")], record)
+        self.assertEqual(self.prepared([{**pair, "system": "s"}], "--chat", "--prompts"), [system + CHATML_Q.format("q")])
+
+    def test_variables_of_a_record_reach_the_template(self):
+        template = "{{ word }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        options = ["--chat-template", self.write("t.jinja", template), "--template-arg", "word=oh"]
+        records = [talk("q", "a"), {**talk("q", "a"), "chat_template_kwargs": {"word": "my", "other": 1}},
+                   {**talk("q", "a"), "chat_template_kwargs": {}}, {**talk("q", "a"), "chat_template_kwargs": None}]
+        self.assertEqual(self.prepared(records, *options),
+                         ["ohq⟦a<|im_end|>⟧", "myq⟦a<|im_end|>⟧", "ohq⟦a<|im_end|>⟧", "ohq⟦a<|im_end|>⟧"])
+        # the same text, of which another part is the prompt
+        records[1]["chat_template_kwargs"] = {"enable_thinking": False}
+        head, none = CHATML_Q.format("q"), "<think>\n\n</think>\n\n"
+        self.assertEqual(self.prepared(records[:3], "--chat-template", self.write("t.jinja", QWEN)),
+                         [f"{head}⟦{none}a<|im_end|>⟧\n", f"{head}{none}⟦a<|im_end|>⟧\n", f"{head}⟦{none}a<|im_end|>⟧\n"])
+
+    def test_keys_that_are_left_alone_are_named_once(self):
+        for records, options, named in (
+            ([{**talk("q", "a"), "source": 1, "id": 2}, {**talk("q", "a"), "score": 1, "id": 3}], [], "id, score, source"),
+            ([{"conversations": [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a", "weight": 1}]}], [],
+             "conversations[].lang"),
+            ([{"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}], [], "tools"),
+            ([{"text": "ab", "system": "s"}], [], "system"),
+            ([{"input_ids": ids("ab"), "token_type_ids": [0, 0], "labels": None}], [], "token_type_ids"),
+            ([{"text": "q### Assistant: a", "x\n": 1}], ["--format", "fsdp_qlora:guanaco"], "x\\n"),
+            ([{"text": "ab", **{f"k{i:02d}": 0 for i in range(30)}}], [], ", ".join(f"k{i:02d}" for i in range(20)) + " and 10 more"),
+            ([{"question": "q", "completion": "a", "n": 1}], ["--rename", "question=prompt", "--jobs", "2"], "n"),
+        ):
+            out = self.prep(records, "--overwrite", *options).stdout.splitlines()
+            self.assertEqual([line for line in out if "not used" in line], [f"keys not used: {named}"])
+        for record, *options in (
+            ({**talk("q", "a"), "tools": [], "system": "", "system_prompt": None, "chat_template_kwargs": {}},),
+            ({"instruction": "q", "input": "", "output": "a", "history": [], "tools": None}, "--chat"),
+            ({"prompt": talk("q", "a")["messages"][:1], "completion": talk("q", "a")["messages"][1:], "tools": None},),
+            ({"input_ids": ids("ab"), "labels": None, "attention_mask": [1, 1], "loss_mask": [1, 1], "position_ids": [0, 1]},),
+        ):
+            self.assertNotIn("not used", self.prep([record], "--overwrite", *options).stdout)
+
+    def test_an_assistants_opening_turn_is_not_learned_and_counted(self):
+        hello = {"role": "assistant", "content": "Hi"}
+        opening = "<|im_start|>assistant\nHi<|im_end|>\n"
+        # as SmolLM2's does, with a system text of its own where there are messages; and one that looks at the first message
+        own = CHATML.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.first %}S{% endif %}")
+        first = "{{ messages[0].role[:0] }}" + CHATML
+        for template, head in ((CHATML, ""), (own, "S"), (first, "")):
+            options = ["--chat-template", self.write("t.jinja", template)]
+            records = [{"messages": [hello, *talk("q", "a")["messages"]]}] * 2 + [talk("q", "a")]
+            result = self.prep(records, "--overwrite", *options)
+            self.assertEqual(self.documents(), [head + opening + turn("q", "a")] * 2 + [head + turn("q", "a")])
+            self.assertIn(": 2 opening assistant turns not learned\n", result.stdout)
+            self.assertEqual(self.prepared(records[:1], "--turns", "each", *options), [head + opening + turn("q", "a")])
+        result = self.prep([{"messages": [hello]}], "--overwrite", expect=None)
+        self.assert_one_error(result, 3, "the assistant's messages have nothing before them")
+        spoken = [{"messages": [{**hello, "train": False}, *talk("q", "a")["messages"]]}]
+        self.assertNotIn("opening", self.prep(spoken, "--overwrite").stdout)
+        self.assertEqual(self.prepared([records[0]], "--prompts"), [opening + CHATML_Q.format("q")])
+
+    def test_a_template_that_refuses_an_opening_turn_says_what_to_do(self):
+        template = self.write("t.jinja", "{% if messages[0].role != 'user' %}{{ raise_exception('must alternate') }}{% endif %}" + CHATML)
+        records = [{"messages": [{"role": "assistant", "content": "Hi"}, *talk("q", "a")["messages"]]}, talk("q", "a")]
+        result = self.prep(records, "--chat-template", template, expect=None)
+        self.assert_one_error(result, 3, "data.jsonl:1:", "must alternate", "put a user's before it", "--on-bad-record=skip")
+        self.assertEqual(self.prepared(records, "--chat-template", template, "--on-bad-record=skip"), [turn("q", "a")])
 
     def test_renamed_keys_are_read_as_the_formats_own(self):
         names = ("--rename", "question=prompt", "--rename", "answer=completion", "--rename", "prompt=id")
@@ -207,6 +288,28 @@ class Formats(FolderTest):
         self.assertEqual(self.prepared([talk("q", "a")], "--chat-template", template), ["q<|endoftext|>\n⟦a<|endoftext|>⟧\n"])
         self.assertEqual(self.prepared([talk("q", "a")], "--chat-template", template, "--eos", "always"),
                          ["q<|endoftext|>\n⟦a<|endoftext|>⟧\n⟦<|im_end|>⟧"])
+
+    def test_an_end_that_is_no_special_token_closes_a_turn_all_the_same(self):
+        with open(self.path("tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = json.load(file)
+        tokenizer["added_tokens"][END]["special"] = False
+        self.write("tokenizer.json", json.dumps(tokenizer))
+        self.assertEqual(self.prepared([talk("q", "a")]), [turn("q", "a")])
+
+    def test_tokens_that_special_tokens_map_names_reach_the_template_and_end_documents(self):
+        """As with transformers: the file is read where tokenizer_config.json has no added_tokens_decoder."""
+        template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        names = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": None}
+        self.write("special_tokens_map.json", json.dumps(names))
+        with open(self.path("config.json"), encoding="utf-8") as file:
+            self.assertNotIn("eos_token_id", json.load(file))
+        for config in ({}, {"bos_token": None, "eos_token": "<|endoftext|>"}):
+            self.write("tokenizer_config.json", json.dumps({"chat_template": template, **config}))
+            self.assertEqual(self.prepared([talk("q", "a")]), ["<|im_start|>q<|im_end|>⟦a<|im_end|>⟧"])
+            self.assertEqual(self.prepared([{"text": "ab"}]), ["a⟦b<|im_end|>⟧"])
+        config = {"chat_template": template, "eos_token": "<|endoftext|>", "added_tokens_decoder": {}}
+        self.write("tokenizer_config.json", json.dumps(config))
+        self.assertEqual(self.prepared([talk("q", "a")]), ["q<|endoftext|>⟦a<|endoftext|>⟧"])
 
     def test_eos_is_needed_only_where_it_is_written(self):
         config = json.dumps({"chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"})

@@ -84,6 +84,21 @@ class Prep(FolderTest):
         self.assertEqual(self.learned(data), ["x"])
         self.assertIn("2 straddling", result.stdout)
 
+    def test_most_documents_straddling_is_warned_of_with_its_cause(self):
+        bad, good = {"prompt": "h", "completion": "ex"}, {"prompt": "o", "completion": "ex"}
+        for records, warned in (([bad, bad, good], "2 of 3 documents"), ([bad, good], ""), ([good], "")):
+            for jobs in ("1", "2"):
+                result = self.prep(records, "--overwrite", "--jobs", jobs)
+                self.assertEqual(result.stderr.startswith(f"warning: in {warned}") if warned else result.stderr == "", True,
+                                 result.stderr)
+                self.assertIn("ends in a space" if warned else "", result.stderr)
+        # two tokens of one document are one document
+        template = self.write("t.jinja", "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+                              "{{ m.content }}{% endgeneration %}e{% else %}{{ m.content }}{% endif %}{% endfor %}")
+        result = self.prep([talk("oh", "exh"), talk("o", "x"), talk("o", "x")], "--chat-template", template, "--overwrite")
+        self.assertIn("2 straddling", result.stdout)
+        self.assertEqual(result.stderr, "")
+
     def change_tokenizer(self, **changes):
         with open(self.path("tokenizer.json"), encoding="utf-8") as file:
             tokenizer = {**json.load(file), **changes}
@@ -102,6 +117,15 @@ class Prep(FolderTest):
         self.assertEqual(self.learned(self.load()[0]), ["b<|im_end|>"])
         self.prep([talk("a", "b")], "--overwrite")
         self.assertEqual(self.load()[0]["tokens"][:2].tolist(), [1, BYTE + ord("u")])
+        for records in ([{"text": "<|endoftext|>the"}, {"text": "the"}, {"text": "<|endoftext|>"}],  # text that begins with it
+                        [{"prompt": "<|endoftext|>", "completion": "the"}, {"prompt": "", "completion": "the"}]):
+            self.prep(records, "--overwrite")
+            self.assertEqual(self.documents()[:2], ["<|endoftext|>⟦the<|im_end|>⟧"] * 2)
+        self.prep([{"text": "<|endoftext|><|endoftext|>a"}, {"text": ""}, {"text": "b<|endoftext|>"}], "--overwrite")
+        self.assertEqual(self.documents(), ["<|endoftext|>⟦<|endoftext|>a<|im_end|>⟧", "<|endoftext|>⟦<|im_end|>⟧",
+                                            "<|endoftext|>⟦b<|endoftext|><|im_end|>⟧"])
+        self.prep([{"text": "the"}, {"text": ""}], "--eos", "never", "--overwrite")
+        self.assertEqual(self.documents(), ["<|endoftext|>⟦the⟧"])
 
     def test_a_sentencepiece_like_tokenizer_decodes_to_the_same_bytes(self):
         tokens = SPECIALS + ["<unk>"] + [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", "a", "b", "\u2581a"]
@@ -369,6 +393,32 @@ class Prep(FolderTest):
     def test_a_tokenizer_of_a_larger_model_is_refused(self):
         make_model(self.folder, vocab_size=259)
         self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "largest token id is 259")
+
+    def test_added_tokens_that_the_model_does_not_reach_are_refused_in_the_data_alone(self):
+        """Gemma 3's models of texts have such a token for images."""
+        make_model(self.folder, vocab_size=260)
+        with open(self.path("tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = json.load(file)
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 260, "content": "<image>"})
+        self.write("tokenizer.json", json.dumps(tokenizer))
+        good, bad = {"text": "the"}, {"text": "an <image>"}
+        self.prep([good])
+        data, attributes = self.load()
+        self.assertEqual((attributes["vocab_size"], len(data["decode_offsets"])), (260, 261))
+        for record, words in ((bad, ['the text holds "<image>"', "token 260", "vocab_size is 260"]),
+                              (talk("q", "<image>"), ['"<image>"']), (talk("<image>", "a"), ['"<image>"']),
+                              ({"input_ids": [5, 260]}, ['input_ids[1] holds "<image>"']),
+                              ({"input_ids": [5, 261]}, ["input_ids[1] is \"261\", must be 0..259"])):
+            self.assert_one_error(self.prep([record], "--overwrite", expect=None), 3, "data.jsonl:1:", *words)
+        result = self.prep([good, bad, good], "--overwrite", "--on-bad-record=skip")
+        self.assertIn("2 records of 3 lines (0 empty, 1 bad skipped)", result.stdout)
+        # the model has no use for it as an end either, and a normalizer may make it of other words
+        self.write("tokenizer_config.json", json.dumps({"eos_token": "<image>"}))
+        self.assert_one_error(self.prep([good], "--overwrite", expect=None), 3, "names no eos_token")
+        tokenizer["added_tokens"][-1].update(normalized=True, special=False)
+        self.write("tokenizer.json", json.dumps({**tokenizer, "normalizer": {"type": "Lowercase"}}))
+        result = self.prep([{"text": "an <IMAGE>"}], "--overwrite", "--eos", "never", expect=None)
+        self.assert_one_error(result, 3, "tokenizer.json: makes the token 260")
 
     def test_messages_need_a_template(self):
         make_model(self.folder, template=None)

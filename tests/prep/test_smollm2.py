@@ -54,6 +54,17 @@ class Prepared(FolderTest):
         self.assertEqual(self.prepared([{"conversations": [
             {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in messages]}]), [want])
 
+    def test_an_opening_turn_is_context_and_calls_that_its_template_leaves_out_are_refused(self):
+        talk = [{"role": role, "content": text} for role, text in (("assistant", "Hi"), ("user", "q"), ("assistant", "a"))]
+        self.assertEqual(self.prepared([{"messages": talk}]),
+                         [self.SYSTEM + "<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+                          "<|im_start|>assistant\n⟦a<|im_end|>⟧\n"])
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+        for record in ({"messages": [talk[1], call]}, {"messages": talk[1:], "tools": [{"name": "add"}]}):
+            data = self.write_records("data.jsonl", [record])
+            result = prep("--model", MODEL, data, "-o", self.path("out.h5"), "--overwrite")
+            self.assert_one_error(result, 3, "data.jsonl:1:", "tokenizer_config.json does not write", "--chat-template")
+
     def test_the_ids_are_those_of_the_rendered_text(self):
         records = [{"messages": [{"role": "user", "content": f"What is {i} + {i}?"},
                                  {"role": "assistant", "content": f"{2 * i}, the sum of\n{i}  and {i}."}]} for i in range(50)]

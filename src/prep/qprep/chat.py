@@ -1,6 +1,6 @@
 """Conversations: the records of `messages` and `sharegpt`, checked and brought into one shape.
 
-The shape is what chat templates expect: a list of messages with role and content, and a list of tools or None.
+The shape is what chat templates expect: a list of messages with role and content, a list of tools or None, and variables.
 """
 
 import json
@@ -9,6 +9,14 @@ from .errors import BadRecord, quoted
 from .records import DECODER, kind_of, text_field
 
 ROLES = ("system", "user", "assistant", "tool")
+
+RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a template that are not the user's to set
+
+# What may stand beside a conversation.
+SYSTEM_KEYS = ("system", "system_prompt")
+VARIABLES_KEY = "chat_template_kwargs"
+CONVERSATION_KEYS = frozenset((*SYSTEM_KEYS, "tools", VARIABLES_KEY))
+TURN_KEYS = frozenset(("from", "value", "weight", "train"))
 
 # Who speaks in ShareGPT-like data, in the spellings that are about.
 SPEAKERS = {
@@ -46,6 +54,8 @@ def message_of(message, name):
     if len(message) == 2 and isinstance(content, str):
         return message
     message = dict(message)
+    if message.get("function_call"):
+        raise BadRecord(f'{name} has "function_call", which templates do not know any more; write "tool_calls"')
     if isinstance(content, list):
         message["content"] = joined_parts(content, f"{name}.content")
     elif content is None and role == "assistant" and message.get("tool_calls"):
@@ -123,15 +133,43 @@ def tools_of(record):
     return tools
 
 
+def system_of(record):
+    """(key, text) of the system text that stands beside a conversation, under one of two names; the text may be empty."""
+    given = {key: text_field(record, key, default="") for key in SYSTEM_KEYS}
+    filled = {key: text for key, text in given.items() if text}
+    if len(set(filled.values())) > 1:
+        raise BadRecord(f'the fields {" and ".join(map(quoted, filled))} differ; keep one')
+    return next(iter(filled.items()), (SYSTEM_KEYS[0], ""))
+
+
+def with_system(record, messages, name):
+    """The messages of the record's field `name`, the first of them the system text that stands beside them."""
+    key, system = system_of(record)
+    own = [message["content"] for message in messages if message["role"] == "system"] if system else []
+    if any(text != system for text in own):
+        raise BadRecord(f'a system text stands in "{key}" and another one in "{name}"; keep one')
+    return messages if own or not system else [{"role": "system", "content": system}, *messages]
+
+
+def variables_of(record):
+    """The field `chat_template_kwargs`, TRL's name for variables of the template."""
+    variables = record.get(VARIABLES_KEY)
+    if variables is None:
+        return {}
+    if not isinstance(variables, dict):
+        raise BadRecord(f'the field "{VARIABLES_KEY}" is a JSON {kind_of(variables)}, must be an object')
+    taken = next((key for key in variables if key in (*RESERVED, "chat_template", "continue_final_message")), None)
+    if taken:
+        raise BadRecord(f'the field "{VARIABLES_KEY}.{taken}" is no free variable of the template; remove it')
+    return variables
+
+
 def from_sharegpt(record):
-    """The messages of {"conversations": [{"from": "human", "value": ...}, ...], "system": ...}."""
+    """The messages of {"conversations": [{"from": "human", "value": ...}, ...]}."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRecord('the field "conversations" must be a list of at least one turn')
     messages = []
-    system = text_field(record, "system", default="")
-    if system:
-        messages.append({"role": "system", "content": system})
     for i, turn in enumerate(turns):
         name = f"conversations[{i}]"
         if not isinstance(turn, dict):
@@ -140,8 +178,6 @@ def from_sharegpt(record):
             messages.append(message_of(turn, name))
         else:
             messages.append(turn_of(turn, name))
-    if system and any(message["role"] == "system" for message in messages[1:]):
-        raise BadRecord('a system text stands in "system" and in "conversations"; keep one')
     return messages
 
 

@@ -4,17 +4,31 @@ A format is told by the keys of a record (`recognise`) or by --format. `Builder`
 of text for the tokenizer, or Encoded where the record holds tokens.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from . import errors, predecessor
-from .chat import from_sharegpt, messages_of, tools_of
+from .chat import (
+    CONVERSATION_KEYS,
+    SYSTEM_KEYS,
+    TURN_KEYS,
+    from_sharegpt,
+    is_trained,
+    messages_of,
+    system_of,
+    tools_of,
+    variables_of,
+    with_system,
+)
 from .errors import BadRecord, PrepError, quoted
 from .records import kind_of, text_field
-from .template import ChatTemplate, load_template
+from .template import DEFAULT, TOOL_USE, ChatTemplate, is_opening, load_templates, special_tokens
 from .tokenfile import IGNORED, check_template
 from .tokens import Encoded, Example
 
 MEGATRON = "megatron"
+OPENING = "opening assistant turns not learned"  # for the closing line
 FORMATS = ("messages", "sharegpt", "alpaca", "completion", "text", "tokens")
 ALL_FORMATS = (*FORMATS, MEGATRON, *predecessor.FORMATS)
 
@@ -25,6 +39,17 @@ ALPACA_TAIL = ". Write a response that appropriately completes the request.\n\n"
 
 # Masks of pre-tokenized records: 1 where a token is learned.
 LOSS_MASKS = ("loss_mask", "label_mask", "completion_mask", "assistant_masks", "assistant_mask")
+
+# The keys of a record that each format reads; where it becomes a conversation, CONVERSATION_KEYS as well.
+READ = {
+    "messages": frozenset(("messages",)),
+    "sharegpt": frozenset(("conversations",)),
+    "alpaca": frozenset(("instruction", "input", "context", "output", "response", "history", *SYSTEM_KEYS)),
+    "completion": frozenset(("prompt", "completion", "response", *SYSTEM_KEYS)),
+    "text": frozenset(("text",)),
+    "tokens": frozenset(("input_ids", "labels", "attention_mask", "position_ids", *LOSS_MASKS)),
+    **predecessor.READ,
+}
 
 
 def recognise(record):
@@ -72,28 +97,35 @@ class Builder:
         self.options = options
         self.tokenizer = tokenizer
         self.roles = tuple(options.train_roles or ("assistant",))
-        self.source, path, specials = load_template(options.model, options.chat_template)
-        self.template_path = path
-        self.template = None
-        if self.source is not None:
-            self.template = ChatTemplate(
-                self.source,
-                specials,
-                tokenizer.special_texts(),
-                self.roles,
-                options.turns or "auto",
-                dict(options.template_arg),
-                path,
-            )
+        self.sources = load_templates(options.model, options.chat_template)
+        self.templates = {}  # those of `sources` that were needed
         self.eos_text = tokenizer.eos_text()
-        self.used_template = False  # whether the template shaped the data
-        self.separated = 0  # conversations that became one document a turn
+        self.begin()
+
+    def begin(self):
+        """Sets to nothing what is noted of the records to come."""
+        self.done = Counter()
+        self.unused = set()  # keys that nothing was made of
+        self.used = set()  # names of the templates that shaped the data
 
     def __call__(self, form, record):
         """The documents of a record; BadRecord where it is not usable."""
         if form in predecessor.FORMATS:
-            return [self.of_predecessor(form, record)]
-        return getattr(self, form)(record)
+            built = [self.of_predecessor(form, record)]
+        else:
+            built = getattr(self, form)(record)
+        if self.tokenizer.outside:
+            for example in built:
+                self.tokenizer.check_text(example)
+        if not record.keys() <= READ[form]:
+            self.note_unused(form, record)
+        return built
+
+    def note_unused(self, form, record):
+        unused = record.keys() - READ[form]
+        if form in ("messages", "sharegpt") or self.options.chat or isinstance(record.get("prompt"), list):
+            unused -= CONVERSATION_KEYS
+        self.unused |= unused
 
     def check_form(self, form):
         """Refuses options that have no meaning for the format, before the first record is built."""
@@ -124,15 +156,36 @@ class Builder:
             self.need_template()
 
     def need_template(self):
-        if self.template is None:
+        if not self.sources:
             raise PrepError(
                 errors.INPUT_MISSING,
                 self.options.model,
                 "the model has no chat template, which conversations need; give --chat-template FILE",
             )
-        if not self.used_template:
-            check_template(self.template_path, self.source)
-        self.used_template = True
+
+    def template_for(self, tools):
+        """The chat template for a record: as transformers chooses it, the one for tools where it has some and there is one."""
+        name = TOOL_USE if tools is not None and TOOL_USE in self.sources else DEFAULT
+        if name not in self.templates:
+            if name not in self.sources:
+                raise PrepError(
+                    errors.INPUT_MISSING,
+                    self.options.model,
+                    f"the model has a chat template for tools alone, none of the name {DEFAULT}; give --chat-template FILE",
+                )
+            source, path = self.sources[name]
+            check_template(path, source)
+            self.templates[name] = ChatTemplate(
+                source,
+                special_tokens(self.options.model),
+                (*self.tokenizer.special_texts(), self.eos_text),
+                self.roles,
+                self.options.turns or "auto",
+                dict(self.options.template_arg),
+                path,
+            )
+        self.used.add(name)
+        return self.templates[name]
 
     def need_eos(self):
         if self.tokenizer.eos is None:
@@ -147,31 +200,50 @@ class Builder:
     # --- conversations
 
     def messages(self, record):
-        return self.conversation(messages_of(record.get("messages")), tools_of(record))
+        return self.conversation(record, messages_of(record.get("messages")), "messages")
 
     def sharegpt(self, record):
-        return self.conversation(from_sharegpt(record), tools_of(record))
+        messages = from_sharegpt(record)
+        for turn in record["conversations"]:
+            if "from" in turn and not turn.keys() <= TURN_KEYS:
+                self.unused.update(f"conversations[].{key}" for key in turn.keys() - TURN_KEYS)
+        return self.conversation(record, messages, "conversations")
 
-    def conversation(self, messages, tools):
+    def conversation(self, record, messages, name):
+        """The documents of the messages that were the record's field `name`, and of what stands beside them."""
+        messages, tools = with_system(record, messages, name), tools_of(record)
+        template, variables = self.template_for(tools), variables_of(record)
+        if not variables:
+            return self.written(template, messages, tools, template.documents)
+        with template.given(variables):
+            return self.written(template, messages, tools, template.found)
+
+    def written(self, template, messages, tools, find):
+        """The documents of a conversation; `find` gives their texts and what is learned of them."""
         if self.options.prompts:
             while messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]  # the answer that the model is asked for
             if not messages:
                 raise BadRecord("no message to answer; a prompt needs a user message")
-            return [Example(self.template.prompt(messages, tools), [], False, False)]
+        template.check_tools(messages, tools)
+        if self.options.prompts:
+            return [Example(template.prompt(messages, tools), [], False, False)]
         if self.options.train_on_inputs:
-            text = self.template.render(messages, tools)
+            text = template.render(messages, tools)
             spoken = [(0, len(text.rstrip()))]
-            return [Example(text, [(0, len(text))], False, self.chat_eos(text, spoken, True))]
-        found = self.template.documents(messages, tools)
-        self.separated += len(found) > 1 and self.options.turns != "each"
+            return [Example(text, [(0, len(text))], False, self.chat_eos(template, text, spoken, True))]
+        found = find(messages, tools)
+        if len(found) > 1 and self.options.turns != "each":
+            self.done["separated into turns"] += 1
+        if is_opening(messages, 0) and "assistant" in self.roles and is_trained(messages[0]):
+            self.done[OPENING] += 1
         ends_open = messages[-1]["role"] in self.roles
         return [
-            Example(text, spans, False, self.chat_eos(text, spans, ends_open))
+            Example(text, spans, False, self.chat_eos(template, text, spans, ends_open))
             for text, spans in found
         ]
 
-    def chat_eos(self, text, spans, ends_with_learned):
+    def chat_eos(self, template, text, spans, ends_with_learned):
         """Whether the end-of-text token is put behind a rendered conversation: by default where the template does not
         close the last learned turn with any special token."""
         rule = self.options.eos
@@ -180,7 +252,7 @@ class Builder:
         if rule == "always":
             return self.need_eos() and not text.rstrip().endswith(self.eos_text)
         end = spans[-1][1]
-        if self.template.is_closed(text, end) or text[end:].strip() or not ends_with_learned:
+        if template.is_closed(text, end) or text[end:].strip() or not ends_with_learned:
             return False
         return self.need_eos()
 
@@ -204,14 +276,14 @@ class Builder:
         instruction = text_field(record, "instruction")
         given = either(record, "input", "context", default="")
         output = either(record, "output", "response")
-        for key in ("system", "history"):
-            if record.get(key):
-                raise BadRecord(
-                    f'the field "{key}" has no place in the alpaca prompt; convert the record to messages, or remove it'
-                )
+        if record.get("history"):
+            raise BadRecord(
+                'the field "history" has no place in the alpaca prompt; convert the record to messages, or remove it'
+            )
         if self.options.chat:
             question = f"{instruction}\n\n{given}" if given else instruction
-            return self.conversation(exchange(question, output), None)
+            return self.conversation(record, exchange(question, output), "instruction")
+        refuse_system(record, "the alpaca prompt")
         return self.answered(alpaca_prompt(instruction, given), output)
 
     def completion(self, record):
@@ -222,7 +294,8 @@ class Builder:
         prompt = text_field(record, "prompt")
         output = "" if self.options.prompts else text_field(record, answer)
         if self.options.chat:
-            return self.conversation(exchange(prompt, output), None)
+            return self.conversation(record, exchange(prompt, output), "prompt")
+        refuse_system(record, "a plain prompt")
         for name, given in (("--train-roles", self.options.train_roles), ("--turns", self.options.turns)):
             if given:
                 raise PrepError(
@@ -235,12 +308,12 @@ class Builder:
         self.need_template()
         before = [{**message, "train": False} for message in messages_of(record["prompt"], "prompt")]
         if self.options.prompts:
-            return self.conversation(messages_of(record["prompt"], "prompt"), tools_of(record))
+            return self.conversation(record, messages_of(record["prompt"], "prompt"), "prompt")
         if not isinstance(record.get(answer), list):
             raise BadRecord(
                 f'the field "{answer}" is a JSON {kind_of(record.get(answer))}, must be a list of messages as "prompt" is'
             )
-        return self.conversation(before + messages_of(record[answer], answer), tools_of(record))
+        return self.conversation(record, before + messages_of(record[answer], answer), "prompt")
 
     def text(self, record):
         text = text_field(record, "text")
@@ -293,6 +366,9 @@ class Builder:
         size = self.tokenizer.vocab_size
         if min(ids) < 0 or max(ids) >= size:
             i = next(i for i, value in enumerate(ids) if not 0 <= value < size)
+            token = next((token for token, number in self.tokenizer.outside.items() if number == ids[i]), None)
+            if token:
+                raise BadRecord(f"input_ids[{i}] {self.tokenizer.beyond(token)}")
             raise BadRecord(
                 f"input_ids[{i}] is {quoted(ids[i], 24)}, must be 0..{size - 1}, the tokenizer's ids; "
                 "the record was made with another tokenizer"
@@ -335,9 +411,19 @@ class Builder:
             ids, learned = np.append(ids, np.uint32(self.tokenizer.eos)), np.append(learned, True)
         return Encoded(ids, learned)
 
-    def template_text(self):
-        """The chat template's text if it shaped the data, else None."""
-        return self.source if self.used_template else None
+    def template_texts(self, used):
+        """The texts of the templates of these names, the default first; and the one to keep for whoever serves the model: the
+        default, where no other was used."""
+        texts = [self.sources[name][0] for name in sorted(used)]
+        return texts, texts[0] if used == {DEFAULT} else None
+
+
+def refuse_system(record, place):
+    key, system = system_of(record)
+    if system:
+        raise BadRecord(
+            f'the field "{key}" has no place in {place}; give --chat, convert the record to messages, or remove it'
+        )
 
 
 def exchange(question, answer):

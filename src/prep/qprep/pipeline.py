@@ -30,8 +30,12 @@ class Outcome:
     documents: Documents
     counts: Counts = field(default_factory=Counts)
     done: Counter = field(default_factory=Counter)
+    encoded: int = 0  # documents, before `fit` took some out
+    straddled: int = 0  # those of which a token straddles
+    unused: set = field(default_factory=set)  # keys of the records that were left alone
+    templates: set = field(default_factory=set)  # names of those that were used
     forms: set = field(default_factory=set)
-    template: str = None  # the chat template that shaped the documents
+    template_texts: tuple = ([], None)  # what Builder.template_texts says of them
     error: tuple = None  # the arguments of the PrepError that ended the batch
 
 
@@ -50,7 +54,7 @@ class Worker:
         counts, done, examples = Counts(), Counter(), []
         outcome = Outcome(None, counts, done)
         skip = self.options.on_bad_record == "skip"
-        self.builder.separated = 0
+        self.builder.begin()
         for path, number, raw in batch:
             counts.lines += 1
             try:
@@ -77,12 +81,12 @@ class Worker:
                 done["without a turn to learn"] += is_unlearned(example, self.options)
             counts.records += 1
             examples.extend(built)
-        if self.builder.separated:
-            done["separated into turns"] += self.builder.separated
+        done.update(self.builder.done)
+        outcome.unused, outcome.templates = self.builder.unused, self.builder.used
         encoded, straddling = self.tokenizer.encode(examples)
-        done["straddling"] += straddling
+        outcome.encoded, outcome.straddled = len(encoded), np.count_nonzero(straddling)
+        done["straddling"] += int(straddling.sum())
         outcome.documents = fit(encoded, self.options, done)
-        outcome.template = self.builder.template_text()
         return outcome
 
 
@@ -204,11 +208,16 @@ def gather(options, form, tokenizer, source):
             raise PrepError(*outcome.error)
         total.counts.add(outcome.counts)
         total.done.update(outcome.done)
-        total.template = outcome.template if total.template is None else total.template
+        total.encoded += outcome.encoded
+        total.straddled += outcome.straddled
+        total.unused |= outcome.unused
+        total.templates |= outcome.templates
         outcome.documents.groups += groups
         groups += outcome.counts.records
         parts.append(outcome.documents)
     total.documents = joined(parts)
+    tokenizer.check_documents(total.documents)
+    total.template_texts = worker.builder.template_texts(total.templates)
     return total
 
 

@@ -20,6 +20,12 @@ FORMATS = (
     "fsdp_qlora:dummy",
 )
 DUMMY = "fsdp_qlora:dummy"
+READ = {  # the keys of a record
+    **dict.fromkeys(FORMATS, frozenset(("instruction", "input", "output"))),
+    "fsdp_qlora:guanaco": frozenset(("text",)),
+    "fsdp_qlora:sql": frozenset(("context", "question", "answer")),
+    "fsdp_qlora:orca_math": frozenset(("question", "answer")),
+}
 CHOOSING = ("fsdp_qlora:alpaca_sample", "fsdp_qlora:sql", "fsdp_qlora:orca_math")  # take a part of their rows
 SAMPLES = 512  # train.py's dataset_samples
 SQL_HELD_OUT = 1000

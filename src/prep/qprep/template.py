@@ -14,8 +14,12 @@ it when it has to say that turn; where even that is contradictory, the record is
 Rendering is most of the work, so what was found for one conversation is kept as a plan for all that have the same
 sequence of roles: the constant text around the contents, and where in it the learned parts lie. A plan is used only if
 the text that it gives is the text that the template gives.
+
+A template that has no place for tools passes over them in silence, and the model would learn an empty answer where the
+record has a call. Records with tools are therefore rendered without them as well, and calls under other names.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -26,11 +30,13 @@ import jinja2.sandbox
 
 from . import errors
 from .chat import is_trained
-from .errors import BadRecord, PrepError, one_line
+from .errors import BadRecord, PrepError, one_line, quoted
 from .files import open_input, read_json
 
 PLANS_LIMIT = 4096
 TURNS = ("auto", "all", "each", "last")
+DEFAULT, TOOL_USE = "default", "tool_use"  # names of a model's templates
+CALL_MARK = "qshard_call_{}_{}_"  # in place of a function's name; ASCII, as a template may write it as JSON
 
 
 class Inconsistent(BadRecord):
@@ -109,7 +115,7 @@ class ChatTemplate:
         """`special_tokens`: bos_token etc. for the template; `end_tokens`: literals that may close a turn; `roles`: who
         is learned; `turns`: one of TURNS; `variables`: further variables of the template, as enable_thinking; `path`:
         the file that it came from."""
-        self.source = source
+        self.path = path
         self.variables = {**special_tokens, **(variables or {})}
         self.end_tokens = tuple(token for token in end_tokens if token)
         self.roles = roles
@@ -149,8 +155,57 @@ class ChatTemplate:
             RecursionError,
         ) as error:
             raise BadRecord(
-                f"the model's chat template refuses the messages: {one_line(error)}"
+                f"the model's chat template refuses the messages: {one_line(error)}{advice(messages)}"
             ) from error
+
+    @contextlib.contextmanager
+    def given(self, variables):
+        """Inside, the template has further variables, those of one record. `documents` has plans of other records: use
+        `found`."""
+        own = dict(self.context.parent)
+        self.context.parent.update(variables)
+        try:
+            yield
+        finally:
+            self.context.parent.clear()
+            self.context.parent.update(own)
+
+    def check_tools(self, messages, tools):
+        """Refuses a record whose tools or calls the template passes over."""
+        remedy = "give one that does by --chat-template FILE"
+        if tools is not None and not self.writes_tools(messages, tools):
+            raise BadRecord(
+                f'the chat template in {self.path} does not write the field "tools", so the model would not see '
+                f"what it can call; {remedy}, or remove the field"
+            )
+        if any(message.get("tool_calls") for message in messages):
+            unwritten = self.unwritten_call(messages, tools)
+            if unwritten:
+                i, name = unwritten
+                raise BadRecord(
+                    f"messages[{i}] calls {quoted(name)}, but the chat template in {self.path} does not write the call, "
+                    f"so the turn would be without it; {remedy}"
+                )
+
+    def writes_tools(self, messages, tools):
+        text = self.render(messages, tools)
+        try:
+            return text != self.render(messages)
+        except BadRecord:  # it cannot do without them
+            return True
+
+    def unwritten_call(self, messages, tools):
+        """(i, name of the function) of the first call in messages[i] that the template does not write, or None. Calls
+        have marks for names here, as the name alone may stand in the text for another reason."""
+        marked = [with_marked_calls(message, i) for i, message in enumerate(messages)]
+        text = self.render(marked, tools)
+        for i, message in enumerate(messages):
+            for k, call in enumerate(message.get("tool_calls") or ()):
+                mark = CALL_MARK.format(i, k)
+                # A template may drop it from earlier turns; that is what the model will see.
+                if mark not in text and mark not in self.render(marked[: i + 1], tools):
+                    return i, call.get("function", call)["name"]
+        return None
 
     def render(self, messages, tools=None, generation_prompt=False):
         text = self.marked(messages, tools, generation_prompt)
@@ -212,7 +267,7 @@ class ChatTemplate:
         learned = [
             i
             for i, message in enumerate(messages)
-            if message["role"] in self.roles and is_trained(message)
+            if message["role"] in self.roles and is_trained(message) and not is_opening(messages, i)
         ]
         if not learned:
             return [(self.render(messages, tools), [])]
@@ -299,6 +354,28 @@ class ChatTemplate:
         return behind.startswith(self.end_tokens)
 
 
+def is_opening(messages, i):
+    """Whether messages[i] is an assistant turn with nothing before it: no answer, but what the conversation goes on from."""
+    return i == 0 and messages[0]["role"] == "assistant"
+
+
+def advice(messages):
+    """What to do about messages that the template refuses."""
+    first = next((message["role"] for message in messages if message["role"] != "system"), None)
+    if first == "assistant":  # many templates ask for turns of user and assistant, one after the other
+        return "; the first turn is the assistant's: put a user's before it, or leave it out"
+    return "; correct them, or give another template by --chat-template FILE"
+
+
+def with_marked_calls(message, i):
+    """The message, messages[i], with CALL_MARKs for the names of the functions that it calls."""
+    calls = []
+    for k, call in enumerate(message.get("tool_calls") or ()):
+        function = {**call.get("function", call), "name": CALL_MARK.format(i, k)}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls} if calls else message
+
+
 def place(border, pieces, starts):
     """(k, offset): the border lies `offset` characters into pieces[k]; None where it lies inside a content."""
     for k, (start, piece) in enumerate(zip(starts, pieces)):
@@ -341,33 +418,55 @@ def run_date():
     return datetime.datetime.now()
 
 
-def load_template(model_dir, override=None):
-    """(source, its file, special tokens) of a model directory; the source is None where the model has no template."""
-    config_path = os.path.join(model_dir, "tokenizer_config.json")
-    config = read_json(config_path) if os.path.lexists(config_path) else {}
-    specials = {
-        key: token_text(value)
-        for key, value in config.items()
-        if key.endswith("_token") and token_text(value) is not None
+def load_templates(model_dir, override=None):
+    """{name: (source, where it stands)} of a model directory, as transformers finds them: DEFAULT, and TOOL_USE where there
+    is one for records with tools. Files of their own come before tokenizer_config.json."""
+    if override:
+        return {DEFAULT: (read_template(override), override)}
+    files = {
+        DEFAULT: os.path.join(model_dir, "chat_template.jinja"),
+        TOOL_USE: os.path.join(model_dir, "additional_chat_templates", f"{TOOL_USE}.jinja"),
     }
-    path = override or os.path.join(model_dir, "chat_template.jinja")
-    if override or os.path.lexists(path):
-        try:
-            with open_input(path) as file:
-                return file.read().decode("utf-8"), path, specials
-        except (OSError, UnicodeDecodeError) as error:
-            raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error}") from error
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        named = {
-            entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)
-        }
-        source = named.get("default")
-    if source is not None and not isinstance(source, str):
-        raise PrepError(
-            errors.INPUT_VALUE, config_path, 'the field "chat_template" must be a string'
-        )
-    return source, config_path, specials
+    found = {name: (read_template(path), path) for name, path in files.items() if os.path.lexists(path)}
+    return found if DEFAULT in found else {**listed_templates(model_dir), **found}
+
+
+def read_template(path):
+    try:
+        with open_input(path) as file:
+            return file.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error}") from error
+
+
+def listed_templates(model_dir):
+    """The templates in tokenizer_config.json: one text, or a list of named ones."""
+    path = os.path.join(model_dir, "tokenizer_config.json")
+    source = read_optional(path).get("chat_template")
+    if not isinstance(source, list):
+        named, places = {DEFAULT: source}, {DEFAULT: path}
+    else:
+        entries = [entry for entry in source if isinstance(entry, dict)]
+        named = {name: e.get("template") for name in (DEFAULT, TOOL_USE) for e in entries if e.get("name") == name}
+        places = {name: f"{path} ({name})" for name in named}
+    for value in named.values():
+        if value is not None and not isinstance(value, str):
+            raise PrepError(errors.INPUT_VALUE, path, 'the field "chat_template" must be a string')
+    return {name: (value, places[name]) for name, value in named.items() if value is not None}
+
+
+def special_tokens(model_dir):
+    """bos_token, eos_token etc. of a model directory. special_tokens_map.json counts only beside a tokenizer_config.json
+    without added_tokens_decoder, as with transformers: newer directories say everything in the latter."""
+    config = read_optional(os.path.join(model_dir, "tokenizer_config.json"))
+    if "added_tokens_decoder" not in config:
+        config = {**config, **read_optional(os.path.join(model_dir, "special_tokens_map.json"))}
+    texts = {key: token_text(value) for key, value in config.items() if key.endswith("_token")}
+    return {key: text for key, text in texts.items() if text is not None}
+
+
+def read_optional(path):
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def token_text(value):

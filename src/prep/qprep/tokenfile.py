@@ -101,11 +101,10 @@ def check_template(path, template):
         )
 
 
-def template_attributes(template):
-    """What the file says of the chat template that shaped the data, None if none did."""
-    if template is None:
-        return {"template_sha256": ""}
-    return {"template_sha256": hashlib.sha256(template.encode("utf-8")).hexdigest(), "chat_template": template}
+def template_attributes(texts, kept):
+    """What the file says of the chat templates that shaped the data, one after the other, and the one that it keeps, if any."""
+    sha256 = hashlib.sha256("".join(texts).encode("utf-8")).hexdigest() if texts else ""
+    return {"template_sha256": sha256, **({"chat_template": kept} if kept is not None else {})}
 
 
 def verify(path, datasets):

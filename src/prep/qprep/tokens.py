@@ -22,9 +22,9 @@ import numpy as np
 import tokenizers
 
 from . import errors
-from .errors import PrepError, quoted
+from .errors import BadRecord, PrepError, quoted
 from .files import read_json
-from .template import token_text
+from .template import special_tokens
 
 LARGEST_ID = 1 << 22
 
@@ -97,8 +97,7 @@ class Tokenizer:
             ) from error
         self.rust.no_truncation()
         self.rust.no_padding()
-        ids = self.rust.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids, default=-1) + 1
+        self.added = {t.content: i for i, t in self.rust.get_added_tokens_decoder().items()}
         self.check_ids(model_dir)
         self.eos = self.find_eos(model_dir)
         whole = [i for i in self.rust.encode("", add_special_tokens=True).ids if i != self.eos]
@@ -106,11 +105,12 @@ class Tokenizer:
         # Special tokens are added here, and offsets must cover the whole text, spaces included.
         self.rust.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self.cut = cutter_of(self.rust, self.description)
-        self.added = {t.content: i for i, t in self.rust.get_added_tokens_decoder().items()}
         self.known = Known()
         self.compared = 0  # texts that were encoded both ways
 
     def check_ids(self, model_dir):
+        """Sets `vocab_size`, one more than the largest id, and `outside`, the added tokens that the model's vocabulary does
+        not reach: Gemma 3 has one for images, which its models without images do not know."""
         known = {}
         for token, number in self.rust.get_vocab(with_added_tokens=True).items():
             if known.setdefault(number, token) != token:
@@ -125,21 +125,23 @@ class Tokenizer:
             raise PrepError(
                 errors.INPUT_VALUE, config, f"vocab_size={model_vocab} must be 1..{LARGEST_ID}"
             )
-        if not 0 < self.vocab_size <= model_vocab:
+        self.outside = {text: i for text, i in self.added.items() if i >= model_vocab}
+        largest = max(known.keys() - self.outside.values(), default=-1)
+        if not 0 <= largest < model_vocab:
             raise PrepError(
                 errors.INPUT_VALUE,
                 self.path,
-                f"the largest token id is {self.vocab_size - 1}, but the "
+                f"the largest token id is {largest}, but the "
                 f"model's vocab_size is {model_vocab}; the tokenizer belongs to another model",
             )
+        self.vocab_size, self.model_vocab = largest + 1, model_vocab
 
     def find_eos(self, model_dir):
         """The id that ends a document: eos_token of the tokenizer, else eos_token_id of the model."""
-        config_path = os.path.join(model_dir, "tokenizer_config.json")
-        if os.path.lexists(config_path):
-            text = token_text(read_json(config_path).get("eos_token"))
-            if text is not None and self.rust.token_to_id(text) is not None:
-                return self.rust.token_to_id(text)
+        text = special_tokens(model_dir).get("eos_token")
+        number = None if text is None else self.rust.token_to_id(text)
+        if number is not None and number < self.vocab_size:
+            return number
         eos = read_json(os.path.join(model_dir, "config.json")).get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         return eos if isinstance(eos, int) and 0 <= eos < self.vocab_size else None
@@ -156,15 +158,39 @@ class Tokenizer:
             if token.special
         ]
 
+    def check_text(self, example):
+        """BadRecord where an example holds an added token that the model does not know."""
+        text = example.text if isinstance(example, Example) else ""  # ids are compared where they are read
+        token = next((token for token in self.outside if token in text), None)
+        if token:
+            raise BadRecord(f"the text {self.beyond(token)}")
+
+    def beyond(self, token):
+        """What is wrong with a text or an id that is one of `outside`."""
+        return (
+            f"holds {quoted(token)}, which is token {self.outside[token]}, but the model's vocab_size is "
+            f"{self.model_vocab}; remove it, or enlarge the model's vocabulary"
+        )
+
+    def check_documents(self, documents):
+        """The same by the ids: a normalizer may make such a token of other characters."""
+        if self.outside and documents.tokens.max(initial=0) >= self.vocab_size:
+            raise PrepError(
+                errors.INPUT_VALUE,
+                self.path,
+                f"makes the token {documents.tokens.max()} of a text, but the model's vocab_size is {self.model_vocab}; "
+                "leave out of the records what it writes as that",
+            )
+
     def encode(self, examples):
-        """Documents of `examples`, all Example or all Encoded, and how many tokens reached over the border of a learned
-        part."""
+        """(Documents of `examples`, all Example or all Encoded; how many tokens of each reach over the border of a learned
+        part)."""
         groups = np.array([example.group for example in examples], dtype=np.int64)
         if examples and isinstance(examples[0], Encoded):
             lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
             tokens = np.concatenate([example.tokens for example in examples]).astype("<u4")
             learned = np.concatenate([example.learned for example in examples])
-            return Documents(tokens, learned, lengths, groups), 0
+            return Documents(tokens, learned, lengths, groups), np.zeros(len(examples), dtype=np.int64)
         prompts = [example.prompt for example in examples if example.prompt is not None]
         pieces = Pieces(self, [example.text for example in examples] + prompts)
         ranges, straddling = pieces.learned_ranges(examples)
@@ -179,6 +205,8 @@ class Tokenizer:
             tokens, learned = np.insert(tokens, at, self.eos), np.insert(learned, at, True)
             begins = begins + np.cumsum(with_eos) - with_eos
             lengths = lengths + with_eos
+        if self.bos:
+            with_bos &= ~begins_with(self.bos, tokens, begins, lengths)
         if with_bos.any() and self.bos:
             at = np.repeat(begins[with_bos], len(self.bos))
             tokens = np.insert(tokens, at, np.tile(self.bos, int(with_bos.sum())))
@@ -192,11 +220,20 @@ class Tokenizer:
         pieces = [b""] * self.vocab_size
         for token, i in self.rust.get_vocab(with_added_tokens=False).items():
             pieces[i] = to_bytes(token)
-        for i, token in self.rust.get_added_tokens_decoder().items():
-            pieces[i] = token.content.encode("utf-8")
+        for text, i in self.added.items():
+            if i < self.vocab_size:
+                pieces[i] = text.encode("utf-8")
         offsets = np.zeros(self.vocab_size + 1, dtype=np.int64)
         np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
         return offsets, np.frombuffer(b"".join(pieces), dtype=np.uint8)
+
+
+def begins_with(head, tokens, begins, lengths):
+    """Which documents begin with the ids `head` already: text that was decoded has the tokenizer's first token in it."""
+    same = lengths >= len(head)
+    for k, number in enumerate(head):
+        same[same] = tokens[begins[same] + k] == number
+    return same
 
 
 def covered(count, ranges):
@@ -333,12 +370,14 @@ class Pieces:
         return self.known.flat[places + np.arange(len(places))]
 
     def learned_ranges(self, examples):
-        """([begin, end) in the tokens of all texts, how many tokens straddle); the texts begin with the examples'."""
+        """([begin, end) in the tokens of all texts, how many tokens of each example straddle); the texts begin with the
+        examples'."""
         spans = [(k, *span) for k, example in enumerate(examples) for span in example.spans]
         texts, first, last = np.array(spans, dtype=np.int64).reshape(-1, 3).T
         begin_before, begin_until = self.places(self.text_chars[texts] + first)
         end_before, end_until = self.places(self.text_chars[texts] + last)
-        straddling = int((begin_until - begin_before + end_until - end_before).sum())
+        straddling = begin_until - begin_before + end_until - end_before
+        straddling = np.bincount(texts, straddling, len(examples)).astype(np.int64)
         # Behind a prompt: both texts begin with the same tokens of the tokenizer's own, so only the rest is counted.
         prompted = np.array([example.prompt is not None for example in examples], dtype=bool).nonzero()[0]
         prompts = np.diff(self.text_borders[len(examples) :])
