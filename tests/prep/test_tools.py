@@ -96,9 +96,11 @@ class Tools(FolderTest):
                                    (("rag", "{{ no.thing }}"), ("default", CHATML), ("tool_use", WITH_TOOLS))])
         self.assertEqual(self.prepared([record, plain]), want)
         self.assertEqual(self.load()[1]["template_sha256"], hashlib.sha256((CHATML + WITH_TOOLS).encode()).hexdigest())
+        self.assertNotIn("chat_template", self.load()[1])  # neither alone would serve the model
         for records, used in (([record], WITH_TOOLS), ([plain], CHATML)):
             self.prep(records, "--overwrite")
             self.assertEqual(self.load()[1]["template_sha256"], hashlib.sha256(used.encode()).hexdigest())
+            self.assertEqual(self.load()[1].get("chat_template"), CHATML if used is CHATML else None)
         self.assert_refused(TALK, "tokenizer_config.json (default)")  # calls without tools: the default one, there as well
         self.write("chat_template.jinja", CHATML)
         self.assert_refused(record, "chat_template.jinja does not write")
