@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -371,19 +372,21 @@ Test(ckpt, damage_after_the_choice_is_found_by_the_rank_that_reads_it)
 
 /* ---- rotation ---- */
 
+static const qs_ckpt_evals NO_EVALS = {.count = 0};
+
 Test(rotate, newest_and_milestones_stay)
 {
     for (int64_t step = 1; step <= 9; step++) {
         fx_save_step(step, 1);
     }
-    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 2, 4), QS_OK);
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 2, 4, NO_EVALS), QS_OK);
     for (int64_t step = 1; step <= 9; step++) {
         char name[32];
         snprintf(name, sizeof name, "step-%08lld", (long long)step);
         cr_assert_eq(fx_exists(name), step >= 8 || step == 4, "%s", name);
     }
     cr_assert_eq(fx_entries(), 3);
-    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0), QS_OK);
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0, NO_EVALS), QS_OK);
     cr_assert_eq(fx_entries(), 1);
     cr_assert(fx_exists("step-00000009"));
 }
@@ -397,7 +400,7 @@ Test(rotate, damaged_newer_ones_do_not_count)
     char path[256];
     snprintf(path, sizeof path, "%s/step-00000003/rank-00000.h5", fx_run_dir);
     cr_assert_eq(truncate(path, 10), 0);
-    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0), QS_OK);
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0, NO_EVALS), QS_OK);
     cr_assert(fx_exists("step-00000002"), "the newest good one");
     cr_assert(!fx_exists("step-00000001"));
     cr_assert(fx_exists("step-00000003") && fx_exists("step-00000004"), "not ours to judge here");
@@ -421,7 +424,7 @@ Test(rotate, random_histories_never_lose_the_newest_good_ones)
             good[n_good++] = step;
         }
         int keep = 1 + (int)(qs_rng_u32(&rng, draw++) % 3);
-        cr_assert_eq(qs_ckpt_rotate(fx_run_dir, keep, 5), QS_OK);
+        cr_assert_eq(qs_ckpt_rotate(fx_run_dir, keep, 5, NO_EVALS), QS_OK);
         for (int i = n_good - 1; i >= 0 && i >= n_good - keep; i--) {
             snprintf(name, sizeof name, "step-%08lld", (long long)good[i]);
             if (!fx_exists(name)) {
@@ -436,4 +439,99 @@ Test(rotate, random_histories_never_lose_the_newest_good_ones)
         cr_assert_eq(latest(), n_good ? good[n_good - 1] : -1, "round %d", round);
     }
     cr_assert_gt(n_good, 20, "the history has something to lose");
+}
+
+/* ---- the best ---- */
+
+/* Losses of steps 1, 2, ...: the list of an array. */
+#define EVALS(losses) evals_of(losses, sizeof(losses) / sizeof *(losses))
+
+static qs_ckpt_evals evals_of(const double *losses, size_t count)
+{
+    static qs_ckpt_eval list[16];
+    for (size_t i = 0; i < count; i++) {
+        list[i] = (qs_ckpt_eval){.step = (int64_t)i + 1, .loss = losses[i]};
+    }
+    return (qs_ckpt_evals){.list = list, .count = (int64_t)count};
+}
+
+static int64_t best_step(qs_ckpt_evals evals, bool verify)
+{
+    qs_ckpt_eval best = {.step = -7};
+    qs_error_clear();
+    cr_assert_eq(qs_ckpt_best(fx_run_dir, evals, verify, &best), QS_OK, "%s", qs_error_text());
+    cr_assert_str_eq(qs_error_text(), "");
+    return best.step;
+}
+
+static void expect_steps(const char *steps)
+{
+    for (int64_t step = 1; step <= 9; step++) {
+        char name[32];
+        snprintf(name, sizeof name, "step-%08lld", (long long)step);
+        cr_assert_eq(fx_exists(name), strchr(steps, '0' + (int)step) != NULL, "%s of %s", name,
+                     steps);
+    }
+}
+
+Test(rotate, the_best_stays_beside_the_newest_and_goes_when_another_is)
+{
+    static const double losses[] = {5, 3, 4, 3.5, 6, 2, 7};
+    for (int64_t step = 1; step <= 7; step++) {
+        fx_save_step(step, 1);
+        /* the evaluation of a step comes after its checkpoint */
+        qs_ckpt_evals evals = evals_of(losses, (size_t)step - 1);
+        cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0, evals), QS_OK);
+        static const char *const left[] = {"1", "12", "23", "24", "25", "26", "67"};
+        expect_steps(left[step - 1]);
+    }
+    cr_assert_eq(best_step(EVALS(losses), true), 6);
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 2, 0, EVALS(losses)), QS_OK);
+    expect_steps("67");
+}
+
+Test(rotate, the_best_is_one_of_the_newest_where_it_is_among_them)
+{
+    static const double losses[] = {5, 4, 3, 2};
+    for (int64_t step = 1; step <= 4; step++) {
+        fx_save_step(step, 2);
+    }
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 2, 0, EVALS(losses)), QS_OK);
+    expect_steps("34");
+}
+
+Test(rotate, losses_that_are_not_finite_or_equal)
+{
+    static const double losses[] = {NAN, 3, 3, -INFINITY, NAN};
+    static const double none[] = {NAN, INFINITY, NAN, NAN, NAN};
+    for (int64_t step = 1; step <= 5; step++) {
+        fx_save_step(step, 1);
+    }
+    cr_assert_eq(best_step(EVALS(none), false), -1);
+    cr_assert_eq(best_step(NO_EVALS, true), -1);
+    cr_assert_eq(best_step(EVALS(losses), true), 2, "the earlier of equals");
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0, EVALS(losses)), QS_OK);
+    expect_steps("25");
+}
+
+Test(rotate, the_best_is_among_steps_that_have_a_good_checkpoint)
+{
+    static const double losses[] = {9, 1, 2, 3, 4, 5};
+    for (int64_t step = 1; step <= 6; step += 1 + (step == 1)) { /* no step 2 */
+        fx_save_step(step, 1);
+    }
+    cr_assert_eq(best_step(EVALS(losses), true), 3);
+    char path[256];
+    snprintf(path, sizeof path, "%s/step-00000003/rank-00000.h5", fx_run_dir);
+    cr_assert_eq(truncate(path, 10), 0);
+    cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0, EVALS(losses)), QS_OK);
+    cr_assert(fx_exists("step-00000004"), "the next best");
+    cr_assert(!fx_exists("step-00000001") && !fx_exists("step-00000005"));
+    cr_assert_eq(best_step(EVALS(losses), false), 4);
+    flip_byte("step-00000004/rank-00000.h5", 9000);
+    cr_assert_eq(best_step(EVALS(losses), false), 4, "not read");
+    cr_assert_eq(best_step(EVALS(losses), true), 6, "read");
+    cr_assert(fx_exists("step-00000004.bad") && !fx_exists("step-00000004"));
+    flip_byte("step-00000006/rank-00000.h5", 9000);
+    cr_assert_eq(best_step(EVALS(losses), true), -1);
 }

@@ -1,6 +1,7 @@
 /* Configuration: the table against the parser, the dump and the messages. */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
+#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -372,6 +373,11 @@ static const bad_file BAD[] = {
     {B "lora: {r: 3}\n", QS_ERR_CONFIG_KEY, "did you mean \"lora.rank\"?"},
     {B "optim: {momentum: 3}\n", QS_ERR_CONFIG_KEY, "\"optim.momentum\"; qshard train --help"},
     {B "trian: {steps: 3}\n", QS_ERR_CONFIG_KEY, "key \"trian\"; did you mean \"train\"?"},
+    {B "memroy: 3\n", QS_ERR_CONFIG_KEY, "key \"memroy\"; qshard train --help lists all"},
+    {B "memroy:\n  offload: []\n", QS_ERR_CONFIG_KEY,
+     "run.yaml:2: unknown key \"memroy\"; did you mean \"memory\"?"},
+    {B "low_memory: true\n", QS_ERR_CONFIG_KEY, "key \"low_memory\"; so it is in any case"},
+    {B "train: {train_type: qlora}\n", QS_ERR_CONFIG_KEY, "it is QLoRA in any case"},
     {B "train.steps: 3\n", QS_ERR_CONFIG_KEY, "unknown key \"train.steps\""},
     {B B, QS_ERR_CONFIG_KEY, "run.yaml:2: \"base\" is given twice"},
     {B "train: {steps: 1}\ntrain: {epochs: 0}\n", QS_ERR_CONFIG_KEY, "\"train\" is given twice"},
@@ -419,7 +425,6 @@ static const bad_file BAD[] = {
     {B "optim: {warmup: 1.5}\n", QS_ERR_CONFIG_PAIR, "whole number"},
     {B "optim: {warmup: 100}\n", QS_ERR_CONFIG_PAIR, "leaves nothing of train.steps=100"},
     {B "lora: {rslora: yes}\n", QS_ERR_CONFIG_VALUE, "neither true nor false"},
-    {B "lora: {rslora: True}\n", QS_ERR_CONFIG_VALUE, "neither true nor false"},
     {B "lora: {rslora: 1}\n", QS_ERR_CONFIG_VALUE, "neither true nor false"},
     {B "lora: {targets: []}\n", QS_ERR_CONFIG_VALUE, "nothing to train"},
     {B "lora: {targets: [lm_head]}\n", QS_ERR_CONFIG_VALUE, "not a linear of a layer"},
@@ -571,12 +576,164 @@ Test(config, another_trainers_name_leads_to_a_key)
         char hint[96], expected[96], within[64];
         snprintf(expected, sizeof expected, "did you mean \"%s\"?", row->ours);
         snprintf(within, sizeof within, "train.%s", row->theirs);
-        qs_key_hint(row->theirs, hint, sizeof hint);
+        qs_key_hint(row->theirs, false, hint, sizeof hint);
         cr_assert_str_eq(hint, expected, "%s: %s", row->theirs, hint);
-        qs_key_hint(within, hint, sizeof hint);
+        qs_key_hint(within, false, hint, sizeof hint);
         cr_assert_str_eq(hint, expected, "%s: %s", within, hint);
         cr_assert_geq(qs_key_find(row->ours), 0, "%s", row->ours);
         cr_assert_eq(qs_key_find(row->theirs), -1, "%s", row->theirs);
+    }
+}
+
+Test(config, another_trainers_word_leads_to_what_does_it_here)
+{
+    for (int i = 0; i < qs_other_remarks_count; i++) {
+        const qs_other_remark *row = &qs_other_remarks[i];
+        char hint[QS_KEY_HINT_MAX], within[64];
+        snprintf(within, sizeof within, "train.%s", row->theirs);
+        cr_assert_lt(strlen(row->says), sizeof hint);
+        qs_key_hint(row->theirs, i % 2 == 0, hint, sizeof hint);
+        cr_assert_str_eq(hint, row->says, "%s", row->theirs);
+        qs_key_hint(within, false, hint, sizeof hint);
+        cr_assert_str_eq(hint, row->says, "%s", within);
+        cr_assert_eq(qs_key_find(row->theirs), -1, "%s", row->theirs);
+        for (int k = 0; k < qs_other_names_count; k++) {
+            cr_assert_str_neq(qs_other_names[k].theirs, row->theirs);
+        }
+        for (int k = 0; k < i; k++) {
+            cr_assert_str_neq(qs_other_remarks[k].theirs, row->theirs);
+        }
+        for (const char *at = row->says; (at = strchr(at, '.')) != NULL; at++) { /* keys in it */
+            const char *begin = at;
+            while (begin > row->says && (islower((unsigned char)begin[-1]) || begin[-1] == '_')) {
+                begin--;
+            }
+            char key[64];
+            const size_t length =
+                (size_t)(at - begin) + 1 + strspn(at + 1, "abcdefghijklmnopqrstuvwxyz_0123456789");
+            snprintf(key, sizeof key, "%.*s", (int)length, begin);
+            snprintf(within, sizeof within, "%.*s", (int)(at - begin), begin);
+            cr_assert(!qs_key_is_section(within) || qs_key_find(key) >= 0, "%s: %s", row->theirs,
+                      key);
+        }
+    }
+}
+
+/* docs/parity.md has a row for each. */
+Test(config, every_flag_of_fsdp_qlora_is_answered)
+{
+    static const char *const flags[] = {"world_size",
+                                        "train_type",
+                                        "llama_pro_path",
+                                        "batch_size",
+                                        "context_length",
+                                        "gradient_accumulation_steps",
+                                        "num_epochs",
+                                        "max_steps",
+                                        "dataset",
+                                        "dataset_samples",
+                                        "sharding_strategy",
+                                        "use_gradient_checkpointing",
+                                        "reentrant_checkpointing",
+                                        "use_cpu_offload",
+                                        "use_activation_cpu_offload",
+                                        "low_memory",
+                                        "no_sync",
+                                        "precision",
+                                        "model_name",
+                                        "save_model",
+                                        "output_dir",
+                                        "lora_rank",
+                                        "lora_alpha",
+                                        "lora_dropout",
+                                        "lora_target_modules",
+                                        "verbose",
+                                        "lr",
+                                        "wd",
+                                        "apply_gradient_clipping",
+                                        "grad_norm",
+                                        "optimizer",
+                                        "lr_scheduler",
+                                        "loading_workers",
+                                        "log_to",
+                                        "project_name",
+                                        "name",
+                                        "group",
+                                        "entity",
+                                        "master_addr",
+                                        "master_port",
+                                        "n_bits",
+                                        "profile_memory",
+                                        "profile",
+                                        "profiling_output",
+                                        "overwrite_profiling_output",
+                                        "with_stack",
+                                        "with_shapes",
+                                        "export_trace",
+                                        "export_memory_timeline",
+                                        "wait_steps",
+                                        "warmup_steps",
+                                        "active_steps",
+                                        "repeat",
+                                        "profiling_frequency"};
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        char hint[QS_KEY_HINT_MAX];
+        qs_key_hint(flags[i], false, hint, sizeof hint);
+        cr_assert_null(strstr(hint, "lists all"), "%s: %s", flags[i], hint);
+    }
+    cr_assert_geq(qs_key_find("seed"), 0);
+}
+
+/* Nobody who gives a value means a section. */
+Test(config, a_section_is_never_suggested_for_a_value)
+{
+    static const struct {
+        const char *set, *says;
+    } cases[] = {
+        {"memory=1", "--set memory: unknown key; it is a section of keys, as memory.offload"},
+        {"train=1", "it is a section of keys, as train.steps"},
+        {"memroy=1", "unknown key; qshard train --help lists all"},
+        {"low_memory=True", "so it is in any case: no rank holds more"},
+        {"train_type=qlora", "it is QLoRA in any case"},
+        {"sharding_strategy=full_shard", "did you mean \"shard.group\"?"},
+        {"precision=bf16", "cpu.gemm"},
+        {"profile=True", "--profile-steps"},
+        {"log_to=wandb", "metrics.jsonl"},
+        {"sample_packing=True", "qshard-prep --pack"},
+        {"group_by_length=True", "qshard-prep --pack"},
+        {"load_best_model_at_end=True", "qshard export RUN --best"},
+        {"early_stopping_patience=3", "qshard export RUN --best"},
+        {"train.stesp=3", "did you mean \"train.steps\"?"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        qs_config c;
+        qs_error_clear();
+        cr_assert_eq(qs_config_parse(&c, B, strlen(B), "run.yaml", &cases[i].set, 1),
+                     QS_ERR_CONFIG_KEY, "%s", cases[i].set);
+        cr_assert_not_null(strstr(qs_error_text(), cases[i].says), "%s: %s", cases[i].set,
+                           qs_error_text());
+    }
+}
+
+Test(config, true_and_false_have_the_spellings_of_yaml_1_2)
+{
+    static const char *const yes[] = {"true", "True", "TRUE"};
+    static const char *const no[] = {"false", "False", "FALSE"};
+    static const char *const neither[] = {"yes", "no",   "on", "off", "Yes", "NO",
+                                          "y",   "tRUE", "1",  "0",   "",    "\"True\""};
+    for (size_t i = 0; i < 3 + 3 + sizeof neither / sizeof *neither; i++) {
+        const char *word = i < 3 ? yes[i] : i < 6 ? no[i - 3] : neither[i - 6];
+        char text[64], set[32];
+        const char *sets[] = {set};
+        qs_config c, d;
+        snprintf(text, sizeof text, B "lora: {dora: %s}\n", word);
+        snprintf(set, sizeof set, "lora.dora=%s", word);
+        qs_error_clear();
+        const qs_status st = parse(&c, text);
+        qs_error_clear();
+        cr_assert_eq(st, i < 6 ? QS_OK : QS_ERR_CONFIG_VALUE, "%s", text);
+        cr_assert_eq(qs_config_parse(&d, B, strlen(B), "run.yaml", sets, 1), st, "%s", set);
+        cr_assert(i >= 6 || (c.lora.dora == (i < 3) && d.lora.dora == (i < 3)), "%s", word);
     }
 }
 

@@ -592,6 +592,163 @@ Test(peft, adapter_that_does_not_fit_is_refused_by_name)
     free(x);
 }
 
+/* ---- which linears: the tensors say ---- */
+
+/* The adapter in `dir` with another adapter_config.json: `old` replaced by `new`. */
+static void change_settings(const char *dir, const char *old, const char *new)
+{
+    char path[256], changed[2048];
+    void *text = NULL;
+    size_t bytes = 0;
+    snprintf(path, sizeof path, "%s/adapter_config.json", dir);
+    cr_assert_eq(qs_io_read_file(path, 1 << 16, &text, &bytes), QS_OK);
+    const char *at = strstr(text, old);
+    cr_assert_not_null(at, "%s in %s", old, (const char *)text);
+    snprintf(changed, sizeof changed, "%.*s%s%s", (int)(at - (const char *)text), (char *)text, new,
+             at + strlen(old));
+    cr_assert_eq(qs_io_write_file(path, changed, strlen(changed)), QS_OK);
+    free(text);
+}
+
+/* As peft 0.21 writes them: names over the model's modules, and what they chose in the tensors. */
+Test(peft, targets_are_those_of_the_tensors_however_they_were_named)
+{
+    static const char *const forms[] = {
+        "\"target_modules\": \".*self_attn\\\\.(q|v)_proj\"",
+        "\"target_modules\": [\"model.layers.0.self_attn.q_proj\", "
+        "\"model.layers.0.self_attn.v_proj\","
+        "\"model.layers.1.self_attn.q_proj\", \"model.layers.1.self_attn.v_proj\","
+        "\"model.layers.2.self_attn.q_proj\", \"model.layers.2.self_attn.v_proj\"]",
+        "\"exclude_modules\": [\"lm_head\", \"k_proj\"], \"target_modules\": \"all-linear\"",
+        "\"exclude_modules\": \".*(k|o)_proj\", \"target_modules\": [\"self_attn.q_proj\", "
+        "\"v_proj\"]",
+        "\"target_modules\": null"};
+    static const char old[] = "\"target_modules\": [\n    \"q_proj\",\n    \"v_proj\"\n  ]";
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+        qs_config c = config(1u << QS_Q | 1u << QS_V), found;
+        c.lora.dora = i == 1;
+        qs_lora_layout l = layout_of(&c);
+        float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
+        char dir[192], name[16];
+        snprintf(name, sizeof name, "form%zu", i);
+        path_in(dir, name);
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+        change_settings(dir, old, forms[i]);
+        qs_config_defaults(&found);
+        cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(found.lora.targets, 1u << QS_Q | 1u << QS_V | QS_TARGETS_SET);
+        qs_peft *peft = NULL;
+        cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_read_layer(peft, 2, segment), QS_OK);
+        cr_assert_eq(memcmp(segment, x + 2 * l.per_layer, (size_t)l.used * sizeof *x), 0);
+        qs_peft_close(peft);
+        free(segment);
+        free(x);
+    }
+}
+
+/* A copy of the adapter in `dir` without the tensors that have `without` in their name, and with
+ * one called `extra`. */
+static void copy_tensors(const char *dir, const char *to, const char *without, const char *extra)
+{
+    qs_st_item items[64];
+    static char names[64][128];
+    char path[256];
+    static const float zeros[1 << 16];
+    qs_st_dir *tensors = NULL;
+    int n = 0;
+    cr_assert_eq(qs_st_open(&tensors, dir, "adapter_model"), QS_OK);
+    for (int64_t i = 0; i < qs_st_count(tensors); i++) {
+        const qs_st_tensor *t = qs_st_at(tensors, i);
+        if (without != NULL && strstr(t->name, without) != NULL) {
+            continue;
+        }
+        cr_assert(t->count <= 1 << 16 && n < 63);
+        snprintf(names[n], sizeof names[n], "%s", t->name);
+        items[n] = (qs_st_item){.dtype = QS_F32,
+                                .rank = t->rank,
+                                .shape = {t->shape[0], t->rank > 1 ? t->shape[1] : 0}};
+        n++;
+    }
+    if (extra != NULL) {
+        snprintf(names[n], sizeof names[n], "%s", extra);
+        items[n++] = (qs_st_item){.dtype = QS_F32, .rank = 2, .shape = {8, 8}};
+    }
+    for (int i = 0; i < n; i++) {
+        items[i].name = names[i];
+        items[i].data = zeros;
+    }
+    qs_st_close(tensors);
+    cr_assert_eq(qs_io_mkdir(to), QS_OK);
+    snprintf(path, sizeof path, "%s/adapter_model.safetensors", to);
+    cr_assert_eq(qs_st_write(path, items, n), QS_OK, "%s", qs_error_text());
+    snprintf(path, sizeof path, "%s/adapter_config.json", dir);
+    void *text = NULL;
+    size_t bytes = 0;
+    cr_assert_eq(qs_io_read_file(path, 1 << 16, &text, &bytes), QS_OK);
+    snprintf(path, sizeof path, "%s/adapter_config.json", to);
+    cr_assert_eq(qs_io_write_file(path, text, bytes), QS_OK);
+    free(text);
+}
+
+Test(peft, layers_that_differ_and_other_modules_are_named)
+{
+    static const struct {
+        const char *without, *extra, *says;
+    } cases[] = {
+        {"layers.1.self_attn.v_proj", NULL,
+         "layer 1 has no adapter of self_attn.v_proj, layer 2 has one"},
+        {"layers.0.", NULL, "layer 0 has no adapter of self_attn.q_proj, layer 2 has one"},
+        {NULL, "base_model.model.model.layers.2000000000.self_attn.q_proj.lora_A.weight",
+         "layer 3 has no adapter of self_attn.q_proj, layer 2000000000 has one"},
+        {NULL, "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight",
+         "layer 0 has no adapter of mlp.up_proj, layer 2 has one"},
+        {NULL, "base_model.model.lm_head.lora_A.weight",
+         "tensor \"base_model.model.lm_head.lora_A.weight\" belongs to no linear of a layer"},
+        {NULL, "base_model.model.model.embed_tokens.lora_embedding_A", "belongs to no linear"},
+        {NULL, "base_model.model.model.layers.01.self_attn.q_proj.lora_A.weight",
+         "belongs to no linear"},
+        {NULL, "base_model.model.model.layers.1.mlp.experts.0.up_proj.lora_A.weight",
+         "belongs to no linear"},
+        {NULL, "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight",
+         "belongs to no linear"},
+        {NULL, "base_model.model.model.layers.1.self_attn.q_proj.lora_Aweight",
+         "belongs to no linear"},
+        {"", NULL, "holds no tensor"},
+    };
+    qs_config c = config(1u << QS_Q | 1u << QS_V), found;
+    qs_lora_layout l = layout_of(&c);
+    float *x = random_vector(&l);
+    char dir[192], other[192];
+    path_in(dir, "whole");
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "case%zu", i);
+        path_in(other, name);
+        copy_tensors(dir, other, cases[i].without, cases[i].extra);
+        expect_open(other, &l, QS_ERR_INPUT_TENSOR, cases[i].says);
+        qs_error_clear();
+        qs_config_defaults(&found);
+        cr_assert_eq(qs_peft_settings(other, &found), QS_ERR_INPUT_TENSOR);
+        cr_assert_not_null(strstr(qs_error_text(), cases[i].says), "%s", qs_error_text());
+    }
+    path_in(other, "short"); /* alike, but the model has a layer more */
+    copy_tensors(dir, other, "layers.2.", NULL);
+    expect_open(other, &l, QS_ERR_INPUT_TENSOR,
+                "\"base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight\" is missing");
+    c = config(1u << QS_Q);
+    l = layout_of(&c);
+    expect_open(dir, &l, QS_ERR_INPUT_VALUE,
+                "the adapter has self_attn.v_proj, but lora.targets does not name it; set "
+                "lora.targets to the adapter's, [q_proj, v_proj]");
+    c = config(0x7f);
+    l = layout_of(&c);
+    expect_open(dir, &l, QS_ERR_INPUT_VALUE,
+                "the adapter has no self_attn.k_proj, but lora.targets");
+    free(x);
+}
+
 /* ---- adapter_config.json of strangers ---- */
 
 typedef struct {
@@ -613,6 +770,7 @@ static const peft_case PEFT_CASES[] = {
     {"\"alpha_pattern\": {\"q_proj\": 4}", QS_ERR_INPUT_UNKNOWN, "alpha_pattern"},
     {"\"fan_in_fan_out\": true", QS_ERR_INPUT_UNKNOWN, "fan_in_fan_out"},
     {"\"layers_to_transform\": [1]", QS_ERR_INPUT_UNKNOWN, "layers_to_transform"},
+    {"\"exclude_modules\": [\"lm_head\"]", QS_OK, ""},
     {"\"lora_bias\": true", QS_ERR_INPUT_UNKNOWN, "lora_bias"},
     {"\"init_lora_weights\": \"pissa\"", QS_ERR_INPUT_UNKNOWN, "pissa"},
     {"\"init_lora_weights\": \"gaussian\"", QS_OK, ""},
@@ -636,7 +794,7 @@ Test(peft_config, features_are_known_or_refused_by_name)
                      k->extra, qs_error_text());
         cr_assert_not_null(strstr(qs_error_text(), k->says), "%s: %s", k->extra, qs_error_text());
         if (k->status == QS_OK) {
-            cr_assert_eq(c.targets, 1u << QS_Q | 1u << QS_DOWN);
+            cr_assert_eq(c.lora_rank, 4);
         }
     }
 }
@@ -653,15 +811,6 @@ Test(peft_config, missing_or_mistyped_fields_are_named)
         {"{\"peft_type\": \"LORA\", \"r\": 0}", "r"},
         {"{\"peft_type\": \"LORA\", \"r\": 4}", "lora_alpha"},
         {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 0}", "lora_alpha"},
-        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1}", "target_modules"},
-        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": \".*q_proj\"}",
-         "patterns"},
-        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": []}",
-         "target_modules"},
-        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": [\"fc1\"]}",
-         "fc1"},
-        {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 1, \"target_modules\": [7]}",
-         "target_modules"},
         {"not json", ""},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -678,7 +827,6 @@ Test(peft_config, missing_or_mistyped_fields_are_named)
     qs_peft_config c;
     qs_error_clear();
     cr_assert_eq(qs_peft_config_parse(&c, all, strlen(all), "a.json"), QS_OK);
-    cr_assert_eq(c.targets, QS_LINEARS_ALL);
     cr_assert_eq(c.alpha, 8.5);
     cr_assert(c.rslora);
 }

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <jansson.h>
 #include <libgen.h>
+#include <math.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -74,6 +75,67 @@ Test(run_dir, finished_run_is_told_and_not_touched)
     c.optim.lr = 0.5;
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_RESUME);
     cr_assert_not_null(strstr(qs_error_text(), "optim.lr"), "%s", qs_error_text());
+}
+
+static void expect_best(int64_t step, double loss)
+{
+    qs_ckpt_eval best = {.step = -7};
+    cr_assert_eq(qs_run_dir_read_best(fx_run_dir, &best), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(best.step, step);
+    cr_assert(step < 0 || best.loss == loss, "every digit");
+}
+
+Test(run_dir, the_best_checkpoint_is_noted_and_survives_the_next_start)
+{
+    qs_config c = fx_config();
+    qs_run_dir run;
+    struct stat before, after;
+    char path[256];
+    const qs_ckpt_eval best = {.step = 16, .loss = 1.0 / 3}, none = {.step = -1, .loss = NAN};
+    snprintf(path, sizeof path, "%s/run.json", fx_run_dir);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    expect_best(-1, 0);
+    cr_assert_eq(qs_run_dir_note_best(&run, &none), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_run_dir_note_best(&run, &best), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(stat(path, &before), 0);
+    cr_assert_eq(qs_run_dir_note_best(&run, &best), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(stat(path, &after), 0);
+    cr_assert_eq(before.st_ino, after.st_ino, "nothing new to write");
+    qs_run_dir_close(&run);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    expect_best(16, 1.0 / 3);
+    cr_assert_eq(qs_run_dir_note_best(&run, &none), QS_OK, "%s", qs_error_text());
+    expect_best(-1, 0);
+    qs_run_dir_close(&run);
+}
+
+Test(run_dir, a_best_that_is_none_is_refused_and_written_anew)
+{
+    static const char *const bad[] = {"3",
+                                      "[]",
+                                      "{}",
+                                      "{\"step\": -1, \"eval_loss\": 1}",
+                                      "{\"step\": 4, \"eval_loss\": \"1\"}",
+                                      "{\"step\": 4, \"eval_loss\": null}"};
+    qs_config c = fx_config();
+    qs_run_dir run;
+    const qs_ckpt_eval good = {.step = 4, .loss = 2};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        char text[256];
+        qs_ckpt_eval best;
+        cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+        snprintf(text, sizeof text,
+                 "{\"format\": \"qshard-run\", \"format_version\": 1, \"run_id\": \"a\", "
+                 "\"finished\": false, \"best\": %s}",
+                 bad[i]);
+        write_text("run.json", text);
+        cr_assert_eq(qs_exit_code(qs_run_dir_read_best(fx_run_dir, &best)), 3, "%s", bad[i]);
+        cr_assert_not_null(strstr(qs_error_text(), "run.json: best"), "%s", qs_error_text());
+        qs_error_clear();
+        cr_assert_eq(qs_run_dir_note_best(&run, &good), QS_OK, "%s", qs_error_text());
+        expect_best(4, 2);
+        qs_run_dir_close(&run);
+    }
 }
 
 static void expect_length_refused(const qs_config *c, const char *text)

@@ -7,6 +7,7 @@
 #ifndef QS_CKPT_CKPT_H
 #define QS_CKPT_CKPT_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "comm/comm.h"
@@ -47,9 +48,28 @@ qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *ex
                        const qs_lora_layout *layout, qs_optim *optim, qs_ckpt_meta *meta_out,
                        qs_comm *comm);
 
-/** Delete what is older than the last `keep_last`, but every `keep_every`-th step (0: none). Rank
- * 0 only; never below 2 while newer ones do not verify. */
-qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_every);
+/** The loss of a run's evaluation behind a step. */
+typedef struct {
+    int64_t step;
+    double loss; /* one that is not finite is nobody's best */
+} qs_ckpt_eval;
+
+/** Evaluations of one run on the same data; borrowed. */
+typedef struct {
+    const qs_ckpt_eval *list;
+    int64_t count;
+} qs_ckpt_evals;
+
+/** Delete what is older than the last `keep_last`, but every `keep_every`-th step (0: none) and the
+ * one of the lowest loss in `evals` among those that are there. Rank 0 only; what does not verify
+ * does not count. */
+qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_every,
+                         qs_ckpt_evals evals);
+
+/** The evaluation of the lowest loss among those of steps that have a checkpoint in `run_dir`, the
+ * earlier of equals; its step is -1 if there is none. With `verify` the checkpoint is read: a
+ * damaged one is renamed to .bad and named in the log, and the next one asked. Rank 0 only. */
+qs_status qs_ckpt_best(const char *run_dir, qs_ckpt_evals evals, bool verify, qs_ckpt_eval *best);
 
 /** The hash (hashes_sha256) of the base that the checkpoint in `step_dir` was trained on. Not
  * collective. */

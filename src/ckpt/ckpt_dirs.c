@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -194,31 +195,129 @@ static qs_status delete_step(const char *run_dir, int64_t step)
     return qs_io_remove_dir(to);
 }
 
-qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_every)
+/* The checkpoints of a run, newest first. */
+typedef struct {
+    int count;
+    int64_t *steps; /* [count] */
+    bool *ours;     /* [count] good, and of the run that the newest good one is of */
+} inventory;
+
+static void inventory_free(inventory *all)
 {
-    int64_t *steps = calloc(QS_CKPT_STEPS_MAX, sizeof *steps);
-    int count = 0;
-    int64_t good = 0;
+    free(all->steps);
+    free(all->ours);
+    *all = (inventory){0};
+}
+
+/* With `fully` the newest is read: it alone has not been looked at by an earlier rotation. */
+static qs_status take_inventory(inventory *all, const char *run_dir, bool fully)
+{
     char newest[40] = "", run_id[40] = "";
     qs_status st = QS_OK;
-    if (!steps) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", run_dir);
+    *all = (inventory){.steps = calloc(QS_CKPT_STEPS_MAX, sizeof *all->steps),
+                       .ours = calloc(QS_CKPT_STEPS_MAX, sizeof *all->ours)};
+    if (all->steps == NULL || all->ours == NULL) {
+        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory", run_dir));
     }
-    QS_GOTO(qs_ckpt_scan(run_dir, steps, QS_CKPT_STEPS_MAX, &count));
-    for (int i = 0; i < count; i++) {
-        /* Only the newest has not been looked at by an earlier rotation. */
-        bool counts = is_good(run_dir, steps[i], i == 0, run_id);
-        if (counts && good == 0) {
+    QS_GOTO(qs_ckpt_scan(run_dir, all->steps, QS_CKPT_STEPS_MAX, &all->count));
+    for (int i = 0; i < all->count; i++) {
+        if (!is_good(run_dir, all->steps[i], fully && i == 0, run_id)) {
+            continue;
+        }
+        if (newest[0] == '\0') {
             memcpy(newest, run_id, sizeof newest);
         }
-        bool milestone = keep_every > 0 && steps[i] % keep_every == 0;
-        bool ours = counts && strcmp(run_id, newest) == 0;
-        if (ours && good >= keep_last && !milestone) {
-            QS_GOTO(delete_step(run_dir, steps[i]));
-        }
-        good += ours;
+        all->ours[i] = strcmp(run_id, newest) == 0;
     }
 done:
-    free(steps);
+    if (st != QS_OK) {
+        inventory_free(all);
+    }
     return st;
+}
+
+static bool has_checkpoint(const inventory *all, int64_t step)
+{
+    bool found = false;
+    for (int i = 0; i < all->count && !found; i++) {
+        found = all->ours[i] && all->steps[i] == step;
+    }
+    return found;
+}
+
+static bool is_better(const qs_ckpt_eval *a, const qs_ckpt_eval *b)
+{
+    return b->step < 0 || a->loss < b->loss || (a->loss == b->loss && a->step < b->step);
+}
+
+static qs_ckpt_eval best_of(const inventory *all, qs_ckpt_evals evals)
+{
+    qs_ckpt_eval best = {.step = -1, .loss = NAN};
+    for (int64_t i = 0; i < evals.count; i++) {
+        const qs_ckpt_eval *e = &evals.list[i];
+        if (isfinite(e->loss) && is_better(e, &best) && has_checkpoint(all, e->step)) {
+            best = *e;
+        }
+    }
+    return best;
+}
+
+qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_every,
+                         qs_ckpt_evals evals)
+{
+    inventory all;
+    int64_t good = 0;
+    qs_status st = QS_OK;
+    QS_TRY(take_inventory(&all, run_dir, true));
+    const int64_t best = best_of(&all, evals).step;
+    for (int i = 0; i < all.count; i++) {
+        const int64_t step = all.steps[i];
+        const bool spared = (keep_every > 0 && step % keep_every == 0) || step == best;
+        if (all.ours[i] && good >= keep_last && !spared) {
+            QS_GOTO(delete_step(run_dir, step));
+        }
+        good += all.ours[i];
+    }
+done:
+    inventory_free(&all);
+    return st;
+}
+
+/* Does the checkpoint verify? One that is out of reach counts: nothing says that it is damaged. */
+static qs_status verify_best(const char *run_dir, int64_t step, bool *good)
+{
+    char dir[QS_CKPT_PATH], why[512];
+    qs_manifest m;
+    qs_manifest_step_dir(dir, sizeof dir, run_dir, step);
+    const qs_status st = qs_manifest_verify(dir, &m);
+    *good = st == QS_OK || qs_manifest_undecided(st);
+    if (st == QS_OK) {
+        qs_manifest_free(&m);
+    }
+    snprintf(why, sizeof why, "%s", qs_error_text());
+    qs_error_clear();
+    if (*good) {
+        return QS_OK;
+    }
+    QS_TRY(qs_ckpt_set_aside(run_dir, step));
+    qs_log_warn("%s: had the best eval_loss, but is no good checkpoint any more, renamed to .bad: "
+                "%s",
+                dir, why);
+    return QS_OK;
+}
+
+qs_status qs_ckpt_best(const char *run_dir, qs_ckpt_evals evals, bool verify, qs_ckpt_eval *best)
+{
+    bool good = false;
+    while (!good) {
+        inventory all;
+        QS_TRY(take_inventory(&all, run_dir, false));
+        *best = best_of(&all, evals);
+        inventory_free(&all);
+        good = !verify || best->step < 0;
+        if (!good) {
+            QS_TRY(verify_best(run_dir, best->step, &good));
+        }
+    }
+    return QS_OK;
 }

@@ -4,8 +4,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <jansson.h>
 #include <libgen.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -508,6 +510,59 @@ qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resum
 qs_status qs_run_dir_still_ours(const qs_run_dir *run, qs_comm *comm)
 {
     return qs_comm_agree(comm, run->locked ? qs_run_lock_check(run->dir) : QS_OK);
+}
+
+/* Object "best" of run.json. */
+static qs_status parse_best(const json_t *run, const char *dir, qs_ckpt_eval *best)
+{
+    char path[PATH_ROOM];
+    const json_t *object = json_object_get(run, "best");
+    *best = (qs_ckpt_eval){.step = -1, .loss = NAN};
+    if (object == NULL) {
+        return QS_OK;
+    }
+    snprintf(path, sizeof path, "%s/run.json: best", dir);
+    if (!json_is_object(object)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
+    }
+    QS_TRY(qs_json_i64(object, "step", 0, INT64_MAX, &best->step, path));
+    return qs_json_f64(object, "eval_loss", -DBL_MAX, DBL_MAX, &best->loss, path);
+}
+
+qs_status qs_run_dir_read_best(const char *dir, qs_ckpt_eval *best)
+{
+    json_t *json = NULL;
+    QS_TRY(read_run(dir, QS_ERR_INPUT_FORMAT, &json));
+    const qs_status st = parse_best(json, dir, best);
+    json_decref(json);
+    return st;
+}
+
+qs_status qs_run_dir_note_best(const qs_run_dir *run, const qs_ckpt_eval *best)
+{
+    json_t *json = NULL;
+    qs_ckpt_eval noted;
+    qs_status st = QS_OK;
+    QS_TRY(qs_run_lock_check(run->dir));
+    QS_TRY(read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json));
+    if (parse_best(json, run->dir, &noted) != QS_OK) {
+        qs_error_clear(); /* what cannot be read is written anew */
+        noted = (qs_ckpt_eval){.step = -2, .loss = NAN};
+    }
+    if (noted.step == best->step && (best->step < 0 || noted.loss == best->loss)) {
+        goto done;
+    }
+    (void)json_object_del(json, "best");
+    if (best->step >= 0 &&
+        json_object_set_new(json, "best",
+                            json_pack("{s:I, s:f}", "step", (json_int_t)best->step, "eval_loss",
+                                      best->loss)) != 0) {
+        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", run->dir));
+    }
+    st = write_run(run->dir, json);
+done:
+    json_decref(json);
+    return st;
 }
 
 static qs_status finish_here(const qs_run_dir *run)

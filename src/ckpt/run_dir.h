@@ -1,6 +1,7 @@
 /* The run directory: whose it is, who writes to it, and whether the run is finished.
  *
- *   config.yaml   resolved configuration      run.json   run id, build, hosts, finished or not
+ *   config.yaml   resolved configuration      run.json   run id, build, hosts, the best checkpoint,
+ *                                                        finished or not
  *   run.lock      the writer: host, process   step-N/    checkpoints
  *
  * A directory is ours if its run.json says so. One run writes at a time: run.lock is created
@@ -14,6 +15,7 @@
 
 #include <stdbool.h>
 
+#include "ckpt/ckpt.h"
 #include "comm/comm.h"
 #include "config/config.h"
 #include "store/seen.h"
@@ -52,6 +54,13 @@ qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resum
 /** Before anything is written in the middle of a run: has nobody else taken the directory over, by
  * --takeover or by removing it? Collective. \return QS_ERR_OUTPUT_TAKEN naming who has. */
 qs_status qs_run_dir_still_ours(const qs_run_dir *run, qs_comm *comm);
+
+/** Write into run.json which checkpoint has the lowest loss of an evaluation; step -1: none has
+ * one. Nothing is written where run.json says so already. Rank 0 only. */
+qs_status qs_run_dir_note_best(const qs_run_dir *run, const qs_ckpt_eval *best);
+
+/** What run.json in `dir` says of it; step -1: nothing. Not collective. */
+qs_status qs_run_dir_read_best(const char *dir, qs_ckpt_eval *best);
 
 /** Write into run.json that the run is finished. Collective. */
 qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm);

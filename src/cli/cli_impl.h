@@ -30,7 +30,7 @@ typedef struct {
     int n_links;
     qs_resume resume;
     qs_device_kind device; /* of quantize and bench; the others' stands in the configuration */
-    bool takeover, dry_run, single_quant, fold_scaling, shared_device, help, quiet, verbose;
+    bool takeover, dry_run, single_quant, fold_scaling, best, shared_device, help, quiet, verbose;
     int64_t profile_steps[2]; /* first and last, from 1; 0: none */
 } qs_cli_args;
 
@@ -105,7 +105,8 @@ typedef enum {
 /** Find out what `path` is; QS_PATH_UNKNOWN is an error naming what there could be. */
 qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind);
 
-/** A checkpoint directory as given, or the newest one of a run. */
-qs_status qs_cli_find_step(const char *path, char *out, size_t capacity);
+/** A checkpoint directory as given, or the newest one of a run; with `best` (of a run alone) the
+ * one that its run.json calls so. */
+qs_status qs_cli_find_step(const char *path, bool best, char *out, size_t capacity);
 
 #endif

@@ -157,7 +157,7 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     qs_lora_layout layout;
     float *vector = NULL;
     char *chat_template = NULL;
-    QS_TRY(qs_cli_find_step(args->words[0], step_dir, sizeof step_dir));
+    QS_TRY(qs_cli_find_step(args->words[0], args->best, step_dir, sizeof step_dir));
     QS_TRY(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector));
     if (args->fold_scaling) {
         fold_scaling(&cfg, &layout, vector);

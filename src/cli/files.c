@@ -251,9 +251,11 @@ static qs_status inspect_adapter(const char *path)
 {
     qs_peft_config config;
     bool targeted[QS_LINEAR_COUNT];
+    uint32_t targets = 0;
     QS_TRY(qs_peft_config_read(&config, path));
+    QS_TRY(qs_peft_targets(path, &targets));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        targeted[i] = config.targets >> i & 1;
+        targeted[i] = targets >> i & 1;
     }
     printf("%s: PEFT adapter%s\n  rank        %" PRId64 "\n  alpha       %g%s\n", path,
            config.dora ? ", DoRA" : "", config.lora_rank, config.alpha,

@@ -51,14 +51,15 @@ static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_m
                : QS_OK;
 }
 
-static qs_status merge_checkpoint(qs_merge_options *o, const char *path, qs_merge_report *report)
+static qs_status merge_checkpoint(qs_merge_options *o, const char *path, bool best,
+                                  qs_merge_report *report)
 {
     char step_dir[PATH_ROOM], base_sha256[65];
     qs_config config;
     qs_lora_layout layout;
     float *vector = NULL;
     char *chat_template = NULL;
-    QS_TRY(qs_cli_find_step(path, step_dir, sizeof step_dir));
+    QS_TRY(qs_cli_find_step(path, best, step_dir, sizeof step_dir));
     QS_TRY(qs_ckpt_read_base_hash(step_dir, base_sha256));
     QS_TRY(qs_ckpt_read_lora(step_dir, &config, &layout, &vector));
     qs_status st = qs_ckpt_read_template(step_dir, &chat_template);
@@ -125,8 +126,9 @@ qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm)
     qs_path_kind kind;
     QS_TRY(read_options(args, comm, &options));
     QS_TRY(qs_cli_path_kind(path, &kind));
-    QS_TRY(kind == QS_PATH_ADAPTER ? merge_adapter(&options, &report)
-                                   : merge_checkpoint(&options, path, &report));
+    QS_TRY(kind == QS_PATH_ADAPTER && !args->best
+               ? merge_adapter(&options, &report)
+               : merge_checkpoint(&options, path, args->best, &report));
     print_report(&options, path, &report);
     return QS_OK;
 }

@@ -29,6 +29,7 @@ enum {
     KEY_PROFILE_STEPS,
     KEY_TRACE,
     KEY_FOLD,
+    KEY_BEST,
     KEY_BASE,
     KEY_ORIGINAL,
     KEY_DTYPE,
@@ -126,6 +127,8 @@ const struct argp_option qs_cli_quantize_options[] = {
 
 const struct argp_option qs_cli_export_options[] = {
     {"output", 'o', "DIR", 0, "The PEFT directory to write; must not exist (needed)", 1},
+    {"best", KEY_BEST, NULL, 0,
+     "Of a run, take the checkpoint with the lowest eval_loss; default: the newest", 2},
     {"base-name", KEY_BASE_NAME, "NAME", 0,
      "Hub id or path of the base model, for tools that load it from there; default: where the "
      "base was made from, a directory or, in Hugging Face's cache, the id",
@@ -136,6 +139,8 @@ const struct argp_option qs_cli_export_options[] = {
 
 const struct argp_option qs_cli_merge_options[] = {
     {"output", 'o', "DIR", 0, "The Hugging Face checkpoint to write; must not exist (needed)", 1},
+    {"best", KEY_BEST, NULL, 0,
+     "Of a run, take the checkpoint with the lowest eval_loss; default: the newest", 2},
     {"base", KEY_BASE, "FILE", 0,
      "The base under the adapter; default: the run's own, needed for a PEFT directory", 2},
     {"original", KEY_ORIGINAL, "HF_DIR", 0,
@@ -363,6 +368,9 @@ static qs_status take_simple(qs_cli_args *out, int key, const char *text)
         break;
     case KEY_SINGLE_QUANT:
         out->single_quant = true;
+        break;
+    case KEY_BEST:
+        out->best = true;
         break;
     case KEY_FOLD:
         out->fold_scaling = true;

@@ -87,12 +87,38 @@ qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind)
     return kind_of_h5(path, kind);
 }
 
-qs_status qs_cli_find_step(const char *path, char *out, size_t capacity)
+static qs_status find_best(const char *path, char *out, size_t capacity)
+{
+    qs_ckpt_eval best;
+    QS_TRY(qs_run_dir_read_best(path, &best));
+    if (best.step < 0) {
+        return QS_FAIL(QS_ERR_CHECKPOINT,
+                       "%s: no checkpoint of the run has an evaluation, so none is the best: "
+                       "data.eval, train.eval_every; without --best the newest is taken",
+                       path);
+    }
+    qs_manifest_step_dir(out, capacity, path, best.step);
+    return holds(out, "manifest.json")
+               ? QS_OK
+               : QS_FAIL(QS_ERR_CHECKPOINT,
+                         "%s: the best checkpoint, as run.json says, is no longer there; name "
+                         "another step-N, or start the run again, which looks for the next best",
+                         out);
+}
+
+qs_status qs_cli_find_step(const char *path, bool best, char *out, size_t capacity)
 {
     qs_path_kind kind;
     int64_t step = -1;
     int count = 0;
     QS_TRY(qs_cli_path_kind(path, &kind));
+    if (best && kind != QS_PATH_RUN) {
+        return QS_FAIL(QS_ERR_USAGE,
+                       "%s: is no run directory, of which --best chooses a checkpoint", path);
+    }
+    if (best) {
+        return find_best(path, out, capacity);
+    }
     if (kind == QS_PATH_CHECKPOINT) {
         snprintf(out, capacity, "%s", path);
         return QS_OK;

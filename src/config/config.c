@@ -97,8 +97,8 @@ static qs_status apply_set(qs_config *cfg, const char *set, bool *seen)
     snprintf(name, sizeof name, "%.*s", (int)(equals - set), set);
     int index = qs_key_find(name);
     if (index < 0) {
-        char hint[96];
-        qs_key_hint(name, hint, sizeof hint);
+        char hint[QS_KEY_HINT_MAX];
+        qs_key_hint(name, false, hint, sizeof hint);
         return QS_FAIL(QS_ERR_CONFIG_KEY, "--set %.*s: unknown key; %s", NAME_MAX_SHOWN, name,
                        hint);
     }

@@ -154,7 +154,7 @@ const qs_key qs_keys[] = {
      .high = 1000,
      .neutral = true,
      .unit = "checkpoints",
-     .meaning = "newest checkpoints to keep"},
+     .meaning = "newest checkpoints to keep; the one of the lowest eval_loss stays beside them"},
     {.name = "train.keep_every",
      .type = QS_KEY_I64,
      .offset = AT(train.keep_every),
@@ -451,14 +451,131 @@ const qs_other_name qs_other_names[] = {
     {"warmup_ratio", "optim.warmup"},
     {"warmup_steps", "optim.warmup"},
     {"use_cpu_offload", "memory.offload"},
+    {"use_activation_cpu_offload", "memory.offload"},
+    {"activation_offloading", "memory.offload"},
+    {"sharding_strategy", "shard.group"},
+    {"apply_gradient_clipping", "optim.clip"},
+    {"per_device_eval_batch_size", "train.micro_batch"},
+    {"eval_strategy", "train.eval_every"},
+    {"evaluation_strategy", "train.eval_every"},
+    {"save_strategy", "train.save_every"},
+    {"save_model", "train.save_every"},
+    {"loraplus_lr_ratio", "optim.lora_plus_ratio"},
 };
 const int qs_other_names_count = (int)(sizeof qs_other_names / sizeof *qs_other_names);
+
+static const char arithmetic[] = "the device chooses: cpu.gemm on a CPU, bf16 on a GPU, where "
+                                 "train.residual_fp32 is more exact";
+static const char keeps_best[] =
+    "the checkpoint of the lowest eval_loss stays in any case; qshard export RUN --best takes it";
+static const char packing[] = "rows are never padded; qshard-prep --pack packs them";
+static const char prepared[] = "the data are prepared before: see qshard-prep --help";
+static const char profiling[] = "--trace FILE, --profile-steps A:B; --dry-run says the memory";
+static const char launched[] = "the launcher says it: mpirun -np N, or srun";
+static const char logging[] =
+    "metrics.jsonl has every step; docs/parity.md sends it to W&B or TensorBoard";
+static const char nf4[] = "the base is NF4 in any case, made by qshard quantize";
+static const char frozen[] = "only linears of layers get adapters, all else stays as it is";
+
+/* What they call what is no key here, and where it is. */
+const qs_other_remark qs_other_remarks[] = {
+    {"train_type", "it is QLoRA in any case; lora.dora: true for DoRA"},
+    {"adapter", "it is QLoRA in any case; lora.dora: true for DoRA, lora.init to go on from one"},
+    {"peft_type", "it is LoRA in any case; lora.dora: true for DoRA"},
+    {"llama_pro_path", "blocks are not inserted here; see docs/parity.md"},
+    {"n_bits", nf4},
+    {"load_in_4bit", nf4},
+    {"load_in_8bit", nf4},
+    {"bnb_4bit_quant_type", nf4},
+    {"bnb_4bit_use_double_quant", "qshard quantize has --no-double-quant"},
+    {"bnb_4bit_compute_dtype", arithmetic},
+    {"precision", arithmetic},
+    {"bf16", arithmetic},
+    {"fp16", arithmetic},
+    {"tf32", arithmetic},
+    {"low_memory", "so it is in any case: no rank holds more of the base than its share"},
+    {"no_sync", "sums have a fixed order, for the same bits on any number of ranks"},
+    {"reentrant_checkpointing", "there is one way to compute again; train.recompute says how much"},
+    {"attn_implementation", "there is one attention, and nothing to choose"},
+    {"flash_attention", "there is one attention, and nothing to choose"},
+    {"packing", packing},
+    {"sample_packing", packing},
+    {"pad_to_sequence_len", packing},
+    {"group_by_length", packing},
+    {"chat_template", prepared},
+    {"dataset_samples", prepared},
+    {"dataset_text_field", prepared},
+    {"train_on_inputs", prepared},
+    {"val_set_size", prepared},
+    {"load_best_model_at_end", keeps_best},
+    {"metric_for_best_model", keeps_best},
+    {"greater_is_better", keeps_best},
+    {"early_stopping_patience",
+     "a run goes to its end; its best checkpoint stays: qshard export RUN --best"},
+    {"early_stopping_threshold",
+     "a run goes to its end; its best checkpoint stays: qshard export RUN --best"},
+    {"resume_from_checkpoint", "a run that is started again resumes; --resume must | never"},
+    {"auto_resume_from_checkpoints", "a run that is started again resumes; --resume must | never"},
+    {"profile", profiling},
+    {"profile_memory", profiling},
+    {"profiling_output", profiling},
+    {"profiling_frequency", profiling},
+    {"overwrite_profiling_output", profiling},
+    {"with_stack", profiling},
+    {"with_shapes", profiling},
+    {"export_trace", profiling},
+    {"export_memory_timeline", profiling},
+    {"wait_steps", profiling},
+    {"active_steps", profiling},
+    {"repeat", profiling},
+    {"log_to", logging},
+    {"report_to", logging},
+    {"project_name", logging},
+    {"run_name", logging},
+    {"entity", logging},
+    {"wandb_project", logging},
+    {"use_tensorboard", logging},
+    {"logging_dir", logging},
+    {"verbose", "it is an option: --verbose"},
+    {"world_size", launched},
+    {"num_processes", launched},
+    {"local_rank", launched},
+    {"master_addr", launched},
+    {"master_port", launched},
+    {"fsdp", "the base is shared out in any case; shard.group says over which ranks"},
+    {"fsdp_config", "the base is shared out in any case; shard.group says over which ranks"},
+    {"deepspeed", "the base is shared out in any case; shard.group says over which ranks"},
+    {"loading_workers", "qshard quantize reads the model, once, with --threads"},
+    {"dataloader_num_workers", "the data are tokens already: there is nothing for workers to do"},
+    {"modules_to_save", frozen},
+    {"lora_modules_to_save", frozen},
+    {"lora_bias", frozen},
+    {"layers_to_transform", "all layers have the same adapters; lora.targets says on what"},
+    {"layers_pattern", "all layers have the same adapters; lora.targets says on what"},
+    {"rank_pattern", "all layers have the same adapters; lora.rank is that of each"},
+    {"alpha_pattern", "all layers have the same adapters; lora.alpha is that of each"},
+    {"init_lora_weights", "A is uniform, B is zero; lora.init goes on from an adapter"},
+    {"push_to_hub", "nothing is sent anywhere; qshard export makes what can be uploaded"},
+    {"hub_model_id", "nothing is sent anywhere; qshard export makes what can be uploaded"},
+    {"torch_compile", "it is compiled already"},
+};
+const int qs_other_remarks_count = (int)(sizeof qs_other_remarks / sizeof *qs_other_remarks);
 
 static const char *ours_of(const char *theirs)
 {
     for (int i = 0; i < qs_other_names_count; i++) {
         if (strcmp(qs_other_names[i].theirs, theirs) == 0) {
             return qs_other_names[i].ours;
+        }
+    }
+    return NULL;
+}
+
+static const char *remark_on(const char *theirs)
+{
+    for (int i = 0; i < qs_other_remarks_count; i++) {
+        if (strcmp(qs_other_remarks[i].theirs, theirs) == 0) {
+            return qs_other_remarks[i].says;
         }
     }
     return NULL;
@@ -483,26 +600,51 @@ static const char *nearest_key(const char *name, int *least)
     return best;
 }
 
-void qs_key_hint(const char *name, char *out, size_t capacity)
+/* The first key of section `name`, as an example. */
+static const char *key_of_section(const char *name)
 {
-    int least = 0;
-    const char *best = ours_of(last_part(name));
-    char section[64] = "";
-    if (best == NULL) {
-        best = nearest_key(name, &least);
-        for (int i = 0; i < qs_keys_count; i++) {
-            const size_t length = strcspn(qs_keys[i].name, ".");
-            char word[sizeof section];
-            snprintf(word, sizeof word, "%.*s", (int)length, qs_keys[i].name);
-            if (qs_key_is_section(word) && qs_edit_distance(name, word) < least) {
-                least = qs_edit_distance(name, word);
-                memcpy(section, word, sizeof section);
-                best = section;
-            }
+    const size_t length = strlen(name);
+    for (int i = 0; i < qs_keys_count; i++) {
+        if (strncmp(qs_keys[i].name, name, length) == 0 && qs_keys[i].name[length] == '.') {
+            return qs_keys[i].name;
         }
     }
-    if (best != NULL) {
-        snprintf(out, capacity, "did you mean \"%s\"?", best);
+    return NULL;
+}
+
+/* The section that `name` is a typing error of; false if there is none as near as `least`. */
+static bool nearest_section(const char *name, int least, char *section, size_t capacity)
+{
+    bool found = false;
+    for (int i = 0; i < qs_keys_count; i++) {
+        char word[64];
+        snprintf(word, sizeof word, "%.*s", (int)strcspn(qs_keys[i].name, "."), qs_keys[i].name);
+        if (qs_key_is_section(word) && qs_edit_distance(name, word) < least) {
+            least = qs_edit_distance(name, word);
+            snprintf(section, capacity, "%s", word);
+            found = true;
+        }
+    }
+    return found;
+}
+
+void qs_key_hint(const char *name, bool holds_keys, char *out, size_t capacity)
+{
+    int least = 0;
+    char section[64] = "";
+    const char *says = remark_on(last_part(name));
+    const char *best_key = ours_of(last_part(name));
+    if (best_key == NULL && says == NULL) {
+        best_key = nearest_key(name, &least);
+    }
+    if (qs_key_is_section(name)) {
+        snprintf(out, capacity, "it is a section of keys, as %s", key_of_section(name));
+    } else if (says != NULL) {
+        snprintf(out, capacity, "%s", says);
+    } else if (holds_keys && nearest_section(name, least, section, sizeof section)) {
+        snprintf(out, capacity, "did you mean \"%s\"?", section);
+    } else if (best_key != NULL) {
+        snprintf(out, capacity, "did you mean \"%s\"?", best_key);
     } else {
         snprintf(out, capacity, "qshard train --help lists all");
     }

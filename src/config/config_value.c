@@ -249,13 +249,25 @@ static qs_status set_number(const qs_key *key, const char *text, const char *whe
     return QS_OK;
 }
 
+/* The three spellings that YAML 1.2 has, among them Python's. 1.1's other words (yes, no, on, off)
+ * are refused: no reader of 1.2 takes them, and which one reads a file is not to matter. */
+static bool is_word(const char *text, const char *const spellings[3])
+{
+    bool is = false;
+    for (int i = 0; i < 3; i++) {
+        is = is || strcmp(text, spellings[i]) == 0;
+    }
+    return is;
+}
+
 static qs_status set_bool(qs_config *cfg, const qs_key *key, const char *text, const char *where)
 {
-    bool yes = strcmp(text, "true") == 0;
-    if (!yes && strcmp(text, "false") != 0) {
+    static const char *const yes[] = {"true", "True", "TRUE"};
+    static const char *const no[] = {"false", "False", "FALSE"};
+    if (!is_word(text, yes) && !is_word(text, no)) {
         return refuse(key, where, text, "is neither true nor false");
     }
-    *(bool *)field(cfg, key) = yes;
+    *(bool *)field(cfg, key) = is_word(text, yes);
     return QS_OK;
 }
 

@@ -110,11 +110,14 @@ static qs_status read_value(reader *r, const char *name, qs_value *value)
     return QS_OK;
 }
 
-static qs_status unknown_key(const reader *r, const char *name)
+/* Behind the key stands its value, which may be a section's. */
+static qs_status unknown_key(reader *r, const char *name)
 {
-    char hint[96];
-    qs_key_hint(name, hint, sizeof hint);
-    return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: unknown key \"%.80s\"; %s", r->where, name, hint);
+    char hint[QS_KEY_HINT_MAX], where[sizeof r->where];
+    memcpy(where, r->where, sizeof where);
+    QS_TRY(next(r));
+    qs_key_hint(name, r->event.type == YAML_MAPPING_START_EVENT, hint, sizeof hint);
+    return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: unknown key \"%.80s\"; %s", where, name, hint);
 }
 
 static qs_status duplicate_key(const reader *r, const char *name)

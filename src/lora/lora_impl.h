@@ -9,11 +9,12 @@ typedef struct {
     int64_t lora_rank;
     double alpha, dropout;
     bool rslora, dora;
-    uint32_t targets; /* bit per qs_linear */
 } qs_peft_config;
 
 /** Parse adapter_config.json. What would change the function of the adapter and is not supported
- * (biases, patterns, trained whole modules, ...) is refused by name. Pure: no I/O. */
+ * (biases, patterns, trained whole modules, ...) is refused by name. Which linears it adapts, the
+ * tensors say: target_modules may be a pattern over the names of a model's modules. Pure: no I/O.
+ */
 qs_status qs_peft_config_parse(qs_peft_config *out, const char *text, size_t bytes,
                                const char *path);
 
@@ -24,6 +25,13 @@ char *qs_peft_config_text(const qs_config *cfg, const qs_lora_layout *layout,
 
 /** Read and parse DIR/adapter_config.json. */
 qs_status qs_peft_config_read(qs_peft_config *out, const char *dir);
+
+/** The linears (bit per qs_linear) of which DIR/adapter_model.safetensors has tensors. \return
+ * QS_ERR_INPUT_TENSOR naming a tensor of anything else, or the first layer that differs. */
+qs_status qs_peft_targets(const char *dir, uint32_t *targets);
+
+/** The inverse of qs_lora_peft_name; false for any other name. */
+bool qs_lora_peft_parse(const char *name, int *layer, qs_linear *linear, char *which);
 
 /** alpha / rank, or alpha / sqrt(rank). */
 float qs_lora_scale(double alpha, int64_t lora_rank, bool rslora);

@@ -1,6 +1,8 @@
 /* Where each adapter weight lies in the LoRA vector, and what it starts as. */
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/rng.h"
@@ -194,6 +196,28 @@ void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, 
     }
     snprintf(out, capacity, "base_model.model.model.layers.%d.%s.lora_%s", layer,
              qs_linear_path(linear), part);
+}
+
+bool qs_lora_peft_parse(const char *name, int *layer, qs_linear *linear, char *which)
+{
+    static const char prefix[] = "base_model.model.model.layers.", middle[] = ".lora_";
+    const char *part = strstr(name, middle);
+    if (strncmp(name, prefix, sizeof prefix - 1) != 0 || part == NULL) {
+        return false;
+    }
+    const long number = strtol(name + sizeof prefix - 1, NULL, 10);
+    const char first = part[sizeof middle - 1];
+    for (int i = 0; i < QS_LINEAR_COUNT && number >= 0 && number < INT_MAX; i++) {
+        char whole[128];
+        *layer = (int)number;
+        *linear = (qs_linear)i;
+        *which = first;
+        qs_lora_peft_name(whole, sizeof whole, *layer, *linear, first);
+        if (strcmp(whole, name) == 0) { /* one spelling, so that it is found again */
+            return true;
+        }
+    }
+    return false;
 }
 
 qs_status qs_lora_layout_check(const qs_lora_layout *layout, const qs_hf_config *model,

@@ -21,13 +21,14 @@ static const char *short_name(qs_linear linear)
 /* ---- reading ---- */
 
 /* Keys that must be absent, null, false, or empty: anything else is a feature that this program
- * does not have. */
+ * does not have. target_modules and exclude_modules choose linears by rules over the names of a
+ * model's modules; the names of the tensors are what came of it. */
 static const char *const MUST_BE_EMPTY[] = {
-    "modules_to_save",         "rank_pattern",      "alpha_pattern",
-    "fan_in_fan_out",          "lora_bias",         "layers_to_transform",
-    "layers_pattern",          "exclude_modules",   "layer_replication",
-    "trainable_token_indices", "target_parameters", "use_qalora",
-    "alora_invocation_tokens", "arrow_config",      "use_bdlora"};
+    "modules_to_save",   "rank_pattern",      "alpha_pattern",
+    "fan_in_fan_out",    "lora_bias",         "layers_to_transform",
+    "layers_pattern",    "layer_replication", "trainable_token_indices",
+    "target_parameters", "use_qalora",        "alora_invocation_tokens",
+    "arrow_config",      "use_bdlora"};
 
 static bool is_empty(const json_t *value)
 {
@@ -81,47 +82,6 @@ static qs_status check_init(const json_t *config, const char *path)
                    path, name);
 }
 
-/* "q_proj" or "self_attn.q_proj"; a full path would name one layer only. */
-static int find_linear(const char *name)
-{
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        if (strcmp(name, short_name((qs_linear)i)) == 0 ||
-            strcmp(name, qs_linear_path((qs_linear)i)) == 0) {
-            return i;
-        }
-    }
-    return -1;
-}
-
-static qs_status parse_targets(const json_t *config, uint32_t *targets, const char *path)
-{
-    const json_t *list = json_object_get(config, "target_modules");
-    *targets = 0;
-    if (json_is_string(list) && strcmp(json_string_value(list), "all-linear") == 0) {
-        *targets = (1u << QS_LINEAR_COUNT) - 1;
-        return QS_OK;
-    }
-    if (!json_is_array(list) || json_array_size(list) == 0) {
-        return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                       "%s: target_modules is neither a list of names nor \"all-linear\" (patterns "
-                       "are not supported)",
-                       path);
-    }
-    size_t i;
-    json_t *item;
-    json_array_foreach((json_t *)list, i, item)
-    {
-        const char *name = json_is_string(item) ? json_string_value(item) : "?";
-        int linear = find_linear(name);
-        if (linear < 0) {
-            return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: target_modules: \"%.80s\" is not a linear of a layer", path, name);
-        }
-        *targets |= 1u << linear;
-    }
-    return QS_OK;
-}
-
 static qs_status parse_flag(const json_t *config, const char *key, bool *out, const char *path)
 {
     const json_t *flag = json_object_get(config, key);
@@ -143,7 +103,7 @@ static qs_status parse_fields(qs_peft_config *out, const json_t *config, const c
     if (json_object_get(config, "lora_dropout")) {
         QS_TRY(qs_json_f64(config, "lora_dropout", 0, 1, &out->dropout, path));
     }
-    return parse_targets(config, &out->targets, path);
+    return QS_OK;
 }
 
 qs_status qs_peft_config_parse(qs_peft_config *out, const char *text, size_t bytes,
@@ -184,13 +144,15 @@ qs_status qs_peft_config_read(qs_peft_config *out, const char *dir)
 qs_status qs_peft_settings(const char *dir, qs_config *cfg)
 {
     qs_peft_config found;
+    uint32_t targets = 0;
     QS_TRY(qs_peft_config_read(&found, dir));
+    QS_TRY(qs_peft_targets(dir, &targets));
     cfg->lora.rank = found.lora_rank;
     cfg->lora.alpha = found.alpha;
     cfg->lora.dropout = found.dropout;
     cfg->lora.rslora = found.rslora;
     cfg->lora.dora = found.dora;
-    cfg->lora.targets = found.targets | QS_TARGETS_SET; /* peft, too, takes those it finds */
+    cfg->lora.targets = targets | QS_TARGETS_SET; /* peft, too, takes those it finds */
     return QS_OK;
 }
 

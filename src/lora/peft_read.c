@@ -14,12 +14,118 @@ struct qs_peft {
 
 enum { NAME_ROOM = 160 };
 
+/* ---- which linears ---- */
+
+typedef struct {
+    uint32_t targets; /* linears that any layer has an adapter of */
+    int n_layers;
+    int sample[QS_LINEAR_COUNT]; /* a layer that has one */
+} census;
+
+static qs_status count_linears(const qs_st_dir *tensors, census *out)
+{
+    *out = (census){.targets = 0};
+    for (int64_t i = 0; i < qs_st_count(tensors); i++) {
+        int layer = 0;
+        qs_linear linear;
+        char which;
+        const char *name = qs_st_at(tensors, i)->name;
+        if (!qs_lora_peft_parse(name, &layer, &linear, &which)) {
+            return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                           "%s: tensor \"%s\" belongs to no linear of a layer; only adapters of "
+                           "those are supported",
+                           qs_st_path(tensors), name);
+        }
+        out->targets |= 1u << linear;
+        out->sample[linear] = layer;
+        out->n_layers = layer >= out->n_layers ? layer + 1 : out->n_layers;
+    }
+    return out->targets != 0
+               ? QS_OK
+               : QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: holds no tensor", qs_st_path(tensors));
+}
+
+static bool has_linear(const qs_st_dir *tensors, int layer, qs_linear linear)
+{
+    static const char parts[] = {'A', 'B', 'm'};
+    char name[NAME_ROOM];
+    bool found = false;
+    for (size_t i = 0; i < sizeof parts && !found; i++) {
+        qs_lora_peft_name(name, sizeof name, layer, linear, parts[i]);
+        found = qs_st_find(tensors, name) != NULL;
+    }
+    return found;
+}
+
+/* One layout serves all layers, so they must be alike. */
+static qs_status find_targets(const qs_st_dir *tensors, uint32_t *targets)
+{
+    census all;
+    QS_TRY(count_linears(tensors, &all));
+    for (int layer = 0; layer < all.n_layers; layer++) {
+        for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+            if (all.targets >> i & 1 && !has_linear(tensors, layer, (qs_linear)i)) {
+                return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                               "%s: layer %d has no adapter of %s, layer %d has one; only adapters "
+                               "that are alike in all layers are supported",
+                               qs_st_path(tensors), layer, qs_linear_path((qs_linear)i),
+                               all.sample[i]);
+            }
+        }
+    }
+    *targets = all.targets;
+    return QS_OK;
+}
+
+qs_status qs_peft_targets(const char *dir, uint32_t *targets)
+{
+    qs_st_dir *tensors = NULL;
+    QS_TRY(qs_st_open(&tensors, dir, "adapter_model"));
+    const qs_status st = find_targets(tensors, targets);
+    qs_st_close(tensors);
+    return st;
+}
+
+/* ---- does it fit ---- */
+
 static const char *yes_no(bool value)
 {
     return value ? "true" : "false";
 }
 
-/* The adapter must compute what the layout says: rank, scale, and the same linears. */
+/* "[q_proj, v_proj]", as it may be given to lora.targets. */
+static void list_targets(uint32_t targets, char *out, size_t capacity)
+{
+    size_t used = 0;
+    for (int i = 0; i < QS_LINEAR_COUNT && used < capacity; i++) {
+        if (targets >> i & 1) {
+            used += (size_t)snprintf(out + used, capacity - used, "%s%s", used > 0 ? ", " : "[",
+                                     strrchr(qs_linear_path((qs_linear)i), '.') + 1);
+        }
+    }
+    if (used < capacity) {
+        snprintf(out + used, capacity - used, "]");
+    }
+}
+
+static qs_status check_targets(const qs_lora_layout *layout, uint32_t targets, const char *dir)
+{
+    char list[160];
+    list_targets(targets, list, sizeof list);
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        const bool has = targets >> i & 1;
+        if (layout->out[i] > 0 && has != layout->targeted[i]) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: the adapter has %s%s, but lora.targets %s; set "
+                           "lora.targets to the adapter's, %s",
+                           dir, has ? "" : "no ", qs_linear_path((qs_linear)i),
+                           has ? "does not name it" : "names it", list);
+        }
+    }
+    return QS_OK;
+}
+
+/* The adapter must compute what the layout says: rank and scale. */
 static qs_status check_settings(const qs_lora_layout *layout, const char *dir)
 {
     qs_peft_config found;
@@ -41,15 +147,6 @@ static qs_status check_settings(const qs_lora_layout *layout, const char *dir)
         return QS_FAIL(QS_ERR_INPUT_VALUE,
                        "%s: use_dora=%s, but lora.dora is %s; set lora.dora to the adapter's", dir,
                        yes_no(found.dora), yes_no(layout->dora));
-    }
-    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        const bool named = found.targets >> i & 1;
-        if (layout->out[i] > 0 && named != layout->targeted[i]) {
-            return QS_FAIL(QS_ERR_INPUT_VALUE,
-                           "%s: target_modules and lora.targets differ in %s; set lora.targets to "
-                           "the adapter's",
-                           dir, qs_linear_path((qs_linear)i));
-        }
     }
     return QS_OK;
 }
@@ -116,21 +213,25 @@ static qs_status check_tensors(const qs_peft *peft)
 
 qs_status qs_peft_open(qs_peft **out, const char *dir, const qs_lora_layout *layout)
 {
+    uint32_t targets = 0;
+    qs_status st = QS_OK;
     *out = NULL;
-    QS_TRY(check_settings(layout, dir));
     qs_peft *peft = calloc(1, sizeof *peft);
     if (!peft) {
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", dir);
     }
     peft->layout = *layout;
-    qs_status st = qs_st_open(&peft->tensors, dir, "adapter_model");
-    st = st == QS_OK ? check_tensors(peft) : st;
+    QS_GOTO(check_settings(layout, dir));
+    QS_GOTO(qs_st_open(&peft->tensors, dir, "adapter_model"));
+    QS_GOTO(find_targets(peft->tensors, &targets));
+    QS_GOTO(check_targets(layout, targets, dir));
+    QS_GOTO(check_tensors(peft));
+    *out = peft;
+done:
     if (st != QS_OK) {
         qs_peft_close(peft);
-        return st;
     }
-    *out = peft;
-    return QS_OK;
+    return st;
 }
 
 static qs_status read_tensor(qs_peft *peft, int layer, int linear, const qs_lora_part *part,

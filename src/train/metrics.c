@@ -22,6 +22,8 @@ struct qs_metrics {
     int fd, ranks_fd;
     double last_loss, last_eval_loss; /* NAN: none */
     int64_t last_eval_step;           /* -1: none */
+    qs_ckpt_eval *evals;              /* [n_evals], room for evals_room */
+    int64_t n_evals, evals_room, eval_targets;
 };
 
 /* A number for JSON and CSV: 17 digits; what is not finite has no JSON, so it is null. */
@@ -64,13 +66,38 @@ static bool value_of(const char *line, size_t bytes, const char *key, double *va
     return true;
 }
 
-static void remember(qs_metrics *m, const char *line, size_t bytes, int64_t step)
+/* Losses over other data do not compare: those before are forgotten. */
+static qs_status remember_eval(qs_metrics *m, int64_t step, double loss, int64_t targets)
 {
-    (void)value_of(line, bytes, "\"loss\": ", &m->last_loss);
-    if (memmem(line, bytes, "\"eval_loss\": ", 13) != NULL) {
-        m->last_eval_step = step;
-        (void)value_of(line, bytes, "\"eval_loss\": ", &m->last_eval_loss);
+    m->last_eval_loss = loss;
+    m->last_eval_step = step;
+    if (targets != m->eval_targets) {
+        m->n_evals = 0;
+        m->eval_targets = targets;
     }
+    if (m->n_evals == m->evals_room) {
+        const int64_t room = m->evals_room > 0 ? 2 * m->evals_room : 64;
+        qs_ckpt_eval *grown = realloc(m->evals, (size_t)room * sizeof *grown);
+        if (grown == NULL) {
+            return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the evaluations", m->path);
+        }
+        m->evals = grown;
+        m->evals_room = room;
+    }
+    m->evals[m->n_evals++] = (qs_ckpt_eval){.step = step, .loss = loss};
+    return QS_OK;
+}
+
+static qs_status remember(qs_metrics *m, const char *line, size_t bytes, int64_t step)
+{
+    double loss = NAN, targets = 0;
+    (void)value_of(line, bytes, "\"loss\": ", &m->last_loss);
+    if (memmem(line, bytes, "\"eval_loss\": ", 13) == NULL) {
+        return QS_OK;
+    }
+    (void)value_of(line, bytes, "\"eval_loss\": ", &loss); /* null: was not finite */
+    (void)value_of(line, bytes, "\"eval_tokens\": ", &targets);
+    return remember_eval(m, step, loss, (int64_t)targets);
 }
 
 /* Keep the whole lines of steps up to `step`; the file is rewritten only if something goes. */
@@ -84,18 +111,19 @@ static qs_status trim(qs_metrics *m, const char *path, int64_t step)
     }
     QS_TRY(qs_io_read_file(path, METRICS_MAX_BYTES, &data, &bytes));
     char *text = data;
-    for (size_t at = 0; at < bytes;) {
+    qs_status st = QS_OK;
+    for (size_t at = 0; at < bytes && st == QS_OK;) {
         char *end = memchr(text + at, '\n', bytes - at);
         const size_t length = (end != NULL ? (size_t)(end - text) : bytes) - at;
         const int64_t of = line_step(text + at, length);
         if (end != NULL && of >= 0 && of <= step) {
-            remember(m, text + at, length, of);
+            st = remember(m, text + at, length, of);
             memmove(text + kept, text + at, length + 1);
             kept += length + 1;
         }
         at += length + 1;
     }
-    qs_status st = kept < bytes ? qs_io_write_file(path, text, kept) : QS_OK;
+    st = st == QS_OK && kept < bytes ? qs_io_write_file(path, text, kept) : st;
     free(data);
     return st;
 }
@@ -148,6 +176,7 @@ void qs_metrics_close(qs_metrics *m)
     if (m->ranks_fd >= 0) {
         close(m->ranks_fd);
     }
+    free(m->evals);
     free(m);
 }
 
@@ -190,8 +219,7 @@ qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_
         snprintf(line, sizeof line,
                  "{\"step\": %" PRId64 ", \"eval_loss\": %s, \"eval_tokens\": %" PRId64 "}\n", step,
                  exactly(loss).text, targets);
-    metrics->last_eval_loss = loss;
-    metrics->last_eval_step = step;
+    QS_TRY(remember_eval(metrics, step, loss, targets));
     return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
 }
 
@@ -236,19 +264,30 @@ int64_t qs_metrics_last_eval(const qs_metrics *metrics)
     return metrics != NULL ? metrics->last_eval_step : -1;
 }
 
-qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds, int nranks,
-                             uint64_t peak_bytes)
+qs_ckpt_evals qs_metrics_evals(const qs_metrics *metrics)
 {
-    char text[LINE_MAX_BYTES];
+    return metrics != NULL ? (qs_ckpt_evals){.list = metrics->evals, .count = metrics->n_evals}
+                           : (qs_ckpt_evals){.count = 0};
+}
+
+qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds, int nranks,
+                             uint64_t peak_bytes, const qs_ckpt_eval *best)
+{
+    char text[LINE_MAX_BYTES], best_step[24] = "null";
     char path[QS_PATH_MAX + 32];
     if (metrics == NULL) {
         return QS_OK;
     }
     snprintf(path, sizeof path, "%s/summary.csv", metrics->dir);
+    if (best->step >= 0) {
+        snprintf(best_step, sizeof best_step, "%" PRId64, best->step);
+    }
     const int n = snprintf(text, sizeof text,
-                           "ranks,steps,final_loss,eval_loss,seconds,peak_bytes\n"
-                           "%d,%" PRId64 ",%s,%s,%.3f,%" PRIu64 "\n",
+                           "ranks,steps,final_loss,eval_loss,seconds,peak_bytes,best_eval_loss,"
+                           "best_eval_step\n"
+                           "%d,%" PRId64 ",%s,%s,%.3f,%" PRIu64 ",%s,%s\n",
                            nranks, steps, exactly(metrics->last_loss).text,
-                           exactly(metrics->last_eval_loss).text, seconds, peak_bytes);
+                           exactly(metrics->last_eval_loss).text, seconds, peak_bytes,
+                           exactly(best->loss).text, best_step);
     return qs_io_write_file(path, text, (size_t)n);
 }

@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "ckpt/ckpt.h"
 #include "comm/comm.h"
 
 typedef struct {
@@ -46,6 +47,10 @@ qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, i
 
 /** The newest step that has an eval line, -1 if there is none (or this is not rank 0). */
 int64_t qs_metrics_last_eval(const qs_metrics *metrics);
+
+/** The evaluations so far that compare with the newest one: those since data.eval last had another
+ * number of targets. Borrowed until the next evaluation; none on ranks other than 0. */
+qs_ckpt_evals qs_metrics_evals(const qs_metrics *metrics);
 void qs_metrics_close(qs_metrics *metrics);
 
 qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m);
@@ -55,8 +60,9 @@ qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_
 qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metrics *mine,
                            qs_comm *comm);
 
-/** summary.csv of the finished run: the last loss and evaluation, and what this start took. */
+/** summary.csv of the finished run: the last loss and evaluation, what this start took, and the
+ * best evaluation of a step that has a checkpoint (step -1: none). */
 qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds, int nranks,
-                             uint64_t peak_bytes);
+                             uint64_t peak_bytes, const qs_ckpt_eval *best);
 
 #endif

@@ -1,4 +1,5 @@
 """Edges: uneven data, inputs that do not fit, a damaged file that one rank alone sees, signals, interrupted ends."""
+import hashlib
 import json
 import os
 import re
@@ -173,6 +174,47 @@ class Exported(Case):
         name, said = self.exported("tuned", parent="some-org/base-2b")
         self.assertEqual(name, self.path("tuned"))
         self.assertRegex(said, r'\Awarning: [^\n]*names "some-org/base-2b"[^\n]*\n\Z')
+
+
+class Adapters(Case):
+    """Which linears an adapter is of, its tensors say, however target_modules says it."""
+
+    FORMS = ({"target_modules": r".*self_attn\.(q|v)_proj"},
+             {"target_modules": [f"model.layers.{i}.self_attn.{name}_proj" for i in range(4) for name in "qv"]},
+             {"target_modules": "all-linear", "exclude_modules": ["k_proj", "o_proj", "mlp"]})
+
+    def made(self, *command):
+        """SHA-256 of the weights that a command writes to a directory."""
+        target = support.scratch() + "/made"
+        support.qshard(*command, "-o", target)
+        name = next(name for name in os.listdir(target) if name.endswith("model.safetensors"))
+        with open(os.path.join(target, name), "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+    def results(self, adapter, output):
+        """Of eval, merge and a run that goes on from it."""
+        base = os.path.join(support.tiny(), "base.h5")
+        loss = support.qshard(*self.command("eval", "--adapter", adapter), ranks=2).stdout
+        support.train(output, ranks=2, train__steps=2, lora__targets="[q_proj, v_proj]", lora__init=adapter)
+        return loss, self.made("merge", adapter, "--base", base), self.made("export", output)
+
+    def test_every_form_of_target_modules(self):
+        support.train(self.path("first"), ranks=2, train__steps=2, lora__targets="[q_proj, v_proj]")
+        support.qshard("export", self.path("first"), "-o", self.path("adapter"))
+        expected = self.results(self.path("adapter"), self.path("second"))
+        for i, form in enumerate(self.FORMS):
+            adapter = self.path(f"form-{i}")
+            shutil.copytree(self.path("adapter"), adapter)
+            config = os.path.join(adapter, "adapter_config.json")
+            with open(config, encoding="utf-8") as file:
+                changed = {**json.load(file), **form}
+            with open(config, "w", encoding="utf-8") as file:
+                json.dump(changed, file)
+            with self.subTest(form=form):
+                self.assertEqual(self.results(adapter, self.path(f"run-{i}")), expected)
+                self.assertIn("targets     q_proj v_proj", support.qshard("inspect", adapter).stdout)
+        self.refused(self.command("train", lora__init=self.path("adapter")), 2, 3,
+                     "lora.targets to the adapter's, [q_proj, v_proj]")
 
 
 class Surroundings(Case):

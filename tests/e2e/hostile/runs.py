@@ -12,6 +12,16 @@ B_OF = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 case("eval adapter", "adapter is missing", to.gone("adapter"), 300, "adapter", 2)
 case("eval adapter", "adapter is an empty directory", to.directory("adapter"), 300, "adapter", 2)
 case("eval adapter", "adapter is a file", to.put("adapter", b"x"), 300, "adapter")
+
+
+def without_linear(name, *layers):
+    """The adapter without the tensors of a linear of these layers."""
+    def alter(held):
+        for tensor in [t for t in held if any(f".layers.{layer}." in t for layer in layers) and f".{name}." in t]:
+            held.pop(tensor)
+    return to.tensors(LORA, alter)
+
+
 not_a_file("init", SETTINGS, says="adapter")
 not_a_file("eval adapter", LORA, says="adapter")
 for key, value, code in (("r", 0, 302), ("r", 2**40, 302), ("r", "8", 302), ("r", GONE, 302), ("lora_alpha", 0, 302),
@@ -19,9 +29,7 @@ for key, value, code in (("r", 0, 302), ("r", 2**40, 302), ("r", "8", 302), ("r"
                          ("use_rslora", 1, 302), ("peft_type", "LOHA", 303), ("peft_type", GONE, 302), ("bias", "all", 303),
                          ("use_dora", 1, 302), ("modules_to_save", ["lm_head"], 303),
                          ("rank_pattern", {"q_proj": 4}, 303), ("fan_in_fan_out", True, 303),
-                         ("target_modules", ".*proj", 303), ("target_modules", [], 303),
-                         ("target_modules", ["lm_head"], 303), ("target_modules", ["../q_proj"], 303),
-                         ("target_modules", [7], 303), ("init_lora_weights", "pissa", 303)):
+                         ("layers_to_transform", [1], 303), ("init_lora_weights", "pissa", 303)):
     case("eval adapter", f"adapter {key} = {'gone' if value is GONE else value}", to.field(SETTINGS, key, value), code,
          f"{SETTINGS}: .*{key}",
          2 if value in (2**40, "LOHA") else None)
@@ -39,11 +47,13 @@ for command in ("check adapter", "inspect adapter"):
     case(command, "adapter r is 2^40", to.field(SETTINGS, "r", 2**40), 302, f"{SETTINGS}: .*r.*outside")
 case("init", "adapter of another rank", to.field(SETTINGS, "r", 8), 302, "adapter: .*lora.rank", 2)
 case("init", "adapter of another scale", to.field(SETTINGS, "lora_alpha", 17), 302, "adapter: .*lora_alpha")
-case("init", "adapter of fewer linears", to.field(SETTINGS, "target_modules", ["q_proj"]), 302, "adapter: .*target_modules")
+case("init", "adapter of fewer linears", without_linear("up_proj", 0, 1), 302, "adapter: .*no mlp.up_proj.*lora.targets")
 for command, ranks in (("eval adapter", 2), ("init", 2), ("merge adapter", None)):
     case(command, "adapter lacks a tensor", to.without_tensor(LORA, B_OF), 305, f"adapter: .*{B_OF}", ranks)
     case(command, "adapter has a tensor too many", to.more_tensor(LORA, "base_model.model.lm_head.lora_A.weight"), 305,
-         "adapter: .*holds", ranks)
+         "adapter: .*lm_head.lora_A.weight.*belongs to no linear", ranks)
+    case(command, "adapter whose layers differ", without_linear("up_proj", 1), 305,
+         "adapter: .*layer 1 has no adapter of mlp.up_proj, layer 0 has one", ranks)
     case(command, "adapter has a transposed tensor", to.changed_tensor(LORA, B_OF, shape=(16, 96)), 305,
          f"adapter: .*{B_OF}")
     case(command, "adapter has a tensor of I32", to.changed_tensor(LORA, B_OF, dtype="I32"), 303, f"adapter: .*{B_OF}")

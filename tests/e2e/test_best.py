@@ -1,0 +1,219 @@
+"""The checkpoint of the lowest eval_loss stays, is recorded, and is the same one however often the run was interrupted."""
+import csv
+import filecmp
+import json
+import os
+import random
+import re
+import shutil
+import time
+import unittest
+
+import support
+from test_resume import kill_all
+
+# On answers that the model is not taught the loss falls with its first sums and then rises.
+STEPS = {"train__steps": 8, "train__save_every": 1, "train__eval_every": 1, "train__keep_last": 1, "optim__lr": 0.01,
+         "optim__schedule": "constant", "optim__warmup": 0, "seed": 2, "cpu__gemm": "strict"}
+BEST, SHORT = 3, 5  # its step, and the length of a run to go on from
+CURVE = {1: 5.722, 2: 5.424, 3: 5.123, 4: 5.251, 5: 5.279, 6: 5.244, 7: 5.627, 8: 5.979}
+
+
+def other_answers(folder):
+    """The evaluation data."""
+    with open(os.path.join(support.tiny(), "model", "eval.jsonl"), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file][:20]
+    for i, record in enumerate(records):
+        record["messages"][-1]["content"] = "no, " + "xyz"[i % 3] * 3
+    path = os.path.join(folder, "other.jsonl")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", os.path.join(support.tiny(), "model"), path, "-o",
+                   path[:-5] + "h5", "--seq-len", "64")
+    return path[:-5] + "h5"
+
+
+def steps_of(output):
+    return sorted(int(name[5:]) for name in os.listdir(output) if re.fullmatch(r"step-\d{8}", name))
+
+
+def record(output):
+    with open(os.path.join(output, "run.json"), encoding="utf-8") as file:
+        return json.load(file).get("best")
+
+
+def summary(output):
+    with open(os.path.join(output, "summary.csv"), encoding="utf-8") as file:
+        return next(csv.DictReader(file))
+
+
+def losses(output):
+    return {line["step"]: line["eval_loss"] for line in support.metrics(output) if "eval_loss" in line}
+
+
+def flip(path):
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+class Best(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = support.scratch()
+        cls.steps = {**STEPS, "data__eval": other_answers(cls.folder)}
+        cls.reference = os.path.join(cls.folder, "reference")
+        begin = time.monotonic()
+        cls.log = support.train(cls.reference, ranks=2, **cls.steps).stderr
+        cls.run_s = time.monotonic() - begin
+        cls.losses = losses(cls.reference)
+
+    def as_reference(self, output):
+        self.assertEqual(steps_of(output), [BEST, 8])
+        self.assertEqual(record(output), {"step": BEST, "eval_loss": self.losses[BEST]})
+        self.assertEqual(losses(output), self.losses)
+        mine, theirs = summary(output), summary(self.reference)
+        for name in ("best_eval_loss", "best_eval_step", "eval_loss", "final_loss"):
+            self.assertEqual(mine[name], theirs[name])
+
+    def files_of(self, *arguments):
+        """What a command that takes -o DIR makes."""
+        target = support.scratch() + "/made"
+        support.qshard(*arguments, "-o", target)
+        return target
+
+    def assert_same_files(self, left, right, expect=True):
+        same = filecmp.cmp(left, right, shallow=False)
+        self.assertEqual(same, expect, (left, right))
+
+    def test_it_is_kept_beside_the_last_and_recorded(self):
+        self.assertEqual({step: round(loss, 3) for step, loss in self.losses.items()}, CURVE, "the case has lost its point")
+        self.as_reference(self.reference)
+        self.assertEqual(summary(self.reference)["best_eval_step"], str(BEST))
+        self.assertEqual(float(summary(self.reference)["best_eval_loss"]), self.losses[BEST])
+        self.assertIn(f"best eval_loss {self.losses[BEST]:.6f} at step {BEST}, kept in step-{BEST:08d}; the last is "
+                      f"{self.losses[8]:.6f}\n", self.log)
+
+    def test_training_has_the_same_bits(self):
+        output = os.path.join(self.folder, "without")
+        support.train(output, ranks=2, **{**self.steps, "data__eval": "", "train__eval_every": 0})
+        self.assertEqual([line for line in support.curve(output)],
+                         [line for line in support.curve(self.reference) if line[1][0] == "loss"])
+        self.assertEqual(steps_of(output), [8])
+        self.assertIsNone(record(output))
+        self.assertEqual(summary(output)["best_eval_step"], "null")
+        done = support.qshard("export", output, "--best", "-o", output + "-adapter", expect=4)
+        self.assertIn("no checkpoint of the run has an evaluation", done.stderr)
+        self.assertFalse(os.path.exists(output + "-adapter"))
+
+    def test_commands_take_it(self):
+        best, last = (os.path.join(self.reference, f"step-{step:08d}") for step in (BEST, 8))
+        name = "adapter_model.safetensors"
+        exported = self.files_of("export", self.reference, "--best")
+        self.assert_same_files(f"{exported}/{name}", f"{self.files_of('export', best)}/{name}")
+        self.assert_same_files(f"{self.files_of('export', self.reference)}/{name}", f"{self.files_of('export', last)}/{name}")
+        self.assert_same_files(f"{exported}/{name}", f"{self.files_of('export', last)}/{name}", expect=False)
+        merged = [self.files_of("merge", *words) for words in ((self.reference, "--best"), (best,))]
+        self.assert_same_files(*(f"{target}/model.safetensors" for target in merged))
+        for adapter, loss in ((best, self.losses[BEST]), (exported, self.losses[BEST]), (self.reference, self.losses[8])):
+            done = support.qshard("eval", support.TINY_YAML, *support.settings(support.tiny(), "", data__eval=self.steps["data__eval"], cpu__gemm="strict"),
+                                  "--adapter", adapter)
+            self.assertEqual(float(done.stdout.split()[1]), loss)
+        done = support.qshard("export", best, "--best", "-o", exported + "2", expect=2)
+        self.assertIn("no run directory", done.stderr)
+
+    def test_a_longer_run_on_other_ranks(self):
+        output = os.path.join(self.folder, "longer")
+        support.train(output, ranks=3, **{**self.steps, "train__steps": SHORT})
+        self.assertEqual(steps_of(output), [BEST, SHORT])
+        support.train(output, ranks=1, **self.steps)
+        self.as_reference(output)
+
+    def test_kills_at_random_times(self):
+        draw = random.Random(7)
+        for i in range(4):
+            output = os.path.join(self.folder, f"kill-{i}")
+            options = ["train", support.TINY_YAML, *support.settings(support.tiny(), output, **self.steps)]
+            for _ in range(3):
+                process = support.start(*options, ranks=draw.randint(1, 4))
+                time.sleep(draw.uniform(0.1, self.run_s))
+                kill_all(process)
+            support.qshard(*options, "--takeover", ranks=draw.randint(1, 4))
+            with self.subTest(output=output):
+                self.as_reference(output)
+
+    def test_a_killed_run_says_it_too(self):
+        output = os.path.join(self.folder, "killed")
+        process = support.start("train", support.TINY_YAML, *support.settings(support.tiny(), output,
+                                                                              **{**self.steps, "train__steps": 4000}), ranks=2)
+        try:
+            path = os.path.join(output, "metrics.jsonl")
+            while not os.path.exists(path) or len(losses(output)) < SHORT:
+                self.assertIsNone(process.poll(), "the run ended before it could be killed")
+                time.sleep(0.002)
+        finally:
+            kill_all(process)
+        known = losses(output)
+        before = {step: loss for step, loss in known.items() if step < max(known)}  # the last one's may not be noted yet
+        self.assertIn(record(output)["step"], {min(some, key=some.get) for some in (known, before)})
+        self.assertLess(record(output)["step"], max(known), "the case has lost its point")
+
+    def test_the_former_best_goes_at_the_end(self):
+        output = os.path.join(self.folder, "falling")
+        support.train(output, ranks=2, **{**self.steps, "data__eval": os.path.join(support.tiny(), "train.h5")})
+        self.assertEqual(record(output)["step"], 8, "the case has lost its point")
+        self.assertEqual(steps_of(output), [8])
+
+    def test_gone_or_damaged_before_the_next_start(self):
+        """The next best of those that are there takes its place."""
+        first = os.path.join(self.folder, "first")
+        support.train(first, ranks=2, **{**self.steps, "train__steps": SHORT})
+        for how in ("gone", "damaged"):
+            output = os.path.join(self.folder, how)
+            shutil.copytree(first, output)
+            best = os.path.join(output, f"step-{BEST:08d}")
+            if how == "gone":
+                shutil.rmtree(best)
+                done = support.qshard("export", output, "--best", "-o", output + "-adapter", expect=4)
+                self.assertIn("no longer there", done.stderr)
+            else:
+                flip(os.path.join(best, "rank-00001.h5"))
+            log = support.train(output, ranks=2, **self.steps).stderr
+            self.assertEqual(steps_of(output), [6, 8])
+            self.assertEqual(record(output), {"step": 6, "eval_loss": self.losses[6]})
+            self.assertEqual(losses(output), self.losses)
+            self.assertEqual(os.path.exists(best + ".bad"), how == "damaged")
+            self.assertEqual("had the best eval_loss, but is no good checkpoint" in log, how == "damaged", log)
+            self.assertIn(f"{self.losses[BEST]:.6f} at step {BEST} has no checkpoint", log)
+
+    def test_steps_with_both(self):
+        """Evaluations and checkpoints at other steps: the best among those that have both."""
+        output = os.path.join(self.folder, "both")
+        log = support.train(output, ranks=2, **{**self.steps, "train__save_every": 2}).stderr
+        self.assertEqual(losses(output), self.losses)
+        self.assertEqual(steps_of(output), [6, 8])
+        self.assertEqual(record(output), {"step": 6, "eval_loss": self.losses[6]})
+        self.assertIn(f"best eval_loss {self.losses[6]:.6f} at step 6, kept in step-00000006; the last is {self.losses[8]:.6f}; "
+                      f"{self.losses[BEST]:.6f} at step {BEST} has no checkpoint (train.save_every)\n", log)
+
+    def test_milestones_count(self):
+        output = os.path.join(self.folder, "milestones")
+        support.train(output, ranks=2, **self.steps, train__keep_every=4)
+        self.assertEqual(steps_of(output), [BEST, 4, 8])
+        self.assertEqual(record(output)["step"], BEST)
+
+    def test_other_evaluation_data_begins_anew(self):
+        """Losses on other data do not compare."""
+        output = os.path.join(self.folder, "data")
+        lower = os.path.join(support.tiny(), "train.h5")
+        support.train(output, ranks=2, **{**self.steps, "train__steps": SHORT, "data__eval": lower})
+        self.assertLess(record(output)["eval_loss"], min(CURVE.values()), "the case has lost its point")
+        support.train(output, ranks=2, **self.steps)
+        self.assertEqual(record(output), {"step": 6, "eval_loss": self.losses[6]})
+        self.assertEqual(steps_of(output), [6, 8])
+
+
+if __name__ == "__main__":
+    unittest.main()
