@@ -632,7 +632,7 @@ Test(peft, targets_are_those_of_the_tensors_however_they_were_named)
         char dir[192], name[16];
         snprintf(name, sizeof name, "form%zu", i);
         path_in(dir, name);
-        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
         change_settings(dir, old, forms[i]);
         qs_config_defaults(&found);
         cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
@@ -681,7 +681,7 @@ static void copy_tensors(const char *dir, const char *to, const char *without, c
     qs_st_close(tensors);
     cr_assert_eq(qs_io_mkdir(to), QS_OK);
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", to);
-    cr_assert_eq(qs_st_write(path, items, n), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_st_write(path, items, n, NULL), QS_OK, "%s", qs_error_text());
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
     void *text = NULL;
     size_t bytes = 0;
@@ -721,7 +721,7 @@ Test(peft, layers_that_differ_and_other_modules_are_named)
     float *x = random_vector(&l);
     char dir[192], other[192];
     path_in(dir, "whole");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char name[16];
         snprintf(name, sizeof name, "case%zu", i);

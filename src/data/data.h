@@ -24,7 +24,7 @@ typedef struct {
     char content[33];             /* tokens_xxh3; with `layout` it names the data in checkpoints */
     char labels[33];              /* labels_xxh3 */
     char layout[33];              /* XXH3-128 of labels_xxh3, seq_offsets and doc_offsets */
-    char tokenizer[65];  /* tokenizer_sha256; "" where it is not known */
+    char tokenizer[65];           /* tokenizer_sha256; "" where it is not known */
     char *chat_template; /* what shaped the data; NULL: none did, or the file does not keep it */
     int fd;              /* -1: this rank does not see the file */
     int32_t *held;       /* [2, n_tokens] tokens, then labels, where it does not; else NULL */

@@ -80,8 +80,8 @@ int qs_base_embed_unit(const qs_base_index *index, int chunk);
 int qs_base_head_chunks(const qs_base_index *index);
 int qs_base_head_unit(const qs_base_index *index, int chunk);
 
-/** Is this the base with `trained` as hashes_sha256, on which the adapter called `name` was trained?
- * QS_ERR_INPUT_HASH if not: its numbers would mean nothing here. */
+/** Is this the base with `trained` as hashes_sha256, on which the adapter called `name` was
+ * trained? QS_ERR_INPUT_HASH if not: its numbers would mean nothing here. */
 qs_status qs_base_expect(const qs_base_index *index, const char *trained, const char *name);
 
 /** The tensor of a unit whose name ends in `suffix`, NULL if there is none. */
