@@ -110,13 +110,14 @@ static qs_status read_value(reader *r, const char *name, qs_value *value)
     return QS_OK;
 }
 
-/* Behind the key stands its value, which may be a section's. */
+/* Behind the key stands its value, which may be a section's, or one that cannot be read. */
 static qs_status unknown_key(reader *r, const char *name)
 {
     char hint[QS_KEY_HINT_MAX], where[sizeof r->where];
     memcpy(where, r->where, sizeof where);
-    QS_TRY(next(r));
-    qs_key_hint(name, r->event.type == YAML_MAPPING_START_EVENT, hint, sizeof hint);
+    const bool holds_keys = next(r) == QS_OK && r->event.type == YAML_MAPPING_START_EVENT;
+    qs_error_clear(); /* the key is what is reported */
+    qs_key_hint(name, holds_keys, hint, sizeof hint);
     return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: unknown key \"%.80s\"; %s", where, name, hint);
 }
 
