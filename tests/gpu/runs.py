@@ -48,7 +48,7 @@ def two_hosts(ranks):
         raise NotHere(f"the way to make hosts is Open MPI 4's, this is {(version.splitlines() or ['another'])[0]}")
     first = (ranks + 1) // 2
     return ["--host", f"one:{first},two:{ranks - first}", "--map-by", "slot", "--bind-to", "none",
-            "--mca", "plm", "rsh", "--mca", "plm_rsh_agent", AGENT, "--mca", "btl", "tcp,self",
+            "--mca", "rtc", "^hwloc", "--mca", "plm", "rsh", "--mca", "plm_rsh_agent", AGENT, "--mca", "btl", "tcp,self",
             "--mca", "btl_tcp_if_include", "lo", "--mca", "oob_tcp_if_include", "lo"]
 
 
