@@ -98,16 +98,19 @@ Test(ckpt, the_chat_template_of_the_data_is_kept_and_none_is_made_up)
     static const char *const templates[] = {NULL, "", "\"{{ m }}\"\n\t\\ \xc2\xab\x01"};
     for (int step = 0; step < 3; step++) {
         fx_plan p;
-        char dir[160], *found = NULL;
+        char dir[160];
+        qs_ckpt_origin origin;
         fx_plan_init(&p, step);
         p.meta.chat_template = templates[step];
         team_expect_ok(3, fx_save_body, &p);
         team_expect_ok(2, load_body, &p);
         qs_manifest_step_dir(dir, sizeof dir, fx_run_dir, step);
-        cr_assert_eq(qs_ckpt_read_template(dir, &found), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_ckpt_read_origin(dir, &origin), QS_OK, "%s", qs_error_text());
+        const char *found = origin.chat_template;
+        cr_assert_str_eq(origin.base_sha256, p.meta.base_sha256);
         cr_assert_eq(found == NULL, templates[step] == NULL);
         cr_assert(found == NULL || strcmp(found, templates[step]) == 0, "%s", found);
-        free(found);
+        free(origin.chat_template);
         free(p.yaml);
     }
 }

@@ -71,13 +71,15 @@ qs_status qs_ckpt_rotate(const char *run_dir, int64_t keep_last, int64_t keep_ev
  * damaged one is renamed to .bad and named in the log, and the next one asked. Rank 0 only. */
 qs_status qs_ckpt_best(const char *run_dir, qs_ckpt_evals evals, bool verify, qs_ckpt_eval *best);
 
-/** The hash (hashes_sha256) of the base that the checkpoint in `step_dir` was trained on. Not
- * collective. */
-qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65]);
+/** What the weights of a checkpoint were trained on. */
+typedef struct {
+    char base_sha256[65]; /* hashes_sha256 of the base */
+    char *chat_template;  /* that shaped the data, the caller's to free; NULL: none did, or
+                             checkpoint  or data are from before it was kept */
+} qs_ckpt_origin;
 
-/** The chat template that shaped its training data; NULL: none did, or checkpoint or data are from
- * before it was kept. Not collective. The caller frees *text. */
-qs_status qs_ckpt_read_template(const char *step_dir, char **text);
+/** That of the checkpoint in `step_dir`. Not collective. */
+qs_status qs_ckpt_read_origin(const char *step_dir, qs_ckpt_origin *out);
 
 /** Read the whole LoRA vector of a checkpoint directory (step-N) without a communicator: for
  * export, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees

@@ -319,30 +319,17 @@ done:
     return st;
 }
 
-qs_status qs_ckpt_read_base_hash(const char *step_dir, char out[65])
+qs_status qs_ckpt_read_origin(const char *step_dir, qs_ckpt_origin *out)
 {
     qs_manifest manifest;
     qs_ckpt_record record;
+    *out = (qs_ckpt_origin){.chat_template = NULL};
     QS_TRY(qs_manifest_read(step_dir, &manifest));
     qs_status st = qs_ckpt_record_parse(&record, manifest.meta_json, step_dir);
     if (st == QS_OK) {
-        snprintf(out, 65, "%s", record.base_sha256);
-        qs_ckpt_record_free(&record);
-    }
-    qs_manifest_free(&manifest);
-    return st;
-}
-
-qs_status qs_ckpt_read_template(const char *step_dir, char **text)
-{
-    qs_manifest manifest;
-    qs_ckpt_record record;
-    *text = NULL;
-    QS_TRY(qs_manifest_read(step_dir, &manifest));
-    qs_status st = qs_ckpt_record_parse(&record, manifest.meta_json, step_dir);
-    if (st == QS_OK) {
-        *text = record.chat_template;
-        record.chat_template = NULL;
+        memcpy(out->base_sha256, record.base_sha256, sizeof out->base_sha256);
+        out->chat_template = record.chat_template;
+        record.chat_template = NULL; /* moved */
         qs_ckpt_record_free(&record);
     }
     qs_manifest_free(&manifest);

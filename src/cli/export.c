@@ -156,7 +156,7 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     qs_config cfg;
     qs_lora_layout layout;
     float *vector = NULL;
-    char *chat_template = NULL;
+    qs_ckpt_origin trained;
     QS_TRY(qs_cli_find_step(args->words[0], args->best, step_dir, sizeof step_dir));
     QS_TRY(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector));
     if (args->fold_scaling) {
@@ -164,12 +164,12 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     }
     const origin from = read_origin(cfg.base);
     const bool named = choose_base_name(args, &cfg, &from, base_name, sizeof base_name);
-    qs_status st = qs_ckpt_read_template(step_dir, &chat_template);
+    qs_status st = qs_ckpt_read_origin(step_dir, &trained);
     if (st == QS_OK) {
-        st = qs_peft_write(args->output, &layout, &cfg, base_name, chat_template, vector);
+        st = qs_peft_write(args->output, &layout, &cfg, base_name, trained.chat_template, vector);
     }
-    const bool with_template = chat_template != NULL;
-    free(chat_template);
+    const bool with_template = trained.chat_template != NULL;
+    free(trained.chat_template);
     qs_mem_free(vector);
     QS_TRY(st);
     if (!named) {

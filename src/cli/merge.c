@@ -54,23 +54,22 @@ static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_m
 static qs_status merge_checkpoint(qs_merge_options *o, const char *path, bool best,
                                   qs_merge_report *report)
 {
-    char step_dir[PATH_ROOM], base_sha256[65];
+    char step_dir[PATH_ROOM];
+    qs_ckpt_origin origin;
     qs_config config;
     qs_lora_layout layout;
     float *vector = NULL;
-    char *chat_template = NULL;
     QS_TRY(qs_cli_find_step(path, best, step_dir, sizeof step_dir));
-    QS_TRY(qs_ckpt_read_base_hash(step_dir, base_sha256));
     QS_TRY(qs_ckpt_read_lora(step_dir, &config, &layout, &vector));
-    qs_status st = qs_ckpt_read_template(step_dir, &chat_template);
+    qs_status st = qs_ckpt_read_origin(step_dir, &origin);
     o->adapter = step_dir;
-    o->chat_template = chat_template;
+    o->chat_template = origin.chat_template;
     o->vector = vector;
     o->layout = &layout;
-    o->base_sha256 = base_sha256;
+    o->base_sha256 = origin.base_sha256;
     o->base = o->base != NULL ? o->base : config.base;
     st = st == QS_OK ? qs_merge(o, report) : st;
-    free(chat_template);
+    free(origin.chat_template);
     qs_mem_free(vector);
     return st;
 }

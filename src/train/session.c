@@ -1,6 +1,7 @@
 #include "train/session.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -166,12 +167,13 @@ done:
 static qs_status read_checkpoint(qs_session *s, const char *step_dir)
 {
     qs_config trained;
-    char base[65];
+    qs_ckpt_origin origin;
     QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter));
-    QS_TRY(qs_ckpt_read_base_hash(step_dir, base));
+    QS_TRY(qs_ckpt_read_origin(step_dir, &origin));
+    free(origin.chat_template);
     s->config.lora = trained.lora;
     QS_TRY(qs_lora_layout_check(&s->layout, &s->index->config, step_dir, s->index->path));
-    return qs_base_expect(s->index, base, step_dir);
+    return qs_base_expect(s->index, origin.base_sha256, step_dir);
 }
 
 /* Whether there is such a name: what is wrong with it, opening it says. */

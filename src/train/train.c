@@ -24,6 +24,7 @@
 #include "hf/safetensors.h"
 #include "shard/shard.h"
 #include "store/io.h"
+#include "train/best.h"
 #include "train/evaluate.h"
 #include "train/forecast.h"
 #include "train/gathers.h"
@@ -459,29 +460,10 @@ static qs_status report_ranks(run *r)
     return keep_going(r, qs_metrics_ranks(r->metrics, r->step, &mine, r->comm));
 }
 
-static qs_status rotate_here(const run *r)
+static qs_best_of best_of(const run *r)
 {
-    return qs_ckpt_rotate(r->cfg->output, r->cfg->train.keep_last, r->cfg->train.keep_every,
-                          qs_metrics_evals(r->metrics));
-}
-
-/* Which checkpoint has the best evaluation; run.json gets it. */
-static qs_status find_best_here(run *r, bool verify)
-{
-    QS_TRY(qs_ckpt_best(r->cfg->output, qs_metrics_evals(r->metrics), verify, &r->best));
-    const qs_status st = qs_run_dir_note_best(&r->run_dir, &r->best);
-    if (st == QS_ERR_IO_FULL) { /* metrics.jsonl has the losses: the next one to look finds it */
-        qs_log_warn("%s: run.json does not say which checkpoint is the best: %s", r->cfg->output,
-                    qs_error_text());
-        qs_error_clear();
-        return QS_OK;
-    }
-    return st;
-}
-
-static qs_status find_best(run *r, bool verify)
-{
-    return qs_comm_agree(r->comm, r->rank == 0 ? find_best_here(r, verify) : QS_OK);
+    return (qs_best_of){
+        .config = r->cfg, .dir = &r->run_dir, .metrics = r->metrics, .comm = r->comm};
 }
 
 /* Save and rotate. A full disk keeps the older checkpoints and the run goes on; it counts at the
@@ -510,11 +492,8 @@ static qs_status save(run *r, qs_status *last_save)
     }
     QS_TRY(*last_save);
     qs_log_info("%s: saved step %" PRId64, r->cfg->output, r->step);
-    qs_status st = QS_OK;
-    if (r->rank == 0) {
-        st = rotate_here(r);
-    }
-    return qs_comm_agree(r->comm, st);
+    const qs_best_of best = best_of(r);
+    return qs_best_rotate(&best);
 }
 
 /* A signal anywhere, or rank 0's clock past max_time. */
@@ -613,7 +592,8 @@ static qs_status step_and_after(run *r, qs_status *last_save, int64_t *saved, bo
     }
     if (eval_due(r, r->step) && (!*stop || ends)) {
         QS_TRY(evaluate(r, stop));
-        QS_TRY(find_best(r, false));
+        const qs_best_of best = best_of(r);
+        QS_TRY(qs_best_find(&best, false, &r->best));
     }
     return r->unevaluated && *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
 }
@@ -639,7 +619,8 @@ static qs_status step_loop(run *r)
     choose_profile(r);
     QS_TRY(missed_evaluation(r, &stop));
     qs_watch_section(true, "looking for the best checkpoint");
-    QS_TRY(find_best(r, true));
+    const qs_best_of best = best_of(r);
+    QS_TRY(qs_best_find(&best, true, &r->best));
     while (r->step < r->sampler.steps && !stop) {
         QS_TRY(step_and_after(r, &last_save, &saved, &stop));
     }
@@ -718,54 +699,17 @@ static void compare_with_forecast(const run *r)
                 1e3 * f.compute_s, 1e3 * f.gather_waited_s, 1e3 * f.reduce_s);
 }
 
-/* The checkpoint that was the best before the last evaluation may be one too many. */
-static qs_status settle_best(run *r)
-{
-    QS_TRY(qs_run_dir_still_ours(&r->run_dir, r->comm));
-    QS_TRY(find_best(r, true));
-    const bool evaluated = qs_metrics_evals(r->metrics).count > 0; /* rank 0 alone knows */
-    return qs_comm_agree(r->comm, evaluated ? rotate_here(r) : QS_OK);
-}
-
-/* Which of several evaluations was the best, and where its checkpoint is. A lower one may have none
- * (train.save_every). */
-static void say_best(const run *r)
-{
-    char lower[160] = "";
-    const qs_ckpt_evals evals = qs_metrics_evals(r->metrics);
-    qs_ckpt_eval lowest = r->best;
-    for (int64_t i = 0; i < evals.count; i++) {
-        lowest = evals.list[i].loss < lowest.loss ? evals.list[i] : lowest;
-    }
-    if (evals.count < 2 || r->best.step < 0) {
-        return;
-    }
-    if (lowest.step != r->best.step) {
-        snprintf(lower, sizeof lower,
-                 "; %.6f at step %" PRId64 " has no checkpoint (train.save_every)", lowest.loss,
-                 lowest.step);
-    }
-    if (r->best.step == r->step) {
-        qs_log_end("%s: the last eval_loss, %.6f, is the best of %" PRId64 "%s", r->cfg->output,
-                   r->best.loss, evals.count, lower);
-    } else {
-        qs_log_end("%s: best eval_loss %.6f at step %" PRId64 ", kept in step-%08" PRId64
-                   "; the last is %.6f%s",
-                   r->cfg->output, r->best.loss, r->best.step, r->best.step,
-                   evals.list[evals.count - 1].loss, lower);
-    }
-}
-
 static qs_status finish(run *r)
 {
     const double seconds = qs_time_s() - r->started_s;
+    const qs_best_of best = best_of(r);
     qs_watch_section(true, "end");
-    QS_TRY(settle_best(r));
+    QS_TRY(qs_best_settle(&best, &r->best));
     qs_status st = qs_metrics_summary(r->metrics, r->step, seconds, r->nranks,
                                       qs_mem_peak_total_bytes(r->plan.space), &r->best);
     QS_TRY(qs_comm_agree(r->comm, st));
     QS_TRY(qs_run_dir_finish(&r->run_dir, r->comm));
-    say_best(r);
+    qs_best_say(&best, &r->best, r->step);
     if (r->rank == 0 && qs_log_says(QS_LOG_INFO)) {
         qs_memory_plan_print(&r->plan, true);
     }
