@@ -391,6 +391,13 @@ static qs_status train_step(run *r, qs_step_metrics *m)
 
 /* ---- between steps ---- */
 
+/* A warning is all that comes of an error: a later one is a new one. */
+static qs_status settle(run *r)
+{
+    qs_error_clear();
+    return qs_comm_agree(r->comm, QS_OK);
+}
+
 /* A full disk does not end a run: the line is lost, and the end of the run says so. */
 static qs_status keep_going(run *r, qs_status st)
 {
@@ -402,8 +409,7 @@ static qs_status keep_going(run *r, qs_status st)
         qs_log_warn("step %" PRId64 ": %s; the run goes on without the line", r->step,
                     qs_error_text());
     }
-    qs_error_clear();
-    return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
+    return settle(r);
 }
 
 /* A signal anywhere is everyone's. */
@@ -487,8 +493,7 @@ static qs_status save(run *r, qs_status *last_save)
     free(yaml);
     if (*last_save == QS_ERR_IO_FULL) {
         qs_log_warn("step %" PRId64 ": not saved: %s", r->step, qs_error_text());
-        qs_error_clear();
-        return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
+        return settle(r);
     }
     QS_TRY(*last_save);
     qs_log_info("%s: saved step %" PRId64, r->cfg->output, r->step);
@@ -555,8 +560,7 @@ static qs_status end_profile(run *r)
         return st;
     }
     qs_log_warn("%s; the run goes on without the trace", qs_error_text());
-    qs_error_clear();
-    return qs_comm_agree(r->comm, QS_OK); /* settled: a later error is a new one */
+    return settle(r);
 }
 
 static qs_status save_here(run *r, qs_status *last_save, int64_t *saved)
