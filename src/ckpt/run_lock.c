@@ -236,6 +236,7 @@ static qs_status write_held_temp(owner *me, const char *temp, int *fd)
 {
     if (*fd >= 0) {
         close(*fd); /* of one that is gone */
+        *fd = -1;
     }
     QS_TRY(write_temp(me, temp));
     *fd = hold(temp);
