@@ -5,7 +5,8 @@
 #
 #   FOLDER/prefix    Open MPI, HDF5, Criterion, Jansson, libyaml, xxHash, hwloc, OpenSSL, Random123, pkg-config: headers and
 #                    libraries out of the Debian or Ubuntu packages of this machine's release, cut to what is linked
-#   FOLDER/inputs    small models with token files: the seed-made tiny one, and the cases of tests/oracle
+#   FOLDER/inputs    small models with token files: the seed-made tiny one, and the cases of tests/oracle; of SmolLM2 the token
+#                    files alone, if QSHARD_SMOLLM2 or build/smollm2 is that model
 #
 # Packages come by `apt-get download` and are unpacked, not installed: no root needed. Run it on a release whose C library is
 # not newer than that of the machine with the GPU; tests/gpu.sh checks there that everything loads.

@@ -122,32 +122,64 @@ static void print_short_batches(const plan *p, const qs_step_work *work)
     }
 }
 
-/* What a step would be with layers that stay, decoded or just whole, if that is shorter. */
-static qs_status print_offer(const plan *p, const qs_outlook_place *place, bool decoded,
-                             double step_s)
+static void describe_kept(const char *name, const qs_plan_kept *kept, const char *how, char *out,
+                          size_t capacity)
 {
-    qs_outlook more;
-    qs_config config = p->config;
-    const qs_links links = links_of(p, place->gpu);
-    *(decoded ? &config.memory.keep_decoded : &config.shard.keep_resident) = QS_KEEP_AUTO;
-    QS_TRY(qs_outlook_make(&more, &p->inputs, &config, place));
-    const qs_plan_kept *kept = decoded ? &more.choice.decoded : &more.choice.resident;
-    const double then_s = qs_forecast_make(&more.work, place->gpu, &links).step_s;
-    if (then_s < OFFER_BELOW * step_s) {
-        printf("with %s: auto, %" PRId64 " of %" PRId64 " layers stay %s: %.1f ms, %.1f GiB\n",
-               decoded ? "memory.keep_decoded" : "shard.keep_resident", kept->layers, kept->of,
-               decoded ? "decoded" : "whole", 1e3 * then_s, (double)qs_outlook_needed(&more) / GIB);
-    }
-    return QS_OK;
+    snprintf(out, capacity, "%s: auto, %" PRId64 " of %" PRId64 " layers stay %s", name,
+             kept->layers, kept->of, how);
 }
 
-/* Memory that would be left makes steps shorter, unless the configuration says how much of it. */
+/* What makes steps shorter where it can: memory that is left, and a little exactness. */
+typedef enum { KEEP_RESIDENT, KEEP_DECODED, RESIDUAL_BF16, OFFERS } offer;
+
+/* Does the configuration leave it open? */
+static bool take_offer(offer what, qs_config *config)
+{
+    int64_t *const kept =
+        what == KEEP_RESIDENT ? &config->shard.keep_resident : &config->memory.keep_decoded;
+    const bool open = what == RESIDUAL_BF16 ? config->train.residual_fp32 : *kept == 0;
+    if (what == RESIDUAL_BF16) {
+        config->train.residual_fp32 = false;
+    } else {
+        *kept = QS_KEEP_AUTO;
+    }
+    return open;
+}
+
+static void describe_offer(offer what, const qs_plan_choice *choice, char *out, size_t capacity)
+{
+    switch (what) {
+    case KEEP_RESIDENT:
+        describe_kept("shard.keep_resident", &choice->resident, "whole", out, capacity);
+        break;
+    case KEEP_DECODED:
+        describe_kept("memory.keep_decoded", &choice->decoded, "decoded", out, capacity);
+        break;
+    default:
+        snprintf(out, capacity, "train.residual_fp32: false, losses further from fp32's");
+    }
+}
+
+/* What a step would be with each, if that is shorter. */
 static qs_status print_offers(const plan *p, const qs_outlook_place *place, double step_s)
 {
-    if (p->config.shard.keep_resident == 0) {
-        QS_TRY(print_offer(p, place, false, step_s));
+    const qs_links links = links_of(p, place->gpu);
+    for (int what = 0; what < OFFERS; what++) {
+        qs_outlook more;
+        char text[96];
+        qs_config config = p->config;
+        if (!take_offer((offer)what, &config)) {
+            continue;
+        }
+        QS_TRY(qs_outlook_make(&more, &p->inputs, &config, place));
+        const double then_s = qs_forecast_make(&more.work, place->gpu, &links).step_s;
+        if (then_s < OFFER_BELOW * step_s) {
+            describe_offer((offer)what, &more.choice, text, sizeof text);
+            printf("with %s: %.1f ms, %.1f GiB\n", text, 1e3 * then_s,
+                   (double)qs_outlook_needed(&more) / GIB);
+        }
     }
-    return p->config.memory.keep_decoded == 0 ? print_offer(p, place, true, step_s) : QS_OK;
+    return QS_OK;
 }
 
 static qs_status print_step(const plan *p, const qs_outlook_place *place, const qs_step_work *work)

@@ -105,10 +105,10 @@ const qs_key qs_keys[] = {
     {.name = "train.residual_fp32",
      .type = QS_KEY_BOOL,
      .offset = AT(train.residual_fp32),
-     .preset = "false",
+     .preset = "true",
      .meaning =
-         "residual stream of a GPU in fp32, as the CPU's always is: losses nearer to fp32's, "
-         "for twice the memory of the layers' inputs"},
+         "residual stream of a GPU in fp32, as the CPU's always is; false: in bf16, for half "
+         "the memory of the layers' inputs and losses further from fp32's"},
     {.name = "train.gather_group",
      .type = QS_KEY_I64,
      .offset = AT(train.gather_group),
@@ -464,8 +464,8 @@ const qs_other_name qs_other_names[] = {
 };
 const int qs_other_names_count = (int)(sizeof qs_other_names / sizeof *qs_other_names);
 
-static const char arithmetic[] = "the device chooses: cpu.gemm on a CPU, bf16 on a GPU, where "
-                                 "train.residual_fp32 is more exact";
+static const char arithmetic[] = "the device chooses: cpu.gemm on a CPU, bf16 with fp32 sums on a "
+                                 "GPU, where train.residual_fp32 keeps the residual stream in fp32";
 static const char keeps_best[] =
     "the checkpoint of the lowest eval_loss stays in any case; qshard export RUN --best takes it";
 static const char packing[] = "rows are never padded; qshard-prep --pack packs them";

@@ -182,7 +182,7 @@ class Training(unittest.TestCase):
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
 class Layers(unittest.TestCase):
-    """The layers of Gemma and Phi-3 on the device, and all with their residual stream in fp32: the CPU's losses, its plan, and
+    """The layers of Gemma and Phi-3 on the device, and all with their residual stream in bf16: the CPU's losses, its plan, and
     the same bits whatever is kept where."""
     MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3}
 
@@ -214,8 +214,8 @@ class Layers(unittest.TestCase):
     def test_models(self):
         for name, options in self.MODELS.items():
             with self.subTest(model=name):
-                in_bf16 = self.check(options)
-                self.assertNotEqual(self.check(options, train__residual_fp32="true"), in_bf16)
+                in_fp32 = self.check(options)
+                self.assertNotEqual(self.check(options, train__residual_fp32="false"), in_fp32)
 
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")

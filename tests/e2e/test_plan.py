@@ -107,14 +107,23 @@ class Auto(unittest.TestCase):
         self.assertNotIn("auto is", done.stdout + done.stderr)
 
     def test_each_card_by_its_own_memory(self):
-        """Llama-3-70B on four cards: two micro-batches a pass fit into 24 GiB, four into 48."""
+        """Llama-3-70B on four cards: one micro-batch a pass fits into 24 GiB, four into 48; with a residual stream in bf16, of which
+        the plan says what it would save, two into 24."""
         folder = support.scratch()
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
             json.dump(LLAMA_3_70B, file)
-        text = plan("--gpus", 4, base=folder, data__train="", data__eval="", train__eval_every=0, train__seq_len=2048,
-                    train__micro_batch=1, train__global_batch=16, lora__rank=16, lora__dropout=0).stdout
-        for name, group in (("RTX3090", 2), ("RTX4090", 2), ("A6000", 4), ("H100", 4)):
-            self.assertRegex(text, rf"(?m)^{name} +[\d.]+ +[\d.]+ +{group} +yes ")
+        settings = {"base": folder, "data__train": "", "data__eval": "", "train__eval_every": 0, "train__seq_len": 2048,
+                    "train__micro_batch": 1, "train__global_batch": 16, "lora__rank": 16, "lora__dropout": 0}
+        for residual_fp32, groups in (("true", (1, 1, 4, 4)), ("false", (2, 2, 4, 4))):
+            text = plan("--gpus", 4, train__residual_fp32=residual_fp32, **settings).stdout
+            for name, group in zip(("RTX3090", "RTX4090", "A6000", "H100"), groups):
+                self.assertRegex(text, rf"(?m)^{name} +[\d.]+ +[\d.]+ +{group} +yes ")
+        said = plan("--gpu", "RTX4090", "--gpus", 4, **settings).stdout
+        offer = re.search(r"with train.residual_fp32: false, losses further from fp32's: ([\d.]+) ms, ([\d.]+) GiB", said)
+        taken = plan("--gpu", "RTX4090", "--gpus", 4, train__residual_fp32="false", **settings).stdout
+        self.assertEqual((re.search(r"(?m)^  step +([\d.]+) ", taken)[1], re.search(r"a rank needs ([\d.]+) GiB", taken)[1]),
+                         offer.groups())
+        self.assertNotIn("with train.residual_fp32", taken)
 
 
     def test_what_decoded_layers_would_save(self):

@@ -3,8 +3,8 @@
 
     bench_step.py WORK --base BASE.h5 --build DIR --csv STEP.csv --ops OPS.csv --log FILE [--small] [--tokens T]...
 
-A run a row: tokens of the one sequence of a step, recompute mode (+decoded: with the layers that fit decoded; +fp32: with the residual
-stream in fp32), tokens/s (median of the
+A run a row: tokens of the one sequence of a step, recompute mode (+decoded: with the layers that fit decoded; +bf16: with the residual
+stream in bf16), tokens/s (median of the
 steps behind the first two), share of the large matrix product that bench_ops measured, planned and reached device memory. Standard
 library alone.
 """
@@ -22,8 +22,8 @@ from make_model import config_of, linears_of
 RANK, STEPS, WARM = 16, 7, 2
 LONG, LONG_STEPS = 16384, 5  # long steps are few and even
 LENGTHS = {False: (512, 4096, 16384), True: (24,)}
-# recompute, with memory.keep_decoded: auto or with train.residual_fp32
-MODES = ("none", "none+decoded", "selective", "full", "full+fp32")
+# recompute, with memory.keep_decoded: auto, without train.residual_fp32
+MODES = ("none", "none+bf16", "none+decoded", "none+decoded+bf16", "selective", "full", "full+bf16")
 TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
 PLANNED = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+)", re.MULTILINE | re.DOTALL)
 
@@ -76,7 +76,7 @@ def one_case(options, config, length, mode, log):
     yaml = os.path.join(options.work, f"{length}-{mode}.yaml")
     with open(yaml, "w", encoding="utf-8") as file:
         file.write(YAML.format(base=options.base, tokens=tokens, out=out, steps=steps, length=length, mode=mode.split("+")[0],
-                               fp32=str(mode.endswith("fp32")).lower(), decoded="auto" if mode.endswith("decoded") else "none",
+                               fp32=str("bf16" not in mode).lower(), decoded="auto" if "decoded" in mode else "none",
                                rank=RANK))
     done = run([os.path.join(options.build, "qshard"), "train", yaml], log)
     if done.returncode == 7:

@@ -1,28 +1,31 @@
 #!/usr/bin/env python3
-"""Writes the inputs of one oracle case, always with the same bytes, from numpy and h5py alone.
+"""Writes the inputs of one oracle case, always with the same bytes, from numpy, h5py and xxhash alone.
 
-    make_inputs.py CASE OUT [--model HF_DIR]
+    make_inputs.py CASE OUT [--model HF_DIR] [--bare | --token-files DIR]
 
 OUT then holds
     model/         the checkpoint (not for smollm2, whose directory is given with --model)
     adapter/       a PEFT adapter whose B is not zero
     train.h5, eval.h5
     run.yaml       the settings that the golden values belong to; the base is expected as OUT/base.h5
+
+--bare leaves the decode table out of the token files, which only `qshard inspect` reads: a large vocabulary's is 50 times as large as
+the tokens. --token-files takes both files from a folder where they were made before: then numpy alone is enough.
 """
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 
-import h5py
 import numpy as np
-import xxhash
 
 from cases import CASES, TEXT
 from tensors import qshard_tiny, read_hf, write_safetensors
 
 IGNORED = -100
+SPLITS = ("train", "eval")
 RUN_SEED = 1  # of the run: the order of samples, and dropout
 
 
@@ -103,6 +106,7 @@ def decode_arrays(table):
 
 def write_dataset(file, name, array):
     """Contiguous and allocated at once, as docs/file-formats.md asks."""
+    import h5py  # not where the files are there already
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -116,6 +120,7 @@ def write_dataset(file, name, array):
 
 def write_token_file(path, arrays, attributes):
     """One token file; strings become fixed-length, the rest int64."""
+    import h5py
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         for name, value in attributes.items():
             file.attrs.create(name, np.bytes_(value) if isinstance(value, str) else np.int64(value))
@@ -123,7 +128,8 @@ def write_token_file(path, arrays, attributes):
             write_dataset(file, name, array)
 
 
-def make_token_file(case, split, path, table, vocab, tokenizer_sha256):
+def make_token_file(case, split, path, table, vocab, tokenizer_sha256, bare):
+    import xxhash
     rows = case.sequences if split == "train" else case.eval_sequences
     lengths = [length for row in rows for length, _ in row]
     if case.model is None:
@@ -146,7 +152,16 @@ def make_token_file(case, split, path, table, vocab, tokenizer_sha256):
         "tokens_xxh3": xxhash.xxh3_128_hexdigest(arrays["tokens"].astype("<u4").tobytes()),
         "labels_xxh3": xxhash.xxh3_128_hexdigest(arrays["labels"].astype("<i4").tobytes()),
     }
-    write_token_file(path, {**arrays, **decode_arrays(table)}, attributes)
+    write_token_file(path, arrays if bare else {**arrays, **decode_arrays(table)}, attributes)
+
+
+def make_token_files(case, out, model_dir, vocab, bare):
+    with open(os.path.join(model_dir, "tokenizer.json"), "rb") as file:
+        tokenizer_sha256 = hashlib.sha256(file.read()).hexdigest()
+    table = vocabulary_of(model_dir)
+    table += [b""] * (vocab - len(table))  # ids up to the model's last one are used, beyond the tokenizer's
+    for split in SPLITS:
+        make_token_file(case, split, os.path.join(out, split + ".h5"), table, vocab, tokenizer_sha256, bare)
 
 
 # --- adapter ----------------------------------------------------------------------------------------------------------
@@ -218,7 +233,7 @@ cpu: {{gemm: strict}}
 """
 
 
-def make_inputs(name, out, model_dir=None):
+def make_inputs(name, out, model_dir=None, bare=False, token_files=None):
     """Writes all inputs of a case; returns the model directory."""
     case = CASES[name]
     os.makedirs(os.path.join(out, "adapter"), exist_ok=True)
@@ -232,14 +247,13 @@ def make_inputs(name, out, model_dir=None):
         raise SystemExit(f"case {name} needs --model HF_DIR")
     with open(os.path.join(model_dir, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
-    with open(os.path.join(model_dir, "tokenizer.json"), "rb") as file:
-        tokenizer_sha256 = hashlib.sha256(file.read()).hexdigest()
     config = {"attention_bias": False, "mlp_bias": False, **config}
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    vocab, table = config["vocab_size"], vocabulary_of(model_dir)
-    table += [b""] * (vocab - len(table))  # ids up to the model's last one are used, beyond the tokenizer's
-    for split in ("train", "eval"):
-        make_token_file(case, split, os.path.join(out, split + ".h5"), table, vocab, tokenizer_sha256)
+    if token_files is None:
+        make_token_files(case, out, model_dir, config["vocab_size"], bare)
+    else:
+        for split in SPLITS:
+            shutil.copyfile(os.path.join(token_files, split + ".h5"), os.path.join(out, split + ".h5"))
     write_safetensors(os.path.join(out, "adapter", "adapter_model.safetensors"), make_adapter(case, config, model_dir))
     with open(os.path.join(out, "adapter", "adapter_config.json"), "w", encoding="utf-8") as file:
         json.dump(adapter_config(case, config), file, indent=2)
@@ -254,8 +268,11 @@ def main():
     parser.add_argument("case", choices=sorted(CASES))
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--model", help="checkpoint directory, for smollm2")
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--bare", action="store_true", help="no decode table in the token files")
+    files.add_argument("--token-files", metavar="DIR", help="take train.h5 and eval.h5 from here")
     options = parser.parse_args()
-    make_inputs(options.case, options.out, options.model)
+    make_inputs(options.case, options.out, options.model, options.bare, options.token_files)
 
 
 if __name__ == "__main__":
