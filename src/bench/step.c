@@ -1,5 +1,5 @@
-/* A training step and its parts, over and over: the same calls as a run makes (src/train/train.c),
- * on made-up tokens, with nothing written.
+/* A training step and its parts, over and over: the same calls as a run makes
+ * (src/train/run_step.c), on made-up tokens, with nothing written.
  *
  *   gather     what compute stood still for units; the bound moves all of them, hidden or not
  *   compute    the passes without it: embedding, layers, head

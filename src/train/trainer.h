@@ -1,5 +1,5 @@
 /* What a step of training holds and does, whatever its tokens come from and whatever is written
- * about it: a run (train.c) and the benchmark of a step make the same calls. */
+ * about it: a run (run_step.c) and the benchmark of a step make the same calls. */
 #ifndef QS_TRAIN_TRAINER_H
 #define QS_TRAIN_TRAINER_H
 
