@@ -411,6 +411,38 @@ Test(base_file, ids_that_end_a_text_are_kept_and_checked)
     qs_base_index_free(index);
 }
 
+/* Likewise. */
+Test(base_file, hash_of_the_tokenizer_is_kept_and_checked)
+{
+    static const char *const wrong[] = {"7", "null", "[]", "\"\"", "\"0123\""};
+    const char known[] = "\"tokenizer_sha256\":"
+                         "\"00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff\"";
+    qs_base_index *index = open_index(), *again = NULL;
+    char *text = NULL;
+    cr_assert_str_eq(index->tokenizer_sha256, "");
+    cr_assert_eq(qs_base_index_text(index, &text), QS_OK);
+    cr_assert_null(strstr(text, "tokenizer_sha256"));
+    free(text);
+    (void)snprintf(index->tokenizer_sha256, sizeof index->tokenizer_sha256, "%.64s",
+                   known + strlen("\"tokenizer_sha256\":\""));
+    cr_assert_eq(qs_base_index_text(index, &text), QS_OK);
+    cr_assert_not_null(strstr(text, known));
+    cr_assert_eq(qs_base_index_parse(&again, text, strlen(text), "b.h5"), QS_OK, "%s",
+                 qs_error_text());
+    cr_assert_str_eq(again->tokenizer_sha256, index->tokenizer_sha256);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char to[96];
+        (void)snprintf(to, sizeof to, "\"tokenizer_sha256\":%s", wrong[i]);
+        cr_assert_eq(qs_exit_code(parse_changed(index, known, to)), 3, "%s: %s", wrong[i],
+                     qs_error_text());
+        cr_assert_not_null(strstr(qs_error_text(), "tokenizer_sha256"), "%s", qs_error_text());
+    }
+    qs_error_clear();
+    free(text);
+    qs_base_index_free(again);
+    qs_base_index_free(index);
+}
+
 Test(base_file, describe_prints_what_the_file_holds)
 {
     char *text = NULL;

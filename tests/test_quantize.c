@@ -205,6 +205,40 @@ Test(quantize, ids_that_end_a_text_come_from_generation_config)
     }
 }
 
+/* ---- tokenizer.json ---- */
+
+static void tokenizer_of(char sha256[QS_SHA256_HEX])
+{
+    qs_base_index *index = NULL;
+    const char *path = out_file("base.h5");
+    (void)quantize(path);
+    cr_assert_eq(qs_base_open_local(&index, path), QS_OK, "%s", qs_error_text());
+    (void)strcpy(sha256, index->tokenizer_sha256);
+    qs_base_index_free(index);
+    cr_assert_eq(unlink(path), 0);
+}
+
+/* A folder of that name costs the hash alone. */
+Test(quantize, hash_of_the_tokenizer_is_kept)
+{
+    tiny_hf o = {.dtype = QS_BF16};
+    char sha256[QS_SHA256_HEX], expected[QS_SHA256_HEX], path[160];
+    tiny_hf_write(model, &o);
+    (void)snprintf(path, sizeof path, "%s/tokenizer.json", model);
+    (void)unlink(path);
+    tokenizer_of(sha256);
+    cr_assert_str_eq(sha256, "");
+    cr_assert_eq(qs_io_write_new(path, "{}", 2), QS_OK);
+    tokenizer_of(sha256);
+    qs_sha256_hex("{}", 2, expected);
+    cr_assert_str_eq(sha256, expected);
+    cr_assert_eq(unlink(path), 0);
+    cr_assert_eq(mkdir(path, 0700), 0);
+    tokenizer_of(sha256);
+    cr_assert_str_eq(sha256, "");
+    cr_assert_eq(rmdir(path), 0);
+}
+
 Test(quantize, file_is_the_same_under_mpirun, .timeout = 120)
 {
     tiny_hf o = {.dtype = QS_F16};

@@ -9,6 +9,7 @@
 #include "hf/safetensors.h"
 #include "store/io.h"
 #include "train/plan.h"
+#include "train/tokenizers.h"
 #include "train/train.h"
 
 qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum)
@@ -200,6 +201,7 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     QS_GOTO(qs_session_load_adapter(&s, options->adapter));
     QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));
     QS_GOTO(qs_data_check_hashes(data, comm));
+    qs_tokenizers_compare(s.index, (const qs_data *[]){data}, 1);
     if (data->n_targets == 0) {
         st = qs_comm_agree(comm, QS_FAIL(QS_ERR_INPUT_VALUE,
                                          "%s: n_targets=0: no position carries loss, there is "

@@ -10,6 +10,7 @@
 #include "hf/json.h"
 #include "train/evaluate.h"
 #include "train/plan.h"
+#include "train/tokenizers.h"
 #include "train/train.h"
 
 typedef struct {
@@ -331,6 +332,7 @@ qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm)
     QS_GOTO(qs_session_load_adapter(&session, options->adapter));
     QS_GOTO(qs_data_open(&data, options->prompts, session.index->config.vocab, 0, comm));
     QS_GOTO(qs_data_check_hashes(data, comm));
+    qs_tokenizers_compare(session.index, (const qs_data *[]){data}, 1);
     s.data = data;
     QS_GOTO(sample_with(&s));
 done:

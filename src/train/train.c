@@ -19,6 +19,7 @@
 #include "train/forecast.h"
 #include "train/gathers.h"
 #include "train/run_impl.h"
+#include "train/tokenizers.h"
 #include "train/trace_file.h"
 
 /* ---- setting up ---- */
@@ -33,18 +34,6 @@ static qs_status check_targets(const qs_data *data)
                          data->path);
 }
 
-/* A tokenizer that was saved again has another hash, so that this is no error. */
-static void compare_tokenizers(const qs_data *train, const qs_data *eval)
-{
-    if (train->tokenizer[0] != '\0' && eval->tokenizer[0] != '\0' &&
-        strcmp(train->tokenizer, eval->tokenizer) != 0) {
-        qs_log_warn("%s was made with another tokenizer.json (%.12s...) than %s (%.12s...): if it "
-                    "is not the same tokenizer saved again, eval_loss means nothing; prepare both "
-                    "with the model's",
-                    eval->path, eval->tokenizer, train->path, train->tokenizer);
-    }
-}
-
 static qs_status open_inputs(qs_run *r)
 {
     const qs_config *cfg = r->cfg;
@@ -57,8 +46,8 @@ static qs_status open_inputs(qs_run *r)
     if (cfg->data_eval[0] != '\0') {
         QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
         QS_TRY(qs_data_check_hashes(r->eval_data, r->comm));
-        compare_tokenizers(r->train_data, r->eval_data);
     }
+    qs_tokenizers_compare(r->session.index, (const qs_data *[]){r->train_data, r->eval_data}, 2);
     QS_TRY(qs_data_check_hashes(r->train_data, r->comm));
     QS_TRY(qs_comm_agree(r->comm, check_targets(r->train_data)));
     return qs_comm_agree(r->comm,

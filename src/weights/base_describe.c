@@ -93,6 +93,9 @@ static void print_totals(const qs_base_index *index, FILE *out)
     }
     (void)fprintf(out, "source      %s\n            sha256 %s\n", index->source_path,
                   index->source_sha256);
+    if (index->tokenizer_sha256[0] != '\0') {
+        (void)fprintf(out, "tokenizer   sha256 %s\n", index->tokenizer_sha256);
+    }
     (void)fprintf(out, "hashes      sha256 %s\nwritten by  %s\n", index->hashes_sha256,
                   index->quantizer);
 }

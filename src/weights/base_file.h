@@ -49,7 +49,9 @@ typedef struct {
     qs_hf_config config;
     int n_eos; /* those of generation_config.json, beside those of config.json; 0: none, or from
                   before they were kept */
-    int32_t eos[QS_EOS_MAX]; /* below config.vocab */
+    int32_t eos[QS_EOS_MAX];              /* below config.vocab */
+    char tokenizer_sha256[QS_SHA256_HEX]; /* of tokenizer.json; "": none, or from before it was kept
+                                           */
     int64_t head_chunk_rows;
     bool nested;
     int n_maps;

@@ -50,6 +50,13 @@ static json_t *unit_json(const qs_base_unit *unit)
 }
 
 /* Nothing where there is none: then the text is that of the first versions. */
+static void put_tokenizer(json_t *root, const qs_base_index *index)
+{
+    if (index->tokenizer_sha256[0] != '\0') {
+        json_object_set_new(root, "tokenizer_sha256", json_string(index->tokenizer_sha256));
+    }
+}
+
 static void put_eos(json_t *root, const qs_base_index *index)
 {
     json_t *ids = index->n_eos > 0 ? json_array() : NULL;
@@ -76,6 +83,7 @@ qs_status qs_base_index_text(const qs_base_index *index, char **text)
         index->quantizer, "zero_blocks", (json_int_t)index->zero_blocks, "units", units, "final",
         unit_json(&index->final), "hashes_sha256", index->hashes_sha256);
     put_eos(root, index);
+    put_tokenizer(root, index);
     *text = root == NULL ? NULL : json_dumps(root, JSON_COMPACT);
     json_decref(root);
     return *text != NULL ? QS_OK
@@ -283,12 +291,21 @@ static qs_status parse_eos(qs_base_index *index, const json_t *root, const char 
     return QS_OK;
 }
 
+/* Not there in the first files, nor without a tokenizer.json. */
+static qs_status parse_tokenizer(qs_base_index *index, const json_t *root, const char *path)
+{
+    return json_object_get(root, "tokenizer_sha256") != NULL
+               ? parse_sha256(root, "tokenizer_sha256", index->tokenizer_sha256, path)
+               : QS_OK;
+}
+
 static qs_status parse_root(qs_base_index *index, const json_t *root, const char *path)
 {
     const json_t *units = NULL;
     const json_t *nested = json_object_get(root, "nested");
     QS_TRY(parse_config(index, root, path));
     QS_TRY(parse_eos(index, root, path));
+    QS_TRY(parse_tokenizer(index, root, path));
     QS_TRY(parse_provenance(index, root, path));
     QS_TRY(qs_json_i64(root, "head_chunk_rows", 1, 1 << 22, &index->head_chunk_rows, path));
     if (!json_is_boolean(nested)) {

@@ -12,11 +12,12 @@
 #include "hf/json.h"
 #include "hf/safetensors_impl.h"
 #include "qshard_version.h"
+#include "store/hash.h"
 #include "store/io.h"
 #include "weights/quantize.h"
 #include "weights/quantize_impl.h"
 
-enum { MAX_CONFIG_BYTES = 1 << 20, MAX_MAPS = 4096 };
+enum { MAX_CONFIG_BYTES = 1 << 20, MAX_TOKENIZER_BYTES = 256 << 20, MAX_MAPS = 4096 };
 
 /* What the steps of planning share. */
 typedef struct {
@@ -66,18 +67,26 @@ static qs_status check_folder(const char *hf_dir)
                          "%s: is a file; name the folder with config.json and safetensors", hf_dir);
 }
 
+/* The caller frees *path. */
+static qs_status path_in(char **path, const char *hf_dir, const char *name)
+{
+    const size_t bytes = strlen(hf_dir) + strlen(name) + 2;
+    *path = malloc(bytes);
+    if (*path == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its path", hf_dir);
+    }
+    (void)snprintf(*path, bytes, "%s/%s", hf_dir, name);
+    return QS_OK;
+}
+
 static qs_status read_config(qs_base_index *index, const char *hf_dir)
 {
     qs_status st = QS_OK;
     void *text = NULL;
+    char *path = NULL;
     size_t bytes = 0;
-    size_t path_bytes = strlen(hf_dir) + sizeof "/config.json";
     QS_TRY(check_folder(hf_dir));
-    char *path = malloc(path_bytes);
-    if (path == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its path", hf_dir);
-    }
-    (void)snprintf(path, path_bytes, "%s/config.json", hf_dir);
+    QS_TRY(path_in(&path, hf_dir, "config.json"));
     QS_GOTO(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
     QS_GOTO(qs_hf_config_parse(&index->config, text, bytes, path));
     index->config_text = text;
@@ -124,38 +133,59 @@ static qs_status parse_generation(qs_base_index *index, const json_t *root, cons
     return QS_OK;
 }
 
+/* No weight depends on what a file says: one that is no good costs that, and a warning. */
+static qs_status forgive(qs_status st, const char *cost)
+{
+    if (st == QS_OK || st == QS_ERR_MEMORY) {
+        return st;
+    }
+    qs_log_warn("%s; %s", qs_error_text(), cost);
+    qs_error_clear();
+    return QS_OK;
+}
+
 /* Chat models name the token that ends a turn there, and in config.json the one that ends a
- * document. No weight depends on it: a file that is no good costs these ids and a warning. */
+ * document. */
 static qs_status read_generation(qs_base_index *index, const char *hf_dir)
 {
     qs_status st = QS_OK;
     void *text = NULL;
+    char *path = NULL;
     size_t bytes = 0;
     json_t *root = NULL;
-    const size_t path_bytes = strlen(hf_dir) + sizeof "/generation_config.json";
-    char *path = malloc(path_bytes);
-    if (path == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its path", hf_dir);
-    }
-    (void)snprintf(path, path_bytes, "%s/generation_config.json", hf_dir);
+    QS_TRY(path_in(&path, hf_dir, "generation_config.json"));
     if (access(path, F_OK) == 0) {
         QS_GOTO(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
         QS_GOTO(qs_json_parse(&root, text, bytes, path));
         QS_GOTO(parse_generation(index, root, path));
     }
 done:
-    if (st != QS_OK && st != QS_ERR_MEMORY) {
-        qs_log_warn("%s; its eos_token_id is left out, so qshard sample stops at config.json's "
-                    "alone",
-                    qs_error_text());
-        qs_error_clear();
-        index->n_eos = 0;
-        st = QS_OK;
-    }
+    index->n_eos = st == QS_OK ? index->n_eos : 0;
     json_decref(root);
     free(text);
     free(path);
-    return st;
+    return forgive(st,
+                   "its eos_token_id is left out, so qshard sample stops at config.json's alone");
+}
+
+/* By its hash a run knows data that were prepared with another. */
+static qs_status hash_tokenizer(qs_base_index *index, const char *hf_dir)
+{
+    qs_status st = QS_OK;
+    void *text = NULL;
+    char *path = NULL;
+    size_t bytes = 0;
+    QS_TRY(path_in(&path, hf_dir, "tokenizer.json"));
+    if (access(path, F_OK) == 0) {
+        QS_GOTO(qs_io_read_file(path, MAX_TOKENIZER_BYTES, &text, &bytes));
+        qs_sha256_hex(text, bytes, index->tokenizer_sha256);
+    }
+done:
+    free(text);
+    free(path);
+    return forgive(st,
+                   "its hash is left out, so data that were prepared with another tokenizer are "
+                   "not noticed");
 }
 
 /* Find a 16- or 32-bit tensor of the wanted shape. `rows` counts the whole tensor where a chunk
@@ -378,6 +408,7 @@ static qs_status start_index(qs_plan *plan, const char *hf_dir, int64_t head_chu
     }
     QS_TRY(read_config(index, hf_dir));
     QS_TRY(read_generation(index, hf_dir));
+    QS_TRY(hash_tokenizer(index, hf_dir));
     index->head_chunk_rows = head_chunk_rows;
     index->n_maps = 1;
     QS_TRY(QS_ALLOC(&index->maps, 256, QS_MEM_WORK));

@@ -10,6 +10,7 @@ import time
 import unittest
 
 import h5py
+import numpy as np
 
 import support
 
@@ -129,6 +130,32 @@ class Refused(Case):
                 self.refused(self.command("train", data__train=prompts), ranks, 3, prompts, "n_targets=0")
                 self.refused(self.command("eval", data__eval=prompts), ranks, 3, prompts, "n_targets=0")
         self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
+
+    def warned(self, command, *pairs):
+        """One warning for each (file, file that it is compared with), once whatever the ranks."""
+        for ranks in (None, 2):
+            said = support.qshard(*command, ranks=ranks).stderr
+            self.assertEqual(re.findall(r"(\S+) was made with another tokenizer\.json \(\w{12}\.\.\.\) than (\S+) \(", said), list(pairs), said)
+
+    def test_data_of_another_tokenizer(self):
+        """Of the base's, as quantize has seen it, or, where that is not known, of each other."""
+        base, other, model = os.path.join(support.tiny(), "base.h5"), self.path("other.h5"), self.path("without")
+        files = {name: os.path.join(support.tiny(), name + ".h5") for name in ("train", "eval")}
+        shutil.copyfile(files["train"], other)
+        with h5py.File(other, "r+") as file:
+            file.attrs["tokenizer_sha256"] = np.bytes_("0123456789abcdef" * 4)
+        shutil.copytree(os.path.join(support.tiny(), "model"), model)
+        os.remove(os.path.join(model, "tokenizer.json"))
+        unknown = self.path("unknown.h5")
+        support.qshard("quantize", model, "-o", unknown, "--head-chunk-rows", "128")
+        for train, evaluated, of, pairs in (
+                (files["train"], files["eval"], base, ()), (other, files["eval"], base, [(other, base)]),
+                (other, other, base, [(other, base), (other, base)]), (files["train"], other, unknown, [(other, files["train"])]),
+                (other, files["eval"], unknown, [(files["eval"], other)]), (other, other, unknown, ())):
+            with self.subTest(train=train, eval=evaluated, base=of):
+                self.warned(self.command("train", "--dry-run", base=of, data__train=train, data__eval=evaluated), *pairs)
+        self.warned(self.command("eval", data__eval=other), (other, base))
+        self.warned(self.command("sample", "--prompts", other, "--tokens", 1), (other, base))
 
     def test_device_limit_too_small(self):
         remedy = ("memory.device_limit", "train.micro_batch", "train.recompute", "more ranks")
