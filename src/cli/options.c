@@ -67,6 +67,12 @@ enum {
             "Override a key of the configuration; default: as the file says, or the key's own", 1  \
     }
 
+#define BEST                                                                                       \
+    {                                                                                              \
+        "best", KEY_BEST, NULL, 0,                                                                 \
+            "Of a run, take the checkpoint with the lowest eval_loss; default: the newest", 2      \
+    }
+
 #define SHARED_DEVICE                                                                              \
     {                                                                                              \
         "allow-shared-device", KEY_SHARED_DEVICE, NULL, 0,                                         \
@@ -100,6 +106,7 @@ const struct argp_option qs_cli_train_options[] = {
 const struct argp_option qs_cli_eval_options[] = {
     SET,
     {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 2},
+    BEST,
     {"dump-logits", KEY_DUMP_LOGITS, "FILE", 0,
      "Write the logits of the first sequence as safetensors (default: none)", 3},
     SHARED_DEVICE,
@@ -108,9 +115,10 @@ const struct argp_option qs_cli_eval_options[] = {
 const struct argp_option qs_cli_sample_options[] = {
     SET,
     {"prompts", KEY_PROMPTS, "FILE", 0,
-     "Token file of prompts, made by qshard-prep --prompts (needed)", 2},
-    {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt (needed)", 2},
-    {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 3},
+     "Token file of prompts, made by qshard-prep --prompts (needed)", 1},
+    {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt (needed)", 1},
+    {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 2},
+    BEST,
     SHARED_DEVICE,
     COMMON};
 
@@ -127,8 +135,7 @@ const struct argp_option qs_cli_quantize_options[] = {
 
 const struct argp_option qs_cli_export_options[] = {
     {"output", 'o', "DIR", 0, "The PEFT directory to write; must not exist (needed)", 1},
-    {"best", KEY_BEST, NULL, 0,
-     "Of a run, take the checkpoint with the lowest eval_loss; default: the newest", 2},
+    BEST,
     {"base-name", KEY_BASE_NAME, "NAME", 0,
      "Hub id or path of the base model, for tools that load it from there; default: where the "
      "base was made from, a directory or, in Hugging Face's cache, the id",
@@ -139,8 +146,7 @@ const struct argp_option qs_cli_export_options[] = {
 
 const struct argp_option qs_cli_merge_options[] = {
     {"output", 'o', "DIR", 0, "The Hugging Face checkpoint to write; must not exist (needed)", 1},
-    {"best", KEY_BEST, NULL, 0,
-     "Of a run, take the checkpoint with the lowest eval_loss; default: the newest", 2},
+    BEST,
     {"base", KEY_BASE, "FILE", 0,
      "The base under the adapter; default: the run's own, needed for a PEFT directory", 2},
     {"original", KEY_ORIGINAL, "HF_DIR", 0,

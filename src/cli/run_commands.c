@@ -51,22 +51,45 @@ qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm)
     return qs_train_run(&options, comm);
 }
 
+/* Of --adapter, with --best, the checkpoint that rank 0 finds: all ranks are told its name. */
+static qs_status choose_adapter(const qs_cli_args *args, qs_comm *comm, char *step_dir,
+                                size_t capacity, const char **adapter)
+{
+    *adapter = args->adapter;
+    if (!args->best) {
+        return QS_OK;
+    }
+    if (args->adapter == NULL) {
+        return qs_comm_agree(comm, QS_FAIL(QS_ERR_USAGE, "--best chooses a checkpoint of the run "
+                                                         "that --adapter names; there is none"));
+    }
+    memset(step_dir, 0, capacity);
+    QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == 0
+                                   ? qs_cli_find_step(args->adapter, true, step_dir, capacity)
+                                   : QS_OK));
+    *adapter = step_dir;
+    return qs_comm_bcast(comm, step_dir, capacity, 0);
+}
+
 qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm)
 {
-    qs_eval_options options = {.adapter = args->adapter, .dump_logits = args->dump_logits};
+    char best[QS_PATH_MAX + 64];
+    qs_eval_options options = {.dump_logits = args->dump_logits};
+    QS_TRY(choose_adapter(args, comm, best, sizeof best, &options.adapter));
     QS_TRY(load_config(args, QS_NEED_EVAL, comm, &options.config));
     return qs_eval_run(&options, comm);
 }
 
 qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm)
 {
-    qs_sample_options options = {
-        .adapter = args->adapter, .prompts = args->prompts, .tokens = args->tokens};
+    char best[QS_PATH_MAX + 64];
+    qs_sample_options options = {.prompts = args->prompts, .tokens = args->tokens};
     if (!args->prompts || args->tokens == 0) {
         return qs_comm_agree(comm, QS_FAIL(QS_ERR_USAGE,
                                            "sample needs --prompts FILE and --tokens N; see "
                                            "qshard sample --help"));
     }
+    QS_TRY(choose_adapter(args, comm, best, sizeof best, &options.adapter));
     QS_TRY(load_config(args, QS_NEED_SAMPLE, comm, &options.config));
     return qs_sample_run(&options, comm);
 }

@@ -117,10 +117,22 @@ class Best(unittest.TestCase):
         self.assert_same_files(f"{exported}/{name}", f"{self.files_of('export', last)}/{name}", expect=False)
         merged = [self.files_of("merge", *words) for words in ((self.reference, "--best"), (best,))]
         self.assert_same_files(*(f"{target}/model.safetensors" for target in merged))
-        for adapter, loss in ((best, self.losses[BEST]), (exported, self.losses[BEST]), (self.reference, self.losses[8])):
-            done = support.qshard("eval", support.TINY_YAML, *support.settings(support.tiny(), "", data__eval=self.steps["data__eval"], cpu__gemm="strict"),
-                                  "--adapter", adapter)
-            self.assertEqual(float(done.stdout.split()[1]), loss)
+        settings = (support.TINY_YAML, *support.settings(support.tiny(), "", data__eval=self.steps["data__eval"], cpu__gemm="strict"))
+        for words, loss in (((best,), self.losses[BEST]), ((exported,), self.losses[BEST]), ((self.reference,), self.losses[8]),
+                            ((self.reference, "--best"), self.losses[BEST])):
+            for ranks in (None, 2):
+                done = support.qshard("eval", *settings, "--adapter", *words, ranks=ranks)
+                self.assertEqual(float(done.stdout.split()[1]), loss)
+        for ranks in (None, 2):
+            texts = [support.qshard("sample", *settings, "--prompts", os.path.join(support.tiny(), "eval.h5"), "--tokens", 4,
+                                    "--adapter", *words, ranks=ranks).stdout
+                     for words in ((self.reference, "--best"), (best,), (self.reference,))]
+            self.assertEqual(texts[0], texts[1])
+            self.assertNotEqual(texts[0], texts[2])
+            done = support.qshard("eval", *settings, "--best", ranks=ranks, expect=2)
+            self.assertEqual(done.stderr.count("error["), 1, done.stderr)
+            self.assertIn("--adapter", done.stderr)
+            self.assertIn("no run directory", support.qshard("eval", *settings, "--adapter", best, "--best", ranks=ranks, expect=2).stderr)
         done = support.qshard("export", best, "--best", "-o", exported + "2", expect=2)
         self.assertIn("no run directory", done.stderr)
 
