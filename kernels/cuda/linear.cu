@@ -391,6 +391,10 @@ static qs_status gradients_together(qs_queue *q, const joined *to, const qs_join
     const qs_row_tiles tiles = qs_row_tiles_make(sums.rows, sums.cols);
     kept_da kept;
     int n = 0;
+    if ((size_t)(sums.rows * sums.cols) * sizeof(float) > context->lora_sum_bytes) {
+        return QS_FAIL(QS_ERR_BUG, "gradients of %lld x %lld, which the limits do not know of",
+                       (long long)sums.rows, (long long)sums.cols);
+    }
     QS_TRY(qs_cuda_multiply(q, 1.0f, all, true, x, false, NULL, &sums));
     for (int i = 0; i < count; i++) {
         if (l[i].lora.a != NULL) {

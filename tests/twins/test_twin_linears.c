@@ -680,3 +680,51 @@ Test(twin_linears, others_see_each_alone)
     };
     TW_CHECK_CASES(check_others, cases);
 }
+
+/* Linears wider than those that the limits join, in a unit that takes no more room than theirs: the
+ * gradients of A have no scratch of that width, and what lies behind it is not theirs to write. */
+static void check_wider(const tw_backend *b, const linears_case *c)
+{
+    const int64_t narrow = 16;
+    qs_ops_limits limits = ad_limits_of(c->rows, 24, c->in, c->most_rank, false);
+    qs_joined_linear joined[MOST];
+    qs_weight w[STRANGER + MOST];
+    qs_lora lora[STRANGER + MOST] = {{0}};
+    linears l;
+    linears_make(&l, b, c);
+    w[0] = l.unit.weight;
+    w[0].quantum = 4;
+    w[0].out = 24;
+    w[0].in = narrow;
+    limits.n_linears = STRANGER + c->count;
+    limits.widest = c->in;
+    for (int i = 0; i < c->count; i++) {
+        const int at = STRANGER + i;
+        limits.out[at] = c->out[i];
+        limits.in[at] = narrow;
+        limits.joined[at] = i > 0;
+        w[at] = l.part[i].unit.weight;
+        lora[at] = l.part[i].ad.device;
+    }
+    tw_open(b, &limits);
+    tw_ok(b, b->ops->unit_open(b->queue, &l.unit.view, w, lora, STRANGER + c->count, 0, false));
+    describe(&l, false, false, joined);
+    tw_ok(b, b->ops->linears_lora_forward(b->queue, &l.unit.view, joined, c->count, &l.x.device));
+    describe(&l, false, true, joined);
+    const qs_status st = b->ops->linears_lora_backward(b->queue, &l.unit.view, joined, c->count,
+                                                       &l.x.device, NULL, false);
+    cr_assert_eq(st, tw_is_cpu(b) ? QS_OK : QS_ERR_BUG, "%s: %s", b->name, qs_error_text());
+    qs_error_clear();
+    tw_ok(b, qs_queue_wait(b->queue));
+    b->ops->unit_close(b->queue);
+    b->ops->close(b->queue);
+    linears_free(&l);
+}
+
+Test(twin_linears, no_scratch_for_wider_ones)
+{
+    static const linears_case cases[] = {
+        {2, 5, 160, {8, 8}, {8, 8}, 8, 0.0F, &side_by_side, NO_BIAS, NO_DX},
+    };
+    TW_CHECK_CASES(check_wider, cases);
+}

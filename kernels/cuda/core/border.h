@@ -14,11 +14,11 @@
  *
  *              in      border
  *        +------------+-------+
- *        |     W1     | B1  0 |   out1 rows     [X | s X A1^T | s X A2^T] [...]^T = [Y1 | Y2]
- *        |     W2     | 0  B2 |   out2 rows
+ *        |     W1     | B1  0 |   out1 rows     [X | s X A1^T | s X A2^T] [W1 B1 0 ; W2 0 B2]^T
+ *        |     W2     | 0  B2 |   out2 rows         = [Y1 | Y2]
  *        +------------+-------+
- *        |     A1     | 0     |                 [dY1 | dY2 | s dY1 B1 | s dY2 B2] [W1 ; W2 ; A1 ;
- * A2] |     A2     |       |                     = dX, the sum for both
+ *        |     A1     | 0     |   border rows   [dY1 | dY2 | s dY1 B1 | s dY2 B2]
+ *        |     A2     |       |                     [W1 ; W2 ; A1 ; A2] = dX, the sum for both
  *        +------------+-------+
  *
  * One without an adapter has zeros beside its W and no rows below. The border of an adapter is the
