@@ -4,6 +4,7 @@
 #include <nccl.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,15 +119,16 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm)
     return ncclSuccess;
 }
 
-/* In a thread of its own: what it says must not be thread-local. */
-static volatile int aborts;
+/* In threads of their own: what they say must not be thread-local. */
+static atomic_int aborts;
 static volatile bool abort_hangs;
+static int aborts_awaited; /* none returns before as many have been called */
 
 ncclResult_t ncclCommAbort(ncclComm_t comm)
 {
     (void)comm;
     aborts++;
-    while (abort_hangs) {
+    while (abort_hangs || aborts < aborts_awaited) {
         usleep(1000);
     }
     return ncclSuccess;
@@ -260,6 +262,14 @@ static qs_status mirror_barrier(qs_comm *comm)
     return QS_OK;
 }
 
+static int moves; /* of the host's messages */
+
+static void mirror_progress(qs_comm *comm)
+{
+    (void)comm;
+    moves++;
+}
+
 static void mirror_abort(qs_comm *comm, qs_status status)
 {
     (void)comm;
@@ -273,6 +283,7 @@ static const qs_comm_ops mirror_ops = {
     .all_gather_now = mirror_gather_now,
     .bcast = mirror_bcast,
     .barrier = mirror_barrier,
+    .progress = mirror_progress,
     .abort = mirror_abort,
 };
 
@@ -480,6 +491,69 @@ Test(comm_nccl, a_watch_that_finds_a_loss_ends_all_communicators_of_the_device)
     cr_assert_eq(aborts, 2);
     qs_comm_fini(&host);
     qs_comm_fini(&another);
+}
+
+/* The same where the loss is found by the next call: what is freed first would wait for kernels
+ * that are ended only when the communicators are destroyed. */
+Test(comm_nccl, a_call_that_finds_a_loss_ends_all_communicators_of_the_device)
+{
+    for (int exchanged = 0; exchanged < 2; exchanged++) {
+        qs_comm host = make_host(0, 2), another = make_host(1, 3);
+        aborts = 0;
+        qs_comm *comm = make_comm(&host), *other = make_comm(&another);
+        fake_queue queue = make_queue();
+        char data[8] = {0};
+        const size_t bytes[] = {1, 1}, at[] = {0, 1};
+        fake.comm.state = ncclRemoteError;
+        cr_assert_eq(exchanged ? qs_comm_all_to_all_v(comm, data, bytes, at, data + 4, bytes, at,
+                                                      &queue.base)
+                               : qs_comm_all_gather(comm, data, data, 4, &queue.base),
+                     QS_ERR_PEER);
+        cr_assert_eq(aborts, 2);
+        assert_says("remote process exited");
+        qs_error_clear();
+        qs_comm_destroy(other);
+        qs_comm_destroy(comm);
+        cr_assert_eq(aborts, 2);
+        qs_comm_fini(&host);
+        qs_comm_fini(&another);
+    }
+}
+
+/* A kernel of one communicator may stand in a stream behind one of another that spins, and an abort
+ * waits for its own kernels: one by one, the first would wait for ever and end the job. */
+Test(comm_nccl, communicators_are_aborted_at_the_same_time, .timeout = 30)
+{
+    qs_comm host = make_host(0, 2), another = make_host(1, 3);
+    qs_comm *comm = make_comm(&host), *other = make_comm(&another);
+    fake_queue queue = make_queue();
+    char recv[8];
+    aborts_awaited = 2;
+    fake.failing = "AllGather";
+    fake.code = ncclRemoteError;
+    cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
+    cr_assert_eq(aborts, 2);
+    qs_comm_destroy(comm);
+    qs_comm_destroy(other);
+    qs_comm_fini(&host);
+    qs_comm_fini(&another);
+}
+
+/* A peer may not come to NCCL before it has got what this rank has sent it through the host. */
+Test(comm_nccl, the_hosts_messages_move_on_while_nccl_is_waited_for)
+{
+    qs_comm host = make_host(0, 2);
+    qs_comm *comm = make_comm(&host);
+    fake_queue queue = make_queue();
+    char recv[8];
+    moves = 0;
+    fake.polls = 3;
+    cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_OK);
+    cr_assert_eq(moves, 2); /* between three looks */
+    cr_assert_eq(device.watches[0].watch(device.watches[0].ctx), QS_OK);
+    cr_assert_eq(moves, 3);
+    qs_comm_destroy(comm);
+    qs_comm_fini(&host);
 }
 
 Test(comm_nccl, each_kind_of_failure_has_its_status)

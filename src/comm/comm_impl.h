@@ -18,6 +18,7 @@ typedef struct {
     qs_status (*bcast)(qs_comm *comm, void *data, size_t bytes, int root);
     qs_status (*barrier)(qs_comm *comm);
     qs_status (*split)(qs_comm *comm, int color, qs_comm **out);
+    void (*progress)(qs_comm *comm); /* messages under way move on; NULL: they do by themselves */
     void (*abort)(qs_comm *comm, qs_status status);
     void (*destroy)(qs_comm *comm); /* frees the whole object */
 } qs_comm_ops;

@@ -402,6 +402,15 @@ static qs_status mpi_barrier(qs_comm *comm)
     return note(c, QS_MPI(MPI_Barrier(c->world)));
 }
 
+/* A message that was sent may still need this rank: a long one until its receiver asks for it, a
+ * short one while a buffer on the way is full. Whatever looks at MPI moves all of them. */
+static void mpi_progress(qs_comm *comm)
+{
+    int found = 0;
+    (void)MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, ((comm_mpi *)comm)->world, &found,
+                     MPI_STATUS_IGNORE);
+}
+
 /* ---- life ---- */
 
 void qs_comm_mpi_version(char *out, size_t capacity)
@@ -456,6 +465,7 @@ static const qs_comm_ops mpi_ops = {
     .bcast = mpi_bcast,
     .barrier = mpi_barrier,
     .split = mpi_split,
+    .progress = mpi_progress,
     .abort = mpi_abort,
     .destroy = mpi_destroy,
 };

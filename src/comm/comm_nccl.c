@@ -12,7 +12,11 @@
  * speaks) hangs the call for good; here it ends in QS_ERR_PEER. The price is that thread a call,
  * some 50 us of the host, which runs ahead of the GPU. What is in the stream already is another
  * matter: if a peer is lost then, the kernel spins, and the launcher (mpirun, srun -K) ends the
- * job. */
+ * job.
+ *
+ * NCCL and the host's transport wait for each other's ranks: whoever waits for NCCL lets the host's
+ * messages move on meanwhile, since a peer may not come to NCCL before it has got them ("MPI
+ * Progress" in NCCL's manual). */
 #define _GNU_SOURCE
 #include <nccl.h>
 #include <pthread.h>
@@ -34,7 +38,7 @@
 static const double DEFAULT_LIMIT_S = 120.0;
 static const double FAREWELL_LIMIT_S = 10.0; /* what closing may take; results are safe by then */
 static const double SPIN_S = 200e-6;         /* longer than a call whose ranks are connected */
-enum { ABORT_LIMIT_S = 5 };
+enum { ABORT_LIMIT_S = 5, ABORTS_MAX = QS_DEVICE_WATCHES_MAX + 1 };
 
 typedef struct {
     qs_comm base;
@@ -117,6 +121,14 @@ static void pause_since(double start_s)
     nanosleep(&nap, NULL);
 }
 
+/* What this rank has said to its peers through the host may need it to move on. */
+static void let_host_go_on(const comm_nccl *c)
+{
+    if (c->host->ops->progress != NULL) {
+        c->host->ops->progress(c->host);
+    }
+}
+
 /* Poll until the last call is done with connecting and its work stands in the stream. `call` names
  * it in messages. `timed_out` may be NULL. */
 static qs_status wait_until_ready(const comm_nccl *c, double limit_s, const char *call,
@@ -138,6 +150,7 @@ static qs_status wait_until_ready(const comm_nccl *c, double limit_s, const char
                            "(QSHARD_NCCL_TIMEOUT); %s",
                            call, c->base.rank, c->base.nranks, limit_s, advice(QS_ERR_PEER));
         }
+        let_host_go_on(c);
         pause_since(start_s);
     }
 }
@@ -155,37 +168,64 @@ static qs_status check(comm_nccl *c)
     return note(c, nccl_status(c->nccl, state, "NCCL", __LINE__));
 }
 
-/* Ends what spins on the GPU for a peer that is gone, without which the device could not be closed.
- */
-static void abort_nccl(comm_nccl *c);
-
 static qs_status watch(void *ctx);
 
-/* Nothing goes through this communicator any more. */
-static void give_up(comm_nccl *c, qs_status st)
+static void *run_abort(void *nccl)
 {
-    (void)note(c, st);
-    if (c->nccl != NULL) {
-        abort_nccl(c);
-        c->nccl = NULL;
+    ncclCommAbort(nccl);
+    return NULL;
+}
+
+/* End what these have on the GPU, which spins for a peer that is gone: without that the device
+ * could not be closed. All at once, for a kernel of one may stand in a stream behind a kernel of
+ * another, and ncclCommAbort waits for the kernels of its own. It has been seen to hang by itself
+ * too (nccl#863, nccl#992): then the whole job ends here. */
+static void abort_together(comm_nccl *const *lost, int count)
+{
+    pthread_t threads[ABORTS_MAX];
+    bool runs[ABORTS_MAX];
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += ABORT_LIMIT_S;
+    for (int i = 0; i < count; i++) {
+        runs[i] = pthread_create(&threads[i], NULL, run_abort, lost[i]->nccl) == 0;
+    }
+    for (int i = 0; i < count; i++) {
+        if (!runs[i]) {
+            run_abort(lost[i]->nccl);
+        } else if (pthread_timedjoin_np(threads[i], NULL, &until) != 0) {
+            const qs_status st = lost[i]->broken != QS_OK ? lost[i]->broken : QS_ERR_PEER;
+            (void)QS_FAIL(st, "NCCL: ncclCommAbort has not returned; %s", advice(QS_ERR_PEER));
+            qs_comm_abort(&lost[i]->base, st);
+        }
+        lost[i]->nccl = NULL;
     }
 }
 
 /* After the first failure NCCL's kernels may spin for ever, and whatever frees memory would wait
  * for them: they are ended here, not when the communicator is destroyed, which comes last. Those of
  * the device's other communicators may wait for the same peer and not find out: among the cards of
- * a host there is no connection that breaks. */
+ * a host there is no connection that breaks. Nothing goes through any of them any more. */
 static qs_status give_up_if_failed(comm_nccl *c, qs_status st)
 {
+    comm_nccl *lost[ABORTS_MAX] = {c};
+    int count = 1;
     if (st == QS_OK) {
         return QS_OK;
     }
-    give_up(c, st);
     for (int i = 0; c->device != NULL && i < QS_DEVICE_WATCHES_MAX; i++) {
-        if (c->device->watches[i].watch == watch) {
-            give_up(c->device->watches[i].ctx, st);
+        if (c->device->watches[i].watch == watch && c->device->watches[i].ctx != c) {
+            lost[count++] = c->device->watches[i].ctx;
         }
     }
+    int connected = 0;
+    for (int i = 0; i < count; i++) {
+        (void)note(lost[i], st);
+        if (lost[i]->nccl != NULL) {
+            lost[connected++] = lost[i];
+        }
+    }
+    abort_together(lost, connected);
     return st;
 }
 
@@ -222,7 +262,7 @@ static qs_status nccl_all_gather(qs_comm *comm, const void *send, void *recv, si
     if (is_on_host(queue)) {
         return c->host->ops->all_gather(c->host, send, recv, bytes_per_rank, queue);
     }
-    QS_TRY(check(c));
+    QS_TRY(give_up_if_failed(c, check(c)));
     if (c->nccl == NULL) {
         return copy_own(queue, recv, send, bytes_per_rank);
     }
@@ -278,7 +318,7 @@ static qs_status nccl_all_to_all_v(qs_comm *comm, const void *send, const size_t
         return c->host->ops->all_to_all_v(c->host, send, send_bytes, send_at, recv, recv_bytes,
                                           recv_at, queue);
     }
-    QS_TRY(check(c));
+    QS_TRY(give_up_if_failed(c, check(c)));
     const exchange x = {send, send_bytes, send_at, recv, recv_bytes, recv_at};
     const int me = comm->rank;
     if (send_bytes[me] > 0) { /* places of empty pieces need not lie in the buffer */
@@ -317,31 +357,6 @@ static void nccl_abort(qs_comm *comm, qs_status status)
 
 /* ---- life ---- */
 
-static void *run_abort(void *nccl)
-{
-    ncclCommAbort(nccl);
-    return NULL;
-}
-
-/* ncclCommAbort has been seen to hang itself (nccl#863, nccl#992): then the whole job ends here. */
-static void abort_nccl(comm_nccl *c)
-{
-    pthread_t thread;
-    struct timespec until;
-    if (pthread_create(&thread, NULL, run_abort, c->nccl) != 0) {
-        run_abort(c->nccl);
-        return;
-    }
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += ABORT_LIMIT_S;
-    if (pthread_timedjoin_np(thread, NULL, &until) == 0) {
-        return;
-    }
-    const qs_status st = c->broken != QS_OK ? c->broken : QS_ERR_PEER;
-    (void)QS_FAIL(st, "NCCL: ncclCommAbort has not returned; %s", advice(QS_ERR_PEER));
-    qs_comm_abort(&c->base, st);
-}
-
 /* Finalize waits for what is under way, and so for ever where a peer has gone its own way. */
 static void close_nccl(comm_nccl *c)
 {
@@ -357,7 +372,7 @@ static void close_nccl(comm_nccl *c)
     if (state == ncclSuccess) {
         ncclCommDestroy(c->nccl);
     } else {
-        abort_nccl(c);
+        abort_together(&c, 1);
     }
 }
 
@@ -499,6 +514,7 @@ static qs_status start(comm_nccl *c)
 /* Asked while the host waits for the GPU. */
 static qs_status watch(void *ctx)
 {
+    let_host_go_on(ctx);
     return give_up_if_failed(ctx, check(ctx));
 }
 

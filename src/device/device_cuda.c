@@ -607,13 +607,18 @@ static bool is_pageable(const void *ptr)
 }
 
 /* For pageable memory CUDA promises nothing about when the call returns ("might be synchronous"),
- * so the host waits. What should be asynchronous uses pinned memory. */
+ * so the host waits. What should be asynchronous uses pinned memory. Where there are watches the
+ * host waits before as well: the call itself would stand behind what never ends, and ask nobody. */
 static qs_status copy(qs_queue *base, void *to, const void *from, size_t bytes)
 {
     cuda_queue *queue = (cuda_queue *)base;
     QS_TRY(make_current((cuda_device *)base->device));
+    const bool pageable = is_pageable(to) || is_pageable(from);
+    if (pageable && is_watched(base->device)) {
+        QS_TRY(watched_wait(queue, NULL));
+    }
     QS_TRY(QS_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, queue->stream)));
-    return is_pageable(to) || is_pageable(from) ? host_wait(queue, NULL) : QS_OK;
+    return pageable ? host_wait(queue, NULL) : QS_OK;
 }
 
 static uint64_t record(qs_queue *base)

@@ -412,7 +412,9 @@ static qs_status connect_levels(qs_session *s)
 qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained)
 {
     const qs_ops_limits limits = qs_session_limits(s, shape);
-    QS_TRY(qs_comm_agree(s->comm, qs_backend_comm(&s->device_comm, &s->backend, s->comm)));
+    /* a rank that NCCL did not connect in time has nobody to agree with */
+    QS_TRY(qs_comm_agree_after(s->comm, s->comm,
+                               qs_backend_comm(&s->device_comm, &s->backend, s->comm)));
     QS_TRY(connect_group(s));
     if (trained) {
         QS_TRY(connect_levels(s));

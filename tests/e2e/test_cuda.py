@@ -380,6 +380,13 @@ class Refusals(unittest.TestCase):
                              environment=on_gpu(QSHARD_EMULATOR_NCCL_FAIL="9"), **SMALL)
         self.assertIn("error[E600]", done.stderr)
 
+    def test_a_peer_that_does_not_connect(self):
+        """Those that have waited for it in vain cannot agree on that with it: it is elsewhere by then, and would wait."""
+        output = os.path.join(support.scratch(), "run")
+        done = support.train(output, expect=6, ranks=3, options=("--allow-shared-device",), device="cuda",
+                             environment=on_gpu(QSHARD_NCCL_TIMEOUT="1", QSHARD_EMULATOR_NCCL_FAIL="init@1"), **SMALL)
+        self.assertIn("of 3 has waited 1 s for the others", done.stderr)
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -7,7 +7,14 @@
  * somebody waits for the stream (or a later call uses the same memory), so that whoever does not
  * wait reads 0xff.
  *
- * Two communicators may not be at work side by side: whoever lets them ends the program.
+ * What NCCL would hang on, or would answer with wrong bytes, ends the program with a line that
+ * begins with "emulator:":
+ *   - two communicators at work in two streams of which neither waits for the other;
+ *   - ranks whose calls on a communicator are not the same: kind, size, root, order. Before a piece
+ *     goes a word that says what it belongs to. Sends and receives only have to lie between the
+ *     same collectives, since a rank that has no piece makes no call;
+ *   - messages that nobody has received when the communicator is closed;
+ *   - two threads in calls at the same time, and a communicator that is used after its end.
  *
  * A non-blocking communicator is in progress until its exchange has arrived, and at least once: who
  * calls the next one before is refused, as NCCL does.
@@ -18,15 +25,17 @@
  * says
  */
 #include <mpi.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "emulator_c.h"
 #include "nccl.h"
 
-enum { TAG = 7, JOIN_TAG = 100, POISON = 0xff };
+enum { TAG = 7, WORD_TAG = 8, JOIN_TAG = 100, POISON = 0xff, TEXT_BYTES = 160 };
 static const size_t CHUNK_BYTES = (size_t)1 << 30; /* MPI counts in int */
 #define ID_TEXT "qshard emulator"
 
@@ -36,6 +45,14 @@ typedef struct {
     int maker, number; /* rank in MPI_COMM_WORLD, and how many it had made before */
 } unique_id;
 
+typedef enum { ALL_GATHER, BROADCAST, POINT_TO_POINT } call_kind;
+
+/** What a piece belongs to, which both sides must agree on. */
+typedef struct {
+    int64_t bytes, collectives; /* that this communicator has had before */
+    int32_t kind, root;
+} word;
+
 /** What goes to a peer or comes from it. */
 typedef struct {
     char *at;    /* device memory */
@@ -43,6 +60,9 @@ typedef struct {
     size_t bytes;
     int peer;
     bool send;
+    word mine, theirs;
+    MPI_Request request; /* of the word that comes */
+    bool open;           /* it has come, and so may the bytes */
 } piece;
 
 /** Everything of a call, or of a group of calls. */
@@ -56,7 +76,7 @@ typedef struct exchange {
     MPI_Request *requests;
     int *expected; /* bytes of each request */
     int n_requests;
-    bool arrived;
+    bool collective, arrived;
 } exchange;
 
 struct ncclComm {
@@ -67,16 +87,34 @@ struct ncclComm {
     exchange *current;   /* those that streams still have, the last one first */
     bool destroyed;      /* freed with the last of them */
     bool was_polled;     /* since the last call */
+    int64_t collectives; /* so far */
+    atomic_bool ended;   /* aborted: nothing arrives any more, and it may not be used */
     ncclResult_t failed;
 };
 
 /* Of all communicators, what has not arrived. */
 static exchange *under_way;
 
+/* A thread is between the start and the end of a group, or in a call. */
+static atomic_bool busy;
+
 /* A group of calls of this thread. */
 static _Thread_local int group_depth;
 static _Thread_local exchange *group;
 static _Thread_local ncclResult_t group_failed;
+
+static _Noreturn void die(const char *what)
+{
+    fprintf(stderr, "emulator: %s\n", what);
+    abort();
+}
+
+static void check_alive(ncclComm_t comm)
+{
+    if (comm->ended) {
+        die("a communicator of NCCL is used after ncclCommAbort");
+    }
+}
 
 /* ---- settings ---- */
 
@@ -196,44 +234,136 @@ static int chunks_of(size_t bytes)
     return (int)((bytes + CHUNK_BYTES - 1) / CHUNK_BYTES);
 }
 
-static void start(exchange *x)
+static bool is_mine(const exchange *x, const piece *p)
 {
-    int n = 0;
-    for (int i = 0; i < x->n_pieces; i++) {
-        n += chunks_of(x->pieces[i].bytes);
-    }
-    x->requests = allocate((size_t)n, sizeof *x->requests);
-    x->expected = allocate((size_t)n, sizeof *x->expected);
-    for (int i = 0; i < x->n_pieces; i++) {
-        const piece *p = &x->pieces[i];
-        for (size_t at = 0; at < p->bytes && p->peer != x->comm->rank; at += CHUNK_BYTES) {
-            const size_t rest = p->bytes - at;
-            const int bytes = (int)(rest < CHUNK_BYTES ? rest : CHUNK_BYTES);
-            MPI_Request *request = &x->requests[x->n_requests];
-            x->expected[x->n_requests++] = p->send ? 0 : bytes;
-            if (p->send) {
-                MPI_Isend(p->aside + at, bytes, MPI_BYTE, p->peer, TAG, x->comm->mpi, request);
-            } else {
-                MPI_Irecv(p->aside + at, bytes, MPI_BYTE, p->peer, TAG, x->comm->mpi, request);
-            }
+    return p->peer == x->comm->rank;
+}
+
+static MPI_Request *next_request(exchange *x, int expected)
+{
+    x->expected[x->n_requests] = expected;
+    return &x->requests[x->n_requests++];
+}
+
+static void move_bytes(exchange *x, piece *p)
+{
+    for (size_t at = 0; at < p->bytes; at += CHUNK_BYTES) {
+        const size_t rest = p->bytes - at;
+        const int bytes = (int)(rest < CHUNK_BYTES ? rest : CHUNK_BYTES);
+        if (p->send) {
+            MPI_Isend(p->aside + at, bytes, MPI_BYTE, p->peer, TAG, x->comm->mpi,
+                      next_request(x, 0));
+        } else {
+            MPI_Irecv(p->aside + at, bytes, MPI_BYTE, p->peer, TAG, x->comm->mpi,
+                      next_request(x, bytes));
         }
     }
 }
 
-/* Has everything come? Pieces that are longer than what is received end the program in MPI, shorter
- * ones here. */
-static bool has_arrived(exchange *x, bool wait)
+/* Send all, behind their words, and wait for the words of what comes. */
+static void start(exchange *x)
 {
-    if (x->arrived || x->n_requests == 0) {
+    int n = 0;
+    for (int i = 0; i < x->n_pieces; i++) {
+        n += chunks_of(x->pieces[i].bytes) + 1;
+    }
+    x->requests = allocate((size_t)n, sizeof *x->requests);
+    x->expected = allocate((size_t)n, sizeof *x->expected);
+    for (int i = 0; i < x->n_pieces; i++) {
+        piece *p = &x->pieces[i];
+        p->open = p->send || is_mine(x, p);
+        if (is_mine(x, p)) {
+            continue;
+        }
+        p->mine.collectives = x->comm->collectives;
+        if (p->send) {
+            MPI_Isend(&p->mine, sizeof p->mine, MPI_BYTE, p->peer, WORD_TAG, x->comm->mpi,
+                      next_request(x, 0));
+            move_bytes(x, p);
+        } else {
+            MPI_Irecv(&p->theirs, sizeof p->theirs, MPI_BYTE, p->peer, WORD_TAG, x->comm->mpi,
+                      &p->request);
+        }
+    }
+    x->comm->collectives += x->collective ? 1 : 0;
+}
+
+static void describe(char out[TEXT_BYTES], const word *w)
+{
+    char call[TEXT_BYTES / 2] = "ncclSend or ncclRecv";
+    if (w->kind == ALL_GATHER) {
+        snprintf(call, sizeof call, "ncclAllGather");
+    } else if (w->kind == BROADCAST) {
+        snprintf(call, sizeof call, "ncclBroadcast from %d", w->root);
+    }
+    snprintf(out, TEXT_BYTES, "%s of %lld bytes behind %lld collectives", call, (long long)w->bytes,
+             (long long)w->collectives);
+}
+
+static void compare_words(const exchange *x, const piece *p)
+{
+    char mine[TEXT_BYTES], theirs[TEXT_BYTES], what[3 * TEXT_BYTES];
+    if (p->mine.kind == p->theirs.kind && p->mine.bytes == p->theirs.bytes &&
+        p->mine.root == p->theirs.root && p->mine.collectives == p->theirs.collectives) {
+        return;
+    }
+    describe(mine, &p->mine);
+    describe(theirs, &p->theirs);
+    snprintf(what, sizeof what, "rank %d of a communicator calls %s, and rank %d calls %s",
+             x->comm->rank, mine, p->peer, theirs);
+    die(what);
+}
+
+/* A peer's pieces come one behind the other. */
+static bool is_next_of_peer(const exchange *x, int i)
+{
+    for (int k = 0; k < i; k++) {
+        if (!x->pieces[k].open && x->pieces[k].peer == x->pieces[i].peer) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* \return all words have come. */
+static bool open_pieces(exchange *x)
+{
+    bool all = true;
+    for (int i = 0; i < x->n_pieces; i++) {
+        piece *p = &x->pieces[i];
+        int here = 0;
+        if (p->open) {
+            continue;
+        }
+        if (is_next_of_peer(x, i)) {
+            MPI_Test(&p->request, &here, MPI_STATUS_IGNORE);
+        }
+        if (here) {
+            compare_words(x, p);
+            p->open = true;
+            move_bytes(x, p);
+        }
+        all = all && here;
+    }
+    return all;
+}
+
+/* Has everything come? */
+static bool look(exchange *x)
+{
+    int arrived = 1;
+    if (x->arrived) {
         return true;
     }
-    int arrived = 1;
-    MPI_Status *statuses = allocate((size_t)x->n_requests, sizeof *statuses);
-    if (wait) {
-        MPI_Waitall(x->n_requests, x->requests, statuses);
-    } else {
-        MPI_Testall(x->n_requests, x->requests, &arrived, statuses);
+    if (!open_pieces(x)) {
+        return false;
     }
+    if (x->n_requests == 0) { /* one rank: there may be no MPI */
+        x->arrived = true;
+        return true;
+    }
+    MPI_Status *statuses = allocate((size_t)x->n_requests, sizeof *statuses);
+    MPI_Testall(x->n_requests, x->requests, &arrived, statuses);
     for (int i = 0; arrived && i < x->n_requests; i++) {
         int bytes = 0;
         MPI_Get_count(&statuses[i], MPI_BYTE, &bytes);
@@ -248,10 +378,25 @@ static bool has_arrived(exchange *x, bool wait)
     return x->arrived;
 }
 
+/* With `wait`, true unless the communicator is aborted meanwhile. */
+static bool has_arrived(exchange *x, bool wait)
+{
+    const struct timespec nap = {.tv_nsec = 20000};
+    while (!look(x)) {
+        if (!wait || x->comm->ended) {
+            return false;
+        }
+        nanosleep(&nap, NULL);
+    }
+    return true;
+}
+
 /* Wait for what comes, and put it where it belongs. */
 static void deliver(exchange *x)
 {
-    has_arrived(x, true);
+    if (x->comm->ended || !has_arrived(x, true)) {
+        return; /* its kernel was ended */
+    }
     for (int i = 0; i < x->n_pieces; i++) {
         if (!x->pieces[i].send) {
             memcpy(x->pieces[i].at, x->pieces[i].aside, x->pieces[i].bytes);
@@ -278,7 +423,9 @@ static void forget(exchange *x)
     if (x->next != NULL) {
         x->next->from = x->from;
     }
-    exchange_free(x);
+    if (x->arrived) { /* else MPI may still write into it */
+        exchange_free(x);
+    }
     if (comm->destroyed) {
         comm_free(comm);
     }
@@ -328,9 +475,8 @@ static void check_alone(const exchange *x)
 {
     for (const exchange *e = under_way; e != NULL; e = e->next) {
         if (e->comm != x->comm && e->stream != x->stream) {
-            fprintf(stderr, "emulator: two communicators of NCCL are at work in two streams, and "
-                            "neither waits for the other\n");
-            abort();
+            die("two communicators of NCCL are at work in two streams, and neither waits for the "
+                "other");
         }
     }
 }
@@ -369,6 +515,9 @@ static ncclResult_t run(exchange *x)
 
 ncclResult_t ncclGroupStart(void)
 {
+    if (group_depth == 0 && atomic_exchange(&busy, true)) {
+        die("two threads call NCCL at the same time");
+    }
     group_depth++;
     return ncclSuccess;
 }
@@ -382,17 +531,16 @@ ncclResult_t ncclGroupEnd(void)
         return ncclSuccess;
     }
     exchange *x = group;
-    const ncclResult_t failed = group_failed;
+    ncclResult_t result = group_failed;
     group = NULL;
     group_failed = ncclSuccess;
-    if (x == NULL) {
-        return failed;
-    }
-    if (failed != ncclSuccess) {
+    if (x != NULL && result == ncclSuccess) {
+        result = run(x);
+    } else if (x != NULL) {
         exchange_free(x);
-        return failed;
     }
-    return run(x);
+    atomic_store(&busy, false);
+    return result;
 }
 
 static ncclResult_t refuse(ncclResult_t why)
@@ -408,6 +556,7 @@ static ncclResult_t enter(ncclComm_t comm, cudaStream_t stream, ncclDataType_t t
     if (comm == NULL || (type != ncclUint8 && type != ncclInt8)) {
         return refuse(ncclInvalidArgument);
     }
+    check_alive(comm);
     if (comm->failed != ncclSuccess) {
         return refuse(comm->failed);
     }
@@ -445,9 +594,12 @@ ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataT
 {
     ncclGroupStart();
     const ncclResult_t entered = enter(comm, stream, type);
-    for (int r = 0; entered == ncclSuccess && r < comm->nranks; r++) {
-        add(group, (piece){.at = (char *)send, .bytes = count, .peer = r, .send = true});
-        add(group, (piece){.at = (char *)recv + (size_t)r * count, .bytes = count, .peer = r});
+    const word w = {.kind = ALL_GATHER, .bytes = (int64_t)count};
+    for (int r = 0; entered == ncclSuccess && count > 0 && r < comm->nranks; r++) {
+        char *to = (char *)recv + (size_t)r * count;
+        add(group, (piece){.at = (char *)send, .bytes = count, .peer = r, .send = true, .mine = w});
+        add(group, (piece){.at = to, .bytes = count, .peer = r, .mine = w});
+        group->collective = true;
     }
     return leave(entered);
 }
@@ -460,11 +612,12 @@ ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataT
     if (entered == ncclSuccess && !is_peer(comm, root)) {
         entered = refuse(ncclInvalidArgument);
     }
-    for (int r = 0; entered == ncclSuccess && comm->rank == root && r < comm->nranks; r++) {
-        add(group, (piece){.at = (char *)send, .bytes = count, .peer = r, .send = true});
-    }
-    if (entered == ncclSuccess) {
-        add(group, (piece){.at = recv, .bytes = count, .peer = root});
+    const word w = {.kind = BROADCAST, .bytes = (int64_t)count, .root = root};
+    for (int r = 0; entered == ncclSuccess && count > 0 && r < comm->nranks; r++) {
+        const size_t out = comm->rank == root ? count : 0, in = r == root ? count : 0;
+        add(group, (piece){.at = (char *)send, .bytes = out, .peer = r, .send = true, .mine = w});
+        add(group, (piece){.at = recv, .bytes = in, .peer = r, .mine = w});
+        group->collective = true;
     }
     return leave(entered);
 }
@@ -477,7 +630,8 @@ static ncclResult_t send_or_receive(piece p, ncclDataType_t type, ncclComm_t com
     if (entered == ncclSuccess && !is_peer(comm, p.peer)) {
         entered = refuse(ncclInvalidArgument);
     }
-    if (entered == ncclSuccess) {
+    if (entered == ncclSuccess && p.bytes > 0) {
+        p.mine = (word){.kind = POINT_TO_POINT, .bytes = (int64_t)p.bytes};
         add(group, p);
     }
     return leave(entered);
@@ -588,6 +742,9 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int nranks, ncclUniqueId id
     if (nranks < 1 || rank < 0 || rank >= nranks || strcmp(made.text, ID_TEXT) != 0) {
         return ncclInvalidArgument;
     }
+    if (config != NULL && config->magic != 0xcafebeef) {
+        return ncclInvalidArgument;
+    }
     const char *fail = setting("QSHARD_EMULATOR_NCCL_FAIL");
     if (fail != NULL && strncmp(fail, "init", 4) == 0) {
         return ncclSystemError;
@@ -616,6 +773,7 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
 {
     const bool first_look = !comm->was_polled;
     int arrived = 1;
+    check_alive(comm);
     comm->was_polled = true;
     *state = comm->failed;
     if (comm->failed != ncclSuccess) {
@@ -634,11 +792,31 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
     return ncclSuccess;
 }
 
+/* Sends that no receive was called for. One that is still on its way is not seen. */
+static void check_all_received(ncclComm_t comm)
+{
+    int found = 0;
+    MPI_Status status;
+    if (comm->mpi == MPI_COMM_NULL || comm->joining != MPI_REQUEST_NULL) {
+        return;
+    }
+    MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm->mpi, &found, &status);
+    if (found) {
+        char what[TEXT_BYTES];
+        snprintf(what, sizeof what,
+                 "rank %d of a communicator has sent what rank %d never received",
+                 status.MPI_SOURCE, comm->rank);
+        die(what);
+    }
+}
+
 ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
+    check_alive(comm);
     while (comm->current != NULL) {
         qs_emulator_force(comm->current->stream);
     }
+    check_all_received(comm);
     comm->was_polled = false;
     return comm->blocking ? ncclSuccess : ncclInProgress;
 }
@@ -661,10 +839,13 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm)
     return ncclSuccess;
 }
 
-/* No word to MPI, which may be busy in another thread; what is on its way stays where it is. */
+/* No word to MPI, which may be busy in another thread; what is on its way stays where it is, and
+ * streams that wait for it go on. */
 ncclResult_t ncclCommAbort(ncclComm_t comm)
 {
-    (void)comm;
+    if (atomic_exchange(&comm->ended, true)) {
+        die("ncclCommAbort is called a second time");
+    }
     return ncclSuccess;
 }
 

@@ -1,6 +1,7 @@
 /* NCCL over MPI does what NCCL's manual says, for any number of ranks:  mpirun -n 3
  * test_emulator_nccl. Without mpirun: one rank, and no MPI. */
 #include <mpi.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -80,6 +81,9 @@ static ncclComm_t join(bool blocking)
         return comm;
     }
     config.blocking = 0;
+    ncclConfig_t unmade = config;
+    unmade.magic = 0;
+    CHECK(ncclCommInitRankConfig(&comm, nranks, id, rank, &unmade) == ncclInvalidArgument);
     finish(comm, ncclCommInitRankConfig(&comm, nranks, id, rank, &config));
     return comm;
 }
@@ -274,6 +278,121 @@ static void two_communicators(bool apart)
     CHECK(ncclCommDestroy(one) == ncclSuccess && ncclCommDestroy(two) == ncclSuccess);
 }
 
+/* ---- what ends the program, on two ranks ---- */
+
+static ncclComm_t one;
+static cudaStream_t stream;
+static unsigned char *data, *more;
+
+/* Rank 1 does what it should not; whoever finds out ends the program. */
+static void another_kind(void)
+{
+    if (rank == 1) {
+        finish(one, ncclBroadcast(data, more, BYTES, ncclUint8, 0, one, stream));
+    } else {
+        finish(one, ncclAllGather(data, more, BYTES, ncclUint8, one, stream));
+    }
+}
+
+static void another_size(void)
+{
+    const size_t bytes = rank == 1 ? 2 * BYTES : BYTES; /* the bytes of rank 0 would fit */
+    finish(one, ncclAllGather(data, more, bytes, ncclUint8, one, stream));
+}
+
+static void another_root(void)
+{
+    finish(one, ncclBroadcast(data, more, BYTES, ncclUint8, rank, one, stream));
+}
+
+static ncclResult_t swap(void)
+{
+    CHECK(ncclGroupStart() == ncclSuccess);
+    CHECK(ncclSend(data, BYTES, ncclUint8, 1 - rank, one, stream) == ncclSuccess);
+    CHECK(ncclRecv(more, BYTES, ncclUint8, 1 - rank, one, stream) == ncclSuccess);
+    return ncclGroupEnd();
+}
+
+static void another_order(void)
+{
+    if (rank == 1) {
+        finish(one, swap());
+    }
+    finish(one, ncclAllGather(data, more, BYTES, ncclUint8, one, stream));
+    if (rank == 0) {
+        finish(one, swap());
+    }
+}
+
+static void never_received(void)
+{
+    if (rank == 1) {
+        finish(one, ncclSend(data, BYTES, ncclUint8, 0, one, stream));
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
+    finish(one, ncclCommFinalize(one));
+    MPI_Barrier(MPI_COMM_WORLD);
+}
+
+static void used_after_its_end(void)
+{
+    CHECK(ncclCommAbort(one) == ncclSuccess);
+    (void)ncclAllGather(data, more, BYTES, ncclUint8, one, stream);
+}
+
+static void *call(void *unused)
+{
+    (void)unused;
+    (void)ncclAllGather(data, more, BYTES, ncclUint8, one, stream);
+    return NULL;
+}
+
+static void two_threads(void)
+{
+    pthread_t thread;
+    CHECK(ncclGroupStart() == ncclSuccess);
+    CHECK(pthread_create(&thread, NULL, call, NULL) == 0);
+    pthread_join(thread, NULL);
+}
+
+/* Kernels of a communicator that is aborted end: what waits for the stream goes on. */
+static void ended_by_abort(void)
+{
+    if (rank == 1) {
+        CHECK(ncclAllGather(data, more, BYTES, ncclUint8, one, stream) == ncclInProgress);
+        CHECK(ncclCommAbort(one) == ncclSuccess);
+        CUDA(cudaStreamSynchronize(stream));
+        printf("the stream of an aborted communicator goes on\n");
+    }
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} wrong[] = {
+    {"another_kind", another_kind},     {"another_size", another_size},
+    {"another_root", another_root},     {"another_order", another_order},
+    {"never_received", never_received}, {"used_after_its_end", used_after_its_end},
+    {"two_threads", two_threads},       {"ended_by_abort", ended_by_abort},
+};
+
+static void go_wrong(const char *name)
+{
+    signal(SIGABRT, leave);
+    one = join(false);
+    stream = new_stream();
+    data = device((size_t)nranks * 2 * BYTES);
+    more = device((size_t)nranks * 2 * BYTES);
+    CUDA(cudaMemset(data, 0, (size_t)nranks * 2 * BYTES));
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        if (strcmp(wrong[i].name, name) == 0) {
+            wrong[i].run();
+        }
+    }
+    fflush(stdout);
+    _exit(0);
+}
+
 int main(int argc, char **argv)
 {
     if (getenv("OMPI_COMM_WORLD_SIZE") != NULL) {
@@ -285,6 +404,8 @@ int main(int argc, char **argv)
         failures();
     } else if (argc > 1 && strcmp(argv[1], "apart") == 0) {
         two_communicators(true);
+    } else if (argc > 1) {
+        go_wrong(argv[1]);
     } else {
         all_gather();
         waits_for_what_is_sent();

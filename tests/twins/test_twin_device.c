@@ -494,6 +494,31 @@ Test(device_errors, a_watch_that_finds_an_error_ends_the_wait)
     qs_device_close(device);
 }
 
+/* CUDA waits for what stands before a copy of pageable memory, and asks nobody meanwhile. */
+Test(device_errors, a_watch_is_asked_before_memory_that_is_not_pinned_is_copied)
+{
+    enum { COPIES = 400, BYTES = 32 << 20 };
+    qs_device *device = emulated_device("");
+    qs_queue *queue = NULL;
+    void *one = NULL, *two = NULL;
+    int calls = 0, pageable = 7;
+    cr_assert_eq(qs_queue_create_on(device, &queue, 1), QS_OK);
+    cr_assert_eq(qs_device_alloc(device, &one, BYTES, QS_MEM_WORK), QS_OK);
+    cr_assert_eq(qs_device_alloc(device, &two, BYTES, QS_MEM_WORK), QS_OK);
+    cr_assert_eq(qs_device_watch(device, lose_the_peer, &calls), QS_OK);
+    for (int i = 0; i < COPIES; i++) {
+        cr_assert_eq(qs_queue_copy(queue, two, one, BYTES), QS_OK);
+    }
+    assert_failed(qs_queue_copy(queue, &pageable, one, sizeof pageable), QS_ERR_PEER,
+                  "the peer is gone");
+    cr_assert_eq(calls, 1);
+    cr_assert_eq(pageable, 7);
+    qs_device_unwatch(device, &calls);
+    cr_assert_eq(qs_queue_wait(queue), QS_OK);
+    qs_queue_destroy(queue);
+    qs_device_close(device);
+}
+
 /* Every creation in turn: none may leak, crash, or succeed in half. */
 Test(device_errors, whatever_fails_at_the_start_leaves_nothing)
 {

@@ -54,6 +54,7 @@ typedef enum {
 
 typedef struct {
     size_t size;
+    unsigned magic, version; /* only NCCL_CONFIG_INITIALIZER knows them */
     int blocking;
     int cgaClusterSize, minCTAs, maxCTAs;
     const char *netName;
@@ -63,8 +64,9 @@ typedef struct {
 
 #define NCCL_CONFIG_INITIALIZER                                                                    \
     {                                                                                              \
-        sizeof(ncclConfig_t), NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, \
-            NCCL_CONFIG_UNDEF_INT, NULL, NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, NULL        \
+        sizeof(ncclConfig_t), 0xcafebeef, NCCL_VERSION_CODE, NCCL_CONFIG_UNDEF_INT,                \
+            NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, NULL,             \
+            NCCL_CONFIG_UNDEF_INT, NCCL_CONFIG_UNDEF_INT, NULL                                     \
     }
 
 ncclResult_t ncclGetVersion(int *version);
