@@ -132,17 +132,18 @@ static void describe_kept(const char *name, const qs_plan_kept *kept, const char
 /* What makes steps shorter where it can: memory that is left, and a little exactness. */
 typedef enum { KEEP_RESIDENT, KEEP_DECODED, RESIDUAL_BF16, OFFERS } offer;
 
-/* Does the configuration leave it open? */
+/* Change the configuration; was it left open there? */
 static bool take_offer(offer what, qs_config *config)
 {
+    if (what == RESIDUAL_BF16) {
+        const bool open = config->train.residual_fp32;
+        config->train.residual_fp32 = false;
+        return open;
+    }
     int64_t *const kept =
         what == KEEP_RESIDENT ? &config->shard.keep_resident : &config->memory.keep_decoded;
-    const bool open = what == RESIDUAL_BF16 ? config->train.residual_fp32 : *kept == 0;
-    if (what == RESIDUAL_BF16) {
-        config->train.residual_fp32 = false;
-    } else {
-        *kept = QS_KEEP_AUTO;
-    }
+    const bool open = *kept == 0;
+    *kept = QS_KEEP_AUTO;
     return open;
 }
 

@@ -391,6 +391,7 @@ static qs_status prepare(job *j)
     }
     QS_TRY(make_names(j));
     QS_TRY(qs_plan_make(&j->plan, o->hf_dir, rows, o->double_quant));
+    QS_TRY(is_root(j) ? qs_plan_hash_tokenizer(&j->plan, o->hf_dir) : QS_OK);
     return alloc_results(j);
 }
 

@@ -30,6 +30,10 @@ qs_status qs_plan_make(qs_plan *plan, const char *hf_dir, int64_t head_chunk_row
                        bool double_quant);
 void qs_plan_free(qs_plan *plan);
 
+/** Put the hash of tokenizer.json into the index, by which a run knows data that were prepared with
+ * another. No file: none. Needed of the rank that writes the index alone. */
+qs_status qs_plan_hash_tokenizer(qs_plan *plan, const char *hf_dir);
+
 /** A unit by number; number n_units is "final". */
 qs_base_unit *qs_plan_unit(const qs_plan *plan, int u);
 

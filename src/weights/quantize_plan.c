@@ -168,26 +168,6 @@ done:
                    "its eos_token_id is left out, so qshard sample stops at config.json's alone");
 }
 
-/* By its hash a run knows data that were prepared with another. */
-static qs_status hash_tokenizer(qs_base_index *index, const char *hf_dir)
-{
-    qs_status st = QS_OK;
-    void *text = NULL;
-    char *path = NULL;
-    size_t bytes = 0;
-    QS_TRY(path_in(&path, hf_dir, "tokenizer.json"));
-    if (access(path, F_OK) == 0) {
-        QS_GOTO(qs_io_read_file(path, MAX_TOKENIZER_BYTES, &text, &bytes));
-        qs_sha256_hex(text, bytes, index->tokenizer_sha256);
-    }
-done:
-    free(text);
-    free(path);
-    return forgive(st,
-                   "its hash is left out, so data that were prepared with another tokenizer are "
-                   "not noticed");
-}
-
 /* Find a 16- or 32-bit tensor of the wanted shape. `rows` counts the whole tensor where a chunk
  * wants a part of it. */
 static qs_status take_floats(planner *p, qs_base_tensor *t, int64_t rows, qs_source *source)
@@ -408,7 +388,6 @@ static qs_status start_index(qs_plan *plan, const char *hf_dir, int64_t head_chu
     }
     QS_TRY(read_config(index, hf_dir));
     QS_TRY(read_generation(index, hf_dir));
-    QS_TRY(hash_tokenizer(index, hf_dir));
     index->head_chunk_rows = head_chunk_rows;
     index->n_maps = 1;
     QS_TRY(QS_ALLOC(&index->maps, 256, QS_MEM_WORK));
@@ -469,4 +448,23 @@ qs_status qs_plan_make(qs_plan *plan, const char *hf_dir, int64_t head_chunk_row
         qs_plan_free(plan);
     }
     return st;
+}
+
+qs_status qs_plan_hash_tokenizer(qs_plan *plan, const char *hf_dir)
+{
+    qs_status st = QS_OK;
+    void *text = NULL;
+    char *path = NULL;
+    size_t bytes = 0;
+    QS_TRY(path_in(&path, hf_dir, "tokenizer.json"));
+    if (access(path, F_OK) == 0) {
+        QS_GOTO(qs_io_read_file(path, MAX_TOKENIZER_BYTES, &text, &bytes));
+        qs_sha256_hex(text, bytes, plan->index->tokenizer_sha256);
+    }
+done:
+    free(text);
+    free(path);
+    return forgive(st,
+                   "its hash is left out, so data that were prepared with another tokenizer are "
+                   "not noticed");
 }

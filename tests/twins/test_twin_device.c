@@ -470,21 +470,28 @@ Test(device_errors, a_mark_that_could_not_be_made_fails_the_waits)
     qs_device_close(device);
 }
 
-/* Copies that take the emulator longer than the time between two looks. */
-Test(device_errors, a_watch_that_finds_an_error_ends_the_wait)
+/* A queue with copies that take the emulator longer than the time between two looks, of a device
+ * whose watch counts its calls in *calls. \return memory of the device. */
+static void *much_to_copy(qs_device *device, qs_queue **queue, int *calls)
 {
     enum { COPIES = 400, BYTES = 32 << 20 }; /* far more than fit between two looks */
-    qs_device *device = emulated_device("");
-    qs_queue *queue = NULL;
     void *one = NULL, *two = NULL;
-    int calls = 0;
-    cr_assert_eq(qs_queue_create_on(device, &queue, 1), QS_OK);
+    cr_assert_eq(qs_queue_create_on(device, queue, 1), QS_OK);
     cr_assert_eq(qs_device_alloc(device, &one, BYTES, QS_MEM_WORK), QS_OK);
     cr_assert_eq(qs_device_alloc(device, &two, BYTES, QS_MEM_WORK), QS_OK);
-    cr_assert_eq(qs_device_watch(device, lose_the_peer, &calls), QS_OK);
+    cr_assert_eq(qs_device_watch(device, lose_the_peer, calls), QS_OK);
     for (int i = 0; i < COPIES; i++) {
-        cr_assert_eq(qs_queue_copy(queue, two, one, BYTES), QS_OK);
+        cr_assert_eq(qs_queue_copy(*queue, two, one, BYTES), QS_OK);
     }
+    return one;
+}
+
+Test(device_errors, a_watch_that_finds_an_error_ends_the_wait)
+{
+    qs_device *device = emulated_device("");
+    qs_queue *queue = NULL;
+    int calls = 0;
+    (void)much_to_copy(device, &queue, &calls);
     const qs_event mark = qs_event_record(queue);
     assert_failed(qs_event_wait(mark), QS_ERR_PEER, "the peer is gone");
     cr_assert_eq(calls, 1);
@@ -497,18 +504,10 @@ Test(device_errors, a_watch_that_finds_an_error_ends_the_wait)
 /* CUDA waits for what stands before a copy of pageable memory, and asks nobody meanwhile. */
 Test(device_errors, a_watch_is_asked_before_memory_that_is_not_pinned_is_copied)
 {
-    enum { COPIES = 400, BYTES = 32 << 20 };
     qs_device *device = emulated_device("");
     qs_queue *queue = NULL;
-    void *one = NULL, *two = NULL;
     int calls = 0, pageable = 7;
-    cr_assert_eq(qs_queue_create_on(device, &queue, 1), QS_OK);
-    cr_assert_eq(qs_device_alloc(device, &one, BYTES, QS_MEM_WORK), QS_OK);
-    cr_assert_eq(qs_device_alloc(device, &two, BYTES, QS_MEM_WORK), QS_OK);
-    cr_assert_eq(qs_device_watch(device, lose_the_peer, &calls), QS_OK);
-    for (int i = 0; i < COPIES; i++) {
-        cr_assert_eq(qs_queue_copy(queue, two, one, BYTES), QS_OK);
-    }
+    const void *one = much_to_copy(device, &queue, &calls);
     assert_failed(qs_queue_copy(queue, &pageable, one, sizeof pageable), QS_ERR_PEER,
                   "the peer is gone");
     cr_assert_eq(calls, 1);
