@@ -1,305 +1,21 @@
-/* The NCCL communicator against a libnccl of our own that moves nothing: which calls are made, in
- * which order, and what happens when they fail, stall or hang. (tests/test_nccl.c moves bytes.) */
+/* The NCCL communicator against a libnccl that moves nothing (tests/support/fake_nccl.h): which
+ * calls are made, in which order, and what happens when they fail, stall or hang.
+ * (tests/test_nccl.c moves bytes.) */
 #include <criterion/criterion.h>
-#include <nccl.h>
 #include <pthread.h>
-#include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "base/timer.h"
-#include "comm/comm_impl.h"
 #include "comm/comm_nccl.h"
-#include "device/device_impl.h"
-
-/* ---- libnccl ---- */
-
-struct ncclComm {
-    ncclResult_t state;
-    int polls_left; /* until the last call is done; -1: never */
-    ncclResult_t then;
-};
-
-/* Per thread: a rank. */
-static _Thread_local struct {
-    char calls[4096]; /* what was called, one word each */
-    int depth;        /* of groups */
-    int version;
-    const char *failing; /* the call that fails ... */
-    ncclResult_t code;   /* ... with this */
-    int polls;           /* that each call takes to be done; -1: it never is */
-    ncclResult_t async;  /* what it is found to be then */
-    struct ncclComm comm;
-} fake;
-
-static void record(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static void record(const char *format, ...)
-{
-    const size_t end = strlen(fake.calls);
-    va_list args;
-    va_start(args, format);
-    vsnprintf(fake.calls + end, sizeof fake.calls - end, format, args);
-    va_end(args);
-}
-
-static void forget(void)
-{
-    fake.calls[0] = '\0';
-}
-
-static ncclResult_t outcome(const char *call)
-{
-    if (fake.failing != NULL && strcmp(fake.failing, call) == 0) {
-        return fake.code;
-    }
-    return ncclSuccess;
-}
-
-/* A call of a non-blocking communicator: taken now, done some polls later. */
-static ncclResult_t take(const char *call)
-{
-    const ncclResult_t code = outcome(call);
-    if (code != ncclSuccess || fake.depth > 0) {
-        return code;
-    }
-    fake.comm.polls_left = fake.polls;
-    fake.comm.state = fake.polls != 0 ? ncclInProgress : fake.async;
-    return fake.comm.state == ncclInProgress ? ncclInProgress : ncclSuccess;
-}
-
-ncclResult_t ncclGetVersion(int *version)
-{
-    *version = fake.version != 0 ? fake.version : 22809;
-    return outcome("GetVersion");
-}
-
-ncclResult_t ncclGetUniqueId(ncclUniqueId *id)
-{
-    memset(id, 7, sizeof *id);
-    record("id ");
-    return outcome("GetUniqueId");
-}
-
-ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int nranks, ncclUniqueId id, int rank,
-                                    ncclConfig_t *config)
-{
-    record("init(%d/%d,%s,%s) ", rank, nranks, id.internal[5] == 7 ? "id" : "no id",
-           config->blocking == 0 ? "nonblocking" : "blocking");
-    if (outcome("Init") != ncclSuccess) {
-        *comm = NULL;
-        return fake.code;
-    }
-    *comm = &fake.comm;
-    return take("Init");
-}
-
-ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
-{
-    if (comm->polls_left > 0 && --comm->polls_left == 0) {
-        comm->state = fake.async;
-    }
-    *state = comm->state;
-    return outcome("GetAsyncError");
-}
-
-ncclResult_t ncclCommFinalize(ncclComm_t comm)
-{
-    (void)comm;
-    record("finalize ");
-    return take("Finalize");
-}
-
-ncclResult_t ncclCommDestroy(ncclComm_t comm)
-{
-    (void)comm;
-    record("destroy ");
-    return ncclSuccess;
-}
-
-/* In threads of their own: what they say must not be thread-local. */
-static atomic_int aborts;
-static volatile bool abort_hangs;
-static int aborts_awaited; /* none returns before as many have been called */
-
-ncclResult_t ncclCommAbort(ncclComm_t comm)
-{
-    (void)comm;
-    aborts++;
-    while (abort_hangs || aborts < aborts_awaited) {
-        usleep(1000);
-    }
-    return ncclSuccess;
-}
-
-ncclResult_t ncclGroupStart(void)
-{
-    const ncclResult_t code = outcome("GroupStart");
-    fake.depth += code == ncclSuccess ? 1 : 0;
-    record("( ");
-    return code;
-}
-
-ncclResult_t ncclGroupEnd(void)
-{
-    fake.depth--;
-    record(") ");
-    return take("GroupEnd");
-}
-
-static void *stream_expected; /* of the queue in use */
-
-ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataType_t type,
-                           ncclComm_t comm, cudaStream_t stream)
-{
-    (void)comm;
-    const long at = (long)((const char *)send - (char *)recv);
-    record("gather(%zu,%s,%s,at %ld) ", count, type == ncclUint8 ? "u8" : "other",
-           (void *)stream == stream_expected ? "stream" : "other stream",
-           labs(at) < 100000 ? at : -1);
-    return take("AllGather");
-}
-
-ncclResult_t ncclSend(const void *send, size_t count, ncclDataType_t type, int peer,
-                      ncclComm_t comm, cudaStream_t stream)
-{
-    (void)comm;
-    record("send(%zu,%s,%s,%d,%d) ", count, type == ncclUint8 ? "u8" : "other",
-           (void *)stream == stream_expected ? "stream" : "other stream", peer,
-           *(const char *)send);
-    return take("Send");
-}
-
-ncclResult_t ncclRecv(void *recv, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
-                      cudaStream_t stream)
-{
-    (void)comm, (void)recv, (void)stream;
-    record("recv(%zu,%s,%d) ", count, type == ncclUint8 ? "u8" : "other", peer);
-    return take("Recv");
-}
-
-const char *ncclGetErrorString(ncclResult_t code)
-{
-    return code == ncclRemoteError ? "remote process exited" : "some error";
-}
-
-const char *ncclGetLastError(ncclComm_t comm)
-{
-    (void)comm;
-    return "socket closed";
-}
-
-/* ---- a device and its queue ---- */
-
-typedef struct {
-    qs_queue base;
-    int native; /* its address is the handle */
-} fake_queue;
-
-static void *native(const qs_queue *queue)
-{
-    return (void *)(uintptr_t) & ((const fake_queue *)queue)->native;
-}
-
-static qs_status copy(qs_queue *queue, void *to, const void *from, size_t bytes)
-{
-    (void)queue;
-    record("copy(%zu) ", bytes);
-    memmove(to, from, bytes);
-    return QS_OK;
-}
-
-static const qs_device_ops device_ops = {.name = "fake", .queue_native = native, .copy = copy};
-static qs_device device = {.ops = &device_ops};
-
-static fake_queue make_queue(void)
-{
-    return (fake_queue){.base = {.ops = &device_ops, .device = &device}};
-}
-
-/* ---- a host communicator whose other ranks do as this one does ---- */
-
-static qs_status mirror_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes)
-{
-    for (int r = 0; r < comm->nranks; r++) {
-        memmove((char *)recv + (size_t)r * bytes, send, bytes);
-    }
-    return QS_OK;
-}
-
-static qs_status mirror_gather(qs_comm *comm, const void *send, void *recv, size_t bytes,
-                               qs_queue *queue)
-{
-    (void)queue;
-    record("host-gather(%zu) ", bytes);
-    return mirror_gather_now(comm, send, recv, bytes);
-}
-
-static qs_status mirror_exchange(qs_comm *comm, const void *send, const size_t *send_bytes,
-                                 const size_t *send_at, void *recv, const size_t *recv_bytes,
-                                 const size_t *recv_at, qs_queue *queue)
-{
-    (void)comm, (void)send, (void)send_at, (void)recv, (void)recv_at, (void)queue;
-    record("host-exchange(%zu,%zu) ", send_bytes[0], recv_bytes[1]);
-    return QS_OK;
-}
-
-static qs_status mirror_bcast(qs_comm *comm, void *data, size_t bytes, int root)
-{
-    (void)comm, (void)root;
-    if (bytes == sizeof(ncclUniqueId)) { /* as if rank 0 had sent it */
-        memset(data, 7, bytes);
-    }
-    return QS_OK;
-}
-
-static qs_status mirror_barrier(qs_comm *comm)
-{
-    (void)comm;
-    record("host-barrier ");
-    return QS_OK;
-}
-
-static int moves; /* of the host's messages */
-
-static void mirror_progress(qs_comm *comm)
-{
-    (void)comm;
-    moves++;
-}
-
-static void mirror_abort(qs_comm *comm, qs_status status)
-{
-    (void)comm;
-    _exit(qs_exit_code(status));
-}
-
-static const qs_comm_ops mirror_ops = {
-    .name = "mirror",
-    .all_gather = mirror_gather,
-    .all_to_all_v = mirror_exchange,
-    .all_gather_now = mirror_gather_now,
-    .bcast = mirror_bcast,
-    .barrier = mirror_barrier,
-    .progress = mirror_progress,
-    .abort = mirror_abort,
-};
-
-static qs_comm make_host(int rank, int nranks)
-{
-    qs_comm host;
-    cr_assert_eq(qs_comm_init(&host, &mirror_ops, rank, nranks), QS_OK);
-    host.local_rank = rank % 2;
-    host.local_nranks = 2;
-    return host;
-}
+#include "support/fake_nccl.h"
 
 static qs_comm *make_comm(qs_comm *host)
 {
     qs_comm *comm = NULL;
-    cr_assert_eq(qs_comm_nccl_create(&comm, host, &device), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_comm_nccl_create(&comm, host, &fake_device), QS_OK, "%s", qs_error_text());
     cr_assert_not_null(comm);
     return comm;
 }
@@ -316,7 +32,7 @@ Test(comm_nccl, one_rank_needs_no_nccl)
     qs_comm *self = NULL;
     cr_assert_eq(qs_comm_self_create(&self), QS_OK);
     qs_comm *comm = make_comm(self);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     cr_assert_str_eq(qs_comm_name(comm), "nccl");
     char from[4] = {1, 2, 3, 4}, to[8] = {0};
     cr_assert_eq(qs_comm_all_gather(comm, from, to, 4, &queue.base), QS_OK);
@@ -330,13 +46,13 @@ Test(comm_nccl, one_rank_needs_no_nccl)
     cr_assert_str_eq(fake.calls, "copy(4) copy(3) ");
     cr_assert_eq(qs_comm_nccl_check(comm), QS_OK);
     qs_comm_destroy(comm);
-    cr_assert_eq(aborts, 0);
+    cr_assert_eq(fake_aborts, 0);
     qs_comm_destroy(self);
 }
 
 Test(comm_nccl, places_and_counters_are_the_hosts)
 {
-    qs_comm host = make_host(3, 4);
+    qs_comm host = fake_host(3, 4);
     qs_comm *comm = make_comm(&host);
     cr_assert_eq(qs_comm_rank(comm), 3);
     cr_assert_eq(qs_comm_nranks(comm), 4);
@@ -344,28 +60,28 @@ Test(comm_nccl, places_and_counters_are_the_hosts)
     cr_assert_eq(qs_comm_local_nranks(comm), 2);
     cr_assert_eq(qs_comm_received_bytes(comm), 0);
     cr_assert_str_eq(fake.calls, "init(3/4,id,nonblocking) "); /* rank 0 alone asks for an id */
-    forget();
+    fake_forget();
     qs_comm_destroy(comm);
     cr_assert_str_eq(fake.calls, "finalize destroy ");
-    cr_assert_eq(aborts, 0);
+    cr_assert_eq(fake_aborts, 0);
     qs_comm_fini(&host);
 }
 
 Test(comm_nccl, bytes_are_gathered_as_bytes_on_the_queues_stream)
 {
-    qs_comm host = make_host(0, 4);
+    qs_comm host = fake_host(0, 4);
     fake.polls = 3; /* every call is under way for a while */
     qs_comm *comm = make_comm(&host);
     cr_assert_str_eq(fake.calls, "id init(0/4,id,nonblocking) ");
-    fake_queue queue = make_queue();
-    stream_expected = native(&queue.base);
+    fake_queue queue = fake_queue_make();
+    fake_stream = fake_native(&queue.base);
     char send[100], recv[400];
-    forget();
+    fake_forget();
     const uint64_t before = qs_comm_received_bytes(comm);
     cr_assert_eq(qs_comm_all_gather(comm, recv + 200, recv, 100, &queue.base), QS_OK);
     cr_assert_str_eq(fake.calls, "gather(100,u8,stream,at 200) ");
     cr_assert_eq(qs_comm_received_bytes(comm) - before, 300);
-    forget();
+    fake_forget();
     cr_assert_eq(qs_comm_all_gather(comm, send, recv, 0, &queue.base), QS_OK);
     cr_assert_str_eq(fake.calls, "");
     qs_comm_destroy(comm);
@@ -374,15 +90,15 @@ Test(comm_nccl, bytes_are_gathered_as_bytes_on_the_queues_stream)
 
 Test(comm_nccl, pieces_go_round_the_ring_and_empty_ones_nowhere)
 {
-    qs_comm host = make_host(1, 4);
+    qs_comm host = fake_host(1, 4);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
-    stream_expected = native(&queue.base);
+    fake_queue queue = fake_queue_make();
+    fake_stream = fake_native(&queue.base);
     char send[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, recv[16] = {0};
     const size_t send_bytes[] = {2, 3, 0, 5}, send_at[] = {10, 0, 999, 4};
     const size_t recv_bytes[] = {1, 3, 4, 0}, recv_at[] = {0, 1, 4, 999};
     const uint64_t before = qs_comm_received_bytes(comm);
-    forget();
+    fake_forget();
     cr_assert_eq(qs_comm_all_to_all_v(comm, send, send_bytes, send_at, recv, recv_bytes, recv_at,
                                       &queue.base),
                  QS_OK);
@@ -397,13 +113,13 @@ Test(comm_nccl, pieces_go_round_the_ring_and_empty_ones_nowhere)
 
 Test(comm_nccl, queues_of_the_cpu_and_small_calls_go_to_the_host)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
     qs_queue *queue = NULL;
     cr_assert_eq(qs_queue_create(&queue, 1), QS_OK);
     char send[4] = {1, 2, 3, 4}, recv[8] = {0};
     const size_t bytes[] = {1, 3}, at[] = {0, 1};
-    forget();
+    fake_forget();
     cr_assert_eq(qs_comm_all_gather(comm, send, recv, 4, queue), QS_OK);
     cr_assert_eq(qs_comm_all_to_all_v(comm, send, bytes, at, recv, bytes, at, queue), QS_OK);
     cr_assert_eq(qs_comm_barrier(comm), QS_OK);
@@ -428,19 +144,19 @@ Test(comm_nccl, the_version_is_readable)
 
 Test(comm_nccl, a_lost_peer_is_exit_6_and_says_where_to_look)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
     fake.failing = "AllGather";
     fake.code = ncclRemoteError;
-    forget();
+    fake_forget();
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
     cr_assert_eq(qs_exit_code(QS_ERR_PEER), 6);
     assert_says("ncclAllGather: remote process exited (socket closed); ");
     assert_says("NCCL_DEBUG=INFO");
     assert_says("NCCL_SOCKET_IFNAME");
-    forget(); /* nothing goes through it any more, and nobody waits for it in the end */
+    fake_forget(); /* nothing goes through it any more, and nobody waits for it in the end */
     fake.failing = NULL;
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
     const size_t bytes[] = {1, 1}, at[] = {0, 1};
@@ -449,7 +165,7 @@ Test(comm_nccl, a_lost_peer_is_exit_6_and_says_where_to_look)
     cr_assert_eq(qs_comm_nccl_check(comm), QS_ERR_PEER);
     qs_comm_destroy(comm);
     cr_assert_str_eq(fake.calls, "");
-    cr_assert_eq(aborts, 1);
+    cr_assert_eq(fake_aborts, 1);
     qs_comm_fini(&host);
 }
 
@@ -457,23 +173,23 @@ Test(comm_nccl, a_lost_peer_is_exit_6_and_says_where_to_look)
  * destroyed. */
 Test(comm_nccl, a_lost_peer_is_lost_to_all_communicators_of_the_device)
 {
-    qs_comm host = make_host(0, 2), another = make_host(1, 3);
+    qs_comm host = fake_host(0, 2), another = fake_host(1, 3);
     qs_comm *comm = make_comm(&host), *other = make_comm(&another);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[12];
     cr_assert_eq(qs_comm_all_gather(other, recv, recv, 4, &queue.base), QS_OK);
     fake.failing = "AllGather";
     fake.code = ncclRemoteError;
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
     assert_says("ncclAllGather: remote process exited");
-    cr_assert_eq(aborts, 2);
-    forget();
+    cr_assert_eq(fake_aborts, 2);
+    fake_forget();
     fake.failing = NULL;
     cr_assert_eq(qs_comm_all_gather(other, recv, recv, 4, &queue.base), QS_ERR_PEER);
     qs_comm_destroy(comm);
     qs_comm_destroy(other);
     cr_assert_str_eq(fake.calls, "");
-    cr_assert_eq(aborts, 2);
+    cr_assert_eq(fake_aborts, 2);
     qs_comm_fini(&host);
     qs_comm_fini(&another);
 }
@@ -481,14 +197,14 @@ Test(comm_nccl, a_lost_peer_is_lost_to_all_communicators_of_the_device)
 /* The same where the loss is found while the host waits. */
 Test(comm_nccl, a_watch_that_finds_a_loss_ends_all_communicators_of_the_device)
 {
-    qs_comm host = make_host(0, 2), another = make_host(1, 3);
+    qs_comm host = fake_host(0, 2), another = fake_host(1, 3);
     qs_comm *comm = make_comm(&host), *other = make_comm(&another);
     fake.comm.state = ncclRemoteError;
-    cr_assert_eq(device.watches[1].watch(device.watches[1].ctx), QS_ERR_PEER);
-    cr_assert_eq(aborts, 2);
+    cr_assert_eq(fake_device.watches[1].watch(fake_device.watches[1].ctx), QS_ERR_PEER);
+    cr_assert_eq(fake_aborts, 2);
     qs_comm_destroy(other);
     qs_comm_destroy(comm);
-    cr_assert_eq(aborts, 2);
+    cr_assert_eq(fake_aborts, 2);
     qs_comm_fini(&host);
     qs_comm_fini(&another);
 }
@@ -498,10 +214,10 @@ Test(comm_nccl, a_watch_that_finds_a_loss_ends_all_communicators_of_the_device)
 Test(comm_nccl, a_call_that_finds_a_loss_ends_all_communicators_of_the_device)
 {
     for (int exchanged = 0; exchanged < 2; exchanged++) {
-        qs_comm host = make_host(0, 2), another = make_host(1, 3);
-        aborts = 0;
+        qs_comm host = fake_host(0, 2), another = fake_host(1, 3);
+        fake_aborts = 0;
         qs_comm *comm = make_comm(&host), *other = make_comm(&another);
-        fake_queue queue = make_queue();
+        fake_queue queue = fake_queue_make();
         char data[8] = {0};
         const size_t bytes[] = {1, 1}, at[] = {0, 1};
         fake.comm.state = ncclRemoteError;
@@ -509,12 +225,12 @@ Test(comm_nccl, a_call_that_finds_a_loss_ends_all_communicators_of_the_device)
                                                       &queue.base)
                                : qs_comm_all_gather(comm, data, data, 4, &queue.base),
                      QS_ERR_PEER);
-        cr_assert_eq(aborts, 2);
+        cr_assert_eq(fake_aborts, 2);
         assert_says("remote process exited");
         qs_error_clear();
         qs_comm_destroy(other);
         qs_comm_destroy(comm);
-        cr_assert_eq(aborts, 2);
+        cr_assert_eq(fake_aborts, 2);
         qs_comm_fini(&host);
         qs_comm_fini(&another);
     }
@@ -524,15 +240,15 @@ Test(comm_nccl, a_call_that_finds_a_loss_ends_all_communicators_of_the_device)
  * waits for its own kernels: one by one, the first would wait for ever and end the job. */
 Test(comm_nccl, communicators_are_aborted_at_the_same_time, .timeout = 30)
 {
-    qs_comm host = make_host(0, 2), another = make_host(1, 3);
+    qs_comm host = fake_host(0, 2), another = fake_host(1, 3);
     qs_comm *comm = make_comm(&host), *other = make_comm(&another);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
-    aborts_awaited = 2;
+    fake_aborts_awaited = 2;
     fake.failing = "AllGather";
     fake.code = ncclRemoteError;
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
-    cr_assert_eq(aborts, 2);
+    cr_assert_eq(fake_aborts, 2);
     qs_comm_destroy(comm);
     qs_comm_destroy(other);
     qs_comm_fini(&host);
@@ -542,16 +258,16 @@ Test(comm_nccl, communicators_are_aborted_at_the_same_time, .timeout = 30)
 /* A peer may not come to NCCL before it has got what this rank has sent it through the host. */
 Test(comm_nccl, the_hosts_messages_move_on_while_nccl_is_waited_for)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
-    moves = 0;
+    fake_moves = 0;
     fake.polls = 3;
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_OK);
-    cr_assert_eq(moves, 2); /* between three looks */
-    cr_assert_eq(device.watches[0].watch(device.watches[0].ctx), QS_OK);
-    cr_assert_eq(moves, 3);
+    cr_assert_eq(fake_moves, 2); /* between three looks */
+    cr_assert_eq(fake_device.watches[0].watch(fake_device.watches[0].ctx), QS_OK);
+    cr_assert_eq(fake_moves, 3);
     qs_comm_destroy(comm);
     qs_comm_fini(&host);
 }
@@ -567,10 +283,10 @@ Test(comm_nccl, each_kind_of_failure_has_its_status)
         {ncclInvalidUsage, QS_ERR_ENVIRONMENT},  {ncclRemoteError, QS_ERR_PEER},
     };
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-        qs_comm host = make_host(0, 2);
+        qs_comm host = fake_host(0, 2);
         fake.failing = NULL;
         qs_comm *comm = make_comm(&host);
-        fake_queue queue = make_queue();
+        fake_queue queue = fake_queue_make();
         char recv[8];
         fake.failing = "AllGather";
         fake.code = kinds[i].code;
@@ -585,10 +301,10 @@ Test(comm_nccl, a_group_is_closed_after_a_failure_in_it)
 {
     static const char *const calls[] = {"Send", "Recv", "GroupEnd", "GroupStart"};
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
-        qs_comm host = make_host(0, 3);
+        qs_comm host = fake_host(0, 3);
         fake.failing = NULL;
         qs_comm *comm = make_comm(&host);
-        fake_queue queue = make_queue();
+        fake_queue queue = fake_queue_make();
         char data[16] = {0};
         const size_t bytes[] = {1, 2, 3}, at[] = {0, 1, 3};
         fake.failing = calls[i];
@@ -607,28 +323,28 @@ Test(comm_nccl, a_group_is_closed_after_a_failure_in_it)
 
 Test(comm_nccl, what_nccl_finds_in_the_background_ends_the_next_call)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_OK);
     cr_assert_eq(qs_comm_nccl_check(comm), QS_OK);
     fake.comm.state = ncclRemoteError;
-    forget();
+    fake_forget();
     cr_assert_eq(qs_comm_all_gather(comm, recv, recv, 4, &queue.base), QS_ERR_PEER);
     cr_assert_str_eq(fake.calls, "");
     assert_says("NCCL: remote process exited");
     qs_comm_destroy(comm);
-    cr_assert_eq(aborts, 1);
+    cr_assert_eq(fake_aborts, 1);
     qs_comm_fini(&host);
 }
 
 /* The call itself is taken; its failure shows while it is under way. */
 Test(comm_nccl, a_failure_while_connecting_is_the_calls_own)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
     fake.polls = 4;
     fake.async = ncclSystemError;
@@ -641,9 +357,9 @@ Test(comm_nccl, a_failure_while_connecting_is_the_calls_own)
 Test(comm_nccl, a_peer_that_never_comes_is_lost_after_the_limit, .timeout = 20)
 {
     setenv("QSHARD_NCCL_TIMEOUT", "0.3", 1);
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
     fake.polls = -1;
     const double start_s = qs_time_s();
@@ -652,7 +368,7 @@ Test(comm_nccl, a_peer_that_never_comes_is_lost_after_the_limit, .timeout = 20)
     cr_assert(took_s >= 0.3 && took_s < 5.0, "%g s", took_s);
     assert_says("ncclAllGather: rank 0 of 2 has waited 0.3 s");
     qs_comm_destroy(comm);
-    cr_assert_eq(aborts, 1);
+    cr_assert_eq(fake_aborts, 1);
     qs_comm_fini(&host);
 }
 
@@ -660,26 +376,26 @@ Test(comm_nccl, a_peer_that_never_comes_is_lost_after_the_limit, .timeout = 20)
 Test(comm_nccl, a_start_that_takes_too_long_is_this_ranks_own_error, .timeout = 20)
 {
     setenv("QSHARD_NCCL_TIMEOUT", "0.2", 1);
-    qs_comm host = make_host(1, 2);
+    qs_comm host = fake_host(1, 2);
     qs_comm *comm = NULL;
     fake.polls = -1;
-    cr_assert_eq(qs_comm_nccl_create(&comm, &host, &device), QS_ERR_PEER);
+    cr_assert_eq(qs_comm_nccl_create(&comm, &host, &fake_device), QS_ERR_PEER);
     cr_assert_null(comm);
     assert_says("ncclCommInitRankConfig: rank 1 of 2 has waited 0.2 s");
     cr_assert_not(qs_comm_agreed(&host));
     cr_assert_str_eq(fake.calls, "init(1/2,id,nonblocking) ");
-    cr_assert_eq(aborts, 0);
+    cr_assert_eq(fake_aborts, 0);
     qs_comm_fini(&host);
 }
 
 Test(comm_nccl, a_limit_that_is_no_time_is_refused)
 {
     static const char *const texts[] = {"abc", "0", "-1", "5 s", "nan", "inf"};
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         setenv("QSHARD_NCCL_TIMEOUT", texts[i], 1);
         qs_comm *comm = NULL;
-        cr_assert_eq(qs_comm_nccl_create(&comm, &host, &device), QS_ERR_CONFIG_VALUE, "%s",
+        cr_assert_eq(qs_comm_nccl_create(&comm, &host, &fake_device), QS_ERR_CONFIG_VALUE, "%s",
                      texts[i]);
         assert_says("QSHARD_NCCL_TIMEOUT");
         qs_error_clear();
@@ -690,7 +406,7 @@ Test(comm_nccl, a_limit_that_is_no_time_is_refused)
 
 Test(comm_nccl, memory_of_the_cpu_is_refused)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = NULL;
     cr_assert_eq(qs_comm_nccl_create(&comm, &host, qs_device_cpu()), QS_ERR_BUG);
     qs_comm_fini(&host);
@@ -699,26 +415,26 @@ Test(comm_nccl, memory_of_the_cpu_is_refused)
 Test(comm_nccl, a_farewell_that_hangs_is_cut_short, .timeout = 20)
 {
     setenv("QSHARD_NCCL_TIMEOUT", "0.2", 1);
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
     fake.polls = -1;
-    forget();
+    fake_forget();
     qs_comm_destroy(comm);
     cr_assert_str_eq(fake.calls, "finalize ");
-    cr_assert_eq(aborts, 1);
+    cr_assert_eq(fake_aborts, 1);
     qs_comm_fini(&host);
 }
 
 /* 5 s, then the job ends with the code of the first failure. */
 Test(comm_nccl, an_abort_that_hangs_ends_the_job, .exit_code = 6, .timeout = 30)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
-    fake_queue queue = make_queue();
+    fake_queue queue = fake_queue_make();
     char recv[8];
     fake.failing = "AllGather";
     fake.code = ncclRemoteError;
-    abort_hangs = true;
+    fake_abort_hangs = true;
     (void)qs_comm_all_gather(comm, recv, recv, 4, &queue.base);
     qs_comm_destroy(comm);
     _exit(0);
@@ -726,7 +442,7 @@ Test(comm_nccl, an_abort_that_hangs_ends_the_job, .exit_code = 6, .timeout = 30)
 
 Test(comm_nccl, abort_is_the_hosts, .exit_code = 4)
 {
-    qs_comm host = make_host(0, 2);
+    qs_comm host = fake_host(0, 2);
     qs_comm *comm = make_comm(&host);
     (void)QS_FAIL(QS_ERR_IO, "disk");
     qs_comm_abort(comm, QS_ERR_IO);
@@ -751,7 +467,7 @@ static void *create_as_member(void *arg)
     fake.code = m->code;
     fake.version = m->version;
     qs_comm *comm = NULL;
-    m->status = qs_comm_nccl_create(&comm, m->host, &device);
+    m->status = qs_comm_nccl_create(&comm, m->host, &fake_device);
     m->agreed = qs_comm_agreed(m->host);
     snprintf(m->text, sizeof m->text, "%s", qs_error_text());
     qs_comm_destroy(comm);
