@@ -20,13 +20,8 @@ static qs_status read_there(const char *dir, const char *name, size_t limit, cha
                             char **text, size_t *bytes)
 {
     void *data = NULL;
-    const size_t room = strlen(dir) + strlen(name) + 2;
     *text = NULL;
-    *path = malloc(room);
-    if (*path == NULL) {
-        return no_memory(dir);
-    }
-    snprintf(*path, room, "%s/%s", dir, name);
+    QS_TRY(qs_io_join(path, dir, name));
     if (access(*path, F_OK) != 0) {
         return QS_OK;
     }

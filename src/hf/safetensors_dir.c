@@ -35,16 +35,6 @@ struct qs_st_dir {
     bool told_of_links;
 };
 
-static char *joined(const char *dir, const char *name)
-{
-    size_t bytes = strlen(dir) + strlen(name) + 2;
-    char *path = malloc(bytes);
-    if (path != NULL) {
-        (void)snprintf(path, bytes, "%s/%s", dir, name);
-    }
-    return path;
-}
-
 static qs_status no_memory(const char *path)
 {
     return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the table of tensors", path);
@@ -105,12 +95,13 @@ done:
 static qs_status add_file(qs_st_dir *dir, const char *name)
 {
     qs_st_header header = {0};
-    char *path = joined(dir->path, name);
+    char *path = NULL;
+    QS_TRY(qs_io_join(&path, dir->path, name));
     st_file *files = realloc(dir->files, (size_t)(dir->n_files + 1) * sizeof *files);
     if (files != NULL) {
         dir->files = files;
     }
-    if (path == NULL || files == NULL) {
+    if (files == NULL) {
         free(path);
         return no_memory(dir->path);
     }
@@ -269,16 +260,12 @@ static bool is_there(const char *path)
 static qs_status open_files(qs_st_dir *dir, const char *stem)
 {
     qs_status st = QS_OK;
-    char name[64];
+    char name[64], index_name[80];
+    char *single = NULL, *index = NULL;
     (void)snprintf(name, sizeof name, "%s.safetensors", stem);
-    char *single = joined(dir->path, name);
-    char *index = NULL;
-    size_t bytes = strlen(dir->path) + sizeof name + 16;
-    index = malloc(bytes);
-    if (single == NULL || index == NULL) {
-        QS_GOTO(no_memory(dir->path));
-    }
-    (void)snprintf(index, bytes, "%s/%s.index.json", dir->path, name);
+    (void)snprintf(index_name, sizeof index_name, "%s.index.json", name);
+    QS_GOTO(qs_io_join(&single, dir->path, name));
+    QS_GOTO(qs_io_join(&index, dir->path, index_name));
     if (is_there(single)) {
         QS_GOTO(add_file(dir, name));
         QS_GOTO(sort_tensors(dir));

@@ -331,6 +331,17 @@ qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
     return qs_io_fsync_dir(parent);
 }
 
+qs_status qs_io_join(char **path, const char *dir, const char *name)
+{
+    const size_t bytes = strlen(dir) + strlen(name) + 2;
+    *path = malloc(bytes);
+    if (*path == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for a path in it", dir);
+    }
+    (void)snprintf(*path, bytes, "%s/%s", dir, name);
+    return QS_OK;
+}
+
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes)
 {
     qs_status st = QS_OK;

@@ -50,6 +50,9 @@ qs_status qs_io_write_new(const char *path, const void *data, size_t bytes);
  * descriptor left, a file system that went away? */
 bool qs_io_out_of_reach(int error);
 
+/** DIR/NAME, of whatever length; the caller frees *path. */
+qs_status qs_io_join(char **path, const char *dir, const char *name);
+
 /** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes);
 

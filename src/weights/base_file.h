@@ -50,8 +50,7 @@ typedef struct {
     int n_eos; /* those of generation_config.json, beside those of config.json; 0: none, or from
                   before they were kept */
     int32_t eos[QS_EOS_MAX];              /* below config.vocab */
-    char tokenizer_sha256[QS_SHA256_HEX]; /* of tokenizer.json; "": none, or from before it was kept
-                                           */
+    char tokenizer_sha256[QS_SHA256_HEX]; /* of tokenizer.json; "" as n_eos is 0 */
     int64_t head_chunk_rows;
     bool nested;
     int n_maps;

@@ -67,18 +67,6 @@ static qs_status check_folder(const char *hf_dir)
                          "%s: is a file; name the folder with config.json and safetensors", hf_dir);
 }
 
-/* The caller frees *path. */
-static qs_status path_in(char **path, const char *hf_dir, const char *name)
-{
-    const size_t bytes = strlen(hf_dir) + strlen(name) + 2;
-    *path = malloc(bytes);
-    if (*path == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its path", hf_dir);
-    }
-    (void)snprintf(*path, bytes, "%s/%s", hf_dir, name);
-    return QS_OK;
-}
-
 static qs_status read_config(qs_base_index *index, const char *hf_dir)
 {
     qs_status st = QS_OK;
@@ -86,7 +74,7 @@ static qs_status read_config(qs_base_index *index, const char *hf_dir)
     char *path = NULL;
     size_t bytes = 0;
     QS_TRY(check_folder(hf_dir));
-    QS_TRY(path_in(&path, hf_dir, "config.json"));
+    QS_TRY(qs_io_join(&path, hf_dir, "config.json"));
     QS_GOTO(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
     QS_GOTO(qs_hf_config_parse(&index->config, text, bytes, path));
     index->config_text = text;
@@ -153,7 +141,7 @@ static qs_status read_generation(qs_base_index *index, const char *hf_dir)
     char *path = NULL;
     size_t bytes = 0;
     json_t *root = NULL;
-    QS_TRY(path_in(&path, hf_dir, "generation_config.json"));
+    QS_TRY(qs_io_join(&path, hf_dir, "generation_config.json"));
     if (access(path, F_OK) == 0) {
         QS_GOTO(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
         QS_GOTO(qs_json_parse(&root, text, bytes, path));
@@ -456,7 +444,7 @@ qs_status qs_plan_hash_tokenizer(qs_plan *plan, const char *hf_dir)
     void *text = NULL;
     char *path = NULL;
     size_t bytes = 0;
-    QS_TRY(path_in(&path, hf_dir, "tokenizer.json"));
+    QS_TRY(qs_io_join(&path, hf_dir, "tokenizer.json"));
     if (access(path, F_OK) == 0) {
         QS_GOTO(qs_io_read_file(path, MAX_TOKENIZER_BYTES, &text, &bytes));
         qs_sha256_hex(text, bytes, plan->index->tokenizer_sha256);
