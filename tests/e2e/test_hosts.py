@@ -134,6 +134,19 @@ class TwoHosts(HostsTest):
         self.assertEqual(support.curve(across), support.curve(alone))
         self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
 
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_ranks_that_would_share_a_gpu_are_named_with_their_host(self):
+        """Two cards on h1, one on h2, two ranks each: rank 0, which speaks, is on the host where nothing is wrong."""
+        cards = 'case $(hostname) in h1) export CUDA_VISIBLE_DEVICES=0,1 QSHARD_EMULATOR_DEVICES=2 ;; ' \
+                'h2) export CUDA_VISIBLE_DEVICES=2 QSHARD_EMULATOR_DEVICES=1 ;; esac; exec "$@"'
+        done = self.hosts("run", 4, "sh", "-c", cards, "cards", support.QSHARD, "train", support.TINY_YAML, "--dry-run",
+                          *support.settings(support.tiny(), os.path.join(support.scratch(), "run"), device="cuda"),
+                          QSHARD_HOSTS_MAP="slot", QSHARD_PLUGIN=EMULATED)
+        self.assertEqual(done.returncode, 8, done.stdout + done.stderr)
+        said = re.findall(r"^error\[.*", done.stdout + done.stderr, re.M)
+        self.assertEqual(len(said), 1, said)
+        self.assertRegex(said[0], r"^error\[E801\] device: cuda: 2 ranks on h2 see 1 GPU, and ranks 2 and 3 would share one: ")
+
     def test_a_slow_cable_is_measured(self):
         """A gather cannot be faster than its bytes over the cable; the bits do not care; auto gives a node's copy more memory."""
         mbit, folder = 20, support.scratch()
