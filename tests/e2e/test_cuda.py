@@ -386,6 +386,8 @@ class Refusals(unittest.TestCase):
         done = support.train(output, expect=6, ranks=3, options=("--allow-shared-device",), device="cuda",
                              environment=on_gpu(QSHARD_NCCL_TIMEOUT="1", QSHARD_EMULATOR_NCCL_FAIL="init@1"), **SMALL)
         self.assertIn("of 3 has waited 1 s for the others", done.stderr)
+        self.assertEqual(len(re.findall(r"^error\[E600\] ncclCommInitRankConfig: unhandled system error.* \(rank 1 on \S+\)$", done.stderr, re.M)),
+                         1, done.stderr)  # the cause, from the rank that the others' end of the job ends
 
 
 if __name__ == "__main__":
