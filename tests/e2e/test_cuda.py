@@ -96,8 +96,11 @@ class Training(unittest.TestCase):
                 self.same_as_reference(f"ranks-{ranks}", ranks=ranks)
 
     def test_same_bits_in_groups_with_copies_of_the_base(self):
-        """Two communicators a rank, over two and over four GPUs."""
-        self.same_as_reference("groups", ranks=4, shard__group=2, environment={"QSHARD_EMULATOR_DEVICES": "4"})
+        """Two communicators a rank, over two and over four GPUs: as the plan has counted them."""
+        done = self.same_as_reference("groups", ranks=4, shard__group=2, options=("--verbose",),
+                                      environment={"QSHARD_EMULATOR_DEVICES": "4"})
+        self.assertEqual(re.findall(r"NCCL: (\d+) communicators", done.stderr), 4 * ["2"])
+        self.assertRegex(done.stdout, r"(?m)^  NCCL, 2 communicators +1792\.0$")
 
     def test_a_gpu_for_each_task_as_schedulers_give_them(self):
         """--gpus-per-task=1: every rank sees one card, another one, and calls it number 0."""

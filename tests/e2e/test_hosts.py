@@ -120,19 +120,25 @@ class TwoHosts(HostsTest):
 
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_two_levels_of_gpus(self):
-        """Two hosts of two (emulated) cards each, sums inside first: the bits of one card."""
+        """Two hosts of two (emulated) cards each, sums inside first: the bits of one card. What a rank opens of NCCL is what the plan
+        counts: the world, a host's cards, one of each host, and with a copy of the base on each card no further one."""
         folder, gpus = support.scratch(), {"QSHARD_PLUGIN": EMULATED, "QSHARD_EMULATOR_DEVICES": "2"}
         small = {"device": "cuda", "train__steps": 2, "train__global_batch": 5, "train__micro_batch": 1,
                  "train__eval_every": 0, "data__eval": ""}
-        alone, across = os.path.join(folder, "alone"), os.path.join(folder, "across")
+        alone = os.path.join(folder, "alone")
         support.train(alone, environment=gpus, **small)
-        done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
-                          *support.settings(support.tiny(), across, shard__group="node", **small), "--allow-shared-device",
-                          QSHARD_HOSTS_MAP="slot", **gpus)  # the cards of both hosts have the same names
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn("between 2 hosts of 2 ranks", done.stdout + done.stderr)
-        self.assertEqual(support.curve(across), support.curve(alone))
-        self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
+        for group in ("node", 1):
+            across = os.path.join(folder, f"across-{group}")
+            done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
+                              *support.settings(support.tiny(), across, shard__group=group, **small), "--allow-shared-device", "--verbose",
+                              QSHARD_HOSTS_MAP="slot", **gpus)  # the cards of both hosts have the same names
+            said = done.stdout + done.stderr
+            self.assertEqual(done.returncode, 0, said)
+            self.assertIn("between 2 hosts of 2 ranks", said)
+            self.assertEqual(re.findall(r"NCCL: (\d+) communicators", said), 4 * ["3"])
+            self.assertRegex(said, r"(?m)^  NCCL, 3 communicators +2560\.0$")
+            self.assertEqual(support.curve(across), support.curve(alone))
+            self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
 
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_ranks_that_would_share_a_gpu_are_named_with_their_host(self):
