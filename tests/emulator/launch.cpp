@@ -45,8 +45,8 @@ cudaError_t check(const launch_shape &s)
     return cudaSuccess;
 }
 
-/** The order of a launch's blocks, which CUDA leaves open: forwards, backwards, or in steps that have
- * no divisor in common with their number, from somewhere on. */
+/** The order of a launch's blocks, which CUDA leaves open: forwards, backwards, or in steps that
+ * have no divisor in common with their number, from somewhere on. */
 struct block_order {
     uint64_t count, first, step;
 

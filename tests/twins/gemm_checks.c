@@ -42,8 +42,8 @@ static double want_of(const gemm_case *t, const tw_mat *a, const tw_mat *b, cons
 static float *run(const tw_backend *b, const gemm_case *t, const qs_gemm_call *call, qs_mat *c)
 {
     bool taken = true;
-    const qs_status st = t->thin ? b->plugin->thin(b->queue, call, &taken)
-                                 : b->plugin->gemm(b->queue, call);
+    const qs_status st =
+        t->thin ? b->plugin->thin(b->queue, call, &taken) : b->plugin->gemm(b->queue, call);
     cr_assert_eq(st, QS_OK, "%s", qs_error_text());
     cr_assert(taken, "m=%d n=%d k=%d: not taken", (int)t->m, (int)t->n, (int)t->k);
     cr_assert(tw_gap_intact(b, c), "m=%d n=%d k=%d pad=%d: the gap", (int)t->m, (int)t->n,
@@ -56,9 +56,9 @@ static void check(const tw_backend *b, const gemm_case *t)
     const float alpha = 0.75F;
     tw_mat x = tw_mat_make_as(b, QS_BF16, t->a_transposed ? t->k : t->m,
                               t->a_transposed ? t->m : t->k, t->pad, 1.0F, 1);
-    tw_mat y = tw_mat_make_as(b, QS_BF16, t->b_transposed ? t->n : t->k,
-                              t->b_transposed ? t->k : t->n,
-                              t->thin ? t->pad : (t->pad + 5) % 16, 1.0F, 2);
+    tw_mat y =
+        tw_mat_make_as(b, QS_BF16, t->b_transposed ? t->n : t->k, t->b_transposed ? t->k : t->n,
+                       t->thin ? t->pad : (t->pad + 5) % 16, 1.0F, 2);
     /* One more row and column than the product may need: something is there even if m or n is 0. */
     const int64_t more = t->n == 0;
     tw_mat c0 = tw_mat_make_as(b, t->c_dtype, t->m + 1, t->n, t->pad + more, 1.0F, 3);

@@ -4,7 +4,8 @@
  * C has a wide side and a thin one of at most QS_THIN_MOST; what is summed over is its depth. A
  * block has QS_THIN_WIDE of the wide side, all of the thin one, and a range of the depth in chunks
  * of QS_THIN_DEPTH. Where there are few such tiles, the depth is split among blocks so that a large
- * card is full: by a rule of the sizes alone, so that the bits of a sum do not depend on the card. */
+ * card is full: by a rule of the sizes alone, so that the bits of a sum do not depend on the card.
+ */
 #ifndef QS_KERNELS_CUDA_CORE_THIN_H
 #define QS_KERNELS_CUDA_CORE_THIN_H
 
