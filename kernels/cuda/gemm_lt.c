@@ -48,7 +48,7 @@ typedef struct {
 typedef struct {
     cublasLtHandle_t handle;
     int passed_over; /* algorithms of each list: 0 but for benchmarks/bench_products.c */
-    plan *plans; /* [capacity], open addressing */
+    plan *plans;     /* [capacity], open addressing */
     int64_t count, capacity;
 } gemm_state;
 

@@ -1,6 +1,6 @@
 /* LoRA (Hu et al. 2021, arXiv:2106.09685) beside a linear: products of rank r by cuBLASLt (or
- * thin.cu), and dropout by two kernels whose mask is a function of (seed, step, sample, row, feature) alone
- * (core/philox.h), so that it is never stored.
+ * thin.cu), and dropout by two kernels whose mask is a function of (seed, step, sample, row,
+ * feature) alone (core/philox.h), so that it is never stored.
  *
  * Roundings, besides the fp32 sums of the products:
  *     drop(x) = x / (1 - p) to bf16; xa and work to bf16; y, and dx, to bf16 once more, and with

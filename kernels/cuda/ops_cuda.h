@@ -117,8 +117,8 @@ typedef struct {
 } qs_gemm_call;
 
 /** The algorithm of a shape is chosen once, by a rule that gives the same one in every run on the
- * same card and library (QSHARD_CUDA_ALGORITHM=K: the K-th that passes), and listed in the log (qs_cuda_gemm_describe). m, n or k of 0: c = c0, or
- * zeros. */
+ * same card and library, and is listed in the debug log. m, n or k of 0: c = c0, or zeros.
+ * QSHARD_CUDA_ALGORITHM=K passes over the first K that the rule could take: for measurements. */
 qs_status qs_cuda_gemm(qs_queue *q, const qs_gemm_call *call);
 qs_status qs_cuda_gemm_open(qs_queue *q, qs_cuda_context *context);
 void qs_cuda_gemm_close(qs_cuda_context *context);
