@@ -12,12 +12,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "bench/kernels/measure.h"
+#include "gpu_main.h"
 #include "kernels/cuda/core/border.h"
 
 enum {
     ALGORITHMS = 8, /* as many as gemm_lt.c asks for */
-    TOKENS_MAX = 8,
     PRODUCTS_MAX = 48,
     LAYERS = 32,
     RANK = 16,
@@ -48,13 +47,12 @@ typedef struct {
 } product;
 
 typedef struct {
-    const qs_plugin *plugin;
+    const gpu_main *g;
     qs_bench own;            /* buffers, and a queue with thin.cu's kernels */
     qs_bench by[ALGORITHMS]; /* a queue an algorithm */
     void *c;
     model_shape s;
     int64_t tokens;
-    FILE *csv; /* NULL: none */
     product products[PRODUCTS_MAX];
     int n;
     double first, fastest, thin; /* sums over a step */
@@ -246,13 +244,13 @@ static void print_row(const state *st, const product *p, const double *ms, const
         ms[i] > 0 ? printf(" %8.4f%s", ms[i], same[i] ? "=" : " ") : printf("        - ");
     }
     own > 0 ? printf(" %8.4f\n", own) : printf("        -\n");
-    if (st->csv != NULL) {
-        (void)fprintf(st->csv, "%s,%lld,%s,%.0f,%.5f,%s", p->name, (long long)st->tokens, shape,
+    if (st->g->csv != NULL) {
+        (void)fprintf(st->g->csv, "%s,%lld,%s,%.0f,%.5f,%s", p->name, (long long)st->tokens, shape,
                       p->times, bound, by);
         for (int i = 0; i < ALGORITHMS; i++) {
-            (void)fprintf(st->csv, ",%.5f,%d", ms[i], same[i]);
+            (void)fprintf(st->g->csv, ",%.5f,%d", ms[i], same[i]);
         }
-        (void)fprintf(st->csv, ",%.5f\n", own);
+        (void)fprintf(st->g->csv, ",%.5f\n", own);
     }
     (void)fflush(stdout);
 }
@@ -305,7 +303,7 @@ static qs_status bench_all(state *st)
 
 /* ---- all of it ---- */
 
-static qs_status open_queue(state *st, qs_bench *b, qs_device *device, bool small)
+static qs_status open_queue(const gpu_main *g, qs_bench *b)
 {
     const qs_ops_limits limits = {.threads = 1,
                                   .tokens = 8,
@@ -318,100 +316,59 @@ static qs_status open_queue(state *st, qs_bench *b, qs_device *device, bool smal
                                   .lora_rank = RANK,
                                   .hidden = 8,
                                   .head_rows = 8};
-    QS_TRY(qs_bench_open(b, st->plugin, device, st->plugin->ops(), 1, small));
+    QS_TRY(qs_bench_open(b, g->plugin, g->device, g->plugin->ops(), 1, g->small));
     b->batches = BATCHES;
     return qs_bench_open_ops(b, &limits);
 }
 
-static qs_status open_all(state *st, qs_device *device, bool small, const char *csv)
+static qs_status open_queues(state *st)
 {
     char number[16];
     for (int i = 0; i < ALGORITHMS; i++) {
         (void)snprintf(number, sizeof number, "%d", i);
         (void)setenv("QSHARD_CUDA_ALGORITHM", number, 1);
-        QS_TRY(open_queue(st, &st->by[i], device, small));
+        QS_TRY(open_queue(st->g, &st->by[i]));
     }
     (void)unsetenv("QSHARD_CUDA_ALGORITHM");
     (void)setenv("QSHARD_CUDA_THIN", "own", 1);
-    QS_TRY(open_queue(st, &st->own, device, small));
+    QS_TRY(open_queue(st->g, &st->own));
     QS_TRY(qs_bench_bounds(&st->own));
-    printf("# %s\n# bounds of this run: copy %.1f GB/s (read + written), product %s %.2f "
-           "TFLOP/s\n",
-           qs_device_description(device), st->own.copy_rate * 1e-9, st->own.matmul_name,
-           st->own.matmul_rate * 1e-12);
-    if (csv == NULL) {
-        return QS_OK;
-    }
-    st->csv = fopen(csv, "w");
-    if (st->csv == NULL) {
-        return QS_FAIL(QS_ERR_IO, "%s: cannot be written", csv);
-    }
-    (void)fprintf(st->csv, "name,tokens,shape,times,bound_ms,bound");
-    for (int i = 0; i < ALGORITHMS; i++) {
-        (void)fprintf(st->csv, ",ms_%d,same_%d", i, i);
-    }
-    (void)fprintf(st->csv, ",own_ms\n");
+    printf("# bounds of this run: copy %.1f GB/s (read + written), product %s %.2f TFLOP/s\n",
+           st->own.copy_rate * 1e-9, st->own.matmul_name, st->own.matmul_rate * 1e-12);
     return QS_OK;
 }
 
-static qs_status run(state *st, qs_device **device, const char *path, bool small, const char *csv,
-                     const int64_t *tokens, int n_tokens)
+static qs_status measure(state *st)
 {
-    char why[1024] = "";
-    st->plugin = qs_plugin_load(path, why, sizeof why);
-    if (st->plugin == NULL || st->plugin->probe(why, sizeof why) < 1) {
-        return QS_FAIL(QS_ERR_ENVIRONMENT, "%s", why);
-    }
-    QS_TRY(st->plugin->device_open(device, 0));
-    QS_TRY(open_all(st, *device, small, csv));
-    for (int i = 0; i < n_tokens; i++) {
-        st->tokens = tokens[i];
+    const int64_t usual = st->g->small ? 48 : 4096;
+    const int n = st->g->n_tokens > 0 ? st->g->n_tokens : 1;
+    QS_TRY(open_queues(st));
+    for (int i = 0; i < n; i++) {
+        st->tokens = st->g->n_tokens > 0 ? st->g->tokens[i] : usual;
         QS_TRY(bench_all(st));
         qs_bench_free(&st->own);
     }
     return QS_OK;
 }
 
-int main(int argc, char **argv)
+static qs_status run(const gpu_main *g)
 {
-    const char *plugin = NULL, *csv = NULL;
-    int64_t tokens[TOKENS_MAX] = {0};
-    int n_tokens = 0;
-    bool small = false, usage = false;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--small") == 0) {
-            small = true;
-        } else if (strcmp(argv[i], "--csv") == 0 && i + 1 < argc) {
-            csv = argv[++i];
-        } else if (strcmp(argv[i], "--tokens") == 0 && i + 1 < argc && n_tokens < TOKENS_MAX) {
-            tokens[n_tokens] = strtoll(argv[++i], NULL, 10);
-            usage = usage || tokens[n_tokens++] < 1;
-        } else if (plugin == NULL && argv[i][0] != '-') {
-            plugin = argv[i];
-        } else {
-            usage = true;
-        }
-    }
-    if (plugin == NULL || usage) {
-        (void)fprintf(stderr,
-                      "usage: bench_products PLUGIN [--small] [--csv FILE] [--tokens T]...\n");
-        return 2;
-    }
-    if (n_tokens == 0) {
-        tokens[n_tokens++] = small ? 48 : 4096;
-    }
-    state st = {.s = small ? tiny : llama8};
-    qs_device *device = NULL;
-    qs_status status = run(&st, &device, plugin, small, csv, tokens, n_tokens);
-    qs_error_print(status);
+    state st = {.g = g, .s = g->small ? tiny : llama8};
+    const qs_status status = measure(&st);
     for (int i = 0; i < ALGORITHMS; i++) {
         qs_bench_close(&st.by[i]);
     }
     qs_bench_close(&st.own);
-    qs_device_close(device);
-    if (st.csv != NULL && fclose(st.csv) != 0) {
-        (void)fprintf(stderr, "the CSV file could not be written\n");
-        return 4;
+    return status;
+}
+
+int main(int argc, char **argv)
+{
+    char heading[256] = "name,tokens,shape,times,bound_ms,bound";
+    for (int i = 0; i < ALGORITHMS; i++) {
+        const size_t length = strlen(heading);
+        (void)snprintf(heading + length, sizeof heading - length, ",ms_%d,same_%d", i, i);
     }
-    return qs_exit_code(status);
+    (void)strcat(heading, ",own_ms");
+    return gpu_main_run(argc, argv, heading, run);
 }
