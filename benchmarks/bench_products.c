@@ -7,7 +7,8 @@
  * results has the same bits, and what bounds a product: its FLOPs at the rate of a large square
  * product or its bytes at that of a copy, both measured in the same run. The last rows add up what
  * a step without recompute takes with the first of each, with the fastest, and with the first but
- * our own where there is one. Repeated calls find in the L2 cache what fits there. */
+ * our own where there is one. Rows in brackets are what one of joined linears takes by itself; they
+ * do not count. Repeated calls find in the L2 cache what fits there. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -97,6 +98,18 @@ static qs_gemm_call gradient(const state *st, int64_t m, int64_t n, int64_t a_st
     return call;
 }
 
+/* What one of the linears takes by itself, to be compared: not part of a step. */
+static void add_alone(state *st, const linear_group *g, int64_t out)
+{
+    const int64_t border = qs_border_width(RANK);
+    const int64_t x = qs_border_stride(g->in, border), y = qs_border_stride(out, border);
+    qs_gemm_call forward = bf16_product(st->tokens, out, g->in + border, x, x);
+    const qs_gemm_call backward = bf16_product(st->tokens, g->in, out + border, y, x);
+    forward.b_transposed = true;
+    add_product(st, "(y) of", g->name, 0, forward);
+    add_product(st, "(dx) of", g->name, 0, backward);
+}
+
 /* linear.cu's products, without dropout. */
 static void add_group(state *st, const linear_group *g)
 {
@@ -120,6 +133,9 @@ static void add_group(state *st, const linear_group *g)
         if (g->times[i] > 0) {
             add_product(st, i == 0 ? "dB" : "dB'", g->name, g->times[i] * LAYERS,
                         gradient(st, g->each[i], RANK, y, RANK));
+        }
+        if (g->count > 1 && g->times[i] > 0) {
+            add_alone(st, g, g->each[i]);
         }
     }
 }
