@@ -1,5 +1,6 @@
-/* What is being written stands under NAME.tmp-PID, a file or a directory of plain files, and gets
- * its name when it is complete. A command that fails removes it; here is what a signal leaves.
+/* What is being written stands under NAME.tmp-PID, a file or a directory of plain files and perhaps
+ * one more directory of such, and gets its name when it is complete. A command that fails removes
+ * it; here is what a signal leaves.
  *
  * INT, TERM and HUP remove the guarded name and then end the process as they would have. Nobody
  * can do that for KILL or a host that goes down: the next command with the same output does. */
@@ -13,7 +14,8 @@ void qs_temp_guard(const char *path);
 void qs_temp_release(void);
 
 /** Remove what killed commands left beside `output`: OUTPUT.tmp-PID, whose process is gone on this
- * host, and which nobody, on whatever host, has written into for ten minutes. */
-void qs_temp_remove_stale(const char *output);
+ * host, and which nobody, on whatever host, has written into for ten minutes. `inner`: name of the
+ * directory that it may hold; NULL: none. One with any other in it is not ours. */
+void qs_temp_remove_stale(const char *output, const char *inner);
 
 #endif
