@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -116,16 +117,16 @@ void qs_temp_release(void)
 
 /* ---- leftovers ---- */
 
-/* The process number at the end of NAME.tmp-PID, 0 if `entry` is something else. */
-static long pid_of_temp(const char *entry, const char *name)
+int qs_temp_pid(const char *entry, const char *name, const char *mark)
 {
-    char *end = NULL;
-    size_t length = strlen(name);
-    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, ".tmp-", 5) != 0) {
+    const size_t length = strlen(name), marked = length + strlen(mark);
+    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, mark, marked - length) != 0) {
         return 0;
     }
-    long pid = strtol(entry + length + 5, &end, 10);
-    return *end == '\0' && pid > 0 ? pid : 0;
+    const char *number = entry + marked;
+    const size_t digits = strspn(number, "0123456789");
+    const long pid = digits > 0 && number[digits] == '\0' ? strtol(number, NULL, 10) : 0;
+    return pid <= INT_MAX ? (int)pid : 0; /* more than a pid_t holds */
 }
 
 /* Is this a plain file that nobody has written into of late? */
@@ -166,8 +167,8 @@ void qs_temp_remove_stale(const char *output, const char *inner)
     DIR *dir = parent != NULL && name != NULL ? opendir(parent) : NULL;
     const struct dirent *entry;
     while (dir != NULL && (entry = readdir(dir)) != NULL) {
-        const long pid = pid_of_temp(entry->d_name, name);
-        if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
+        const int pid = qs_temp_pid(entry->d_name, name, QS_TEMP_MARK);
+        if (pid > 0 && kill(pid, 0) != 0 && errno == ESRCH &&
             (old_file(dirfd(dir), entry->d_name) ||
              old_directory(dirfd(dir), entry->d_name, inner)) &&
             remove_whole(dirfd(dir), entry->d_name, DEPTH)) {
