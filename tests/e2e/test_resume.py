@@ -1,4 +1,5 @@
 """Killed, stopped or out of disk, a run ends with the bits of the undisturbed one. QSHARD_KILLS sets the number of kills."""
+import csv
 import os
 import random
 import shutil
@@ -34,6 +35,15 @@ def kill_all(process):
     for pid in [process.pid, *ranks_of(process)]:
         kill(pid)
     process.communicate()
+
+
+def summarized_steps(output):
+    """What summary.csv says; None without one."""
+    path = os.path.join(output, "summary.csv")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return int(next(csv.DictReader(file))["steps"])
 
 
 class Resume(unittest.TestCase):
@@ -174,7 +184,12 @@ class Resume(unittest.TestCase):
         at_once, output = (os.path.join(self.folder, name) for name in ("at-once", "more"))
         support.train(at_once, ranks=2, train__steps=8, **constant)
         support.train(output, train__steps=4, **constant)
+        self.assertEqual(summarized_steps(output), 4)
+        support.train(output, ranks=2, expect=75, train__steps=8, train__max_time=0.001, **constant)
+        self.assertEqual(support.metrics(output)[-1]["step"], 5)
+        self.assertIsNone(summarized_steps(output))  # not that of the four
         support.train(output, ranks=3, train__steps=8, **constant)
+        self.assertEqual(summarized_steps(output), 8)
         losses = [[line for line in support.curve(run) if line[1][0] == "loss"] for run in (at_once, output)]
         self.assertEqual(len(losses[0]), 8)
         self.assertEqual(losses[1], losses[0])
@@ -195,6 +210,7 @@ class Resume(unittest.TestCase):
                 self.assertRegex(done.stderr, r"(?m)^error\[E802\] .*train\.steps \(then and now: 4 and 8\).*" + remedy)
                 self.assertEqual(done.stderr.count("error["), 1, done.stderr)
                 self.assertEqual(support.curve(output), kept)
+                self.assertEqual(summarized_steps(output), 4)
         support.train(output, ranks=2, train__steps=8, optim__schedule="constant", optim__warmup=2)
         self.assertEqual(len([line for line in support.curve(output) if line[1][0] == "loss"]), 8)
 
