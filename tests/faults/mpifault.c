@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <mpi.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
@@ -14,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static long late_s;
+static atomic_long late_s; /* read by every thread of the program */
 
 /* MPI and the libraries keep their time. */
 static int calls_from_program(void *caller)
