@@ -240,38 +240,40 @@ qs_status qs_comm_sum_i64(qs_comm *comm, int64_t *values, int count)
     return reduce_i64(comm, values, count, sum);
 }
 
-/* The rank whose status counts: the lowest with an error of its own, else the lowest with one that
- * another rank has spoken for (negative), else the lowest that asks for a requeue, else none (-1).
- */
-static int speaker_among(const int64_t *statuses, int nranks)
+/* The rank whose status, the first of its `width` values, counts: the lowest with an error of its
+ * own, else the lowest with one that another rank has spoken for (negative), else the lowest that
+ * asks for a requeue, else none (-1). */
+static int speaker_among(const int64_t *values, int width, int nranks)
 {
     int requeue = -1, silent = -1;
     for (int r = 0; r < nranks; r++) {
-        if (statuses[r] > QS_OK && statuses[r] != QS_REQUEUE) {
+        const int64_t status = values[(int64_t)r * width];
+        if (status > QS_OK && status != QS_REQUEUE) {
             return r;
         }
-        if (statuses[r] < QS_OK && silent < 0) {
+        if (status < QS_OK && silent < 0) {
             silent = r;
         }
-        if (statuses[r] == QS_REQUEUE && requeue < 0) {
+        if (status == QS_REQUEUE && requeue < 0) {
             requeue = r;
         }
     }
     return silent >= 0 ? silent : requeue;
 }
 
-qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
+/* `mine` [width] begins with this rank's status; what others say is left in the scratch. */
+static qs_status agree(qs_comm *comm, int64_t *mine, int width)
 {
     /* an error that another rank speaks for has been agreed on before: it is no reason to choose
      * this rank */
-    int64_t status = mine != QS_OK && qs_error_is_silent() ? -(int64_t)mine : (int64_t)mine;
-    QS_TRY(qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status));
-    int speaker = speaker_among(comm->scratch, comm->nranks);
+    mine[0] = mine[0] != QS_OK && qs_error_is_silent() ? -mine[0] : mine[0];
+    QS_TRY(qs_comm_all_gather_now(comm, mine, comm->scratch, (size_t)width * sizeof *mine));
+    int speaker = speaker_among(comm->scratch, width, comm->nranks);
     comm->agreed = speaker >= 0;
     if (speaker < 0) {
         return QS_OK;
     }
-    qs_status agreed = (qs_status)llabs(comm->scratch[speaker]);
+    qs_status agreed = (qs_status)llabs(comm->scratch[(int64_t)speaker * width]);
     char text[2048] = "";
     if (speaker == comm->rank) {
         snprintf(text, sizeof text, "%s", qs_error_text());
@@ -282,6 +284,22 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
         qs_error_adopt(agreed, text, true);
     }
     return agreed;
+}
+
+qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
+{
+    int64_t status = mine;
+    return agree(comm, &status, 1);
+}
+
+qs_status qs_comm_agree_most(qs_comm *comm, qs_status mine, int64_t *most)
+{
+    int64_t told[2] = {mine, *most};
+    QS_TRY(agree(comm, told, 2));
+    for (int r = 0; r < comm->nranks; r++) {
+        *most = larger(*most, comm->scratch[2 * r + 1]);
+    }
+    return QS_OK;
 }
 
 qs_status qs_comm_agree_after(qs_comm *comm, const qs_comm *part, qs_status st)
