@@ -15,8 +15,9 @@
 #include <string.h>
 
 #include "bench/kernels/cases.h"
+#include "gpu_main.h"
 
-enum { N_LINEARS = 7, N_GROUPS = 4, TOKENS_MAX = 8, NAME_BYTES = 64 };
+enum { N_LINEARS = 7, N_GROUPS = 4, NAME_BYTES = 64 };
 
 typedef struct {
     int64_t hidden, kv, ffn, vocab, head_rows;
@@ -476,7 +477,7 @@ static void print_bounds(const state *st)
     }
 }
 
-static qs_status run(state *st, const int64_t *tokens, int n_tokens)
+static qs_status measure(state *st, const int64_t *tokens, int n_tokens)
 {
     static const group once[] = {bench_decode, bench_quantize, bench_optimizer};
     static const group each[] = {bench_hidden_rows, bench_swiglu, bench_linears, bench_attention,
@@ -502,67 +503,26 @@ static qs_status run(state *st, const int64_t *tokens, int n_tokens)
     return QS_OK;
 }
 
-static qs_status open_all(state *st, const char *path, bool small, const char *csv,
-                          qs_device **device)
+static qs_status run(const gpu_main *g)
 {
-    char why[1024] = "";
-    const qs_plugin *plugin = qs_plugin_load(path, why, sizeof why);
-    if (plugin == NULL || plugin->probe(why, sizeof why) < 1) {
-        return QS_FAIL(QS_ERR_ENVIRONMENT, "%s", why);
+    static const int64_t usual[] = {512, 4096, 16384}, few[] = {48};
+    const bool asked = g->n_tokens > 0;
+    state st = {.s = g->small ? tiny : llama8, .csv = g->csv};
+    qs_status status = qs_bench_open(&st.b, g->plugin, g->device, g->plugin->ops(), 1, g->small);
+    if (status == QS_OK) {
+        status = measure(&st,
+                         asked      ? g->tokens
+                         : g->small ? few
+                                    : usual,
+                         asked      ? g->n_tokens
+                         : g->small ? 1
+                                    : 3);
     }
-    QS_TRY(plugin->device_open(device, 0));
-    QS_TRY(qs_bench_open(&st->b, plugin, *device, plugin->ops(), 1, small));
-    if (csv != NULL) {
-        st->csv = fopen(csv, "w");
-        if (st->csv == NULL) {
-            return QS_FAIL(QS_ERR_IO, "%s: cannot be written", csv);
-        }
-        (void)fprintf(st->csv, "name,shape,ms,figure,unit,share,bound\n");
-    }
-    printf("# %s\n", qs_device_description(*device));
-    return QS_OK;
+    qs_bench_close(&st.b);
+    return status;
 }
 
 int main(int argc, char **argv)
 {
-    const char *plugin = NULL, *csv = NULL;
-    int64_t tokens[TOKENS_MAX];
-    int n_tokens = 0;
-    bool small = false, usage = false;
-    for (int i = 1; i < argc; i++) {
-        if (strcmp(argv[i], "--small") == 0) {
-            small = true;
-        } else if (strcmp(argv[i], "--csv") == 0 && i + 1 < argc) {
-            csv = argv[++i];
-        } else if (strcmp(argv[i], "--tokens") == 0 && i + 1 < argc && n_tokens < TOKENS_MAX) {
-            tokens[n_tokens] = strtoll(argv[++i], NULL, 10);
-            usage = usage || tokens[n_tokens++] < 1;
-        } else if (plugin == NULL && argv[i][0] != '-') {
-            plugin = argv[i];
-        } else {
-            usage = true;
-        }
-    }
-    if (plugin == NULL || usage) {
-        (void)fprintf(stderr, "usage: bench_ops PLUGIN [--small] [--csv FILE] [--tokens T]...\n");
-        return 2;
-    }
-    if (n_tokens == 0) {
-        const int64_t usual[] = {512, 4096, 16384};
-        n_tokens = small ? 1 : 3;
-        memcpy(tokens, usual, sizeof usual);
-        tokens[0] = small ? 48 : tokens[0];
-    }
-    state st = {.s = small ? tiny : llama8};
-    qs_device *device = NULL;
-    qs_status status = open_all(&st, plugin, small, csv, &device);
-    status = status == QS_OK ? run(&st, tokens, n_tokens) : status;
-    qs_error_print(status);
-    qs_bench_close(&st.b);
-    qs_device_close(device);
-    if (st.csv != NULL && fclose(st.csv) != 0) {
-        (void)fprintf(stderr, "the CSV file could not be written\n");
-        return 4;
-    }
-    return qs_exit_code(status);
+    return gpu_main_run(argc, argv, "name,shape,ms,figure,unit,share,bound", run);
 }

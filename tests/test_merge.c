@@ -536,6 +536,76 @@ Test(merge, the_template_of_the_training_data_takes_the_place_of_another)
     cr_assert(report.other_template && report.source[0] == '\0');
 }
 
+#define TEMPLATES "model/additional_chat_templates"
+
+/* transformers 4.5x keeps templates for tools or documents in files of their own. */
+Test(merge, other_templates_come_along_unless_the_training_data_has_another)
+{
+    qs_merge_report report;
+    mf_make_usual();
+    cr_assert_eq(mkdir(TEMPLATES, 0777), 0);
+    cr_assert_eq(merge_trained(NULL, &report), QS_OK, "%s", qs_error_text());
+    cr_assert_neq(access("out/additional_chat_templates", F_OK), 0); /* there was none in it */
+    cr_assert_eq(system("rm -r out"), 0);
+    mf_put("model/chat_template.jinja", "own");
+    mf_put(TEMPLATES "/tool_use.jinja", "{{ tools }}");
+    mf_put(TEMPLATES "/odd \n\33[2J.jinja", "");
+    mf_put(TEMPLATES "/notes.txt", "not a template");
+    mf_put(TEMPLATES "/.jinja", "nor this");
+    cr_assert_eq(symlink("../chat_template.jinja", TEMPLATES "/rag.jinja"), 0); /* as in caches */
+    cr_assert_eq(mkdir(TEMPLATES "/more", 0777), 0);
+    for (int own = 0; own < 2; own++) {
+        cr_assert_eq(merge_trained(own ? "own" : NULL, &report), QS_OK, "%s", qs_error_text());
+        expect_content("additional_chat_templates/tool_use.jinja", "{{ tools }}", 0);
+        expect_content("additional_chat_templates/odd \n\33[2J.jinja", "", 0);
+        expect_content("additional_chat_templates/rag.jinja", "own", 0);
+        cr_assert_eq(system("test $(ls -A out/additional_chat_templates | grep -c jinja) = 3"), 0);
+        cr_assert_neq(access("out/additional_chat_templates/notes.txt", F_OK), 0);
+        cr_assert_eq(strncmp(report.copied, " additional_chat_templates", 26), 0, "%s",
+                     report.copied);
+        cr_assert_eq(system("rm -r out"), 0);
+    }
+    cr_assert_eq(merge_trained("another", &report), QS_OK, "%s", qs_error_text());
+    cr_assert_neq(access("out/additional_chat_templates", F_OK), 0);
+    cr_assert(report.other_template && strstr(report.copied, "additional") == NULL);
+}
+
+Test(merge, other_templates_that_are_none_are_named_and_leave_nothing)
+{
+    static const struct {
+        const char *make;
+        qs_status st;
+        const char *named;
+    } rows[] = {
+        {"touch $D", QS_ERR_INPUT_FORMAT, TEMPLATES ": "},
+        {"mkfifo $D", QS_ERR_INPUT_FORMAT, TEMPLATES ": "},
+        {"ln -s $PWD/model/loop $D && ln -s loop model/loop", QS_ERR_INPUT_MISSING, TEMPLATES ": "},
+        {"mkdir -p $D/x.jinja", QS_ERR_INPUT_FORMAT, TEMPLATES "/x.jinja: is not a plain file"},
+        {"mkdir $D && mkfifo $D/x.jinja", QS_ERR_INPUT_FORMAT, TEMPLATES "/x.jinja: is not"},
+        {"mkdir $D && ln -s /dev/zero $D/x.jinja", QS_ERR_INPUT_FORMAT, TEMPLATES "/x.jinja: is"},
+        {"mkdir $D && ln -s nowhere $D/x.jinja", QS_ERR_INPUT_MISSING, TEMPLATES "/x.jinja: "},
+        {"mkdir $D && truncate -s 257M $D/x.jinja", QS_ERR_INPUT_VALUE, TEMPLATES "/x.jinja: has"},
+        {"mkdir $D && touch $(seq -f $D/%g.jinja 65)", QS_ERR_INPUT_VALUE, TEMPLATES ": holds"},
+    };
+    char command[512];
+    qs_merge_report report;
+    mf_make_usual();
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        snprintf(command, sizeof command, "D=" TEMPLATES "; rm -rf $D; %s", rows[i].make);
+        cr_assert_eq(system(command), 0, "%s", command);
+        qs_error_clear();
+        cr_assert_eq(merge_trained(NULL, &report), rows[i].st, "%zu: %s", i, qs_error_text());
+        cr_assert_eq(strncmp(qs_error_text(), rows[i].named, strlen(rows[i].named)), 0, "%s",
+                     qs_error_text());
+        cr_assert_neq(access("out", F_OK), 0);
+        cr_assert_eq(mf_leftovers(), 0, "%zu", i);
+    }
+    qs_error_clear();
+    cr_assert_eq(system("D=" TEMPLATES "; rm $D/65.jinja"), 0); /* as many as are taken */
+    cr_assert_eq(merge_trained(NULL, &report), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(mf_differs(TEMPLATES, "out/additional_chat_templates"), 0);
+}
+
 Test(merge, a_tokenizer_config_that_is_none_is_named_and_leaves_nothing)
 {
     static const char *const wrong[] = {"", "{", "[1]", "{\"a\": 1, \"a\": 2}",

@@ -208,10 +208,14 @@ static int run_faulty(const char *fault)
     return run_merge(prefix, "adapter --base base.h5 -o out --shard-size 100K --quiet");
 }
 
-/* As many calls of the library as a merge makes, which leaves its result in good. */
+/* As many calls of the library as a merge makes, which leaves its result in good: with a directory
+ * in it. */
 static int calls_of_a_merge(void)
 {
     int calls = 0;
+    cr_assert_eq(mkdir("model/additional_chat_templates", 0777), 0);
+    mf_put("model/additional_chat_templates/tool_use.jinja", "{{ tools }}");
+    mf_put("model/additional_chat_templates/rag.jinja", "{{ documents }}");
     cr_assert_eq(run_merge("", "adapter --base base.h5 -o good --shard-size 100K"), 0);
     cr_assert_eq(run_faulty("io:count"), 0, "%s", output);
     const char *at = strstr(output, "iofault: calls ");
@@ -261,7 +265,8 @@ Test(merge_command, a_signal_at_any_call_leaves_nothing_half_done)
 Test(merge_command, leftovers_of_killed_commands_are_removed_and_others_are_not)
 {
     static const char *const made[] = {"out.tmp-999999991", "out.tmp-999999992",
-                                       "out.tmp-999999993", "out.tmp-999999994", "out.tmp-9x"};
+                                       "out.tmp-999999993", "out.tmp-999999994",
+                                       "out.tmp-999999995", "out.tmp-9x"};
     char command[512];
     mf_make_usual();
     for (size_t i = 0; i < sizeof made / sizeof *made; i++) {
@@ -272,9 +277,14 @@ Test(merge_command, leftovers_of_killed_commands_are_removed_and_others_are_not)
                  i == 2 ? ": changed of late:" : "", made[i]);
         cr_assert_eq(system(command), 0, "%s", command);
     }
-    snprintf(command, sizeof command, "mkdir %s/by_hand && touch -d 2001-01-01 %s", made[3],
-             made[3]);
-    cr_assert_eq(system(command), 0);
+    for (int i = 0; i < 5; i += i == 0 ? 3 : 1) { /* the first has what a merge makes */
+        static const char *const inner[] = {"additional_chat_templates", NULL, NULL, "by_hand",
+                                            "additional_chat_templates"};
+        snprintf(command, sizeof command,
+                 "cd %s && mkdir -p %s/%s && touch %s/x.jinja && touch -d 2001-01-01 %s/* %s .",
+                 made[i], inner[i], i == 4 ? "more" : "", inner[i], inner[i], inner[i]);
+        cr_assert_eq(system(command), 0, "%s", command);
+    }
     cr_assert_eq(run_merge("", "adapter --base base.h5 -o out/"), 0, "%s", output);
     cr_assert_neq(access(made[0], F_OK), 0);
     for (size_t i = 1; i < sizeof made / sizeof *made; i++) {

@@ -186,10 +186,20 @@ Test(quantize_fails, leftovers_of_killed_runs_are_removed_and_others_are_not)
     struct utimbuf old = {1000000000, 1000000000};
     char mine[64];
     (void)snprintf(mine, sizeof mine, "b.h5.tmp-%d", (int)getppid()); /* alive */
-    const char *const names[] = {"b.h5.tmp-999999999", "b.h5.tmp-999999998", "c.h5.tmp-999999999",
-                                 "b.h5.tmp-",          "b.h5.tmp-9x",        mine};
+    const char *const names[] = {"b.h5.tmp-999999999",
+                                 "b.h5.tmp-999999998",
+                                 "c.h5.tmp-999999999",
+                                 "b.h5.tmp-",
+                                 "b.h5.tmp-9x",
+                                 "b.h5.tmp-+999999999",
+                                 "b.h5.tmp- 99999999",
+                                 "b.h5.tmp-9999999999",
+                                 "b.h5.tmp-0",
+                                 "b.h5.tmp--9999999999",
+                                 mine};
+    enum { NAMES = sizeof names / sizeof *names };
     tiny_hf_write(qf_model, &o);
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < NAMES; i++) {
         cr_assert_eq(qs_io_write_file(qf_file(names[i]), "x", 1), QS_OK);
         if (i != 1) { /* the second is young: its writer may be on another host */
             cr_assert_eq(utime(qf_file(names[i]), &old), 0);
@@ -197,7 +207,7 @@ Test(quantize_fails, leftovers_of_killed_runs_are_removed_and_others_are_not)
     }
     qf_quantize(qf_file("b.h5"));
     cr_assert_neq(access(qf_file(names[0]), F_OK), 0);
-    for (int i = 1; i < 6; i++) {
+    for (int i = 1; i < NAMES; i++) {
         cr_assert_eq(access(qf_file(names[i]), F_OK), 0, "%s", names[i]);
     }
 }

@@ -462,8 +462,9 @@ Test(run_dir, another_kernel_of_the_same_name_is_the_same_machine_only_by_its_id
 /* What only looks like ours makes a directory somebody's, and stays where it is in one of ours. */
 Test(run_dir, files_of_others_are_neither_replaced_nor_removed)
 {
-    static const char *const names[] = {"config.yaml", "run.json.tmp-mine", "run.lock.notes",
-                                        "run.lock.new-", "mine.tmp-17"};
+    static const char *const names[] = {"config.yaml",      "run.json.tmp-mine", "run.lock.notes",
+                                        "run.lock.new-",    "mine.tmp-17",       "run.json.tmp-0",
+                                        "run.json.tmp-+17", "run.lock.17.17"};
     qs_config c = fx_config();
     qs_run_dir run;
     void *text = NULL;

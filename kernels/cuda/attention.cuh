@@ -363,13 +363,4 @@ static inline bool qs_attention_aligned(const qs_mat *mat)
     return (uintptr_t)mat->data % 16 == 0 && mat->stride % 8 == 0;
 }
 
-/** Let `kernel` use `bytes` of shared memory: past 48 KB, its own arrays included, it has to ask.
- */
-template <typename kernel_type>
-static qs_status qs_attention_prepare(kernel_type kernel, size_t bytes)
-{
-    return QS_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
 #endif

@@ -303,7 +303,7 @@ static qs_status launch_dq(qs_queue *q, qs_backward_args args)
     static_assert((2 * own + 4 * BC) * D * 2 + own * 4 <= QS_ATTENTION_SHARED_MAX,
                   "fits every card");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, own);
-    QS_TRY(qs_attention_prepare(dq_kernel<D, MT, BC, CAP>, bytes));
+    QS_TRY(qs_cuda_prepare(dq_kernel<D, MT, BC, CAP>, bytes));
     QS_LAUNCH((dq_kernel<D, MT, BC, CAP>),
               (unsigned)args.launch.tiles * (unsigned)args.launch.n_heads, QS_ATTENTION_THREADS,
               bytes, qs_cuda_stream(q), args);
@@ -319,7 +319,7 @@ static qs_status launch_dkv(qs_queue *q, qs_backward_args args)
                   "fits every card");
     static_assert(2 * BQ <= QS_ATTENTION_THREADS, "a thread a number of a step");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, own);
-    QS_TRY(qs_attention_prepare(dkv_kernel<D, MT, BQ, DK, DV, CAP>, bytes));
+    QS_TRY(qs_cuda_prepare(dkv_kernel<D, MT, BQ, DK, DV, CAP>, bytes));
     QS_LAUNCH((dkv_kernel<D, MT, BQ, DK, DV, CAP>),
               (unsigned)args.launch.tiles * (unsigned)args.launch.n_kv_heads, QS_ATTENTION_THREADS,
               bytes, qs_cuda_stream(q), args);

@@ -282,11 +282,11 @@ template <int D, bool CAP> static qs_status launch(qs_queue *q, qs_backward_args
     static_assert(2 * QUERIES <= QS_HOPPER_THREADS, "a thread a number of a step");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, QS_HOPPER_OWN);
     const unsigned tiles = (unsigned)args.launch.tiles;
-    QS_TRY(qs_attention_prepare(dq_kernel<D, CAP>, dq_shared_bytes<D>()));
+    QS_TRY(qs_cuda_prepare(dq_kernel<D, CAP>, dq_shared_bytes<D>()));
     QS_LAUNCH((dq_kernel<D, CAP>), tiles * (unsigned)args.launch.n_heads, QS_HOPPER_THREADS,
               dq_shared_bytes<D>(), qs_cuda_stream(q), args);
     QS_TRY(qs_cuda_launched("attention_backward: dq"));
-    QS_TRY(qs_attention_prepare(dkv_kernel<D, CAP>, dkv_shared_bytes<D>()));
+    QS_TRY(qs_cuda_prepare(dkv_kernel<D, CAP>, dkv_shared_bytes<D>()));
     QS_LAUNCH((dkv_kernel<D, CAP>), tiles * (unsigned)args.launch.n_kv_heads, QS_HOPPER_THREADS,
               dkv_shared_bytes<D>(), qs_cuda_stream(q), args);
     return qs_cuda_launched("attention_backward: dk, dv");

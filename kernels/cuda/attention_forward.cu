@@ -113,7 +113,7 @@ static qs_status launch_as(qs_queue *q, qs_forward_args *args)
     static_assert((own + 4 * BC) * D * 2 + own * 4 <= QS_ATTENTION_SHARED_MAX, "fits every card");
     args->launch.tiles = (int)qs_hd_ceil_div(args->launch.rows, own);
     const unsigned blocks = (unsigned)args->launch.tiles * (unsigned)args->launch.n_heads;
-    QS_TRY(qs_attention_prepare(forward_kernel<D, MT, BC, CAP>, bytes));
+    QS_TRY(qs_cuda_prepare(forward_kernel<D, MT, BC, CAP>, bytes));
     QS_LAUNCH((forward_kernel<D, MT, BC, CAP>), blocks, QS_ATTENTION_THREADS, bytes,
               qs_cuda_stream(q), *args);
     return qs_cuda_launched("attention_forward");

@@ -151,7 +151,7 @@ template <int D, bool CAP> static qs_status launch(qs_queue *q, qs_forward_args 
     static_assert(shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
     args->launch.tiles = (int)qs_hd_ceil_div(args->launch.rows, QS_HOPPER_OWN);
     const unsigned blocks = (unsigned)args->launch.tiles * (unsigned)args->launch.n_heads;
-    QS_TRY(qs_attention_prepare(forward_kernel<D, CAP>, shared_bytes<D>()));
+    QS_TRY(qs_cuda_prepare(forward_kernel<D, CAP>, shared_bytes<D>()));
     QS_LAUNCH((forward_kernel<D, CAP>), blocks, QS_HOPPER_THREADS, shared_bytes<D>(),
               qs_cuda_stream(q), *args);
     return qs_cuda_launched("attention_forward");

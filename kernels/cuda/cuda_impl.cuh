@@ -39,6 +39,15 @@ static inline cudaStream_t qs_cuda_stream(const qs_queue *q)
     return (cudaStream_t)qs_queue_native(q);
 }
 
+/** Let `kernel` use `bytes` of shared memory: past 48 KB, its own arrays included, it has to ask.
+ */
+template <typename kernel_type>
+static inline qs_status qs_cuda_prepare(kernel_type kernel, size_t bytes)
+{
+    return QS_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 /** Grid size for a loop over `tasks` in which each block takes several: enough for every
  * multiprocessor of any card, bounded so that a huge `tasks` is no invalid grid. */
 static inline unsigned qs_cuda_grid(int64_t tasks)

@@ -22,6 +22,7 @@
 #include "qshard_version.h"
 #include "store/io.h"
 #include "store/manifest.h"
+#include "store/temp.h"
 
 enum { HOST_MAX = 64, LOCK_MAX = 4096, RUN_JSON_MAX = 1 << 20, PATH_ROOM = QS_PATH_MAX + 64 };
 
@@ -30,28 +31,15 @@ typedef enum { FOUND_NOTHING, FOUND_EMPTY, FOUND_RUN } found;
 
 /* ---- looking ---- */
 
-static bool starts_with(const char *text, const char *start)
-{
-    return strncmp(text, start, strlen(start)) == 0;
-}
-
-/* Nothing but a process number follows `start`: what is written stands under such a name until it
- * is complete. */
-static bool is_numbered(const char *name, const char *start)
-{
-    const char *number = name + strlen(start);
-    return starts_with(name, start) && number[0] != '\0' &&
-           strspn(number, "0123456789") == strlen(number);
-}
-
+/* A lock or a file of ours that is being written, or was by a killed process. */
 static bool is_half_written(const char *name)
 {
-    static const char *const starts[] = {
-        QS_RUN_LOCK_NAME ".new-", QS_RUN_LOCK_NAME ".", "run.json.tmp-",   "config.yaml.tmp-",
-        "metrics.jsonl.tmp-",     "ranks.jsonl.tmp-",   "summary.csv.tmp-"};
-    bool is = false;
-    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
-        is = is || is_numbered(name, starts[i]);
+    static const char *const files[] = {"run.json", "config.yaml", "metrics.jsonl", "ranks.jsonl",
+                                        "summary.csv"};
+    bool is = qs_temp_pid(name, QS_RUN_LOCK_NAME, ".new-") > 0 ||
+              qs_temp_pid(name, QS_RUN_LOCK_NAME, ".") > 0;
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        is = is || qs_temp_pid(name, files[i], QS_TEMP_MARK) > 0;
     }
     return is;
 }

@@ -261,13 +261,16 @@ static int weight_of(int64_t status)
                                    : 4;
 }
 
-/* The rank whose status counts most, the lowest of several; -1: all is well. */
-static int speaker_among(const int64_t *statuses, int nranks)
+/* The rank whose status, the first of its `width` values, counts most, the lowest of several; -1:
+ * all is well. */
+static int speaker_among(const int64_t *values, int width, int nranks)
 {
-    int speaker = -1;
+    int speaker = -1, most = 0;
     for (int r = 0; r < nranks; r++) {
-        if (weight_of(statuses[r]) > (speaker >= 0 ? weight_of(statuses[speaker]) : 0)) {
+        const int weight = weight_of(values[(int64_t)r * width]);
+        if (weight > most) {
             speaker = r;
+            most = weight;
         }
     }
     return speaker;
@@ -284,20 +287,21 @@ static void name_place(const qs_comm *comm)
     }
 }
 
-/* Gather every rank's status into the scratch. A rank that has failed says so by itself if the
- * others do not come (base/cause.h). */
-static qs_status gather_statuses(qs_comm *comm, qs_status mine)
+/* Gather every rank's values into the scratch: its status, and what comes along. A rank that has
+ * failed says so by itself if the others do not come (base/cause.h). */
+static qs_status gather_statuses(qs_comm *comm, qs_status mine, int64_t *values, int width)
 {
     /* an error that another rank speaks for has been agreed on before: it is no reason to choose
      * this rank */
     const bool is_own = mine != QS_OK && !qs_error_is_silent();
-    int64_t status = is_own ? (int64_t)mine : -(int64_t)mine;
+    const size_t bytes = (size_t)width * sizeof *values;
+    values[0] = is_own ? (int64_t)mine : -(int64_t)mine;
     if (!is_own || comm->nranks == 1) {
-        return qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status);
+        return qs_comm_all_gather_now(comm, values, comm->scratch, bytes);
     }
     name_place(comm);
     qs_cause_wait(mine);
-    const qs_status st = qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status);
+    const qs_status st = qs_comm_all_gather_now(comm, values, comm->scratch, bytes);
     if (!qs_cause_end() && st == QS_OK && comm->world_rank == 0) {
         qs_error_name_place(""); /* as most errors are rank 0's, or all ranks' */
     }
@@ -310,7 +314,7 @@ static qs_status prefer_spoken(qs_comm *comm, qs_status mine, int *speaker, qs_s
 {
     int64_t status = mine != QS_OK && qs_error_is_printed() ? (int64_t)mine : 0;
     QS_TRY(qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status));
-    const int spoken = speaker_among(comm->scratch, comm->nranks);
+    const int spoken = speaker_among(comm->scratch, 1, comm->nranks);
     if (spoken >= 0 && weight_of(comm->scratch[spoken]) >= weight_of(*agreed)) {
         *speaker = spoken;
         *agreed = (qs_status)comm->scratch[spoken];
@@ -318,15 +322,17 @@ static qs_status prefer_spoken(qs_comm *comm, qs_status mine, int *speaker, qs_s
     return QS_OK;
 }
 
-qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
+/* `values` [width] begins with room for this rank's status; what others say is left in the scratch,
+ * if all is well. */
+static qs_status agree(qs_comm *comm, qs_status mine, int64_t *values, int width)
 {
-    QS_TRY(gather_statuses(comm, mine));
-    int speaker = speaker_among(comm->scratch, comm->nranks);
+    QS_TRY(gather_statuses(comm, mine, values, width));
+    int speaker = speaker_among(comm->scratch, width, comm->nranks);
     comm->agreed = speaker >= 0;
     if (speaker < 0) {
         return QS_OK;
     }
-    qs_status agreed = (qs_status)llabs(comm->scratch[speaker]);
+    qs_status agreed = (qs_status)llabs(comm->scratch[(int64_t)speaker * width]);
     if (agreed != QS_REQUEUE) {
         QS_TRY(prefer_spoken(comm, mine, &speaker, &agreed));
     }
@@ -340,6 +346,22 @@ qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
         qs_error_adopt(agreed, text, true);
     }
     return agreed;
+}
+
+qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
+{
+    int64_t status;
+    return agree(comm, mine, &status, 1);
+}
+
+qs_status qs_comm_agree_most(qs_comm *comm, qs_status mine, int64_t *most)
+{
+    int64_t told[2] = {0, *most};
+    QS_TRY(agree(comm, mine, told, 2));
+    for (int r = 0; r < comm->nranks; r++) {
+        *most = larger(*most, comm->scratch[2 * r + 1]);
+    }
+    return QS_OK;
 }
 
 qs_status qs_comm_agree_after(qs_comm *comm, const qs_comm *part, qs_status st)

@@ -96,6 +96,10 @@ qs_status qs_comm_gather_time(qs_comm *comm, size_t bytes, double *seconds);
  * not come prints its error by itself (base/cause.h); it is the one whose status counts then. */
 qs_status qs_comm_agree(qs_comm *comm, qs_status mine);
 
+/** The same, and on the same way the largest `*most` of all ranks, which stays as it is after an
+ * error. All ranks make this call, or all make the one above. */
+qs_status qs_comm_agree_most(qs_comm *comm, qs_status mine, int64_t *most);
+
 /** After a call that was collective over `part` alone, a communicator split from this one: what
  * failed there is over for all, if the part has agreed on it; else it is this rank's alone, and
  * returned as it is. Collective over `comm`. */

@@ -179,7 +179,7 @@ qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name", place);
     }
     QS_TRY(qs_io_remove_dir(temp)); /* of a killed process that had our number */
-    qs_temp_remove_stale(place);
+    qs_temp_remove_stale(place, NULL);
     qs_temp_guard(temp);
     qs_status st = qs_io_mkdir(temp);
     st = st == QS_OK ? write_files(temp, layout, cfg, base_name, chat_template, vector) : st;

@@ -277,6 +277,14 @@ static qs_status publish(const names *n)
     return qs_io_fsync_dir(n->parent);
 }
 
+static qs_status remove_temp(const names *n)
+{
+    char templates[PATH_ROOM + sizeof "/" QS_MERGE_TEMPLATES];
+    snprintf(templates, sizeof templates, "%s/" QS_MERGE_TEMPLATES, n->temp);
+    QS_TRY(qs_io_remove_dir(templates));
+    return qs_io_remove_dir(n->temp);
+}
+
 /* ---- all of it ---- */
 
 /* Where config.json does not say, the type that the embedding is stored in: what transformers takes
@@ -345,9 +353,9 @@ qs_status qs_merge(const qs_merge_options *options, qs_merge_report *report)
     memset(report, 0, sizeof *report);
     QS_GOTO(make_names(&n, options->output));
     QS_GOTO(prepare(&job));
-    qs_temp_remove_stale(n.place);
+    qs_temp_remove_stale(n.place, QS_MERGE_TEMPLATES);
     QS_GOTO(expect_space(&job, &n));
-    QS_GOTO(qs_io_remove_dir(n.temp)); /* of a killed process that had our number */
+    QS_GOTO(remove_temp(&n)); /* of a killed process that had our number */
     made = true;
     qs_temp_guard(n.temp);
     QS_GOTO(qs_io_mkdir(n.temp));
@@ -358,7 +366,7 @@ qs_status qs_merge(const qs_merge_options *options, qs_merge_report *report)
     fill_report(&job, start, report);
 done:
     if (st != QS_OK && made) {
-        (void)qs_io_remove_dir(n.temp); /* the first error is the one to report */
+        (void)remove_temp(&n); /* the first error is the one to report */
     }
     qs_temp_release();
     cleanup(&job);

@@ -1,5 +1,6 @@
 /* What a checkpoint directory holds beside its weights: config.json, the index, and copies of the
  * tokenizer's files. */
+#include <dirent.h>
 #include <errno.h>
 #include <jansson.h>
 #include <stdio.h>
@@ -13,7 +14,11 @@
 #include "merge/merge_impl.h"
 #include "store/io.h"
 
-enum { PATH_ROOM = QS_PATH_MAX + 128, CONFIG_BYTES_MAX = 1 << 20 };
+enum {
+    PATH_ROOM = QS_PATH_MAX + 128,
+    CONFIG_BYTES_MAX = 1 << 20,
+    TEMPLATES_MAX = 64, /* beside the default one */
+};
 
 static qs_status no_memory(const char *path)
 {
@@ -167,6 +172,66 @@ done:
     return st;
 }
 
+static bool is_template(const char *name)
+{
+    const size_t length = strlen(name), suffix = strlen(".jinja");
+    return length > suffix && strcmp(name + length - suffix, ".jinja") == 0;
+}
+
+/* One that is listed is read, or the merge fails: a link to nothing is no reason to lose it. */
+static qs_status copy_template(const char *from, const char *to, const char *name)
+{
+    char *source = NULL, *target = NULL;
+    void *data = NULL;
+    size_t bytes = 0;
+    qs_status st = QS_OK;
+    QS_GOTO(qs_io_join(&source, from, name));
+    QS_GOTO(qs_io_join(&target, to, name));
+    QS_GOTO(qs_io_read_file(source, QS_CHAT_FILE_MAX, &data, &bytes));
+    QS_GOTO(qs_io_mkdir(to));
+    QS_GOTO(qs_io_write_new(target, data, bytes));
+done:
+    free(data);
+    free(target);
+    free(source);
+    return st;
+}
+
+/* Named templates for tools or documents, which transformers 4.5x writes into a directory of their
+ * own; whatever else is in there stays. */
+static qs_status copy_templates(const char *from_dir, const char *to_dir, bool *found)
+{
+    char from[PATH_ROOM], to[PATH_ROOM];
+    int count = 0;
+    qs_status st = QS_OK;
+    *found = false;
+    snprintf(from, sizeof from, "%s/" QS_MERGE_TEMPLATES, from_dir);
+    snprintf(to, sizeof to, "%s/" QS_MERGE_TEMPLATES, to_dir);
+    DIR *dir = opendir(from);
+    if (dir == NULL && errno == ENOENT) {
+        return QS_OK;
+    }
+    if (dir == NULL) {
+        const qs_status what = errno == ENOTDIR ? QS_ERR_INPUT_FORMAT : QS_ERR_INPUT_MISSING;
+        return QS_FAIL(what, "%s: cannot be listed: %s", from, strerror(errno));
+    }
+    for (const struct dirent *e = readdir(dir); e != NULL; e = readdir(dir)) {
+        if (!is_template(e->d_name)) {
+            continue;
+        }
+        if (++count > TEMPLATES_MAX) {
+            QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: holds more than %d templates", from,
+                            TEMPLATES_MAX));
+        }
+        QS_GOTO(copy_template(from, to, e->d_name));
+    }
+    *found = count > 0;
+    st = *found ? qs_io_fsync_dir(to) : QS_OK;
+done:
+    closedir(dir);
+    return st;
+}
+
 /* The template to write: the training data's, unless the model comes with the same one, or it is
  * not known. */
 static qs_status choose_template(const qs_merge_job *job, const char *from, const char **out)
@@ -207,8 +272,15 @@ qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
         QS_TRY(write_text(dir, QS_CHAT_TEMPLATE_NAME, chat_template));
         report->other_template = true;
     }
+    bool found = false;
+    if (from != NULL && chat_template == NULL) {
+        QS_TRY(copy_templates(from, dir, &found));
+    }
+    if (found) { /* most models have none: nobody misses them */
+        note(report->copied, sizeof report->copied, QS_MERGE_TEMPLATES);
+    }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        bool found = false;
+        found = false;
         if (chat_template != NULL && strncmp(names[i], "chat_template.", 14) == 0) {
             continue;
         }

@@ -6,6 +6,9 @@
 #include "merge/merge.h"
 #include "weights/base_file.h"
 
+/** The directory of the model's other chat templates; the one that a result may hold. */
+#define QS_MERGE_TEMPLATES "additional_chat_templates"
+
 /** One tensor of the result. A table of the vocabulary is several tensors of the base, one a
  * unit; all others are one. */
 typedef struct {
@@ -87,9 +90,9 @@ qs_status qs_merge_put_index(const qs_merge_job *job, const char *dir);
 /** Name of file number `file` of the weights. */
 void qs_merge_file_name(const qs_merge_job *job, int file, char *out, size_t capacity);
 
-/** Copy tokenizer and generation files of the source checkpoint, where it is still there, into
- * `dir`, with the chat template of the training data in place of another, and note in the report
- * what was found. */
+/** Copy tokenizer and generation files and chat templates of the source checkpoint, where it is
+ * still there, into `dir`, the template of the training data alone in place of others, and note in
+ * the report what was found. */
 qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
                                    qs_merge_report *report);
 

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,9 +17,8 @@
 #include <unistd.h>
 
 #include "base/log.h"
-#include "store/io.h"
 
-enum { PATH_ROOM = 4096 + 64, STALE_AFTER_S = 600, TRIES = 100 };
+enum { PATH_ROOM = 4096 + 64, STALE_AFTER_S = 600, TRIES = 100, DEPTH = 2 };
 
 /* ---- signals: nothing here allocates or takes a lock ---- */
 
@@ -33,32 +33,45 @@ static bool taken[ENDING];
 _Static_assert(offsetof(struct dirent, d_reclen) == 16 && offsetof(struct dirent, d_name) == 19,
                "struct dirent is what getdents64 fills");
 
-static void unlink_entries(int dir)
+static bool is_itself(const char *name)
 {
-    _Alignas(struct dirent) char entries[4096];
-    long bytes;
-    while ((bytes = syscall(SYS_getdents64, dir, entries, sizeof entries)) > 0) {
-        for (long at = 0; at < bytes;) {
-            const struct dirent *entry = (const void *)(entries + at);
-            (void)unlinkat(dir, entry->d_name, 0); /* "." and ".." are refused */
-            at += entry->d_reclen;
-        }
-    }
+    return strcmp(name, ".") == 0 || strcmp(name, "..") == 0;
 }
 
-/* Again, as long as another thread puts files in, or a listing that was changed skipped some. */
-static void remove_guarded(void)
+/* A file, or a directory `depth` deep at most. Again, as long as another thread puts files in, or a
+ * listing that was changed skipped some. */
+static bool remove_whole(int parent, const char *name, int depth)
 {
-    if (unlink(guarded) == 0 || (errno != EISDIR && errno != EPERM)) {
-        return;
+    if (unlinkat(parent, name, 0) == 0) {
+        return true;
     }
-    for (int i = 0; i < TRIES && rmdir(guarded) != 0 && errno == ENOTEMPTY; i++) {
-        const int dir = open(guarded, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (dir >= 0) {
-            unlink_entries(dir);
-            (void)close(dir);
+    if (depth == 0 || (errno != EISDIR && errno != EPERM)) {
+        return false;
+    }
+    for (int i = 0; i < TRIES; i++) {
+        if (unlinkat(parent, name, AT_REMOVEDIR) == 0) {
+            return true;
         }
+        const int dir = errno == ENOTEMPTY || errno == EEXIST
+                            ? openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+                            : -1;
+        if (dir < 0) {
+            return false;
+        }
+        _Alignas(struct dirent) char entries[4096];
+        long bytes;
+        while ((bytes = syscall(SYS_getdents64, dir, entries, sizeof entries)) > 0) {
+            for (long at = 0; at < bytes;) {
+                const struct dirent *entry = (const void *)(entries + at);
+                if (!is_itself(entry->d_name)) {
+                    (void)remove_whole(dir, entry->d_name, depth - 1);
+                }
+                at += entry->d_reclen;
+            }
+        }
+        (void)close(dir);
     }
+    return false;
 }
 
 /* The default action is back already (SA_RESETHAND): a second signal does not wait for the first,
@@ -66,7 +79,7 @@ static void remove_guarded(void)
 static void on_signal(int number)
 {
     if (armed) {
-        remove_guarded();
+        (void)remove_whole(AT_FDCWD, guarded, DEPTH);
     }
     (void)raise(number);
 }
@@ -104,16 +117,16 @@ void qs_temp_release(void)
 
 /* ---- leftovers ---- */
 
-/* The process number at the end of NAME.tmp-PID, 0 if `entry` is something else. */
-static long pid_of_temp(const char *entry, const char *name)
+int qs_temp_pid(const char *entry, const char *name, const char *mark)
 {
-    char *end = NULL;
-    size_t length = strlen(name);
-    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, ".tmp-", 5) != 0) {
+    const size_t length = strlen(name), marked = length + strlen(mark);
+    if (strncmp(entry, name, length) != 0 || strncmp(entry + length, mark, marked - length) != 0) {
         return 0;
     }
-    long pid = strtol(entry + length + 5, &end, 10);
-    return *end == '\0' && pid > 0 ? pid : 0;
+    const char *number = entry + marked;
+    const size_t digits = strspn(number, "0123456789");
+    const long pid = digits > 0 && number[digits] == '\0' ? strtol(number, NULL, 10) : 0;
+    return pid <= INT_MAX ? (int)pid : 0; /* more than a pid_t holds */
 }
 
 /* Is this a plain file that nobody has written into of late? */
@@ -124,8 +137,8 @@ static bool old_file(int dir, const char *name)
            time(NULL) - info.st_mtime > STALE_AFTER_S;
 }
 
-/* Likewise a directory in which all are such: a command makes no other. */
-static bool old_directory(int parent, const char *name)
+/* Likewise a directory in which all are such, or that one directory: a command makes no other. */
+static bool old_directory(int parent, const char *name, const char *inner)
 {
     struct stat info;
     const struct dirent *entry;
@@ -133,8 +146,9 @@ static bool old_directory(int parent, const char *name)
     DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
     bool old = dir != NULL && fstat(fd, &info) == 0 && time(NULL) - info.st_mtime > STALE_AFTER_S;
     while (old && (entry = readdir(dir)) != NULL) {
-        const bool itself = strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0;
-        old = itself || old_file(fd, entry->d_name);
+        const bool is_inner = inner != NULL && strcmp(entry->d_name, inner) == 0;
+        old = is_itself(entry->d_name) || old_file(fd, entry->d_name) ||
+              (is_inner && old_directory(fd, inner, NULL));
     }
     if (dir != NULL) {
         closedir(dir);
@@ -144,25 +158,8 @@ static bool old_directory(int parent, const char *name)
     return old;
 }
 
-static bool remove_old(int parent, const char *parent_name, const char *name)
-{
-    char path[PATH_ROOM];
-    if (old_file(parent, name)) {
-        return unlinkat(parent, name, 0) == 0;
-    }
-    if (snprintf(path, sizeof path, "%s/%s", parent_name, name) >= (int)sizeof path ||
-        !old_directory(parent, name)) {
-        return false;
-    }
-    const bool removed = qs_io_remove_dir(path) == QS_OK;
-    if (!removed) {
-        qs_error_clear(); /* what is in the way of nobody is no error */
-    }
-    return removed;
-}
-
 /* OUTPUT without slashes at its end, cut into directory and name. */
-void qs_temp_remove_stale(const char *output)
+void qs_temp_remove_stale(const char *output, const char *inner)
 {
     char *first = strdup(output), *second = strdup(output);
     const char *parent = first != NULL ? dirname(first) : NULL;
@@ -170,9 +167,11 @@ void qs_temp_remove_stale(const char *output)
     DIR *dir = parent != NULL && name != NULL ? opendir(parent) : NULL;
     const struct dirent *entry;
     while (dir != NULL && (entry = readdir(dir)) != NULL) {
-        const long pid = pid_of_temp(entry->d_name, name);
-        if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
-            remove_old(dirfd(dir), parent, entry->d_name)) {
+        const int pid = qs_temp_pid(entry->d_name, name, QS_TEMP_MARK);
+        if (pid > 0 && kill(pid, 0) != 0 && errno == ESRCH &&
+            (old_file(dirfd(dir), entry->d_name) ||
+             old_directory(dirfd(dir), entry->d_name, inner)) &&
+            remove_whole(dirfd(dir), entry->d_name, DEPTH)) {
             qs_log_info("%s/%s: removed, left by a killed run", parent, entry->d_name);
         }
     }

@@ -31,7 +31,7 @@ qs_feed_source qs_feed_source_make(qs_comm *comm, int64_t slots, qs_slot_load lo
 }
 
 /* Into the half that the pass at hand does not have, unless it is there already. */
-static qs_status load_pass(qs_feed *feed, const qs_feed_source *source, int64_t step, int64_t first)
+static qs_status load_pass(qs_feed *feed, qs_feed_source *source, int64_t step, int64_t first)
 {
     qs_status st = QS_OK;
     if (feed->ahead) {
@@ -53,10 +53,10 @@ static qs_status load_pass(qs_feed *feed, const qs_feed_source *source, int64_t 
         }
     }
     feed->ahead = true;
-    return qs_comm_agree(source->comm, st);
+    return qs_comm_agree_most(source->comm, st, &source->haste);
 }
 
-qs_status qs_feed_turn(qs_feed *feed, const qs_feed_source *source, int64_t step, int64_t first,
+qs_status qs_feed_turn(qs_feed *feed, qs_feed_source *source, int64_t step, int64_t first,
                        bool more, qs_micro_batch **micro, bool *last)
 {
     const int64_t per_rank = qs_shard_width(source->slots, qs_comm_nranks(source->comm));
@@ -69,7 +69,8 @@ qs_status qs_feed_turn(qs_feed *feed, const qs_feed_source *source, int64_t step
     if (!*last) {
         return load_pass(feed, source, step, next);
     }
-    return more ? load_pass(feed, source, step + 1, 0) : QS_OK;
+    return more ? load_pass(feed, source, step + 1, 0)
+                : qs_comm_agree_most(source->comm, QS_OK, &source->haste);
 }
 
 const qs_micro_batch *qs_feed_ahead(const qs_feed *feed)

@@ -17,6 +17,7 @@ typedef struct {
     int64_t slots; /* of every step, over all ranks */
     qs_range mine; /* those of this rank */
     bool ends;     /* no pass behind the one that is turned to next: a step that is given up */
+    int64_t haste; /* how much this rank wants to stop; behind a turn, the most of any rank */
     qs_slot_load load;
     void *ctx;
 } qs_feed_source;
@@ -39,9 +40,10 @@ qs_feed_source qs_feed_source_make(qs_comm *comm, int64_t slots, qs_slot_load lo
 
 /** Turn to the pass of `step` that begins with slot `first` of this rank's (micro-batches [group],
  * until the next call), and read the pass behind it: the next of the step or, behind the last one
- * and with `more`, the first of the next step. \param [out] last  no pass of the step follows.
+ * and with `more`, the first of the next step. The ranks agree once on what they read and on
+ * source->haste, also where nothing is to be read. \param [out] last  no pass of the step follows.
  * Collective. */
-qs_status qs_feed_turn(qs_feed *feed, const qs_feed_source *source, int64_t step, int64_t first,
+qs_status qs_feed_turn(qs_feed *feed, qs_feed_source *source, int64_t step, int64_t first,
                        bool more, qs_micro_batch **micro, bool *last);
 
 /** The pass behind that; NULL where it has not been read. */

@@ -14,11 +14,11 @@
 #include "config/config.h"
 #include "store/io.h"
 
-enum { LINE_MAX_BYTES = 1024, METRICS_MAX_BYTES = 1 << 30 };
+enum { LINE_MAX_BYTES = 1024, METRICS_MAX_BYTES = 1 << 30, PATH_ROOM = QS_PATH_MAX + 32 };
 
 struct qs_metrics {
     char dir[QS_PATH_MAX];
-    char path[QS_PATH_MAX + 32], ranks_path[QS_PATH_MAX + 32];
+    char path[PATH_ROOM], ranks_path[PATH_ROOM], summary_path[PATH_ROOM];
     int fd, ranks_fd;
     double last_loss, last_eval_loss; /* NAN: none */
     int64_t last_eval_step;           /* -1: none */
@@ -138,6 +138,18 @@ static qs_status open_log(qs_metrics *m, const char *path, int64_t step, int *fd
     return QS_OK;
 }
 
+/* A run that was finished and goes on has none until it is finished again. Gone before the first
+ * new line can be there, whatever happens to the host. */
+static qs_status remove_summary(const qs_metrics *m)
+{
+    if (unlink(m->summary_path) == 0) {
+        return qs_io_fsync_dir(m->dir);
+    }
+    return errno == ENOENT
+               ? QS_OK
+               : QS_FAIL(QS_ERR_IO, "%s: removing it failed: %s", m->summary_path, strerror(errno));
+}
+
 qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank)
 {
     qs_status st = QS_OK;
@@ -155,6 +167,8 @@ qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, i
     snprintf(m->dir, sizeof m->dir, "%s", run_dir);
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
     snprintf(m->ranks_path, sizeof m->ranks_path, "%s/ranks.jsonl", run_dir);
+    snprintf(m->summary_path, sizeof m->summary_path, "%s/summary.csv", run_dir);
+    QS_GOTO(remove_summary(m));
     QS_GOTO(open_log(m, m->path, step, &m->fd));
     QS_GOTO(open_log(m, m->ranks_path, step, &m->ranks_fd));
     *out = m;
@@ -274,11 +288,9 @@ qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds,
                              uint64_t peak_bytes, const qs_ckpt_eval *best)
 {
     char text[LINE_MAX_BYTES], best_step[24] = "null";
-    char path[QS_PATH_MAX + 32];
     if (metrics == NULL) {
         return QS_OK;
     }
-    snprintf(path, sizeof path, "%s/summary.csv", metrics->dir);
     if (best->step >= 0) {
         snprintf(best_step, sizeof best_step, "%" PRId64, best->step);
     }
@@ -289,5 +301,5 @@ qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds,
                            nranks, steps, exactly(metrics->last_loss).text,
                            exactly(metrics->last_eval_loss).text, seconds, peak_bytes,
                            exactly(best->loss).text, best_step);
-    return qs_io_write_file(path, text, (size_t)n);
+    return qs_io_write_file(metrics->summary_path, text, (size_t)n);
 }

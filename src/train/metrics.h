@@ -1,6 +1,6 @@
 /* What a run leaves to read: metrics.jsonl (a line a step), ranks.jsonl (who did how much),
- * summary.csv (a line a run). Rank 0 writes; numbers that are compared between runs are printed
- * with 17 digits. */
+ * summary.csv (a line a finished run: opening removes it). Rank 0 writes; numbers that are compared
+ * between runs are printed with 17 digits. */
 #ifndef QS_TRAIN_METRICS_H
 #define QS_TRAIN_METRICS_H
 

@@ -57,7 +57,8 @@ qs_status qs_run_check_init(const qs_run *r);
 qs_ckpt_meta qs_run_meta(const qs_run *r, const char *config_yaml);
 
 /** Step r->step + 1 up to everybody's new weights; with --dump-grads up to the gradient, which is
- * written. r->step stays. Collective. */
+ * written. r->step stays. A stop signal may make the trainer give it up (given_up_s): then nothing
+ * has changed. Collective. */
 qs_status qs_run_step(qs_run *r, qs_step_metrics *m);
 
 /** Steps to the end or to a stop signal. Collective. QS_REQUEUE where something is left to do. */

@@ -225,6 +225,20 @@ static void show(const qs_run *r, const qs_step_metrics *m)
     }
 }
 
+/* The trainer has given up the step behind r->step, which is the state to save. A start that is
+ * stopped before its first step is done makes no progress, nor does the next one like it. */
+static qs_status leave_step(qs_run *r, qs_status *last_save, int64_t *saved)
+{
+    qs_log_info("step %" PRId64 ": given up for a stop signal, with about %.0f s of it left; the "
+                "next start begins it anew",
+                r->step + 1, r->trainer.given_up_s);
+    if (r->steps_done == 0) {
+        qs_log_warn("this start has done no step: where a step takes longer than the time limit "
+                    "allows, raise that or the number of ranks");
+    }
+    return *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
+}
+
 /* One step with everything that follows it. A stop signal saves first and leaves the evaluation to
  * the next start. */
 static qs_status step_and_after(qs_run *r, qs_status *last_save, int64_t *saved, bool *stop)
@@ -236,6 +250,10 @@ static qs_status step_and_after(qs_run *r, qs_status *last_save, int64_t *saved,
     qs_range_begin(r->session.queue, "step %" PRId64, r->step + 1);
     QS_TRY(qs_run_step(r, &r->last));
     qs_range_end(r->session.queue);
+    if (r->trainer.given_up_s > 0) {
+        *stop = true;
+        return leave_step(r, last_save, saved);
+    }
     r->step++;
     r->timed_s += ++r->steps_done > QS_WARM_UP_STEPS ? r->last.step_time_s : 0;
     if (r->step == profiled[1]) {

@@ -82,6 +82,9 @@ qs_status qs_run_step(qs_run *r, qs_step_metrics *m)
                                   .seed = (uint64_t)r->cfg->seed,
                                   .step = (uint64_t)r->step};
     QS_TRY(qs_trainer_passes(&r->trainer, loss_scale, &noise, load_slot, r, another_follows(r)));
+    if (r->trainer.given_up_s > 0) {
+        return QS_OK;
+    }
     const double reduce_start = qs_time_s();
     m->reduce_s = qs_grads_wait_s(r->trainer.grads) - reduced; /* between layers */
     qs_range_begin(r->session.queue, "sums");

@@ -1,6 +1,6 @@
-/* Stop signals: a flag that the training loop reads once a step, reduced over the ranks, so that
- * all save at the same step. USR1 comes from schedulers ahead of the time limit, TERM at
- * preemption; INT from a keyboard, where a second one means now. */
+/* Stop signals: a flag that the training loop reads behind every step and every pass, reduced over
+ * the ranks, so that all save at the same step. USR1 comes from schedulers ahead of the time limit,
+ * TERM at preemption; INT from a keyboard, where a second one means now. */
 #include <signal.h>
 #include <stdatomic.h>
 #include <unistd.h>

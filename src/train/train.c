@@ -171,6 +171,7 @@ static qs_status run_training(qs_run *r)
     if (r->options->dump_grads != NULL) {
         return first_gradient(r);
     }
+    r->trainer.signals = qs_signals_caught;
     QS_TRY(qs_gathers_report(&r->session, &r->shape, tokens_of_pass(r)));
     QS_TRY(qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, r->step, r->rank)));
     QS_TRY(qs_run_loop(r));

@@ -1,6 +1,9 @@
 #include "train/trainer.h"
 
+#include <math.h>
+
 #include "base/mem.h"
+#include "base/timer.h"
 #include "train/evaluate.h"
 
 qs_status qs_trainer_create(qs_trainer *t, qs_session *s, const qs_model_shape *shape,
@@ -35,23 +38,46 @@ qs_status qs_trainer_start_anew(qs_trainer *t, uint64_t seed)
     return qs_model_magnitudes(s->model, mine, width, t->optim->master);
 }
 
+/* In milliseconds: what is left of the step, at the rate of `done` of its passes, if this rank has
+ * caught a signal. Before the first one is done nobody knows. */
+static int64_t haste(const qs_trainer *t, double since_s, int64_t done, int64_t passes)
+{
+    if (t->signals == NULL || t->signals() == 0 || done == 0) {
+        return 0;
+    }
+    return llround(1e3 * (qs_time_s() - since_s) * (double)(passes - done) / (double)done);
+}
+
 qs_status qs_trainer_passes(qs_trainer *t, float loss_scale, const qs_model_noise *noise,
                             qs_slot_load load, void *ctx, bool more)
 {
     const qs_session *s = t->session;
-    const qs_feed_source source = qs_feed_source_make(s->comm, t->slots, load, ctx);
+    const double since_s = qs_time_s();
+    qs_feed_source source = qs_feed_source_make(s->comm, t->slots, load, ctx);
     qs_feed *feed = &t->feed;
+    const int64_t per_rank = qs_shard_width(t->slots, s->nranks);
+    const int64_t passes = (per_rank + feed->group - 1) / feed->group;
     qs_micro_batch *micro;
+    int64_t tokens = 0, targets = 0;
     bool last = false;
+    t->given_up_s = 0;
     qs_grads_begin(t->grads);
-    for (int64_t first = 0; !last; first += feed->group) {
-        QS_TRY(qs_feed_turn(feed, &source, (int64_t)noise->step, first, more, &micro, &last));
+    for (int64_t done = 0; !last; done++) {
+        source.haste = haste(t, since_s, done, passes);
+        QS_TRY(qs_feed_turn(feed, &source, (int64_t)noise->step, done * feed->group, more, &micro,
+                            &last));
+        if (source.haste > 1000 * QS_TRAINER_PATIENCE_S) {
+            t->given_up_s = 1e-3 * (double)source.haste;
+            return QS_OK;
+        }
         QS_TRY(qs_model_train_pass(s->model, micro, qs_feed_ahead(feed), feed->group, loss_scale,
                                    noise, t->grads, last));
         qs_feed_keep_losses(feed, &source, t->slot_sums);
-        t->tokens += feed->tokens[feed->now];
-        t->targets += feed->targets[feed->now];
+        tokens += feed->tokens[feed->now];
+        targets += feed->targets[feed->now];
     }
+    t->tokens += tokens;
+    t->targets += targets;
     return QS_OK;
 }
 

@@ -175,7 +175,7 @@ static qs_status create_file(job *j)
 {
     int64_t end = 0;
     QS_TRY(expect_free_name(j));
-    qs_temp_remove_stale(j->options->output);
+    qs_temp_remove_stale(j->options->output, NULL);
     QS_TRY(expect_space(j));
     qs_temp_guard(j->temp);
     qs_status st = qs_h5_create(&j->file, j->temp);

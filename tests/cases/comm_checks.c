@@ -400,6 +400,13 @@ static const char *agree(qs_comm *comm)
         CHECK(strcmp(qs_error_text(), text) == 0);
         qs_error_clear();
         CHECK(qs_comm_agree(comm, QS_OK) == QS_OK); /* it works on after a failure */
+
+        int64_t most = failing == me ? 1000 + me : me; /* with a value that comes along */
+        CHECK(qs_comm_agree_most(comm, QS_OK, &most) == QS_OK && most == 1000 + failing);
+        mine = failing == me ? QS_FAIL(QS_ERR_INPUT_VALUE, "mine") : QS_OK;
+        most = me;
+        CHECK(qs_comm_agree_most(comm, mine, &most) == QS_ERR_INPUT_VALUE && most == me);
+        qs_error_clear();
     }
     /* Only the last asks for a requeue: all leave with it. An error anywhere wins. */
     qs_status mine = me == n - 1 ? QS_REQUEUE : QS_OK;

@@ -11,6 +11,7 @@ import support
 from tensors import bf16_bits
 
 EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
+MPIFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libmpifault.so")
 # Emulated kernels are slow: a few short steps of five slots, and no evaluation but the one that is tested.
 SMALL = {"cpu__gemm": "strict", "train__steps": 3, "train__global_batch": 5, "train__micro_batch": 1, "train__save_every": 0,
          "train__eval_every": 0, "data__eval": ""}
@@ -101,6 +102,18 @@ class Training(unittest.TestCase):
                                       environment={"QSHARD_EMULATOR_DEVICES": "4"})
         self.assertEqual(re.findall(r"NCCL: (\d+) communicators", done.stderr), 4 * ["2"])
         self.assertRegex(done.stdout, r"(?m)^  NCCL, 2 communicators +1792\.0$")
+
+    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
+    def test_a_step_that_is_given_up(self):
+        """By a stop signal in the middle of the second one: rows of the embedding are on their way. The next start has the same bits."""
+        for ranks in (1, 2):
+            with self.subTest(ranks=ranks):
+                name, passes = f"given-up-{ranks}", -(-SMALL["train__global_batch"] // ranks)
+                done = self.train(name, ranks=ranks, expect=75, train__gather_group=1, environment={
+                    "QSHARD_FAULT_PASS": str(2 * passes), "QSHARD_FAULT_LATE": "100", **support.preload(MPIFAULT)})
+                self.assertRegex(done.stderr, "step 2: given up for a stop signal")
+                self.assertEqual([line["step"] for line in support.metrics(os.path.join(self.folder, name))], [1])
+                self.same_as_reference(name, ranks=3 - ranks)
 
     def test_a_gpu_for_each_task_as_schedulers_give_them(self):
         """--gpus-per-task=1: every rank sees one card, another one, and calls it number 0."""

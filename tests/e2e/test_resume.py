@@ -1,4 +1,5 @@
 """Killed, stopped or out of disk, a run ends with the bits of the undisturbed one. QSHARD_KILLS sets the number of kills."""
+import csv
 import os
 import random
 import shutil
@@ -12,6 +13,8 @@ import support
 KILLS = int(os.environ.get("QSHARD_KILLS", "12"))
 SEED = int(os.environ.get("QSHARD_KILL_SEED", "1"))
 STEPS = {"train__save_every": 3, "train__eval_every": 10}
+MPIFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libmpifault.so")
+LATE_S = 100  # far more than a stop waits for the rest of a step, less than train.stall_limit
 
 
 def ranks_of(process):
@@ -32,6 +35,15 @@ def kill_all(process):
     for pid in [process.pid, *ranks_of(process)]:
         kill(pid)
     process.communicate()
+
+
+def summarized_steps(output):
+    """What summary.csv says; None without one."""
+    path = os.path.join(output, "summary.csv")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return int(next(csv.DictReader(file))["steps"])
 
 
 class Resume(unittest.TestCase):
@@ -118,6 +130,50 @@ class Resume(unittest.TestCase):
         self.assertEqual(support.curve(output), support.curve(reference))
         self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
 
+    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
+    def test_a_signal_within_a_step(self):
+        """On one rank, half-way through a step: given up if the rest is long, so that the steps before it are saved at once, else finished."""
+        folder = support.scratch()
+        how = {"train__steps": 4, "train__global_batch": 20, "train__micro_batch": 1, "train__gather_group": 1, "train__save_every": 0,
+               "train__eval_every": 0}
+        reference = os.path.join(folder, "reference")
+        support.train(reference, ranks=2, **how)
+
+        def stop(output, ranks, step, late):
+            """In the middle of this start's step number `step`."""
+            passes = -(-20 // ranks)
+            done = support.train(output, ranks=ranks, expect=75, environment={
+                "QSHARD_FAULT_PASS": str(passes * step - passes // 2), "QSHARD_FAULT_LATE": str(late), **support.preload(MPIFAULT)}, **how)
+            return done.stderr
+
+        def saved(output):
+            return sorted(name for name in os.listdir(output) if name.startswith("step-"))
+
+        for ranks, others in ((1, 3), (2, 1), (3, 2)):
+            with self.subTest(ranks=ranks):
+                output = os.path.join(folder, f"long-{ranks}")
+                self.assertRegex(stop(output, ranks, 1, LATE_S), r"step 1: given up .*\n.*this start has done no step")
+                self.assertFalse(os.path.exists(output))  # nothing has been done
+                self.assertRegex(stop(output, ranks, 2, LATE_S), r"step 2: given up for a stop signal, with about \d+ s of it left")
+                self.assertEqual(saved(output), ["step-00000001"])
+                self.assertEqual([line["step"] for line in support.metrics(output)], [1])
+                counted = sum(line["tokens"] for line in support.metrics(output, "ranks.jsonl"))
+                self.assertEqual(counted, support.metrics(output)[0]["all_tokens"])
+                said = stop(output, ranks, 1, LATE_S)
+                self.assertRegex(said, r"step 2: given up .*\n.*this start has done no step")
+                self.assertNotIn("saved step", said)
+                self.assertEqual(saved(output), ["step-00000001"])
+                support.train(output, ranks=others, **how)
+                self.assertEqual(support.curve(output), support.curve(reference))
+                self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
+                support.qshard("check", output)
+
+                output = os.path.join(folder, f"short-{ranks}")
+                self.assertNotIn("given up", stop(output, ranks, 2, 0))
+                self.assertEqual(saved(output), ["step-00000002"])
+                support.train(output, ranks=others, **how)
+                self.assertEqual(support.curve(output), support.curve(reference))
+
     def test_finished_run_says_so(self):
         done = support.qshard(*self.options(self.reference), ranks=2)
         self.assertIn("finished", done.stderr)
@@ -128,7 +184,12 @@ class Resume(unittest.TestCase):
         at_once, output = (os.path.join(self.folder, name) for name in ("at-once", "more"))
         support.train(at_once, ranks=2, train__steps=8, **constant)
         support.train(output, train__steps=4, **constant)
+        self.assertEqual(summarized_steps(output), 4)
+        support.train(output, ranks=2, expect=75, train__steps=8, train__max_time=0.001, **constant)
+        self.assertEqual(support.metrics(output)[-1]["step"], 5)
+        self.assertIsNone(summarized_steps(output))  # not that of the four
         support.train(output, ranks=3, train__steps=8, **constant)
+        self.assertEqual(summarized_steps(output), 8)
         losses = [[line for line in support.curve(run) if line[1][0] == "loss"] for run in (at_once, output)]
         self.assertEqual(len(losses[0]), 8)
         self.assertEqual(losses[1], losses[0])
@@ -149,6 +210,7 @@ class Resume(unittest.TestCase):
                 self.assertRegex(done.stderr, r"(?m)^error\[E802\] .*train\.steps \(then and now: 4 and 8\).*" + remedy)
                 self.assertEqual(done.stderr.count("error["), 1, done.stderr)
                 self.assertEqual(support.curve(output), kept)
+                self.assertEqual(summarized_steps(output), 4)
         support.train(output, ranks=2, train__steps=8, optim__schedule="constant", optim__warmup=2)
         self.assertEqual(len([line for line in support.curve(output) if line[1][0] == "loss"]), 8)
 

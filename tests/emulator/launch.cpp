@@ -1,5 +1,6 @@
 /* Launches: the checks that CUDA makes, and the grid as a piece of work for the stream. */
 #include <map>
+#include <numeric>
 
 #include "block.h"
 #include "mix.h"
@@ -44,16 +45,43 @@ cudaError_t check(const launch_shape &s)
     return cudaSuccess;
 }
 
-void run_grid(const launch_shape &s, uint64_t order, const std::function<void()> &body)
-{
-    block_prepare(s, order);
-    for (unsigned z = 0; z < s.grid.z; z++) {
-        for (unsigned y = 0; y < s.grid.y; y++) {
-            for (unsigned x = 0; x < s.grid.x; x++) {
-                block_index = {x, y, z};
-                block_run(body);
+/** The order of a launch's blocks, which CUDA leaves open: forwards, backwards, or in steps that
+ * have no divisor in common with their number, from somewhere on. */
+struct block_order {
+    uint64_t count, first, step;
+
+    block_order(uint64_t blocks, uint64_t order) : count(blocks), first(0), step(1)
+    {
+        switch (mix(order, 1) % 3) {
+        case 0:
+            break;
+        case 1:
+            first = step = count - 1;
+            break;
+        default:
+            first = mix(order, 2) % count;
+            for (step = mix(order, 3) % count + 1; std::gcd(step, count) != 1; step++) {
             }
         }
+    }
+
+    uint64_t at(uint64_t turn) const
+    {
+        return (first + turn * step) % count;
+    }
+};
+
+void run_grid(const launch_shape &s, uint64_t order, const std::function<void()> &body)
+{
+    const uint64_t count = (uint64_t)s.grid.x * s.grid.y * s.grid.z;
+    const block_order blocks(count, order);
+    block_prepare(s, order);
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t at = blocks.at(i);
+        const uint64_t row = at / s.grid.x;
+        block_index = {(unsigned)(at % s.grid.x), (unsigned)(row % s.grid.y),
+                       (unsigned)(row / s.grid.y)};
+        block_run(body);
     }
 }
 

@@ -35,6 +35,27 @@ else
     cannot bench_ops "not built"
 fi
 
+# ---- products ----
+if [ -x "$build/bench_products" ]; then
+    check "bench_products" "$build/bench_products" "$plugin" ${small[@]+"${small[@]}"} \
+        ${lengths[@]+"${lengths[@]}"} --csv "$report/products.csv" || true
+    say ""
+    {
+        echo "| product | shape | bound, ms | first algorithm | fastest other | bits of the first | our own |"
+        echo "|---|---|---|---|---|---|---|"
+        awk -F, 'NR > 1 {
+            best = 0
+            for (i = 1; i < 8; i++) if ($(7 + 2 * i) > 0 && (!best || $(7 + 2 * i) < $(7 + 2 * best))) best = i
+            other = best ? sprintf("%.4f (%d) | %s", $(7 + 2 * best), best, $(8 + 2 * best) ? "yes" : "no") : "none |"
+            printf "| %s, T %s | %s | %.4f, %s | %.4f | %s | %s |\n", $1, $2, $3, $5, $6, $7, other,
+                ($23 > 0 ? $23 : "") }' "$report/products.csv"
+    } | tee -a "$part"
+    say ""
+    say "$(sed -n 's/^# products/products/p' "$report/bench.bench_products.log")"
+else
+    cannot bench_products "not built"
+fi
+
 # ---- steps ----
 if [ ! -x "$qshard" ] || [ ! -x "$build/make_tokens" ]; then
     cannot "steps of qshard train" "the program is not built; the sums above extrapolate one layer and the head instead"

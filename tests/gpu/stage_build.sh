@@ -98,7 +98,7 @@ else
 fi
 
 check configure cmake "${options[@]}" || finish
-targets+=(bench_ops op_dump)
+targets+=(bench_ops bench_products op_dump)
 [ "$kernels_only" = ON ] || targets+=(qshard make_tokens)
 case " ${missing[*]-} " in
 *' criterion '*) cannot "the kernels' tests" "they need Criterion" ;;

@@ -96,6 +96,14 @@ Test(gemm_lt, an_algorithm_that_adds_out_of_order_is_not_taken)
     cr_assert_str_not_empty(qs_error_text());
     qs_error_clear();
     fake_lt.none = false;
+    qs_cuda_gemm_close(&context);
+    setenv("QSHARD_CUDA_ALGORITHM", "1", 1); /* of one that passes, the second */
+    cr_assert_eq(qs_cuda_gemm_open(backend.queue, &context), QS_OK);
+    cr_assert_eq(qs_cuda_gemm(backend.queue, &call), QS_ERR_DEVICE);
+    qs_error_clear();
+    qs_cuda_gemm_close(&context);
+    unsetenv("QSHARD_CUDA_ALGORITHM");
+    cr_assert_eq(qs_cuda_gemm_open(backend.queue, &context), QS_OK);
     cr_assert_eq(qs_cuda_gemm(backend.queue, &call), QS_OK, "%s", qs_error_text());
     fake_lt.fails = true;
     cr_assert_eq(qs_cuda_gemm(backend.queue, &call), QS_ERR_DEVICE);
