@@ -14,6 +14,26 @@
 
 static const int team_sizes[] = {1, 2, 3, 4, 8};
 
+static const char *host_name(void)
+{
+    static char name[64];
+    (void)gethostname(name, sizeof name - 1);
+    return name;
+}
+
+/* What case_comm's rank says that cannot read its input; rank 0 does not name itself. */
+static const char *line_of(int rank)
+{
+    static char line[256];
+    const char *const text = "error[E300] model.safetensors: no such file";
+    if (rank == 0) {
+        snprintf(line, sizeof line, "%s\n", text);
+    } else {
+        snprintf(line, sizeof line, "%s (rank %d on %s)\n", text, rank, host_name());
+    }
+    return line;
+}
+
 /* ---- threads as ranks ---- */
 
 typedef struct {
@@ -232,7 +252,9 @@ Test(comm_threads, all_leave_with_one_status_and_one_line, .timeout = 30)
     int status;
     waitpid(child, &status, 0);
     cr_assert_eq(status, 0);
-    cr_assert_str_eq(text, "error[E305] shard 2: missing\n");
+    char line[256];
+    snprintf(line, sizeof line, "error[E305] shard 2: missing (rank 2 on %s)\n", host_name());
+    cr_assert_str_eq(text, line);
 }
 
 /* ---- under mpirun ---- */
@@ -280,9 +302,50 @@ Test(comm_mpi, one_failing_rank_ends_all_with_its_code_and_one_line, .timeout = 
         shell(&run, 60, "mpirun -np %d %s last_rank_fails", nranks, case_path("comm"));
         cr_assert_eq(run.code, 3, "np %d: exit %d\n%s", nranks, run.code, run.output);
         cr_assert_eq(count_in(&run, "error["), 1, "%s", run.output);
-        cr_assert_eq(count_in(&run, "error[E300] model.safetensors: no such file\n"), 1, "%s",
-                     run.output);
+        cr_assert_eq(count_in(&run, line_of(nranks - 1)), 1, "%s", run.output);
         cr_assert_eq(count_in(&run, "rank leaves: 300 told"), nranks, "%s", run.output);
+    }
+}
+
+/* The lower of two ranks that fail is still on its way when the other's grace is over: one line all
+ * the same, and its code. */
+Test(comm_mpi, a_rank_that_has_failed_does_not_wait_in_silence_for_one_that_is_late, .timeout = 120)
+{
+    for (int nranks = 2; nranks <= 3; nranks++) {
+        mpirun_result run;
+        shell(&run, 60, "mpirun -np %d %s late", nranks, case_path("comm"));
+        cr_assert_eq(run.code, 3, "np %d: exit %d\n%s", nranks, run.code, run.output);
+        cr_assert_eq(count_in(&run, "error["), 1, "%s", run.output);
+        cr_assert_eq(count_in(&run, line_of(nranks - 1)), 1, "%s", run.output);
+        cr_assert_eq(count_in(&run, "rank leaves: 300 told"), 2, "%s", run.output);
+    }
+}
+
+Test(comm_mpi, a_rank_that_has_failed_says_so_where_another_ends_the_job, .timeout = 120)
+{
+    static const char *const ways[] = {"never_comes", "never_comes_before_the_grace",
+                                       "never_comes_with_a_handler"};
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        mpirun_result run;
+        shell(&run, 60, "mpirun -np 2 %s %s", case_path("comm"), ways[i]);
+        cr_assert_eq(run.code, 137, "%s: exit %d\n%s", ways[i], run.code, run.output);
+        cr_assert_eq(count_in(&run, line_of(1)), 1, "%s:\n%s", ways[i], run.output);
+        cr_assert_eq(count_in(&run, "error["), 1, "%s:\n%s", ways[i], run.output);
+        cr_assert_eq(count_in(&run, "caught\n"), i == 2, "%s:\n%s", ways[i], run.output);
+    }
+}
+
+Test(comm_mpi, who_knows_the_cause_speaks_before_those_who_see_what_came_of_it, .timeout = 120)
+{
+    static const char *const ways[] = {"one_knows_why", "one_knows_why_and_all_agree"};
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        mpirun_result run;
+        char line[256];
+        shell(&run, 60, "mpirun -np 3 %s %s", case_path("comm"), ways[i]);
+        snprintf(line, sizeof line, "error[E900] the card fell off (rank 2 on %s)\n", host_name());
+        cr_assert_eq(run.code, 9, "%s: exit %d\n%s", ways[i], run.code, run.output);
+        cr_assert_eq(count_in(&run, line), 1, "%s:\n%s", ways[i], run.output);
+        cr_assert_eq(count_in(&run, "error["), 1, "%s:\n%s", ways[i], run.output);
     }
 }
 
@@ -291,7 +354,10 @@ Test(comm_mpi, abort_ends_waiting_ranks_with_the_code, .timeout = 120)
     mpirun_result run;
     shell(&run, 60, "mpirun -np 3 %s rank_0_aborts", case_path("comm"));
     cr_assert_eq(run.code, 4, "exit %d\n%s", run.code, run.output);
-    cr_assert_eq(count_in(&run, "error[E401] out/base.h5: no space left\n"), 1, "%s", run.output);
+    char line[256];
+    snprintf(line, sizeof line, "error[E401] out/base.h5: no space left (rank 0 on %s)\n",
+             host_name());
+    cr_assert_eq(count_in(&run, line), 1, "%s", run.output);
     cr_assert_eq(count_in(&run, "error["), 1, "%s", run.output);
 }
 

@@ -66,7 +66,8 @@ Test(nccl, abort_ends_waiting_ranks_with_the_code, .timeout = 120)
     mpirun_result run;
     shell(&run, 60, "mpirun -np 3 %s rank_0_aborts", case_path("nccl"));
     cr_assert_eq(run.code, 4, "exit %d\n%s", run.code, run.output);
-    cr_assert_eq(count_in(&run, "error[E401] out/base.h5: no space left\n"), 1, "%s", run.output);
+    cr_assert_eq(count_in(&run, "error[E401] out/base.h5: no space left (rank 0 on "), 1, "%s",
+                 run.output);
 }
 
 /* ---- NCCL fails: QSHARD_EMULATOR_NCCL_FAIL ---- */

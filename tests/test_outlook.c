@@ -243,11 +243,38 @@ Test(outlook, a_copy_of_the_base_is_shared_by_whom_the_configuration_says)
                      cases[i].per_node, outlook.work.group);
         done(&f);
     }
-    static const char *const tight[] = {"memory.device_limit=6G"}; /* of which a half is 3 */
+    static const char *const tight[] = {"memory.device_limit=7500M"}; /* of which a half is 3.7 */
     fixture f = llama(tight, 1);
     cr_assert_eq(look_at(&f, "H100", 8, 1).work.group, 8);
     cr_assert_eq(look_at(&f, "H100", 8, 4).work.group, 4);
     done(&f);
+}
+
+/* The world's, a shard group's, and two levels of LoRA's sums where nodes have several ranks: each
+ * counts once, and none of a single rank. 1 GiB and 0.75 for each further one. */
+Test(outlook, communicators_of_nccl_are_counted_as_a_run_opens_them)
+{
+    static const struct {
+        const char *set;
+        int nranks, per_node, count;
+        size_t mib;
+    } cases[] = {{"shard.group=world", 1, 8, 0, 0},    {"shard.group=world", 8, 8, 1, 1024},
+                 {"shard.group=world", 2, 1, 1, 1024}, {"shard.group=1", 8, 8, 1, 1024},
+                 {"shard.group=4", 8, 8, 2, 1792},     {"shard.group=node", 4, 1, 1, 1024},
+                 {"shard.group=2", 4, 1, 2, 1792},     {"shard.group=world", 16, 8, 3, 2560},
+                 {"shard.group=node", 16, 8, 3, 2560}, {"shard.group=1", 16, 8, 3, 2560},
+                 {"shard.group=4", 16, 8, 4, 3328},    {"shard.group=node", 12, 8, 2, 1792}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fixture f = llama(&cases[i].set, 1);
+        const qs_outlook outlook = look_at(&f, "H100", cases[i].nranks, cases[i].per_node);
+        const qs_memory_plan *plan = &outlook.memory;
+        const size_t code = (size_t)256 << 20, held = plan->total_bytes[QS_MEM_DEVICE];
+        cr_assert_eq(plan->nccl_count, cases[i].count, "%s, %d ranks, %d a node: %d", cases[i].set,
+                     cases[i].nranks, cases[i].per_node, plan->nccl_count);
+        cr_assert_eq(qs_memory_plan_nccl_bytes(plan), cases[i].mib << 20);
+        cr_assert_eq(qs_memory_plan_needed(plan), held + code + (cases[i].mib << 20));
+        done(&f);
+    }
 }
 
 /* ---- what auto stands for ---- */
@@ -447,17 +474,18 @@ static bool fits_on(const fixture *f, int nranks, int per_node)
     return qs_outlook_needed(&outlook) <= qs_outlook_allowed(&f->config, &place);
 }
 
-/* Started from 3, doubling looks at 6, 12, 24; on nodes of 4 the others are 5, and 8, 16, 20. */
+/* Started from 3, doubling looks at 6, 12, 24; on nodes of 4 the others are 5, and 8, 16, 20. Of
+ * 70B, since several nodes take two communicators more, of which shares of 8B would not make up. */
 Test(outlook, the_fewest_ranks_that_are_enough_are_named)
 {
-    static const char *const limits[] = {"4500M", "4600M", "4800M", "5000M",
-                                         "5500M", "6000M", "6200M"};
+    static const char *const limits[] = {"15500M", "16600M", "17500M", "18500M",
+                                         "20500M", "24000M", "25000M"};
     bool within = false, beyond = false;
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
         char limit[64];
         snprintf(limit, sizeof limit, "memory.device_limit=%s", limits[i]);
         const char *const sets[] = {limit, "shard.group=world"};
-        fixture f = llama(sets, 2);
+        fixture f = on_base(LLAMA_3_70B, sets, 2);
         qs_outlook_remedy remedy;
         const qs_outlook_place place = {
             .gpu = qs_gpu_kind_find("H100"), .nranks = 3, .per_node = 4, .threads = 1};

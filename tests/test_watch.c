@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/cause.h"
 #include "base/log.h"
 #include "base/timer.h"
 #include "base/watch.h"
@@ -123,6 +124,25 @@ Test(watch, a_rank_that_waits_says_for_whom)
     const outcome o = run(waits_without_end, 0);
     ended_with(&o, "step 1: rank 2 on c has waited ");
     cr_assert_not_null(strstr(o.text, " s for all ranks to answer; "), "%s", o.text);
+}
+
+static void has_failed_itself(void)
+{
+    qs_watch *watch;
+    start(&watch, 2);
+    qs_watch_section(false, "step %d", 1);
+    const qs_status st = QS_FAIL(QS_ERR_INPUT_MISSING, "base.h5: cannot be opened");
+    qs_error_name_place("rank 2 on c");
+    qs_cause_wait(st);
+    qs_watch_wait("all ranks to answer");
+    sleep_s(60 * LIMIT_S); /* the others do not come */
+}
+
+Test(watch, a_rank_that_has_failed_says_that_and_not_that_it_waits)
+{
+    const outcome o = run(has_failed_itself, 0);
+    cr_assert_eq(o.exit_code, 3, "%d: %s", o.exit_code, o.text);
+    cr_assert_str_eq(o.text, "error[E300] base.h5: cannot be opened (rank 2 on c)\n");
 }
 
 /* Asked once a look, which counts for 20 to 40 ms: 10 to 20 make the limit, and 70 to 140 that with

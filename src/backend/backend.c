@@ -55,24 +55,51 @@ int qs_backend_cuda_devices(void)
 
 /* ---- who has which card ---- */
 
-/* The card that a rank would take. */
+enum { HOST_NAME_MAX_BYTES = 64 };
+
+/* The card that a rank would take, and where. */
 typedef struct {
     uint8_t id[16];
     int32_t present, number; /* of GPUs that the rank sees; which of them */
+    int32_t local_nranks;    /* ranks on its host */
+    char host[HOST_NAME_MAX_BYTES];
 } card;
 
 typedef struct {
     card mine;
-    int sharing;     /* ranks that would take this one's card, itself included */
-    bool any_shared; /* on any rank */
+    int sharing;       /* ranks that would take this one's card, itself included */
+    int first, second; /* the lowest two that would share one; -1: all have their own */
+    card shared;       /* the first one's */
 } cards;
+
+static bool is_same_card(const card *a, const card *b)
+{
+    return a->present > 0 && b->present > 0 && memcmp(a->id, b->id, sizeof a->id) == 0;
+}
+
+static void find_shared(cards *out, const card *all, int me, int nranks)
+{
+    for (int r = 0; r < nranks; r++) {
+        out->sharing += is_same_card(&all[me], &all[r]);
+        for (int other = r + 1; other < nranks && out->first < 0; other++) {
+            if (is_same_card(&all[r], &all[other])) {
+                out->first = r;
+                out->second = other;
+                out->shared = all[r];
+            }
+        }
+    }
+}
 
 /* All ranks tell each other which card they would take. */
 static qs_status compare_cards(cards *out, qs_comm *host)
 {
     const int nranks = qs_comm_nranks(host);
     qs_status st = QS_OK;
-    *out = (cards){.mine.present = found.devices};
+    *out = (cards){.first = -1, .second = -1};
+    out->mine.present = found.devices;
+    out->mine.local_nranks = qs_comm_local_nranks(host);
+    (void)gethostname(out->mine.host, sizeof out->mine.host - 1);
     if (found.devices > 0) {
         out->mine.number = qs_comm_local_rank(host) % found.devices;
         st = found.plugin->card_id(out->mine.number, out->mine.id);
@@ -85,33 +112,29 @@ static qs_status compare_cards(cards *out, qs_comm *host)
     if (st == QS_OK) {
         st = qs_comm_all_gather_now(host, &out->mine, all, sizeof *all);
     }
-    for (int r = 0; st == QS_OK && r < nranks; r++) {
-        for (int other = 0; other < nranks; other++) {
-            const bool same = all[r].present > 0 && all[other].present > 0 &&
-                              memcmp(all[r].id, all[other].id, sizeof all[r].id) == 0;
-            out->any_shared = out->any_shared || (same && r != other);
-            out->sharing += same && r == qs_comm_rank(host);
-        }
+    if (st == QS_OK) {
+        find_shared(out, all, qs_comm_rank(host), nranks);
     }
     free(all);
     return st;
 }
 
-/* One line on why this rank cannot have a GPU; false if it can. */
-static bool cannot_serve(const cards *c, const qs_comm *host, bool allow_shared, char *why,
-                         size_t capacity)
+/* One line on why this rank cannot have a GPU; false if it can. Where ranks would share one, the
+ * host is named on which they are: any rank may say it. */
+static bool cannot_serve(const cards *c, bool allow_shared, char *why, size_t capacity)
 {
     if (c->mine.present == 0) {
         snprintf(why, capacity, "%s", found.why);
         return true;
     }
-    if (c->any_shared && !allow_shared) {
-        snprintf(
-            why, capacity,
-            "%d ranks on this host see %d GPU%s, and ranks would share one: start as many ranks "
-            "as GPUs, or let the job see more (CUDA_VISIBLE_DEVICES, the scheduler's "
-            "--gpus-per-task); --allow-shared-device lets ranks share one, which is slow",
-            qs_comm_local_nranks(host), c->mine.present, c->mine.present == 1 ? "" : "s");
+    if (c->first >= 0 && !allow_shared) {
+        const card *s = &c->shared;
+        snprintf(why, capacity,
+                 "%d ranks on %s see %d GPU%s, and ranks %d and %d would share one: start as many "
+                 "ranks as GPUs, or let the job see more (CUDA_VISIBLE_DEVICES, the scheduler's "
+                 "--gpus-per-node); --allow-shared-device lets ranks share one, which is slow",
+                 s->local_nranks, s->host, s->present, s->present == 1 ? "" : "s", c->first,
+                 c->second);
         return true;
     }
     return false;
@@ -152,7 +175,7 @@ qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, b
     }
     find_once();
     QS_TRY(compare_cards(&taken, host));
-    if (!cannot_serve(&taken, host, allow_shared, why, sizeof why)) {
+    if (!cannot_serve(&taken, allow_shared, why, sizeof why)) {
         if (taken.sharing > 1) {
             stand_apart(qs_comm_local_rank(host));
         }

@@ -9,7 +9,7 @@
 
 #include "base/log.h"
 
-enum { TEXT_MAX = 2048 };
+enum { TEXT_MAX = 2048, PLACE_MAX = 128 };
 
 static _Thread_local struct {
     qs_status status; /* QS_OK: nothing recorded */
@@ -17,6 +17,7 @@ static _Thread_local struct {
     bool printed;
     int cause; /* errno, 0: not noted */
     char text[TEXT_MAX];
+    char place[PLACE_MAX]; /* "": not named */
 } record;
 
 int qs_exit_code(qs_status status)
@@ -45,6 +46,7 @@ qs_status qs_error_set(qs_status status, const char *file, int line, const char 
     record.silent = false;
     record.printed = false;
     record.cause = 0;
+    record.place[0] = '\0';
     if (status == QS_ERR_BUG) { /* our mistake: the report needs the place */
         snprintf(record.text, sizeof record.text, "%s:%d: %.*s", base_name(file), line,
                  TEXT_MAX - 256, text);
@@ -78,11 +80,19 @@ void qs_error_adopt(qs_status status, const char *text, bool silent)
     record.silent = silent;
     record.printed = false;
     record.cause = 0;
+    record.place[0] = '\0';
 }
 
 bool qs_error_is_silent(void)
 {
     return record.silent;
+}
+
+void qs_error_name_place(const char *place)
+{
+    if (record.status != QS_OK) {
+        snprintf(record.place, sizeof record.place, "%s", place);
+    }
 }
 
 void qs_error_clear(void)
@@ -92,31 +102,68 @@ void qs_error_clear(void)
     record.printed = false;
     record.cause = 0;
     record.text[0] = '\0';
+    record.place[0] = '\0';
 }
 
-void qs_error_print(qs_status status)
+static bool is_printable(qs_status status)
 {
-    if (status == QS_OK || status == QS_REQUEUE || record.printed ||
-        (record.status != QS_OK && record.silent)) {
-        return;
+    return status != QS_OK && status != QS_REQUEUE && !record.printed &&
+           (record.status == QS_OK || !record.silent);
+}
+
+/* One line, whatever the text holds. */
+static size_t format_line(char *line, size_t capacity, qs_status status, const char *text,
+                          const char *place)
+{
+    char tail[PLACE_MAX + 8] = "";
+    if (place[0] != '\0') {
+        snprintf(tail, sizeof tail, " (%s)", place);
     }
-    const char *text = record.text;
-    if (record.status == QS_OK || text[0] == '\0') {
-        text = "no text was recorded: please report this as a bug";
-    }
-    /* One write, so that lines of other processes cannot end up inside; one line, whatever the text
-     * holds. */
-    char line[TEXT_MAX + 64];
-    int head = snprintf(line, sizeof line, "error[E%03d] ", (int)status);
-    size_t end = (size_t)head;
-    for (const char *c = text; *c != '\0' && end < sizeof line - 2; c++) {
+    const size_t rest = strlen(tail) + 2; /* its end of line, and the string's */
+    size_t end = (size_t)snprintf(line, capacity, "error[E%03d] ", (int)status);
+    for (const char *c = text; *c != '\0' && end < capacity - rest; c++) {
         line[end++] = *c;
     }
     qs_flatten(line, end);
     while (line[end - 1] == ' ') {
         end--;
     }
+    qs_flatten(tail, strlen(tail));
+    memcpy(line + end, tail, strlen(tail));
+    end += strlen(tail);
     line[end++] = '\n';
+    return end;
+}
+
+size_t qs_error_line(char *out, size_t capacity, qs_status status)
+{
+    return is_printable(status) && record.text[0] != '\0'
+               ? format_line(out, capacity, status, record.text, record.place)
+               : 0;
+}
+
+bool qs_error_is_printed(void)
+{
+    return record.printed;
+}
+
+void qs_error_set_printed(void)
+{
+    record.printed = true;
+}
+
+void qs_error_print(qs_status status)
+{
+    if (!is_printable(status)) {
+        return;
+    }
+    /* One write, so that lines of other processes cannot end up inside. */
+    char line[QS_ERROR_LINE_MAX];
+    size_t end = qs_error_line(line, sizeof line, status);
+    if (end == 0) {
+        end = format_line(line, sizeof line, status,
+                          "no text was recorded: please report this as a bug", "");
+    }
     qs_progress_end();
     fflush(stdout);
     fwrite(line, 1, end, stderr);

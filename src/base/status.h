@@ -81,12 +81,26 @@ void qs_error_adopt(qs_status status, const char *text, bool silent);
 /** True if the record was adopted from a rank that speaks for itself. */
 bool qs_error_is_silent(void);
 
+/** Whose the recorded error is, put behind the text when it is printed: "rank 3 on node7"; "": not
+ * to be named. */
+void qs_error_name_place(const char *place);
+
 /** Forget this thread's record. */
 void qs_error_clear(void);
 
-/** Print `error[E203] text` as one line on stderr, at most once per record, nothing if silent or
- * QS_REQUEUE. */
+enum { QS_ERROR_LINE_MAX = 2048 + 256 };
+
+/** The line that would be printed for `status`, with its end of line. \return its length, 0 where
+ * nothing is recorded or there is nothing to print. */
+size_t qs_error_line(char *out, size_t capacity, qs_status status);
+
+/** Print `error[E203] text (place)` as one line on stderr, at most once per record, nothing if
+ * silent or QS_REQUEUE. */
 void qs_error_print(qs_status status);
+
+/** Has it been printed? And: another thread has (base/cause.h). */
+bool qs_error_is_printed(void);
+void qs_error_set_printed(void);
 
 /** Return from this function if `expr` is not QS_OK. */
 #define QS_TRY(expr)                                                                               \

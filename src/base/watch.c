@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/cause.h"
 #include "base/timer.h"
 
 enum { MISSING_MAX = 4, SLOWER = 4, PRINT_LIMIT_S = 5, TURNS = 10 };
@@ -185,8 +186,11 @@ static void end_process(const qs_watch *w, const char *waits_for, double idle_s)
 {
     signal(SIGALRM, SIG_DFL);
     alarm(PRINT_LIMIT_S);
-    const qs_status st = describe(w, waits_for, idle_s);
-    qs_error_print(st);
+    qs_status st = qs_cause_say(); /* this rank has failed before, and nobody came to hear of it */
+    if (st == QS_OK) {
+        st = describe(w, waits_for, idle_s);
+        qs_error_print(st);
+    }
     _exit(qs_exit_code(st));
 }
 

@@ -171,16 +171,6 @@ static qs_status flush_output(void)
                : QS_FAIL(QS_ERR_IO, "standard output: could not be written completely");
 }
 
-/* An error that was not agreed on may be this rank's alone, with the others waiting elsewhere: the
- * job must be ended. It may also have come up on all of them, so the lower ranks get the time to
- * speak first. */
-static void end_job(qs_comm *comm, qs_status st)
-{
-    int rank = qs_comm_rank(comm);
-    usleep((useconds_t)(rank < 10 ? rank : 10) * 100000);
-    qs_comm_abort(comm, st);
-}
-
 /* A descriptor of 0, 1 and 2 that is closed would be the next file's that is opened: lines for the
  * terminal would be written into a checkpoint. What stands in its place fails like a closed one. */
 static void fill_descriptors(void)
@@ -223,7 +213,7 @@ int qs_cli_main(int argc, char **argv)
         st = st == QS_OK ? qs_comm_agree(comm, flush_output()) : st;
     }
     if (st != QS_OK && st != QS_REQUEUE && !qs_comm_agreed(comm)) {
-        end_job(comm, st);
+        qs_comm_end_job(comm, st);
     }
     qs_error_print(st);
     qs_comm_destroy(comm);

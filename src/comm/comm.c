@@ -1,19 +1,28 @@
 /* The public calls: dispatch, byte counts, and what is the same on every transport. */
 #include "comm/comm.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "base/cause.h"
 #include "base/cores.h"
 #include "base/watch.h"
 #include "comm/comm_impl.h"
 
+/* Who speaks first (qs_comm_end_job). */
+enum { LAST_TURN = 10, TURN_US = 100000 };
+
 qs_status qs_comm_init(qs_comm *comm, const qs_comm_ops *ops, int rank, int nranks)
 {
-    *comm = (qs_comm){
-        .ops = ops, .rank = rank, .nranks = nranks, .local_rank = rank, .local_nranks = nranks};
+    *comm = (qs_comm){.ops = ops,
+                      .rank = rank,
+                      .nranks = nranks,
+                      .world_rank = rank,
+                      .local_rank = rank,
+                      .local_nranks = nranks};
     comm->scratch = calloc((size_t)nranks * QS_COMM_SCRATCH_VALUES, sizeof *comm->scratch);
     comm->hosts = calloc((size_t)nranks, sizeof *comm->hosts);
     if (comm->scratch == NULL || comm->hosts == NULL) {
@@ -240,40 +249,93 @@ qs_status qs_comm_sum_i64(qs_comm *comm, int64_t *values, int count)
     return reduce_i64(comm, values, count, sum);
 }
 
-/* The rank whose status, the first of its `width` values, counts: the lowest with an error of its
- * own, else the lowest with one that another rank has spoken for (negative), else the lowest that
- * asks for a requeue, else none (-1). */
-static int speaker_among(const int64_t *values, int width, int nranks)
+/* How much a rank's status counts: an error of its own, one that says that a peer is lost (which
+ * has failed by itself, most likely), one that another rank has spoken for (negative), a wish to be
+ * started again, none. */
+static int weight_of(int64_t status)
 {
-    int requeue = -1, silent = -1;
-    for (int r = 0; r < nranks; r++) {
-        const int64_t status = values[(int64_t)r * width];
-        if (status > QS_OK && status != QS_REQUEUE) {
-            return r;
-        }
-        if (status < QS_OK && silent < 0) {
-            silent = r;
-        }
-        if (status == QS_REQUEUE && requeue < 0) {
-            requeue = r;
-        }
-    }
-    return silent >= 0 ? silent : requeue;
+    return status == QS_OK         ? 0
+           : status == QS_REQUEUE  ? 1
+           : status < QS_OK        ? 2
+           : status == QS_ERR_PEER ? 3
+                                   : 4;
 }
 
-/* `mine` [width] begins with this rank's status; what others say is left in the scratch. */
-static qs_status agree(qs_comm *comm, int64_t *mine, int width)
+/* The rank whose status, the first of its `width` values, counts most, the lowest of several; -1:
+ * all is well. */
+static int speaker_among(const int64_t *values, int width, int nranks)
+{
+    int speaker = -1, most = 0;
+    for (int r = 0; r < nranks; r++) {
+        const int weight = weight_of(values[(int64_t)r * width]);
+        if (weight > most) {
+            speaker = r;
+            most = weight;
+        }
+    }
+    return speaker;
+}
+
+/* This rank's error is said with its rank and host. */
+static void name_place(const qs_comm *comm)
+{
+    char host[QS_WATCH_NAME_MAX] = "", place[QS_WATCH_NAME_MAX + 32];
+    if (comm->nranks > 1) {
+        (void)gethostname(host, sizeof host - 1);
+        snprintf(place, sizeof place, "rank %d on %s", comm->world_rank, host);
+        qs_error_name_place(place);
+    }
+}
+
+/* Gather every rank's values into the scratch: its status, and what comes along. A rank that has
+ * failed says so by itself if the others do not come (base/cause.h). */
+static qs_status gather_statuses(qs_comm *comm, qs_status mine, int64_t *values, int width)
 {
     /* an error that another rank speaks for has been agreed on before: it is no reason to choose
      * this rank */
-    mine[0] = mine[0] != QS_OK && qs_error_is_silent() ? -mine[0] : mine[0];
-    QS_TRY(qs_comm_all_gather_now(comm, mine, comm->scratch, (size_t)width * sizeof *mine));
+    const bool is_own = mine != QS_OK && !qs_error_is_silent();
+    const size_t bytes = (size_t)width * sizeof *values;
+    values[0] = is_own ? (int64_t)mine : -(int64_t)mine;
+    if (!is_own || comm->nranks == 1) {
+        return qs_comm_all_gather_now(comm, values, comm->scratch, bytes);
+    }
+    name_place(comm);
+    qs_cause_wait(mine);
+    const qs_status st = qs_comm_all_gather_now(comm, values, comm->scratch, bytes);
+    if (!qs_cause_end() && st == QS_OK && comm->world_rank == 0) {
+        qs_error_name_place(""); /* as most errors are rank 0's, or all ranks' */
+    }
+    return st == QS_OK || mine == QS_REQUEUE ? st : mine; /* that came of it, if both failed */
+}
+
+/* A rank that has printed its error while it waited for the others has spoken for all, unless it
+ * knows of a lost peer alone and another one knows more. */
+static qs_status prefer_spoken(qs_comm *comm, qs_status mine, int *speaker, qs_status *agreed)
+{
+    int64_t status = mine != QS_OK && qs_error_is_printed() ? (int64_t)mine : 0;
+    QS_TRY(qs_comm_all_gather_now(comm, &status, comm->scratch, sizeof status));
+    const int spoken = speaker_among(comm->scratch, 1, comm->nranks);
+    if (spoken >= 0 && weight_of(comm->scratch[spoken]) >= weight_of(*agreed)) {
+        *speaker = spoken;
+        *agreed = (qs_status)comm->scratch[spoken];
+    }
+    return QS_OK;
+}
+
+/* `values` [width] begins with room for this rank's status; what others say is left in the scratch,
+ * if all is well. */
+static qs_status agree(qs_comm *comm, qs_status mine, int64_t *values, int width)
+{
+    QS_TRY(gather_statuses(comm, mine, values, width));
     int speaker = speaker_among(comm->scratch, width, comm->nranks);
     comm->agreed = speaker >= 0;
     if (speaker < 0) {
         return QS_OK;
     }
     qs_status agreed = (qs_status)llabs(comm->scratch[(int64_t)speaker * width]);
+    if (agreed != QS_REQUEUE) {
+        QS_TRY(prefer_spoken(comm, mine, &speaker, &agreed));
+    }
     char text[2048] = "";
     if (speaker == comm->rank) {
         snprintf(text, sizeof text, "%s", qs_error_text());
@@ -288,14 +350,14 @@ static qs_status agree(qs_comm *comm, int64_t *mine, int width)
 
 qs_status qs_comm_agree(qs_comm *comm, qs_status mine)
 {
-    int64_t status = mine;
-    return agree(comm, &status, 1);
+    int64_t status;
+    return agree(comm, mine, &status, 1);
 }
 
 qs_status qs_comm_agree_most(qs_comm *comm, qs_status mine, int64_t *most)
 {
-    int64_t told[2] = {mine, *most};
-    QS_TRY(agree(comm, told, 2));
+    int64_t told[2] = {0, *most};
+    QS_TRY(agree(comm, mine, told, 2));
     for (int r = 0; r < comm->nranks; r++) {
         *most = larger(*most, comm->scratch[2 * r + 1]);
     }
@@ -364,8 +426,24 @@ done:
     return st;
 }
 
+/* Where the launcher ends a rank that speaks of a lost peer, another rank has said what happened:
+ * by TERM, which a run would catch. */
+void qs_comm_end_job(qs_comm *comm, qs_status status)
+{
+    const bool is_consequence = status == QS_ERR_PEER;
+    const int turn = comm->rank < LAST_TURN ? comm->rank : LAST_TURN;
+    if (is_consequence) {
+        signal(SIGTERM, SIG_DFL);
+    }
+    usleep(TURN_US * (useconds_t)(turn + (is_consequence ? LAST_TURN : 0)));
+    qs_comm_abort(comm, status);
+}
+
 void qs_comm_abort(qs_comm *comm, qs_status status)
 {
+    if (comm != NULL) {
+        name_place(comm);
+    }
     qs_error_print(status);
     fflush(stdout);
     if (comm != NULL) {

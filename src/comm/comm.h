@@ -90,8 +90,10 @@ qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv,
 qs_status qs_comm_gather_time(qs_comm *comm, size_t bytes, double *seconds);
 
 /** One rank's failure is everyone's: returns QS_OK on all ranks if `mine` is QS_OK on all, else on
- * all ranks the status of the lowest failing rank, whose own error text stays the one to print;
- * the others are told and keep silent. */
+ * all ranks the status of the lowest failing rank (QS_ERR_PEER counts only where nobody knows of
+ * more), whose own error text stays the one to print; the others are told and keep silent. The line
+ * ends with that rank and its host, unless it is rank 0. A rank that waits here for others that do
+ * not come prints its error by itself (base/cause.h); it is the one whose status counts then. */
 qs_status qs_comm_agree(qs_comm *comm, qs_status mine);
 
 /** The same, and on the same way the largest `*most` of all ranks, which stays as it is after an
@@ -118,10 +120,17 @@ bool qs_comm_agreed(const qs_comm *comm);
  * be freed. */
 qs_status qs_comm_bcast_text(qs_comm *comm, char **text, int root);
 
-/** Print the error and end the whole job at once with the exit code of `status`: for errors on
- * which the ranks cannot agree. Does not return, but for a team of threads: there every later
- * call of the other ranks returns QS_ERR_PEER. `comm` may be NULL: this process ends. */
+/** Print the error, with this rank and its host, and end the whole job at once with the exit code
+ * of `status`: for errors on which the ranks cannot agree. Does not return, but for a team of
+ * threads: there every later call of the other ranks returns QS_ERR_PEER. `comm` may be NULL: this
+ * process ends. */
 void qs_comm_abort(qs_comm *comm, qs_status status);
+
+/** The same after an error that was not agreed on. It may be this rank's alone, with the others
+ * waiting elsewhere. It may also have come up on all ranks, so that the lower ones get the time to
+ * speak first; and where it says that a peer was lost (QS_ERR_PEER), that one has most likely
+ * failed by itself, and gets more time to say of what. */
+void qs_comm_end_job(qs_comm *comm, qs_status status);
 
 /** Bytes that this rank received from others so far (all collectives). */
 uint64_t qs_comm_received_bytes(const qs_comm *comm);

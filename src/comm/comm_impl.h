@@ -31,6 +31,7 @@ enum { QS_COMM_SCRATCH_VALUES = 64 };
 struct qs_comm {
     const qs_comm_ops *ops;
     int rank, nranks;
+    int world_rank; /* by which people know this one; `rank` unless split off */
     int local_rank, local_nranks;
     int *hosts; /* [nranks] the lowest rank on each rank's host */
     uint64_t received_bytes, foreign_bytes;

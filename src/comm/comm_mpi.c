@@ -530,6 +530,7 @@ static qs_status find_world_ranks(comm_mpi *c)
                        c->base.nranks);
     }
     QS_TRY(QS_MPI(MPI_Comm_rank(MPI_COMM_WORLD, &mine)));
+    c->base.world_rank = mine;
     return QS_MPI(MPI_Allgather(&mine, 1, MPI_INT, c->world_ranks, 1, MPI_INT, c->world));
 }
 

@@ -429,6 +429,7 @@ static qs_status make(comm_nccl **out, qs_comm *host, const qs_device *device)
     }
     qs_status st = qs_comm_init(&c->base, &nccl_ops, host->rank, host->nranks);
     c->host = host;
+    c->base.world_rank = host->world_rank;
     c->base.local_rank = host->local_rank;
     c->base.local_nranks = host->local_nranks;
     if (st == QS_OK) {

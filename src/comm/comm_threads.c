@@ -505,6 +505,7 @@ static qs_status threads_split(qs_comm *comm, int color, qs_comm **out)
     QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_comm_all_gather_now(comm, &mine, all, sizeof mine));
     comm_threads *child = (comm_threads *)all[first].members[index];
+    child->base.world_rank = comm->world_rank;
     pthread_mutex_lock(&parent->team->family->lock);
     child->parent = parent;
     child->next = parent->children;

@@ -7,8 +7,10 @@
 static const double MIB = 1048576.0, GIB = 1073741824.0;
 
 /* What a GPU has to hold beside the plan: code that is loaded when it is first called, and the
- * buffers of NCCL where there are peers. */
-static const size_t CODE_BYTES = (size_t)256 << 20, NCCL_BYTES = (size_t)1 << 30;
+ * buffers of NCCL's communicators. nccl#964: 544 MiB for one of two ranks, 688 MiB for one of more,
+ * among A100s with NVLink, as often as there are; the first has some more for what they share. */
+static const size_t CODE_BYTES = (size_t)256 << 20;
+static const size_t NCCL_BYTES = (size_t)1 << 30, FURTHER_NCCL_BYTES = (size_t)768 << 20;
 
 /* The index, and what is held of a file that this rank does not see. */
 static size_t data_bytes(const qs_data *data)
@@ -88,7 +90,7 @@ qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_plan_job *job,
     const qs_model_bytes model = qs_model_plan(&s->index->config, layout, s->ops, shape);
     const qs_fsdp_bytes fsdp = qs_fsdp_plan(s->index, s->shard.nranks, &options);
     qs_memory_plan plan = {.space = s->apart ? QS_MEM_DEVICE : QS_MEM_HOST,
-                           .peers = s->nranks > 1,
+                           .nccl_count = qs_session_nccl_count(s, job->trained),
                            .trained = job->trained,
                            .settings = job->settings};
     size_t *device = plan.bytes[plan.space], *host = plan.bytes[QS_MEM_HOST];
@@ -336,10 +338,23 @@ static void print_space(const qs_memory_plan *plan, qs_mem_space space, const ch
     printf("\n");
 }
 
+/* What is not ours to count, so that no peak stands beside it. */
+static void print_beside(const qs_memory_plan *plan)
+{
+    char what[64];
+    const int count = plan->nccl_count;
+    printf("  %-26s %12.1f\n", "beside it: code", (double)CODE_BYTES / MIB);
+    if (count > 0) {
+        snprintf(what, sizeof what, "NCCL, %d communicator%s", count, count == 1 ? "" : "s");
+        printf("  %-26s %12.1f\n", what, (double)qs_memory_plan_nccl_bytes(plan) / MIB);
+    }
+}
+
 void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
 {
     if (plan->space == QS_MEM_DEVICE) {
         print_space(plan, QS_MEM_DEVICE, "device memory of rank 0", measured);
+        print_beside(plan);
         print_space(plan, QS_MEM_HOST, "host memory of rank 0", measured);
     } else {
         print_space(plan, QS_MEM_HOST, "memory of rank 0", measured);
@@ -347,9 +362,15 @@ void qs_memory_plan_print(const qs_memory_plan *plan, bool measured)
     fflush(stdout);
 }
 
+size_t qs_memory_plan_nccl_bytes(const qs_memory_plan *plan)
+{
+    const int further = plan->nccl_count - 1;
+    return further < 0 ? 0 : NCCL_BYTES + (size_t)further * FURTHER_NCCL_BYTES;
+}
+
 size_t qs_memory_plan_needed(const qs_memory_plan *plan)
 {
-    const size_t beside = CODE_BYTES + (plan->peers ? NCCL_BYTES : 0);
+    const size_t beside = CODE_BYTES + qs_memory_plan_nccl_bytes(plan);
     return plan->total_bytes[plan->space] + (plan->space == QS_MEM_DEVICE ? beside : 0);
 }
 

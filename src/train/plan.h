@@ -22,7 +22,7 @@ typedef struct {
     size_t bytes[QS_MEM_SPACE_COUNT][QS_MEM_CLASS_COUNT];
     size_t total_bytes[QS_MEM_SPACE_COUNT];
     qs_mem_space space; /* where it computes: the device's memory, or on the CPU the host's */
-    bool peers;         /* more than one rank */
+    int nccl_count;     /* NCCL's communicators of a rank */
     bool trained;
     const char *settings; /* that make it less: for a message */
 } qs_memory_plan;
@@ -79,6 +79,9 @@ void qs_memory_plan_print(const qs_memory_plan *plan, bool measured);
 /** Bytes that a rank must have where it computes: what the plan takes there and, on a GPU, code
  * that is loaded when it is first called, and the buffers of NCCL where there are peers. */
 size_t qs_memory_plan_needed(const qs_memory_plan *plan);
+
+/** Those of NCCL: 1 GiB for one communicator, 0.75 GiB for each further one (docs/planning.md). */
+size_t qs_memory_plan_nccl_bytes(const qs_memory_plan *plan);
 
 /** QS_ERR_MEMORY if that is above memory.device_limit or above what the device has free, or if the
  * host's part is above what the rank may have there (room.h), naming what to change. */

@@ -383,10 +383,26 @@ static qs_status prepare_lora(qs_session *s, bool trained)
     return upload_magnitudes(s);
 }
 
-static qs_status connect_group(qs_session *s)
+qs_session_parts qs_session_parts_of(const qs_session *s, bool trained)
+{
+    const bool grouped = s->shard.most < s->nranks, levelled = trained && s->per_host > 0;
+    const bool group_is_host = grouped && s->shard.most == s->per_host;
+    return (qs_session_parts){.world = s->nranks,
+                              .group = grouped ? s->shard.nranks : 0,
+                              .inside = levelled && !group_is_host ? s->per_host : 0,
+                              .across = levelled ? s->nranks / s->per_host : 0};
+}
+
+int qs_session_nccl_count(const qs_session *s, bool trained)
+{
+    const qs_session_parts p = qs_session_parts_of(s, trained);
+    return s->apart ? (p.world > 1) + (p.group > 1) + (p.inside > 1) + (p.across > 1) : 0;
+}
+
+static qs_status connect_group(qs_session *s, const qs_session_parts *parts)
 {
     s->base_comm = s->device_comm;
-    if (s->shard.comm == s->comm) {
+    if (parts->group == 0) {
         return QS_OK;
     }
     s->base_comm = NULL;
@@ -396,29 +412,44 @@ static qs_status connect_group(qs_session *s)
 
 /* Gradients and LoRA's new weights take two levels where hosts have several ranks each. The group
  * that shares the base serves inside of a host if it is that. */
-static qs_status connect_levels(qs_session *s)
+static qs_status connect_levels(qs_session *s, const qs_session_parts *parts)
 {
-    const bool is_host = s->shard.comm != s->comm && s->shard.most == s->per_host;
+    const bool opens = parts->inside > 0;
     QS_TRY(qs_backend_levels_open(&s->levels, &s->backend, s->comm, s->device_comm,
-                                  is_host ? s->shard.comm : NULL, is_host ? s->base_comm : NULL));
-    if (s->per_host > 0) {
+                                  opens ? NULL : s->shard.comm, opens ? NULL : s->base_comm));
+    if (parts->across > 0) {
         qs_log_info(
             "LoRA: sums and weights inside of each host first, then between %d hosts of %d ranks",
-            s->nranks / s->per_host, s->per_host);
+            parts->across, s->per_host);
     }
     return QS_OK;
+}
+
+/* With --verbose: what NCCL takes memory for, to be compared with the plan. */
+static void describe_nccl(const qs_session *s)
+{
+    const qs_comm *comms[QS_SESSION_COMMS_MAX];
+    int count = 0;
+    for (int i = qs_session_comms(s, comms) - 1; i >= 0; i--) {
+        count += strcmp(qs_comm_name(comms[i]), "nccl") == 0;
+    }
+    if (s->apart) {
+        qs_log_debug("NCCL: %d communicator%s", count, count == 1 ? "" : "s");
+    }
 }
 
 qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool trained)
 {
     const qs_ops_limits limits = qs_session_limits(s, shape);
+    const qs_session_parts parts = qs_session_parts_of(s, trained);
     /* a rank that NCCL did not connect in time has nobody to agree with */
     QS_TRY(qs_comm_agree_after(s->comm, s->comm,
                                qs_backend_comm(&s->device_comm, &s->backend, s->comm)));
-    QS_TRY(connect_group(s));
+    QS_TRY(connect_group(s, &parts));
     if (trained) {
-        QS_TRY(connect_levels(s));
+        QS_TRY(connect_levels(s, &parts));
     }
+    describe_nccl(s);
     qs_status st = s->ops->open(s->queue, &limits);
     s->ops_open = st == QS_OK;
     if (st == QS_OK) {

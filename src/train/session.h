@@ -62,6 +62,19 @@ qs_status qs_session_connect(qs_session *s, const qs_model_shape *shape, bool tr
 /** Load this rank's shares and make the model. Collective, after qs_session_connect. */
 qs_status qs_session_build(qs_session *s, const qs_model_shape *shape);
 
+/** What a rank's device talks over, by the number of ranks: all of the run; those of its shard
+ * group (gathers); those of its host, and those of its number on all hosts (LoRA's sums and
+ * weights). 0: nothing is opened for it, since it is another of them, or nobody asks. Decided by
+ * numbers alone, so that a plan knows what a run opens. */
+typedef struct {
+    int world, group, inside, across;
+} qs_session_parts;
+
+qs_session_parts qs_session_parts_of(const qs_session *s, bool trained);
+
+/** NCCL's communicators among them: of more than one rank, on a device with memory of its own. */
+int qs_session_nccl_count(const qs_session *s, bool trained);
+
 /** What the operations and the sharded base are asked for by a model of `shape`: for the plan. */
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape);
 qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shape *shape);

@@ -6,9 +6,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/cause.h"
 #include "base/cores.h"
 #include "comm/comm.h"
 #include "comm_checks.h"
+
+#define LONG_S 1000.0
 
 /* The last rank cannot read its input; all must leave with its code, and only it may speak. */
 static qs_status last_rank_fails(qs_comm *comm)
@@ -20,6 +23,74 @@ static qs_status last_rank_fails(qs_comm *comm)
     qs_status agreed = qs_comm_agree(comm, mine);
     printf("rank leaves: %d %s\n", (int)agreed, agreed == QS_OK ? "" : "told");
     return agreed;
+}
+
+/* The last rank cannot read its input, and rank 0 comes late, or is killed before it comes. The
+ * line is the last rank's, which says it when the grace is over, or when the launcher ends it. */
+static qs_status last_rank_waits(qs_comm *comm, double grace_s, bool killed)
+{
+    const int me = qs_comm_rank(comm), last = qs_comm_nranks(comm) - 1;
+    qs_cause_set_grace(me == last ? grace_s : LONG_S);
+    if (me == 0) {
+        sleep(2);
+        if (killed) {
+            raise(SIGKILL);
+        }
+    }
+    if (me == 1 && last > 1) { /* fails as well, later, and is to keep silent */
+        sleep(1);
+        return qs_comm_agree(comm, QS_FAIL(QS_ERR_INPUT_FORMAT, "config.json: no JSON"));
+    }
+    return last_rank_fails(comm);
+}
+
+static qs_status late(qs_comm *comm)
+{
+    return last_rank_waits(comm, 0.2, false);
+}
+
+static qs_status never_comes(qs_comm *comm)
+{
+    return last_rank_waits(comm, 0.2, true);
+}
+
+static qs_status never_comes_before_the_grace(qs_comm *comm)
+{
+    return last_rank_waits(comm, LONG_S, true);
+}
+
+static void on_term(int number)
+{
+    (void)!write(STDERR_FILENO, number == SIGTERM ? "caught\n" : "?\n", 7);
+    _exit(75);
+}
+
+/* With a handler of its own for TERM, as a run has. */
+static qs_status never_comes_with_a_handler(qs_comm *comm)
+{
+    signal(SIGTERM, on_term);
+    return last_rank_waits(comm, LONG_S, true);
+}
+
+/* The others have found that a peer is lost; the last rank knows why. */
+static qs_status why(qs_comm *comm)
+{
+    return qs_comm_rank(comm) < qs_comm_nranks(comm) - 1
+               ? QS_FAIL(QS_ERR_PEER, "a peer is lost")
+               : QS_FAIL(QS_ERR_DEVICE, "the card fell off");
+}
+
+static qs_status one_knows_why(qs_comm *comm)
+{
+    const qs_status st = why(comm);
+    signal(SIGTERM, SIG_IGN); /* as if caught */
+    qs_comm_end_job(comm, st);
+    return st;
+}
+
+static qs_status one_knows_why_and_all_agree(qs_comm *comm)
+{
+    return qs_comm_agree(comm, why(comm));
 }
 
 /* Rank 0 aborts while the others wait. */
@@ -123,6 +194,12 @@ static const struct {
     qs_status (*run)(qs_comm *);
 } failures[] = {
     {"last_rank_fails", last_rank_fails},
+    {"late", late},
+    {"never_comes", never_comes},
+    {"never_comes_before_the_grace", never_comes_before_the_grace},
+    {"never_comes_with_a_handler", never_comes_with_a_handler},
+    {"one_knows_why", one_knows_why},
+    {"one_knows_why_and_all_agree", one_knows_why_and_all_agree},
     {"rank_0_aborts", rank_0_aborts},
     {"last_rank_is_killed", last_rank_is_killed},
     {"too_long", too_long},

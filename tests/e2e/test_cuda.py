@@ -97,8 +97,11 @@ class Training(unittest.TestCase):
                 self.same_as_reference(f"ranks-{ranks}", ranks=ranks)
 
     def test_same_bits_in_groups_with_copies_of_the_base(self):
-        """Two communicators a rank, over two and over four GPUs."""
-        self.same_as_reference("groups", ranks=4, shard__group=2, environment={"QSHARD_EMULATOR_DEVICES": "4"})
+        """Two communicators a rank, over two and over four GPUs: as the plan has counted them."""
+        done = self.same_as_reference("groups", ranks=4, shard__group=2, options=("--verbose",),
+                                      environment={"QSHARD_EMULATOR_DEVICES": "4"})
+        self.assertEqual(re.findall(r"NCCL: (\d+) communicators", done.stderr), 4 * ["2"])
+        self.assertRegex(done.stdout, r"(?m)^  NCCL, 2 communicators +1792\.0$")
 
     @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
     def test_a_step_that_is_given_up(self):
@@ -399,6 +402,8 @@ class Refusals(unittest.TestCase):
         done = support.train(output, expect=6, ranks=3, options=("--allow-shared-device",), device="cuda",
                              environment=on_gpu(QSHARD_NCCL_TIMEOUT="1", QSHARD_EMULATOR_NCCL_FAIL="init@1"), **SMALL)
         self.assertIn("of 3 has waited 1 s for the others", done.stderr)
+        self.assertEqual(len(re.findall(r"^error\[E600\] ncclCommInitRankConfig: unhandled system error.* \(rank 1 on \S+\)$", done.stderr, re.M)),
+                         1, done.stderr)  # the cause, from the rank that the others' end of the job ends
 
 
 if __name__ == "__main__":

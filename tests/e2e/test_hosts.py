@@ -120,19 +120,38 @@ class TwoHosts(HostsTest):
 
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_two_levels_of_gpus(self):
-        """Two hosts of two (emulated) cards each, sums inside first: the bits of one card."""
+        """Two hosts of two (emulated) cards each, sums inside first: the bits of one card. What a rank opens of NCCL is what the plan
+        counts: the world, a host's cards, one of each host, and with a copy of the base on each card no further one."""
         folder, gpus = support.scratch(), {"QSHARD_PLUGIN": EMULATED, "QSHARD_EMULATOR_DEVICES": "2"}
         small = {"device": "cuda", "train__steps": 2, "train__global_batch": 5, "train__micro_batch": 1,
                  "train__eval_every": 0, "data__eval": ""}
-        alone, across = os.path.join(folder, "alone"), os.path.join(folder, "across")
+        alone = os.path.join(folder, "alone")
         support.train(alone, environment=gpus, **small)
-        done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
-                          *support.settings(support.tiny(), across, shard__group="node", **small), "--allow-shared-device",
-                          QSHARD_HOSTS_MAP="slot", **gpus)  # the cards of both hosts have the same names
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn("between 2 hosts of 2 ranks", done.stdout + done.stderr)
-        self.assertEqual(support.curve(across), support.curve(alone))
-        self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
+        for group in ("node", 1):
+            across = os.path.join(folder, f"across-{group}")
+            done = self.hosts("run", 4, support.QSHARD, "train", support.TINY_YAML,
+                              *support.settings(support.tiny(), across, shard__group=group, **small), "--allow-shared-device", "--verbose",
+                              QSHARD_HOSTS_MAP="slot", **gpus)  # the cards of both hosts have the same names
+            said = done.stdout + done.stderr
+            self.assertEqual(done.returncode, 0, said)
+            self.assertIn("between 2 hosts of 2 ranks", said)
+            self.assertEqual(re.findall(r"NCCL: (\d+) communicators", said), 4 * ["3"])
+            self.assertRegex(said, r"(?m)^  NCCL, 3 communicators +2560\.0$")
+            self.assertEqual(support.curve(across), support.curve(alone))
+            self.assertEqual(support.adapter_digest(across), support.adapter_digest(alone))
+
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_ranks_that_would_share_a_gpu_are_named_with_their_host(self):
+        """Two cards on h1, one on h2, two ranks each: rank 0, which speaks, is on the host where nothing is wrong."""
+        cards = 'case $(hostname) in h1) export CUDA_VISIBLE_DEVICES=0,1 QSHARD_EMULATOR_DEVICES=2 ;; ' \
+                'h2) export CUDA_VISIBLE_DEVICES=2 QSHARD_EMULATOR_DEVICES=1 ;; esac; exec "$@"'
+        done = self.hosts("run", 4, "sh", "-c", cards, "cards", support.QSHARD, "train", support.TINY_YAML, "--dry-run",
+                          *support.settings(support.tiny(), os.path.join(support.scratch(), "run"), device="cuda"),
+                          QSHARD_HOSTS_MAP="slot", QSHARD_PLUGIN=EMULATED)
+        self.assertEqual(done.returncode, 8, done.stdout + done.stderr)
+        said = re.findall(r"^error\[.*", done.stdout + done.stderr, re.M)
+        self.assertEqual(len(said), 1, said)
+        self.assertRegex(said[0], r"^error\[E801\] device: cuda: 2 ranks on h2 see 1 GPU, and ranks 2 and 3 would share one: ")
 
     def test_a_slow_cable_is_measured(self):
         """A gather cannot be faster than its bytes over the cable; the bits do not care; auto gives a node's copy more memory."""

@@ -62,6 +62,7 @@ class Memory(unittest.TestCase):
     @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
     def test_gpu(self):
         for ranks, more in ((1, {}), (2, {"train__recompute": "none", "lora__dropout": 0}),
+                            (4, {"shard__group": 2}),  # two communicators of NCCL
                             (3, {"lora__dora": "true"}), (1, {"memory__keep_decoded": "auto"}),
                             (2, {"memory__keep_decoded": 1, "memory__offload": "[weights]"}), (2, {"memory__offload": "[activations, weights, embedding]"})):
             with self.subTest(ranks=ranks, **more):

@@ -11,6 +11,7 @@ import hosts
 import support
 from hosts import SKIP, HostsTest
 
+EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 LIMIT_S = 4
 STEPS = 400  # far more than pass before the stop
 IN_STEPS = {"train__save_every": 0, "train__eval_every": 0}  # so that the stop is in a step: a save has twelve times as long
@@ -115,6 +116,27 @@ class Stall(unittest.TestCase):
         os.kill(pids[1], signal.SIGCONT)
         text, _ = process.communicate(timeout=120)
         self.assertEqual(process.returncode, 0, text)
+
+
+@unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+class Start(unittest.TestCase):
+    def test_a_rank_that_has_failed_says_so_where_another_hangs(self):
+        """Rank 1 cannot have its GPU, and rank 0, which is to hear of it, stands in opening the plugin, a pipe that nobody writes to. Its
+        watch ends the job, before rank 1 has lost its patience."""
+        folder = support.scratch()
+        pipe = os.path.join(folder, "pipe.so")
+        os.mkfifo(pipe)
+        each = f'case $OMPI_COMM_WORLD_RANK in 0) export QSHARD_PLUGIN={pipe} ;; 1) export QSHARD_EMULATOR_FAIL=cudaGetDeviceCount:2 ;; esac; ' \
+               'exec "$@"'
+        how = {"device": "cuda", "train__stall_limit": 0.5}
+        done = subprocess.run(["timeout", "-k", "5", "90", "mpirun", "-np", "2", "sh", "-c", each, "each", support.QSHARD, "train",
+                               support.TINY_YAML, *map(str, support.settings(support.tiny(), os.path.join(folder, "run"), **how))],
+                              env=support.environment(QSHARD_PLUGIN=EMULATED, QSHARD_EMULATOR_DEVICES="2"), stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 6, done.stderr)
+        hang, cause = sorted(re.findall(r"^error\[.*", done.stderr, re.M))
+        self.assertRegex(hang, r"^error\[E601\] start: rank 0 on \S+ has not got on for \d+ s, and waits for no other")
+        self.assertRegex(cause, r"^error\[E801\] GPU 1 was asked for, but there are fewer \(rank 1 on \S+\)$")
 
 
 @unittest.skipIf(SKIP is not None, SKIP)

@@ -68,9 +68,12 @@ KillWait=5
 InactiveLimit=0
 RebootProgram=/bin/true
 SlurmdParameters=config_overrides
-NodeName=n[1-2] CPUs=$cpus State=UNKNOWN
+GresTypes=gpu
+NodeName=n[1-2] CPUs=$cpus Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
+    # Two GPUs a node, for which devices stand in that are everywhere: Slurm says in CUDA_VISIBLE_DEVICES which a task sees.
+    printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf"
     # Nodes that share /tmp would take each other's folder of a step.
     echo "PMIxCliTmpDirBase=$dir/pmix" >"$dir/mpi.conf"
 }

@@ -15,6 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, os.path.join(ROOT, "tests", "e2e"))
 import support  # noqa: E402
 
+EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 CLUSTER = os.path.join(ROOT, "tests", "slurm", "cluster.sh")
 PATIENCE_S = 100 * int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))
 STEPS = 20
@@ -181,6 +182,26 @@ class Slurm(unittest.TestCase):
                                    words=["--verbose"], steps=2)
             self.completes(job, log)
             self.assertEqual(re.findall(r"local rank 0 of 1, .*, (\d+) threads", self.text(log)), ["2", "2"], self.text(log))
+
+    @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
+    def test_every_rank_sees_all_gpus_of_its_node_and_takes_its_own(self):
+        """With the options that the templates and README.md give for GPUs, under srun and under mpirun."""
+        program = os.path.join(self.folder, "qshard-says-what-it-sees")
+        with open(program, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
+            file.write(f'#!/bin/sh\necho "sees $CUDA_VISIBLE_DEVICES"\nexec {shlex.quote(support.QSHARD)} "$@"\n')
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            advice = re.search(r"sbatch ((?:--[a-z-]+=\w+ )+)\.\.\.`", file.read())[1].replace("=4", "=2").split()
+        for name in ("single_node", "multi_node", "multi_node_mpirun", "scaling"):
+            with open(os.path.join(ROOT, "slurm", f"{name}.sbatch"), encoding="utf-8") as file:
+                options = re.search(r"a rank each: ((?:--[a-z-]+=\w+[ .])+)", file.read())[1].rstrip(". ").replace("=N", "=2").split()
+            self.assertEqual(sorted(options), sorted(advice), name)
+        for name, nodes in (("single_node", 1), ("multi_node_mpirun", 2)):
+            shared = ["--allow-shared-device"] if nodes == 2 else []  # the emulator's cards have the same names on both nodes
+            job, log = self.submit(name, f"gpus-{name}", nodes=nodes, options=advice, steps=1,
+                                   words=["--set", "device=cuda", "--set", "cpu.gemm=strict", *shared], QSHARD=program,
+                                   QSHARD_PLUGIN=EMULATED, QSHARD_EMULATOR_DEVICES="2")
+            self.completes(job, log)
+            self.assertEqual(re.findall(r"sees (.*)", self.text(log)), 2 * nodes * ["0,1"], self.text(log))
 
     def test_usr1_before_the_limit_saves_requeues_and_resumes(self):
         """Both ways to start at once: Slurm sends the signal at its own time, up to 30 s after the job could get it."""

@@ -77,11 +77,13 @@ Test(backend, every_local_rank_gets_a_gpu_of_its_own)
     cr_assert(strstr(qs_backend_cuda_description(), "libqshard_emulated.so") != NULL);
 }
 
-Test(backend, more_ranks_than_gpus_is_an_error_that_names_both_numbers)
+Test(backend, more_ranks_than_gpus_is_an_error_that_names_host_numbers_and_ranks)
 {
     use_emulator("1");
-    both_ranks((opening){QS_DEVICE_CUDA, false, QS_ERR_ENVIRONMENT, ""},
-               "2 ranks on this host see 1 GPU,");
+    char host[64] = "", text[160];
+    (void)gethostname(host, sizeof host - 1);
+    snprintf(text, sizeof text, "2 ranks on %s see 1 GPU, and ranks 0 and 1 would share one", host);
+    both_ranks((opening){QS_DEVICE_CUDA, false, QS_ERR_ENVIRONMENT, ""}, text);
     both_ranks((opening){QS_DEVICE_CUDA, false, QS_ERR_ENVIRONMENT, ""}, "--allow-shared-device");
     both_ranks((opening){QS_DEVICE_AUTO, false, QS_OK, "cpu"}, "");
     both_ranks((opening){QS_DEVICE_CUDA, true, QS_OK, "cuda"}, "");
