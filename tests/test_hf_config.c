@@ -294,7 +294,8 @@ Test(hf_config, gemma3_in_both_spellings)
                       "\"rope_theta\":30000.0}}")),
         QS_OK, "%s", qs_error_text());
     cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
-    cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256 && v4.query_scalar == 168.0);
+    cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256);
+    cr_assert(v4.score_scale == 1.0F / sqrtf(168.0F) && v4.embedding_multiplier == 8.0);
     cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
     double full[128], local[128];
     qs_hf_rope_frequencies(&v4, 512, full);
@@ -307,7 +308,70 @@ Test(hf_config, gemma3_in_both_spellings)
     cr_assert_eq(parse(&c, as("gemma3_text", class_name, "")), QS_OK, "%s", qs_error_text());
     cr_assert(c.windowed[2] && c.window == 4096 && c.rope_theta == 1e6 &&
               c.rope_local_theta == 1e4);
-    cr_assert_eq(c.query_scalar, 256.0);
+    cr_assert_eq(c.score_scale, 0.0625F);
+}
+
+/* As the published file has it, but for its sizes, and as transformers 5 writes it. */
+Test(hf_config, smollm3_has_layers_without_rope)
+{
+    static qs_hf_config v4, v5, c;
+    const char *class_name = "SmolLM3ForCausalLM";
+    cr_assert_eq(
+        parse(&v4, as("smollm3", class_name,
+                      "\"attention_bias\":false,\"layer_types\":[\"full_attention\","
+                      "\"full_attention\",\"full_attention\"],\"max_position_embeddings\":65536,"
+                      "\"max_window_layers\":28,\"mlp_bias\":false,\"no_rope_layer_interval\":4,"
+                      "\"no_rope_layers\":[1,0,1],\"pretraining_tp\":2,\"rope_scaling\":null,"
+                      "\"rope_theta\":5000000.0,\"sliding_window\":null,"
+                      "\"use_sliding_window\":false")),
+        QS_OK, "%s", qs_error_text());
+    cr_assert_eq(parse(&v5, as("smollm3", class_name,
+                               "\"max_position_embeddings\":65536,\"no_rope_layer_interval\":2,"
+                               "\"rope_parameters\":{\"rope_type\":\"default\","
+                               "\"rope_theta\":5000000.0}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert(!v4.unturned[0] && v4.unturned[1] && !v4.unturned[2] && v4.tied && v4.window == 0);
+    /* Windows are on the layers without RoPE, unless layer_types says otherwise. */
+    cr_assert_eq(parse(&c, as("smollm3", class_name,
+                              "\"no_rope_layers\":[0,1,0,1],\"use_sliding_window\":true,"
+                              "\"sliding_window\":5")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.unturned[0] && !c.unturned[1] && c.unturned[2] && !c.unturned[3]);
+    cr_assert(c.window == 5 && c.windowed[0] && !c.windowed[1] && c.windowed[2]);
+    cr_assert_eq(parse(&c, as("smollm3", class_name,
+                              "\"use_sliding_window\":true,\"sliding_window\":5,\"layer_types\":"
+                              "[\"sliding_attention\",\"full_attention\",\"full_attention\"]")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.windowed[0] && !c.windowed[2]);
+    /* The class's own values: each fourth layer is without; a number that is not used. */
+    cr_assert_eq(parse(&c, "{\"model_type\":\"smollm3\",\"sliding_window\":5}"), QS_OK, "%s",
+                 qs_error_text());
+    cr_assert(c.n_layers == 36 && !c.unturned[2] && c.unturned[3] && c.unturned[35]);
+    cr_assert(c.window == 0 && c.rope_theta == 2e6 && c.n_kv_heads == 4);
+}
+
+Test(hf_config, granite_has_four_multipliers)
+{
+    static qs_hf_config c;
+    const char *class_name = "GraniteForCausalLM";
+    cr_assert_eq(parse(&c, as("granite", class_name,
+                              "\"attention_bias\":true,\"mlp_bias\":true,"
+                              "\"embedding_multiplier\":12,\"attention_multiplier\":0.0078125,"
+                              "\"residual_multiplier\":0.22,\"logits_scaling\":16.0,"
+                              "\"rope_theta\":10000000.0,\"tie_word_embeddings\":true")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.embedding_multiplier == 12.0 && c.residual_multiplier == 0.22);
+    cr_assert(c.logits_scaling == 16.0 && c.score_scale == 0.0078125F);
+    cr_assert(c.tied && c.bias[QS_O] && c.bias[QS_DOWN] && !c.gemma);
+    /* The class's own values: 1 for scores, too. */
+    cr_assert_eq(parse(&c, as("granite", class_name, "")), QS_OK, "%s", qs_error_text());
+    cr_assert(c.embedding_multiplier == 1.0 && c.residual_multiplier == 1.0);
+    cr_assert(c.logits_scaling == 1.0 && c.score_scale == 1.0F && !c.tied);
+    /* Others have neither the keys nor the factors. */
+    cr_assert_eq(parse(&c, with("")), QS_OK);
+    cr_assert(c.embedding_multiplier == 1.0 && c.residual_multiplier == 1.0);
+    cr_assert(c.logits_scaling == 1.0 && c.score_scale == 0.25F);
 }
 
 typedef struct {
@@ -394,6 +458,37 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
          "rope_local_base_freq"},
         {"gemma3_text", "Gemma3ForCausalLM", "\"rope_parameters\":{\"full_attention\":7}",
          "full_attention"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[1,0]",
+         "\"no_rope_layers\" is no list of 3 entries"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":3", "no list of 3"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":{\"a\":1,\"b\":1,\"c\":1}",
+         "no list of 3"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[1,0,2]", "\"no_rope_layers\"[2]"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[1,-1,1]", "\"no_rope_layers\"[1]"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[true,1,1]", "\"no_rope_layers\"[0]"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layer_interval\":0", "no_rope_layer_interval"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layer_interval\":2.0",
+         "no_rope_layer_interval"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"use_sliding_window\":true,\"sliding_window\":0",
+         "sliding_window"},
+        {"smollm3", "SmolLM3ForCausalLM",
+         "\"sliding_window\":5,\"layer_types\":[\"full_attention\",\"full_attention\","
+         "\"sliding_attention\"]",
+         "sliding_attention"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"residual_multiplier\":0.22", "residual_multiplier"},
+        {"llama", "LlamaForCausalLM", "\"no_rope_layers\":[1,1,0]", "no_rope_layers"},
+        {"llama", "LlamaForCausalLM", "\"attention_multiplier\":0.5", "attention_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"no_rope_layer_interval\":4", "no_rope_layer_interval"},
+        {"granite", "GraniteForCausalLM", "\"sliding_window\":7", "sliding_window"},
+        {"granite", "GraniteForCausalLM", "\"embedding_multiplier\":0", "embedding_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"attention_multiplier\":-0.1", "attention_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"residual_multiplier\":0", "residual_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"residual_multiplier\":1e-30", "residual_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"residual_multiplier\":\"0.22\"",
+         "residual_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"logits_scaling\":0", "logits_scaling"},
+        {"granite", "GraniteForCausalLM", "\"logits_scaling\":1e300", "logits_scaling"},
+        {"granite", "LlamaForCausalLM", "", "GraniteForCausalLM"},
     };
     for (size_t i = 0; i < sizeof r / sizeof *r; i++) {
         qs_hf_config c;

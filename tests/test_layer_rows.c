@@ -252,7 +252,8 @@ static qs_hf_config config_of(kind k)
                           .head_dim = 8,
                           .hidden = 24,
                           .ffn_hidden = 40,
-                          .query_scalar = 8,
+                          .score_scale = 1,
+                          .residual_multiplier = 1,
                           .rotary_dim = 8,
                           .fused = k == FUSED,
                           .qk_norm = k == NORMED_HEADS};

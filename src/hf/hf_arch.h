@@ -20,6 +20,8 @@ typedef enum {
     QS_WINDOW_ALL,     /* all, when sliding_window is a number */
     QS_WINDOW_UPPER,   /* those from max_window_layers on, when use_sliding_window is true */
     QS_WINDOW_PATTERN, /* all but each n-th: window_pattern */
+    QS_WINDOW_NOPE,    /* those without RoPE, when use_sliding_window is true and sliding_window a
+                          number */
 } qs_window_rule;
 
 /** Which of attn_logit_softcapping and final_logit_softcapping the class computes. */
@@ -38,11 +40,15 @@ typedef struct {
                    original length stands at top level */
     qs_window_rule window;
     qs_cap_rule cap;
-    bool local_rope; /* windowed layers turn by rope_local_base_freq, without scaling */
+    bool local_rope;  /* windowed layers turn by rope_local_base_freq, without scaling */
+    bool multipliers; /* Granite's: of embedding, scores and branches, and what logits are divided
+                         by; 1 where a key is missing, for scores, too */
     /* What a missing key means: the defaults of the class in transformers. 0: as for Llama, that is
      * heads for kv_heads, hidden / heads for head_dim. */
     int64_t hidden, ffn_hidden, vocab, max_position, window_default;
     int n_layers, n_heads, n_kv_heads, head_dim, window_layers, window_pattern;
+    int nope_interval; /* each n-th layer is without RoPE, or those that no_rope_layers says; 0:
+                          such are not known */
     int64_t original_max_position;
     double eps, rope_theta, rope_local_theta, attention_cap, final_cap;
 } qs_hf_arch;

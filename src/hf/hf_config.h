@@ -57,11 +57,15 @@ typedef struct {
     bool fused;                 /* one linear for q, k and v, one for gate and up */
     bool bias[QS_LINEAR_COUNT]; /* the linear has one */
     bool qk_norm;               /* RMSNorm over each head of q and k, before RoPE */
-    bool gemma;          /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU,
-                            gates the MLP; the embedding is multiplied by sqrt(hidden) */
-    double query_scalar; /* scores are divided by its root; head_dim but for Gemma */
-    int64_t window;      /* keys that a query of a windowed layer sees; 0: no such layer */
+    bool gemma; /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU, gates the
+                   MLP */
+    float score_scale;            /* of scores: 1 / sqrt(head_dim) but for Gemma and Granite */
+    double embedding_multiplier;  /* Gemma: sqrt(hidden); 1 but for it and Granite, as are these: */
+    double residual_multiplier;   /* of what attention and MLP add to the residual stream */
+    double logits_scaling;        /* logits are divided by it */
+    int64_t window;               /* keys that a query of a windowed layer sees; 0: no such layer */
     bool windowed[QS_LAYERS_MAX]; /* [n_layers] */
+    bool unturned[QS_LAYERS_MAX]; /* [n_layers]: without RoPE */
     float attention_cap;          /* of scores; 0: none */
     float final_cap;              /* of logits; 0: none */
     int rotary_dim;               /* elements of a head that RoPE turns, the first ones */

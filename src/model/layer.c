@@ -254,12 +254,18 @@ static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, co
 
 /* x, of the stream or what a branch gave, through a norm into work.norm, which is also what *norm
  * describes. */
-static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w,
-                              float *rstd, qs_mat *norm)
+static qs_status norm_with(const qs_layer_call *call, const qs_mat *x, const float *w, float eps,
+                           float *rstd, qs_mat *norm)
 {
     const qs_model *m = call->model;
     *norm = columns(call, m->work.norm, m->config->hidden, m->config->hidden + m->norm_border);
-    return m->ops->rmsnorm_forward(m->queue, x, w, m->config->rms_norm_eps, rstd, norm);
+    return m->ops->rmsnorm_forward(m->queue, x, w, eps, rstd, norm);
+}
+
+static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w,
+                              float *rstd, qs_mat *norm)
+{
+    return norm_with(call, x, w, call->model->stream_eps, rstd, norm);
 }
 
 /* The norm in front of attention and of the MLP. */
@@ -287,6 +293,9 @@ static qs_status norm_backward(const qs_layer_call *call, void *x, const float *
 static qs_status rotate(const qs_layer_call *call, qs_mat *x, int heads, bool inverse)
 {
     const qs_model *m = call->model;
+    if (m->config->unturned[call->layer]) {
+        return QS_OK;
+    }
     const bool local = m->config->windowed[call->layer] && m->rope_local.cos != NULL;
     const qs_rope_table *table = local ? &m->rope_local : &m->rope;
     return m->ops->rope(m->queue, x, heads, m->config->head_dim, m->config->rotary_dim, table->cos,
@@ -329,7 +338,7 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
     return (qs_attention_shape){.n_heads = cfg->n_heads,
                                 .n_kv_heads = cfg->n_kv_heads,
                                 .head_dim = cfg->head_dim,
-                                .scale = 1.0f / __builtin_sqrtf((float)cfg->query_scalar),
+                                .scale = cfg->score_scale,
                                 .cap = cfg->attention_cap,
                                 .window = cfg->windowed[call->layer] ? (int)cfg->window : 0,
                                 .cu_seqlens = call->input->device.cu_seqlens,
@@ -350,7 +359,7 @@ static qs_status join(const qs_layer_call *call, qs_linear linear, const qs_mat 
         return linear_to(call, linear, in, &from, &to);
     }
     QS_TRY(linear_forward(call, linear, in, branch));
-    QS_TRY(norm_forward(call, &given, w, rstd, &norm));
+    QS_TRY(norm_with(call, &given, w, m->config->rms_norm_eps, rstd, &norm));
     return y != NULL ? m->ops->add(m->queue, &from, &norm, &to) : QS_OK;
 }
 

@@ -35,6 +35,8 @@ void qs_model_set_widths(qs_model *m)
     m->act_bytes = qs_dtype_bytes(m->ops->act_dtype);
     m->stream_dtype = m->shape.residual_f32 ? QS_F32 : m->ops->act_dtype;
     m->stream_bytes = qs_dtype_bytes(m->stream_dtype);
+    const double of_branches = m->config->residual_multiplier;
+    m->stream_eps = (float)((double)m->config->rms_norm_eps / (of_branches * of_branches));
     m->border = m->layout != NULL ? m->ops->border(m->layout->lora_rank) : 0;
     m->q_width = (int64_t)m->config->n_heads * m->config->head_dim;
     m->kv_width = (int64_t)m->config->n_kv_heads * m->config->head_dim;

@@ -130,6 +130,9 @@ struct qs_model {
     size_t act_bytes;                   /* of one element of act_dtype */
     qs_dtype stream_dtype;              /* of the residual stream: act_dtype, or fp32 */
     size_t stream_bytes;                /* of one element of it */
+    float stream_eps; /* of norms of the stream, which holds what the architecture's does divided by
+                         residual_multiplier m: so branches are added as they are, and norm(m x)
+                         with eps is norm(x) with eps / m^2 */
 
     int *order; /* [3 n_units] of the pass at hand */
     qs_layer_params *layers;

@@ -161,9 +161,14 @@ static qs_status load_all(qs_model *m, int fd, uint8_t *bytes)
         QS_TRY(qs_base_read_small(index, fd, unit, bytes));
         QS_TRY(load_layer(m, l, bytes, &free_at));
     }
+    float *last = free_at;
     QS_TRY(qs_base_read_small(index, fd, &index->final, bytes));
-    return take_norm(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
-                     &m->final_norm);
+    QS_TRY(take_norm(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
+                     &m->final_norm));
+    for (int64_t i = 0; i < m->config->hidden; i++) { /* here, so that nobody divides logits */
+        last[i] = (float)((double)last[i] / m->config->logits_scaling);
+    }
+    return QS_OK;
 }
 
 /* Replace the host's floats at *data by the same on the device. */

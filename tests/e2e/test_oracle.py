@@ -71,6 +71,18 @@ class Golden(unittest.TestCase):
     def test_dynamic(self):
         self.check("dynamic")
 
+    def test_smollm3(self):
+        self.check("smollm3")
+
+    def test_smollm3_with_windows(self):
+        self.check("smollm3_window")
+
+    def test_granite(self):
+        self.check("granite")
+
+    def test_granite_with_dora_and_dropout(self):
+        self.check("dora_granite")
+
     def test_dropout(self):
         self.check("dropout")
 

@@ -18,7 +18,7 @@ shift
 python=$(realpath -s "${ORACLE_PYTHON:-$here/../../build/oracle/bin/python}")
 cases=("$@")
 [ "${#cases[@]}" -gt 0 ] || cases=(tiny2 odd biases mistral qwen2 qwen3 yarn gemma2 gemma3 phi3 longrope longrope_short dynamic \
-    dora dora_dropout)
+    smollm3 smollm3_window granite dora dora_dropout dora_granite)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
