@@ -113,6 +113,10 @@ GEMMA2 = ("--arch", "gemma2", "--window", "9", "--attention-cap", "2", "--final-
 PHI3 = ("--arch", "phi3", "--window", "9", "--rope-scaling", "longrope", "--original-position", "32", "--partial-rotary", "0.75")
 
 
+# Norms behind the branches alone, and over all heads; full layers scale their angles.
+OLMO3 = ("--arch", "olmo3", "--window", "9", "--window-pattern", "2", "--rope-scaling", "yarn")
+
+
 def plan_and_peak(log):
     """MiB of rank 0 that the run planned and that it reached, class by class, from what it printed."""
     table = re.search(r"memory of rank 0.*?\n(.*?\n\s*total[^\n]*)", log, re.S)
