@@ -169,6 +169,70 @@ Test(hf_config, gemma2_caps_and_each_second_layer_sees_a_window)
     cr_assert(c.attention_cap == 0.0F && c.final_cap == 0.0F);
 }
 
+Test(hf_config, olmo2_norms_behind_and_over_all_heads)
+{
+    qs_hf_config c;
+    const char *class_name = "Olmo2ForCausalLM";
+    cr_assert_eq(parse(&c, as("olmo2", class_name,
+                              "\"attention_bias\":true,\"rope_theta\":500000,"
+                              "\"rope_scaling\":null,\"pad_token_id\":1")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(qs_norms_behind(&c) && !qs_norms_in_front(&c) && c.qk_norm && c.qk_whole);
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 64);
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_kv_heads), 32);
+    cr_assert(c.bias[QS_Q] && c.bias[QS_O] && !c.bias[QS_GATE] && !c.gemma && !c.tied);
+    cr_assert(c.window == 0 && c.rope_theta == 5e5 && c.rope_local_theta == 0.0);
+    /* The others' norms. */
+    cr_assert_eq(parse(&c, as("qwen3", "Qwen3ForCausalLM", "")), QS_OK);
+    cr_assert(qs_norms_in_front(&c) && !qs_norms_behind(&c));
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 128);
+    cr_assert_eq(parse(&c, as("gemma2", "Gemma2ForCausalLM", "")), QS_OK);
+    cr_assert(qs_norms_in_front(&c) && qs_norms_behind(&c));
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 0);
+    /* The class's own values. */
+    cr_assert_eq(parse(&c, "{\"model_type\":\"olmo2\"}"), QS_OK, "%s", qs_error_text());
+    cr_assert(c.n_layers == 32 && c.n_kv_heads == 32 && c.head_dim == 128 && c.hidden == 4096);
+    cr_assert(c.vocab == 50304 && c.max_position == 2048 && c.rms_norm_eps == 1e-5F);
+    cr_assert(c.ffn_hidden == 11008 && c.rope_theta == 1e4 && !c.bias[QS_Q]);
+}
+
+/* As AI2's files have it, and as transformers 5 writes it. */
+Test(hf_config, olmo3_in_both_spellings)
+{
+    static qs_hf_config v4, v5, c;
+    const char *class_name = "Olmo3ForCausalLM";
+    static const char types[] =
+        "\"sliding_window\":5,\"layer_types\":[\"sliding_attention\",\"full_attention\","
+        "\"sliding_attention\"]";
+    static const char yarn[] =
+        "\"rope_type\":\"yarn\",\"factor\":8.0,\"attention_factor\":1.2079441541679836,"
+        "\"beta_fast\":32.0,\"beta_slow\":1.0,\"original_max_position_embeddings\":8192";
+    char text[1024];
+    snprintf(text, sizeof text, "%s,\"rope_theta\":500000,\"rope_scaling\":{%s}", types, yarn);
+    cr_assert_eq(parse(&v4, as("olmo3", class_name, text)), QS_OK, "%s", qs_error_text());
+    snprintf(text, sizeof text,
+             "%s,\"rope_parameters\":{\"full_attention\":{%s,\"rope_theta\":500000.0},"
+             "\"sliding_attention\":{\"rope_type\":\"default\",\"rope_theta\":500000.0}}",
+             types, yarn);
+    cr_assert_eq(parse(&v5, as("olmo3", class_name, text)), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert(qs_norms_behind(&v4) && !qs_norms_in_front(&v4) && v4.qk_whole && !v4.gemma);
+    cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
+    cr_assert(v4.rope_type == QS_ROPE_YARN && v4.rope_magnitude == 1.2079441541679836);
+    cr_assert(v4.rope_theta == 5e5 && v4.rope_local_theta == 5e5);
+    /* The class's own values: each fourth layer sees all, none scales. */
+    cr_assert_eq(parse(&c, "{\"model_type\":\"olmo3\"}"), QS_OK, "%s", qs_error_text());
+    cr_assert(c.windowed[2] && !c.windowed[3] && c.windowed[4] && !c.windowed[31]);
+    cr_assert(c.window == 4096 && c.rope_type == QS_ROPE_DEFAULT && c.rope_magnitude == 1.0);
+    cr_assert(c.rope_theta == 5e5 && c.rope_local_theta == 5e5);
+    /* Another base is one where it is said for both kinds of layers. */
+    cr_assert_eq(parse(&c, as("olmo3", class_name,
+                              "\"rope_parameters\":{\"full_attention\":{\"rope_theta\":1e4},"
+                              "\"sliding_attention\":{\"rope_theta\":2e4}}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.rope_theta == 1e4 && c.rope_local_theta == 2e4);
+}
+
 static const char phi3_factors[] = "\"short_factor\":[1,1.5,2],\"long_factor\":[4,8,16]";
 
 /* As Microsoft's files have it, and as transformers 5 writes it. */
@@ -422,6 +486,32 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
          "\"rope_scaling\":{\"type\":\"su\",\"original_max_position_embeddings\":2048,"
          "\"short_factor\":[1,1,1,1,1,1,1,1],\"long_factor\":[1,1,1,1,1,1,1,1]}",
          "is 2048 for RoPE, but 4096 at top level"},
+        {"olmo2", "Olmo3ForCausalLM", "", "Olmo2ForCausalLM"},
+        {"olmo2", "Olmo2ForCausalLM", "\"sliding_window\":4", "sliding_window"},
+        {"olmo2", "Olmo2ForCausalLM", "\"mlp_bias\":true", "mlp_bias"},
+        {"olmo2", "Olmo2ForCausalLM", "\"clip_qkv\":8.0", "clip_qkv"},
+        {"olmo2", "Olmo2ForCausalLM", "\"hidden_act\":\"gelu\"", "hidden_act"},
+        {"olmo2", "Olmo2ForCausalLM",
+         "\"layer_types\":[\"full_attention\",\"sliding_attention\",\"full_attention\"]",
+         "sliding_attention"},
+        {"olmo2", "Olmo2ForCausalLM", "\"rope_parameters\":{\"full_attention\":{}}",
+         "full_attention"},
+        {"olmo2", "Olmo2ForCausalLM", "\"partial_rotary_factor\":0.5", "partial_rotary_factor"},
+        {"olmo3", "Olmo3ForCausalLM", "\"sliding_window\":null", "sliding_window"},
+        {"olmo3", "Olmo3ForCausalLM", "\"sliding_window\":0", "sliding_window"},
+        {"olmo3", "Olmo3ForCausalLM", "\"sliding_window_pattern\":2", "sliding_window_pattern"},
+        {"olmo3", "Olmo3ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
+        {"olmo3", "Olmo3ForCausalLM", "\"query_pre_attn_scalar\":8", "query_pre_attn_scalar"},
+        {"olmo3", "Olmo3ForCausalLM", "\"layer_types\":[\"sliding_attention\"]", "layer_types"},
+        {"olmo3", "Olmo3ForCausalLM", "\"rope_theta\":1e4", "\"rope_theta\" = 10000"},
+        {"olmo3", "Olmo3ForCausalLM",
+         "\"rope_theta\":1e4,\"rope_parameters\":{\"full_attention\":{}}",
+         "\"rope_theta\" = 10000"},
+        {"olmo3", "Olmo3ForCausalLM", "\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":8}",
+         "full_attention"},
+        {"olmo3", "Olmo3ForCausalLM",
+         "\"rope_parameters\":{\"sliding_attention\":{\"rope_type\":\"yarn\",\"factor\":8}}",
+         "for \"sliding_attention\" \"default\""},
         {"mistral", "MistralForCausalLM", "\"original_max_position_embeddings\":2048",
          "original_max_position_embeddings"},
         {"mistral", "MistralForCausalLM", "\"auto_map\":{\"AutoModel\":\"x.Y\"}", "auto_map"},

@@ -37,6 +37,8 @@ PINNED = {
     "gemma2": "4e1d733056ada4cb1f279dedb1f8bcefc9dc4b5aeaf3cd77403d9a0e0283cc0f",
     "gemma3": "e4620c935f0d6d29af43c7535c598a4e8e0a23b7f86a59a1dc5bfee2945c8f0b",
     "phi3": "3a38cb7df60fe4e46d4973583ccfd46e5e04077e90c046d4d9d68f4e6a809fe2",
+    "olmo2": "26663aed7643aa237abe0896f08a8803fe4f77391e74dc083daf0f819855afad",
+    "olmo3": "ac355edb885600e95af82b4a7621a5eee81321a361e912d667e0cbd56635605e",
     "longrope": "c57009c0e774d66f3c9ada13ef469cd40cf4a665ccf2e8d0e323fcf66fef37b3",
     "longrope_short": "3359823474e27182c66affc1d046c2ab54e6cd757630563e3fb514dee43bec3b",
     "dynamic": "04c3579beefad8006f2cab4e74565405f6aa4c8d2a7586f8d5ef2429db467f7e",

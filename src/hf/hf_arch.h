@@ -7,6 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "hf/hf_config.h"
+
 /** Which linears have a bias. */
 typedef enum {
     QS_BIAS_BY_KEY, /* attention_bias: q, k, v, o; mlp_bias: gate, up, down */
@@ -31,8 +33,11 @@ typedef struct {
     const char *model_type; /* "mistral" */
     const char *class_name; /* "MistralForCausalLM" */
     qs_bias_rule bias;
+    qs_norms norms;
+    /* With qk_norm: rather over all heads of a token together. */
+    bool qk_whole;
     bool qk_norm; /* RMSNorm over each head of q and k, before RoPE */
-    bool gemma;   /* its kind of layer: four norms, of 1 + w; an embedding times sqrt(hidden); a MLP
+    bool gemma;   /* its kind of layer: norms of 1 + w; an embedding times sqrt(hidden); a MLP
                      gated by GELU (hidden_activation); query_pre_attn_scalar */
     bool tied;    /* unless the file says otherwise */
     bool fused; /* Phi-3's layer: one linear for q, k and v, one for gate and up; RoPE turns a part

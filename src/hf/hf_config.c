@@ -129,8 +129,8 @@ static const char *const gemma_keys[] = {
     "final_logit_softcapping", "use_bidirectional_attention", "sliding_window_size",
 };
 
-/* Of Gemma 3. _sliding_window_pattern is what transformers 5 made of the key without the line; it
- * does not read it back. */
+/* Of Gemma 3, not of others that have a second base, too. _sliding_window_pattern is what
+ * transformers 5 made of the key without the line; it does not read it back. */
 static const char *const gemma3_keys[] = {
     "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -241,7 +241,8 @@ static bool known_key(const qs_hf_arch *arch, const char *key)
     return (arch->window != QS_WINDOW_NEVER &&
             qs_hf_listed(window_keys, QS_HF_COUNT(window_keys), key)) ||
            (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
-           (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key)) ||
+           (arch->gemma && arch->local_rope &&
+            qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key)) ||
            (arch->fused && qs_hf_listed(phi3_keys, QS_HF_COUNT(phi3_keys), key)) ||
            (arch->nope_interval > 0 && qs_hf_listed(nope_keys, QS_HF_COUNT(nope_keys), key)) ||
            (arch->multipliers &&
@@ -422,7 +423,7 @@ static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const 
     return QS_OK;
 }
 
-/* Gemma: a full layer behind some windowed ones. */
+/* Gemma, OLMo 3: a full layer behind some windowed ones. */
 static qs_status parse_window_pattern(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                                       const char *path)
 {
@@ -698,7 +699,9 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     refusals told = {.text = ""};
     QS_TRY(find_architecture(&arch, root, path));
     strcpy(out->model_type, arch->model_type);
+    out->norms = arch->norms;
     out->qk_norm = arch->qk_norm;
+    out->qk_whole = arch->qk_whole;
     out->fused = arch->fused;
     const qs_status st = parse_keys(out, arch, root, path, &told);
     if (told.text[0] == '\0') {

@@ -119,6 +119,10 @@ SMOLLM3 = ("--arch", "smollm3", "--no-rope-interval", "2", "--window", "9", "--a
 GRANITE = ("--arch", "granite", "--attention-bias", "--mlp-bias", "--logits-scaling", "2.5")
 
 
+# Norms behind the branches alone, and over all heads; full layers scale their angles.
+OLMO3 = ("--arch", "olmo3", "--window", "9", "--window-pattern", "2", "--rope-scaling", "yarn")
+
+
 def plan_and_peak(log):
     """MiB of rank 0 that the run planned and that it reached, class by class, from what it printed."""
     table = re.search(r"memory of rank 0.*?\n(.*?\n\s*total[^\n]*)", log, re.S)

@@ -73,7 +73,8 @@ class Memory(unittest.TestCase):
         for ranks, more in ((1, {}), (3, {"train__recompute": "none"}), (4, {"shard__group": 2}),
                             (2, {"base": support.base_of(*support.GEMMA3)}),
                             (1, {"base": support.base_of(*support.PHI3), "train__recompute": "none"}),
-                            (2, {"base": support.base_of(*support.SMOLLM3)}), (1, {"base": support.base_of(*support.GRANITE)})):
+                            (1, {"base": support.base_of(*support.OLMO3)}), (2, {"base": support.base_of(*support.SMOLLM3)}),
+                            (1, {"base": support.base_of(*support.GRANITE)})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, None, (), device="cpu", **more)
 
@@ -242,8 +243,8 @@ class Work(unittest.TestCase):
     def test_flops(self):
         """The means of lengths make up for each other over an epoch; what is left are the printed digits."""
         for recompute in ("none", "selective", "full"):
-            for more in ({}, {"base": support.base_of(*support.GEMMA3)}, {"base": support.base_of(*support.PHI3)},
-                         {"base": support.base_of(*support.SMOLLM3)}):
+            for more in ({}, *({"base": support.base_of(*options)}
+                               for options in (support.GEMMA3, support.PHI3, support.OLMO3, support.SMOLLM3))):
                 with self.subTest(recompute=recompute, **more):
                     (ran, planned), _ = self.counted(None, train__recompute=recompute, **more)
                     self.assertAlmostEqual(planned / ran, 1, delta=1e-3)

@@ -227,6 +227,38 @@ CASES = {
             settings=Settings(lr=1e-3),
             seed=113,
         ),
+        # OLMo 2: norms behind attention and MLP alone, and over all heads of q and of k together, whose width (80) is not
+        # hidden; no width is a multiple of 64; biases on q, k, v and o; own head.
+        Case(
+            name="olmo2",
+            model=(
+                "--arch olmo2 --hidden 72 --layers 2 --heads 4 --kv-heads 2 --head-dim 20 --ffn 164 --vocab 397 --untied "
+                "--attention-bias --seed 25"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=116,
+        ),
+        # OLMo 3: the same layers, tied; two of three see 6 positions and turn without scaling, the third sees all and turns
+        # by yarn.
+        Case(
+            name="olmo3",
+            model=(
+                "--arch olmo3 --window 6 --window-pattern 3 --rope-scaling yarn --hidden 64 --layers 3 --heads 4 --kv-heads 2 "
+                "--head-dim 24 --ffn 160 --vocab 320 --seed 26"
+            ).split(),
+            sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=117,
+        ),
         # The same factors on Llama's layers, by the short ones: no sequence is longer than 40 positions.
         Case(
             name="longrope_short",

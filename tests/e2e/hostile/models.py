@@ -74,6 +74,12 @@ for model_type, name, key, value, code in (
 for key, value in (("num_hidden_layers", 1), ("num_hidden_layers", 3), ("intermediate_size", 97), ("vocab_size", 319),
                    ("num_key_value_heads", 4), ("tie_word_embeddings", False)):
     case("quantize", f"{key} = {value} is not the tensors'", to.field(CONFIG, key, value), 305, "model: .*tensor", 2)
+# Another architecture's, whose norms stand elsewhere.
+for name, type_name in (("Olmo2", "olmo2"), ("Olmo3", "olmo3"), ("Qwen3", "qwen3")):
+    case("quantize", f"config.json is {name}'s, the tensors are not",
+         to.both(to.field(CONFIG, "model_type", type_name), to.field(CONFIG, "architectures", [f"{name}ForCausalLM"]),
+                 to.field(CONFIG, "rope_theta", 500000.0)), 305, "model: .*norm", 2 if name == "Olmo2" else None)
+config("model_type", "olmo3", 303, "architectures")
 for command in ("inspect model", "check model"):
     case(command, "config.json is cut off", to.cut(CONFIG, 0.5), 301, f"{CONFIG}: not valid JSON")
     case(command, "config.json is a pipe", to.fifo(CONFIG), 301, f"{CONFIG}: .*not a plain file")
