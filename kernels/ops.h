@@ -118,6 +118,7 @@ typedef struct {
     int64_t loss_rows; /* rows of a micro-batch that carry loss */
     int64_t widest;    /* the longer side of the widest linear */
     int n_heads, n_kv_heads, head_dim;
+    int64_t q_norm; /* columns of the norm over q, 0: there is none */
     bool dropout;
     bool dora;
     int lora_rank; /* 0: no adapters */
@@ -136,9 +137,9 @@ typedef struct {
     bool joins;         /* linears_lora_* can be one product for all: worth limits.joined, and y's
                            side by side */
 
-    /** Can the operations compute a model of these head_dim and hidden (the rest of `limits` is not
-     * looked at)? If not, `why` gets one line: the field, its value, what
-     * is taken. Needs neither `open` nor a device. */
+    /** Can the operations compute a model of these head_dim, hidden and q_norm (the rest of
+     * `limits` is not looked at)? If not, `why` gets one line: the field, its value, what is taken.
+     * Needs neither `open` nor a device. */
     bool (*takes)(const qs_ops_limits *limits, char *why, size_t capacity);
 
     /** Upper bound of the scratch that one calling thread (CPU) or one queue (GPU) keeps. */

@@ -169,6 +169,70 @@ Test(hf_config, gemma2_caps_and_each_second_layer_sees_a_window)
     cr_assert(c.attention_cap == 0.0F && c.final_cap == 0.0F);
 }
 
+Test(hf_config, olmo2_norms_behind_and_over_all_heads)
+{
+    qs_hf_config c;
+    const char *class_name = "Olmo2ForCausalLM";
+    cr_assert_eq(parse(&c, as("olmo2", class_name,
+                              "\"attention_bias\":true,\"rope_theta\":500000,"
+                              "\"rope_scaling\":null,\"pad_token_id\":1")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(qs_norms_behind(&c) && !qs_norms_in_front(&c) && c.qk_norm && c.qk_whole);
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 64);
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_kv_heads), 32);
+    cr_assert(c.bias[QS_Q] && c.bias[QS_O] && !c.bias[QS_GATE] && !c.gemma && !c.tied);
+    cr_assert(c.window == 0 && c.rope_theta == 5e5 && c.rope_local_theta == 0.0);
+    /* The others' norms. */
+    cr_assert_eq(parse(&c, as("qwen3", "Qwen3ForCausalLM", "")), QS_OK);
+    cr_assert(qs_norms_in_front(&c) && !qs_norms_behind(&c));
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 128);
+    cr_assert_eq(parse(&c, as("gemma2", "Gemma2ForCausalLM", "")), QS_OK);
+    cr_assert(qs_norms_in_front(&c) && qs_norms_behind(&c));
+    cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 0);
+    /* The class's own values. */
+    cr_assert_eq(parse(&c, "{\"model_type\":\"olmo2\"}"), QS_OK, "%s", qs_error_text());
+    cr_assert(c.n_layers == 32 && c.n_kv_heads == 32 && c.head_dim == 128 && c.hidden == 4096);
+    cr_assert(c.vocab == 50304 && c.max_position == 2048 && c.rms_norm_eps == 1e-5F);
+    cr_assert(c.ffn_hidden == 11008 && c.rope_theta == 1e4 && !c.bias[QS_Q]);
+}
+
+/* As AI2's files have it, and as transformers 5 writes it. */
+Test(hf_config, olmo3_in_both_spellings)
+{
+    static qs_hf_config v4, v5, c;
+    const char *class_name = "Olmo3ForCausalLM";
+    static const char types[] =
+        "\"sliding_window\":5,\"layer_types\":[\"sliding_attention\",\"full_attention\","
+        "\"sliding_attention\"]";
+    static const char yarn[] =
+        "\"rope_type\":\"yarn\",\"factor\":8.0,\"attention_factor\":1.2079441541679836,"
+        "\"beta_fast\":32.0,\"beta_slow\":1.0,\"original_max_position_embeddings\":8192";
+    char text[1024];
+    snprintf(text, sizeof text, "%s,\"rope_theta\":500000,\"rope_scaling\":{%s}", types, yarn);
+    cr_assert_eq(parse(&v4, as("olmo3", class_name, text)), QS_OK, "%s", qs_error_text());
+    snprintf(text, sizeof text,
+             "%s,\"rope_parameters\":{\"full_attention\":{%s,\"rope_theta\":500000.0},"
+             "\"sliding_attention\":{\"rope_type\":\"default\",\"rope_theta\":500000.0}}",
+             types, yarn);
+    cr_assert_eq(parse(&v5, as("olmo3", class_name, text)), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert(qs_norms_behind(&v4) && !qs_norms_in_front(&v4) && v4.qk_whole && !v4.gemma);
+    cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
+    cr_assert(v4.rope_type == QS_ROPE_YARN && v4.rope_magnitude == 1.2079441541679836);
+    cr_assert(v4.rope_theta == 5e5 && v4.rope_local_theta == 5e5);
+    /* The class's own values: each fourth layer sees all, none scales. */
+    cr_assert_eq(parse(&c, "{\"model_type\":\"olmo3\"}"), QS_OK, "%s", qs_error_text());
+    cr_assert(c.windowed[2] && !c.windowed[3] && c.windowed[4] && !c.windowed[31]);
+    cr_assert(c.window == 4096 && c.rope_type == QS_ROPE_DEFAULT && c.rope_magnitude == 1.0);
+    cr_assert(c.rope_theta == 5e5 && c.rope_local_theta == 5e5);
+    /* Another base is one where it is said for both kinds of layers. */
+    cr_assert_eq(parse(&c, as("olmo3", class_name,
+                              "\"rope_parameters\":{\"full_attention\":{\"rope_theta\":1e4},"
+                              "\"sliding_attention\":{\"rope_theta\":2e4}}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.rope_theta == 1e4 && c.rope_local_theta == 2e4);
+}
+
 static const char phi3_factors[] = "\"short_factor\":[1,1.5,2],\"long_factor\":[4,8,16]";
 
 /* As Microsoft's files have it, and as transformers 5 writes it. */
@@ -294,7 +358,8 @@ Test(hf_config, gemma3_in_both_spellings)
                       "\"rope_theta\":30000.0}}")),
         QS_OK, "%s", qs_error_text());
     cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
-    cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256 && v4.query_scalar == 168.0);
+    cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256);
+    cr_assert(v4.score_scale == 1.0F / sqrtf(168.0F) && v4.embedding_multiplier == 8.0);
     cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
     double full[128], local[128];
     qs_hf_rope_frequencies(&v4, 512, full);
@@ -307,7 +372,70 @@ Test(hf_config, gemma3_in_both_spellings)
     cr_assert_eq(parse(&c, as("gemma3_text", class_name, "")), QS_OK, "%s", qs_error_text());
     cr_assert(c.windowed[2] && c.window == 4096 && c.rope_theta == 1e6 &&
               c.rope_local_theta == 1e4);
-    cr_assert_eq(c.query_scalar, 256.0);
+    cr_assert_eq(c.score_scale, 0.0625F);
+}
+
+/* As the published file has it, but for its sizes, and as transformers 5 writes it. */
+Test(hf_config, smollm3_has_layers_without_rope)
+{
+    static qs_hf_config v4, v5, c;
+    const char *class_name = "SmolLM3ForCausalLM";
+    cr_assert_eq(
+        parse(&v4, as("smollm3", class_name,
+                      "\"attention_bias\":false,\"layer_types\":[\"full_attention\","
+                      "\"full_attention\",\"full_attention\"],\"max_position_embeddings\":65536,"
+                      "\"max_window_layers\":28,\"mlp_bias\":false,\"no_rope_layer_interval\":4,"
+                      "\"no_rope_layers\":[1,0,1],\"pretraining_tp\":2,\"rope_scaling\":null,"
+                      "\"rope_theta\":5000000.0,\"sliding_window\":null,"
+                      "\"use_sliding_window\":false")),
+        QS_OK, "%s", qs_error_text());
+    cr_assert_eq(parse(&v5, as("smollm3", class_name,
+                               "\"max_position_embeddings\":65536,\"no_rope_layer_interval\":2,"
+                               "\"rope_parameters\":{\"rope_type\":\"default\","
+                               "\"rope_theta\":5000000.0}")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
+    cr_assert(!v4.unturned[0] && v4.unturned[1] && !v4.unturned[2] && v4.tied && v4.window == 0);
+    /* Windows are on the layers without RoPE, unless layer_types says otherwise. */
+    cr_assert_eq(parse(&c, as("smollm3", class_name,
+                              "\"no_rope_layers\":[0,1,0,1],\"use_sliding_window\":true,"
+                              "\"sliding_window\":5")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.unturned[0] && !c.unturned[1] && c.unturned[2] && !c.unturned[3]);
+    cr_assert(c.window == 5 && c.windowed[0] && !c.windowed[1] && c.windowed[2]);
+    cr_assert_eq(parse(&c, as("smollm3", class_name,
+                              "\"use_sliding_window\":true,\"sliding_window\":5,\"layer_types\":"
+                              "[\"sliding_attention\",\"full_attention\",\"full_attention\"]")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.windowed[0] && !c.windowed[2]);
+    /* The class's own values: each fourth layer is without; a number that is not used. */
+    cr_assert_eq(parse(&c, "{\"model_type\":\"smollm3\",\"sliding_window\":5}"), QS_OK, "%s",
+                 qs_error_text());
+    cr_assert(c.n_layers == 36 && !c.unturned[2] && c.unturned[3] && c.unturned[35]);
+    cr_assert(c.window == 0 && c.rope_theta == 2e6 && c.n_kv_heads == 4);
+}
+
+Test(hf_config, granite_has_four_multipliers)
+{
+    static qs_hf_config c;
+    const char *class_name = "GraniteForCausalLM";
+    cr_assert_eq(parse(&c, as("granite", class_name,
+                              "\"attention_bias\":true,\"mlp_bias\":true,"
+                              "\"embedding_multiplier\":12,\"attention_multiplier\":0.0078125,"
+                              "\"residual_multiplier\":0.22,\"logits_scaling\":16.0,"
+                              "\"rope_theta\":10000000.0,\"tie_word_embeddings\":true")),
+                 QS_OK, "%s", qs_error_text());
+    cr_assert(c.embedding_multiplier == 12.0 && c.residual_multiplier == 0.22);
+    cr_assert(c.logits_scaling == 16.0 && c.score_scale == 0.0078125F);
+    cr_assert(c.tied && c.bias[QS_O] && c.bias[QS_DOWN] && !c.gemma);
+    /* The class's own values: 1 for scores, too. */
+    cr_assert_eq(parse(&c, as("granite", class_name, "")), QS_OK, "%s", qs_error_text());
+    cr_assert(c.embedding_multiplier == 1.0 && c.residual_multiplier == 1.0);
+    cr_assert(c.logits_scaling == 1.0 && c.score_scale == 1.0F && !c.tied);
+    /* Others have neither the keys nor the factors. */
+    cr_assert_eq(parse(&c, with("")), QS_OK);
+    cr_assert(c.embedding_multiplier == 1.0 && c.residual_multiplier == 1.0);
+    cr_assert(c.logits_scaling == 1.0 && c.score_scale == 0.25F);
 }
 
 typedef struct {
@@ -358,6 +486,32 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
          "\"rope_scaling\":{\"type\":\"su\",\"original_max_position_embeddings\":2048,"
          "\"short_factor\":[1,1,1,1,1,1,1,1],\"long_factor\":[1,1,1,1,1,1,1,1]}",
          "is 2048 for RoPE, but 4096 at top level"},
+        {"olmo2", "Olmo3ForCausalLM", "", "Olmo2ForCausalLM"},
+        {"olmo2", "Olmo2ForCausalLM", "\"sliding_window\":4", "sliding_window"},
+        {"olmo2", "Olmo2ForCausalLM", "\"mlp_bias\":true", "mlp_bias"},
+        {"olmo2", "Olmo2ForCausalLM", "\"clip_qkv\":8.0", "clip_qkv"},
+        {"olmo2", "Olmo2ForCausalLM", "\"hidden_act\":\"gelu\"", "hidden_act"},
+        {"olmo2", "Olmo2ForCausalLM",
+         "\"layer_types\":[\"full_attention\",\"sliding_attention\",\"full_attention\"]",
+         "sliding_attention"},
+        {"olmo2", "Olmo2ForCausalLM", "\"rope_parameters\":{\"full_attention\":{}}",
+         "full_attention"},
+        {"olmo2", "Olmo2ForCausalLM", "\"partial_rotary_factor\":0.5", "partial_rotary_factor"},
+        {"olmo3", "Olmo3ForCausalLM", "\"sliding_window\":null", "sliding_window"},
+        {"olmo3", "Olmo3ForCausalLM", "\"sliding_window\":0", "sliding_window"},
+        {"olmo3", "Olmo3ForCausalLM", "\"sliding_window_pattern\":2", "sliding_window_pattern"},
+        {"olmo3", "Olmo3ForCausalLM", "\"rope_local_base_freq\":1e4", "rope_local_base_freq"},
+        {"olmo3", "Olmo3ForCausalLM", "\"query_pre_attn_scalar\":8", "query_pre_attn_scalar"},
+        {"olmo3", "Olmo3ForCausalLM", "\"layer_types\":[\"sliding_attention\"]", "layer_types"},
+        {"olmo3", "Olmo3ForCausalLM", "\"rope_theta\":1e4", "\"rope_theta\" = 10000"},
+        {"olmo3", "Olmo3ForCausalLM",
+         "\"rope_theta\":1e4,\"rope_parameters\":{\"full_attention\":{}}",
+         "\"rope_theta\" = 10000"},
+        {"olmo3", "Olmo3ForCausalLM", "\"rope_parameters\":{\"rope_type\":\"yarn\",\"factor\":8}",
+         "full_attention"},
+        {"olmo3", "Olmo3ForCausalLM",
+         "\"rope_parameters\":{\"sliding_attention\":{\"rope_type\":\"yarn\",\"factor\":8}}",
+         "for \"sliding_attention\" \"default\""},
         {"mistral", "MistralForCausalLM", "\"original_max_position_embeddings\":2048",
          "original_max_position_embeddings"},
         {"mistral", "MistralForCausalLM", "\"auto_map\":{\"AutoModel\":\"x.Y\"}", "auto_map"},
@@ -394,6 +548,37 @@ Test(hf_config, what_an_architecture_does_not_have_is_refused_by_name)
          "rope_local_base_freq"},
         {"gemma3_text", "Gemma3ForCausalLM", "\"rope_parameters\":{\"full_attention\":7}",
          "full_attention"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[1,0]",
+         "\"no_rope_layers\" is no list of 3 entries"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":3", "no list of 3"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":{\"a\":1,\"b\":1,\"c\":1}",
+         "no list of 3"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[1,0,2]", "\"no_rope_layers\"[2]"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[1,-1,1]", "\"no_rope_layers\"[1]"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layers\":[true,1,1]", "\"no_rope_layers\"[0]"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layer_interval\":0", "no_rope_layer_interval"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"no_rope_layer_interval\":2.0",
+         "no_rope_layer_interval"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"use_sliding_window\":true,\"sliding_window\":0",
+         "sliding_window"},
+        {"smollm3", "SmolLM3ForCausalLM",
+         "\"sliding_window\":5,\"layer_types\":[\"full_attention\",\"full_attention\","
+         "\"sliding_attention\"]",
+         "sliding_attention"},
+        {"smollm3", "SmolLM3ForCausalLM", "\"residual_multiplier\":0.22", "residual_multiplier"},
+        {"llama", "LlamaForCausalLM", "\"no_rope_layers\":[1,1,0]", "no_rope_layers"},
+        {"llama", "LlamaForCausalLM", "\"attention_multiplier\":0.5", "attention_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"no_rope_layer_interval\":4", "no_rope_layer_interval"},
+        {"granite", "GraniteForCausalLM", "\"sliding_window\":7", "sliding_window"},
+        {"granite", "GraniteForCausalLM", "\"embedding_multiplier\":0", "embedding_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"attention_multiplier\":-0.1", "attention_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"residual_multiplier\":0", "residual_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"residual_multiplier\":1e-30", "residual_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"residual_multiplier\":\"0.22\"",
+         "residual_multiplier"},
+        {"granite", "GraniteForCausalLM", "\"logits_scaling\":0", "logits_scaling"},
+        {"granite", "GraniteForCausalLM", "\"logits_scaling\":1e300", "logits_scaling"},
+        {"granite", "LlamaForCausalLM", "", "GraniteForCausalLM"},
     };
     for (size_t i = 0; i < sizeof r / sizeof *r; i++) {
         qs_hf_config c;

@@ -156,6 +156,26 @@ static qs_status norm_backward(qs_queue *q, const qs_mat *dy, const qs_mat *x, c
     return QS_OK;
 }
 
+/* The stream as it is: all rows, by their numbers. */
+static qs_status gather_rows(qs_queue *q, const qs_mat *x, const int32_t *index, qs_mat *y)
+{
+    (void)q;
+    cr_assert_eq(index, model->every_row);
+    check_place(x);
+    check_place(y);
+    cr_assert(x->rows == y->rows && x->cols == y->cols);
+    return QS_OK;
+}
+
+static qs_status add(qs_queue *q, const qs_mat *a, const qs_mat *b, qs_mat *y)
+{
+    (void)q;
+    check_place(a);
+    check_place(b);
+    check_place(y);
+    return QS_OK;
+}
+
 static qs_status rope(qs_queue *q, qs_mat *x, int n_heads, int head_dim, int rotary_dim,
                       const float *cos, const float *sin, const int32_t *position, bool inverse)
 {
@@ -233,6 +253,8 @@ static qs_ops ops_of(bool joins)
                     .dora_backward = dora_backward,
                     .rmsnorm_forward = norm_forward,
                     .rmsnorm_backward = norm_backward,
+                    .gather_rows = gather_rows,
+                    .add = add,
                     .rope = rope,
                     .attention_forward = attention_forward,
                     .attention_backward = attention_backward,
@@ -242,7 +264,7 @@ static qs_ops ops_of(bool joins)
 
 /* ---- a model of such operations ---- */
 
-typedef enum { PLAIN, NORMED_HEADS, FUSED } kind;
+typedef enum { PLAIN, NORMED_HEADS, NORMS_BEHIND, FUSED } kind;
 
 static qs_hf_config config_of(kind k)
 {
@@ -252,10 +274,13 @@ static qs_hf_config config_of(kind k)
                           .head_dim = 8,
                           .hidden = 24,
                           .ffn_hidden = 40,
-                          .query_scalar = 8,
+                          .score_scale = 1,
+                          .residual_multiplier = 1,
                           .rotary_dim = 8,
                           .fused = k == FUSED,
-                          .qk_norm = k == NORMED_HEADS};
+                          .norms = k == NORMS_BEHIND ? QS_NORMS_BEHIND : QS_NORMS_IN_FRONT,
+                          .qk_norm = k == NORMED_HEADS || k == NORMS_BEHIND,
+                          .qk_whole = k == NORMS_BEHIND};
 }
 
 static qs_lora_layout layout_of(const qs_hf_config *config, bool dora)
@@ -274,7 +299,8 @@ static void pass(const qs_ops *ops, const qs_hf_config *config, const qs_lora_la
     static float numbers[64];
     int32_t cu_seqlens[2] = {0, TOKENS};
     const qs_batch batch = {.n_tokens = TOKENS, .cu_seqlens = cu_seqlens, .n_docs = 1};
-    qs_layer_params params[LAYERS] = {{.norm1 = numbers, .norm2 = numbers}};
+    int32_t every_row[TOKENS] = {0, 1, 2};
+    qs_layer_params params[LAYERS] = {{.norm1 = NULL}};
     qs_micro_acts micro = {.layers = calloc(LAYERS, sizeof *micro.layers)};
     qs_model m = {.config = config,
                   .ops = ops,
@@ -282,6 +308,7 @@ static void pass(const qs_ops *ops, const qs_hf_config *config, const qs_lora_la
                   .lora = numbers,
                   .layers = params,
                   .micro = &micro,
+                  .every_row = every_row,
                   .dora = {.norm = numbers, .gain = numbers},
                   .shape = {.max_tokens = TOKENS,
                             .max_targets = 1,
@@ -291,6 +318,12 @@ static void pass(const qs_ops *ops, const qs_hf_config *config, const qs_lora_la
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_weight *w = &params[1].linear[i];
         qs_linear_shape(config, (qs_linear)i, &w->out, &w->in);
+    }
+    if (qs_norms_in_front(config)) {
+        params[1].norm1 = params[1].norm2 = numbers;
+    }
+    if (qs_norms_behind(config)) {
+        params[1].post1 = params[1].post2 = numbers;
     }
     if (config->qk_norm) {
         params[1].q_norm = params[1].k_norm = numbers;
@@ -331,7 +364,7 @@ Test(layer_rows, linears_of_one_x_stand_side_by_side)
     const qs_ops joins = ops_of(true), apart = ops_of(false);
     for (int recompute = QS_RECOMPUTE_FULL; recompute <= QS_RECOMPUTE_NONE; recompute++) {
         const qs_hf_config plain = config_of(PLAIN), normed = config_of(NORMED_HEADS);
-        const qs_hf_config fused = config_of(FUSED);
+        const qs_hf_config behind = config_of(NORMS_BEHIND), fused = config_of(FUSED);
         const qs_lora_layout lora = layout_of(&plain, false), dora = layout_of(&plain, true);
         const qs_lora_layout of_fused = layout_of(&fused, false);
         pass(&joins, &plain, &lora, recompute);
@@ -340,6 +373,8 @@ Test(layer_rows, linears_of_one_x_stand_side_by_side)
         expect("without an adapter", 3, true, 2, true);
         pass(&joins, &normed, &lora, recompute);
         expect("norms of heads", 3, false, 2, true);
+        pass(&joins, &behind, &lora, recompute);
+        expect("norms behind", 3, false, 2, true);
         pass(&joins, &plain, &dora, recompute);
         expect("DoRA", 3, false, 2, false);
         pass(&joins, &fused, &of_fused, recompute);

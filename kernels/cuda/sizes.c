@@ -31,6 +31,13 @@ bool qs_cuda_takes(const qs_ops_limits *l, char *why, size_t capacity)
                  (long long)l->hidden, QS_NORM_COLS_MAX);
         return false;
     }
+    if (l->q_norm > QS_NORM_COLS_MAX) {
+        snprintf(why, capacity,
+                 "num_attention_heads * head_dim=%lld, which are normed together: the CUDA "
+                 "operations take up to %d",
+                 (long long)l->q_norm, QS_NORM_COLS_MAX);
+        return false;
+    }
     return true;
 }
 

@@ -7,6 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "hf/hf_config.h"
+
 /** Which linears have a bias. */
 typedef enum {
     QS_BIAS_BY_KEY, /* attention_bias: q, k, v, o; mlp_bias: gate, up, down */
@@ -20,6 +22,8 @@ typedef enum {
     QS_WINDOW_ALL,     /* all, when sliding_window is a number */
     QS_WINDOW_UPPER,   /* those from max_window_layers on, when use_sliding_window is true */
     QS_WINDOW_PATTERN, /* all but each n-th: window_pattern */
+    QS_WINDOW_NOPE,    /* those without RoPE, when use_sliding_window is true and sliding_window a
+                          number */
 } qs_window_rule;
 
 /** Which of attn_logit_softcapping and final_logit_softcapping the class computes. */
@@ -29,8 +33,11 @@ typedef struct {
     const char *model_type; /* "mistral" */
     const char *class_name; /* "MistralForCausalLM" */
     qs_bias_rule bias;
+    qs_norms norms;
+    /* With qk_norm: rather over all heads of a token together. */
+    bool qk_whole;
     bool qk_norm; /* RMSNorm over each head of q and k, before RoPE */
-    bool gemma;   /* its kind of layer: four norms, of 1 + w; an embedding times sqrt(hidden); a MLP
+    bool gemma;   /* its kind of layer: norms of 1 + w; an embedding times sqrt(hidden); a MLP
                      gated by GELU (hidden_activation); query_pre_attn_scalar */
     bool tied;    /* unless the file says otherwise */
     bool fused; /* Phi-3's layer: one linear for q, k and v, one for gate and up; RoPE turns a part
@@ -38,11 +45,15 @@ typedef struct {
                    original length stands at top level */
     qs_window_rule window;
     qs_cap_rule cap;
-    bool local_rope; /* windowed layers turn by rope_local_base_freq, without scaling */
+    bool local_rope;  /* windowed layers turn by rope_local_base_freq, without scaling */
+    bool multipliers; /* Granite's: of embedding, scores and branches, and what logits are divided
+                         by; 1 where a key is missing, for scores, too */
     /* What a missing key means: the defaults of the class in transformers. 0: as for Llama, that is
      * heads for kv_heads, hidden / heads for head_dim. */
     int64_t hidden, ffn_hidden, vocab, max_position, window_default;
     int n_layers, n_heads, n_kv_heads, head_dim, window_layers, window_pattern;
+    int nope_interval; /* each n-th layer is without RoPE, or those that no_rope_layers says; 0:
+                          such are not known */
     int64_t original_max_position;
     double eps, rope_theta, rope_local_theta, attention_cap, final_cap;
 } qs_hf_arch;

@@ -129,8 +129,8 @@ static const char *const gemma_keys[] = {
     "final_logit_softcapping", "use_bidirectional_attention", "sliding_window_size",
 };
 
-/* Of Gemma 3. _sliding_window_pattern is what transformers 5 made of the key without the line; it
- * does not read it back. */
+/* Of Gemma 3, not of others that have a second base, too. _sliding_window_pattern is what
+ * transformers 5 made of the key without the line; it does not read it back. */
 static const char *const gemma3_keys[] = {
     "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -146,6 +146,17 @@ static const char *const phi3_keys[] = {
     "interpolate_factor",
     "lm_head_bias",
     "auto_map",
+};
+
+/* Of SmolLM3. */
+static const char *const nope_keys[] = {"no_rope_layers", "no_rope_layer_interval"};
+
+/* Of Granite. */
+static const char *const multiplier_keys[] = {
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
 };
 
 bool qs_hf_listed(const char *const *list, size_t count, const char *key)
@@ -230,8 +241,12 @@ static bool known_key(const qs_hf_arch *arch, const char *key)
     return (arch->window != QS_WINDOW_NEVER &&
             qs_hf_listed(window_keys, QS_HF_COUNT(window_keys), key)) ||
            (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
-           (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key)) ||
+           (arch->gemma && arch->local_rope &&
+            qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key)) ||
            (arch->fused && qs_hf_listed(phi3_keys, QS_HF_COUNT(phi3_keys), key)) ||
+           (arch->nope_interval > 0 && qs_hf_listed(nope_keys, QS_HF_COUNT(nope_keys), key)) ||
+           (arch->multipliers &&
+            qs_hf_listed(multiplier_keys, QS_HF_COUNT(multiplier_keys), key)) ||
            qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) ||
            qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
 }
@@ -408,7 +423,7 @@ static qs_status parse_layer_types(qs_hf_config *out, const json_t *root, const 
     return QS_OK;
 }
 
-/* Gemma: a full layer behind some windowed ones. */
+/* Gemma, OLMo 3: a full layer behind some windowed ones. */
 static qs_status parse_window_pattern(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                                       const char *path)
 {
@@ -432,12 +447,40 @@ static qs_status parse_window_pattern(qs_hf_config *out, const qs_hf_arch *arch,
     return parse_layer_types(out, root, path);
 }
 
+/* SmolLM3: a layer without RoPE behind some with it, or a list of what each layer has. */
+static qs_status parse_nope(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                            const char *path)
+{
+    const json_t *list = qs_hf_given(root, "no_rope_layers");
+    int64_t interval;
+    if (arch->nope_interval == 0) {
+        return QS_OK;
+    }
+    QS_TRY(qs_hf_get_i64(root, "no_rope_layer_interval", 1, 1 << 20, arch->nope_interval, &interval,
+                         path));
+    if (list != NULL && json_array_size(list) < (size_t)out->n_layers) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: \"no_rope_layers\" is no list of %d entries", path,
+                       out->n_layers);
+    }
+    for (int l = 0; l < out->n_layers; l++) {
+        const json_t *turned = json_array_get(list, (size_t)l);
+        const json_int_t value = json_integer_value(turned);
+        if (list != NULL && (!json_is_integer(turned) || value < 0 || value > 1)) {
+            return QS_FAIL(QS_ERR_INPUT_VALUE,
+                           "%s: \"no_rope_layers\"[%d] is neither 1 (RoPE) nor 0 (none)", path, l);
+        }
+        out->unturned[l] = list != NULL ? value == 0 : (l + 1) % interval == 0;
+    }
+    return QS_OK;
+}
+
 static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                               const char *path)
 {
+    const bool nope = arch->window == QS_WINDOW_NOPE;
     bool on = arch->window == QS_WINDOW_ALL;
     int64_t from = 0;
-    if (arch->window == QS_WINDOW_UPPER) {
+    if (arch->window == QS_WINDOW_UPPER || nope) {
         QS_TRY(qs_hf_get_bool(root, "use_sliding_window", false, &on, path));
         QS_TRY(
             qs_hf_get_i64(root, "max_window_layers", 0, 1 << 20, arch->window_layers, &from, path));
@@ -451,7 +494,7 @@ static qs_status parse_window(qs_hf_config *out, const qs_hf_arch *arch, const j
         QS_TRY(qs_hf_get_i64(root, "sliding_window", 1, 1 << 30, arch->window_default, &out->window,
                              path));
         for (int l = 0; l < out->n_layers; l++) {
-            out->windowed[l] = l >= from;
+            out->windowed[l] = nope ? out->unturned[l] : l >= from;
         }
     }
     return parse_layer_types(out, root, path);
@@ -498,17 +541,46 @@ static qs_status parse_cap(float *out, bool computed, double usual, const json_t
 static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                              const char *path)
 {
+    double scalar;
     out->gemma = arch->gemma;
-    out->query_scalar = out->head_dim;
     if (!arch->gemma) {
         return QS_OK;
     }
+    out->embedding_multiplier = sqrt((double)out->hidden);
     QS_TRY(qs_hf_expect_false(root, "use_bidirectional_attention", path));
     QS_TRY(parse_cap(&out->attention_cap, arch->cap == QS_CAP_BOTH, arch->attention_cap, root,
                      "attn_logit_softcapping", path));
     QS_TRY(
         parse_cap(&out->final_cap, true, arch->final_cap, root, "final_logit_softcapping", path));
-    return qs_hf_get_f64(root, "query_pre_attn_scalar", 1e-6, 1e6, 256.0, &out->query_scalar, path);
+    QS_TRY(qs_hf_get_f64(root, "query_pre_attn_scalar", 1e-6, 1e6, 256.0, &scalar, path));
+    out->score_scale = 1.0F / sqrtf((float)scalar);
+    return QS_OK;
+}
+
+/* What has no key in most architectures. */
+static void take_usual_multipliers(qs_hf_config *out)
+{
+    out->score_scale = 1.0F / sqrtf((float)out->head_dim);
+    out->embedding_multiplier = out->residual_multiplier = out->logits_scaling = 1.0;
+}
+
+/* The bounds keep eps / residual_multiplier^2, which norms of the stream add, far from the ends of
+ * fp32. */
+static qs_status parse_multipliers(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
+                                   const char *path)
+{
+    double of_scores;
+    if (!arch->multipliers) {
+        return QS_OK;
+    }
+    QS_TRY(qs_hf_get_f64(root, "embedding_multiplier", 1e-6, 1e6, 1.0, &out->embedding_multiplier,
+                         path));
+    QS_TRY(qs_hf_get_f64(root, "residual_multiplier", 1e-3, 1e3, 1.0, &out->residual_multiplier,
+                         path));
+    QS_TRY(qs_hf_get_f64(root, "logits_scaling", 1e-6, 1e6, 1.0, &out->logits_scaling, path));
+    QS_TRY(qs_hf_get_f64(root, "attention_multiplier", 1e-6, 1e6, 1.0, &of_scores, path));
+    out->score_scale = (float)of_scores;
+    return QS_OK;
 }
 
 static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
@@ -607,8 +679,11 @@ static qs_status parse_keys(qs_hf_config *out, const qs_hf_arch *arch, const jso
     QS_TRY(parse_sizes(out, arch, root, path));
     QS_TRY(parse_biases(out, arch, root, path, told));
     QS_TRY(parse_switches(out, arch, root, path, told));
+    take_usual_multipliers(out);
     QS_TRY(note(told, path, parse_gemma(out, arch, root, path)));
+    QS_TRY(parse_multipliers(out, arch, root, path));
     QS_TRY(parse_phi3(arch, root, path));
+    QS_TRY(parse_nope(out, arch, root, path));
     QS_TRY(note(told, path, parse_window(out, arch, root, path)));
     QS_TRY(note(told, path, parse_dtype(out, root, path)));
     QS_TRY(note(told, path, qs_hf_rope_parse(out, arch, root, path)));
@@ -624,7 +699,9 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     refusals told = {.text = ""};
     QS_TRY(find_architecture(&arch, root, path));
     strcpy(out->model_type, arch->model_type);
+    out->norms = arch->norms;
     out->qk_norm = arch->qk_norm;
+    out->qk_whole = arch->qk_whole;
     out->fused = arch->fused;
     const qs_status st = parse_keys(out, arch, root, path, &told);
     if (told.text[0] == '\0') {

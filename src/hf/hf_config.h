@@ -47,6 +47,10 @@ typedef enum {
     QS_ROPE_DYNAMIC,
 } qs_rope_type;
 
+/** Where attention and MLP have norms: in front of them, behind them (before the residual is
+ * added), or both. */
+typedef enum { QS_NORMS_IN_FRONT, QS_NORMS_BEHIND, QS_NORMS_BOTH } qs_norms;
+
 typedef struct {
     char model_type[32]; /* "llama", "mistral", ... */
     int n_layers, n_heads, n_kv_heads, head_dim;
@@ -57,11 +61,15 @@ typedef struct {
     bool fused;                 /* one linear for q, k and v, one for gate and up */
     bool bias[QS_LINEAR_COUNT]; /* the linear has one */
     bool qk_norm;               /* RMSNorm over each head of q and k, before RoPE */
-    bool gemma;          /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU,
-                            gates the MLP; the embedding is multiplied by sqrt(hidden) */
-    double query_scalar; /* scores are divided by its root; head_dim but for Gemma */
-    int64_t window;      /* keys that a query of a windowed layer sees; 0: no such layer */
+    bool gemma; /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU, gates the
+                   MLP */
+    float score_scale;            /* of scores: 1 / sqrt(head_dim) but for Gemma and Granite */
+    double embedding_multiplier;  /* Gemma: sqrt(hidden); 1 but for it and Granite, as are these: */
+    double residual_multiplier;   /* of what attention and MLP add to the residual stream */
+    double logits_scaling;        /* logits are divided by it */
+    int64_t window;               /* keys that a query of a windowed layer sees; 0: no such layer */
     bool windowed[QS_LAYERS_MAX]; /* [n_layers] */
+    bool unturned[QS_LAYERS_MAX]; /* [n_layers]: without RoPE */
     float attention_cap;          /* of scores; 0: none */
     float final_cap;              /* of logits; 0: none */
     int rotary_dim;               /* elements of a head that RoPE turns, the first ones */
@@ -75,6 +83,8 @@ typedef struct {
     double rope_magnitude;                 /* of cosine and sine; 1 but for yarn and longrope */
     /* longrope: what periods are multiplied by, [rotary_dim / 2] */
     double rope_short_factor[QS_HEAD_DIM_MAX / 2], rope_long_factor[QS_HEAD_DIM_MAX / 2];
+    qs_norms norms;
+    bool qk_whole;  /* with qk_norm: over all heads of a token together */
     qs_dtype dtype; /* of the checkpoint */
     /* quantization_config of a bitsandbytes checkpoint */
     bool bnb_4bit;
@@ -97,5 +107,10 @@ const char *qs_linear_path(qs_linear linear);
 uint32_t qs_linears(bool fused);
 /** Shape of a linear [out, in]; [0, 0] if layers have none of this name. */
 void qs_linear_shape(const qs_hf_config *cfg, qs_linear linear, int64_t *out, int64_t *in);
+/** Whether attention and MLP have a norm in front of them, and behind them. */
+bool qs_norms_in_front(const qs_hf_config *cfg);
+bool qs_norms_behind(const qs_hf_config *cfg);
+/** Columns of the norm over q (or k) with so many heads: those of a head or of all; 0: none. */
+int64_t qs_qk_norm_width(const qs_hf_config *cfg, int heads);
 
 #endif

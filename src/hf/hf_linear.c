@@ -1,4 +1,4 @@
-/* The linears of a layer: their names and shapes. */
+/* The linears of a layer: their names and shapes, and where norms stand. */
 #include "hf/hf_config.h"
 
 const char *qs_linear_path(qs_linear linear)
@@ -38,4 +38,19 @@ void qs_linear_shape(const qs_hf_config *cfg, qs_linear linear, int64_t *out, in
     const bool present = qs_linears(cfg->fused) >> linear & 1;
     *out = present ? shapes[linear].out : 0;
     *in = present ? shapes[linear].in : 0;
+}
+
+bool qs_norms_in_front(const qs_hf_config *cfg)
+{
+    return cfg->norms != QS_NORMS_BEHIND;
+}
+
+bool qs_norms_behind(const qs_hf_config *cfg)
+{
+    return cfg->norms != QS_NORMS_IN_FRONT;
+}
+
+int64_t qs_qk_norm_width(const qs_hf_config *cfg, int heads)
+{
+    return !cfg->qk_norm ? 0 : (int64_t)(cfg->qk_whole ? heads : 1) * cfg->head_dim;
 }

@@ -297,6 +297,21 @@ static qs_status check_local_rope(const json_t *local, const char *path)
     return QS_OK;
 }
 
+/* OLMo 3 has no key at top level for the base of windowed layers. */
+static qs_status check_one_base(const qs_hf_arch *arch, const json_t *root, const char *path)
+{
+    double theta;
+    QS_TRY(qs_hf_get_f64(root, "rope_theta", 1e-3, 1e12, arch->rope_local_theta, &theta, path));
+    if (!arch->gemma && theta != arch->rope_local_theta) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE,
+                       "%s: by \"rope_theta\" = %g transformers 4 turns windowed layers, too, but "
+                       "transformers 5 by %g; write which it is as the \"rope_theta\" of "
+                       "\"sliding_attention\" in \"rope_parameters\"",
+                       path, theta, arch->rope_local_theta);
+    }
+    return QS_OK;
+}
+
 /* Two RoPEs. transformers 4: rope_theta and rope_scaling are those of full layers,
  * rope_local_base_freq is the base of windowed ones; 5: rope_parameters by type of layer, of which
  * *full becomes that of full layers. */
@@ -329,6 +344,9 @@ static qs_status parse_local_rope(qs_hf_config *out, const qs_hf_arch *arch, con
                        "%s: \"rope_local_base_freq\" and the \"rope_theta\" of "
                        "\"sliding_attention\" differ",
                        path);
+    }
+    if (inner == NULL) {
+        QS_TRY(check_one_base(arch, root, path));
     }
     return qs_hf_get_f64(inner != NULL ? local : root,
                          inner != NULL ? "rope_theta" : "rope_local_base_freq", 1e-3, 1e12,

@@ -30,10 +30,13 @@ static bool same_rope(const qs_hf_config *a, const qs_hf_config *b)
 /* What the shapes do not show: with other numbers the same weights are another model. */
 static bool same_numbers(const qs_hf_config *a, const qs_hf_config *b)
 {
-    return a->rms_norm_eps == b->rms_norm_eps && a->query_scalar == b->query_scalar &&
-           a->attention_cap == b->attention_cap && a->final_cap == b->final_cap &&
-           same_rope(a, b) && a->window == b->window &&
-           memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0;
+    return a->rms_norm_eps == b->rms_norm_eps && a->score_scale == b->score_scale &&
+           a->embedding_multiplier == b->embedding_multiplier &&
+           a->residual_multiplier == b->residual_multiplier &&
+           a->logits_scaling == b->logits_scaling && a->attention_cap == b->attention_cap &&
+           a->final_cap == b->final_cap && same_rope(a, b) && a->window == b->window &&
+           memcmp(a->windowed, b->windowed, sizeof a->windowed) == 0 &&
+           memcmp(a->unturned, b->unturned, sizeof a->unturned) == 0;
 }
 
 static qs_status compare_models(const char *path, const qs_hf_config *a, const qs_hf_config *b)

@@ -68,19 +68,21 @@ static void take_qkv(const qs_model *m, arena *block, int64_t border, void **q, 
 static void carve_attention(const qs_model *m, arena *block, qs_layer_acts *acts)
 {
     const int64_t t = m->shape.max_tokens;
-    acts->rstd1 = take_floats(block, t);
+    if (qs_norms_in_front(m->config)) {
+        acts->rstd1 = take_floats(block, t);
+        acts->rstd2 = take_floats(block, t);
+    }
     if (m->config->qk_norm) {
         acts->q_in = take_acts(m, block, t, m->q_width);
         acts->k_in = take_acts(m, block, t, m->kv_width);
-        acts->rstd_q = take_floats(block, t * m->config->n_heads);
-        acts->rstd_k = take_floats(block, t * m->config->n_kv_heads);
+        acts->rstd_q = take_floats(block, t * (m->config->qk_whole ? 1 : m->config->n_heads));
+        acts->rstd_k = take_floats(block, t * (m->config->qk_whole ? 1 : m->config->n_kv_heads));
     }
     take_qkv(m, block, 0, &acts->q, &acts->k, &acts->v);
     acts->o = take_bordered(m, block, t, m->q_width);
     acts->lse = take_floats(block, t * m->config->n_heads);
     acts->x2 = take_stream(m, block, t);
-    acts->rstd2 = take_floats(block, t);
-    if (m->config->gemma) {
+    if (qs_norms_behind(m->config)) {
         acts->branch1 = take_acts(m, block, t, m->config->hidden);
         acts->branch2 = take_acts(m, block, t, m->config->hidden);
         acts->rstd_post1 = take_floats(block, t);
@@ -178,7 +180,7 @@ static void carve_work(qs_model *m, arena *block)
     if (m->shape.backward) {
         w->d_act = take_bordered(m, block, t, ffn);
         w->d_norm = take_acts(m, block, t, hidden);
-        if (m->config->gemma) {
+        if (qs_norms_behind(m->config)) {
             w->d_branch = take_bordered(m, block, t, hidden);
         }
         w->d_o = take_acts(m, block, t, m->q_width);

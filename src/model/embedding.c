@@ -7,8 +7,6 @@
  *   ids        of 2 |   of 0, 1 of the next pass
  *
  * Only the first pass of all, with nothing behind it, waits for both. */
-#include <math.h>
-
 #include "base/dtype.h"
 #include "model/model_impl.h"
 
@@ -60,14 +58,15 @@ qs_status qs_embedding_begin(qs_model *m, const qs_micro_batch *now, const qs_mi
     return QS_OK;
 }
 
-/* Gemma's factor of token rows, rounded as transformers rounds it: to the type of the rows. */
+/* The factor of token rows, for a stream that is divided by that of the branches (stream_eps).
+ * Gemma's is rounded as transformers rounds it: to the type of the rows. */
 static qs_status scale_rows(qs_model *m, void *rows, int64_t tokens)
 {
-    float by = (float)sqrt((double)m->config->hidden);
-    if (!m->config->gemma) {
+    float by = (float)(m->config->embedding_multiplier / m->config->residual_multiplier);
+    if (by == 1.0F) {
         return QS_OK;
     }
-    if (m->stream_dtype == QS_BF16) {
+    if (m->config->gemma && m->stream_dtype == QS_BF16) {
         by = qs_f32_from_bf16(qs_bf16_from_f32(by));
     }
     qs_mat x = qs_model_stream(m, rows, tokens);

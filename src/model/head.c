@@ -21,8 +21,8 @@ static qs_status norm_rows(qs_model *model, qs_micro_acts *micro)
     qs_mat x;
     QS_TRY(loss_rows(model, micro, &x));
     qs_mat y = qs_model_mat(model, micro->head_rows, x.rows, x.cols, 0);
-    return model->ops->rmsnorm_forward(model->queue, &x, model->final_norm,
-                                       model->config->rms_norm_eps, micro->row_rstd, &y);
+    return model->ops->rmsnorm_forward(model->queue, &x, model->final_norm, model->stream_eps,
+                                       micro->row_rstd, &y);
 }
 
 qs_status qs_head_begin(qs_model *model, qs_micro_acts *micro)

@@ -1,11 +1,12 @@
 /* One decoder layer, forward and backward, for one micro-batch.
  *
- *   x -> norm1 -> q k v (-> norm of each head of q and k) -> RoPE -> attention -> o_proj
- *     (-> post1) -> + x = x2 -> norm2 -> gate up -> GLU -> down (-> post2) -> + x2
+ *   x (-> norm1) -> q k v (-> norm of q and k) -> RoPE -> attention -> o_proj
+ *     (-> post1) -> + x = x2 (-> norm2) -> gate up -> GLU -> down (-> post2) -> + x2
  *
- * The backward needs q, k, v, o, lse, x2, gate, up and the A x of every adapter, and what goes into
- * post1 and post2 where there are such norms; the outputs of norm1, norm2 and GLU are cheap and
- * always computed again. What else is computed again is the recompute mode:
+ * Norms stand in front (norm1, norm2), behind (post1, post2), or both. The backward needs q, k, v,
+ * o, lse, x2, gate, up and the A x of every adapter, and what goes into post1 and post2 where there
+ * are such norms; the outputs of norm1, norm2 and GLU are cheap and always computed again. What
+ * else is computed again is the recompute mode:
  *
  *   none       everything is kept
  *   selective  gate and up are computed again (two of the three large matrices of the layer)
@@ -254,69 +255,95 @@ static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, co
 
 /* x, of the stream or what a branch gave, through a norm into work.norm, which is also what *norm
  * describes. */
-static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w,
-                              float *rstd, qs_mat *norm)
+static qs_status norm_with(const qs_layer_call *call, const qs_mat *x, const float *w, float eps,
+                           float *rstd, qs_mat *norm)
 {
     const qs_model *m = call->model;
     *norm = columns(call, m->work.norm, m->config->hidden, m->config->hidden + m->norm_border);
-    return m->ops->rmsnorm_forward(m->queue, x, w, m->config->rms_norm_eps, rstd, norm);
+    return m->ops->rmsnorm_forward(m->queue, x, w, eps, rstd, norm);
 }
 
-/* The norm in front of attention and of the MLP. */
-static qs_status norm1_forward(const qs_layer_call *call, qs_mat *norm)
+static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w,
+                              float *rstd, qs_mat *norm)
 {
-    const qs_mat x = stream(call, call->acts->x);
-    return norm_forward(call, &x, params_of(call)->norm1, call->acts->rstd1, norm);
+    return norm_with(call, x, w, call->model->stream_eps, rstd, norm);
 }
 
-static qs_status norm2_forward(const qs_layer_call *call, qs_mat *norm)
+/* A branch of the layer begins: the stream through the norm `w` in front of its linears or, where
+ * there is none, as it is, but of their type and with their border. */
+static qs_status branch(const qs_layer_call *call, void *x, const float *w, float *rstd,
+                        qs_mat *norm)
 {
-    const qs_mat x2 = stream(call, call->acts->x2);
-    return norm_forward(call, &x2, params_of(call)->norm2, call->acts->rstd2, norm);
+    const qs_model *m = call->model;
+    const qs_mat from = stream(call, x);
+    if (w != NULL) {
+        return norm_forward(call, &from, w, rstd, norm);
+    }
+    *norm = columns(call, m->work.norm, m->config->hidden, m->config->hidden + m->norm_border);
+    return m->ops->gather_rows(m->queue, &from, m->every_row, norm);
 }
 
-static qs_status norm_backward(const qs_layer_call *call, void *x, const float *w,
-                               const float *rstd, qs_mat *dx)
+/* What attention's linears read, and the MLP's. */
+static qs_status branch1_input(const qs_layer_call *call, qs_mat *norm)
+{
+    return branch(call, call->acts->x, params_of(call)->norm1, call->acts->rstd1, norm);
+}
+
+static qs_status branch2_input(const qs_layer_call *call, qs_mat *norm)
+{
+    return branch(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, norm);
+}
+
+/* Its backward: work.d_norm, through the norm, is added to dx. */
+static qs_status branch_backward(const qs_layer_call *call, void *x, const float *w,
+                                 const float *rstd, qs_mat *dx)
 {
     const qs_model *m = call->model;
     const qs_mat dy = tokens_by(call, m->work.d_norm, m->config->hidden);
     const qs_mat xm = stream(call, x);
-    return m->ops->rmsnorm_backward(m->queue, &dy, &xm, w, rstd, dx);
+    return w != NULL ? m->ops->rmsnorm_backward(m->queue, &dy, &xm, w, rstd, dx)
+                     : m->ops->add(m->queue, dx, &dy, dx);
 }
 
 static qs_status rotate(const qs_layer_call *call, qs_mat *x, int heads, bool inverse)
 {
     const qs_model *m = call->model;
+    if (m->config->unturned[call->layer]) {
+        return QS_OK;
+    }
     const bool local = m->config->windowed[call->layer] && m->rope_local.cos != NULL;
     const qs_rope_table *table = local ? &m->rope_local : &m->rope;
     return m->ops->rope(m->queue, x, heads, m->config->head_dim, m->config->rotary_dim, table->cos,
                         table->sin, call->input->device.position, inverse);
 }
 
-/* A matrix of heads as one of rows a head: for the norm of each. Only without a border. */
-static qs_mat by_head(const qs_layer_call *call, void *data, int heads)
+/* A matrix of heads as one of what the norm of q or k goes over: rows of a head, or of all of a
+ * token. Only without a border. */
+static qs_mat by_norm(const qs_layer_call *call, void *data, int heads)
 {
-    return qs_model_mat(call->model, data, call->batch->n_tokens * heads,
-                        call->model->config->head_dim, 0);
+    const qs_hf_config *cfg = call->model->config;
+    const int64_t width = qs_qk_norm_width(cfg, heads);
+    return qs_model_mat(call->model, data,
+                        call->batch->n_tokens * ((int64_t)heads * cfg->head_dim / width), width, 0);
 }
 
-/* RMSNorm over each head of q or k: `in` to `out`. */
-static qs_status head_norm(const qs_layer_call *call, void *in, const float *w, int heads,
-                           float *rstd, void *out)
+/* RMSNorm of q or k: `in` to `out`. */
+static qs_status qk_norm(const qs_layer_call *call, void *in, const float *w, int heads,
+                         float *rstd, void *out)
 {
     const qs_model *m = call->model;
-    const qs_mat x = by_head(call, in, heads);
-    qs_mat y = by_head(call, out, heads);
+    const qs_mat x = by_norm(call, in, heads);
+    qs_mat y = by_norm(call, out, heads);
     return m->ops->rmsnorm_forward(m->queue, &x, w, m->config->rms_norm_eps, rstd, &y);
 }
 
 /* Its backward: d_out to d_in, which describes what the linear behind it goes on with. */
-static qs_status head_norm_backward(const qs_layer_call *call, void *in, const float *w, int heads,
-                                    const float *rstd, void *d_out, void *d_in, qs_mat *d_linear)
+static qs_status qk_norm_backward(const qs_layer_call *call, void *in, const float *w, int heads,
+                                  const float *rstd, void *d_out, void *d_in, qs_mat *d_linear)
 {
     const qs_model *m = call->model;
-    const qs_mat dy = by_head(call, d_out, heads), x = by_head(call, in, heads);
-    qs_mat dx = by_head(call, d_in, heads);
+    const qs_mat dy = by_norm(call, d_out, heads), x = by_norm(call, in, heads);
+    qs_mat dx = by_norm(call, d_in, heads);
     QS_TRY(qs_queue_zero(m->queue, d_in, (size_t)(dx.rows * dx.cols) * m->act_bytes));
     QS_TRY(m->ops->rmsnorm_backward(m->queue, &dy, &x, w, rstd, &dx));
     *d_linear = tokens_by(call, d_in, (int64_t)heads * m->config->head_dim);
@@ -329,7 +356,7 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
     return (qs_attention_shape){.n_heads = cfg->n_heads,
                                 .n_kv_heads = cfg->n_kv_heads,
                                 .head_dim = cfg->head_dim,
-                                .scale = 1.0f / __builtin_sqrtf((float)cfg->query_scalar),
+                                .scale = cfg->score_scale,
                                 .cap = cfg->attention_cap,
                                 .window = cfg->windowed[call->layer] ? (int)cfg->window : 0,
                                 .cu_seqlens = call->input->device.cu_seqlens,
@@ -350,7 +377,7 @@ static qs_status join(const qs_layer_call *call, qs_linear linear, const qs_mat 
         return linear_to(call, linear, in, &from, &to);
     }
     QS_TRY(linear_forward(call, linear, in, branch));
-    QS_TRY(norm_forward(call, &given, w, rstd, &norm));
+    QS_TRY(norm_with(call, &given, w, m->config->rms_norm_eps, rstd, &norm));
     return y != NULL ? m->ops->add(m->queue, &from, &norm, &to) : QS_OK;
 }
 
@@ -386,7 +413,7 @@ static qkv_mats kept_qkv(const qs_layer_call *call)
                       columns(call, acts->v, m->kv_width, row > 0 ? row : m->kv_width)};
 }
 
-/* The linears that make q, k and v, or what the norms of heads go over. */
+/* The linears that make q, k and v, or what their norms go over. */
 static siblings of_qkv(const qs_layer_call *call, const qkv_mats *x, int64_t border)
 {
     const qs_model *m = call->model;
@@ -412,8 +439,8 @@ static qs_status project(const qs_layer_call *call, const qs_mat *norm)
     const siblings s = of_qkv(call, &to, 0);
     QS_TRY(linears_forward(call, &s, norm));
     if (normed) {
-        QS_TRY(head_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
-        QS_TRY(head_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
+        QS_TRY(qk_norm(call, acts->q_in, p->q_norm, cfg->n_heads, acts->rstd_q, acts->q));
+        QS_TRY(qk_norm(call, acts->k_in, p->k_norm, cfg->n_kv_heads, acts->rstd_k, acts->k));
     }
     return QS_OK;
 }
@@ -425,7 +452,7 @@ static qs_status attention_half(const qs_layer_call *call)
     qs_layer_acts *acts = call->acts;
     const qs_layer_params *p = params_of(call);
     qs_mat norm;
-    QS_TRY(norm1_forward(call, &norm));
+    QS_TRY(branch1_input(call, &norm));
     QS_TRY(project(call, &norm));
 
     qs_attention_shape shape = attention_shape(call);
@@ -464,7 +491,7 @@ static qs_status gate_and_up(const qs_layer_call *call)
     const qs_mat up = half_of_glu(call, call->acts->up);
     const siblings s = of_gate_and_up(call, &gates, &up);
     qs_mat norm;
-    QS_TRY(norm2_forward(call, &norm));
+    QS_TRY(branch2_input(call, &norm));
     return linears_forward(call, &s, &norm);
 }
 
@@ -531,7 +558,7 @@ static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *
     qs_mat gates = half_of_glu(call, call->acts->gate), up = half_of_glu(call, call->acts->up);
     qs_mat *d_gate = in_rows ? &gates : d_act, *d_up = in_rows ? &up : act, norm;
     QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, d_act, d_gate, d_up));
-    QS_TRY(norm2_forward(call, &norm));
+    QS_TRY(branch2_input(call, &norm));
     *d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
     const siblings s = of_gate_and_up(call, d_gate, d_up);
     return linears_backward(call, &s, &norm, d_norm, grad);
@@ -548,11 +575,11 @@ static qs_status backward_mlp(const qs_layer_call *call, qs_mat *dx, float *grad
     QS_TRY(part(call, dx, params_of(call)->post2, acts->branch2, acts->rstd_post2, &d_down));
     QS_TRY(linear_backward(call, QS_DOWN, &act, &d_down, &d_act, grad));
     QS_TRY(backward_glu(call, &d_act, &act, grad, &d_norm));
-    return norm_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
+    return branch_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
 }
 
 /* Where attention's backward leaves the gradients of q, k and v: for linears, so with a border, but
- * where the norms of heads come between. */
+ * where norms come between. */
 static qkv_mats gradients_of_qkv(const qs_layer_call *call)
 {
     const qs_model *m = call->model;
@@ -591,18 +618,18 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     QS_TRY(rotate(call, &d.q, m->config->n_heads, true));
     QS_TRY(rotate(call, &d.k, m->config->n_kv_heads, true));
     if (p->q_norm != NULL) {
-        QS_TRY(head_norm_backward(call, acts->q_in, p->q_norm, m->config->n_heads, acts->rstd_q,
-                                  work->d_q, work->d_q_in, &d.q));
-        QS_TRY(head_norm_backward(call, acts->k_in, p->k_norm, m->config->n_kv_heads, acts->rstd_k,
-                                  work->d_k, work->d_k_in, &d.k));
+        QS_TRY(qk_norm_backward(call, acts->q_in, p->q_norm, m->config->n_heads, acts->rstd_q,
+                                work->d_q, work->d_q_in, &d.q));
+        QS_TRY(qk_norm_backward(call, acts->k_in, p->k_norm, m->config->n_kv_heads, acts->rstd_k,
+                                work->d_k, work->d_k_in, &d.k));
     }
 
     qs_mat norm, d_norm = tokens_by(call, work->d_norm, m->config->hidden);
     qs_mat *wanted = call->layer > 0 ? &d_norm : NULL;
-    QS_TRY(norm1_forward(call, &norm));
+    QS_TRY(branch1_input(call, &norm));
     const siblings s = of_qkv(call, &d, m->qkv_border);
     QS_TRY(linears_backward(call, &s, &norm, wanted, grad));
-    return wanted != NULL ? norm_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
+    return wanted != NULL ? branch_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
                           : QS_OK;
 }
 

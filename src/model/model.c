@@ -35,6 +35,8 @@ void qs_model_set_widths(qs_model *m)
     m->act_bytes = qs_dtype_bytes(m->ops->act_dtype);
     m->stream_dtype = m->shape.residual_f32 ? QS_F32 : m->ops->act_dtype;
     m->stream_bytes = qs_dtype_bytes(m->stream_dtype);
+    const double of_branches = m->config->residual_multiplier;
+    m->stream_eps = (float)((double)m->config->rms_norm_eps / (of_branches * of_branches));
     m->border = m->layout != NULL ? m->ops->border(m->layout->lora_rank) : 0;
     m->q_width = (int64_t)m->config->n_heads * m->config->head_dim;
     m->kv_width = (int64_t)m->config->n_kv_heads * m->config->head_dim;
@@ -55,12 +57,14 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
         biases += config->bias[i] ? out : 0;
     }
     const int64_t norms =
-        (config->gemma ? 4 : 2) * config->hidden + (config->qk_norm ? 2 * config->head_dim : 0);
+        2 * (qs_norms_in_front(config) + qs_norms_behind(config)) * config->hidden +
+        qs_qk_norm_width(config, config->n_heads) + qs_qk_norm_width(config, config->n_kv_heads);
     const int64_t rope_tables = config->rope_local_theta > 0 ? 2 : 1;
     const int64_t floats = config->n_layers * (norms + biases) + config->hidden +
                            rope_tables * shape->max_tokens * config->rotary_dim;
-    bytes.small_bytes =
-        (size_t)floats * sizeof(float) + (size_t)config->n_layers * sizeof(qs_layer_params);
+    const int64_t rows = qs_norms_in_front(config) ? 0 : shape->max_tokens;
+    bytes.small_bytes = (size_t)floats * sizeof(float) + (size_t)rows * sizeof(int32_t) +
+                        (size_t)config->n_layers * sizeof(qs_layer_params);
     bytes.adapter_bytes = qs_dora_bytes(&m);
     bytes.input_bytes = (size_t)shape->group * qs_input_bytes(shape);
     if (shape->offload) {
@@ -134,8 +138,8 @@ void qs_model_destroy(qs_model *m)
     qs_mem_free(m->layers);
     qs_mem_free(m->order);
     void *const on_device[] = {
-        m->activation_block, m->work_block, m->small,          m->maps,
-        m->rope.cos,         m->rope.sin,   m->rope_local.cos, m->rope_local.sin};
+        m->activation_block, m->work_block,     m->small,          m->maps,     m->rope.cos,
+        m->rope.sin,         m->rope_local.cos, m->rope_local.sin, m->every_row};
     for (size_t i = 0; i < sizeof on_device / sizeof *on_device; i++) {
         qs_device_free(m->device, on_device[i]);
     }

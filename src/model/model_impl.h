@@ -10,9 +10,9 @@
 typedef struct {
     qs_weight linear[QS_LINEAR_COUNT];
     const float *bias[QS_LINEAR_COUNT]; /* [out] or NULL */
-    const float *norm1, *norm2;         /* [hidden] in front of attention and MLP */
+    const float *norm1, *norm2;         /* [hidden] in front of attention and MLP, or NULL */
     const float *post1, *post2;         /* [hidden] behind them, or NULL */
-    const float *q_norm, *k_norm;       /* [head_dim] or NULL */
+    const float *q_norm, *k_norm;       /* [qs_qk_norm_width] or NULL */
 } qs_layer_params;
 
 /** What the forward of one layer leaves for its backward, for one micro-batch. Which of the
@@ -22,10 +22,10 @@ typedef struct {
  * adapter (qs_ops.border). */
 typedef struct {
     void *x;                 /* [T, hidden] input, of the stream */
-    float *rstd1, *rstd2;    /* [T] */
-    void *q_in, *k_in;       /* [T, q width], [T, kv width] before the norm of the heads, where
-                                there is one; else NULL */
-    float *rstd_q, *rstd_k;  /* [T, heads] of that norm */
+    float *rstd1, *rstd2;    /* [T] of the norms in front, where there are such */
+    void *q_in, *k_in;       /* [T, q width], [T, kv width] before the norm of q and k, where there
+                                is one; else NULL */
+    float *rstd_q, *rstd_k;  /* [T, heads] of that norm, or [T] */
     void *q, *k, *v;         /* after RoPE; with qkv_width rows of one matrix */
     void *o;                 /* [T, q width + border] attention output */
     float *lse;              /* [n_heads, T] */
@@ -39,14 +39,14 @@ typedef struct {
 
 /** Scratch shared by all layers and micro-batches. */
 typedef struct {
-    void *norm;            /* [T, hidden + norm_border] */
+    void *norm;            /* [T, hidden + norm_border] what linears read of the stream */
     void *act;             /* [T, ffn + border] */
     void *d_act;           /* [T, ffn + border] */
-    void *d_norm;          /* [T, hidden] */
+    void *d_norm;          /* [T, hidden] its gradient */
     void *d_branch;        /* [T, hidden + border] where there are norms behind the branches */
     void *d_o;             /* [T, q width] */
-    void *d_q;             /* [T, q width + border]; no border where heads are normed; or with k and
-                              v [T, qkv_width + qkv_border] */
+    void *d_q;             /* [T, q width + border]; no border where q and k are normed; or with k
+                              and v [T, qkv_width + qkv_border] */
     void *d_q_in, *d_k_in; /* [T, q width], [T, kv width] where they are */
     void *d_k, *d_v;       /* [T, kv width + border] */
     float *delta;          /* [n_heads, T] */
@@ -130,12 +130,16 @@ struct qs_model {
     size_t act_bytes;                   /* of one element of act_dtype */
     qs_dtype stream_dtype;              /* of the residual stream: act_dtype, or fp32 */
     size_t stream_bytes;                /* of one element of it */
+    float stream_eps; /* of norms of the stream, which holds what the architecture's does divided by
+                         residual_multiplier m: so branches are added as they are, and norm(m x)
+                         with eps is norm(x) with eps / m^2 */
 
     int *order; /* [3 n_units] of the pass at hand */
     qs_layer_params *layers;
     const float *final_norm;
-    float *small; /* all norms and biases */
-    float *maps;  /* [n_maps, 256] second-level maps of the weights */
+    float *small;       /* all norms and biases */
+    int32_t *every_row; /* [max_tokens] 0, 1, ..; NULL where norms stand in front */
+    float *maps;        /* [n_maps, 256] second-level maps of the weights */
     qs_rope_table rope;
     qs_rope_table rope_local; /* of windowed layers; without data where they turn as the others */
 

@@ -91,23 +91,23 @@ static qs_status take_norm(const qs_base_index *index, const qs_base_unit *unit,
     return QS_OK;
 }
 
-/* Norms in front of attention and MLP and, Gemma's, behind them. "post_attention" is the MLP's norm
- * in one family and attention's in the other. */
+/* Norms in front of attention and MLP and behind them. "post_attention" is the one in front of the
+ * MLP where none stand behind, else the one behind attention. */
 static qs_status load_norms(const qs_model *m, const qs_base_unit *unit, const uint8_t *bytes,
                             float **free_at, qs_layer_params *p)
 {
-    const bool gemma = m->config->gemma, heads = m->config->qk_norm;
+    const qs_hf_config *cfg = m->config;
+    const bool front = qs_norms_in_front(cfg), behind = qs_norms_behind(cfg);
     const struct {
         const char *name;
         int64_t count;
         const float **to;
-    } norms[] = {
-        {"input_layernorm.weight", m->config->hidden, &p->norm1},
-        {"post_attention_layernorm.weight", m->config->hidden, gemma ? &p->post1 : &p->norm2},
-        {"pre_feedforward_layernorm.weight", gemma ? m->config->hidden : 0, &p->norm2},
-        {"post_feedforward_layernorm.weight", gemma ? m->config->hidden : 0, &p->post2},
-        {"self_attn.q_norm.weight", heads ? m->config->head_dim : 0, &p->q_norm},
-        {"self_attn.k_norm.weight", heads ? m->config->head_dim : 0, &p->k_norm}};
+    } norms[] = {{"input_layernorm.weight", front ? cfg->hidden : 0, &p->norm1},
+                 {"post_attention_layernorm.weight", cfg->hidden, behind ? &p->post1 : &p->norm2},
+                 {"pre_feedforward_layernorm.weight", front && behind ? cfg->hidden : 0, &p->norm2},
+                 {"post_feedforward_layernorm.weight", behind ? cfg->hidden : 0, &p->post2},
+                 {"self_attn.q_norm.weight", qs_qk_norm_width(cfg, cfg->n_heads), &p->q_norm},
+                 {"self_attn.k_norm.weight", qs_qk_norm_width(cfg, cfg->n_kv_heads), &p->k_norm}};
     for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
         if (norms[i].count > 0) {
             QS_TRY(take_norm(m->index, unit, norms[i].name, norms[i].count, bytes, free_at,
@@ -161,9 +161,14 @@ static qs_status load_all(qs_model *m, int fd, uint8_t *bytes)
         QS_TRY(qs_base_read_small(index, fd, unit, bytes));
         QS_TRY(load_layer(m, l, bytes, &free_at));
     }
+    float *last = free_at;
     QS_TRY(qs_base_read_small(index, fd, &index->final, bytes));
-    return take_norm(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
-                     &m->final_norm);
+    QS_TRY(take_norm(index, &index->final, "norm.weight", m->config->hidden, bytes, &free_at,
+                     &m->final_norm));
+    for (int64_t i = 0; i < m->config->hidden; i++) { /* here, so that nobody divides logits */
+        last[i] = (float)((double)last[i] / m->config->logits_scaling);
+    }
+    return QS_OK;
 }
 
 /* Replace the host's floats at *data by the same on the device. */
@@ -223,6 +228,34 @@ static qs_status load_rope_tables(qs_model *m)
     return QS_OK;
 }
 
+/* The numbers of a micro-batch's rows, by which its stream is copied for the linears where no norm
+ * stands in front of them. */
+static qs_status make_every_row(qs_model *m)
+{
+    const int64_t count = m->shape.max_tokens;
+    int32_t *host = NULL;
+    if (qs_norms_in_front(m->config)) {
+        return QS_OK;
+    }
+    QS_TRY(QS_ALLOC(&host, count, QS_MEM_BASE_SMALL));
+    for (int64_t i = 0; i < count; i++) {
+        host[i] = (int32_t)i;
+    }
+    if (qs_device_is_host(m->device)) {
+        m->every_row = host;
+        return QS_OK;
+    }
+    qs_status st = QS_DEVICE_ALLOC(m->device, &m->every_row, count, QS_MEM_BASE_SMALL);
+    if (st == QS_OK) {
+        st = qs_queue_copy(m->queue, m->every_row, host, (size_t)count * sizeof *host);
+    }
+    if (st == QS_OK) {
+        st = qs_queue_wait(m->queue);
+    }
+    qs_mem_free(host);
+    return st;
+}
+
 /* The maps on the device; the index's own where they can be read. */
 static qs_status load_maps(qs_model *m)
 {
@@ -271,6 +304,7 @@ qs_status qs_model_load_params(qs_model *m)
     QS_GOTO(move_to_device(m, &m->small, count));
     point_to(m, host);
     QS_GOTO(load_rope_tables(m));
+    QS_GOTO(make_every_row(m));
 done:
     if (fd >= 0) {
         close(fd);

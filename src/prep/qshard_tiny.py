@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a small checkpoint (Llama, Mistral, Qwen, Gemma, Phi-3) and a small instruction data set from a seed: for tests, and to try a machine out.
+"""Makes a small checkpoint (Llama, Mistral, Qwen, Gemma, Phi-3, OLMo) and a small instruction data set from a seed: for tests, and to try a machine out.
 
     qshard_tiny.py OUT --layers 4 --examples 512
 
@@ -88,9 +88,16 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }
+OLMO = ("olmo2", "olmo3")
 GEMMA = ("gemma2", "gemma3_text")
+BIASED = ("llama", "smollm3", "granite")  # with both keys for biases
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
 
 def has_bias(config, linear):
@@ -123,7 +130,7 @@ def linear_shapes(config):
 
 
 def tensor_shapes(config):
-    """{name: shape} of a checkpoint, biases, norms of heads and own head included where the config has them."""
+    """{name: shape} of a checkpoint, biases, norms of q and k and own head included where the config has them."""
     hidden, head_dim, linears = config["hidden_size"], config["head_dim"], linear_shapes(config)
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
@@ -131,11 +138,16 @@ def tensor_shapes(config):
         norms = ["input_layernorm", "post_attention_layernorm"]
         if config["model_type"] in GEMMA:
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        if config["model_type"] in OLMO:  # behind attention and MLP alone
+            norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
         for norm in norms:
             shapes[prefix + norm + ".weight"] = (hidden,)
         if config["model_type"] in ("qwen3", "gemma3_text"):
             for norm in ("self_attn.q_norm", "self_attn.k_norm"):
                 shapes[prefix + norm + ".weight"] = (head_dim,)
+        if config["model_type"] in OLMO:  # over all heads
+            for name in ("self_attn.q", "self_attn.k"):
+                shapes[prefix + name + "_norm.weight"] = linears[name + "_proj"][:1]
         for name, shape in linears.items():
             shapes[prefix + name + ".weight"] = shape
             if has_bias(config, name):
@@ -207,8 +219,24 @@ def make_config(options):
         config["rope_local_base_freq"] = 10000.0
         config["rope_theta"] = 1000000.0
         config["sliding_window_pattern"] = options.window_pattern
+    if options.arch == "smollm3":
+        config["no_rope_layer_interval"] = options.no_rope_interval
+        config["no_rope_layers"] = options.no_rope_layers  # None: by the interval
+        config["use_sliding_window"] = options.window is not None
+        config["sliding_window"] = options.window
+    if options.arch == "granite":
+        config.update({key: getattr(options, key) for key in MULTIPLIERS})
+    if options.arch == "olmo3":
+        every = options.window_pattern
+        config["layer_types"] = ["sliding_attention" if i % every else "full_attention" for i in range(1, options.layers + 1)]
+        config["rope_theta"] = 500000.0
+        config["sliding_window"] = options.window or 4096
     no_keys = {
         "llama": (),
+        "olmo2": ("mlp_bias", "pretraining_tp"),
+        "olmo3": ("mlp_bias", "pretraining_tp"),
+        "smollm3": (),
+        "granite": ("pretraining_tp",),
         "qwen3": ("mlp_bias", "pretraining_tp"),
         "gemma2": ("mlp_bias", "pretraining_tp", "hidden_act"),
         "gemma3_text": ("mlp_bias", "pretraining_tp", "hidden_act"),
@@ -351,6 +379,13 @@ def write_examples(folder, count, seed):
     write_bytes(os.path.join(folder, "eval.jsonl"), jsonl_bytes(examples[count:]))
 
 
+def digits(text):
+    """[1, 1, 0] of "110"."""
+    if not text or set(text) - {"0", "1"}:
+        raise argparse.ArgumentTypeError(f"{text} is not made of 0 and 1")
+    return [int(digit) for digit in text]
+
+
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", maxsplit=1)[0],
@@ -372,12 +407,16 @@ def make_parser():
     parser.add_argument("--tied", action="store_true", default=True, help="the head is the embedding [default]")
     parser.add_argument("--untied", action="store_false", dest="tied", help="the head has its own weights")
     parser.add_argument("--arch", choices=sorted(CLASSES), default="llama", help="model_type [%(default)s]")
-    parser.add_argument("--window", type=int, help="attention sees the last WINDOW positions (not llama)")
-    parser.add_argument("--window-pattern", type=int, default=6, help="gemma3_text: each n-th layer sees all [%(default)s]")
+    parser.add_argument("--window", type=int, help="attention sees the last WINDOW positions (not llama, olmo2, granite)")
+    parser.add_argument("--window-pattern", type=int, default=6, help="gemma3_text, olmo3: each n-th layer sees all [%(default)s]")
     parser.add_argument("--attention-cap", type=float, default=50.0, help="gemma2: of scores [%(default)s]")
     parser.add_argument("--final-cap", type=float, default=30.0, help="gemma2: of logits [%(default)s]")
     parser.add_argument("--query-scalar", type=int, help="gemma: scores are divided by its root [head-dim]")
     parser.add_argument("--window-layers", type=int, default=0, help="qwen: layers below it see all [%(default)s]")
+    parser.add_argument("--no-rope-interval", type=int, default=4, help="smollm3: each n-th layer has no RoPE [%(default)s]")
+    parser.add_argument("--no-rope-layers", type=digits, help="smollm3: 1 or 0 for each layer, with RoPE or without: 1101")
+    for key, value in zip(MULTIPLIERS, (12.0, 0.0625, 0.22, 8.0)):
+        parser.add_argument("--" + key.replace("_", "-"), type=float, default=value, help="granite [%(default)s]")
     parser.add_argument("--attention-bias", action="store_true", help="q, k, v and o have biases")
     parser.add_argument("--mlp-bias", action="store_true", help="gate, up and down have biases")
     parser.add_argument("--seed", type=int, default=1, help="[%(default)s]")
@@ -390,17 +429,25 @@ def check(options):
     for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "max_position", "examples"):
         if getattr(options, name) < 1:
             raise PrepError(202, "--" + name.replace("_", "-"), f"is {getattr(options, name)}; it must be at least 1")
-    if options.window is not None and (options.window < 1 or options.arch == "llama"):
-        what = f"is {options.window}; it must be at least 1, and --arch another than llama"
+    if options.window is not None and (options.window < 1 or options.arch in ("llama", "olmo2", "granite")):
+        what = f"is {options.window}; it must be at least 1, and --arch another than llama, olmo2 and granite"
         raise PrepError(202, "--window", what)
-    if (options.attention_bias and options.arch not in ("llama", "qwen3", *GEMMA)) or (
-        options.mlp_bias and options.arch != "llama"
+    if (options.attention_bias and options.arch not in (*BIASED, "qwen3", *GEMMA, *OLMO)) or (
+        options.mlp_bias and options.arch not in BIASED
     ):
         raise PrepError(202, "--arch", f"is {options.arch}, which has no such biases to choose")
     if options.partial_rotary != 1.0 and (options.arch != "phi3" or not 0.0 < options.partial_rotary < 1.0):
         raise PrepError(202, "--partial-rotary", f"is {options.partial_rotary}; it must lie in (0, 1], and --arch be phi3")
     if options.arch == "phi3" and options.rope_scaling not in ("none", "longrope"):
         raise PrepError(202, "--rope-scaling", f"is {options.rope_scaling}, but phi3 has longrope or none")
+    if options.no_rope_interval < 1:
+        raise PrepError(202, "--no-rope-interval", f"is {options.no_rope_interval}; it must be at least 1")
+    if options.no_rope_layers is not None and len(options.no_rope_layers) < options.layers:
+        what = f"has {len(options.no_rope_layers)} of --layers {options.layers}"
+        raise PrepError(202, "--no-rope-layers", what)
+    for key in MULTIPLIERS:
+        if not 1e-3 <= getattr(options, key) <= 1e3:
+            raise PrepError(202, "--" + key.replace("_", "-"), f"is {getattr(options, key)}; it must lie in [0.001, 1000]")
     if options.original_position < 2:
         raise PrepError(202, "--original-position", f"is {options.original_position}; it must be at least 2")
     if not 0 <= options.seed < 2**63:

@@ -133,7 +133,7 @@ static double backward_flops(const work_sizes *z)
 
 static bool has_norms_behind(const work_sizes *z)
 {
-    return z->s->index->config.gemma;
+    return qs_norms_behind(&z->s->index->config);
 }
 
 /* Of a norm behind a branch and the addition of what it gives, and as many of its gradient. */
@@ -143,7 +143,7 @@ static double norm_behind_elements(const work_sizes *z)
 }
 
 /* Elements a token that the operations around the products read and write in the halves of a
- * layer: norm, RoPE, what adapters read; norm, ditto; the gated MLP, ditto. */
+ * layer: norm (or copy), RoPE, what adapters read; norm, ditto; the gated MLP, ditto. */
 static double attention_elements(const work_sizes *z)
 {
     return 5 * z->h + 3 * z->q + 2 * z->kv + norm_behind_elements(z);

@@ -78,16 +78,23 @@ static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int 
         char *name = formatted(tensor, layer, qs_linear_path((qs_linear)i), "weight");
         QS_TRY(add(index, unit, name, QS_TENSOR_NF4, rows, columns));
     }
-    static const char *const norms[] = {"input_layernorm", "post_attention_layernorm",
-                                        "pre_feedforward_layernorm", "post_feedforward_layernorm"};
-    for (int i = 0; i < (index->config.gemma ? 4 : 2); i++) {
-        QS_TRY(add(index, unit, formatted(tensor, layer, norms[i], "weight"), QS_TENSOR_SMALL,
-                   index->config.hidden, 0));
-    }
-    static const char *const head_norms[] = {"self_attn.q_norm", "self_attn.k_norm"};
-    for (int i = 0; i < 2 && index->config.qk_norm; i++) {
-        QS_TRY(add(index, unit, formatted(tensor, layer, head_norms[i], "weight"), QS_TENSOR_SMALL,
-                   index->config.head_dim, 0));
+    const qs_hf_config *config = &index->config;
+    const struct {
+        const char *name;
+        int64_t width; /* 0: layers have none */
+    } norms[] = {
+        {"input_layernorm", qs_norms_in_front(config) ? config->hidden : 0},
+        {"post_attention_layernorm", config->hidden}, /* in front of the MLP or behind attention */
+        {"pre_feedforward_layernorm",
+         qs_norms_in_front(config) && qs_norms_behind(config) ? config->hidden : 0},
+        {"post_feedforward_layernorm", qs_norms_behind(config) ? config->hidden : 0},
+        {"self_attn.q_norm", qs_qk_norm_width(config, config->n_heads)},
+        {"self_attn.k_norm", qs_qk_norm_width(config, config->n_kv_heads)}};
+    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
+        if (norms[i].width > 0) {
+            QS_TRY(add(index, unit, formatted(tensor, layer, norms[i].name, "weight"),
+                       QS_TENSOR_SMALL, norms[i].width, 0));
+        }
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         if (index->config.bias[i]) {

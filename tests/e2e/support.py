@@ -112,6 +112,16 @@ GEMMA2 = ("--arch", "gemma2", "--window", "9", "--attention-cap", "2", "--final-
 # q, k and v in rows of one matrix, and so gate and up; a part of each head turns, by long factors.
 PHI3 = ("--arch", "phi3", "--window", "9", "--rope-scaling", "longrope", "--original-position", "32", "--partial-rotary", "0.75")
 
+# Each second layer is without RoPE and sees a window; the rest of the layers do not.
+SMOLLM3 = ("--arch", "smollm3", "--no-rope-interval", "2", "--window", "9", "--attention-bias")
+
+# A stream that is divided by the branches' factor, biases on the way into it.
+GRANITE = ("--arch", "granite", "--attention-bias", "--mlp-bias", "--logits-scaling", "2.5")
+
+
+# Norms behind the branches alone, and over all heads; full layers scale their angles.
+OLMO3 = ("--arch", "olmo3", "--window", "9", "--window-pattern", "2", "--rope-scaling", "yarn")
+
 
 def plan_and_peak(log):
     """MiB of rank 0 that the run planned and that it reached, class by class, from what it printed."""

@@ -102,8 +102,9 @@ class SameBits(unittest.TestCase):
 
 class Layers(unittest.TestCase):
     """Norms behind the branches have to find their inputs again, whatever was kept; two tables of angles; gradients in the
-    place of what they are of."""
-    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3}
+    place of what they are of; layers without angles; a stream in another scale."""
+    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3, "olmo3": support.OLMO3,
+              "smollm3": support.SMOLLM3, "granite": support.GRANITE}
 
     def test_recompute_groups_and_ranks_do_not_change_bits(self):
         for name, options in self.MODELS.items():

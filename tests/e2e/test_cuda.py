@@ -198,9 +198,10 @@ class Training(unittest.TestCase):
 
 @unittest.skipUnless(os.path.exists(EMULATED), "libqshard_emulated.so is not built")
 class Layers(unittest.TestCase):
-    """The layers of Gemma and Phi-3 on the device, and all with their residual stream in bf16: the CPU's losses, its plan, and
-    the same bits whatever is kept where."""
-    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3}
+    """The layers of Gemma, Phi-3, OLMo, SmolLM3 and Granite on the device, and all with their residual stream in bf16: the CPU's
+    losses, its plan, and the same bits whatever is kept where."""
+    MODELS = {"gemma2": support.GEMMA2, "gemma3": support.GEMMA3, "phi3": support.PHI3, "olmo3": support.OLMO3,
+              "smollm3": support.SMOLLM3, "granite": support.GRANITE}
 
     def train(self, output, options, device="cuda", **how):
         how = {**SMALL, "train__steps": 2, "train__global_batch": 3, "base": support.base_of(*options), **how}

@@ -159,6 +159,28 @@ class ChatTemplate(unittest.TestCase):
             self.assertEqual(self.config(merged), self.config(self.model))
 
 
+class Originals(unittest.TestCase):
+    def test_numbers_that_no_tensor_shows_are_compared(self):
+        """The same weights under another number are another model."""
+        windows = ["full_attention", "sliding_attention"] * 2  # as they are, on the layers that were without RoPE
+        changes = {support.GRANITE: [{"embedding_multiplier": 6.0}, {"attention_multiplier": 0.5}, {"residual_multiplier": 1.0},
+                                     {"logits_scaling": 8.0}],
+                   support.SMOLLM3: [{"no_rope_layer_interval": 4, "layer_types": windows}, {"no_rope_layers": [1, 0, 1, 1]}]}
+        for options, numbers in changes.items():
+            base, folder = support.base_of(*options), support.scratch()
+            model, original, run = os.path.join(os.path.dirname(base), "model"), f"{folder}/original", f"{folder}/run"
+            support.train(run, base=base, train__steps=1, train__eval_every=0, data__eval="")
+            shutil.copytree(model, original)
+            config = json.loads(content(model, "config.json"))
+            for number in numbers:
+                with self.subTest(**number):
+                    with open(f"{original}/config.json", "w", encoding="utf-8") as file:
+                        json.dump({**config, **number}, file)
+                    done = support.qshard("merge", run, "-o", f"{folder}/merged", "--base", base, "--original", original, expect=3)
+                    self.assertIn("another number is not the base's", done.stderr)
+            support.qshard("merge", run, "-o", f"{folder}/merged", "--base", base, "--original", model)
+
+
 class EndOfTurn(unittest.TestCase):
     def test_a_sample_ends_where_generation_config_says(self):
         """Chat models name the token that ends a turn there alone. The first token that the model says is made one."""

@@ -62,6 +62,12 @@ class Golden(unittest.TestCase):
     def test_phi3(self):
         self.check("phi3")
 
+    def test_olmo2(self):
+        self.check("olmo2")
+
+    def test_olmo3(self):
+        self.check("olmo3")
+
     def test_longrope(self):
         self.check("longrope")
 
@@ -70,6 +76,18 @@ class Golden(unittest.TestCase):
 
     def test_dynamic(self):
         self.check("dynamic")
+
+    def test_smollm3(self):
+        self.check("smollm3")
+
+    def test_smollm3_with_windows(self):
+        self.check("smollm3_window")
+
+    def test_granite(self):
+        self.check("granite")
+
+    def test_granite_with_dora_and_dropout(self):
+        self.check("dora_granite")
 
     def test_dropout(self):
         self.check("dropout")
@@ -116,6 +134,9 @@ class Derivative(unittest.TestCase):
 
     def test_fused_linears_with_dropout(self):
         self.check("phi3", targets=["qkv_proj", "gate_up_proj"], dropout=0.3)
+
+    def test_norms_behind_with_dropout(self):
+        self.check("olmo2", dropout=0.3)
 
     def test_biases_with_dropout(self):
         self.check("biases", dropout=0.5)

@@ -14,6 +14,23 @@ LLAMA_3_70B = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hi
                "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
                "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
                "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+# As published.
+SMOLLM3_3B = {"architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 128012,
+              "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11008,
+              "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3",
+              "layer_types": ["full_attention"] * 36, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+              "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4, "pad_token_id": 128004,
+              "pretraining_tp": 2, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+              "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": False, "use_sliding_window": False,
+              "vocab_size": 128256}
+GRANITE_33_8B = {"architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+                 "attention_multiplier": 0.0078125, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+                 "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12800,
+                 "logits_scaling": 16.0, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "granite",
+                 "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+                 "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000.0,
+                 "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.49.0", "use_cache": True,
+                 "vocab_size": 49159}
 
 
 def tables(text):
@@ -55,7 +72,9 @@ class Memory(unittest.TestCase):
     def test_cpu(self):
         for ranks, more in ((1, {}), (3, {"train__recompute": "none"}), (4, {"shard__group": 2}),
                             (2, {"base": support.base_of(*support.GEMMA3)}),
-                            (1, {"base": support.base_of(*support.PHI3), "train__recompute": "none"})):
+                            (1, {"base": support.base_of(*support.PHI3), "train__recompute": "none"}),
+                            (1, {"base": support.base_of(*support.OLMO3)}), (2, {"base": support.base_of(*support.SMOLLM3)}),
+                            (1, {"base": support.base_of(*support.GRANITE)})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, None, (), device="cpu", **more)
 
@@ -225,7 +244,8 @@ class Work(unittest.TestCase):
     def test_flops(self):
         """The means of lengths make up for each other over an epoch; what is left are the printed digits."""
         for recompute in ("none", "selective", "full"):
-            for more in ({}, {"base": support.base_of(*support.GEMMA3)}, {"base": support.base_of(*support.PHI3)}):
+            for more in ({}, *({"base": support.base_of(*options)}
+                               for options in (support.GEMMA3, support.PHI3, support.OLMO3, support.SMOLLM3))):
                 with self.subTest(recompute=recompute, **more):
                     (ran, planned), _ = self.counted(None, train__recompute=recompute, **more)
                     self.assertAlmostEqual(planned / ran, 1, delta=1e-3)
@@ -241,6 +261,20 @@ class Work(unittest.TestCase):
 
 
 class Answers(unittest.TestCase):
+    def test_published_configurations(self):
+        """Every key is taken; the base is what its weights are: half a byte, a 64th and a bit for scales; the table, tied, in bf16."""
+        for config in (SMOLLM3_3B, GRANITE_33_8B):
+            with self.subTest(config["model_type"]):
+                folder = support.scratch()
+                with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+                    json.dump(config, file)
+                said = plan("--gpu", "H100", "--gpus", 1, base=folder, device="cuda").stdout
+                hidden, kv = config["hidden_size"], config["num_key_value_heads"] / config["num_attention_heads"]
+                layer = 2 * (1 + kv) * hidden**2 + 3 * hidden * config["intermediate_size"]
+                weights = config["num_hidden_layers"] * layer * (1 / 2 + 1 / 64) + 2 * hidden * config["vocab_size"]
+                shard = next(rows for title, rows in tables(said).items() if not title.startswith("host"))["base shard"]
+                self.assertAlmostEqual(shard * 2**20 / weights, 1, delta=2e-3)
+
     def test_no_file_but_config_json(self):
         """Before anything is downloaded, quantized or prepared: a directory with config.json."""
         folder = support.scratch()

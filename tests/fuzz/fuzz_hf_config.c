@@ -27,7 +27,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         }
     }
     FUZZ_CHECK(c.rope_magnitude >= 1e-6 && c.rope_magnitude <= 1e6);
-    FUZZ_CHECK(c.query_scalar > 0.0 && c.rope_local_theta >= 0.0);
+    FUZZ_CHECK(c.score_scale > 0.0F && c.rope_local_theta >= 0.0);
+    FUZZ_CHECK(c.embedding_multiplier > 0.0 && c.logits_scaling > 0.0);
+    FUZZ_CHECK(c.residual_multiplier >= 1e-3 && c.residual_multiplier <= 1e3);
     FUZZ_CHECK(c.attention_cap >= 0.0F && c.final_cap >= 0.0F);
     if (c.rope_local_theta > 0.0) {
         qs_hf_rope_local_frequencies(&c, inv_freq);

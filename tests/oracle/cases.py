@@ -227,6 +227,38 @@ CASES = {
             settings=Settings(lr=1e-3),
             seed=113,
         ),
+        # OLMo 2: norms behind attention and MLP alone, and over all heads of q and of k together, whose width (80) is not
+        # hidden; no width is a multiple of 64; biases on q, k, v and o; own head.
+        Case(
+            name="olmo2",
+            model=(
+                "--arch olmo2 --hidden 72 --layers 2 --heads 4 --kv-heads 2 --head-dim 20 --ffn 164 --vocab 397 --untied "
+                "--attention-bias --seed 25"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=116,
+        ),
+        # OLMo 3: the same layers, tied; two of three see 6 positions and turn without scaling, the third sees all and turns
+        # by yarn.
+        Case(
+            name="olmo3",
+            model=(
+                "--arch olmo3 --window 6 --window-pattern 3 --rope-scaling yarn --hidden 64 --layers 3 --heads 4 --kv-heads 2 "
+                "--head-dim 24 --ffn 160 --vocab 320 --seed 26"
+            ).split(),
+            sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=117,
+        ),
         # The same factors on Llama's layers, by the short ones: no sequence is longer than 40 positions.
         Case(
             name="longrope_short",
@@ -256,6 +288,72 @@ CASES = {
             b_deviation=0.05,
             settings=Settings(lr=1e-3),
             seed=115,
+        ),
+        # SmolLM3: each second of three layers is without RoPE; odd widths, a head 20 wide though 72 / 4 is 18, tied head.
+        Case(
+            name="smollm3",
+            model=(
+                "--arch smollm3 --no-rope-interval 2 --hidden 72 --layers 3 --heads 4 --kv-heads 2 --head-dim 20 --ffn 164 "
+                "--vocab 397 --seed 25"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=116,
+        ),
+        # A list of layers without RoPE, of which the last entry is of no layer; these see 6 positions; biases on all seven
+        # linears, yarn with its magnitude where layers turn, own head.
+        Case(
+            name="smollm3_window",
+            model=(
+                "--arch smollm3 --no-rope-layers 0101 --window 6 --rope-scaling yarn --attention-bias --mlp-bias --hidden 72 "
+                "--layers 3 --heads 6 --kv-heads 2 --ffn 164 --vocab 320 --untied --seed 26"
+            ).split(),
+            sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
+            eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=117,
+        ),
+        # Granite: factors of embedding, scores, branches and logits, none of them a power of two; biases, tied head.
+        Case(
+            name="granite",
+            model=(
+                "--arch granite --embedding-multiplier 3 --attention-multiplier 0.17 --residual-multiplier 0.22 "
+                "--logits-scaling 1.7 --attention-bias --mlp-bias --hidden 72 --layers 3 --heads 4 --kv-heads 2 --ffn 164 "
+                "--vocab 397 --seed 27"
+            ).split(),
+            sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
+            eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=118,
+        ),
+        # The same layers with DoRA and dropout: branches count a bias, a gain and what dropout left by the same factor; eps
+        # beside rows of the stream that are small; own head.
+        Case(
+            name="dora_granite",
+            model=(
+                "--arch granite --embedding-multiplier 0.03 --attention-multiplier 0.4 --residual-multiplier 1.7 "
+                "--logits-scaling 0.7 --attention-bias --mlp-bias --hidden 72 --layers 2 --heads 4 --kv-heads 1 --head-dim 20 "
+                "--ffn 248 --vocab 320 --untied --seed 28"
+            ).split(),
+            sequences=[[(40, 11)], [(5, 5), (5, 0), (33, 2)], [(6, 6)], [(48, 1)], [(13, 0), (13, 3)], [(21, 8)], [(3, 1)]],
+            eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
+            lora_rank=4,
+            lora_alpha=8,
+            b_deviation=0.05,
+            settings=Settings(lr=1e-3),
+            seed=119,
+            dropout=0.3,
+            dora=True,
         ),
         # A bitsandbytes checkpoint, tests/golden/bnb_tiny_plain: no double quantization, k_proj at 16 bits. `model` is
         # what it was made from.

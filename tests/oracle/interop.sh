@@ -17,8 +17,8 @@ qshard=$(realpath "$1")
 shift
 python=$(realpath -s "${ORACLE_PYTHON:-$here/../../build/oracle/bin/python}")
 cases=("$@")
-[ "${#cases[@]}" -gt 0 ] || cases=(tiny2 odd biases mistral qwen2 qwen3 yarn gemma2 gemma3 phi3 longrope longrope_short dynamic \
-    dora dora_dropout)
+[ "${#cases[@]}" -gt 0 ] || cases=(tiny2 odd biases mistral qwen2 qwen3 yarn gemma2 gemma3 phi3 olmo2 olmo3 longrope longrope_short \
+    dynamic smollm3 smollm3_window granite dora dora_dropout dora_granite)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

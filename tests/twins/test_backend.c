@@ -169,6 +169,12 @@ Test(backend, a_model_that_a_gpu_does_not_take_is_named)
     cr_assert(cpu.ops->takes(&wide, why, sizeof why));
     cr_assert_not(gpu.ops->takes(&wide, why, sizeof why));
     cr_assert(strstr(why, "hidden_size=") == why, "%s", why);
+    qs_ops_limits whole = {.head_dim = 128, .hidden = 4096, .q_norm = QS_NORM_COLS_MAX};
+    cr_assert(gpu.ops->takes(&whole, why, sizeof why), "%s", why);
+    whole.q_norm += 8;
+    cr_assert(cpu.ops->takes(&whole, why, sizeof why));
+    cr_assert_not(gpu.ops->takes(&whole, why, sizeof why));
+    cr_assert(strstr(why, "num_attention_heads * head_dim=32776") == why, "%s", why);
     qs_backend_close(&gpu);
 }
 

@@ -55,10 +55,31 @@ for key, value, says in (("model_type", "gpt2", "gpt2"), ("architectures", ["GPT
                          ("quantization_config", {"quant_method": "gptq"}, "gptq"), ("qk_norm\n", True, r"qk_norm")):
     config(key, value, 303, says, ranks=2 if key == "model_type" else None)
 config("model_type", GONE, 302, "model_type")
+# The tensors are those of these two as well.
+for model_type, name, key, value, code in (
+        ("smollm3", "SmolLM3", "no_rope_layers", [1], 302), ("smollm3", "SmolLM3", "no_rope_layers", "10", 302),
+        ("smollm3", "SmolLM3", "no_rope_layers", [[0]] + [0] * 300, 302),
+        ("smollm3", "SmolLM3", "no_rope_layers", [1, None, 1, 0], 302),
+        ("smollm3", "SmolLM3", "no_rope_layer_interval", 0, 302), ("smollm3", "SmolLM3", "no_rope_layer_interval", INT64 - 1, 302),
+        ("smollm3", "SmolLM3", "layer_types", ["sliding_attention"] * 2, 303),
+        ("smollm3", "SmolLM3", "logits_scaling", 8.0, 303), ("granite", "Granite", "no_rope_layers", [1, 0], 303),
+        ("granite", "Granite", "residual_multiplier", 0, 302), ("granite", "Granite", "residual_multiplier", -0.22, 302),
+        ("granite", "Granite", "residual_multiplier", 1e-200, 302), ("granite", "Granite", "embedding_multiplier", 1e300, 302),
+        ("granite", "Granite", "attention_multiplier", [0.1], 302), ("granite", "Granite", "logits_scaling", "8", 302),
+        ("granite", "Granite", "logits_scaling", True, 302)):
+    case("quantize", f"config.json of {model_type} {key} = {str(value)[:40]}",
+         to.both(to.field(CONFIG, "model_type", model_type), to.field(CONFIG, "architectures", [name + "ForCausalLM"]),
+                 to.field(CONFIG, "pretraining_tp", GONE), to.field(CONFIG, key, value)), code, f"{CONFIG}: .*{key}")
 # Believable by itself, and not what the tensors are.
 for key, value in (("num_hidden_layers", 1), ("num_hidden_layers", 3), ("intermediate_size", 97), ("vocab_size", 319),
                    ("num_key_value_heads", 4), ("tie_word_embeddings", False)):
     case("quantize", f"{key} = {value} is not the tensors'", to.field(CONFIG, key, value), 305, "model: .*tensor", 2)
+# Another architecture's, whose norms stand elsewhere.
+for name, type_name in (("Olmo2", "olmo2"), ("Olmo3", "olmo3"), ("Qwen3", "qwen3")):
+    case("quantize", f"config.json is {name}'s, the tensors are not",
+         to.both(to.field(CONFIG, "model_type", type_name), to.field(CONFIG, "architectures", [f"{name}ForCausalLM"]),
+                 to.field(CONFIG, "rope_theta", 500000.0)), 305, "model: .*norm", 2 if name == "Olmo2" else None)
+config("model_type", "olmo3", 303, "architectures")
 for command in ("inspect model", "check model"):
     case(command, "config.json is cut off", to.cut(CONFIG, 0.5), 301, f"{CONFIG}: not valid JSON")
     case(command, "config.json is a pipe", to.fifo(CONFIG), 301, f"{CONFIG}: .*not a plain file")
