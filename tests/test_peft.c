@@ -114,7 +114,7 @@ Test(peft, fused_linears_have_adapters_of_their_own)
                               "[\n    \"o_proj\",\n    \"down_proj\",\n    \"qkv_proj\",\n    "
                               "\"gate_up_proj\"\n  ]"),
                        "%s", text);
-    qs_lora_peft_name(name, sizeof name, 2, QS_GATE_UP, 'B');
+    qs_lora_peft_name(name, sizeof name, QS_PEFT_PLAIN, 2, QS_GATE_UP, 'B');
     cr_assert_str_eq(name, "base_model.model.model.layers.2.mlp.gate_up_proj.lora_B.weight");
     float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
     path_in(dir, "fused");
@@ -267,7 +267,7 @@ static void write_16_bit(const char *dir, const qs_lora_layout *l, const qs_conf
     int n = 0;
     for (int layer = 0; layer < l->n_layers; layer++) {
         for (int b = 0; b < 2; b++, n++) {
-            qs_lora_peft_name(names[n], sizeof names[n], layer, QS_Q, b ? 'B' : 'A');
+            qs_lora_peft_name(names[n], sizeof names[n], QS_PEFT_PLAIN, layer, QS_Q, b ? 'B' : 'A');
             items[n] = (qs_st_item){.name = names[n],
                                     .dtype = dtype,
                                     .rank = 2,

@@ -158,6 +158,11 @@ bool qs_hf_listed(const char *const *list, size_t count, const char *key)
     return false;
 }
 
+bool qs_hf_is_harmless(const char *key)
+{
+    return qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
+}
+
 const json_t *qs_hf_given(const json_t *object, const char *key)
 {
     const json_t *value = json_object_get(object, key);
@@ -232,8 +237,7 @@ static bool known_key(const qs_hf_arch *arch, const char *key)
            (arch->gemma && qs_hf_listed(gemma_keys, QS_HF_COUNT(gemma_keys), key)) ||
            (arch->local_rope && qs_hf_listed(gemma3_keys, QS_HF_COUNT(gemma3_keys), key)) ||
            (arch->fused && qs_hf_listed(phi3_keys, QS_HF_COUNT(phi3_keys), key)) ||
-           qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) ||
-           qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
+           qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) || qs_hf_is_harmless(key);
 }
 
 void qs_hf_names_add(qs_hf_names *names, const char *name)
