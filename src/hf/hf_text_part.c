@@ -280,7 +280,9 @@ qs_status qs_hf_take_text_tensors(qs_st_dir *dir, const qs_hf_config *config)
                        qs_st_path(dir), found[0], found[1]);
     }
     QS_TRY(qs_st_rename_tensors(dir, spellings[found[0] != NULL ? 0 : 1], RULES, &left_out));
-    qs_log_info("%s: the text part of %s; %lld tensors of its other parts are left out",
-                qs_st_path(dir), config->part_of, (long long)left_out);
+    qs_log_info(
+        "%s: the text part of %s, which alone is trained; %lld tensors of its other parts are "
+        "left out",
+        qs_st_path(dir), config->part_of, (long long)left_out);
     return QS_OK;
 }
