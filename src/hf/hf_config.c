@@ -295,8 +295,9 @@ static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, c
     if (*out == NULL) {
         if (json_is_object(json_object_get(root, "text_config"))) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: \"model_type\" = %.100s is a model of text and more, of which the "
-                           "text part has to be saved alone (docs/troubleshooting.md)",
+                           "%s: \"model_type\" = %.100s is a model of text and more; of gemma3 and "
+                           "mistral3 the text part is taken, of others it has to be saved alone "
+                           "(docs/troubleshooting.md)",
                            path, type);
         }
         qs_hf_arch_names(known, sizeof known);

@@ -6,7 +6,7 @@ transformers makes a Gemma3ForConditionalGeneration or Mistral3ForConditionalGen
 model, saved under the names of the Hub and under those of its modules. Then, for both: base.h5 has the same weights as that
 of the text model, gradients and loss are the same bits; the exported adapter, loaded by peft over the whole model, gives our logits, and
 what merge writes gives them as a model of text alone; adapters by peft, under today's names and older ones, are read. Exit 1 if one is
-not as said.
+not as said. With VLLM_SITE and LLAMA_CPP, as for interop.sh, vLLM's check of the exported adapter and llama.cpp's converter, too.
 """
 import json
 import os
@@ -140,6 +140,15 @@ def check_logits(name, ours, theirs, most):
     check(name, distance <= most, f"relative L2 {distance:.1e} (at most {most:g})")
 
 
+def check_others(where, adapter, model):
+    for variable, script, first in (("VLLM_SITE", "vllm_check.py", ()), ("LLAMA_CPP", "llama_cpp_check.py", (os.environ.get("LLAMA_CPP"),))):
+        if variable in os.environ:
+            environment = {**os.environ, **({"PYTHONPATH": os.environ[variable]} if variable == "VLLM_SITE" else {})}
+            done = subprocess.run([sys.executable, os.path.join(HERE, script), *first, adapter, model], env=environment,
+                                  capture_output=True, text=True)
+            check(f"{where}: exported, {script}", done.stdout.startswith("ok"), (done.stdout or done.stderr).strip().splitlines()[-1])
+
+
 def check_case(qshard, case):
     run(sys.executable, os.path.join(HERE, "make_inputs.py"), case, ".")
     run(qshard, "quantize", "model", "-o", "base.h5", "--head-chunk-rows", 128)
@@ -165,6 +174,7 @@ def check_case(qshard, case):
         adapted = {name.split(".lora_A")[0] for name, _ in model.named_modules() if ".lora_A." in name}
         check(f"{where}: peft adapts", 2 * len(adapted) == len(grads) and all(".language_model." in name for name in adapted), str(len(adapted)))
         check_logits(f"{where}: exported, in peft", f"{spelling}.logits", first_logits(model, "eval.h5"), 1e-4)
+        check_others(where, f"{spelling}.adapter", "modules")  # llama.cpp asks for more than defaults of a Mistral
         for name, options in (("merged", ()), ("over", ("--original", spelling))):
             run(qshard, "merge", f"{spelling}.run", "-o", f"{spelling}.{name}", "--dtype", "f32", *options)
         merged, loading = AutoModelForCausalLM.from_pretrained(f"{spelling}.merged", dtype=torch.float32, attn_implementation="eager",
