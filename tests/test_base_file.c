@@ -411,6 +411,35 @@ Test(base_file, ids_that_end_a_text_are_kept_and_checked)
     qs_base_index_free(index);
 }
 
+/* Likewise. This index is of no text part. */
+Test(base_file, a_text_part_is_kept_and_checked)
+{
+    static const char *const wrong[] = {
+        "7",          "null",      "\"\"",
+        "\"gemma3\"", "\"llama\"", "\"0123456789012345678901234567890123456789\""};
+    qs_base_index *index = open_index(), *again = NULL;
+    char *text = NULL;
+    cr_assert_str_eq(index->config.part_of, "");
+    cr_assert_eq(qs_base_index_text(index, &text), QS_OK);
+    cr_assert_null(strstr(text, "part_of"));
+    strcpy(index->config.part_of, "mistral3");
+    free(text);
+    cr_assert_eq(qs_base_index_text(index, &text), QS_OK);
+    cr_assert_not_null(strstr(text, "\"part_of\":\"mistral3\""));
+    cr_assert_eq(qs_base_index_parse(&again, text, strlen(text), "b.h5"), QS_ERR_INPUT_FORMAT);
+    cr_assert_not_null(strstr(qs_error_text(), "llama is no text part of \"mistral3\""), "%s",
+                       qs_error_text());
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        char to[96];
+        snprintf(to, sizeof to, "\"part_of\":%s", wrong[i]);
+        qs_status st = parse_changed(index, "\"part_of\":\"mistral3\"", to);
+        cr_assert_eq(qs_exit_code(st), 3, "%s: %s", wrong[i], qs_error_text());
+    }
+    qs_error_clear();
+    free(text);
+    qs_base_index_free(index);
+}
+
 /* Likewise. */
 Test(base_file, hash_of_the_tokenizer_is_kept_and_checked)
 {

@@ -93,6 +93,33 @@ Test(ckpt, whole_vector_is_read_without_a_communicator)
     free(p.yaml);
 }
 
+/* Not in the first checkpoints: one of a model of text alone is as they were. */
+Test(ckpt, names_of_a_text_part_are_kept)
+{
+    for (int step = 0; step < 2; step++) {
+        fx_plan p;
+        char dir[160], path[192];
+        qs_config found;
+        qs_lora_layout layout;
+        float *vector = NULL;
+        void *text = NULL;
+        size_t bytes = 0;
+        fx_plan_init(&p, step);
+        p.layout.naming = step == 0 ? QS_PEFT_PLAIN : QS_PEFT_TEXT_PART;
+        team_expect_ok(2, fx_save_body, &p);
+        qs_manifest_step_dir(dir, sizeof dir, fx_run_dir, step);
+        cr_assert_eq(qs_ckpt_read_lora(dir, &found, &layout, &vector), QS_OK, "%s",
+                     qs_error_text());
+        cr_assert_eq(layout.naming, p.layout.naming);
+        snprintf(path, sizeof path, "%s/manifest.json", dir);
+        cr_assert_eq(qs_io_read_file(path, 1 << 20, &text, &bytes), QS_OK);
+        cr_assert_eq(strstr(text, "text_part") != NULL, step == 1);
+        free(text);
+        qs_mem_free(vector);
+        free(p.yaml);
+    }
+}
+
 Test(ckpt, the_chat_template_of_the_data_is_kept_and_none_is_made_up)
 {
     static const char *const templates[] = {NULL, "", "\"{{ m }}\"\n\t\\ \xc2\xab\x01"};

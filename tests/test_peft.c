@@ -114,7 +114,7 @@ Test(peft, fused_linears_have_adapters_of_their_own)
                               "[\n    \"o_proj\",\n    \"down_proj\",\n    \"qkv_proj\",\n    "
                               "\"gate_up_proj\"\n  ]"),
                        "%s", text);
-    qs_lora_peft_name(name, sizeof name, 2, QS_GATE_UP, 'B');
+    qs_lora_peft_name(name, sizeof name, QS_PEFT_PLAIN, 2, QS_GATE_UP, 'B');
     cr_assert_str_eq(name, "base_model.model.model.layers.2.mlp.gate_up_proj.lora_B.weight");
     float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
     path_in(dir, "fused");
@@ -136,6 +136,111 @@ Test(peft, fused_linears_have_adapters_of_their_own)
     free(segment);
     free(x);
     free(text);
+}
+
+/* The text part of a model of text and images: its names, a pattern that finds its linears and not
+ * those of the vision part, and the class that has them. */
+Test(peft, a_text_part_is_named_as_in_the_whole_model)
+{
+    qs_config c = config(1u << QS_Q | 1u << QS_DOWN), found;
+    qs_hf_config m = model();
+    qs_lora_layout l, plain = layout_of(&c), again;
+    strcpy(m.part_of, "gemma3");
+    cr_assert_eq(qs_lora_layout_make(&l, &m, &c), QS_OK, "%s", qs_error_text());
+    float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
+    char dir[192], file[256];
+    void *text = NULL;
+    size_t bytes = 0;
+    path_in(dir, "part");
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+    qs_st_dir *tensors = NULL;
+    cr_assert_eq(qs_st_open(&tensors, dir, "adapter_model"), QS_OK);
+    cr_assert_eq(qs_st_count(tensors), 12);
+    cr_assert_str_eq(qs_st_at(tensors, 0)->name,
+                     "base_model.model.model.language_model.layers.0.mlp.down_proj.lora_A.weight");
+    qs_st_close(tensors);
+    snprintf(file, sizeof file, "%s/adapter_config.json", dir);
+    cr_assert_eq(qs_io_read_file(file, 1 << 16, &text, &bytes), QS_OK);
+    cr_assert_not_null(
+        strstr(text, "\"target_modules\": \".*language_model\\\\..*\\\\.(q_proj|down_proj)\""),
+        "%s", (char *)text);
+    free(text);
+    snprintf(file, sizeof file, "%s/README.md", dir);
+    cr_assert_eq(qs_io_read_file(file, 1 << 16, &text, &bytes), QS_OK);
+    cr_assert_not_null(strstr(text, "= AutoModelForImageTextToText.from_pretrained("));
+    cr_assert_null(strstr(text, "CausalLM"));
+    free(text);
+    /* Read for a base of either kind. */
+    qs_config_defaults(&found);
+    cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_lora_layout_make(&again, &m, &found), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(memcmp(&again, &l, sizeof l), 0);
+    for (int k = 0; k < 2; k++) {
+        qs_peft *peft = NULL;
+        cr_assert_eq(qs_peft_open(&peft, dir, k == 0 ? &l : &plain), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_read_layer(peft, 2, segment), QS_OK);
+        cr_assert_eq(memcmp(segment, x + 2 * l.per_layer, (size_t)l.used * sizeof *x), 0);
+        qs_peft_close(peft);
+    }
+    free(segment);
+    free(x);
+}
+
+/* Adapters of text parts from before transformers 4.52, and files that no program writes. */
+Test(peft, names_are_read_in_one_spelling_whatever_it_is)
+{
+    static const struct {
+        const char *a, *b;
+        qs_status status;
+        const char *says;
+    } cases[] = {
+        {"base_model.model.model.", "base_model.model.model.", QS_OK, ""},
+        {"base_model.model.model.language_model.", "base_model.model.model.language_model.", QS_OK,
+         ""},
+        {"base_model.model.language_model.model.", "base_model.model.language_model.model.", QS_OK,
+         ""},
+        {"base_model.model.model.", "base_model.model.model.language_model.", QS_ERR_INPUT_TENSOR,
+         "names of one model"},
+        {"base_model.model.language_model.model.", "base_model.model.model.language_model.",
+         QS_ERR_INPUT_TENSOR, "names of one model"},
+        {"base_model.model.language_model.", "base_model.model.language_model.",
+         QS_ERR_INPUT_TENSOR, "belongs to no linear"},
+        {"base_model.model.model.vision_tower.encoder.",
+         "base_model.model.model.vision_tower.encoder.", QS_ERR_INPUT_TENSOR,
+         "belongs to no linear"},
+    };
+    qs_config c = config(1u << QS_Q);
+    qs_hf_config m = model();
+    qs_lora_layout l;
+    m.n_layers = 1;
+    cr_assert_eq(qs_lora_layout_make(&l, &m, &c), QS_OK);
+    float *x = random_vector(&l);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char dir[192], name[16], names[2][128], path[256];
+        snprintf(name, sizeof name, "names%zu", i);
+        path_in(dir, name);
+        snprintf(names[0], sizeof names[0], "%slayers.0.self_attn.q_proj.lora_A.weight",
+                 cases[i].a);
+        snprintf(names[1], sizeof names[1], "%slayers.0.self_attn.q_proj.lora_B.weight",
+                 cases[i].b);
+        const qs_st_item items[] = {{names[0], QS_F32, 2, {8, 96}, x + l.a_at[QS_Q]},
+                                    {names[1], QS_F32, 2, {96, 8}, x + l.b_at[QS_Q]}};
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+        snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
+        cr_assert_eq(qs_st_write(path, items, 2, NULL), QS_OK, "%s", qs_error_text());
+        if (cases[i].status != QS_OK) {
+            expect_open(dir, &l, cases[i].status, cases[i].says);
+            continue;
+        }
+        qs_peft *peft = NULL;
+        float *segment = malloc((size_t)l.per_layer * sizeof *segment);
+        cr_assert_eq(qs_peft_open(&peft, dir, &l), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_read_layer(peft, 0, segment), QS_OK);
+        cr_assert_eq(memcmp(segment, x, (size_t)l.used * sizeof *x), 0);
+        qs_peft_close(peft);
+        free(segment);
+    }
+    free(x);
 }
 
 Test(peft, config_text_is_the_one_of_peft)
@@ -267,7 +372,7 @@ static void write_16_bit(const char *dir, const qs_lora_layout *l, const qs_conf
     int n = 0;
     for (int layer = 0; layer < l->n_layers; layer++) {
         for (int b = 0; b < 2; b++, n++) {
-            qs_lora_peft_name(names[n], sizeof names[n], layer, QS_Q, b ? 'B' : 'A');
+            qs_lora_peft_name(names[n], sizeof names[n], QS_PEFT_PLAIN, layer, QS_Q, b ? 'B' : 'A');
             items[n] = (qs_st_item){.name = names[n],
                                     .dtype = dtype,
                                     .rank = 2,

@@ -16,6 +16,7 @@ typedef struct {
     char device[192];
     char *chat_template; /* NULL: none, or from before it was kept */
     int n_layers;
+    qs_peft_naming naming; /* plain in checkpoints from before it was kept */
     int64_t out[QS_LINEAR_COUNT], in[QS_LINEAR_COUNT];
 } qs_ckpt_record;
 

@@ -347,6 +347,7 @@ qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout
     const char *yaml = s.record.config_yaml;
     QS_GOTO(qs_config_parse(cfg, yaml, strlen(yaml), step_dir, NULL, 0));
     QS_GOTO(qs_lora_layout_of_shapes(layout, s.record.n_layers, s.record.out, s.record.in, cfg));
+    layout->naming = s.record.naming;
     QS_GOTO(QS_ALLOC(vector, layout->n_layers * layout->per_layer, QS_MEM_LORA));
     s.layout = layout;
     target to = {.want = {0, layout->per_layer}, .out = *vector, .stride = layout->per_layer};

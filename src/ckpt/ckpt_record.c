@@ -37,6 +37,9 @@ static json_t *lora_object(const qs_lora_layout *layout)
     if (layout->dora) { /* for readers; ours goes by the configuration */
         json_object_set_new(lora, "dora", json_true());
     }
+    if (layout->naming != QS_PEFT_PLAIN) {
+        json_object_set_new(lora, "text_part", json_true());
+    }
     return lora;
 }
 
@@ -163,6 +166,8 @@ static qs_status parse_root(const json_t *root, qs_ckpt_record *out, const char 
     QS_TRY(qs_json_i64(lora, "layers", 1, LAYERS_MAX, &layers, path));
     QS_TRY(qs_json_object(lora, "shapes", &shapes, path));
     QS_TRY(parse_shapes(shapes, out, path));
+    out->naming =
+        json_is_true(json_object_get(lora, "text_part")) ? QS_PEFT_TEXT_PART : QS_PEFT_PLAIN;
     QS_TRY(check_widths(out, path));
     QS_TRY(qs_json_text(root, "config", &config, path));
     out->n_layers = (int)layers;

@@ -9,6 +9,7 @@
 #include "ckpt/ckpt_impl.h"
 #include "cli/cli_impl.h"
 #include "data/data.h"
+#include "hf/hf_text_part.h"
 #include "hf/safetensors.h"
 #include "lora/lora_impl.h"
 #include "store/h5.h"
@@ -56,11 +57,17 @@ static qs_status check_tensors(const char *path, const char *stem)
     return st;
 }
 
-static qs_status describe_tensors(const char *path, const char *stem)
+/* `model`: of a checkpoint that may hold more than the text part; NULL: of an adapter. */
+static qs_status describe_tensors(const char *path, const char *stem, const qs_hf_config *model)
 {
     qs_st_dir *dir = NULL;
     int64_t bytes = 0, elements = 0;
     QS_TRY(qs_st_open(&dir, path, stem));
+    const qs_status st = model != NULL ? qs_hf_take_text_tensors(dir, model) : QS_OK;
+    if (st != QS_OK) {
+        qs_st_close(dir);
+        return st;
+    }
     for (int64_t i = 0; i < qs_st_count(dir); i++) {
         bytes += qs_st_at(dir, i)->bytes;
         elements += qs_st_at(dir, i)->count;
@@ -74,13 +81,8 @@ static qs_status describe_tensors(const char *path, const char *stem)
 static qs_status read_model_config(const char *path, qs_hf_config *config)
 {
     char file[PATH_ROOM];
-    void *text = NULL;
-    size_t bytes = 0;
     snprintf(file, sizeof file, "%s/config.json", path);
-    QS_TRY(qs_io_read_file(file, HF_CONFIG_MAX, &text, &bytes));
-    qs_status st = qs_hf_config_parse(config, text, bytes, file);
-    free(text);
-    return st;
+    return qs_hf_config_read(config, NULL, file, HF_CONFIG_MAX);
 }
 
 /* ---- check ---- */
@@ -261,21 +263,22 @@ static qs_status inspect_adapter(const char *path)
            config.dora ? ", DoRA" : "", config.lora_rank, config.alpha,
            config.rslora ? " (rslora)" : "");
     print_targets(targeted);
-    return describe_tensors(path, "adapter_model");
+    return describe_tensors(path, "adapter_model", NULL);
 }
 
 static qs_status inspect_model(const char *path)
 {
     qs_hf_config c;
     QS_TRY(read_model_config(path, &c));
-    printf("%s: Hugging Face checkpoint\n  model       %s%s\n", path, c.model_type,
-           c.bnb_4bit ? ", bitsandbytes 4-bit" : "");
+    printf("%s: Hugging Face checkpoint\n  model       %s%s%s%s\n", path, c.model_type,
+           c.bnb_4bit ? ", bitsandbytes 4-bit" : "",
+           c.part_of[0] != '\0' ? ", the text part of " : "", c.part_of);
     printf("  layers      %d\n  hidden      %" PRId64 " (mlp %" PRId64 ")\n", c.n_layers, c.hidden,
            c.ffn_hidden);
     printf("  heads       %d, %d for keys and values, of %d\n", c.n_heads, c.n_kv_heads,
            c.head_dim);
     printf("  vocabulary  %" PRId64 "%s\n", c.vocab, c.tied ? ", tied" : "");
-    return describe_tensors(path, "model");
+    return describe_tensors(path, "model", &c);
 }
 
 static qs_status inspect_config(const char *path)

@@ -169,6 +169,11 @@ bool qs_hf_listed(const char *const *list, size_t count, const char *key)
     return false;
 }
 
+bool qs_hf_is_harmless(const char *key)
+{
+    return qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
+}
+
 const json_t *qs_hf_given(const json_t *object, const char *key)
 {
     const json_t *value = json_object_get(object, key);
@@ -247,8 +252,7 @@ static bool known_key(const qs_hf_arch *arch, const char *key)
            (arch->nope_interval > 0 && qs_hf_listed(nope_keys, QS_HF_COUNT(nope_keys), key)) ||
            (arch->multipliers &&
             qs_hf_listed(multiplier_keys, QS_HF_COUNT(multiplier_keys), key)) ||
-           qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) ||
-           qs_hf_listed(harmless_keys, QS_HF_COUNT(harmless_keys), key);
+           qs_hf_listed(used_keys, QS_HF_COUNT(used_keys), key) || qs_hf_is_harmless(key);
 }
 
 void qs_hf_names_add(qs_hf_names *names, const char *name)
@@ -306,8 +310,9 @@ static qs_status find_architecture(const qs_hf_arch **out, const json_t *root, c
     if (*out == NULL) {
         if (json_is_object(json_object_get(root, "text_config"))) {
             return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
-                           "%s: \"model_type\" = %.100s is a model of text and more, of which the "
-                           "text part has to be saved alone (docs/troubleshooting.md)",
+                           "%s: \"model_type\" = %.100s is a model of text and more; of gemma3 and "
+                           "mistral3 the text part is taken, of others it has to be saved alone "
+                           "(docs/troubleshooting.md)",
                            path, type);
         }
         qs_hf_arch_names(known, sizeof known);

@@ -10,7 +10,7 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
-enum { QS_HEAD_DIM_MAX = 1024, QS_LAYERS_MAX = 1000 };
+enum { QS_HEAD_DIM_MAX = 1024, QS_LAYERS_MAX = 1000, QS_HF_TYPE_BYTES = 32 };
 
 /** The linears of a layer, in the order that units and the LoRA vector use. Phi-3 has one for q, k
  * and v, whose rows stand in this order, and one for gate and up: stored, quantized and adapted as
@@ -52,7 +52,9 @@ typedef enum {
 typedef enum { QS_NORMS_IN_FRONT, QS_NORMS_BEHIND, QS_NORMS_BOTH } qs_norms;
 
 typedef struct {
-    char model_type[32]; /* "llama", "mistral", ... */
+    char model_type[QS_HF_TYPE_BYTES]; /* "llama", "mistral", ... */
+    char part_of[QS_HF_TYPE_BYTES];    /* model_type of the model of text and images that it is the
+                                          text part of (hf_text_part.h); "": a model of its own */
     int n_layers, n_heads, n_kv_heads, head_dim;
     int64_t hidden, ffn_hidden, vocab;
     int64_t max_position;

@@ -10,6 +10,9 @@
 
 bool qs_hf_listed(const char *const *list, size_t count, const char *key);
 
+/** Is it a key that changes nothing in any model? */
+bool qs_hf_is_harmless(const char *key);
+
 /** The member, NULL where it is absent or null: both mean the default. */
 const json_t *qs_hf_given(const json_t *object, const char *key);
 

@@ -66,6 +66,17 @@ const qs_st_tensor *qs_st_at(const qs_st_dir *dir, int64_t index);
 /** NULL if there is none of that name. */
 const qs_st_tensor *qs_st_find(const qs_st_dir *dir, const char *name);
 
+/** What becomes of names that begin with `from`: they begin with `to`, or, where that is NULL, the
+ * tensor is left out. */
+typedef struct {
+    const char *from, *to;
+} qs_st_rename;
+
+/** Rename all tensors, each by the first of the rules that fits. What qs_st_at and qs_st_find gave
+ * is void. \return QS_ERR_INPUT_TENSOR for a name that no rule fits, and where two become one. */
+qs_status qs_st_rename_tensors(qs_st_dir *dir, const qs_st_rename *rules, int count,
+                               int64_t *left_out);
+
 /** Read bytes [first, first + bytes) of a tensor. */
 qs_status qs_st_read(qs_st_dir *dir, const qs_st_tensor *tensor, int64_t first, int64_t bytes,
                      void *out);

@@ -350,6 +350,61 @@ const qs_st_tensor *qs_st_find(const qs_st_dir *dir, const char *name)
     return NULL;
 }
 
+/* ---- other names ---- */
+
+static const qs_st_rename *rule_for(const char *name, const qs_st_rename *rules, int count)
+{
+    for (int i = 0; i < count; i++) {
+        if (strncmp(name, rules[i].from, strlen(rules[i].from)) == 0) {
+            return &rules[i];
+        }
+    }
+    return NULL;
+}
+
+static qs_status rename_one(const qs_st_dir *dir, qs_st_tensor *t, const qs_st_rename *rule)
+{
+    const char *rest = t->name + strlen(rule->from);
+    const size_t bytes = strlen(rule->to) + strlen(rest) + 1;
+    char *name = malloc(bytes);
+    if (name == NULL) {
+        return no_memory(dir->path);
+    }
+    (void)snprintf(name, bytes, "%s%s", rule->to, rest);
+    free(t->name);
+    t->name = name;
+    return QS_OK;
+}
+
+qs_status qs_st_rename_tensors(qs_st_dir *dir, const qs_st_rename *rules, int count,
+                               int64_t *left_out)
+{
+    const int64_t before = dir->n_tensors;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < before; i++) { /* in front, so that a failure leaves all as it was */
+        if (rule_for(dir->tensors[i].name, rules, count) == NULL) {
+            return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                           "%s: tensor \"%.200s\" belongs to no part of the model that is known",
+                           dir->files[dir->tensors[i].file].path, dir->tensors[i].name);
+        }
+    }
+    for (int64_t i = 0; i < before; i++) {
+        const qs_st_tensor t = dir->tensors[i];
+        if (rule_for(t.name, rules, count)->to == NULL) {
+            free(t.name);
+        } else {
+            dir->tensors[kept++] = t;
+        }
+    }
+    dir->n_tensors = kept;
+    *left_out = before - kept;
+    for (int64_t i = 0; i < kept; i++) {
+        qs_st_tensor *t = &dir->tensors[i];
+        QS_TRY(rename_one(dir, t, rule_for(t->name, rules, count)));
+    }
+    return sort_tensors(dir);
+}
+
 qs_status qs_st_read(qs_st_dir *dir, const qs_st_tensor *tensor, int64_t first, int64_t bytes,
                      void *out)
 {

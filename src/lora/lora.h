@@ -18,8 +18,18 @@
 
 enum { QS_LORA_CHUNK = 4096 };
 
+/** How peft calls the modules of the model: one of text alone, or the text part of another
+ * (qs_hf_config.part_of), as it is called today and was before transformers 4.52. */
+typedef enum {
+    QS_PEFT_PLAIN,
+    QS_PEFT_TEXT_PART,
+    QS_PEFT_TEXT_PART_OLD,
+    QS_PEFT_NAMINGS,
+} qs_peft_naming;
+
 typedef struct {
     int n_layers;
+    qs_peft_naming naming; /* of what is written; any is read */
     int lora_rank;
     float scale;
     bool dora;
@@ -37,7 +47,7 @@ typedef struct {
 qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, const qs_config *cfg);
 
 /** The same from the shapes of the linears, [QS_LINEAR_COUNT] each, 0 where layers have none: what
- * a checkpoint records. */
+ * a checkpoint records. Names are plain. */
 qs_status qs_lora_layout_of_shapes(qs_lora_layout *out, int n_layers, const int64_t *out_features,
                                    const int64_t *in_features, const qs_config *cfg);
 
@@ -96,7 +106,8 @@ void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_ran
 
 /** PEFT name of a weight: base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight; of
  * magnitudes ...q_proj.lora_magnitude_vector, as peft writes it. */
-void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, char which);
+void qs_lora_peft_name(char *out, size_t capacity, qs_peft_naming naming, int layer,
+                       qs_linear linear, char which);
 
 /** Fill a whole layer's segment from a PEFT adapter directory opened by lora_peft.c; see
  * qs_peft_open. */

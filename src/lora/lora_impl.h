@@ -31,7 +31,8 @@ qs_status qs_peft_config_read(qs_peft_config *out, const char *dir);
 qs_status qs_peft_targets(const char *dir, uint32_t *targets);
 
 /** The inverse of qs_lora_peft_name; false for any other name. */
-bool qs_lora_peft_parse(const char *name, int *layer, qs_linear *linear, char *which);
+bool qs_lora_peft_parse(const char *name, qs_peft_naming *naming, int *layer, qs_linear *linear,
+                        char *which);
 
 /** alpha / rank, or alpha / sqrt(rank). */
 float qs_lora_scale(double alpha, int64_t lora_rank, bool rslora);

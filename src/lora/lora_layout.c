@@ -71,7 +71,9 @@ qs_status qs_lora_layout_make(qs_lora_layout *out, const qs_hf_config *model, co
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(model, (qs_linear)i, &out_features[i], &in_features[i]);
     }
-    return qs_lora_layout_of_shapes(out, model->n_layers, out_features, in_features, cfg);
+    QS_TRY(qs_lora_layout_of_shapes(out, model->n_layers, out_features, in_features, cfg));
+    out->naming = model->part_of[0] != '\0' ? QS_PEFT_TEXT_PART : QS_PEFT_PLAIN;
+    return QS_OK;
 }
 
 int64_t qs_lora_count(const qs_lora_layout *layout)
@@ -188,32 +190,54 @@ void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_ran
     }
 }
 
-void qs_lora_peft_name(char *out, size_t capacity, int layer, qs_linear linear, char which)
+/* In front of the number of a layer. */
+static const char *const prefixes[QS_PEFT_NAMINGS] = {
+    [QS_PEFT_PLAIN] = "base_model.model.model.layers.",
+    [QS_PEFT_TEXT_PART] = "base_model.model.model.language_model.layers.",
+    [QS_PEFT_TEXT_PART_OLD] = "base_model.model.language_model.model.layers.",
+};
+
+void qs_lora_peft_name(char *out, size_t capacity, qs_peft_naming naming, int layer,
+                       qs_linear linear, char which)
 {
     char part[32] = "magnitude_vector";
     if (which != 'm') {
         snprintf(part, sizeof part, "%c.weight", which);
     }
-    snprintf(out, capacity, "base_model.model.model.layers.%d.%s.lora_%s", layer,
-             qs_linear_path(linear), part);
+    snprintf(out, capacity, "%s%d.%s.lora_%s", prefixes[naming], layer, qs_linear_path(linear),
+             part);
 }
 
-bool qs_lora_peft_parse(const char *name, int *layer, qs_linear *linear, char *which)
+static bool parse_as(const char *name, qs_peft_naming naming, int *layer, qs_linear *linear,
+                     char *which)
 {
-    static const char prefix[] = "base_model.model.model.layers.", middle[] = ".lora_";
+    static const char middle[] = ".lora_";
+    const size_t prefix = strlen(prefixes[naming]);
     const char *part = strstr(name, middle);
-    if (strncmp(name, prefix, sizeof prefix - 1) != 0 || part == NULL) {
+    if (strncmp(name, prefixes[naming], prefix) != 0 || part == NULL) {
         return false;
     }
-    const long number = strtol(name + sizeof prefix - 1, NULL, 10);
+    const long number = strtol(name + prefix, NULL, 10);
     const char first = part[sizeof middle - 1];
     for (int i = 0; i < QS_LINEAR_COUNT && number >= 0 && number < INT_MAX; i++) {
         char whole[128];
         *layer = (int)number;
         *linear = (qs_linear)i;
         *which = first;
-        qs_lora_peft_name(whole, sizeof whole, *layer, *linear, first);
+        qs_lora_peft_name(whole, sizeof whole, naming, *layer, *linear, first);
         if (strcmp(whole, name) == 0) { /* one spelling, so that it is found again */
+            return true;
+        }
+    }
+    return false;
+}
+
+bool qs_lora_peft_parse(const char *name, qs_peft_naming *naming, int *layer, qs_linear *linear,
+                        char *which)
+{
+    for (int i = 0; i < QS_PEFT_NAMINGS; i++) {
+        if (parse_as(name, (qs_peft_naming)i, layer, linear, which)) {
+            *naming = (qs_peft_naming)i;
             return true;
         }
     }

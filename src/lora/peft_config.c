@@ -176,6 +176,22 @@ static json_t *target_list(const qs_lora_layout *layout)
     return list;
 }
 
+/* A vision tower may have linears of the same names: a pattern that names those of the text part
+ * alone, which peft compares with whole names of modules. */
+static json_t *target_pattern(const qs_lora_layout *layout)
+{
+    char text[256] = ".*language_model\\..*\\.(";
+    for (int i = 0; i < QS_LINEAR_COUNT; i++) {
+        const size_t used = strlen(text);
+        if (layout->targeted[i]) {
+            snprintf(text + used, sizeof text - used, "%s%s", text[used - 1] == '(' ? "" : "|",
+                     short_name((qs_linear)i));
+        }
+    }
+    strcat(text, ")");
+    return json_string(text);
+}
+
 /* Digits that bring both numbers back exactly, so that 0.1 is not written as 0.1000...01. */
 static size_t digits_for(double a, double b)
 {
@@ -199,8 +215,8 @@ char *qs_peft_config_text(const qs_config *cfg, const qs_lora_layout *layout, co
         "inference_mode", 1, "init_lora_weights", 1, "lora_alpha", number(cfg->lora.alpha),
         "lora_dropout", cfg->lora.dropout, "modules_to_save", "peft_type", "LORA", "r",
         (json_int_t)cfg->lora.rank, "rank_pattern", "revision", "target_modules",
-        target_list(layout), "task_type", "CAUSAL_LM", "use_dora", (int)cfg->lora.dora,
-        "use_rslora", (int)cfg->lora.rslora);
+        layout->naming == QS_PEFT_PLAIN ? target_list(layout) : target_pattern(layout), "task_type",
+        "CAUSAL_LM", "use_dora", (int)cfg->lora.dora, "use_rslora", (int)cfg->lora.rslora);
     if (!config) {
         return NULL;
     }

@@ -10,6 +10,7 @@
 struct qs_peft {
     qs_st_dir *tensors;
     qs_lora_layout layout;
+    qs_peft_naming naming; /* of the tensors, whatever the layout's */
 };
 
 enum { NAME_ROOM = 160 };
@@ -17,6 +18,7 @@ enum { NAME_ROOM = 160 };
 /* ---- which linears ---- */
 
 typedef struct {
+    qs_peft_naming naming;
     uint32_t targets; /* linears that any layer has an adapter of */
     int n_layers;
     int sample[QS_LINEAR_COUNT]; /* a layer that has one */
@@ -27,15 +29,23 @@ static qs_status count_linears(const qs_st_dir *tensors, census *out)
     *out = (census){.targets = 0};
     for (int64_t i = 0; i < qs_st_count(tensors); i++) {
         int layer = 0;
+        qs_peft_naming naming;
         qs_linear linear;
         char which;
         const char *name = qs_st_at(tensors, i)->name;
-        if (!qs_lora_peft_parse(name, &layer, &linear, &which)) {
+        if (!qs_lora_peft_parse(name, &naming, &layer, &linear, &which)) {
             return QS_FAIL(QS_ERR_INPUT_TENSOR,
                            "%s: tensor \"%s\" belongs to no linear of a layer; only adapters of "
                            "those are supported",
                            qs_st_path(tensors), name);
         }
+        if (i > 0 && naming != out->naming) {
+            return QS_FAIL(QS_ERR_INPUT_TENSOR,
+                           "%s: tensors \"%s\" and \"%s\": names of one model are expected, of "
+                           "text alone or with a text part",
+                           qs_st_path(tensors), qs_st_at(tensors, 0)->name, name);
+        }
+        out->naming = naming;
         out->targets |= 1u << linear;
         out->sample[linear] = layer;
         out->n_layers = layer >= out->n_layers ? layer + 1 : out->n_layers;
@@ -45,26 +55,26 @@ static qs_status count_linears(const qs_st_dir *tensors, census *out)
                : QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: holds no tensor", qs_st_path(tensors));
 }
 
-static bool has_linear(const qs_st_dir *tensors, int layer, qs_linear linear)
+static bool has_linear(const qs_st_dir *tensors, qs_peft_naming naming, int layer, qs_linear linear)
 {
     static const char parts[] = {'A', 'B', 'm'};
     char name[NAME_ROOM];
     bool found = false;
     for (size_t i = 0; i < sizeof parts && !found; i++) {
-        qs_lora_peft_name(name, sizeof name, layer, linear, parts[i]);
+        qs_lora_peft_name(name, sizeof name, naming, layer, linear, parts[i]);
         found = qs_st_find(tensors, name) != NULL;
     }
     return found;
 }
 
 /* One layout serves all layers, so they must be alike. */
-static qs_status find_targets(const qs_st_dir *tensors, uint32_t *targets)
+static qs_status find_targets(const qs_st_dir *tensors, uint32_t *targets, qs_peft_naming *naming)
 {
     census all;
     QS_TRY(count_linears(tensors, &all));
     for (int layer = 0; layer < all.n_layers; layer++) {
         for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-            if (all.targets >> i & 1 && !has_linear(tensors, layer, (qs_linear)i)) {
+            if (all.targets >> i & 1 && !has_linear(tensors, all.naming, layer, (qs_linear)i)) {
                 return QS_FAIL(QS_ERR_INPUT_TENSOR,
                                "%s: layer %d has no adapter of %s, layer %d has one; only adapters "
                                "that are alike in all layers are supported",
@@ -74,14 +84,16 @@ static qs_status find_targets(const qs_st_dir *tensors, uint32_t *targets)
         }
     }
     *targets = all.targets;
+    *naming = all.naming;
     return QS_OK;
 }
 
 qs_status qs_peft_targets(const char *dir, uint32_t *targets)
 {
     qs_st_dir *tensors = NULL;
+    qs_peft_naming naming;
     QS_TRY(qs_st_open(&tensors, dir, "adapter_model"));
-    const qs_status st = find_targets(tensors, targets);
+    const qs_status st = find_targets(tensors, targets, &naming);
     qs_st_close(tensors);
     return st;
 }
@@ -168,7 +180,7 @@ static qs_status find_tensor(const qs_peft *peft, int layer, int linear, const q
     char name[NAME_ROOM];
     qs_dtype dtype;
     const char *path = qs_st_path(peft->tensors);
-    qs_lora_peft_name(name, sizeof name, layer, (qs_linear)linear, part->which);
+    qs_lora_peft_name(name, sizeof name, peft->naming, layer, (qs_linear)linear, part->which);
     const qs_st_tensor *t = qs_st_find(peft->tensors, name);
     if (!t) {
         return QS_FAIL(QS_ERR_INPUT_TENSOR, "%s: tensor \"%s\" is missing", path, name);
@@ -223,7 +235,7 @@ qs_status qs_peft_open(qs_peft **out, const char *dir, const qs_lora_layout *lay
     peft->layout = *layout;
     QS_GOTO(check_settings(layout, dir));
     QS_GOTO(qs_st_open(&peft->tensors, dir, "adapter_model"));
-    QS_GOTO(find_targets(peft->tensors, &targets));
+    QS_GOTO(find_targets(peft->tensors, &targets, &peft->naming));
     QS_GOTO(check_targets(layout, targets, dir));
     QS_GOTO(check_tensors(peft));
     *out = peft;

@@ -18,10 +18,10 @@ enum { NAME_ROOM = 96, PATH_ROOM = QS_PATH_MAX + 64 };
 
 /* ---- the tensors ---- */
 
-static void add_item(qs_st_item *items, char (*names)[NAME_ROOM], int64_t at, int layer, int linear,
-                     const qs_lora_part *part, const float *segment)
+static void add_item(qs_st_item *items, char (*names)[NAME_ROOM], int64_t at, qs_peft_naming naming,
+                     int layer, int linear, const qs_lora_part *part, const float *segment)
 {
-    qs_lora_peft_name(names[at], NAME_ROOM, layer, (qs_linear)linear, part->which);
+    qs_lora_peft_name(names[at], NAME_ROOM, naming, layer, (qs_linear)linear, part->which);
     items[at] = (qs_st_item){
         .name = names[at],
         .dtype = QS_F32,
@@ -48,7 +48,7 @@ qs_status qs_peft_write_tensors(const char *path, const qs_lora_layout *layout, 
             qs_lora_part parts[QS_LORA_PARTS_MAX];
             const int n = qs_lora_parts(layout, i, parts);
             for (int k = 0; k < n; k++) {
-                add_item(items, names, count++, layer, i, &parts[k], segment);
+                add_item(items, names, count++, layout->naming, layer, i, &parts[k], segment);
             }
         }
     }
@@ -82,8 +82,11 @@ static void quote(FILE *out, const char *text)
     fputc('"', out);
 }
 
-static char *model_card(const qs_config *cfg, const char *base_name)
+static char *model_card(const qs_config *cfg, qs_peft_naming naming, const char *base_name)
 {
+    /* the class that has modules of these names */
+    const char *class_name =
+        naming == QS_PEFT_PLAIN ? "AutoModelForCausalLM" : "AutoModelForImageTextToText";
     char *text = NULL;
     size_t bytes = 0;
     FILE *out = open_memstream(&text, &bytes);
@@ -94,11 +97,12 @@ static char *model_card(const qs_config *cfg, const char *base_name)
     quote(out, base_name);
     fputs("\nlibrary_name: peft\ntags:\n- lora\n- qlora\n---\n\n", out);
     fprintf(out,
-            "# LoRA adapter\n\nRank %lld, alpha %g%s%s, trained with qshard on an NF4 base.\n\n"
+            "# LoRA adapter\n\nRank %lld, alpha %g%s%s, trained with qshard on an NF4 base%s.\n\n"
             "```python\nfrom peft import PeftModel\nfrom transformers import "
-            "AutoModelForCausalLM\n\nbase = AutoModelForCausalLM.from_pretrained(",
+            "%s\n\nbase = %s.from_pretrained(",
             (long long)cfg->lora.rank, cfg->lora.alpha,
-            cfg->lora.rslora ? " (rank-stabilized)" : "", cfg->lora.dora ? ", DoRA" : "");
+            cfg->lora.rslora ? " (rank-stabilized)" : "", cfg->lora.dora ? ", DoRA" : "",
+            naming == QS_PEFT_PLAIN ? "" : ", the text part of the model", class_name, class_name);
     quote(out, base_name);
     fputs(", dtype=\"bfloat16\")\n"
           "model = PeftModel.from_pretrained(base, \"path/of/this/directory\")\n```\n",
@@ -122,7 +126,7 @@ static qs_status write_files(const char *dir, const qs_lora_layout *layout, cons
     qs_status st = write_text(dir, "adapter_config.json", text);
     free(text);
     QS_TRY(st);
-    text = model_card(cfg, base_name);
+    text = model_card(cfg, layout->naming, base_name);
     st = write_text(dir, "README.md", text);
     free(text);
     QS_TRY(st);

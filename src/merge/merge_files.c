@@ -10,6 +10,7 @@
 
 #include "base/log.h"
 #include "hf/chat_template.h"
+#include "hf/hf_text_part.h"
 #include "hf/json.h"
 #include "merge/merge_impl.h"
 #include "store/io.h"
@@ -122,13 +123,13 @@ qs_status qs_merge_put_index(const qs_merge_job *job, const char *dir)
 static bool is_source(const qs_merge_job *job, const char *dir)
 {
     char path[PATH_ROOM];
-    void *text = NULL;
-    size_t bytes = 0;
+    char *text = NULL;
+    qs_hf_config config;
     json_t *theirs = NULL, *ours = NULL;
     snprintf(path, sizeof path, "%s/config.json", dir);
     bool same = strlen(dir) < QS_PATH_MAX &&
-                qs_io_read_file(path, CONFIG_BYTES_MAX, &text, &bytes) == QS_OK &&
-                qs_json_parse(&theirs, text, bytes, path) == QS_OK &&
+                qs_hf_config_read(&config, &text, path, CONFIG_BYTES_MAX) == QS_OK &&
+                qs_json_parse(&theirs, text, strlen(text), path) == QS_OK &&
                 qs_json_parse(&ours, job->index->config_text, strlen(job->index->config_text),
                               path) == QS_OK &&
                 json_equal(theirs, ours);

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "hf/hf_text_part.h"
 #include "hf/safetensors_impl.h"
 #include "merge/merge_impl.h"
 #include "store/io.h"
@@ -75,16 +76,13 @@ static qs_status compare_models(const char *path, const qs_hf_config *a, const q
     return QS_OK;
 }
 
-static qs_status read_config(qs_merge_job *job)
+static qs_status open_model(qs_merge_job *job)
 {
     char path[PATH_ROOM];
-    void *text = NULL;
-    size_t bytes = 0;
     qs_hf_config config;
     snprintf(path, sizeof path, "%s/config.json", job->options->original);
-    QS_TRY(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
-    job->config_text = job->owned_text = text;
-    QS_TRY(qs_hf_config_parse(&config, text, bytes, path));
+    QS_TRY(qs_hf_config_read(&config, &job->owned_text, path, MAX_CONFIG_BYTES));
+    job->config_text = job->owned_text;
     if (config.bnb_4bit) {
         return QS_FAIL(QS_ERR_INPUT_UNKNOWN,
                        "%s: is quantized itself; without --original the base's weights, which are "
@@ -92,7 +90,9 @@ static qs_status read_config(qs_merge_job *job)
                        path);
     }
     job->dtype = config.dtype;
-    return compare_models(path, &config, &job->index->config);
+    QS_TRY(compare_models(path, &config, &job->index->config));
+    QS_TRY(qs_st_open(&job->original, job->options->original, "model"));
+    return qs_hf_take_text_tensors(job->original, &config);
 }
 
 static qs_status find_tensor(const qs_merge_job *job, qs_merge_tensor *t)
@@ -150,8 +150,7 @@ done:
 
 qs_status qs_merge_open_original(qs_merge_job *job)
 {
-    QS_TRY(read_config(job));
-    QS_TRY(qs_st_open(&job->original, job->options->original, "model"));
+    QS_TRY(open_model(job));
     for (int i = 0; i < job->n_tensors; i++) {
         QS_TRY(find_tensor(job, &job->tensors[i]));
     }

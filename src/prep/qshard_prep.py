@@ -16,8 +16,9 @@ import numpy as np
 from qprep import errors, predecessor
 from qprep.chat import RESERVED, ROLES
 from qprep.errors import OneLineParser, PrepError, run
-from qprep.files import finished, read_json, refuse_existing
+from qprep.files import finished, refuse_existing
 from qprep.formats import ALL_FORMATS, FORMATS, OPENING
+from qprep.model_config import read_model_config
 from qprep.packing import METHODS
 from qprep.pipeline import read_documents
 from qprep.preview import show
@@ -380,7 +381,7 @@ def write_outputs(options, parts, table, attributes):
 
 def main(argv):
     options = parse_options(argv)
-    limit = read_json(os.path.join(options.model, "config.json")).get("max_position_embeddings")
+    limit = read_model_config(options.model).get("max_position_embeddings")
     if isinstance(limit, int) and options.seq_len > limit:
         raise PrepError(
             errors.USAGE,

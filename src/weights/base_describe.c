@@ -32,9 +32,10 @@ static void print_model(const qs_base_index *index, FILE *out)
     (void)fprintf(out, "%s: NF4 base, format 1\n", index->path);
     (void)fprintf(
         out,
-        "model       %s, %d layers, hidden %lld, ffn %lld, heads %d / %d of %d, vocab %lld%s\n",
-        c->model_type, c->n_layers, (long long)c->hidden, (long long)c->ffn_hidden, c->n_heads,
-        c->n_kv_heads, c->head_dim, (long long)c->vocab, c->tied ? ", tied head" : "");
+        "model       %s%s%s, %d layers, hidden %lld, ffn %lld, heads %d / %d of %d, vocab %lld%s\n",
+        c->model_type, c->part_of[0] != '\0' ? ", the text part of " : "", c->part_of, c->n_layers,
+        (long long)c->hidden, (long long)c->ffn_hidden, c->n_heads, c->n_kv_heads, c->head_dim,
+        (long long)c->vocab, c->tied ? ", tied head" : "");
     (void)fprintf(out, "scheme      blocks of %d, %s, %d second-level %s\n", QS_NF4_BLOCK,
                   index->nested ? "double quantization in groups of 256" : "fp32 absmax",
                   index->n_maps, index->n_maps == 1 ? "map" : "maps");

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "hf/hf_text_part.h"
 #include "hf/json.h"
 #include "weights/base_impl.h"
 
@@ -57,6 +58,13 @@ static void put_tokenizer(json_t *root, const qs_base_index *index)
     }
 }
 
+static void put_part_of(json_t *root, const qs_base_index *index)
+{
+    if (index->config.part_of[0] != '\0') {
+        json_object_set_new(root, "part_of", json_string(index->config.part_of));
+    }
+}
+
 static void put_eos(json_t *root, const qs_base_index *index)
 {
     json_t *ids = index->n_eos > 0 ? json_array() : NULL;
@@ -84,6 +92,7 @@ qs_status qs_base_index_text(const qs_base_index *index, char **text)
         unit_json(&index->final), "hashes_sha256", index->hashes_sha256);
     put_eos(root, index);
     put_tokenizer(root, index);
+    put_part_of(root, index);
     *text = root == NULL ? NULL : json_dumps(root, JSON_COMPACT);
     json_decref(root);
     return *text != NULL ? QS_OK
@@ -246,6 +255,22 @@ static qs_status parse_config(qs_base_index *index, const json_t *root, const ch
     return qs_hf_config_parse(&index->config, index->config_text, strlen(index->config_text), path);
 }
 
+/* Not there for a model that is no text part, nor in the first files. */
+static qs_status parse_part_of(qs_base_index *index, const json_t *root, const char *path)
+{
+    const char *text = NULL;
+    if (json_object_get(root, "part_of") == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(qs_json_text(root, "part_of", &text, path));
+    if (!qs_hf_is_text_part(text, index->config.model_type)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: index: %s is no text part of \"%.40s\"", path,
+                       index->config.model_type, text);
+    }
+    strcpy(index->config.part_of, text);
+    return QS_OK;
+}
+
 static qs_status parse_provenance(qs_base_index *index, const json_t *root, const char *path)
 {
     const json_t *source = NULL;
@@ -304,6 +329,7 @@ static qs_status parse_root(qs_base_index *index, const json_t *root, const char
     const json_t *units = NULL;
     const json_t *nested = json_object_get(root, "nested");
     QS_TRY(parse_config(index, root, path));
+    QS_TRY(parse_part_of(index, root, path));
     QS_TRY(parse_eos(index, root, path));
     QS_TRY(parse_tokenizer(index, root, path));
     QS_TRY(parse_provenance(index, root, path));

@@ -9,6 +9,7 @@
 
 #include "base/log.h"
 #include "base/mem.h"
+#include "hf/hf_text_part.h"
 #include "hf/json.h"
 #include "hf/safetensors_impl.h"
 #include "qshard_version.h"
@@ -69,18 +70,11 @@ static qs_status check_folder(const char *hf_dir)
 
 static qs_status read_config(qs_base_index *index, const char *hf_dir)
 {
-    qs_status st = QS_OK;
-    void *text = NULL;
     char *path = NULL;
-    size_t bytes = 0;
     QS_TRY(check_folder(hf_dir));
     QS_TRY(qs_io_join(&path, hf_dir, "config.json"));
-    QS_GOTO(qs_io_read_file(path, MAX_CONFIG_BYTES, &text, &bytes));
-    QS_GOTO(qs_hf_config_parse(&index->config, text, bytes, path));
-    index->config_text = text;
-    text = NULL;
-done:
-    free(text);
+    const qs_status st =
+        qs_hf_config_read(&index->config, &index->config_text, path, MAX_CONFIG_BYTES);
     free(path);
     return st;
 }
@@ -397,6 +391,7 @@ static qs_status fill(planner *p, const char *hf_dir, int64_t head_chunk_rows, b
     QS_TRY(start_index(plan, hf_dir, head_chunk_rows));
     QS_TRY(qs_st_open(&plan->dir, hf_dir, "model"));
     qs_base_index *index = plan->index;
+    QS_TRY(qs_hf_take_text_tensors(plan->dir, &index->config));
     p->used = calloc((size_t)qs_st_count(plan->dir) + 1, sizeof *p->used);
     plan->sources = calloc((size_t)index->n_units + 1, sizeof *plan->sources);
     if (p->used == NULL || plan->sources == NULL) {

@@ -123,6 +123,32 @@ GRANITE = ("--arch", "granite", "--attention-bias", "--mlp-bias", "--logits-scal
 OLMO3 = ("--arch", "olmo3", "--window", "9", "--window-pattern", "2", "--rope-scaling", "yarn")
 
 
+WRAPPERS = {"gemma3_text": ("gemma3", "Gemma3ForConditionalGeneration"), "mistral": ("mistral3", "Mistral3ForConditionalGeneration")}
+# Prefixes of the text part, of its head, and of other parts: as on the Hub, and as the modules of the class are called.
+SPELLINGS = {"hub": ("language_model.model.", "language_model.lm_head.", ""), "modules": ("model.language_model.", "lm_head.", "model.")}
+
+
+def wrapped(model, target, spelling="hub"):
+    """The checkpoint in `model` as the text part of one of text and images, in `target`; tests/oracle/text_part.py makes them with
+    transformers."""
+    with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+        text = json.load(file)
+    kind, name = WRAPPERS[text["model_type"]]
+    outer = {key: text.pop(key) for key in ("torch_dtype", "eos_token_id")}
+    del text["architectures"]
+    config = {"architectures": [name], "model_type": kind, "text_config": text, "image_token_index": 7, "mm_tokens_per_image": 4,
+              "vision_config": {"hidden_size": 32}, **outer}
+    body, head, other = SPELLINGS[spelling]
+    tensors = {name.replace("lm_head.", head) if name.startswith("lm_head.") else body + name.removeprefix("model."): tensor
+               for name, (_, tensor) in read_safetensors(os.path.join(model, "model.safetensors"), raw=True).items()}
+    for name in ("vision_tower.encoder.layers.0.self_attn.q_proj.weight", "multi_modal_projector.norm.weight"):
+        tensors[other + name] = np.full((4, 8), np.nan, dtype=np.float32)  # nobody looks at them
+    shutil.copytree(model, target)
+    with open(os.path.join(target, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    write_safetensors(os.path.join(target, "model.safetensors"), tensors)
+
+
 def plan_and_peak(log):
     """MiB of rank 0 that the run planned and that it reached, class by class, from what it printed."""
     table = re.search(r"memory of rank 0.*?\n(.*?\n\s*total[^\n]*)", log, re.S)

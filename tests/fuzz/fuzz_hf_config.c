@@ -1,19 +1,23 @@
-/* config.json, and with it everything that the JSON reader does. */
+/* config.json, also of a model of text and images, and with it everything that the JSON reader
+ * does.
+ */
 #include "fuzz.h"
 
 #include <math.h>
+#include <stdlib.h>
+#include <string.h>
 
-#include "hf/hf_config.h"
+#include "hf/hf_text_part.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+static void parse(const char *text, size_t bytes)
 {
     qs_hf_config c;
     double inv_freq[512];
     int64_t out, in;
     qs_error_clear();
-    if (qs_hf_config_parse(&c, (const char *)data, bytes, "fuzz") != QS_OK) {
+    if (qs_hf_config_parse(&c, text, bytes, "fuzz") != QS_OK) {
         FUZZ_CHECK(qs_error_text()[0] != '\0');
-        return 0;
+        return;
     }
     FUZZ_CHECK(c.n_layers >= 1 && c.n_layers <= 1000 && c.n_heads % c.n_kv_heads == 0);
     FUZZ_CHECK(c.head_dim >= 2 && c.head_dim <= 1024 && c.head_dim % 2 == 0);
@@ -40,5 +44,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         FUZZ_CHECK((out > 0 && in > 0) == (qs_linears(c.fused) >> i & 1));
         FUZZ_CHECK(in == 0 || out <= INT64_MAX / in);
     }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+    char *part = NULL, part_of[QS_HF_TYPE_BYTES];
+    qs_error_clear();
+    const qs_status st = qs_hf_text_part(&part, part_of, (const char *)data, bytes, "fuzz");
+    FUZZ_CHECK((part != NULL) == (part_of[0] != '\0') && (st == QS_OK || part == NULL));
+    if (part != NULL) {
+        parse(part, strlen(part));
+    }
+    free(part);
+    parse((const char *)data, bytes);
     return 0;
 }

@@ -6,7 +6,7 @@
 LLAMA_CPP: a checkout, or vendor/llama.cpp of llama-cpp-python's source package on PyPI; ADAPTER: a directory by
 `qshard export`; MODEL: the Hugging Face directory of its base. convert_lora_to_gguf.py writes a GGUF file in fp32, which is
 read again: A and B must be those of adapter_model.safetensors, and alpha that of the configuration. For the llama
-architecture the converter puts the rows of q and k in another order (halves of a head's rotation are interleaved); here
+architecture, and Mistral's, the converter puts the rows of q and k in another order (halves of a head's rotation are interleaved); here
 the same is done to ours. Prints one line; exit 1 unless it begins with "ok". Runs in the oracle's environment.
 """
 import json
@@ -31,11 +31,12 @@ def read_json(*path):
 
 def expected(adapter, config):
     """GGUF's names and matrices of an adapter."""
+    config = config.get("text_config", config)
     for name, tensor in load_file(os.path.join(adapter, "adapter_model.safetensors")).items():
-        layer, module = name.removeprefix("base_model.model.model.layers.").split(".", 1)
+        layer, module = name.replace(".language_model.", ".").removeprefix("base_model.model.model.layers.").split(".", 1)
         module, side, _ = module.rsplit(".", 2)
         matrix = tensor.float().numpy()
-        if side == "lora_B" and module in ROTATED and config["model_type"] == "llama":
+        if side == "lora_B" and module in ROTATED and config["model_type"] in ("llama", "mistral"):
             heads = config[ROTATED[module]]
             matrix = matrix.reshape(heads, 2, -1, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
         yield f"blk.{layer}.{NAMES[module]}.weight.{side.lower()}", matrix

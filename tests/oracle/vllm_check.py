@@ -26,8 +26,9 @@ from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
 def linears_of(model):
     """Last names of the linears of an architecture, as vLLM collects them from its own model."""
     config = transformers.AutoConfig.from_pretrained(model)
+    whole = hasattr(config, "text_config")
     with torch.device("meta"):
-        network = transformers.AutoModelForCausalLM.from_config(config)
+        network = (transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM).from_config(config)
     return {name.rsplit(".", 1)[-1] for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
 
 

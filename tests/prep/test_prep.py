@@ -420,6 +420,31 @@ class Prep(FolderTest):
         result = self.prep([{"text": "an <IMAGE>"}], "--overwrite", "--eos", "never", expect=None)
         self.assert_one_error(result, 3, "tokenizer.json: makes the token 260")
 
+    def test_of_a_model_of_text_and_images_the_text_part_counts(self):
+        """What text_config leaves out is the default of its class; the id that ends a text stands beside it."""
+        def model(kind, text, **outer):
+            make_model(self.folder)
+            self.write("config.json", json.dumps({"model_type": kind, "text_config": text, **outer}))
+
+        record = [{"text": "the"}]
+        for kind, text, words in (("gemma3", {}, None), ("gemma3", {"vocab_size": None}, None), ("mistral3", {"vocab_size": 260}, None),
+                                  ("gemma3", {"vocab_size": 259}, ["largest token id is 259", "vocab_size is 259"]),
+                                  ("gemma3", {"max_position_embeddings": 64}, ["knows 64 positions"]),
+                                  ("llava", {"vocab_size": 260}, ["vocab_size=None"]), ("gemma3", 7, ["vocab_size=None"]),
+                                  (["gemma3"], {"vocab_size": 260}, ["vocab_size=None"])):
+            with self.subTest(kind=kind, text=text):
+                model(kind, text)
+                result = self.prep(record, "--overwrite", "--seq-len", "128", expect=None)
+                if words is None:
+                    self.assertEqual(result.returncode, 0, result.stderr)
+                else:
+                    self.assert_one_error(result, 2 if "positions" in words[0] else 3, *words)
+        for outer, end in (({"eos_token_id": [5, 6]}, 5), ({}, 7)):
+            model("gemma3", {"eos_token_id": 7}, **outer)
+            self.write("tokenizer_config.json", json.dumps({}))
+            self.prep(record, "--overwrite")
+            self.assertEqual(self.load()[0]["tokens"][-1], end)
+
     def test_messages_need_a_template(self):
         make_model(self.folder, template=None)
         self.assert_one_error(self.prep([talk("a", "b")], expect=None), 3, "--chat-template")

@@ -24,6 +24,7 @@ import tokenizers
 from . import errors
 from .errors import BadRecord, PrepError, quoted
 from .files import read_json
+from .model_config import read_model_config
 from .template import special_tokens
 
 LARGEST_ID = 1 << 22
@@ -120,7 +121,7 @@ class Tokenizer:
                     f"the id {number} belongs to two tokens, {quoted(known[number])} and {quoted(token)}",
                 )
         config = os.path.join(model_dir, "config.json")
-        model_vocab = read_json(config).get("vocab_size")
+        model_vocab = read_model_config(model_dir).get("vocab_size")
         if type(model_vocab) is not int or not 0 < model_vocab <= LARGEST_ID:
             raise PrepError(
                 errors.INPUT_VALUE, config, f"vocab_size={model_vocab} must be 1..{LARGEST_ID}"
@@ -142,7 +143,7 @@ class Tokenizer:
         number = None if text is None else self.rust.token_to_id(text)
         if number is not None and number < self.vocab_size:
             return number
-        eos = read_json(os.path.join(model_dir, "config.json")).get("eos_token_id")
+        eos = read_model_config(model_dir).get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         return eos if isinstance(eos, int) and 0 <= eos < self.vocab_size else None
 

@@ -52,6 +52,8 @@ def looking_at(kind, path, needs):
 COMMANDS = {
     "quantize": Command(("quantize", "model", "-o", "out.h5", "--head-chunk-rows", "128"), ("model",)),
     "quantize sharded": Command(("quantize", "sharded", "-o", "out.h5"), ("sharded",)),
+    "quantize wrapped": Command(("quantize", "wrapped", "-o", "out.h5", "--head-chunk-rows", "128"), ("wrapped",)),
+    "inspect wrapped": Command(("inspect", "wrapped"), ("wrapped",)),
     "quantize bnb": Command(("quantize", "bnb", "-o", "out.h5"), ("bnb",)),
     "train": Command(("train", "run.yaml"), TRAIN),
     "eval": Command(("eval", "run.yaml"), TRAIN),
@@ -116,6 +118,8 @@ def make_all(folder):
     shutil.copy(path("model/eval.jsonl"), path("chat.jsonl"))
     shutil.copytree(os.path.join(support.ROOT, "tests", "golden", "bnb_tiny"), path("bnb"))
     make_shards(path("model"), path("sharded"))
+    support.python(tool + "tiny.py", path("mistral"), *MODEL_OPTIONS, "--arch", "mistral", "--untied")
+    support.wrapped(path("mistral"), path("wrapped"))
     make_megatron(path("corpus"))
     make_gguf(path("model.gguf"))
     run("quantize", "model", "-o", "base.h5", "--head-chunk-rows", "128")

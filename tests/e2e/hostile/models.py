@@ -204,6 +204,46 @@ case("quantize sharded", "a file is the other", to.both(to.gone(SECOND), to.copi
 case("quantize sharded", "a tensor is in both files", to.more_tensor(FIRST, NORM, "BF16", (64,), bytes(128)), 305,
      f"{FIRST}|{SECOND}")
 
+# ---- a model of text and images: quantize, inspect ----
+
+WRAPPED, PARTS = "wrapped/config.json", "wrapped/model.safetensors"
+INNER = "language_model.model.norm.weight"
+
+
+def wrapped(what, change, code, says, ranks=None):
+    case("quantize wrapped", what, change, code, says, ranks)
+
+
+for key, value, code, says in (("text_config", GONE, 302, "text_config"), ("text_config", 7, 302, "text_config"),
+                               ("text_config", {"model_type": "llama"}, 303, "text_config: .*llama"),
+                               ("text_config/model_type", "ministral3", 303, "text_config: .*ministral3"),
+                               ("text_config/model_type", [], 302, "text_config: .*model_type"),
+                               ("text_config/hidden_size", -1, 302, "text_config: .*hidden_size"),
+                               ("text_config/hidden_size", 2**40, 302, "text_config: .*hidden_size"),
+                               ("text_config/logit_scale", 2, 303, "text_config: .*logit_scale"),
+                               ("text_config/quantization_config", {"quant_method": "bitsandbytes"}, 303, "text_config: .*quantization"),
+                               ("quantization_config", {"quant_method": "gptq"}, 303, "gptq"),
+                               ("logit_scale", 2, 303, "logit_scale"), ("hidden_size", 64, 303, "hidden_size"),
+                               ("architectures", ["MistralForCausalLM"], 303, "MistralForCausalLM"),
+                               ("model_type", "paligemma", 303, "paligemma is a model of text and more"),
+                               ("model_type", "mistral", 303, "architectures")):
+    wrapped(f"{key} = {str(value)[:40] if value is not GONE else 'gone'}", to.field(WRAPPED, key, value), code, f"{WRAPPED}: .*{says}",
+            2 if value is GONE else None)
+wrapped("the head is tied inside alone", to.both(to.field(WRAPPED, "tie_word_embeddings", False),
+                                                 to.field(WRAPPED, "text_config/tie_word_embeddings", True)), 302,
+        f"{WRAPPED}: .*tie_word_embeddings")
+for command in ("quantize wrapped", "inspect wrapped"):
+    case(command, "a tensor is in both spellings", to.more_tensor(PARTS, "model.language_model.norm.weight", "BF16", (64,), bytes(128)),
+         305, "wrapped: .*one spelling")
+    case(command, "a tensor of no known part", to.more_tensor(PARTS, "audio_tower.weight"), 305, f"{PARTS}: .*audio_tower")
+    case(command, "a head in the other spelling", to.more_tensor(PARTS, "lm_head.weight"), 305, f"{PARTS}: .*lm_head")
+    case(command, "text_config is another's", to.field(WRAPPED, "text_config/model_type", "llama"), 303, f"{WRAPPED}: text_config: .*llama")
+wrapped("nothing of the text part", to.tensors(PARTS, lambda held: [held.pop(name) for name in list(held) if "language_model" in name]),
+        305, "wrapped: has no tensor of the text part of mistral3", 2)
+wrapped("a tensor of the text part is missing", to.without_tensor(PARTS, INNER), 305, "wrapped: tensor model.norm.weight is missing", 2)
+wrapped("a third layer", to.more_tensor(PARTS, "language_model.model.layers.2.mlp.up_proj.weight"), 305, "wrapped: .*layers.2")
+wrapped("NaN in the text part", to.number_in(PARTS, INNER, NAN_BF16, 7), 302, "wrapped: .*model.norm.weight")
+
 # ---- a bitsandbytes checkpoint: quantize ----
 
 BNB = "bnb/model.safetensors"

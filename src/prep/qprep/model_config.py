@@ -1,0 +1,21 @@
+"""config.json of a model; of one of text and images that of its text part, as src/hf/hf_text_part.c takes it."""
+
+import os
+
+from .files import read_json
+
+# What text_config leaves out on the Hub: the defaults of Gemma3TextConfig and MistralConfig.
+WRAPPERS = {
+    "gemma3": {"vocab_size": 262208, "max_position_embeddings": 131072},
+    "mistral3": {"vocab_size": 32000, "max_position_embeddings": 131072},
+}
+
+
+def read_model_config(model_dir):
+    config = read_json(os.path.join(model_dir, "config.json"))
+    kind, text = config.get("model_type"), config.get("text_config")
+    if kind not in list(WRAPPERS) or not isinstance(text, dict):
+        return config
+    given = {key: value for key, value in text.items() if value is not None}
+    outer = {key: config[key] for key in ("eos_token_id",) if config.get(key) is not None}
+    return {**WRAPPERS[kind], **given, **outer}
