@@ -15,7 +15,7 @@ cd "$folder"
 for split in train eval; do
     "$python" "$source/src/prep/qshard_prep.py" --model tiny "tiny/$split.jsonl" -o "tiny/$split.h5" --seq-len 64 >/dev/null
 done
-for case in tiny2 odd biases; do
+for case in tiny2 odd biases gemma3 olmo3; do
     "$python" "$source/tests/oracle/make_inputs.py" "$case" "$case"
 done
 

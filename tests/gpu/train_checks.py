@@ -133,7 +133,7 @@ def make_smollm2(bench, model):
 def check_losses(bench):
     """Returns the case that the other checks vary, None if it does not run. The tiny one has dropout."""
     cases = [] if SHORT else [tiny_case(bench)]
-    for name in ("tiny2",) if SHORT else ("tiny2", "odd", "biases"):
+    for name in ("tiny2",) if SHORT else ("tiny2", "odd", "biases", "gemma3", "olmo3"):
         folder = os.path.join(bench.inputs, name)
         cases.append(oracle_case(bench, name, folder, os.path.join(folder, "model")))
     for case in cases:
