@@ -168,9 +168,9 @@ qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, i
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
     snprintf(m->ranks_path, sizeof m->ranks_path, "%s/ranks.jsonl", run_dir);
     snprintf(m->summary_path, sizeof m->summary_path, "%s/summary.csv", run_dir);
-    QS_GOTO(remove_summary(m));
     QS_GOTO(open_log(m, m->path, step, &m->fd));
     QS_GOTO(open_log(m, m->ranks_path, step, &m->ranks_fd));
+    QS_GOTO(remove_summary(m)); /* last: a start that is refused leaves it */
     *out = m;
 done:
     if (st != QS_OK) {
