@@ -269,10 +269,11 @@ static qs_status inspect_adapter(const char *path)
 static qs_status inspect_model(const char *path)
 {
     qs_hf_config c;
+    char name[QS_HF_NAME_BYTES];
     QS_TRY(read_model_config(path, &c));
-    printf("%s: Hugging Face checkpoint\n  model       %s%s%s%s\n", path, c.model_type,
-           c.bnb_4bit ? ", bitsandbytes 4-bit" : "",
-           c.part_of[0] != '\0' ? ", the text part of " : "", c.part_of);
+    qs_hf_config_name(&c, name);
+    printf("%s: Hugging Face checkpoint\n  model       %s%s\n", path, name,
+           c.bnb_4bit ? ", bitsandbytes 4-bit" : "");
     printf("  layers      %d\n  hidden      %" PRId64 " (mlp %" PRId64 ")\n", c.n_layers, c.hidden,
            c.ffn_hidden);
     printf("  heads       %d, %d for keys and values, of %d\n", c.n_heads, c.n_kv_heads,

@@ -6,6 +6,7 @@
 
 #include "base/cores.h"
 #include "cli/cli_impl.h"
+#include "hf/hf_text_part.h"
 #include "train/outlook.h"
 
 #define GIB 1073741824.0
@@ -74,9 +75,10 @@ static void print_inputs(const plan *p)
 {
     const qs_hf_config *model = &p->inputs.index->config;
     const qs_data *data = p->inputs.train;
-    printf("%s: %s%s%s, %d layers, hidden %" PRId64 ", vocabulary %" PRId64 "\n", p->config.base,
-           model->model_type, model->part_of[0] != '\0' ? ", the text part of " : "",
-           model->part_of, model->n_layers, model->hidden, model->vocab);
+    char name[QS_HF_NAME_BYTES];
+    qs_hf_config_name(model, name);
+    printf("%s: %s, %d layers, hidden %" PRId64 ", vocabulary %" PRId64 "\n", p->config.base, name,
+           model->n_layers, model->hidden, model->vocab);
     if (p->inputs.assumed) {
         printf("%s is not there: sequences of %" PRId64 " tokens, all with loss, are assumed\n",
                p->config.data_train[0] != '\0' ? p->config.data_train : "data.train",

@@ -115,4 +115,20 @@ bool qs_norms_behind(const qs_hf_config *cfg);
 /** Columns of the norm over q (or k) with so many heads: those of a head or of all; 0: none. */
 int64_t qs_qk_norm_width(const qs_hf_config *cfg, int heads);
 
+/** The norms of a layer, in the order of units. */
+typedef enum {
+    QS_NORM_INPUT,
+    QS_NORM_POST_ATTENTION, /* in front of the MLP where none stand behind, else behind attention */
+    QS_NORM_PRE_FEEDFORWARD,
+    QS_NORM_POST_FEEDFORWARD,
+    QS_NORM_Q,
+    QS_NORM_K,
+    QS_NORM_COUNT
+} qs_norm;
+
+/** "input_layernorm" ... "self_attn.k_norm". */
+const char *qs_norm_path(qs_norm norm);
+/** Its columns; 0: layers have none of this name. */
+int64_t qs_norm_width(const qs_hf_config *cfg, qs_norm norm);
+
 #endif

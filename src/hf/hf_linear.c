@@ -1,4 +1,4 @@
-/* The linears of a layer: their names and shapes, and where norms stand. */
+/* The linears and norms of a layer: their names and shapes. */
 #include "hf/hf_config.h"
 
 const char *qs_linear_path(qs_linear linear)
@@ -53,4 +53,29 @@ bool qs_norms_behind(const qs_hf_config *cfg)
 int64_t qs_qk_norm_width(const qs_hf_config *cfg, int heads)
 {
     return !cfg->qk_norm ? 0 : (int64_t)(cfg->qk_whole ? heads : 1) * cfg->head_dim;
+}
+
+const char *qs_norm_path(qs_norm norm)
+{
+    static const char *const paths[QS_NORM_COUNT] = {
+        [QS_NORM_INPUT] = "input_layernorm",
+        [QS_NORM_POST_ATTENTION] = "post_attention_layernorm",
+        [QS_NORM_PRE_FEEDFORWARD] = "pre_feedforward_layernorm",
+        [QS_NORM_POST_FEEDFORWARD] = "post_feedforward_layernorm",
+        [QS_NORM_Q] = "self_attn.q_norm",
+        [QS_NORM_K] = "self_attn.k_norm"};
+    return paths[norm];
+}
+
+int64_t qs_norm_width(const qs_hf_config *cfg, qs_norm norm)
+{
+    const bool front = qs_norms_in_front(cfg), behind = qs_norms_behind(cfg);
+    const int64_t widths[QS_NORM_COUNT] = {[QS_NORM_INPUT] = front ? cfg->hidden : 0,
+                                           [QS_NORM_POST_ATTENTION] = cfg->hidden,
+                                           [QS_NORM_PRE_FEEDFORWARD] =
+                                               front && behind ? cfg->hidden : 0,
+                                           [QS_NORM_POST_FEEDFORWARD] = behind ? cfg->hidden : 0,
+                                           [QS_NORM_Q] = qs_qk_norm_width(cfg, cfg->n_heads),
+                                           [QS_NORM_K] = qs_qk_norm_width(cfg, cfg->n_kv_heads)};
+    return widths[norm];
 }

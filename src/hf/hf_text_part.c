@@ -58,6 +58,12 @@ bool qs_hf_is_text_part(const char *wrapper, const char *model_type)
     return w >= 0 && strcmp(wrappers[w].text_type, model_type) == 0;
 }
 
+void qs_hf_config_name(const qs_hf_config *config, char out[QS_HF_NAME_BYTES])
+{
+    snprintf(out, QS_HF_NAME_BYTES, "%s%s%s", config->model_type,
+             config->part_of[0] != '\0' ? ", the text part of " : "", config->part_of);
+}
+
 /* ---- config.json ---- */
 
 static qs_status check_keys(const json_t *root, const char *path)

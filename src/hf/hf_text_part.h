@@ -14,6 +14,11 @@
 /** Is `model_type` that of the text part of a `wrapper`? False for a wrapper that is not known. */
 bool qs_hf_is_text_part(const char *wrapper, const char *model_type);
 
+enum { QS_HF_NAME_BYTES = 2 * QS_HF_TYPE_BYTES + 24 };
+
+/** What a model is, for people: "llama", or "gemma3_text, the text part of gemma3". */
+void qs_hf_config_name(const qs_hf_config *config, char out[QS_HF_NAME_BYTES]);
+
 /** The config.json of the text part: text_config, and what the file around it says for it. Pure: no
  * I/O. \param [out] out   its text, the caller's to free; NULL: `text` is none of a known wrapper.
  * \param [out] part_of  model_type of the wrapper, or "". */

@@ -255,18 +255,12 @@ static qs_status linear_backward(const qs_layer_call *call, qs_linear linear, co
 
 /* x, of the stream or what a branch gave, through a norm into work.norm, which is also what *norm
  * describes. */
-static qs_status norm_with(const qs_layer_call *call, const qs_mat *x, const float *w, float eps,
-                           float *rstd, qs_mat *norm)
+static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w, float eps,
+                              float *rstd, qs_mat *norm)
 {
     const qs_model *m = call->model;
     *norm = columns(call, m->work.norm, m->config->hidden, m->config->hidden + m->norm_border);
     return m->ops->rmsnorm_forward(m->queue, x, w, eps, rstd, norm);
-}
-
-static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const float *w,
-                              float *rstd, qs_mat *norm)
-{
-    return norm_with(call, x, w, call->model->stream_eps, rstd, norm);
 }
 
 /* A branch of the layer begins: the stream through the norm `w` in front of its linears or, where
@@ -277,7 +271,7 @@ static qs_status branch(const qs_layer_call *call, void *x, const float *w, floa
     const qs_model *m = call->model;
     const qs_mat from = stream(call, x);
     if (w != NULL) {
-        return norm_forward(call, &from, w, rstd, norm);
+        return norm_forward(call, &from, w, m->stream_eps, rstd, norm);
     }
     *norm = columns(call, m->work.norm, m->config->hidden, m->config->hidden + m->norm_border);
     return m->ops->gather_rows(m->queue, &from, m->every_row, norm);
@@ -377,7 +371,7 @@ static qs_status join(const qs_layer_call *call, qs_linear linear, const qs_mat 
         return linear_to(call, linear, in, &from, &to);
     }
     QS_TRY(linear_forward(call, linear, in, branch));
-    QS_TRY(norm_with(call, &given, w, m->config->rms_norm_eps, rstd, &norm));
+    QS_TRY(norm_forward(call, &given, w, m->config->rms_norm_eps, rstd, &norm));
     return y != NULL ? m->ops->add(m->queue, &from, &norm, &to) : QS_OK;
 }
 

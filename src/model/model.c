@@ -50,15 +50,15 @@ qs_model_bytes qs_model_plan(const qs_hf_config *config, const qs_lora_layout *l
     qs_model_bytes bytes = {0};
     qs_model_set_widths(&m);
     qs_model_carve(&m, &bytes.activation_bytes, &bytes.work_bytes);
-    int64_t biases = 0;
+    int64_t biases = 0, norms = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         int64_t out = 0, in = 0;
         qs_linear_shape(config, (qs_linear)i, &out, &in);
         biases += config->bias[i] ? out : 0;
     }
-    const int64_t norms =
-        2 * (qs_norms_in_front(config) + qs_norms_behind(config)) * config->hidden +
-        qs_qk_norm_width(config, config->n_heads) + qs_qk_norm_width(config, config->n_kv_heads);
+    for (int i = 0; i < QS_NORM_COUNT; i++) {
+        norms += qs_norm_width(config, (qs_norm)i);
+    }
     const int64_t rope_tables = config->rope_local_theta > 0 ? 2 : 1;
     const int64_t floats = config->n_layers * (norms + biases) + config->hidden +
                            rope_tables * shape->max_tokens * config->rotary_dim;

@@ -91,27 +91,22 @@ static qs_status take_norm(const qs_base_index *index, const qs_base_unit *unit,
     return QS_OK;
 }
 
-/* Norms in front of attention and MLP and behind them. "post_attention" is the one in front of the
- * MLP where none stand behind, else the one behind attention. */
 static qs_status load_norms(const qs_model *m, const qs_base_unit *unit, const uint8_t *bytes,
                             float **free_at, qs_layer_params *p)
 {
-    const qs_hf_config *cfg = m->config;
-    const bool front = qs_norms_in_front(cfg), behind = qs_norms_behind(cfg);
-    const struct {
-        const char *name;
-        int64_t count;
-        const float **to;
-    } norms[] = {{"input_layernorm.weight", front ? cfg->hidden : 0, &p->norm1},
-                 {"post_attention_layernorm.weight", cfg->hidden, behind ? &p->post1 : &p->norm2},
-                 {"pre_feedforward_layernorm.weight", front && behind ? cfg->hidden : 0, &p->norm2},
-                 {"post_feedforward_layernorm.weight", behind ? cfg->hidden : 0, &p->post2},
-                 {"self_attn.q_norm.weight", qs_qk_norm_width(cfg, cfg->n_heads), &p->q_norm},
-                 {"self_attn.k_norm.weight", qs_qk_norm_width(cfg, cfg->n_kv_heads), &p->k_norm}};
-    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
-        if (norms[i].count > 0) {
-            QS_TRY(take_norm(m->index, unit, norms[i].name, norms[i].count, bytes, free_at,
-                             norms[i].to));
+    const float **const to[QS_NORM_COUNT] = {[QS_NORM_INPUT] = &p->norm1,
+                                             [QS_NORM_POST_ATTENTION] =
+                                                 qs_norms_behind(m->config) ? &p->post1 : &p->norm2,
+                                             [QS_NORM_PRE_FEEDFORWARD] = &p->norm2,
+                                             [QS_NORM_POST_FEEDFORWARD] = &p->post2,
+                                             [QS_NORM_Q] = &p->q_norm,
+                                             [QS_NORM_K] = &p->k_norm};
+    for (int i = 0; i < QS_NORM_COUNT; i++) {
+        char name[64];
+        const int64_t width = qs_norm_width(m->config, (qs_norm)i);
+        snprintf(name, sizeof name, "%s.weight", qs_norm_path((qs_norm)i));
+        if (width > 0) {
+            QS_TRY(take_norm(m->index, unit, name, width, bytes, free_at, to[i]));
         }
     }
     return QS_OK;

@@ -34,7 +34,7 @@ static qs_ops_limits model_limits(const qs_hf_config *model)
     return (qs_ops_limits){.n_heads = model->n_heads,
                            .n_kv_heads = model->n_kv_heads,
                            .head_dim = model->head_dim,
-                           .q_norm = qs_qk_norm_width(model, model->n_heads),
+                           .q_norm = qs_norm_width(model, QS_NORM_Q),
                            .hidden = model->hidden};
 }
 

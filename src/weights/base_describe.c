@@ -1,6 +1,7 @@
 /* qshard inspect of a base.h5: what it holds, for humans. */
 #include <string.h>
 
+#include "hf/hf_text_part.h"
 #include "weights/base_impl.h"
 
 typedef struct {
@@ -29,13 +30,14 @@ static void add_unit(totals *t, const qs_base_unit *unit)
 static void print_model(const qs_base_index *index, FILE *out)
 {
     const qs_hf_config *c = &index->config;
+    char name[QS_HF_NAME_BYTES];
+    qs_hf_config_name(c, name);
     (void)fprintf(out, "%s: NF4 base, format 1\n", index->path);
     (void)fprintf(
         out,
-        "model       %s%s%s, %d layers, hidden %lld, ffn %lld, heads %d / %d of %d, vocab %lld%s\n",
-        c->model_type, c->part_of[0] != '\0' ? ", the text part of " : "", c->part_of, c->n_layers,
-        (long long)c->hidden, (long long)c->ffn_hidden, c->n_heads, c->n_kv_heads, c->head_dim,
-        (long long)c->vocab, c->tied ? ", tied head" : "");
+        "model       %s, %d layers, hidden %lld, ffn %lld, heads %d / %d of %d, vocab %lld%s\n",
+        name, c->n_layers, (long long)c->hidden, (long long)c->ffn_hidden, c->n_heads,
+        c->n_kv_heads, c->head_dim, (long long)c->vocab, c->tied ? ", tied head" : "");
     (void)fprintf(out, "scheme      blocks of %d, %s, %d second-level %s\n", QS_NF4_BLOCK,
                   index->nested ? "double quantization in groups of 256" : "fp32 absmax",
                   index->n_maps, index->n_maps == 1 ? "map" : "maps");

@@ -68,8 +68,8 @@ static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int 
 {
     static const char *const tensor = "model.layers.%lld.%s.%s";
     int64_t rows, columns;
-    QS_TRY(
-        start_unit(index, unit, formatted("layers.%lld", layer, "", ""), 2 * QS_LINEAR_COUNT + 6));
+    QS_TRY(start_unit(index, unit, formatted("layers.%lld", layer, "", ""),
+                      2 * QS_LINEAR_COUNT + QS_NORM_COUNT));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         qs_linear_shape(&index->config, (qs_linear)i, &rows, &columns);
         if (rows == 0) {
@@ -78,22 +78,11 @@ static qs_status make_layer(const qs_base_index *index, qs_base_unit *unit, int 
         char *name = formatted(tensor, layer, qs_linear_path((qs_linear)i), "weight");
         QS_TRY(add(index, unit, name, QS_TENSOR_NF4, rows, columns));
     }
-    const qs_hf_config *config = &index->config;
-    const struct {
-        const char *name;
-        int64_t width; /* 0: layers have none */
-    } norms[] = {
-        {"input_layernorm", qs_norms_in_front(config) ? config->hidden : 0},
-        {"post_attention_layernorm", config->hidden}, /* in front of the MLP or behind attention */
-        {"pre_feedforward_layernorm",
-         qs_norms_in_front(config) && qs_norms_behind(config) ? config->hidden : 0},
-        {"post_feedforward_layernorm", qs_norms_behind(config) ? config->hidden : 0},
-        {"self_attn.q_norm", qs_qk_norm_width(config, config->n_heads)},
-        {"self_attn.k_norm", qs_qk_norm_width(config, config->n_kv_heads)}};
-    for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
-        if (norms[i].width > 0) {
-            QS_TRY(add(index, unit, formatted(tensor, layer, norms[i].name, "weight"),
-                       QS_TENSOR_SMALL, norms[i].width, 0));
+    for (int i = 0; i < QS_NORM_COUNT; i++) {
+        const int64_t width = qs_norm_width(&index->config, (qs_norm)i);
+        if (width > 0) {
+            char *name = formatted(tensor, layer, qs_norm_path((qs_norm)i), "weight");
+            QS_TRY(add(index, unit, name, QS_TENSOR_SMALL, width, 0));
         }
     }
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {

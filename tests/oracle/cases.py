@@ -28,11 +28,11 @@ class Case:
     model: list | None
     sequences: list
     eval_sequences: list
-    lora_rank: int
-    lora_alpha: int
-    b_deviation: float  # B is not zero, so that A has a gradient
-    settings: Settings
     seed: int
+    lora_rank: int = 4
+    lora_alpha: int = 8
+    b_deviation: float = 0.05  # B is not zero, so that A has a gradient
+    settings: Settings = Settings(lr=1e-3)
     micro_batch: int = 2
     dropout: float = 0.0
     dora: bool = False
@@ -59,10 +59,6 @@ CASES = {
                 [(23, 1)],
             ],
             eval_sequences=[[(19, 6)], [(7, 0), (11, 5)], [(26, 9)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=101,
         ),
         # Nothing fits: widths 72, 80 and 248 are no multiples of 64, so NF4 blocks cross rows; a head is 20 wide though
@@ -86,10 +82,6 @@ CASES = {
                 [(44, 20)],
             ],
             eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=102,
             micro_batch=3,
         ),
@@ -102,10 +94,6 @@ CASES = {
             ).split(),
             sequences=[[(24, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=103,
             micro_batch=1,
         ),
@@ -118,10 +106,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 2)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=106,
         ),
         # Biases on q, k and v; the second layer sees 5 positions, the first all.
@@ -133,10 +117,6 @@ CASES = {
             ).split(),
             sequences=[[(25, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=107,
         ),
         # A norm over each head of q and k, of a width of its own.
@@ -145,10 +125,6 @@ CASES = {
             model="--arch qwen3 --hidden 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 24 --ffn 160 --vocab 320 --seed 16".split(),
             sequences=[[(25, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(22, 4)], [(10, 0), (6, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=108,
         ),
         # Gemma 3: four norms of 1 + w, GELU, a scaled embedding, norms of heads; the first layer sees 6 positions and
@@ -161,10 +137,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=110,
         ),
         # Gemma 2: scores and logits capped well inside of their range; each first of two layers sees 6 positions.
@@ -176,10 +148,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=111,
         ),
         # Rotary scaling with a magnitude, and frequencies that it keeps, divides and blends.
@@ -190,10 +158,6 @@ CASES = {
             ).split(),
             sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=109,
         ),
         # Phi-3: q, k and v of one linear, gate and up of another, none of whose parts is a multiple of 64 rows wide; a
@@ -206,10 +170,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=112,
         ),
         # Phi-4-mini's: three quarters of a head turn, by long factors, since every document is longer than 8 positions.
@@ -221,10 +181,6 @@ CASES = {
             ).split(),
             sequences=[[(40, 6)], [(11, 0), (9, 2), (12, 3)], [(10, 10)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(38, 4)], [(10, 0), (9, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=113,
         ),
         # OLMo 2: norms behind attention and MLP alone, and over all heads of q and of k together, whose width (80) is not
@@ -237,10 +193,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=116,
         ),
         # OLMo 3: the same layers, tied; two of three see 6 positions and turn without scaling, the third sees all and turns
@@ -253,10 +205,6 @@ CASES = {
             ).split(),
             sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=117,
         ),
         # The same factors on Llama's layers, by the short ones: no sequence is longer than 40 positions.
@@ -268,10 +216,6 @@ CASES = {
             ).split(),
             sequences=[[(40, 6)], [(11, 0), (9, 2), (12, 3)], [(10, 10)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(38, 4)], [(10, 0), (9, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=114,
         ),
         # A base by length: all documents are as long, for transformers goes by the longest that it has seen so far.
@@ -283,10 +227,6 @@ CASES = {
             ).split(),
             sequences=[[(40, 6)], [(40, 0)], [(40, 40)], [(40, 21)]],
             eval_sequences=[[(40, 4)], [(40, 12)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=115,
         ),
         # SmolLM3: each second of three layers is without RoPE; odd widths, a head 20 wide though 72 / 4 is 18, tied head.
@@ -298,10 +238,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=116,
         ),
         # A list of layers without RoPE, of which the last entry is of no layer; these see 6 positions; biases on all seven
@@ -314,10 +250,6 @@ CASES = {
             ).split(),
             sequences=[[(60, 6)], [(11, 0), (9, 2)], [(4, 4)], [(30, 8)], [(16, 5)]],
             eval_sequences=[[(52, 4)], [(10, 0), (6, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=117,
         ),
         # Granite: factors of embedding, scores, branches and logits, none of them a power of two; biases, tied head.
@@ -330,10 +262,6 @@ CASES = {
             ).split(),
             sequences=[[(33, 5)], [(9, 0), (18, 4), (3, 0)], [(7, 7)], [(8, 3), (1, 0), (26, 7)]],
             eval_sequences=[[(29, 6)], [(7, 0), (15, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=118,
         ),
         # The same layers with DoRA and dropout: branches count a bias, a gain and what dropout left by the same factor; eps
@@ -347,10 +275,6 @@ CASES = {
             ).split(),
             sequences=[[(40, 11)], [(5, 5), (5, 0), (33, 2)], [(6, 6)], [(48, 1)], [(13, 0), (13, 3)], [(21, 8)], [(3, 1)]],
             eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=119,
             dropout=0.3,
             dora=True,
@@ -365,10 +289,6 @@ CASES = {
             ).split(),
             sequences=[[(37, 9)], [(12, 0), (25, 4)], [(5, 5)], [(41, 3)], [(18, 0), (7, 1)]],
             eval_sequences=[[(30, 5)], [(9, 0), (16, 2)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=105,
         ),
         # DoRA: blocks cross rows, every linear has a bias, magnitudes are not the norms that they belong to.
@@ -380,9 +300,6 @@ CASES = {
             ).split(),
             sequences=[[(40, 11)], [(5, 5), (5, 0), (33, 2)], [(6, 6)], [(48, 1)], [(13, 0), (13, 3)], [(21, 8)], [(3, 1)]],
             eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
             settings=Settings(lr=1e-3, weight_decay=0.01),
             seed=112,
             micro_batch=3,
@@ -397,10 +314,6 @@ CASES = {
             ).split(),
             sequences=[[(40, 11)], [(5, 5), (5, 0), (33, 2)], [(6, 6)], [(48, 1)], [(13, 0), (13, 3)], [(21, 8)], [(3, 1)]],
             eval_sequences=[[(48, 7)], [(12, 0), (30, 3)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=113,
             dropout=0.3,
             dora=True,
@@ -411,10 +324,6 @@ CASES = {
             model="--hidden 64 --layers 2 --heads 4 --kv-heads 2 --ffn 160 --vocab 320 --seed 23".split(),
             sequences=[[(17, 5)], [(9, 0), (12, 4), (3, 0)], [(1, 0), (20, 20)], [(31, 10)], [(2, 0)], [(23, 1)]],
             eval_sequences=[[(19, 6)], [(7, 0), (11, 5)]],
-            lora_rank=4,
-            lora_alpha=8,
-            b_deviation=0.05,
-            settings=Settings(lr=1e-3),
             seed=114,
             dropout=0.25,
         ),

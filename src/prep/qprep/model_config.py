@@ -14,7 +14,7 @@ WRAPPERS = {
 def read_model_config(model_dir):
     config = read_json(os.path.join(model_dir, "config.json"))
     kind, text = config.get("model_type"), config.get("text_config")
-    if kind not in list(WRAPPERS) or not isinstance(text, dict):
+    if kind not in list(WRAPPERS) or not isinstance(text, dict):  # a list, since kind may be anything
         return config
     given = {key: value for key, value in text.items() if value is not None}
     outer = {key: config[key] for key in ("eos_token_id",) if config.get(key) is not None}
