@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "kernels/cuda/ops_cuda.h"
+#include "train/products.h"
 #include "train/sampler.h"
 #include "weights/quantize.h"
 
@@ -83,7 +84,8 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
                       .nranks = place->nranks,
                       .threads = place->threads,
                       .apart = place->gpu != NULL,
-                      .ops = place->gpu != NULL ? qs_ops_cuda_sizes() : qs_ops_cpu(),
+                      .ops = place->gpu != NULL ? qs_ops_cuda_sizes()
+                                                : qs_products_ops((qs_gemm_kind)cfg->cpu.gemm),
                       .index = in->index};
     QS_TRY(qs_lora_layout_make(&s->layout, &in->index->config, cfg));
     const qs_ops_limits limits = qs_session_limits(s, &(qs_model_shape){0});

@@ -74,7 +74,8 @@ class Memory(unittest.TestCase):
                             (2, {"base": support.base_of(*support.GEMMA3)}),
                             (1, {"base": support.base_of(*support.PHI3), "train__recompute": "none"}),
                             (1, {"base": support.base_of(*support.OLMO3)}), (2, {"base": support.base_of(*support.SMOLLM3)}),
-                            (1, {"base": support.base_of(*support.GRANITE)})):
+                            (1, {"base": support.base_of(*support.GRANITE)}),
+                            (1, {"cpu__gemm": "strict"}), (2, {"cpu__gemm": "fp16"}), (1, {"cpu__gemm": "amx"})):
             with self.subTest(ranks=ranks, **more):
                 self.same(ranks, None, (), device="cpu", **more)
 

@@ -65,7 +65,9 @@ class Products(unittest.TestCase):
     def test_auto_follows_the_cpus_features(self):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             words = file.read().split()
-        fastest = "amx" if lends_tiles(words) else "bf16" if "AuthenticAMD" in words and "avx512_bf16" in words else "strict"
+        fast = {"amx": lends_tiles(words), "bf16": "AuthenticAMD" in words and "avx512_bf16" in words,
+                "fp16": "avx512_fp16" in words, "strict": True}
+        fastest = next(gemm for gemm, is_fast in fast.items() if is_fast)
         for name, environment, expected in (("auto", {}, fastest), ("held", PORTABLE, "strict")):
             output = self.train(name, "auto", environment, train__steps=1)
             with open(os.path.join(output, "config.yaml"), encoding="utf-8") as file:
