@@ -9,10 +9,12 @@
  * a step without recompute takes with the first of each, with the fastest, and with the first but
  * our own where there is one. Rows in brackets are what one of joined linears takes by itself; they
  * do not count. Repeated calls find in the L2 cache what fits there. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/dtype.h"
 #include "gpu_main.h"
 #include "kernels/cuda/core/border.h"
 
@@ -235,6 +237,33 @@ static qs_status time_of(state *st, qs_bench *b, qs_bench_call call, product *p,
     return QS_OK;
 }
 
+/* Whether our own result is the library's: within two roundings of the largest, or what the order
+ * of a sum changes. */
+static qs_status check_own(const product *p, const void *library, const void *own)
+{
+    const qs_dtype dtype = p->call.c_dtype;
+    const int64_t count = COMPARED / (int64_t)qs_dtype_bytes(dtype);
+    float *right = malloc(2 * (size_t)count * sizeof *right), largest = 0;
+    if (right == NULL) {
+        return QS_FAIL(QS_ERR_MEMORY, "no memory for %lld floats", (long long)(2 * count));
+    }
+    float *ours = right + count;
+    int64_t wrong = 0;
+    qs_f32_load(right, library, dtype, count);
+    qs_f32_load(ours, own, dtype, count);
+    for (int64_t i = 0; i < count; i++) {
+        largest = fmaxf(largest, fabsf(right[i]));
+    }
+    const float allowed = largest * (dtype == QS_BF16 ? 0x1p-7F : 1e-3F);
+    for (int64_t i = 0; i < count; i++) {
+        wrong += !(fabsf(ours[i] - right[i]) <= allowed); /* NaN is wrong */
+    }
+    free(right);
+    return wrong == 0 ? QS_OK
+                      : QS_FAIL(QS_ERR_NUMERIC, "%s: %lld of our own sums are off by over %g",
+                                p->name, (long long)wrong, (double)allowed);
+}
+
 /* The larger of both bounds, seconds. */
 static double bound_of(const state *st, const product *p, const char **by)
 {
@@ -275,7 +304,7 @@ static qs_status bench_product(state *st, product *p)
 {
     double ms[ALGORITHMS], own, fastest;
     bool same[ALGORITHMS];
-    void *first = NULL;
+    void *first = NULL, *ours;
     for (int i = 0; i < ALGORITHMS; i++) {
         void *left;
         QS_TRY(time_of(st, &st->by[i], by_library, p, &left, &ms[i]));
@@ -286,9 +315,11 @@ static qs_status bench_product(state *st, product *p)
             free(left);
         }
     }
+    QS_TRY(time_of(st, &st->own, by_own, p, &ours, &own));
+    const qs_status right = first != NULL && ours != NULL ? check_own(p, first, ours) : QS_OK;
     free(first);
-    QS_TRY(time_of(st, &st->own, by_own, p, &first, &own));
-    free(first);
+    free(ours);
+    QS_TRY(right);
     own *= 1e3;
     print_row(st, p, ms, same, own);
     fastest = own > 0 ? own : ms[0];

@@ -10,9 +10,12 @@ export QSHARD_TWIN=$mode
 # All programs at once; what hangs is ended, so that the others still report.
 limit=${QSHARD_GPU_TEST_S:-120}
 one() { # PROGRAM, PROGRAM_thin: with thin.cu's kernels
-    local started=$SECONDS code=0
-    [ "${1%_thin}" = "$1" ] || export QSHARD_CUDA_THIN=own
-    timeout -k 5 "$limit" "${1%_thin}" --encoding=C --color=never >"$report/ops.${1##*/}.out" 2>&1 || code=$?
+    local started=$SECONDS code=0 program=$1
+    if [ ! -x "$program" ]; then # core_thin is a program's own name
+        program=${1%_thin}
+        export QSHARD_CUDA_THIN=own
+    fi
+    timeout -k 5 "$limit" "$program" --encoding=C --color=never >"$report/ops.${1##*/}.out" 2>&1 || code=$?
     echo "$code $((SECONDS - started))" >"$report/ops.${1##*/}.code"
 }
 export -f one

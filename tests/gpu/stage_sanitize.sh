@@ -38,6 +38,8 @@ shopt -s nullglob
 for test in "$build"/tests/twins/test_twin_*; do
     [ ! -x "$test" ] || [ ! -f "$test" ] || watch "${test##*/}" "$test" -j1 --encoding=C --color=never
 done
+thin=$build/tests/twins/test_twin_linears # with thin.cu's kernels
+[ ! -x "$thin" ] || watch "${thin##*/}_thin" env QSHARD_CUDA_THIN=own "$thin" -j1 --encoding=C --color=never
 [ "${#names[@]}" -gt 0 ] || refuse "nothing to watch is built: see the build stage"
 
 # ---- under each tool ----
