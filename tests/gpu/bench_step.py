@@ -23,7 +23,8 @@ RANK, STEPS, WARM = 16, 7, 2
 LONG, LONG_STEPS = 16384, 5  # long steps are few and even
 LENGTHS = {False: (512, 4096, 16384), True: (24,)}
 # recompute; with memory.keep_decoded: auto, without train.residual_fp32, with the project's own kernels for thin products
-MODES = ("none", "none+bf16", "none+decoded", "none+decoded+bf16", "none+decoded+thin", "selective", "full", "full+bf16")
+MODES = ("none", "none+bf16", "none+decoded", "none+decoded+bf16", "none+decoded+thin", "none+decoded+thin+bf16",
+         "selective", "full", "full+bf16")
 TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
 PLANNED = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+)", re.MULTILINE | re.DOTALL)
 
