@@ -2,9 +2,9 @@
  * The same two passes, one with queries that stay (dQ), one with keys that stay (dK, dV), and
  * nothing added from two blocks: the same bits every time.
  *
- * A block has 128 rows that stay, 64 a warpgroup. For dQ tiles of 128 keys pass, for dK and dV
- * tiles of 64 queries, of one head that shares the keys after the other. Pairs that are not visible
- * are hidden, not left out.
+ * A block has 128 rows that stay, 64 a warpgroup, of which the second is half a tile behind
+ * (attention_hopper.cuh). For dQ tiles of 128 keys pass, for dK and dV tiles of 64 queries, of one
+ * head that shares the keys after the other. Pairs that are not visible are hidden, not left out.
  *
  * Bound: 14 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
@@ -23,10 +23,13 @@ enum {
 
 /* ---- dQ: queries stay, keys pass ---- */
 
-/* Shared memory: queries, dO, two stages of keys and values, the first key of each query. */
+enum { KEY_STAGES = 3, VALUE_STAGES = 2 };
+
+/* Shared memory: queries, dO, the stages of keys and those of values, the first key of each query.
+ */
 template <int D> static constexpr size_t dq_shared_bytes()
 {
-    return (size_t)(2 * QS_HOPPER_OWN + 4 * KEYS) * D * sizeof(qs_bf16) +
+    return (size_t)(2 * QS_HOPPER_OWN + (KEY_STAGES + VALUE_STAGES) * KEYS) * D * sizeof(qs_bf16) +
            QS_HOPPER_OWN * sizeof(int);
 }
 
@@ -44,21 +47,15 @@ gradients_of_rows(float (&ds)[1][NT][4], const float (&p)[1][NT][4], const float
     }
 }
 
-template <int D>
-static __device__ __forceinline__ void load_keys(qs_bf16 *stage, qs_head_rows k, qs_head_rows v,
-                                                 int key, const qs_attention_launch &l)
-{
-    qs_panel_load<D, KEYS>(stage, k, key, l);
-    qs_panel_load<D, KEYS>(stage + KEYS * D, v, key, l);
-    qs_cp_async_commit();
-}
-
-template <int D, bool CAP>
-static __device__ __forceinline__ void dq_block(const qs_backward_args &args)
+/* What one warpgroup does; the second is BEHIND. The first loads keys, of which the second still
+ * reads the tile before; the second loads values when it has done with that. */
+template <int D, bool CAP, bool BEHIND>
+static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
 {
     QS_DYNAMIC_SHARED_PANELS(qs_bf16, queries);
-    qs_bf16 *d_out = queries + QS_HOPPER_OWN * D, *stages = d_out + QS_HOPPER_OWN * D;
-    int *bounds = reinterpret_cast<int *>(stages + 4 * KEYS * D);
+    qs_bf16 *d_out = queries + QS_HOPPER_OWN * D, *keys = d_out + QS_HOPPER_OWN * D;
+    qs_bf16 *values = keys + KEY_STAGES * KEYS * D;
+    int *bounds = reinterpret_cast<int *>(values + VALUE_STAGES * KEYS * D);
     const qs_attention_launch &l = args.launch;
     const qs_attention_block block = qs_attention_block_at(blockIdx.x, l.tiles, l.n_heads, true);
     const int row0 = block.tile * QS_HOPPER_OWN;
@@ -75,13 +72,26 @@ static __device__ __forceinline__ void dq_block(const qs_backward_args &args)
     qs_panel_load<D, QS_HOPPER_OWN>(d_out, qs_head_rows_at(args.d_o, block.head, l.dim), row0, l);
     __syncthreads();
     const qs_attention_span span = qs_attention_tiles(bounds[0], last, KEYS);
-    load_keys<D>(stages, k, v, span.begin * KEYS, l);
+    const int count = span.end - span.begin;
+    const auto load =
+        [&](int number) { /* this warpgroup's part of a tile, if there is one */
+                          qs_bf16 *stage = BEHIND ? values + number % VALUE_STAGES * KEYS * D
+                                                  : keys + number % KEY_STAGES * KEYS * D;
+                          if (number < count) {
+                              qs_panel_load<D, KEYS, QS_HOPPER_GROUP>(
+                                  stage, BEHIND ? v : k, (span.begin + number) * KEYS, l);
+                              qs_cp_async_commit();
+                          }
+        };
+    load(0);
 
     const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
-    const int group_row = within / QS_WGMMA_ROWS * QS_WGMMA_ROWS;
+    const int group_row = BEHIND ? QS_WGMMA_ROWS : 0;
     const uint32_t own_queries = qs_shared_address(queries), own_d_out = qs_shared_address(d_out);
-    const uint32_t tiles = qs_shared_address(stages), tile_bytes = KEYS * D * sizeof(qs_bf16);
-    float lse[1][2], delta[1][2], dq[1][D / 8][4];
+    const uint32_t key_tiles = qs_shared_address(keys), value_tiles = qs_shared_address(values);
+    const uint32_t tile_bytes = KEYS * D * sizeof(qs_bf16);
+    float lse[1][2], delta[1][2], dq[1][D / 8][4], p[1][KEYS / 8][4], ds[1][KEYS / 8][4];
+    uint32_t left[1][KEYS / 16][4];
     qs_zero(dq);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -90,39 +100,60 @@ static __device__ __forceinline__ void dq_block(const qs_backward_args &args)
         lse[0][half] = query < l.rows ? args.lse[at] * QS_LOG2_E : INFINITY;
         delta[0][half] = query < l.rows ? args.delta[at] : 0.0f;
     }
-    for (int tile = span.begin; tile < span.end; tile++) {
-        const int stage = (tile - span.begin) % 2, key = tile * KEYS;
-        const uint32_t keys = tiles + (uint32_t)stage * 2 * tile_bytes, values = keys + tile_bytes;
-        float p[1][KEYS / 8][4], ds[1][KEYS / 8][4];
-        uint32_t left[1][KEYS / 16][4];
-        qs_cp_async_wait<0>();
-        qs_fence_shared_for_wgmma();
-        qs_wgmma_wait<0>(); /* dq of the tile before */
-        qs_wgmma_keep(dq[0]);
-        __syncthreads(); /* all copies have come, and nobody reads the other stage any more */
-        if (tile + 1 < span.end) {
-            load_keys<D>(stages + (1 - stage) * 2 * KEYS * D, k, v, key + KEYS, l);
-        }
-        qs_wgmma_fence();
-        qs_panel_scores<D, KEYS>(p, own_queries, group_row, keys);
-        qs_wgmma_commit();
-        qs_panel_scores<D, KEYS>(ds, own_d_out, group_row, values);
-        qs_wgmma_commit();
-        qs_wgmma_wait<1>();
-        qs_wgmma_keep(p[0]);
-        const qs_attention_view view = qs_attention_view_of_keys(
-            row, row + 15, bounds[within], bounds[within + 15], key, key + KEYS - 1);
-        qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key, view == QS_ATTENTION_ALL);
+    const auto start =
+        [&](int number) { /* scores and dP of a tile */
+                          qs_wgmma_fence();
+                          qs_panel_scores<D, KEYS>(p, own_queries, group_row,
+                                                   key_tiles + (uint32_t)(number % KEY_STAGES) *
+                                                                   tile_bytes);
+                          qs_wgmma_commit();
+                          qs_panel_scores<D, KEYS>(ds, own_d_out, group_row,
+                                                   value_tiles + (uint32_t)(number % VALUE_STAGES) *
+                                                                     tile_bytes);
+                          qs_wgmma_commit();
+        };
+    const auto finish =
+        [&](int number) { /* P, dS, and start dQ */
+                          const int key = (span.begin + number) * KEYS;
+                          qs_wgmma_wait<1>();
+                          qs_wgmma_keep(p[0]);
+                          const qs_attention_view view =
+                              qs_attention_view_of_keys(row, row + 15, bounds[within],
+                                                        bounds[within + 15], key, key + KEYS - 1);
+                          qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key,
+                                                  view == QS_ATTENTION_ALL);
+                          qs_wgmma_wait<0>();
+                          qs_wgmma_keep(ds[0]);
+                          gradients_of_rows(ds, p, delta);
+                          qs_as_left(left, ds);
+                          qs_wgmma_fence();
+                          qs_panel_sums<D>(
+                              dq, left, key_tiles + (uint32_t)(number % KEY_STAGES) * tile_bytes);
+                          qs_wgmma_commit();
+        };
+    const auto wait_for_sums = [&]() {
         qs_wgmma_wait<0>();
-        qs_wgmma_keep(ds[0]);
-        gradients_of_rows(ds, p, delta);
-        qs_as_left(left, ds);
-        qs_wgmma_fence();
-        qs_panel_sums<D>(dq, left, keys);
-        qs_wgmma_commit();
+        qs_wgmma_keep(dq[0]);
+    };
+
+    if (BEHIND) {
+        qs_wait_for_tiles();
     }
-    qs_wgmma_wait<0>();
-    qs_wgmma_keep(dq[0]);
+    for (int number = 0; number < count; number++) {
+        if (!BEHIND) {
+            qs_wait_for_tiles();
+        }
+        start(number);
+        load(number + 1);
+        if (BEHIND) {
+            qs_wait_for_tiles();
+        }
+        finish(number);
+        wait_for_sums(); /* the other warpgroup has work for the tensor cores */
+    }
+    if (!BEHIND) {
+        qs_wait_for_tiles();
+    }
     __syncthreads(); /* of queries nothing is read any more */
     const float by[1][2] = {{l.scale, l.scale}};
     qs_panel_store<D>(dq, by, queries, within, qs_head_rows_at(args.dq, block.head, l.dim), row, l);
@@ -133,18 +164,24 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     dq_kernel(const qs_backward_args args)
 {
     if constexpr (QS_WGMMA) {
-        dq_block<D, CAP>(args);
+        if (threadIdx.x < QS_HOPPER_GROUP) {
+            dq_group<D, CAP, false>(args);
+        } else {
+            dq_group<D, CAP, true>(args);
+        }
     }
 }
 
 /* ---- dK and dV: keys stay, the queries of all heads that share them pass ---- */
 
-/* Shared memory: keys, values, two stages of queries and dO, each with lse and delta; the last
- * query of each key. */
+enum { QUERY_STAGES = 3 };
+
+/* Shared memory: keys, values, the stages of queries and dO, those of lse and delta, the last query
+ * of each key. */
 template <int D> static constexpr size_t dkv_shared_bytes()
 {
-    return (size_t)(2 * QS_HOPPER_OWN + 4 * QUERIES) * D * sizeof(qs_bf16) +
-           4 * QUERIES * sizeof(float) + QS_HOPPER_OWN * sizeof(int);
+    return (size_t)(2 * QS_HOPPER_OWN + 2 * QUERY_STAGES * QUERIES) * D * sizeof(qs_bf16) +
+           2 * QUERY_STAGES * QUERIES * sizeof(float) + QS_HOPPER_OWN * sizeof(int);
 }
 
 template <int D>
@@ -172,13 +209,14 @@ gradients_of_cols(float (&ds)[1][NT][4], const float (&p)[1][NT][4], const float
     }
 }
 
-template <int D, bool CAP>
-static __device__ __forceinline__ void dkv_block(const qs_backward_args &args)
+/* What one warpgroup does; the second is BEHIND. */
+template <int D, bool CAP, bool BEHIND>
+static __device__ __forceinline__ void dkv_group(const qs_backward_args &args)
 {
     QS_DYNAMIC_SHARED_PANELS(qs_bf16, keys);
     qs_bf16 *values = keys + QS_HOPPER_OWN * D, *stages = values + QS_HOPPER_OWN * D;
-    float *stats = reinterpret_cast<float *>(stages + 4 * QUERIES * D); /* [2][lse, delta] */
-    int *bounds = reinterpret_cast<int *>(stats + 4 * QUERIES);
+    float *stats = reinterpret_cast<float *>(stages + 2 * QUERY_STAGES * QUERIES * D);
+    int *bounds = reinterpret_cast<int *>(stats + 2 * QUERY_STAGES * QUERIES);
     const qs_attention_launch &l = args.launch;
     const qs_attention_block block =
         qs_attention_block_at(blockIdx.x, l.tiles, l.n_kv_heads, false);
@@ -193,71 +231,103 @@ static __device__ __forceinline__ void dkv_block(const qs_backward_args &args)
     }
     __syncthreads();
     const qs_attention_span span = qs_attention_tiles(row0, bounds[last - row0], QUERIES);
-    const int last_head = (block.head + 1) * l.heads_per_kv - 1;
+    const int count = l.heads_per_kv * (span.end - span.begin);
     qs_dkv_step step = {block.head * l.heads_per_kv, span.begin * QUERIES};
     load_queries<D>(stages, args, step);
     float stat = qs_load_stat<QUERIES>(args, step);
 
     const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
-    const int group_row = within / QS_WGMMA_ROWS * QS_WGMMA_ROWS;
+    const int group_row = BEHIND ? QS_WGMMA_ROWS : 0;
     const uint32_t own_keys = qs_shared_address(keys), own_values = qs_shared_address(values);
     const uint32_t tiles = qs_shared_address(stages), tile_bytes = QUERIES * D * sizeof(qs_bf16);
-    float dk[1][D / 8][4], dv[1][D / 8][4];
+    float dk[1][D / 8][4], dv[1][D / 8][4], p[1][QUERIES / 8][4], ds[1][QUERIES / 8][4];
+    uint32_t weights[1][QUERIES / 16][4], left[1][QUERIES / 16][4];
     qs_zero(dk);
     qs_zero(dv);
-    bool more = true;
-    for (int stage = 0; more; stage = 1 - stage) {
-        const int query = step.query;
-        const uint32_t queries = tiles + (uint32_t)stage * 2 * tile_bytes;
-        const uint32_t d_out = queries + tile_bytes;
-        float *lse = stats + stage * 2 * QUERIES, *delta = lse + QUERIES;
-        float p[1][QUERIES / 8][4], ds[1][QUERIES / 8][4];
-        uint32_t weights[1][QUERIES / 16][4], left[1][QUERIES / 16][4];
-        if (threadIdx.x < 2 * QUERIES) {
-            lse[threadIdx.x] = stat;
-        }
-        qs_cp_async_wait<0>();
-        qs_fence_shared_for_wgmma();
-        qs_wgmma_wait<0>(); /* dk and dv of the step before */
+    const auto start =
+        [&](int number) { /* scores and dP of a step */
+                          const uint32_t queries =
+                              tiles + (uint32_t)(number % QUERY_STAGES) * 2 * tile_bytes;
+                          qs_wgmma_fence();
+                          qs_panel_scores<D, QUERIES>(p, own_keys, group_row, queries);
+                          qs_wgmma_commit();
+                          qs_panel_scores<D, QUERIES>(ds, own_values, group_row,
+                                                      queries + tile_bytes);
+                          qs_wgmma_commit();
+        };
+    const auto finish =
+        [&](int number, int query) { /* P, start dV, dS, start dK */
+                                     const uint32_t queries =
+                                         tiles + (uint32_t)(number % QUERY_STAGES) * 2 * tile_bytes;
+                                     const float *lse = stats + number % QUERY_STAGES * 2 * QUERIES,
+                                                 *delta = lse + QUERIES;
+                                     qs_wgmma_wait<1>();
+                                     qs_wgmma_keep(p[0]);
+                                     const qs_attention_view view = qs_attention_view_of_queries(
+                                         row, row + 15, bounds[within], bounds[within + 15], query,
+                                         query + QUERIES - 1);
+                                     if constexpr (CAP) {
+                                         qs_capped_weights_of_cols(p, weights, lse, args,
+                                                                   bounds + within, row, query,
+                                                                   view == QS_ATTENTION_ALL);
+                                     } else {
+                                         qs_weights_of_cols(p, weights, lse, args, bounds + within,
+                                                            row, query, view == QS_ATTENTION_ALL);
+                                     }
+                                     qs_wgmma_fence();
+                                     qs_panel_sums<D>(dv, weights, queries + tile_bytes);
+                                     qs_wgmma_commit();
+                                     qs_wgmma_wait<1>();
+                                     qs_wgmma_keep(ds[0]);
+                                     gradients_of_cols(ds, p, delta);
+                                     qs_as_left(left, ds);
+                                     qs_wgmma_fence();
+                                     qs_panel_sums<D>(dk, left, queries);
+                                     qs_wgmma_commit();
+        };
+    const auto wait_for_sums = [&]() {
+        qs_wgmma_wait<0>();
         qs_wgmma_keep(dk[0]);
         qs_wgmma_keep(dv[0]);
-        __syncthreads(); /* all copies have come, and nobody reads the other stage any more */
-        qs_step_on(&step, span, QUERIES);
-        more = step.head <= last_head;
-        if (more) {
-            load_queries<D>(stages + (1 - stage) * 2 * QUERIES * D, args, step);
-            stat = qs_load_stat<QUERIES>(args, step);
-        }
-        qs_wgmma_fence();
-        qs_panel_scores<D, QUERIES>(p, own_keys, group_row, queries);
-        qs_wgmma_commit();
-        qs_panel_scores<D, QUERIES>(ds, own_values, group_row, d_out);
-        qs_wgmma_commit();
-        qs_wgmma_wait<1>();
-        qs_wgmma_keep(p[0]);
-        const qs_attention_view view = qs_attention_view_of_queries(
-            row, row + 15, bounds[within], bounds[within + 15], query, query + QUERIES - 1);
-        if constexpr (CAP) {
-            qs_capped_weights_of_cols(p, weights, lse, args, bounds + within, row, query,
-                                      view == QS_ATTENTION_ALL);
-        } else {
-            qs_weights_of_cols(p, weights, lse, args, bounds + within, row, query,
-                               view == QS_ATTENTION_ALL);
-        }
-        qs_wgmma_fence();
-        qs_panel_sums<D>(dv, weights, d_out);
-        qs_wgmma_commit();
-        qs_wgmma_wait<1>();
-        qs_wgmma_keep(ds[0]);
-        gradients_of_cols(ds, p, delta);
-        qs_as_left(left, ds);
-        qs_wgmma_fence();
-        qs_panel_sums<D>(dk, left, queries);
-        qs_wgmma_commit();
+    };
+
+    const auto meet =
+        [&](int number) { /* before a step is read; then the next is loaded */
+                          if (!BEHIND && number < count) {
+                              stats[number % QUERY_STAGES * 2 * QUERIES + (int)threadIdx.x] = stat;
+                          }
+                          qs_wait_for_tiles();
+        };
+    const auto load = [&](int number) { /* of all steps in order, if there is one */
+                                        if (number < count) {
+                                            qs_step_on(&step, span, QUERIES);
+                                            load_queries<D>(stages + number % QUERY_STAGES * 2 *
+                                                                         QUERIES * D,
+                                                            args, step);
+                                            stat = qs_load_stat<QUERIES>(args, step);
+                                        }
+    };
+    qs_dkv_step own = step;
+    if (BEHIND) {
+        meet(0);
+        load(1);
     }
-    qs_wgmma_wait<0>();
-    qs_wgmma_keep(dk[0]);
-    qs_wgmma_keep(dv[0]);
+    for (int number = 0; number < count; number++) {
+        if (!BEHIND) {
+            meet(number);
+        }
+        start(number);
+        if (BEHIND) {
+            meet(number + 1);
+        }
+        load(BEHIND ? number + 2 : number + 1);
+        finish(number, own.query);
+        qs_step_on(&own, span, QUERIES);
+        wait_for_sums(); /* the other warpgroup has work for the tensor cores */
+    }
+    if (!BEHIND) {
+        meet(count);
+    }
     __syncthreads(); /* of keys and values nothing is read any more */
     const float one[1][2] = {{1.0f, 1.0f}}, by[1][2] = {{l.scale, l.scale}};
     qs_panel_store<D>(dv, one, values, within, qs_head_rows_at(args.dv, block.head, l.dim), row, l);
@@ -269,7 +339,11 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     dkv_kernel(const qs_backward_args args)
 {
     if constexpr (QS_WGMMA) {
-        dkv_block<D, CAP>(args);
+        if (threadIdx.x < QS_HOPPER_GROUP) {
+            dkv_group<D, CAP, false>(args);
+        } else {
+            dkv_group<D, CAP, true>(args);
+        }
     }
 }
 
@@ -279,7 +353,7 @@ template <int D, bool CAP> static qs_status launch(qs_queue *q, qs_backward_args
 {
     static_assert(dq_shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
     static_assert(dkv_shared_bytes<D>() <= QS_HOPPER_SHARED_MAX, "fits the card");
-    static_assert(2 * QUERIES <= QS_HOPPER_THREADS, "a thread a number of a step");
+    static_assert(2 * QUERIES == QS_HOPPER_GROUP, "a thread of the first a number of a step");
     args.launch.tiles = (int)qs_hd_ceil_div(args.launch.rows, QS_HOPPER_OWN);
     const unsigned tiles = (unsigned)args.launch.tiles;
     QS_TRY(qs_cuda_prepare(dq_kernel<D, CAP>, dq_shared_bytes<D>()));

@@ -3,8 +3,14 @@
  *
  * A block is two warpgroups, each with 64 rows of the block's own tile of 128. Their sums lie in
  * registers exactly as those of qs_mma_bf16 do, 16 rows a warp, so that masks, softmax and
- * gradients are the same code as on other cards. All threads copy; tiles come and are read in step,
- * a barrier each. */
+ * gradients are the same code as on other cards.
+ *
+ * Tiles come and are read in step, a barrier each, but the second warpgroup is half a tile behind:
+ * between two barriers the first starts the products of a tile and then computes with them, while
+ * the second computes with those of the tile before and then starts those of this one. So the
+ * tensor cores have the one's products while the other's exponentials are computed
+ * (FlashAttention-3's "pingpong", Shah et al. 2024, arXiv:2407.08608, without its barriers). What
+ * the second one still reads keeps a stage more. */
 #ifndef QS_KERNELS_CUDA_ATTENTION_HOPPER_CUH
 #define QS_KERNELS_CUDA_ATTENTION_HOPPER_CUH
 
@@ -13,6 +19,7 @@
 
 enum {
     QS_HOPPER_THREADS = 256,
+    QS_HOPPER_GROUP = 128,             /* threads of a warpgroup */
     QS_HOPPER_OWN = 128,               /* rows of a block's own tile */
     QS_HOPPER_SHARED_MAX = 227 * 1024, /* of a block */
 };
@@ -29,15 +36,15 @@ static inline bool qs_hopper_serves(const qs_attention_launch *launch)
            major == 9;
 }
 
-/** All threads of the block: start copying rows [row, row + ROWS) to a tile; zeros behind the last
- * row and behind the head's width. A thread stays in its column. */
-template <int D, int ROWS>
+/** All threads of the block, or of a warpgroup: start copying rows [row, row + ROWS) to a tile;
+ * zeros behind the last row and behind the head's width. A thread stays in its column. */
+template <int D, int ROWS, int THREADS = QS_HOPPER_THREADS>
 __device__ __forceinline__ void qs_panel_load(qs_bf16 *tile, qs_head_rows from, int row,
                                               const qs_attention_launch &launch)
 {
-    const int chunks = D / 8, step = QS_HOPPER_THREADS / chunks;
+    const int chunks = D / 8, step = THREADS / chunks, thread = (int)threadIdx.x % THREADS;
     static_assert(step % 8 == 0 && ROWS % step == 0, "chunks are exchanged alike in each turn");
-    const int chunk = (int)threadIdx.x % chunks, first = (int)threadIdx.x / chunks;
+    const int chunk = thread % chunks, first = thread / chunks;
     const int rows = chunk * 8 < launch.dim ? launch.rows - row : 0;
     const qs_bf16 *source = from.data + (int64_t)(row + first) * from.stride + chunk * 8;
     qs_bf16 *target = tile + qs_panel_chunk(ROWS, first, chunk) * 8;
