@@ -1,20 +1,18 @@
 /* The matrix products of a step at Llama-3-8B's shapes, one by one: by each of the algorithms that
- * cuBLASLt proposes, in its order, and by the project's own kernels for thin ones (thin.cu).
+ * cuBLASLt proposes, in its order.
  *
  *     bench_products PLUGIN [--small] [--csv FILE] [--tokens T]...
  *
  * A run takes the first algorithm. A row says what the others take, whether the first MiB of their
  * results has the same bits, and what bounds a product: its FLOPs at the rate of a large square
- * product or its bytes at that of a copy, both measured in the same run. The last rows add up what
- * a step without recompute takes with the first of each, with the fastest, and with the first but
- * our own where there is one. Rows in brackets are what one of joined linears takes by itself; they
- * do not count. Repeated calls find in the L2 cache what fits there. */
-#include <math.h>
+ * product or its bytes at that of a copy, both measured in the same run. The last row adds up what
+ * a step without recompute takes with the first of each and with the fastest. Rows in brackets are
+ * what one of joined linears takes by itself; they do not count. Repeated calls find in the L2
+ * cache what fits there. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/dtype.h"
 #include "gpu_main.h"
 #include "kernels/cuda/core/border.h"
 
@@ -51,14 +49,13 @@ typedef struct {
 
 typedef struct {
     const gpu_main *g;
-    qs_bench own;            /* buffers, and a queue with thin.cu's kernels */
-    qs_bench by[ALGORITHMS]; /* a queue an algorithm */
+    qs_bench by[ALGORITHMS]; /* a queue an algorithm; the first has the buffers */
     void *c;
     model_shape s;
     int64_t tokens;
     product products[PRODUCTS_MAX];
     int n;
-    double first, fastest, thin; /* sums over a step */
+    double first, fastest; /* sums over a step */
 } state;
 
 /* ---- the products, without matrices yet ---- */
@@ -188,9 +185,9 @@ static qs_status give_matrices(state *st)
         most_b = larger(most_b, (g->b_transposed ? g->n : g->k) * g->b_stride);
         most_c = larger(most_c, g->m * g->c_stride * (int64_t)qs_dtype_bytes(g->c_dtype));
     }
-    QS_TRY(qs_bench_random(&st->own, &a, QS_BF16, most_a));
-    QS_TRY(qs_bench_random(&st->own, &b, QS_BF16, most_b));
-    QS_TRY(qs_bench_zeros(&st->own, &st->c, (size_t)most_c));
+    QS_TRY(qs_bench_random(&st->by[0], &a, QS_BF16, most_a));
+    QS_TRY(qs_bench_random(&st->by[0], &b, QS_BF16, most_b));
+    QS_TRY(qs_bench_zeros(&st->by[0], &st->c, (size_t)most_c));
     for (int i = 0; i < st->n; i++) {
         qs_gemm_call *g = &st->products[i].call;
         g->a = a;
@@ -207,14 +204,6 @@ static qs_status by_library(qs_bench *b, void *ctx)
 {
     const product *p = ctx;
     return b->plugin->gemm(b->queue, &p->call);
-}
-
-static qs_status by_own(qs_bench *b, void *ctx)
-{
-    const product *p = ctx;
-    bool taken;
-    QS_TRY(b->plugin->thin(b->queue, &p->call, &taken));
-    return taken ? QS_OK : QS_FAIL(QS_ERR_DEVICE, "%s: not a thin one", p->name);
 }
 
 /* Seconds, or 0 where there is no such algorithm. What it leaves of C's beginning goes to `left`.
@@ -237,47 +226,19 @@ static qs_status time_of(state *st, qs_bench *b, qs_bench_call call, product *p,
     return QS_OK;
 }
 
-/* Whether our own result is the library's: within two roundings of the largest, or what the order
- * of a sum changes. */
-static qs_status check_own(const product *p, const void *library, const void *own)
-{
-    const qs_dtype dtype = p->call.c_dtype;
-    const int64_t count = COMPARED / (int64_t)qs_dtype_bytes(dtype);
-    float *right = malloc(2 * (size_t)count * sizeof *right), largest = 0;
-    if (right == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "no memory for %lld floats", (long long)(2 * count));
-    }
-    float *ours = right + count;
-    int64_t wrong = 0;
-    qs_f32_load(right, library, dtype, count);
-    qs_f32_load(ours, own, dtype, count);
-    for (int64_t i = 0; i < count; i++) {
-        largest = fmaxf(largest, fabsf(right[i]));
-    }
-    const float allowed = largest * (dtype == QS_BF16 ? 0x1p-7F : 1e-3F);
-    for (int64_t i = 0; i < count; i++) {
-        wrong += !(fabsf(ours[i] - right[i]) <= allowed); /* NaN is wrong */
-    }
-    free(right);
-    return wrong == 0 ? QS_OK
-                      : QS_FAIL(QS_ERR_NUMERIC, "%s: %lld of our own sums are off by over %g",
-                                p->name, (long long)wrong, (double)allowed);
-}
-
 /* The larger of both bounds, seconds. */
 static double bound_of(const state *st, const product *p, const char **by)
 {
     const qs_gemm_call *g = &p->call;
     const double m = (double)g->m, n = (double)g->n, k = (double)g->k;
     const double c = m * n * (double)qs_dtype_bytes(g->c_dtype) * (g->c0 != NULL ? 2 : 1);
-    const double flops = 2 * m * n * k / st->own.matmul_rate;
-    const double bytes = (2 * (m + n) * k + c) / st->own.copy_rate;
+    const double flops = 2 * m * n * k / st->by[0].matmul_rate;
+    const double bytes = (2 * (m + n) * k + c) / st->by[0].copy_rate;
     *by = flops > bytes ? "product" : "copy";
     return flops > bytes ? flops : bytes;
 }
 
-static void print_row(const state *st, const product *p, const double *ms, const bool *same,
-                      double own)
+static void print_row(const state *st, const product *p, const double *ms, const bool *same)
 {
     const char *by;
     const double bound = bound_of(st, p, &by) * 1e3;
@@ -288,23 +249,23 @@ static void print_row(const state *st, const product *p, const double *ms, const
     for (int i = 0; i < ALGORITHMS; i++) {
         ms[i] > 0 ? printf(" %8.4f%s", ms[i], same[i] ? "=" : " ") : printf("        - ");
     }
-    own > 0 ? printf(" %8.4f\n", own) : printf("        -\n");
+    printf("\n");
     if (st->g->csv != NULL) {
         (void)fprintf(st->g->csv, "%s,%lld,%s,%.0f,%.5f,%s", p->name, (long long)st->tokens, shape,
                       p->times, bound, by);
         for (int i = 0; i < ALGORITHMS; i++) {
             (void)fprintf(st->g->csv, ",%.5f,%d", ms[i], same[i]);
         }
-        (void)fprintf(st->g->csv, ",%.5f\n", own);
+        (void)fprintf(st->g->csv, "\n");
     }
     (void)fflush(stdout);
 }
 
 static qs_status bench_product(state *st, product *p)
 {
-    double ms[ALGORITHMS], own, fastest;
+    double ms[ALGORITHMS], fastest;
     bool same[ALGORITHMS];
-    void *first = NULL, *ours;
+    void *first = NULL;
     for (int i = 0; i < ALGORITHMS; i++) {
         void *left;
         QS_TRY(time_of(st, &st->by[i], by_library, p, &left, &ms[i]));
@@ -315,20 +276,14 @@ static qs_status bench_product(state *st, product *p)
             free(left);
         }
     }
-    QS_TRY(time_of(st, &st->own, by_own, p, &ours, &own));
-    const qs_status right = first != NULL && ours != NULL ? check_own(p, first, ours) : QS_OK;
     free(first);
-    free(ours);
-    QS_TRY(right);
-    own *= 1e3;
-    print_row(st, p, ms, same, own);
-    fastest = own > 0 ? own : ms[0];
-    for (int i = 0; i < ALGORITHMS; i++) {
+    print_row(st, p, ms, same);
+    fastest = ms[0];
+    for (int i = 1; i < ALGORITHMS; i++) {
         fastest = ms[i] > 0 && ms[i] < fastest ? ms[i] : fastest;
     }
     st->first += p->times * ms[0];
     st->fastest += p->times * fastest;
-    st->thin += p->times * (own > 0 ? own : ms[0]);
     return QS_OK;
 }
 
@@ -336,15 +291,14 @@ static qs_status bench_all(state *st)
 {
     list_products(st);
     QS_TRY(give_matrices(st));
-    st->first = st->fastest = st->thin = 0;
-    printf("# T %lld, ms: the bound, then algorithms 0 to %d (=: the bits of 0), then our own\n",
+    st->first = st->fastest = 0;
+    printf("# T %lld, ms: the bound, then algorithms 0 to %d (=: the bits of 0)\n",
            (long long)st->tokens, ALGORITHMS - 1);
     for (int i = 0; i < st->n; i++) {
         QS_TRY(bench_product(st, &st->products[i]));
     }
-    printf("# products of a step, T %lld: first %.2f ms, fastest %.2f ms, first but our own %.2f "
-           "ms\n",
-           (long long)st->tokens, st->first, st->fastest, st->thin);
+    printf("# products of a step, T %lld: first %.2f ms, fastest %.2f ms\n", (long long)st->tokens,
+           st->first, st->fastest);
     return QS_OK;
 }
 
@@ -377,11 +331,9 @@ static qs_status open_queues(state *st)
         QS_TRY(open_queue(st->g, &st->by[i]));
     }
     (void)unsetenv("QSHARD_CUDA_ALGORITHM");
-    (void)setenv("QSHARD_CUDA_THIN", "own", 1);
-    QS_TRY(open_queue(st->g, &st->own));
-    QS_TRY(qs_bench_bounds(&st->own));
+    QS_TRY(qs_bench_bounds(&st->by[0]));
     printf("# bounds of this run: copy %.1f GB/s (read + written), product %s %.2f TFLOP/s\n",
-           st->own.copy_rate * 1e-9, st->own.matmul_name, st->own.matmul_rate * 1e-12);
+           st->by[0].copy_rate * 1e-9, st->by[0].matmul_name, st->by[0].matmul_rate * 1e-12);
     return QS_OK;
 }
 
@@ -393,7 +345,7 @@ static qs_status measure(state *st)
     for (int i = 0; i < n; i++) {
         st->tokens = st->g->n_tokens > 0 ? st->g->tokens[i] : usual;
         QS_TRY(bench_all(st));
-        qs_bench_free(&st->own);
+        qs_bench_free(&st->by[0]);
     }
     return QS_OK;
 }
@@ -405,7 +357,6 @@ static qs_status run(const gpu_main *g)
     for (int i = 0; i < ALGORITHMS; i++) {
         qs_bench_close(&st.by[i]);
     }
-    qs_bench_close(&st.own);
     return status;
 }
 
@@ -416,6 +367,5 @@ int main(int argc, char **argv)
         const size_t length = strlen(heading);
         (void)snprintf(heading + length, sizeof heading - length, ",ms_%d,same_%d", i, i);
     }
-    (void)strcat(heading, ",own_ms");
     return gpu_main_run(argc, argv, heading, run);
 }

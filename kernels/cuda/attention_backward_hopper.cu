@@ -164,10 +164,10 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     dq_kernel(const qs_backward_args args)
 {
     if constexpr (QS_WGMMA) {
-        if (threadIdx.x < QS_HOPPER_GROUP) {
-            dq_group<D, CAP, false>(args);
-        } else {
+        if (qs_hopper_behind()) {
             dq_group<D, CAP, true>(args);
+        } else {
+            dq_group<D, CAP, false>(args);
         }
     }
 }
@@ -339,10 +339,10 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
     dkv_kernel(const qs_backward_args args)
 {
     if constexpr (QS_WGMMA) {
-        if (threadIdx.x < QS_HOPPER_GROUP) {
-            dkv_group<D, CAP, false>(args);
-        } else {
+        if (qs_hopper_behind()) {
             dkv_group<D, CAP, true>(args);
+        } else {
+            dkv_group<D, CAP, false>(args);
         }
     }
 }

@@ -36,6 +36,13 @@ static inline bool qs_hopper_serves(const qs_attention_launch *launch)
            major == 9;
 }
 
+/** Is this thread one of the second warpgroup? The same for a warp, as the compiler sees by the
+ * shuffle. */
+__device__ __forceinline__ bool qs_hopper_behind()
+{
+    return __shfl_sync(QS_ALL_LANES, (int)threadIdx.x / QS_HOPPER_GROUP, 0) > 0;
+}
+
 /** All threads of the block, or of a warpgroup: start copying rows [row, row + ROWS) to a tile;
  * zeros behind the last row and behind the head's width. A thread stays in its column. */
 template <int D, int ROWS, int THREADS = QS_HOPPER_THREADS>

@@ -1,6 +1,6 @@
-/* LoRA (Hu et al. 2021, arXiv:2106.09685) beside a linear: products of rank r by cuBLASLt (or
- * thin.cu), and dropout by two kernels whose mask is a function of (seed, step, sample, row,
- * feature) alone (core/philox.h), so that it is never stored.
+/* LoRA (Hu et al. 2021, arXiv:2106.09685) beside a linear: products of rank r by cuBLASLt, and
+ * dropout by two kernels whose mask is a function of (seed, step, sample, row, feature) alone
+ * (core/philox.h), so that it is never stored.
  *
  * Roundings, besides the fp32 sums of the products:
  *     drop(x) = x / (1 - p) to bf16; xa and work to bf16; y, and dx, to bf16 once more, and with
@@ -49,9 +49,7 @@ qs_status qs_cuda_multiply(qs_queue *q, float alpha, const qs_mat *a, bool a_tra
     call.c = c->data;
     call.c_stride = c->stride;
     call.c_dtype = c->dtype;
-    bool taken;
-    QS_TRY(qs_cuda_thin(q, &call, &taken));
-    return taken ? QS_OK : qs_cuda_gemm(q, &call);
+    return qs_cuda_gemm(q, &call);
 }
 
 /* ---- dropout ---- */

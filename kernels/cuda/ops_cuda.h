@@ -36,7 +36,6 @@ typedef struct {
     void *lora;          /* bf16 [tokens, widest] with dropout, else nothing */
     void *lora_sum;      /* fp32 [adapters, in]: gradients of the A's of joined linears */
     void *dora;          /* with DoRA a block of tokens (core/dora.h), else nothing */
-    void *thin;          /* counters, then sums of splits (thin.cu); NULL: cuBLASLt does it all */
     void *gemm_workspace;
     size_t single_bytes, attention_bytes, lora_bytes, lora_sum_bytes, gemm_workspace_bytes;
     const uint8_t *open_base; /* of the opened unit, NULL: none */
@@ -61,17 +60,13 @@ size_t qs_cuda_attention_scratch(const qs_ops_limits *limits); /* context->atten
 size_t qs_cuda_lora_scratch(const qs_ops_limits *limits);      /* context->lora */
 size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits);  /* context->lora_sum */
 size_t qs_cuda_dora_scratch(const qs_ops_limits *limits);      /* context->dora */
-size_t qs_cuda_thin_scratch(const qs_ops_limits *limits);      /* context->thin */
 size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* a slot */
 size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* context->single */
 
 /** What context->dora is cut into. */
 qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits);
 
-/** Where in context->thin the counters end. */
-enum { QS_CUDA_THIN_COUNTERS = 2048 };
-
-enum { QS_CUDA_PIECES = 10 };
+enum { QS_CUDA_PIECES = 9 };
 
 /** All of them, one behind the other. */
 typedef struct {
@@ -125,11 +120,6 @@ void qs_cuda_gemm_close(qs_cuda_context *context);
 size_t qs_cuda_gemm_workspace_bytes(void);
 /** Name and version of the library behind it. */
 void qs_cuda_gemm_version(char *out, size_t capacity);
-
-/** The same by kernels of our own, if it is a product that they are for: one side at most
- * QS_THIN_MOST, all in pieces of 16 bytes, a bf16 C without C0 and A as it stands, or an fp32 C in
- * place and A transposed. *taken says whether; nothing has been done if not. (thin.cu) */
-qs_status qs_cuda_thin(qs_queue *q, const qs_gemm_call *call, bool *taken);
 
 /* ---- weights (unit.cu) ---- */
 

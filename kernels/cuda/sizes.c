@@ -4,8 +4,6 @@
 #include "kernels/cuda/ops_cuda.h"
 
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "kernels/cuda/core/attention_tiles.h"
 #include "kernels/cuda/core/bf16.h"
@@ -13,7 +11,6 @@
 #include "kernels/cuda/core/dora.h"
 #include "kernels/cuda/core/norm.h"
 #include "kernels/cuda/core/rows.h"
-#include "kernels/cuda/core/thin.h"
 
 enum { ALIGNMENT = 256 };
 
@@ -130,22 +127,6 @@ size_t qs_cuda_dora_scratch(const qs_ops_limits *limits)
     return limits->dora ? qs_cuda_dora_pieces(limits).total : 0;
 }
 
-/* Not by default before a card has shown that they are faster than cuBLASLt's. */
-static bool thin_kernels(void)
-{
-    const char *text = getenv("QSHARD_CUDA_THIN");
-    return text != NULL && strcmp(text, "own") == 0;
-}
-
-_Static_assert(QS_THIN_BLOCKS * sizeof(unsigned) <= QS_CUDA_THIN_COUNTERS, "a counter a tile");
-
-size_t qs_cuda_thin_scratch(const qs_ops_limits *limits)
-{
-    const size_t sums = (size_t)QS_THIN_WIDE * QS_THIN_MOST * sizeof(float);
-    return limits->lora_rank > 0 && thin_kernels() ? QS_CUDA_THIN_COUNTERS + QS_THIN_BLOCKS * sums
-                                                   : 0;
-}
-
 /* ---- the whole ---- */
 
 static size_t product(int64_t a, int64_t b, size_t element)
@@ -164,7 +145,6 @@ qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *l, size_t gemm_workspace_b
                             qs_cuda_lora_scratch(l),
                             qs_cuda_lora_sum_scratch(l),
                             qs_cuda_dora_scratch(l),
-                            qs_cuda_thin_scratch(l),
                             gemm_workspace_bytes,
                         }};
     for (int i = 0; i < QS_CUDA_PIECES; i++) {

@@ -15,7 +15,7 @@
 struct qs_comm;
 
 /** Changes whenever a struct or a call that crosses the border does. */
-#define QS_PLUGIN_ABI "qshard-plugin-5"
+#define QS_PLUGIN_ABI "qshard-plugin-6"
 
 typedef struct qs_plugin {
     const char *abi;  /* QS_PLUGIN_ABI: the first member, checked before anything else is read */
@@ -43,7 +43,6 @@ typedef struct qs_plugin {
 
     /** The products alone, for tests and benchmarks. */
     qs_status (*gemm)(qs_queue *q, const qs_gemm_call *call);
-    qs_status (*thin)(qs_queue *q, const qs_gemm_call *call, bool *taken);
 } qs_plugin;
 
 /** The one symbol of a plugin. */

@@ -40,7 +40,6 @@ const qs_plugin *qs_plugin_get(void)
         .ops = qs_ops_cuda,
         .comm_create = qs_comm_nccl_create,
         .gemm = qs_cuda_gemm,
-        .thin = qs_cuda_thin,
     };
     return &plugin;
 }

@@ -4,7 +4,7 @@
     bench_step.py WORK --base BASE.h5 --build DIR --csv STEP.csv --ops OPS.csv --log FILE [--small] [--tokens T]...
 
 A run a row: tokens of the one sequence of a step, recompute mode (+decoded: with the layers that fit decoded; +bf16: with the residual
-stream in bf16; +thin: with thin.cu's kernels), tokens/s (median of the
+stream in bf16), tokens/s (median of the
 steps behind the first two), share of the large matrix product that bench_ops measured, planned and reached device memory. Standard
 library alone.
 """
@@ -22,9 +22,8 @@ from make_model import config_of, linears_of
 RANK, STEPS, WARM = 16, 7, 2
 LONG, LONG_STEPS = 16384, 5  # long steps are few and even
 LENGTHS = {False: (512, 4096, 16384), True: (24,)}
-# recompute; with memory.keep_decoded: auto, without train.residual_fp32, with the project's own kernels for thin products
-MODES = ("none", "none+bf16", "none+decoded", "none+decoded+bf16", "none+decoded+thin", "none+decoded+thin+bf16",
-         "selective", "full", "full+bf16")
+# recompute; with memory.keep_decoded: auto, without train.residual_fp32
+MODES = ("none", "none+bf16", "none+decoded", "none+decoded+bf16", "selective", "full", "full+bf16")
 TOTAL = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+) +([0-9.]+)$", re.MULTILINE | re.DOTALL)
 PLANNED = re.compile(r"^device memory of rank 0.*?^  total +([0-9.]+)", re.MULTILINE | re.DOTALL)
 
@@ -57,8 +56,8 @@ def measured_matmul(path):
         return None
 
 
-def run(command, log, **variables):
-    done = subprocess.run(command, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+def run(command, log):
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           check=False)
     log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
     log.flush()
@@ -79,8 +78,7 @@ def one_case(options, config, length, mode, log):
         file.write(YAML.format(base=options.base, tokens=tokens, out=out, steps=steps, length=length, mode=mode.split("+")[0],
                                fp32=str("bf16" not in mode).lower(), decoded="auto" if "decoded" in mode else "none",
                                rank=RANK))
-    thin = {"QSHARD_CUDA_THIN": "own"} if "thin" in mode else {}
-    done = run([os.path.join(options.build, "qshard"), "train", yaml], log, **thin)
+    done = run([os.path.join(options.build, "qshard"), "train", yaml], log)
     if done.returncode == 7:
         planned = PLANNED.search(done.stdout)
         return None, f"does not fit: {float(planned.group(1)) / 1024:.1f} GiB are planned" if planned else "does not fit"

@@ -41,14 +41,13 @@ if [ -x "$build/bench_products" ]; then
         ${lengths[@]+"${lengths[@]}"} --csv "$report/products.csv" || true
     say ""
     {
-        echo "| product | shape | bound, ms | first algorithm | fastest other | bits of the first | our own |"
-        echo "|---|---|---|---|---|---|---|"
+        echo "| product | shape | bound, ms | first algorithm | fastest other | bits of the first |"
+        echo "|---|---|---|---|---|---|"
         awk -F, 'NR > 1 {
             best = 0
             for (i = 1; i < 8; i++) if ($(7 + 2 * i) > 0 && (!best || $(7 + 2 * i) < $(7 + 2 * best))) best = i
             other = best ? sprintf("%.4f (%d) | %s", $(7 + 2 * best), best, $(8 + 2 * best) ? "yes" : "no") : "none |"
-            printf "| %s, T %s | %s | %.4f, %s | %.4f | %s | %s |\n", $1, $2, $3, $5, $6, $7, other,
-                ($23 > 0 ? $23 : "") }' "$report/products.csv"
+            printf "| %s, T %s | %s | %.4f, %s | %.4f | %s |\n", $1, $2, $3, $5, $6, $7, other }' "$report/products.csv"
     } | tee -a "$part"
     say ""
     say "$(sed -n 's/^# products/products/p' "$report/bench.bench_products.log")"

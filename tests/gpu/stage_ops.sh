@@ -9,13 +9,9 @@ export QSHARD_TWIN=$mode
 
 # All programs at once; what hangs is ended, so that the others still report.
 limit=${QSHARD_GPU_TEST_S:-120}
-one() { # PROGRAM, PROGRAM_thin: with thin.cu's kernels
-    local started=$SECONDS code=0 program=$1
-    if [ ! -x "$program" ]; then # core_thin is a program's own name
-        program=${1%_thin}
-        export QSHARD_CUDA_THIN=own
-    fi
-    timeout -k 5 "$limit" "$program" --encoding=C --color=never >"$report/ops.${1##*/}.out" 2>&1 || code=$?
+one() { # PROGRAM
+    local started=$SECONDS code=0
+    timeout -k 5 "$limit" "$1" --encoding=C --color=never >"$report/ops.${1##*/}.out" 2>&1 || code=$?
     echo "$code $((SECONDS - started))" >"$report/ops.${1##*/}.code"
 }
 export -f one
@@ -33,9 +29,6 @@ shopt -s nullglob
 tests=()
 for test in "$build"/tests/twins/test_{twin,core}_*; do
     [ -x "$test" ] && [ -f "$test" ] && tests+=("$test")
-done
-for test in "$build"/tests/twins/test_twin_{linear,linear_units,linears,lora,dora}; do
-    [ ! -x "$test" ] || tests+=("${test}_thin")
 done
 rm -f "$report"/ops.*.{code,out}
 if [ "${#tests[@]}" = 0 ]; then

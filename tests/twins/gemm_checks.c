@@ -13,7 +13,6 @@ typedef struct {
     int64_t pad;
     c0_kind c0;
     qs_dtype c_dtype;
-    bool thin; /* by qs_cuda_thin; every matrix has the same pad */
 } gemm_case;
 
 static double at(const tw_mat *x, bool transposed, int64_t row, int64_t col)
@@ -41,11 +40,7 @@ static double want_of(const gemm_case *t, const tw_mat *a, const tw_mat *b, cons
 
 static float *run(const tw_backend *b, const gemm_case *t, const qs_gemm_call *call, qs_mat *c)
 {
-    bool taken = true;
-    const qs_status st =
-        t->thin ? b->plugin->thin(b->queue, call, &taken) : b->plugin->gemm(b->queue, call);
-    cr_assert_eq(st, QS_OK, "%s", qs_error_text());
-    cr_assert(taken, "m=%d n=%d k=%d: not taken", (int)t->m, (int)t->n, (int)t->k);
+    cr_assert_eq(b->plugin->gemm(b->queue, call), QS_OK, "%s", qs_error_text());
     cr_assert(tw_gap_intact(b, c), "m=%d n=%d k=%d pad=%d: the gap", (int)t->m, (int)t->n,
               (int)t->k, (int)t->pad);
     return tw_mat_read(b, c);
@@ -56,14 +51,12 @@ static void check(const tw_backend *b, const gemm_case *t)
     const float alpha = 0.75F;
     tw_mat x = tw_mat_make_as(b, QS_BF16, t->a_transposed ? t->k : t->m,
                               t->a_transposed ? t->m : t->k, t->pad, 1.0F, 1);
-    tw_mat y =
-        tw_mat_make_as(b, QS_BF16, t->b_transposed ? t->n : t->k, t->b_transposed ? t->k : t->n,
-                       t->thin ? t->pad : (t->pad + 5) % 16, 1.0F, 2);
+    tw_mat y = tw_mat_make_as(b, QS_BF16, t->b_transposed ? t->n : t->k,
+                              t->b_transposed ? t->k : t->n, (t->pad + 5) % 16, 1.0F, 2);
     /* One more row and column than the product may need: something is there even if m or n is 0. */
     const int64_t more = t->n == 0;
     tw_mat c0 = tw_mat_make_as(b, t->c_dtype, t->m + 1, t->n, t->pad + more, 1.0F, 3);
-    tw_mat c = tw_mat_make_as(b, t->c_dtype, t->m + 1, t->n,
-                              (t->thin ? t->pad : (t->pad + 8) % 16) + more, 1.0F, 4);
+    tw_mat c = tw_mat_make_as(b, t->c_dtype, t->m + 1, t->n, (t->pad + 8) % 16 + more, 1.0F, 4);
     c0.device.rows = c.device.rows = t->m;
     qs_gemm_call call = {.m = t->m,
                          .n = t->n,
@@ -144,8 +137,8 @@ void gemm_check_layouts(const tw_backend *b)
 
 void gemm_check_long_sums(const tw_backend *b)
 {
-    check(b, &(gemm_case){16, 40, 3000, true, false, 0, NO_C0, QS_F32, false});
-    check(b, &(gemm_case){40, 16, 3001, true, false, 8, C0_IN_PLACE, QS_F32, false});
+    check(b, &(gemm_case){16, 40, 3000, true, false, 0, NO_C0, QS_F32});
+    check(b, &(gemm_case){40, 16, 3001, true, false, 8, C0_IN_PLACE, QS_F32});
 }
 
 void gemm_check_zeros(const tw_backend *b)
@@ -160,119 +153,9 @@ void gemm_check_many_shapes(const tw_backend *b)
 {
     for (int round = 0; round < 2; round++) {
         for (int64_t m = 1; m <= 300; m++) {
-            check(b, &(gemm_case){m, 8, 8, false, true, 0, NO_C0, QS_BF16, false});
+            check(b, &(gemm_case){m, 8, 8, false, true, 0, NO_C0, QS_BF16});
         }
     }
-}
-
-/* Rows of X or dY by an adapter's matrix, as A and as B lie. */
-static void thin_rows(const tw_backend *b, int64_t m, int64_t n, int64_t k)
-{
-    for (int transposed = 0; transposed < 2; transposed++) {
-        check(b, &(gemm_case){.m = m,
-                              .n = n,
-                              .k = k,
-                              .b_transposed = transposed,
-                              .pad = n % 16,
-                              .c_dtype = QS_BF16,
-                              .thin = true});
-    }
-}
-
-/* The gradients of B and, turned, of A: of `wide` rows or columns. */
-static void thin_sums(const tw_backend *b, int64_t wide, int64_t thin, int64_t tokens)
-{
-    for (int flags = 0; flags < 4; flags++) {
-        const bool turned = flags & 1;
-        check(b, &(gemm_case){.m = turned ? thin : wide,
-                              .n = turned ? wide : thin,
-                              .k = tokens,
-                              .a_transposed = true,
-                              .pad = thin % 16,
-                              .c0 = flags & 2 ? C0_IN_PLACE : NO_C0,
-                              .c_dtype = QS_F32,
-                              .thin = true});
-    }
-}
-
-void gemm_check_thin(const tw_backend *b)
-{
-    static const int64_t thin[] = {8, 16, 24, 32, 48, 64};
-    for (size_t i = 0; i < sizeof thin / sizeof *thin; i++) {
-        thin_rows(b, 130, thin[i], 72);
-        thin_rows(b, 40, thin[i], 640); /* splits, of which one is shorter */
-        thin_sums(b, 136, thin[i], 67);
-        thin_sums(b, 72, thin[i], 601);
-    }
-    static const int64_t wide[] = {1, 15, 127, 128, 129, 400};
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
-        thin_rows(b, wide[i], 16, 8 + 64 * (int64_t)i);
-        thin_sums(b, wide[i] / 8 * 8 + 8, 16, 1 + 63 * (int64_t)i);
-    }
-    thin_rows(b, 300, 32, 1600);
-    thin_sums(b, 264, 32, 1603);
-}
-
-static bool takes(const tw_backend *b, qs_gemm_call call)
-{
-    bool taken = true;
-    cr_assert_eq(b->plugin->thin(b->queue, &call, &taken), QS_OK, "%s", qs_error_text());
-    return taken;
-}
-
-void gemm_check_not_thin(const tw_backend *b)
-{
-    const size_t bytes = 256 * 256 * sizeof(float);
-    void *none = calloc(1, bytes);
-    cr_assert_not_null(none);
-    char *x = tw_upload(b, none, bytes);
-    const qs_gemm_call rows = {.m = 128,
-                               .n = 16,
-                               .k = 64,
-                               .alpha = 1.0F,
-                               .a = x,
-                               .b = x,
-                               .a_stride = 64,
-                               .b_stride = 64,
-                               .b_transposed = true,
-                               .c = x,
-                               .c_stride = 16,
-                               .c_dtype = QS_BF16};
-    qs_gemm_call sums = rows;
-    sums.a_transposed = true;
-    sums.b_transposed = false;
-    sums.a_stride = 128;
-    sums.c_dtype = QS_F32;
-    qs_gemm_call other[16];
-    size_t n = 0;
-    for (size_t i = 0; i < sizeof other / sizeof *other; i++) {
-        other[i] = i < 8 ? rows : sums;
-    }
-    other[n++].m = 0;
-    other[n++].n = 72;
-    other[n++].n = 12;
-    other[n++].k = 60;
-    other[n++].a = x + 8;
-    other[n++].b_stride = 68;
-    other[n++].c_dtype = QS_F32;
-    other[n++].c0 = x;
-    other[n++].c_dtype = QS_BF16;
-    other[n++].b_transposed = true;
-    other[n++].m = 132;
-    other[n++].n = 12;
-    other[n++].a_stride = 132;
-    other[n++].b = x + 2;
-    other[n++].k = 0;
-    other[n].n = 72;
-    other[n++].m = 72;
-    cr_assert_eq(n, sizeof other / sizeof *other);
-    cr_assert(takes(b, rows));
-    cr_assert(takes(b, sums));
-    for (size_t i = 0; i < n; i++) {
-        cr_assert_not(takes(b, other[i]), "%s: product %zu", b->name, i);
-    }
-    free(none);
-    tw_free(b, x);
 }
 
 void gemm_check_mistakes(const tw_backend *b)

@@ -19,13 +19,6 @@ void gemm_check_zeros(const tw_backend *b);
 /** More shapes than the table of plans begins with, twice: as from ragged micro-batches. */
 void gemm_check_many_shapes(const tw_backend *b);
 
-/** qs_cuda_thin, whose context is open with its kernels: the products that it is for, around the
- * sizes of its tiles and with and without splits; */
-void gemm_check_thin(const tw_backend *b);
-
-/** and others, which it leaves alone. */
-void gemm_check_not_thin(const tw_backend *b);
-
 /** Sizes that cannot be: QS_ERR_BUG. */
 void gemm_check_mistakes(const tw_backend *b);
 

@@ -1,11 +1,10 @@
 /* The matrix products of every backend that has some of its own: on the CPU they are inside the
  * operations. */
 #include <criterion/criterion.h>
-#include <stdlib.h>
 
 #include "gemm_checks.h"
 
-static void open_queue(const tw_backend *b, int lora_rank)
+static void open_queue(const tw_backend *b)
 {
     const qs_ops_limits limits = {.threads = 2,
                                   .tokens = 64,
@@ -15,29 +14,23 @@ static void open_queue(const tw_backend *b, int lora_rank)
                                   .n_heads = 1,
                                   .n_kv_heads = 1,
                                   .head_dim = 16,
-                                  .lora_rank = lora_rank,
                                   .hidden = 16,
                                   .head_rows = 16};
     tw_open(b, &limits);
 }
 
-static void on_each_for(int lora_rank, void (*test)(const tw_backend *b))
+static void on_each(void (*test)(const tw_backend *b))
 {
     tw_backend backends[TW_BACKENDS_MAX];
     const int count = tw_backends(backends);
     for (int i = 0; i < count; i++) {
         if (backends[i].plugin != NULL) {
-            open_queue(&backends[i], lora_rank);
+            open_queue(&backends[i]);
             test(&backends[i]);
             backends[i].ops->close(backends[i].queue);
         }
     }
     tw_backends_close(backends, count);
-}
-
-static void on_each(void (*test)(const tw_backend *b))
-{
-    on_each_for(0, test);
 }
 
 Test(twin_gemm, products_are_right_for_every_layout)
@@ -58,18 +51,6 @@ Test(twin_gemm, nothing_to_multiply_leaves_c0_or_zeros)
 Test(twin_gemm, many_shapes_one_after_the_other)
 {
     on_each(gemm_check_many_shapes);
-}
-
-Test(twin_gemm, thin_products_are_right)
-{
-    setenv("QSHARD_CUDA_THIN", "own", 1);
-    on_each_for(16, gemm_check_thin);
-}
-
-Test(twin_gemm, others_are_not_taken_for_thin)
-{
-    setenv("QSHARD_CUDA_THIN", "own", 1);
-    on_each_for(16, gemm_check_not_thin);
 }
 
 Test(twin_gemm, wrong_sizes_are_our_own_mistake)
