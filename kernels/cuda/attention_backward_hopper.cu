@@ -8,10 +8,10 @@
  *
  * Bound: 14 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
- *   head_dim   shared memory      registers on sm_90a, with a cap (none spilled)
+ *   head_dim   shared memory      registers on sm_90a, with a cap (8 bytes of the last one spilled)
  *               dQ   dK, dV        dQ   dK, dV      dQ   dK, dV
- *      64       97     66 KB      225   190        254   229
- *     128      193    130 KB      254   242        254   255
+ *      64      113     82 KB      204   190        254   229
+ *     128      225    162 KB      238   242        255   255
  */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"

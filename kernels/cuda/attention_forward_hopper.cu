@@ -9,8 +9,8 @@
  * Bound: 4 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
  *   head_dim   shared memory   registers on sm_90a, with a cap (none spilled)
- *      64          113 KB       181            196
- *     128          225 KB       223            255
+ *      64          113 KB       178            191
+ *     128          225 KB       210            235
  */
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"

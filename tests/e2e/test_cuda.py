@@ -401,8 +401,8 @@ class Refusals(unittest.TestCase):
         """Those that have waited for it in vain cannot agree on that with it: it is elsewhere by then, and would wait."""
         output = os.path.join(support.scratch(), "run")
         done = support.train(output, expect=6, ranks=3, options=("--allow-shared-device",), device="cuda",
-                             environment=on_gpu(QSHARD_NCCL_TIMEOUT="1", QSHARD_EMULATOR_NCCL_FAIL="init@1"), **SMALL)
-        self.assertIn("of 3 has waited 1 s for the others", done.stderr)
+                             environment=on_gpu(QSHARD_NCCL_TIMEOUT="3", QSHARD_EMULATOR_NCCL_FAIL="init@1"), **SMALL)
+        self.assertIn("of 3 has waited 3 s for the others", done.stderr)
         self.assertEqual(len(re.findall(r"^error\[E600\] ncclCommInitRankConfig: unhandled system error.* \(rank 1 on \S+\)$", done.stderr, re.M)),
                          1, done.stderr)  # the cause, from the rank that the others' end of the job ends
 
