@@ -10,8 +10,8 @@
  *
  *   head_dim   shared memory      registers on sm_90a, with a cap (8 bytes of the last one spilled)
  *               dQ   dK, dV        dQ   dK, dV      dQ   dK, dV
- *      64      113     82 KB      204   190        254   229
- *     128      225    162 KB      238   242        255   255
+ *      64      113     82 KB      219   190        254   229
+ *     128      225    162 KB      249   242        249   255
  */
 #include "kernels/cuda/attention_backward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
@@ -48,7 +48,8 @@ gradients_of_rows(float (&ds)[1][NT][4], const float (&p)[1][NT][4], const float
 }
 
 /* What one warpgroup does; the second is BEHIND. The first loads keys, of which the second still
- * reads the tile before; the second loads values when it has done with that. */
+ * reads the tile before; the second loads values, as soon as it has done with those of the tile
+ * before. */
 template <int D, bool CAP, bool BEHIND>
 static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
 {
@@ -73,17 +74,20 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
     __syncthreads();
     const qs_attention_span span = qs_attention_tiles(bounds[0], last, KEYS);
     const int count = span.end - span.begin;
-    const auto load =
-        [&](int number) { /* this warpgroup's part of a tile, if there is one */
-                          qs_bf16 *stage = BEHIND ? values + number % VALUE_STAGES * KEYS * D
-                                                  : keys + number % KEY_STAGES * KEYS * D;
-                          if (number < count) {
-                              qs_panel_load<D, KEYS, QS_HOPPER_GROUP>(
-                                  stage, BEHIND ? v : k, (span.begin + number) * KEYS, l);
-                              qs_cp_async_commit();
-                          }
-        };
+    /* This warpgroup's part of a tile, if there is one. */
+    const auto load = [&](int number) {
+        qs_bf16 *stage = BEHIND ? values + number % VALUE_STAGES * KEYS * D
+                                : keys + number % KEY_STAGES * KEYS * D;
+        if (number < count) {
+            qs_panel_load<D, KEYS, QS_HOPPER_GROUP>(stage, BEHIND ? v : k,
+                                                    (span.begin + number) * KEYS, l);
+            qs_cp_async_commit();
+        }
+    };
     load(0);
+    if (BEHIND) {
+        load(1);
+    }
 
     const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
     const int group_row = BEHIND ? QS_WGMMA_ROWS : 0;
@@ -100,37 +104,35 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
         lse[0][half] = query < l.rows ? args.lse[at] * QS_LOG2_E : INFINITY;
         delta[0][half] = query < l.rows ? args.delta[at] : 0.0f;
     }
-    const auto start =
-        [&](int number) { /* scores and dP of a tile */
-                          qs_wgmma_fence();
-                          qs_panel_scores<D, KEYS>(p, own_queries, group_row,
-                                                   key_tiles + (uint32_t)(number % KEY_STAGES) *
-                                                                   tile_bytes);
-                          qs_wgmma_commit();
-                          qs_panel_scores<D, KEYS>(ds, own_d_out, group_row,
-                                                   value_tiles + (uint32_t)(number % VALUE_STAGES) *
-                                                                     tile_bytes);
-                          qs_wgmma_commit();
-        };
-    const auto finish =
-        [&](int number) { /* P, dS, and start dQ */
-                          const int key = (span.begin + number) * KEYS;
-                          qs_wgmma_wait<1>();
-                          qs_wgmma_keep(p[0]);
-                          const qs_attention_view view =
-                              qs_attention_view_of_keys(row, row + 15, bounds[within],
-                                                        bounds[within + 15], key, key + KEYS - 1);
-                          qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key,
-                                                  view == QS_ATTENTION_ALL);
-                          qs_wgmma_wait<0>();
-                          qs_wgmma_keep(ds[0]);
-                          gradients_of_rows(ds, p, delta);
-                          qs_as_left(left, ds);
-                          qs_wgmma_fence();
-                          qs_panel_sums<D>(
-                              dq, left, key_tiles + (uint32_t)(number % KEY_STAGES) * tile_bytes);
-                          qs_wgmma_commit();
-        };
+    /* Scores and dP of a tile. */
+    const auto start = [&](int number) {
+        qs_wgmma_fence();
+        qs_panel_scores<D, KEYS>(p, own_queries, group_row,
+                                 key_tiles + (uint32_t)(number % KEY_STAGES) * tile_bytes);
+        qs_wgmma_commit();
+        qs_panel_scores<D, KEYS>(ds, own_d_out, group_row,
+                                 value_tiles + (uint32_t)(number % VALUE_STAGES) * tile_bytes);
+        qs_wgmma_commit();
+    };
+    /* P, dS, and start dQ. */
+    const auto finish = [&](int number) {
+        const int key = (span.begin + number) * KEYS;
+        qs_wgmma_wait<1>();
+        qs_wgmma_keep(p[0]);
+        const qs_attention_view view = qs_attention_view_of_keys(
+            row, row + 15, bounds[within], bounds[within + 15], key, key + KEYS - 1);
+        qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key, view == QS_ATTENTION_ALL);
+        qs_wgmma_wait<0>();
+        qs_wgmma_keep(ds[0]);
+        if (BEHIND) {
+            load(number + 2); /* where these values lay */
+        }
+        gradients_of_rows(ds, p, delta);
+        qs_as_left(left, ds);
+        qs_wgmma_fence();
+        qs_panel_sums<D>(dq, left, key_tiles + (uint32_t)(number % KEY_STAGES) * tile_bytes);
+        qs_wgmma_commit();
+    };
     const auto wait_for_sums = [&]() {
         qs_wgmma_wait<0>();
         qs_wgmma_keep(dq[0]);
@@ -144,9 +146,10 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
             qs_wait_for_tiles();
         }
         start(number);
-        load(number + 1);
         if (BEHIND) {
             qs_wait_for_tiles();
+        } else {
+            load(number + 1);
         }
         finish(number);
         wait_for_sums(); /* the other warpgroup has work for the tensor cores */
@@ -244,68 +247,60 @@ static __device__ __forceinline__ void dkv_group(const qs_backward_args &args)
     uint32_t weights[1][QUERIES / 16][4], left[1][QUERIES / 16][4];
     qs_zero(dk);
     qs_zero(dv);
-    const auto start =
-        [&](int number) { /* scores and dP of a step */
-                          const uint32_t queries =
-                              tiles + (uint32_t)(number % QUERY_STAGES) * 2 * tile_bytes;
-                          qs_wgmma_fence();
-                          qs_panel_scores<D, QUERIES>(p, own_keys, group_row, queries);
-                          qs_wgmma_commit();
-                          qs_panel_scores<D, QUERIES>(ds, own_values, group_row,
-                                                      queries + tile_bytes);
-                          qs_wgmma_commit();
-        };
-    const auto finish =
-        [&](int number, int query) { /* P, start dV, dS, start dK */
-                                     const uint32_t queries =
-                                         tiles + (uint32_t)(number % QUERY_STAGES) * 2 * tile_bytes;
-                                     const float *lse = stats + number % QUERY_STAGES * 2 * QUERIES,
-                                                 *delta = lse + QUERIES;
-                                     qs_wgmma_wait<1>();
-                                     qs_wgmma_keep(p[0]);
-                                     const qs_attention_view view = qs_attention_view_of_queries(
-                                         row, row + 15, bounds[within], bounds[within + 15], query,
-                                         query + QUERIES - 1);
-                                     if constexpr (CAP) {
-                                         qs_capped_weights_of_cols(p, weights, lse, args,
-                                                                   bounds + within, row, query,
-                                                                   view == QS_ATTENTION_ALL);
-                                     } else {
-                                         qs_weights_of_cols(p, weights, lse, args, bounds + within,
-                                                            row, query, view == QS_ATTENTION_ALL);
-                                     }
-                                     qs_wgmma_fence();
-                                     qs_panel_sums<D>(dv, weights, queries + tile_bytes);
-                                     qs_wgmma_commit();
-                                     qs_wgmma_wait<1>();
-                                     qs_wgmma_keep(ds[0]);
-                                     gradients_of_cols(ds, p, delta);
-                                     qs_as_left(left, ds);
-                                     qs_wgmma_fence();
-                                     qs_panel_sums<D>(dk, left, queries);
-                                     qs_wgmma_commit();
-        };
+    /* Scores and dP of a step. */
+    const auto start = [&](int number) {
+        const uint32_t queries = tiles + (uint32_t)(number % QUERY_STAGES) * 2 * tile_bytes;
+        qs_wgmma_fence();
+        qs_panel_scores<D, QUERIES>(p, own_keys, group_row, queries);
+        qs_wgmma_commit();
+        qs_panel_scores<D, QUERIES>(ds, own_values, group_row, queries + tile_bytes);
+        qs_wgmma_commit();
+    };
+    /* P, start dV, dS, start dK. */
+    const auto finish = [&](int number, int query) {
+        const uint32_t queries = tiles + (uint32_t)(number % QUERY_STAGES) * 2 * tile_bytes;
+        const float *lse = stats + number % QUERY_STAGES * 2 * QUERIES, *delta = lse + QUERIES;
+        qs_wgmma_wait<1>();
+        qs_wgmma_keep(p[0]);
+        const qs_attention_view view = qs_attention_view_of_queries(
+            row, row + 15, bounds[within], bounds[within + 15], query, query + QUERIES - 1);
+        if constexpr (CAP) {
+            qs_capped_weights_of_cols(p, weights, lse, args, bounds + within, row, query,
+                                      view == QS_ATTENTION_ALL);
+        } else {
+            qs_weights_of_cols(p, weights, lse, args, bounds + within, row, query,
+                               view == QS_ATTENTION_ALL);
+        }
+        qs_wgmma_fence();
+        qs_panel_sums<D>(dv, weights, queries + tile_bytes);
+        qs_wgmma_commit();
+        qs_wgmma_wait<1>();
+        qs_wgmma_keep(ds[0]);
+        gradients_of_cols(ds, p, delta);
+        qs_as_left(left, ds);
+        qs_wgmma_fence();
+        qs_panel_sums<D>(dk, left, queries);
+        qs_wgmma_commit();
+    };
     const auto wait_for_sums = [&]() {
         qs_wgmma_wait<0>();
         qs_wgmma_keep(dk[0]);
         qs_wgmma_keep(dv[0]);
     };
-
-    const auto meet =
-        [&](int number) { /* before a step is read; then the next is loaded */
-                          if (!BEHIND && number < count) {
-                              stats[number % QUERY_STAGES * 2 * QUERIES + (int)threadIdx.x] = stat;
-                          }
-                          qs_wait_for_tiles();
-        };
-    const auto load = [&](int number) { /* of all steps in order, if there is one */
-                                        if (number < count) {
-                                            qs_step_on(&step, span, QUERIES);
-                                            load_queries<D>(stages + number % QUERY_STAGES * 2 *
-                                                                         QUERIES * D,
-                                                            args, step);
-                                            stat = qs_load_stat<QUERIES>(args, step);
-                                        }
+    /* Both warpgroups, before a step is read; then the next one may be loaded. */
+    const auto meet = [&](int number) {
+        if (!BEHIND && number < count) {
+            stats[number % QUERY_STAGES * 2 * QUERIES + (int)threadIdx.x] = stat;
+        }
+        qs_wait_for_tiles();
+    };
+    /* The next step, in order, if there is one. */
+    const auto load = [&](int number) {
+        if (number < count) {
+            qs_step_on(&step, span, QUERIES);
+            load_queries<D>(stages + number % QUERY_STAGES * 2 * QUERIES * D, args, step);
+            stat = qs_load_stat<QUERIES>(args, step);
+        }
     };
     qs_dkv_step own = step;
     if (BEHIND) {

@@ -33,9 +33,9 @@ __device__ __forceinline__ float qs_row_max(const float (&scores)[NT][4], int ha
     return fmaxf(most, __shfl_xor_sync(QS_ALL_LANES, most, 2));
 }
 
-/** Scores to weights relative to the new maximum; what was summed before is to be scaled `by`.
- * `sum` is this thread's share. A row that has seen no key yet has maximum minus infinity and stays
- * empty. */
+/** Scores to weights relative to the new maximum; what was summed before is to be scaled `by`,
+ * which is 1 where the maximum stays. `sum` is this thread's share. A row that has seen no key yet
+ * has maximum minus infinity and stays empty. */
 template <int MT, int NT>
 __device__ __forceinline__ void qs_softmax_step(float (&scores)[MT][NT][4], float (&max)[MT][2],
                                                 float (&sum)[MT][2], float (&by)[MT][2],
@@ -47,7 +47,7 @@ __device__ __forceinline__ void qs_softmax_step(float (&scores)[MT][NT][4], floa
         for (int half = 0; half < 2; half++) {
             const float most = fmaxf(max[m][half], qs_row_max(scores[m], half));
             const float shift = most == -INFINITY ? 0.0f : most * scale;
-            by[m][half] = qs_exp2(fmaf(max[m][half], scale, -shift));
+            by[m][half] = most == max[m][half] ? 1.0f : qs_exp2(fmaf(max[m][half], scale, -shift));
             max[m][half] = most;
             float added = 0.0f;
 #pragma unroll
@@ -61,6 +61,17 @@ __device__ __forceinline__ void qs_softmax_step(float (&scores)[MT][NT][4], floa
             sum[m][half] = fmaf(sum[m][half], by[m][half], added);
         }
     }
+}
+
+/** Has any row of the warp a new maximum? */
+template <int MT> __device__ __forceinline__ bool qs_any_moved(const float (&by)[MT][2])
+{
+    bool moved = false;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        moved = moved || by[m][0] != 1.0f || by[m][1] != 1.0f;
+    }
+    return __any_sync(QS_ALL_LANES, moved);
 }
 
 /** Each row times its factor. */

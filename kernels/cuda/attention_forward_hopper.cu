@@ -9,8 +9,8 @@
  * Bound: 4 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
  *   head_dim   shared memory   registers on sm_90a, with a cap (none spilled)
- *      64          113 KB       178            191
- *     128          225 KB       210            235
+ *      64          113 KB       174            190
+ *     128          225 KB       213            231
  */
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
@@ -138,9 +138,16 @@ static __device__ __forceinline__ void forward_group(const qs_forward_args &args
         qs_wgmma_wait<1>();
         qs_wgmma_keep(scores[0]);
         softmax(number);
-        qs_wgmma_wait<0>();
-        qs_wgmma_keep(out[0]);
-        qs_scale_rows(out, by);
+        /* Two waits, since ptxas would have a single one before the softmax, and the tensor cores
+         * idle while that is computed; it moves none across a branch. */
+        if (qs_any_moved(by)) {
+            qs_wgmma_wait<0>();
+            qs_wgmma_keep(out[0]);
+            qs_scale_rows(out, by);
+        } else {
+            qs_wgmma_wait<0>();
+            qs_wgmma_keep(out[0]);
+        }
         qs_as_left(weights, scores);
     }
     if (!BEHIND) {
