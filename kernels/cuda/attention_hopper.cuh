@@ -100,15 +100,17 @@ qs_panel_store(const float (&acc)[1][D / 8][4], const float (&by)[1][2], qs_bf16
 }
 
 /** Start acc = rows [row, row + 64) of the block's own tile `a` times the N rows of tile `b`, both
- * over D: scores. */
+ * over D: scores. A product waits for its descriptors: each is one addition to the first one. */
 template <int D, int N>
 __device__ __forceinline__ void qs_panel_scores(float (&acc)[1][N / 8][4], uint32_t a, int row,
                                                 uint32_t b)
 {
+    const uint64_t left = qs_wgmma_k_major(a + qs_panel_k_major_at(QS_HOPPER_OWN, row, 0));
+    const uint64_t right = qs_wgmma_k_major(b);
 #pragma unroll
     for (int k = 0; k < D / QS_WGMMA_K; k++) {
-        qs_wgmma<N, 0>(acc[0], qs_wgmma_k_major(a + qs_panel_k_major_at(QS_HOPPER_OWN, row, k)),
-                       qs_wgmma_k_major(b + qs_panel_k_major_at(N, 0, k)), k > 0);
+        qs_wgmma<N, 0>(acc[0], qs_wgmma_further(left, qs_panel_k_major_at(QS_HOPPER_OWN, 0, k)),
+                       qs_wgmma_further(right, qs_panel_k_major_at(N, 0, k)), k > 0);
     }
 }
 
@@ -117,10 +119,10 @@ template <int D, int KT>
 __device__ __forceinline__ void qs_panel_sums(float (&acc)[1][D / 8][4],
                                               const uint32_t (&left)[1][KT][4], uint32_t b)
 {
+    const uint64_t right = qs_wgmma_mn_major(b, KT * QS_WGMMA_K);
 #pragma unroll
     for (int k = 0; k < KT; k++) {
-        qs_wgmma<D>(acc[0], left[0][k],
-                    qs_wgmma_mn_major(b + qs_panel_mn_major_at(k), KT * QS_WGMMA_K), 1);
+        qs_wgmma<D>(acc[0], left[0][k], qs_wgmma_further(right, qs_panel_mn_major_at(k)), 1);
     }
 }
 

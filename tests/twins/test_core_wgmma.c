@@ -47,8 +47,10 @@ Test(core_wgmma, eight_rows_of_a_chunk_lie_in_different_banks)
 
 static void check_k_major(int rows, int cols, int first)
 {
+    const uint64_t begin = qs_wgmma_k_major(BASE + qs_panel_k_major_at(rows, first, 0));
     for (int step = 0; step < cols / QS_WGMMA_K; step++) {
         const uint64_t d = qs_wgmma_k_major(BASE + qs_panel_k_major_at(rows, first, step));
+        cr_assert_eq(qs_wgmma_further(begin, qs_panel_k_major_at(rows, 0, step)), d);
         for (int mn = 0; first + mn < rows; mn++) {
             for (int k = 0; k < QS_WGMMA_K; k++) {
                 cr_assert_eq(qs_wgmma_byte(d, false, mn, k),
@@ -62,8 +64,10 @@ static void check_k_major(int rows, int cols, int first)
 
 static void check_mn_major(int rows, int cols)
 {
+    const uint64_t begin = qs_wgmma_mn_major(BASE, rows);
     for (int step = 0; step < rows / QS_WGMMA_K; step++) {
         const uint64_t d = qs_wgmma_mn_major(BASE + qs_panel_mn_major_at(step), rows);
+        cr_assert_eq(qs_wgmma_further(begin, qs_panel_mn_major_at(step)), d);
         for (int mn = 0; mn < cols; mn++) {
             for (int k = 0; k < QS_WGMMA_K; k++) {
                 cr_assert_eq(qs_wgmma_byte(d, true, mn, k),

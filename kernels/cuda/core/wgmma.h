@@ -62,6 +62,13 @@ QS_HD uint64_t qs_wgmma_mn_major(uint32_t address, int rows)
     return qs_wgmma_descriptor(address, (uint32_t)rows * 128, 8 * 128);
 }
 
+/** The descriptor of what lies `bytes` (a multiple of 16) further on, in the same 256 KB: one
+ * addition. A new one is five instructions that wait for each other, about as long as a product. */
+QS_HD uint64_t qs_wgmma_further(uint64_t descriptor, uint32_t bytes)
+{
+    return (descriptor >> 32 << 32) | (uint64_t)((uint32_t)descriptor + (bytes >> 4));
+}
+
 /** What the hardware makes of a descriptor: the byte of element (mn, k), 0 <= k < 16, of a k-major
  * or an mn-major operand. The exchange of chunks goes by the bits of the address itself. */
 QS_HD uint32_t qs_wgmma_byte(uint64_t descriptor, bool mn_major, int mn, int k)
