@@ -124,8 +124,9 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
         qs_weights_of_rows<CAP>(p, lse, args, bounds + within, row, key, view == QS_ATTENTION_ALL);
         qs_wgmma_wait<0>();
         qs_wgmma_keep(ds[0]);
-        if (BEHIND) {
-            load(number + 2); /* where these values lay */
+        if (BEHIND) { /* the first warpgroup has done with these values since the barrier */
+            qs_warpgroup_sync(1);
+            load(number + 2);
         }
         gradients_of_rows(ds, p, delta);
         qs_as_left(left, ds);
@@ -155,7 +156,7 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
         wait_for_sums(); /* the other warpgroup has work for the tensor cores */
     }
     if (!BEHIND) {
-        qs_wait_for_tiles();
+        qs_wait_for_tiles(); /* the second warpgroup's last time */
     }
     __syncthreads(); /* of queries nothing is read any more */
     const float by[1][2] = {{l.scale, l.scale}};
@@ -287,7 +288,8 @@ static __device__ __forceinline__ void dkv_group(const qs_backward_args &args)
         qs_wgmma_keep(dk[0]);
         qs_wgmma_keep(dv[0]);
     };
-    /* Both warpgroups, before a step is read; then the next one may be loaded. */
+    /* Both warpgroups, before a step is read; then the next one may be loaded to where the one
+     * before the last was. */
     const auto meet = [&](int number) {
         if (!BEHIND && number < count) {
             stats[number % QUERY_STAGES * 2 * QUERIES + (int)threadIdx.x] = stat;
@@ -321,7 +323,7 @@ static __device__ __forceinline__ void dkv_group(const qs_backward_args &args)
         wait_for_sums(); /* the other warpgroup has work for the tensor cores */
     }
     if (!BEHIND) {
-        meet(count);
+        meet(count); /* the second warpgroup's last time */
     }
     __syncthreads(); /* of keys and values nothing is read any more */
     const float one[1][2] = {{1.0f, 1.0f}}, by[1][2] = {{l.scale, l.scale}};

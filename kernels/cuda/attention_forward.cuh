@@ -63,7 +63,7 @@ __device__ __forceinline__ void qs_softmax_step(float (&scores)[MT][NT][4], floa
     }
 }
 
-/** Has any row of the warp a new maximum? */
+/** Is any row of the warp to be scaled? */
 template <int MT> __device__ __forceinline__ bool qs_any_moved(const float (&by)[MT][2])
 {
     bool moved = false;

@@ -9,8 +9,8 @@
  * Bound: 4 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
  *   head_dim   shared memory   registers on sm_90a, with a cap (none spilled)
- *      64          113 KB       174            190
- *     128          225 KB       213            231
+ *      64          113 KB       180            193
+ *     128          225 KB       211            230
  */
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
@@ -107,6 +107,15 @@ static __device__ __forceinline__ void forward_group(const qs_forward_args &args
         }
         qs_softmax_step(scores, max, sum, by, qs_softmax_scale<CAP>(l) * QS_LOG2_E);
     };
+    /* Weights of the last softmax to operands, and what was summed up before to its maximum. */
+    const auto take_weights = [&]() {
+        qs_wgmma_wait<0>();
+        qs_wgmma_keep(out[0]);
+        if (qs_any_moved(by)) {
+            qs_scale_rows(out, by);
+        }
+        qs_as_left(weights, scores);
+    };
     const auto load = [&](int number) {
         if (number < count) {
             load_pair<D>(stages, k, v, number, span, l);
@@ -124,8 +133,10 @@ static __device__ __forceinline__ void forward_group(const qs_forward_args &args
     qs_wgmma_wait<0>();
     qs_wgmma_keep(scores[0]);
     softmax(0);
-    qs_as_left(weights, scores);
+    /* The wait for a tile's sums is in the next turn: in the same one ptxas moves it up to the
+     * softmax' begin, and the tensor cores have nothing to do meanwhile. */
     for (int number = 1; number < count; number++) {
+        take_weights();
         if (!BEHIND) {
             qs_wait_for_tiles(); /* keys of this tile, values of the one before */
         }
@@ -138,18 +149,8 @@ static __device__ __forceinline__ void forward_group(const qs_forward_args &args
         qs_wgmma_wait<1>();
         qs_wgmma_keep(scores[0]);
         softmax(number);
-        /* Two waits, since ptxas would have a single one before the softmax, and the tensor cores
-         * idle while that is computed; it moves none across a branch. */
-        if (qs_any_moved(by)) {
-            qs_wgmma_wait<0>();
-            qs_wgmma_keep(out[0]);
-            qs_scale_rows(out, by);
-        } else {
-            qs_wgmma_wait<0>();
-            qs_wgmma_keep(out[0]);
-        }
-        qs_as_left(weights, scores);
     }
+    take_weights();
     if (!BEHIND) {
         qs_wait_for_tiles();
     }

@@ -62,7 +62,8 @@ __device__ __forceinline__ void qs_panel_load(qs_bf16 *tile, qs_head_rows from, 
     }
 }
 
-/** All copies have come, everybody's; and nobody reads what was read before. */
+/** All copies have come, everybody's; and of the tiles before the last one nobody reads any more:
+ * products of the second warpgroup with the last one may be under way. */
 __device__ __forceinline__ void qs_wait_for_tiles()
 {
     qs_cp_async_wait<0>();

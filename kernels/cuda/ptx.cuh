@@ -140,6 +140,12 @@ __device__ __forceinline__ uint32_t qs_shared_address(const void *shared)
     return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
+/** The threads of the block's warpgroup number `group` wait for each other. */
+__device__ __forceinline__ void qs_warpgroup_sync(int group)
+{
+    asm volatile("bar.sync %0, 128;\n" ::"r"(group + 1) : "memory"); /* 0 is __syncthreads */
+}
+
 /** What this thread has written to shared memory is there for the products of warpgroups, after the
  * barrier that follows. */
 __device__ __forceinline__ void qs_fence_shared_for_wgmma()
@@ -158,8 +164,9 @@ __device__ __forceinline__ void qs_wgmma_commit()
     asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 }
 
-/** Wait until at most N groups of products are under way. What they computed is there after
- * qs_wgmma_keep on it. */
+/** Wait until at most N groups of this warp's products are under way; all four warps of a warpgroup
+ * come here alike, never under a condition of one warp. What was computed is there after
+ * qs_wgmma_keep on it. Another warp's products may still read their operands. */
 template <int N> __device__ __forceinline__ void qs_wgmma_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");

@@ -1,6 +1,7 @@
 /* A block runs as its threads taking turns. A thread keeps the processor until it meets others: at
- * __syncthreads all threads of the block, at a warp operation the 32 lanes of its warp. The last to
- * come goes on, and the others when it waits in its turn.
+ * __syncthreads all threads of the block, at qs_warpgroup_sync the 128 of its warpgroup, at a warp
+ * operation the 32 lanes of its warp. The last to come goes on, and the others when it waits in its
+ * turn.
  *
  * The lanes of a warp stand in a ring, and a thread that waits hands over to the next in the ring;
  * when none of its warp can run, another warp has its turn. The ring and the order of the warps go
@@ -28,7 +29,7 @@
 namespace emu
 {
 
-enum thread_state : uint8_t { FRESH, READY, AT_WARP, AT_BARRIER, EXITED };
+enum thread_state : uint8_t { FRESH, READY, AT_WARP, AT_GROUP, AT_BARRIER, EXITED };
 
 struct warp {
     uint8_t state[LANES];
@@ -51,12 +52,13 @@ unsigned char *dynamic_shared;
 namespace
 {
 
-constexpr unsigned MAX_THREADS = 1024;
+constexpr unsigned MAX_THREADS = 1024, GROUP_WARPS = 4;
 /* Not vectors: they are reached in every switch, and live as long as the process. */
 thread threads[MAX_THREADS];
 warp warps[MAX_THREADS / LANES];
 unsigned n_threads, n_warps;
 unsigned arrived; /* at the barrier under way */
+unsigned group_arrived[MAX_THREADS / LANES / GROUP_WARPS];
 unsigned exited;
 const std::function<void()> *running_body;
 const char *kernel_name;
@@ -118,8 +120,12 @@ void link_warps(uint64_t order)
 
 const char *state_name(uint8_t state)
 {
-    static const char *const names[] = {"has not begun", "can run", "waits at a warp operation",
-                                        "waits at __syncthreads", "has ended"};
+    static const char *const names[] = {"has not begun",
+                                        "can run",
+                                        "waits at a warp operation",
+                                        "waits for its warpgroup",
+                                        "waits at __syncthreads",
+                                        "has ended"};
     return names[state];
 }
 
@@ -212,6 +218,26 @@ void barrier()
     }
 }
 
+void warpgroup_barrier(int group)
+{
+    const unsigned first = (unsigned)group * GROUP_WARPS;
+    if ((unsigned)(self->in - warps) / GROUP_WARPS != (unsigned)group ||
+        first + GROUP_WARPS > n_warps || n_threads % LANES != 0) {
+        die("qs_warpgroup_sync(%d) of a thread of another warpgroup, or one that is not whole",
+            group);
+    }
+    group_arrived[group]++;
+    if (group_arrived[group] < GROUP_WARPS * LANES) {
+        state_of(self) = AT_GROUP;
+        hand_over(after(self));
+        return;
+    }
+    group_arrived[group] = 0;
+    for (unsigned i = first; i < first + GROUP_WARPS; i++) {
+        memset(warps[i].state, READY, sizeof warps[i].state);
+    }
+}
+
 static const char *name_of(meeting what)
 {
     static const char *const names[] = {"a shuffle", "a vote",   "__syncwarp",
@@ -225,7 +251,7 @@ static const char *name_of(meeting what)
     unsigned other = t->next->lane;
     for (unsigned lane = 0; lane < LANES; lane++) {
         const uint8_t state = t->in->state[lane];
-        other = state == AT_BARRIER || state == EXITED ? lane : other;
+        other = state >= AT_GROUP ? lane : other;
     }
     die("lane %u is at %s, but lane %u of its warp %s", t->lane, name_of(what), other,
         state_name(t->in->state[other]));
@@ -306,6 +332,7 @@ void block_run(const std::function<void()> &body)
         warps[i].arrived = 0;
     }
     arrived = exited = 0;
+    memset(group_arrived, 0, sizeof group_arrived);
     running_body = &body;
     host = context_of_host();
     self = first_thread;

@@ -277,6 +277,34 @@ void a_block_sums()
     }
 }
 
+/* The second warpgroup turns its numbers round by itself; the first is at another barrier. */
+__global__ void warpgroup_kernel(int *out)
+{
+    QS_DYNAMIC_SHARED(int, value);
+    const unsigned group = threadIdx.x / 128, at = threadIdx.x;
+    value[at] = (int)at;
+    if (group == 1) {
+        qs_warpgroup_sync(1);
+        const int other = value[at ^ 127u];
+        qs_warpgroup_sync(1);
+        value[at] = other;
+    }
+    __syncthreads();
+    out[at] = value[255 - at];
+}
+
+void a_warpgroup_meets()
+{
+    int *out = device<int>(256);
+    for (int launch = 0; launch < 6; launch++) {
+        QS_LAUNCH(warpgroup_kernel, 1, 256, 256 * sizeof(int), nullptr, out);
+        const std::vector<int> got = download(out, 256);
+        for (int i = 0; i < 256; i++) {
+            CHECK(got[(size_t)i] == (i < 128 ? 128 + i : 255 - i));
+        }
+    }
+}
+
 __global__ void count_kernel(int *total, unsigned long long *wide)
 {
     atomicAdd(total, 2);
@@ -299,6 +327,11 @@ __global__ void half_barrier_kernel()
     if (threadIdx.x < 16) {
         __syncthreads();
     }
+}
+
+__global__ void others_barrier_kernel()
+{
+    qs_warpgroup_sync(1);
 }
 
 __global__ void parted_lanes_kernel(int *out)
@@ -338,6 +371,11 @@ void launch_to_die(const char *name, unsigned threads, void (*kernel)(P...), A..
 void die_at_barrier()
 {
     launch_to_die("half_barrier_kernel", 64, half_barrier_kernel);
+}
+
+void die_at_anothers_barrier()
+{
+    launch_to_die("others_barrier_kernel", 256, others_barrier_kernel);
 }
 
 void die_of_exited_lanes()
@@ -999,12 +1037,15 @@ const test tests[] = {
     TEST(a_missing_barrier_is_seen, "QSHARD_EMULATOR_SEED=3", nullptr),
     TEST(a_missing_warp_barrier_is_seen, "", nullptr),
     TEST(a_block_sums, "", nullptr),
+    TEST(a_warpgroup_meets, "", nullptr),
+    TEST(a_warpgroup_meets, "QSHARD_EMULATOR_SEED=2", nullptr),
     TEST(atomics_add, "", nullptr),
     TEST(die_at_barrier, "", "half_barrier_kernel, block (0, 0, 0), thread"),
     TEST(die_at_barrier, "", "48 (thread 16 the first): has ended"),
     TEST(die_of_exited_lanes, "", "has ended"),
     TEST(die_at_different_operations, "", "others of its warp wait at"),
     TEST(die_between_shuffle_and_barrier, "", "waits at __syncthreads"),
+    TEST(die_at_anothers_barrier, "", "qs_warpgroup_sync(1) of a thread of another warpgroup"),
     TEST(die_of_half_a_warp, "", "warp of 16 threads"),
     TEST(die_of_alignment, "", "not 16-byte aligned"),
     TEST(die_of_host_pointer, "", "argument 0 points to"),

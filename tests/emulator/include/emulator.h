@@ -44,6 +44,9 @@ enum class meeting { shuffle, vote, sync, mma, ldmatrix, ldmatrix_trans, wgmma }
 /** __syncthreads: every thread of the block. */
 void barrier();
 
+/** Every thread of the warpgroup, its own. */
+void warpgroup_barrier(int group);
+
 /** All 32 lanes of the warp come here with a value and leave with everybody's, valid until the
  * lane's next meeting. `finish`, if any, is called once, by the last to come, while all others
  * stand still. */

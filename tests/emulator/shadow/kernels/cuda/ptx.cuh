@@ -90,6 +90,11 @@ static inline uint32_t qs_shared_address(const void *shared)
     return (uint32_t)(reinterpret_cast<const unsigned char *>(shared) - emu::dynamic_shared);
 }
 
+static inline void qs_warpgroup_sync(int group)
+{
+    emu::warpgroup_barrier(group);
+}
+
 static inline void qs_fence_shared_for_wgmma()
 {
     emu::fence_shared_for_wgmma();
