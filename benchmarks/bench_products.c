@@ -200,7 +200,7 @@ static qs_status give_matrices(state *st)
 
 /* ---- times ---- */
 
-static qs_status by_library(qs_bench *b, void *ctx)
+static qs_status multiply(qs_bench *b, void *ctx)
 {
     const product *p = ctx;
     return b->plugin->gemm(b->queue, &p->call);
@@ -208,20 +208,19 @@ static qs_status by_library(qs_bench *b, void *ctx)
 
 /* Seconds, or 0 where there is no such algorithm. What it leaves of C's beginning goes to `left`.
  */
-static qs_status time_of(state *st, qs_bench *b, qs_bench_call call, product *p, void **left,
-                         double *seconds)
+static qs_status time_of(state *st, qs_bench *b, product *p, void **left, double *seconds)
 {
     qs_bench_times times = {0};
     *left = NULL;
     *seconds = 0;
     QS_TRY(qs_queue_zero(b->queue, st->c, COMPARED));
-    if (call(b, p) != QS_OK) {
+    if (multiply(b, p) != QS_OK) {
         qs_error_clear();
         return QS_OK;
     }
     QS_TRY(qs_queue_wait(b->queue));
     QS_TRY(qs_bench_download(b, left, st->c, COMPARED));
-    QS_TRY(qs_bench_time(b, call, p, &times));
+    QS_TRY(qs_bench_time(b, multiply, p, &times));
     *seconds = times.median;
     return QS_OK;
 }
@@ -268,7 +267,7 @@ static qs_status bench_product(state *st, product *p)
     void *first = NULL;
     for (int i = 0; i < ALGORITHMS; i++) {
         void *left;
-        QS_TRY(time_of(st, &st->by[i], by_library, p, &left, &ms[i]));
+        QS_TRY(time_of(st, &st->by[i], p, &left, &ms[i]));
         ms[i] *= 1e3;
         first = i == 0 ? left : first;
         same[i] = left != NULL && first != NULL && memcmp(first, left, COMPARED) == 0;

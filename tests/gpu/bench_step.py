@@ -4,9 +4,8 @@
     bench_step.py WORK --base BASE.h5 --build DIR --csv STEP.csv --ops OPS.csv --log FILE [--small] [--tokens T]...
 
 A run a row: tokens of the one sequence of a step, recompute mode (+decoded: with the layers that fit decoded; +bf16: with the residual
-stream in bf16), tokens/s (median of the
-steps behind the first two), share of the large matrix product that bench_ops measured, planned and reached device memory. Standard
-library alone.
+stream in bf16), tokens/s (median of the steps behind the first two), share of the large matrix product that bench_ops measured, planned
+and reached device memory. Standard library alone.
 """
 import argparse
 import itertools

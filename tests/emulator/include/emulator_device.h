@@ -153,11 +153,6 @@ template <class T> static inline T __ldg(const T *at)
     return *at;
 }
 
-template <class T> static inline T __ldcg(const T *at)
-{
-    return *at;
-}
-
 static inline void __threadfence()
 {
 }
