@@ -1,9 +1,8 @@
 /* The directories of a run: which steps there are, which of them are good, which may go. Order is
  * by the step in the name and the manifest; times of files are never looked at. */
 #define _GNU_SOURCE
-#include <dirent.h>
-#include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,90 +16,50 @@
 
 /* ---- names ---- */
 
-/* N of "step-N" as qs_manifest_step_dir writes it; -1 for anything else. */
-static int64_t step_of(const char *name)
-{
-    char canonical[QS_CKPT_PATH];
-    if (strncmp(name, "step-", 5) != 0 || strlen(name) > 20 ||
-        strspn(name + 5, "0123456789") != strlen(name + 5)) {
-        return -1;
-    }
-    int64_t step = strtoll(name + 5, NULL, 10);
-    qs_manifest_step_dir(canonical, sizeof canonical, ".", step);
-    return strcmp(canonical + 2, name) == 0 ? step : -1;
-}
+typedef struct {
+    const char *run_dir;
+    bool say;
+} sweeping;
 
-static int descending(const void *a, const void *b)
+static qs_status sweep_entry(void *user, int dir, const char *name)
 {
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return (x < y) - (x > y);
-}
-
-static qs_status open_run(const char *run_dir, DIR **out)
-{
-    *out = opendir(run_dir);
-    return *out || errno == ENOENT
-               ? QS_OK
-               : QS_FAIL(QS_ERR_IO, "%s: cannot be listed: %s", run_dir, strerror(errno));
-}
-
-qs_status qs_ckpt_scan(const char *run_dir, int64_t *steps, int capacity, int *count)
-{
-    DIR *entries = NULL;
-    *count = 0;
-    QS_TRY(open_run(run_dir, &entries));
-    if (!entries) {
+    const sweeping *s = user;
+    char path[QS_CKPT_PATH + NAME_MAX];
+    (void)dir;
+    if (strncmp(name, "step-", 5) != 0 || strstr(name, ".tmp-") == NULL) {
         return QS_OK;
     }
-    qs_status st = QS_OK;
-    for (const struct dirent *e = readdir(entries); e && st == QS_OK; e = readdir(entries)) {
-        int64_t step = step_of(e->d_name);
-        if (step >= 0 && *count == capacity) {
-            st = QS_FAIL(QS_ERR_CHECKPOINT, "%s: more than %d checkpoints; delete some", run_dir,
-                         capacity);
-        } else if (step >= 0) {
-            steps[(*count)++] = step;
+    snprintf(path, sizeof path, "%s/%s", s->run_dir, name);
+    if (qs_io_remove_dir(path) != QS_OK) {
+        if (s->say) {
+            qs_log_warn("%s: no checkpoint any more, and stays: %s", path, qs_error_text());
         }
+        qs_error_clear();
     }
-    closedir(entries);
-    qsort(steps, (size_t)*count, sizeof *steps, descending);
-    return st;
+    return QS_OK;
 }
 
-qs_status qs_ckpt_sweep(const char *run_dir)
+qs_status qs_ckpt_sweep(const char *run_dir, bool say)
 {
-    DIR *entries = NULL;
-    QS_TRY(open_run(run_dir, &entries));
-    qs_status st = QS_OK;
-    for (const struct dirent *e = entries ? readdir(entries) : NULL; e && st == QS_OK;
-         e = readdir(entries)) {
-        char path[QS_CKPT_PATH + sizeof e->d_name];
-        if (strncmp(e->d_name, "step-", 5) == 0 && strstr(e->d_name, ".tmp-")) {
-            snprintf(path, sizeof path, "%s/%s", run_dir, e->d_name);
-            st = qs_io_remove_dir(path);
-        }
+    sweeping s = {run_dir, say};
+    return qs_io_list(run_dir, QS_ERR_IO, sweep_entry, &s, NULL);
+}
+
+/* FROM and the suffix, with a number where that is taken. */
+static void unused_name(char out[QS_CKPT_PATH + 32], const char *from, const char *suffix)
+{
+    struct stat info;
+    snprintf(out, QS_CKPT_PATH + 32, "%s%s", from, suffix);
+    for (int n = 2; lstat(out, &info) == 0; n++) {
+        snprintf(out, QS_CKPT_PATH + 32, "%s%s%d", from, suffix, n);
     }
-    if (entries) {
-        closedir(entries);
-    }
-    return st;
 }
 
 qs_status qs_ckpt_set_aside(const char *run_dir, int64_t step)
 {
-    char from[QS_CKPT_PATH], to[QS_CKPT_PATH + 16];
-    struct stat info;
+    char from[QS_CKPT_PATH], to[QS_CKPT_PATH + 32];
     qs_manifest_step_dir(from, sizeof from, run_dir, step);
-    for (int n = 1;; n++) {
-        char number[12] = "";
-        if (n > 1) {
-            snprintf(number, sizeof number, "%d", n);
-        }
-        snprintf(to, sizeof to, "%s.bad%s", from, number);
-        if (lstat(to, &info) != 0) {
-            break;
-        }
-    }
+    unused_name(to, from, ".bad");
     QS_TRY(qs_io_rename(from, to));
     return qs_io_fsync_dir(run_dir);
 }
@@ -122,13 +81,10 @@ qs_status qs_ckpt_find_blind(const qs_ckpt_meta *meta, qs_comm *comm, bool **bli
 
 static qs_status latest_here(const char *run_dir, int64_t *found)
 {
-    int64_t *steps = calloc(QS_CKPT_STEPS_MAX, sizeof *steps);
+    int64_t *steps = NULL;
     int count = 0;
     qs_status st = QS_OK;
-    if (!steps) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", run_dir);
-    }
-    QS_GOTO(qs_ckpt_scan(run_dir, steps, QS_CKPT_STEPS_MAX, &count));
+    QS_TRY(qs_manifest_scan(run_dir, &steps, &count));
     for (int i = 0; i < count && *found < 0; i++) {
         char dir[QS_CKPT_PATH];
         qs_manifest m;
@@ -184,15 +140,20 @@ static bool is_good(const char *run_dir, int64_t step, bool fully, char run_id[4
 }
 
 /* Under a name that no reader takes for a checkpoint first: a killed deletion leaves no half one.
- */
+ * What cannot be removed, because another process reads it or has put something in, stays until it
+ * can (qs_ckpt_sweep). */
 static qs_status delete_step(const char *run_dir, int64_t step)
 {
-    char from[QS_CKPT_PATH], to[QS_CKPT_PATH + 16];
+    char from[QS_CKPT_PATH], to[QS_CKPT_PATH + 32];
     qs_manifest_step_dir(from, sizeof from, run_dir, step);
-    snprintf(to, sizeof to, "%s.tmp-old", from);
-    QS_TRY(qs_io_remove_dir(to));
+    unused_name(to, from, ".tmp-old");
     QS_TRY(qs_io_rename(from, to));
-    return qs_io_remove_dir(to);
+    if (qs_io_remove_dir(to) != QS_OK) {
+        qs_log_warn("%s: no checkpoint any more, and stays until it can be removed: %s", to,
+                    qs_error_text());
+        qs_error_clear();
+    }
+    return QS_OK;
 }
 
 /* The checkpoints of a run, newest first. */
@@ -214,12 +175,12 @@ static qs_status take_inventory(inventory *all, const char *run_dir, bool fully)
 {
     char newest[40] = "", run_id[40] = "";
     qs_status st = QS_OK;
-    *all = (inventory){.steps = calloc(QS_CKPT_STEPS_MAX, sizeof *all->steps),
-                       .ours = calloc(QS_CKPT_STEPS_MAX, sizeof *all->ours)};
-    if (all->steps == NULL || all->ours == NULL) {
+    *all = (inventory){0};
+    QS_GOTO(qs_manifest_scan(run_dir, &all->steps, &all->count));
+    all->ours = calloc((size_t)all->count + 1, sizeof *all->ours); /* there may be none */
+    if (all->ours == NULL) {
         QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory", run_dir));
     }
-    QS_GOTO(qs_ckpt_scan(run_dir, all->steps, QS_CKPT_STEPS_MAX, &all->count));
     for (int i = 0; i < all->count; i++) {
         if (!is_good(run_dir, all->steps[i], fully && i == 0, run_id)) {
             continue;

@@ -5,7 +5,7 @@
 #include "ckpt/ckpt.h"
 #include "store/manifest.h"
 
-enum { QS_CKPT_PATH = QS_PATH_MAX + 128, QS_CKPT_STEPS_MAX = 4096 };
+enum { QS_CKPT_PATH = QS_PATH_MAX + 128 };
 
 /** What the manifest carries beside the files: the owner's part of manifest.json. */
 typedef struct {
@@ -27,11 +27,9 @@ char *qs_ckpt_record_text(const qs_ckpt_meta *meta, const qs_lora_layout *layout
 qs_status qs_ckpt_record_parse(qs_ckpt_record *out, const char *json, const char *path);
 void qs_ckpt_record_free(qs_ckpt_record *record);
 
-/** Names in `run_dir` that look like step-N, descending, whatever they hold. */
-qs_status qs_ckpt_scan(const char *run_dir, int64_t *steps, int capacity, int *count);
-
-/** Remove directories that a killed save or rotation left half done: step-*.tmp-*. */
-qs_status qs_ckpt_sweep(const char *run_dir);
+/** Remove directories that a killed save or rotation left half done: step-*.tmp-*. One that cannot
+ * be removed stays, with a warning if `say`; QS_ERR_IO where `run_dir` cannot be listed. */
+qs_status qs_ckpt_sweep(const char *run_dir, bool say);
 
 /** Move a directory that is no good checkpoint out of the way: step-N.bad, .bad2, ... */
 qs_status qs_ckpt_set_aside(const char *run_dir, int64_t step);

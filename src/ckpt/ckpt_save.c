@@ -97,7 +97,8 @@ static qs_status check_room(const saving *s, int64_t total)
 
 static qs_status make_temp(saving *s)
 {
-    QS_TRY(qs_ckpt_sweep(s->run_dir));
+    QS_TRY(qs_ckpt_sweep(s->run_dir, false)); /* what stays was named when it first did */
+    QS_TRY(qs_io_remove_dir(s->temp));
     QS_TRY(qs_io_mkdir(s->temp));
     s->made = true;
     return QS_OK;

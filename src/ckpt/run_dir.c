@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "ckpt/run_dir.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -56,38 +55,57 @@ static bool is_resolved_config(int dir, const char *name)
     return bytes > 0 && strcmp(line, QS_CONFIG_FIRST_LINE) == 0;
 }
 
-/* Locks and files of ours that are half written do not make a directory anybody's. */
+/* Locks and files of ours that are half written do not make a directory anybody's; nor does a
+ * lock's first name, which is removed while the file is open (run_lock.c). */
 static bool is_leftover(int dir, const char *name)
 {
-    return strcmp(name, ".") == 0 || strcmp(name, "..") == 0 ||
-           strcmp(name, QS_RUN_LOCK_NAME) == 0 || is_half_written(name) ||
+    return strcmp(name, QS_RUN_LOCK_NAME) == 0 || is_half_written(name) ||
+           qs_io_is_removed_open(name) ||
            (strcmp(name, "config.yaml") == 0 && is_resolved_config(dir, name));
+}
+
+typedef struct {
+    bool run;
+    char stranger[256];
+} seen_entries;
+
+static qs_status look_at_entry(void *user, int dir, const char *name)
+{
+    seen_entries *seen = user;
+    if (strcmp(name, "run.json") == 0) {
+        seen->run = true;
+    } else if (!is_leftover(dir, name)) {
+        snprintf(seen->stranger, sizeof seen->stranger, "%s", name);
+    }
+    return QS_OK;
 }
 
 static qs_status look(const char *dir, found *out)
 {
-    *out = FOUND_NOTHING;
-    DIR *entries = opendir(dir);
-    if (!entries) {
-        return errno == ENOENT ? QS_OK
-                               : QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: %s; choose another output", dir,
-                                         strerror(errno));
+    seen_entries seen = {false, ""};
+    bool there = false;
+    const qs_status st = qs_io_list(dir, QS_ERR_IO, look_at_entry, &seen, &there);
+    if (st != QS_OK && !there) {
+        const int error = qs_error_cause();
+        qs_error_clear();
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: %s; choose another output", dir, strerror(error));
     }
-    *out = FOUND_EMPTY;
-    char stranger[256] = "";
-    for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
-        if (strcmp(e->d_name, "run.json") == 0) {
-            *out = FOUND_RUN;
-        } else if (!is_leftover(dirfd(entries), e->d_name)) {
-            snprintf(stranger, sizeof stranger, "%s", e->d_name);
-        }
-    }
-    closedir(entries);
-    if (*out == FOUND_EMPTY && stranger[0]) {
+    QS_TRY(st);
+    *out = !there ? FOUND_NOTHING : seen.run ? FOUND_RUN : FOUND_EMPTY;
+    if (*out == FOUND_EMPTY && seen.stranger[0]) {
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
                        "%s: holds \"%s\" but no run.json, so it is not a run of ours; choose "
                        "another output",
-                       dir, stranger);
+                       dir, seen.stranger);
+    }
+    return QS_OK;
+}
+
+static qs_status sweep_entry(void *user, int dir, const char *name)
+{
+    (void)user;
+    if (is_half_written(name)) {
+        (void)unlinkat(dir, name, 0); /* refuses directories, as it should */
     }
     return QS_OK;
 }
@@ -96,17 +114,8 @@ static qs_status look(const char *dir, found *out)
  * lock is ours by now. */
 static qs_status sweep(const char *dir)
 {
-    DIR *entries = opendir(dir);
-    if (!entries) {
-        return QS_OK; /* whoever reads the directory next will say so */
-    }
-    for (const struct dirent *e = readdir(entries); e; e = readdir(entries)) {
-        if (is_half_written(e->d_name)) {
-            (void)unlinkat(dirfd(entries), e->d_name, 0); /* refuses directories, as it should */
-        }
-    }
-    closedir(entries);
-    return qs_ckpt_sweep(dir);
+    QS_TRY(qs_io_list(dir, QS_ERR_IO, sweep_entry, NULL, NULL));
+    return qs_ckpt_sweep(dir, true);
 }
 
 /* ---- run.json ---- */

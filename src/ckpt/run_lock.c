@@ -40,8 +40,8 @@ typedef struct {
     int64_t held;                  /* 1: it keeps the file locked as long as it lives */
 } owner;
 
-/* Field 22 of /proc/PID/stat, in clock ticks since boot; 0 where there is none, -1 for a process
- * that is dead but has nobody to collect it, as happens in containers. */
+/* Field 22 of /proc/PID/stat, in clock ticks since boot; 0 where that is not to be seen, -1 for a
+ * process that is dead but has nobody to collect it, as happens in containers. */
 static int64_t process_born(int64_t pid)
 {
     char path[64], text[1024];
@@ -90,10 +90,13 @@ static owner this_process(void)
     return me;
 }
 
+/* A host may get another name while a run goes on (DHCP): it counts where nothing better is known.
+ */
 static bool same_process(const owner *a, const owner *b)
 {
+    const bool known = a->kernel != 0 && a->pids != 0 && a->born != 0;
     return a->pid == b->pid && a->born == b->born && a->kernel == b->kernel && a->pids == b->pids &&
-           strcmp(a->host, b->host) == 0;
+           (known || strcmp(a->host, b->host) == 0);
 }
 
 /* Locks of older programs have the host's name alone. */
@@ -134,12 +137,15 @@ static bool is_held(const char *path)
     return fd < 0;
 }
 
-/* Only what is certain. */
+/* Only what is certain: another user's process may be hidden in /proc (hidepid). */
 static bool is_gone(const owner *other, const owner *me, const char *path)
 {
     if (numbered_together(other, me)) {
-        bool absent = kill((pid_t)other->pid, 0) != 0 && errno == ESRCH;
-        return absent || process_born(other->pid) != other->born;
+        if (kill((pid_t)other->pid, 0) != 0 && errno == ESRCH) {
+            return true;
+        }
+        const int64_t born = process_born(other->pid);
+        return born != 0 ? born != other->born : other->held && !is_held(path);
     }
     if (same_host(other, me) && other->held && !is_held(path)) {
         return true;

@@ -99,15 +99,12 @@ static qs_status check_checkpoint(const char *path)
 static qs_status check_run(const char *path)
 {
     QS_TRY(qs_run_dir_check(path));
-    int64_t *steps = calloc(QS_CKPT_STEPS_MAX, sizeof *steps);
+    int64_t *steps = NULL;
     int count = 0, bad = 0;
     qs_status first = QS_OK;
     char why[1024] = "";
-    if (!steps) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
-    }
-    qs_status st = qs_ckpt_scan(path, steps, QS_CKPT_STEPS_MAX, &count);
-    for (int i = count - 1; i >= 0 && st == QS_OK; i--) {
+    QS_TRY(qs_manifest_scan(path, &steps, &count));
+    for (int i = count - 1; i >= 0; i--) {
         char dir[PATH_ROOM];
         qs_manifest_step_dir(dir, sizeof dir, path, steps[i]);
         qs_status one = check_checkpoint(dir);
@@ -119,7 +116,6 @@ static qs_status check_run(const char *path)
         qs_error_clear();
     }
     free(steps);
-    QS_TRY(st);
     return bad ? QS_FAIL(first, "%s (%d of %d checkpoints are bad)", why, bad, count) : QS_OK;
 }
 

@@ -1,10 +1,10 @@
 /* What a path is, by what it holds and not by its name; and the newest checkpoint of a run. */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
-#include "ckpt/ckpt_impl.h"
 #include "cli/cli_impl.h"
 #include "store/h5.h"
 #include "store/manifest.h"
@@ -130,8 +130,9 @@ qs_status qs_cli_find_step(const char *path, bool best, char *out, size_t capaci
     }
     QS_TRY(qs_manifest_list(path, &step, 1, &count));
     if (count == 0) {
-        int64_t any = -1;
-        QS_TRY(qs_ckpt_scan(path, &any, 1, &count));
+        int64_t *any = NULL;
+        QS_TRY(qs_manifest_scan(path, &any, &count));
+        free(any);
         return count == 0
                    ? QS_FAIL(QS_ERR_CHECKPOINT, "%s: the run has no checkpoint; train it first",
                              path)

@@ -1,11 +1,10 @@
 /* What a checkpoint directory holds beside its weights: config.json, the index, and copies of the
  * tokenizer's files. */
-#include <dirent.h>
-#include <errno.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -198,39 +197,41 @@ done:
     return st;
 }
 
+typedef struct {
+    const char *from, *to;
+    int count;
+} template_copy;
+
+static qs_status copy_entry(void *user, int dir, const char *name)
+{
+    template_copy *copy = user;
+    (void)dir;
+    if (!is_template(name)) {
+        return QS_OK;
+    }
+    if (++copy->count > TEMPLATES_MAX) {
+        return QS_FAIL(QS_ERR_INPUT_VALUE, "%s: holds more than %d templates", copy->from,
+                       TEMPLATES_MAX);
+    }
+    return copy_template(copy->from, copy->to, name);
+}
+
 /* Named templates for tools or documents, which transformers 4.5x writes into a directory of their
  * own; whatever else is in there stays. */
 static qs_status copy_templates(const char *from_dir, const char *to_dir, bool *found)
 {
     char from[PATH_ROOM], to[PATH_ROOM];
-    int count = 0;
-    qs_status st = QS_OK;
+    template_copy copy = {from, to, 0};
+    struct stat info;
     *found = false;
     snprintf(from, sizeof from, "%s/" QS_MERGE_TEMPLATES, from_dir);
     snprintf(to, sizeof to, "%s/" QS_MERGE_TEMPLATES, to_dir);
-    DIR *dir = opendir(from);
-    if (dir == NULL && errno == ENOENT) {
-        return QS_OK;
+    if (stat(from, &info) == 0 && !S_ISDIR(info.st_mode)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a directory", from);
     }
-    if (dir == NULL) {
-        const qs_status what = errno == ENOTDIR ? QS_ERR_INPUT_FORMAT : QS_ERR_INPUT_MISSING;
-        return QS_FAIL(what, "%s: cannot be listed: %s", from, strerror(errno));
-    }
-    for (const struct dirent *e = readdir(dir); e != NULL; e = readdir(dir)) {
-        if (!is_template(e->d_name)) {
-            continue;
-        }
-        if (++count > TEMPLATES_MAX) {
-            QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: holds more than %d templates", from,
-                            TEMPLATES_MAX));
-        }
-        QS_GOTO(copy_template(from, to, e->d_name));
-    }
-    *found = count > 0;
-    st = *found ? qs_io_fsync_dir(to) : QS_OK;
-done:
-    closedir(dir);
-    return st;
+    QS_TRY(qs_io_list(from, QS_ERR_INPUT_MISSING, copy_entry, &copy, NULL));
+    *found = copy.count > 0;
+    return *found ? qs_io_fsync_dir(to) : QS_OK;
 }
 
 /* The template to write: the training data's, unless the model comes with the same one, or it is

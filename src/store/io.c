@@ -447,41 +447,83 @@ qs_status qs_io_rename(const char *from, const char *to)
     return QS_OK;
 }
 
-/** Unlink every plain file of an open directory. */
-static qs_status unlink_files(DIR *dir, const char *path)
+static qs_status not_listed(const char *path, qs_status failed, int error)
 {
-    char name[QS_IO_PATH];
-    struct dirent *entry;
-    while (errno = 0, (entry = readdir(dir)) != NULL) {
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
-            continue;
-        }
-        if (unlinkat(dirfd(dir), entry->d_name, 0) != 0 && errno != ENOENT) {
-            int error = errno;
-            (void)snprintf(name, sizeof name, "%s/%s", path, entry->d_name);
-            return output_failed(name, "removing", error);
+    qs_status st = QS_FAIL(failed, "%s: cannot be listed: %s", path, strerror(error));
+    qs_error_because(error);
+    return st;
+}
+
+qs_status qs_io_list(const char *path, qs_status failed, qs_io_entry *each, void *user, bool *there)
+{
+    DIR *dir = opendir(path);
+    if (there != NULL) {
+        *there = dir != NULL;
+    }
+    if (dir == NULL) {
+        return errno == ENOENT ? QS_OK : not_listed(path, failed, errno);
+    }
+    qs_status st = QS_OK;
+    const struct dirent *entry;
+    while (st == QS_OK && (errno = 0, entry = readdir(dir)) != NULL) {
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) {
+            st = each(user, dirfd(dir), entry->d_name);
         }
     }
-    return errno == 0 ? QS_OK : output_failed(path, "listing the directory", errno);
+    if (st == QS_OK && errno != 0) { /* the end has none */
+        st = not_listed(path, failed, errno);
+    }
+    (void)closedir(dir);
+    return st;
+}
+
+bool qs_io_is_removed_open(const char *name)
+{
+    return strncmp(name, ".nfs", 4) == 0 || strncmp(name, ".fuse_hidden", 12) == 0;
+}
+
+/** 0 or an errno; what is not there is removed. */
+static int unlink_retrying(int dir, const char *name, int flags)
+{
+    while (unlinkat(dir, name, flags) != 0) {
+        if (errno != EINTR) {
+            return errno == ENOENT ? 0 : errno;
+        }
+    }
+    return 0;
+}
+
+static qs_status unlink_entry(void *user, int dir, const char *name)
+{
+    const char *path = user;
+    char full[QS_IO_PATH];
+    const int error = unlink_retrying(dir, name, 0);
+    if (error == 0) {
+        return QS_OK;
+    }
+    (void)snprintf(full, sizeof full, "%s/%s", path, name);
+    return output_failed(full, "removing", error);
+}
+
+/* What makes the directory count goes first: a removal cut short must not leave a manifest without
+ * its files. */
+static void unlink_manifest(const char *path)
+{
+    const int dir = open_retrying(path, O_RDONLY | O_DIRECTORY, 0);
+    if (dir >= 0) {
+        if (unlinkat(dir, "manifest.json", 0) == 0) {
+            (void)fsync_retrying(dir);
+        }
+        close_once(dir);
+    }
 }
 
 qs_status qs_io_remove_dir(const char *path)
 {
-    DIR *dir = opendir(path);
-    if (dir == NULL) {
-        return errno == ENOENT ? QS_OK : output_failed(path, "opening the directory", errno);
-    }
-    /* What makes the directory count goes first: a removal cut short must not leave a manifest
-     * without its files. */
-    if (unlinkat(dirfd(dir), "manifest.json", 0) == 0) {
-        (void)fsync_retrying(dirfd(dir));
-    }
-    qs_status st = unlink_files(dir, path);
-    (void)closedir(dir);
-    QS_TRY(st);
-    return rmdir(path) == 0 || errno == ENOENT
-               ? QS_OK
-               : output_failed(path, "removing the directory", errno);
+    unlink_manifest(path);
+    QS_TRY(qs_io_list(path, QS_ERR_IO, unlink_entry, (void *)path, NULL));
+    const int error = unlink_retrying(AT_FDCWD, path, AT_REMOVEDIR);
+    return error == 0 ? QS_OK : output_failed(path, "removing the directory", error);
 }
 
 qs_status qs_io_free_bytes(const char *path, uint64_t *bytes)

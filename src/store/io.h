@@ -65,6 +65,19 @@ qs_status qs_io_rename(const char *from, const char *to);
 /** Remove a directory and the plain files in it (no subdirectories); missing is fine. */
 qs_status qs_io_remove_dir(const char *path);
 
+/** Of qs_io_list: an entry of the open directory `dir` that is neither "." nor "..". */
+typedef qs_status qs_io_entry(void *user, int dir, const char *name);
+
+/** Call `each` for the entries of a directory, in no order, until one fails. *there (NULL: not
+ * asked): is it one that can be opened? None at all is no error. A listing that fails is `failed`,
+ * with the errno as its cause: what it leaves out may be what is looked for. */
+qs_status qs_io_list(const char *path, qs_status failed, qs_io_entry *each, void *user,
+                     bool *there);
+
+/** Is `name` what a network file system makes of a file that somebody removes while it is open? It
+ * goes away when that one closes it. */
+bool qs_io_is_removed_open(const char *name);
+
 /** Free bytes for this user in the file system of `path`. */
 qs_status qs_io_free_bytes(const char *path, uint64_t *bytes);
 

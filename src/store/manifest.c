@@ -6,7 +6,6 @@
  * whole, XXH3-128 per 1 MiB block, which says where the damage is. */
 #include "store/manifest.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -381,40 +380,47 @@ static int descending(const void *a, const void *b)
     return (x < y) - (x > y);
 }
 
-/** Steps of all directories called step-N, sorted. The caller frees *steps. */
-static qs_status collect_steps(const char *dir, int64_t **steps, int *count)
+typedef struct {
+    int64_t *steps;
+    int count, capacity;
+} step_list;
+
+static qs_status add_step(void *user, int dir, const char *name)
 {
-    int capacity = 0;
-    struct dirent *entry;
+    step_list *list = user;
+    const int64_t step = step_of_name(name);
+    (void)dir;
+    if (step < 0) {
+        return QS_OK;
+    }
+    if (list->count == list->capacity) {
+        const int capacity = list->capacity > 0 ? 2 * list->capacity : 16;
+        int64_t *grown = realloc(list->steps, (size_t)capacity * sizeof *grown);
+        if (grown == NULL) {
+            return QS_FAIL(QS_ERR_MEMORY, "no memory for a list of checkpoints");
+        }
+        list->steps = grown;
+        list->capacity = capacity;
+    }
+    list->steps[list->count++] = step;
+    return QS_OK;
+}
+
+qs_status qs_manifest_scan(const char *dir, int64_t **steps, int *count)
+{
+    step_list list = {NULL, 0, 0};
     *steps = NULL;
     *count = 0;
-    DIR *stream = opendir(dir);
-    if (stream == NULL) {
-        return errno == ENOENT ? QS_OK
-                               : QS_FAIL(QS_ERR_INPUT_MISSING, "%s: cannot be listed: %s", dir,
-                                         strerror(errno));
+    const qs_status st = qs_io_list(dir, QS_ERR_IO, add_step, &list, NULL);
+    if (st != QS_OK) {
+        free(list.steps);
+        return st;
     }
-    while ((entry = readdir(stream)) != NULL) {
-        int64_t step = step_of_name(entry->d_name);
-        if (step < 0) {
-            continue;
-        }
-        if (*count == capacity) {
-            capacity = capacity > 0 ? 2 * capacity : 16;
-            int64_t *grown = realloc(*steps, (size_t)capacity * sizeof *grown);
-            if (grown == NULL) {
-                free(*steps);
-                (void)closedir(stream);
-                return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for listing it", dir);
-            }
-            *steps = grown;
-        }
-        (*steps)[(*count)++] = step;
+    if (list.count > 0) {
+        qsort(list.steps, (size_t)list.count, sizeof *list.steps, descending);
     }
-    (void)closedir(stream);
-    if (*count > 0) {
-        qsort(*steps, (size_t)*count, sizeof **steps, descending);
-    }
+    *steps = list.steps;
+    *count = list.count;
     return QS_OK;
 }
 
@@ -426,7 +432,7 @@ qs_status qs_manifest_list(const char *dir, int64_t *steps, int capacity, int *c
     bool had_error = qs_error_text()[0] != '\0';
     qs_status st = QS_OK;
     *count = 0;
-    QS_TRY(collect_steps(dir, &found, &n));
+    QS_TRY(qs_manifest_scan(dir, &found, &n));
     for (int i = 0; i < n && *count < capacity && st == QS_OK; i++) {
         qs_manifest m = {0};
         qs_manifest_step_dir(path, sizeof path, dir, found[i]);

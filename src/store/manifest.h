@@ -57,6 +57,10 @@ qs_status qs_manifest_verify(const char *dir, qs_manifest *out);
  * was no memory, or the files are there and out of reach (qs_io_out_of_reach). */
 bool qs_manifest_undecided(qs_status st);
 
+/** Steps of all names step-N in `dir`, whatever they hold, descending: *steps [*count], to be
+ * freed. Missing dir: none. */
+qs_status qs_manifest_scan(const char *dir, int64_t **steps, int *count);
+
 /** Steps of the directories `step-*` in `dir` whose manifest reads well, descending, at most
  * `capacity`. Missing dir: none. What is undecided is an error. */
 qs_status qs_manifest_list(const char *dir, int64_t *steps, int capacity, int *count);
