@@ -315,20 +315,52 @@ qs_status qs_io_try_file(const char *path, const char *ours)
     return st;
 }
 
-qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
+qs_status qs_io_replace(const char *path, qs_io_maker make, void *ctx)
 {
     char temp[QS_IO_PATH];
     char parent[QS_IO_PATH];
     QS_TRY(expect_replaceable(path));
     QS_TRY(parent_of(path, parent, sizeof parent));
     QS_TRY(name_temporary(path, temp));
-    qs_status st = qs_io_write_new(temp, data, bytes);
+    qs_status st = make(temp, ctx);
     st = st != QS_OK ? st : qs_io_rename(temp, path);
     if (st != QS_OK) {
         (void)unlink(temp); /* also when it was created, but reported otherwise */
         return st;
     }
     return qs_io_fsync_dir(parent);
+}
+
+typedef struct {
+    const void *data;
+    size_t bytes;
+} content;
+
+static qs_status make_of_bytes(const char *temp, void *ctx)
+{
+    const content *c = ctx;
+    return qs_io_write_new(temp, c->data, c->bytes);
+}
+
+qs_status qs_io_write_file(const char *path, const void *data, size_t bytes)
+{
+    return qs_io_replace(path, make_of_bytes, &(content){.data = data, .bytes = bytes});
+}
+
+qs_status qs_io_cut(const char *path, int64_t bytes)
+{
+    const int fd = open_retrying(path, O_WRONLY, 0);
+    int cut;
+    if (fd < 0) {
+        return output_failed(path, "opening", errno);
+    }
+    do {
+        cut = ftruncate(fd, (off_t)bytes);
+    } while (cut != 0 && errno == EINTR);
+    const qs_status st =
+        cut == 0 ? qs_io_fsync(fd, path) : output_failed(path, "cutting off its end", errno);
+    const qs_status closed = qs_io_close(fd, path);
+    return st != QS_OK ? st : closed;
 }
 
 qs_status qs_io_join(char **path, const char *dir, const char *name)
@@ -342,26 +374,40 @@ qs_status qs_io_join(char **path, const char *dir, const char *name)
     return QS_OK;
 }
 
+qs_status qs_io_open_plain(const char *path, int *fd, int64_t *bytes)
+{
+    struct stat info;
+    *fd = open_retrying(path, O_RDONLY | O_NONBLOCK, 0); /* a pipe must not make us wait */
+    if (*fd < 0) {
+        return input_failed(path, "opening", errno);
+    }
+    qs_status st = QS_OK;
+    if (fstat(*fd, &info) != 0) {
+        st = input_failed(path, "reading its size", errno);
+    } else if (!S_ISREG(info.st_mode)) {
+        st = QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a plain file", path);
+    } else {
+        *bytes = info.st_size;
+    }
+    if (st != QS_OK) {
+        close_once(*fd);
+        *fd = -1;
+    }
+    return st;
+}
+
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes)
 {
     qs_status st = QS_OK;
-    struct stat info;
+    int64_t there = 0;
     char *buffer = NULL;
-    int fd = open_retrying(path, O_RDONLY | O_NONBLOCK, 0); /* a pipe must not make us wait */
-    if (fd < 0) {
-        return input_failed(path, "opening", errno);
-    }
-    if (fstat(fd, &info) != 0) {
-        QS_GOTO(input_failed(path, "reading its size", errno));
-    }
-    if (!S_ISREG(info.st_mode)) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a plain file", path));
-    }
-    if ((uint64_t)info.st_size > limit) {
+    int fd = -1;
+    QS_TRY(qs_io_open_plain(path, &fd, &there));
+    if ((uint64_t)there > limit) {
         QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: has %lld bytes; at most %zu are read here", path,
-                        (long long)info.st_size, limit));
+                        (long long)there, limit));
     }
-    size_t size = (size_t)info.st_size;
+    size_t size = (size_t)there;
     buffer = malloc(size + 1);
     if (buffer == NULL) {
         QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its %zu bytes", path, size));

@@ -37,6 +37,17 @@ qs_status qs_io_close(int fd, const char *path);
  * directory. An older file of the name is replaced, a device or a pipe is QS_ERR_OUTPUT_TAKEN. */
 qs_status qs_io_write_file(const char *path, const void *data, size_t bytes);
 
+/** Makes a whole new file under this name, synced and read back. What it leaves after a failure is
+ * removed. */
+typedef qs_status (*qs_io_maker)(const char *temp, void *ctx);
+
+/** Like qs_io_write_file, for what does not fit into memory: `make` writes it under the temporary
+ * name. */
+qs_status qs_io_replace(const char *path, qs_io_maker make, void *ctx);
+
+/** Cut a file off behind its first `bytes`, and have that on the disk. */
+qs_status qs_io_cut(const char *path, int64_t bytes);
+
 /** Could qs_io_write_file write there now? For what a user names and is written at the end of long
  * work. Nothing is left. The reasons are its own, and QS_ERR_OUTPUT_TAKEN where a file stands that
  * is neither empty nor one of `ours`: with these words in its first 4 KiB; NULL: none is. */
@@ -52,6 +63,9 @@ bool qs_io_out_of_reach(int error);
 
 /** DIR/NAME, of whatever length; the caller frees *path. */
 qs_status qs_io_join(char **path, const char *dir, const char *name);
+
+/** Open a plain file for reading, and no other: a pipe must not make us wait. */
+qs_status qs_io_open_plain(const char *path, int *fd, int64_t *bytes);
 
 /** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes);

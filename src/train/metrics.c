@@ -13,8 +13,9 @@
 
 #include "config/config.h"
 #include "store/io.h"
+#include "store/lines.h"
 
-enum { LINE_MAX_BYTES = 1024, METRICS_MAX_BYTES = 1 << 30, PATH_ROOM = QS_PATH_MAX + 32 };
+enum { LINE_MAX_BYTES = 1024, PATH_ROOM = QS_PATH_MAX + 32 };
 
 struct qs_metrics {
     char dir[QS_PATH_MAX];
@@ -41,13 +42,21 @@ static number exactly(double value)
 }
 
 /* The step a line belongs to; -1 if the line is not whole (cut off by a kill). */
-static int64_t line_step(const char *line, size_t bytes)
+static int64_t step_of(const qs_line *line)
 {
     static const char key[] = "{\"step\":";
-    if (bytes < sizeof key || memcmp(line, key, sizeof key - 1) != 0 || line[bytes - 1] != '}') {
+    if (!line->whole || line->bytes < sizeof key || memcmp(line->text, key, sizeof key - 1) != 0 ||
+        line->text[line->bytes - 1] != '}') {
         return -1;
     }
-    return strtoll(line + sizeof key - 1, NULL, 10);
+    return strtoll(line->text + sizeof key - 1, NULL, 10);
+}
+
+/* qs_line_stays: the whole lines of steps up to *ctx. */
+static bool stays(const qs_line *line, void *ctx)
+{
+    const int64_t *step = ctx, of = step_of(line);
+    return of >= 0 && of <= *step;
 }
 
 /* The value behind `key` in a line of ours; false if it is not there or null. */
@@ -88,44 +97,63 @@ static qs_status remember_eval(qs_metrics *m, int64_t step, double loss, int64_t
     return QS_OK;
 }
 
-static qs_status remember(qs_metrics *m, const char *line, size_t bytes, int64_t step)
+static qs_status remember(qs_metrics *m, const qs_line *line)
 {
     double loss = NAN, targets = 0;
-    (void)value_of(line, bytes, "\"loss\": ", &m->last_loss);
-    if (memmem(line, bytes, "\"eval_loss\": ", 13) == NULL) {
+    (void)value_of(line->text, line->bytes, "\"loss\": ", &m->last_loss);
+    if (memmem(line->text, line->bytes, "\"eval_loss\": ", 13) == NULL) {
         return QS_OK;
     }
-    (void)value_of(line, bytes, "\"eval_loss\": ", &loss); /* null: was not finite */
-    (void)value_of(line, bytes, "\"eval_tokens\": ", &targets);
-    return remember_eval(m, step, loss, (int64_t)targets);
+    (void)value_of(line->text, line->bytes, "\"eval_loss\": ", &loss); /* null: was not finite */
+    (void)value_of(line->text, line->bytes, "\"eval_tokens\": ", &targets);
+    return remember_eval(m, step_of(line), loss, (int64_t)targets);
 }
 
-/* Keep the whole lines of steps up to `step`; the file is rewritten only if something goes. */
+/* What there is to keep of a log: so many bytes, behind which nothing is kept from `end` on. */
+typedef struct {
+    int64_t bytes, kept, end;
+} extent;
+
+static qs_status look_through(qs_metrics *m, const char *path, int64_t step, extent *found)
+{
+    qs_status st = QS_OK;
+    qs_lines *lines = NULL;
+    qs_line line;
+    *found = (extent){0};
+    QS_TRY(qs_lines_open(&lines, path));
+    for (;;) {
+        QS_GOTO(qs_lines_next(lines, &line));
+        if (line.end == line.at) {
+            break;
+        }
+        found->bytes = line.end;
+        if (stays(&line, &step)) {
+            QS_GOTO(remember(m, &line));
+            found->kept += line.end - line.at;
+            found->end = line.end;
+        }
+    }
+done:
+    qs_lines_close(lines);
+    return st;
+}
+
+/* Keep the whole lines of steps up to `step`. What a run leaves stands in the order of steps, so
+ * that what goes is the file's end; one with other lines in between, by whatever hand, is written
+ * anew. */
 static qs_status trim(qs_metrics *m, const char *path, int64_t step)
 {
-    void *data = NULL;
-    size_t bytes = 0, kept = 0;
+    extent found;
     struct stat info;
     if (lstat(path, &info) != 0) {
         return QS_OK;
     }
-    QS_TRY(qs_io_read_file(path, METRICS_MAX_BYTES, &data, &bytes));
-    char *text = data;
-    qs_status st = QS_OK;
-    for (size_t at = 0; at < bytes && st == QS_OK;) {
-        char *end = memchr(text + at, '\n', bytes - at);
-        const size_t length = (end != NULL ? (size_t)(end - text) : bytes) - at;
-        const int64_t of = line_step(text + at, length);
-        if (end != NULL && of >= 0 && of <= step) {
-            st = remember(m, text + at, length, of);
-            memmove(text + kept, text + at, length + 1);
-            kept += length + 1;
-        }
-        at += length + 1;
+    QS_TRY(look_through(m, path, step, &found));
+    if (found.kept == found.bytes) {
+        return QS_OK;
     }
-    st = st == QS_OK && kept < bytes ? qs_io_write_file(path, text, kept) : st;
-    free(data);
-    return st;
+    return found.kept == found.end ? qs_io_cut(path, found.kept)
+                                   : qs_lines_filter(path, stays, &step);
 }
 
 static qs_status open_log(qs_metrics *m, const char *path, int64_t step, int *fd)

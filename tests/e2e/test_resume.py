@@ -13,6 +13,7 @@ import support
 KILLS = int(os.environ.get("QSHARD_KILLS", "12"))
 SEED = int(os.environ.get("QSHARD_KILL_SEED", "1"))
 STEPS = {"train__save_every": 3, "train__eval_every": 10}
+IOFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libiofault.so")
 MPIFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libmpifault.so")
 LATE_S = 100  # far more than a stop waits for the rest of a step, less than train.stall_limit
 
@@ -89,6 +90,36 @@ class Resume(unittest.TestCase):
             leftovers = [name for name in os.listdir(output) if ".tmp" in name]
             self.assertEqual(leftovers, [])
             shutil.rmtree(output)
+
+    def test_kills_while_the_logs_are_cut(self):
+        """Lines behind the newest checkpoint go: by cutting the file, or by writing it anew where something else stands in between. A kill
+        leaves the one file or the other."""
+        first, output = os.path.join(self.folder, "first"), os.path.join(self.folder, "cut")
+        stop = {"train__max_time": 0.001, **STEPS}
+        support.train(first, expect=75, **stop)
+        for name, between in (("metrics.jsonl", ""), ("ranks.jsonl", "\n")):
+            path = os.path.join(output, name)
+            with open(os.path.join(first, name), encoding="utf-8") as file:
+                kept = file.read()
+            line = kept.splitlines()[0]
+            before = between + kept + line.replace('"step": 1', '"step": 2') + "\n" + line[:20]
+            for kind in ("killbefore", "killafter"):
+                calls, code = 0, -signal.SIGKILL
+                while code == -signal.SIGKILL:
+                    calls += 1
+                    shutil.rmtree(output, ignore_errors=True)
+                    shutil.copytree(first, output)
+                    with open(path, "w", encoding="utf-8") as file:
+                        file.write(before)
+                    fault = {"FAULT": f"io:{calls}:{kind}", "FAULT_PATH": path, **support.preload(IOFAULT)}
+                    code = support.train(output, expect=None, environment=fault, **stop).returncode
+                    with open(path, encoding="utf-8") as file:
+                        after = file.read()
+                    self.assertTrue(after == before or after.startswith(kept) and line[:20] not in after[len(kept):], (name, kind, calls, after))
+                self.assertEqual(code, 75)  # the run has gone on by another step
+                self.assertGreater(calls, 3)
+                self.assertEqual([line["step"] for line in support.metrics(output)], [1, 2])
+                self.assertEqual([line["step"] for line in support.metrics(output, "ranks.jsonl")], [1, 2])
 
     def test_usr1_saves_and_asks_for_requeue(self):
         output = os.path.join(self.folder, "usr1")
