@@ -1,4 +1,5 @@
-/* The logs of a run: what a start keeps of those that it finds, however long they are. */
+/* The logs of a run: what a start keeps of those that it finds, however long they are, and ranks of
+ * which one has no memory. */
 #define _GNU_SOURCE /* pwrite */
 #include <criterion/criterion.h>
 #include <criterion/parameterized.h>
@@ -14,6 +15,7 @@
 #include "scratch.h"
 #include "store/io.h"
 #include "store/lines.h"
+#include "team.h"
 #include "train/metrics.h"
 
 TestSuite(metrics, .timeout = 120);
@@ -234,4 +236,44 @@ ParameterizedTest(int64_t *bytes, metrics, lines_of_every_length_are_found, .ini
     }
     qs_lines_close(lines);
     free(text);
+}
+
+/* ---- a rank without memory ---- */
+
+static _Thread_local bool without_memory;
+
+void *__real_calloc(size_t count, size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes);
+
+/* The linker's, for every calloc of the program (tests/CMakeLists.txt). */
+void *__wrap_calloc(size_t count, size_t bytes)
+{
+    return without_memory && bytes == sizeof(qs_rank_metrics) ? NULL : __real_calloc(count, bytes);
+}
+
+static qs_status ranks_body(team_member *me)
+{
+    const int *lacking = me->ctx;
+    const qs_rank_metrics mine = {.tokens = me->rank};
+    without_memory = me->rank == *lacking;
+    const qs_status st = qs_metrics_ranks(NULL, 1, &mine, me->comm);
+    const qs_status agreed = qs_comm_agree(me->comm, st); /* as the loop does with what it gets */
+    TEAM_CHECK(st == (*lacking < 0 ? QS_OK : QS_ERR_MEMORY) && agreed == st,
+               "rank %d of %d: %d, then %d: %s", me->rank, me->nranks, (int)st, (int)agreed,
+               qs_error_text());
+    return QS_OK;
+}
+
+static int rank_counts[] = {1, 2, 3, 4, 5, 8};
+
+ParameterizedTestParameters(metrics, a_rank_without_memory_is_everyones_failure)
+{
+    return cr_make_param_array(int, rank_counts, sizeof rank_counts / sizeof *rank_counts);
+}
+
+ParameterizedTest(int *n, metrics, a_rank_without_memory_is_everyones_failure)
+{
+    for (int lacking = -1; lacking < *n; lacking++) {
+        team_expect_ok(*n, ranks_body, &lacking);
+    }
 }

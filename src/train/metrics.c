@@ -289,8 +289,9 @@ qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metr
     const int nranks = qs_comm_nranks(comm);
     qs_rank_metrics *all = calloc((size_t)nranks, sizeof *all);
     if (all == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "no memory for the metrics of %d ranks", nranks);
+        st = QS_FAIL(QS_ERR_MEMORY, "no memory for the metrics of %d ranks", nranks);
     }
+    QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_comm_all_gather_now(comm, mine, all, sizeof *mine));
     for (int r = 0; metrics != NULL && r < nranks && st == QS_OK; r++) {
         st = write_rank(metrics, step, r, &all[r]);

@@ -202,8 +202,11 @@ static qs_status collect_and_print(sampler *s)
     const int64_t width = s->new_tokens + 1;
     const int nranks = qs_comm_nranks(s->session->comm);
     int32_t *mine = NULL, *all = NULL;
-    QS_GOTO(QS_ALLOC(&mine, s->most * width, QS_MEM_WORK));
-    QS_GOTO(QS_ALLOC(&all, s->most * width * nranks, QS_MEM_WORK));
+    st = QS_ALLOC(&mine, s->most * width, QS_MEM_WORK);
+    if (st == QS_OK) {
+        st = QS_ALLOC(&all, s->most * width * nranks, QS_MEM_WORK);
+    }
+    QS_GOTO(qs_comm_agree(s->session->comm, st));
     for (int64_t i = 0; i < s->count; i++) {
         const text *t = &s->texts[i];
         const int64_t added = t->length - t->prompt_tokens;
