@@ -107,3 +107,27 @@ Test(sampler, steps_go_on_over_the_end_of_the_data)
     }
     free_data(&data);
 }
+
+/* ---- what the data say about the configuration ---- */
+
+Test(sampler, a_warmup_leaves_something_of_the_epochs)
+{
+    static const struct {
+        double warmup;
+        qs_status st;
+    } cases[] = {{0, QS_OK}, {0.999, QS_OK},          {1, QS_OK},
+                 {3, QS_OK}, {4, QS_ERR_CONFIG_PAIR}, {1000, QS_ERR_CONFIG_PAIR}};
+    qs_data data = make_data(9);
+    data.path = "train.h5";
+    qs_config cfg = make_config(0, 3, 8, 1); /* 27 sequences: 4 steps */
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        qs_error_clear();
+        cfg.optim.warmup = cases[i].warmup;
+        cr_assert_eq(qs_sampler_check(&cfg, &data), cases[i].st, "%g", cases[i].warmup);
+    }
+    cr_assert_not_null(strstr(qs_error_text(),
+                              "train.h5: optim.warmup=1000 steps leaves nothing of the 4 that "
+                              "train.epochs=3 makes of it; lower it"),
+                       "%s", qs_error_text());
+    free_data(&data);
+}

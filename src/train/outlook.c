@@ -32,9 +32,12 @@ static qs_status open_data(qs_outlook_inputs *in, const qs_config *cfg, qs_comm 
 {
     const int64_t vocab = in->index->config.vocab;
     in->assumed = !exists(cfg->data_train);
-    QS_TRY(in->assumed
-               ? qs_data_assume(&in->train, cfg->train.seq_len)
-               : qs_data_open(&in->train, cfg->data_train, vocab, cfg->train.seq_len, self));
+    if (in->assumed) { /* of its length nothing is known */
+        QS_TRY(qs_data_assume(&in->train, cfg->train.seq_len));
+    } else {
+        QS_TRY(qs_data_open(&in->train, cfg->data_train, vocab, cfg->train.seq_len, self));
+        QS_TRY(qs_sampler_check(cfg, in->train));
+    }
     return exists(cfg->data_eval) ? qs_data_open(&in->eval, cfg->data_eval, vocab, 0, self) : QS_OK;
 }
 

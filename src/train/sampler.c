@@ -1,5 +1,7 @@
 #include "train/sampler.h"
 
+#include <inttypes.h>
+
 qs_sampler qs_sampler_make(const qs_config *cfg, const qs_data *data)
 {
     qs_sampler s = {.data = data,
@@ -15,6 +17,18 @@ qs_sampler qs_sampler_make(const qs_config *cfg, const qs_data *data)
         s.total = s.steps * s.global_batch;
     }
     return s;
+}
+
+qs_status qs_sampler_check(const qs_config *cfg, const qs_data *data)
+{
+    const int64_t steps = qs_sampler_make(cfg, data).steps;
+    const double warmup = cfg->optim.warmup;
+    return warmup < 1 || warmup < (double)steps
+               ? QS_OK
+               : QS_FAIL(QS_ERR_CONFIG_PAIR,
+                         "%s: optim.warmup=%.0f steps leaves nothing of the %" PRId64
+                         " that train.epochs=%" PRId64 " makes of it; lower it",
+                         data->path, warmup, steps, cfg->train.epochs);
 }
 
 int64_t qs_sampler_step_size(const qs_sampler *s, int64_t step)

@@ -22,6 +22,10 @@ typedef struct {
  * short. */
 qs_sampler qs_sampler_make(const qs_config *cfg, const qs_data *data);
 
+/** With train.epochs the data say how many steps there are, so that optim.warmup is compared with
+ * them here, as the configuration's check does with train.steps. */
+qs_status qs_sampler_check(const qs_config *cfg, const qs_data *data);
+
 /** Sequences of step `step`: global_batch, or what is left. */
 int64_t qs_sampler_step_size(const qs_sampler *s, int64_t step);
 

@@ -73,6 +73,7 @@ static qs_status check_trace(const qs_run *r)
 static qs_status shape_run(qs_run *r)
 {
     qs_plan_choice choice;
+    QS_TRY(qs_comm_agree(r->comm, qs_sampler_check(r->cfg, r->train_data)));
     r->sampler = qs_sampler_make(r->cfg, r->train_data);
     const qs_plan_job job = qs_plan_training(r->train_data, r->eval_data, r->sampler.slots);
     r->shape = qs_plan_shape(&r->session, &job);

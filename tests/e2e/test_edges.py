@@ -137,6 +137,21 @@ class Refused(Case):
             said = support.qshard(*command, ranks=ranks).stderr
             self.assertEqual(re.findall(r"(\S+) was made with another tokenizer\.json \(\w{12}\.\.\.\) than (\S+) \(", said), list(pairs), said)
 
+    def test_a_warmup_that_leaves_nothing_of_the_epochs(self):
+        """9 sequences, 8 a step, 3 epochs: 4 steps, which the data alone say."""
+        data = prepare(9, self.path("warm.h5"))
+        epochs = {"data__train": data, "train__steps": 0, "train__epochs": 3, "train__global_batch": 8}
+        said = "warm.h5: optim.warmup={} steps leaves nothing of the 4 that train.epochs=3 makes of it; lower it"
+        for ranks in (None, 1, 3):
+            with self.subTest(ranks=ranks):
+                self.refused(self.command("train", optim__warmup=4, **epochs), ranks, 2, "error[E203]", said.format(4))
+        self.refused(self.command("train", "--dry-run", optim__warmup=1000, **epochs), None, 2, "error[E203]", said.format(1000))
+        self.refused(self.command("plan", optim__warmup=4, **epochs), None, 2, "error[E203]", said.format(4))
+        for warmup in (3, 0.99):
+            support.qshard(*self.command("train", "--dry-run", optim__warmup=warmup, **epochs))
+            support.qshard(*self.command("plan", optim__warmup=warmup, **epochs))
+        support.qshard(*self.command("plan", optim__warmup=4, **{**epochs, "data__train": self.path("later.h5")}))  # nobody knows yet
+
     def test_data_of_another_tokenizer(self):
         """Of the base's, as quantize has seen it, or, where that is not known, of each other."""
         base, other, model = os.path.join(support.tiny(), "base.h5"), self.path("other.h5"), self.path("without")
