@@ -104,7 +104,7 @@ qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const 
 #define QS_CONFIG_FIRST_LINE "# Resolved configuration of a qshard run."
 
 /** The resolved configuration as YAML with a comment per key; caller frees. Parsing it again gives
- * the same struct. */
+ * the same struct. NULL: no memory. */
 char *qs_config_dump(const qs_config *cfg);
 
 /** What a command cannot do without. */

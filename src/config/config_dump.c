@@ -5,26 +5,23 @@
 
 #include "config/config_keys.h"
 
-/* "meaning; allowed (unit)" */
-static void explain(const qs_key *key, FILE *out)
+/* "meaning; allowed (unit)". \return whether it was written. */
+static bool explain(const qs_key *key, FILE *out)
 {
     char allowed[256];
     qs_key_allowed(key, allowed, sizeof allowed);
-    fprintf(out, "%s", key->meaning);
-    if (key->type != QS_KEY_PATH) {
-        fprintf(out, "; %s", allowed);
-    }
-    if (key->unit) {
-        fprintf(out, " (%s)", key->unit);
-    }
-    fputc('\n', out);
+    const bool shown = key->type != QS_KEY_PATH;
+    return fprintf(out, "%s%s%s%s%s%s\n", key->meaning, shown ? "; " : "", shown ? allowed : "",
+                   key->unit ? " (" : "", key->unit ? key->unit : "", key->unit ? ")" : "") >= 0;
 }
 
-static void write_keys(const qs_config *cfg, FILE *out)
+/* Each call is looked at: a text in memory that cannot grow is cut off, and neither ferror nor
+ * fclose tell. */
+static bool write_keys(const qs_config *cfg, FILE *out)
 {
     const char *section = "";
     size_t section_length = 0;
-    fputs(QS_CONFIG_FIRST_LINE "\n", out);
+    bool written = fputs(QS_CONFIG_FIRST_LINE "\n", out) >= 0;
     for (int i = 0; i < qs_keys_count; i++) {
         const qs_key *key = &qs_keys[i];
         const char *dot = strchr(key->name, '.');
@@ -33,14 +30,17 @@ static void write_keys(const qs_config *cfg, FILE *out)
             section = key->name;
             section_length = length;
             if (length) {
-                fprintf(out, "%.*s:\n", (int)length, section);
+                written = fprintf(out, "%.*s:\n", (int)length, section) >= 0 && written;
             }
         }
         char value[QS_KEY_TEXT_MAX];
         qs_key_format(cfg, key, value, sizeof value);
-        fprintf(out, "%s%s: %s  # ", dot ? "  " : "", dot ? dot + 1 : key->name, value);
-        explain(key, out);
+        written =
+            fprintf(out, "%s%s: %s  # ", dot ? "  " : "", dot ? dot + 1 : key->name, value) >= 0 &&
+            written;
+        written = explain(key, out) && written;
     }
+    return written;
 }
 
 char *qs_config_dump(const qs_config *cfg)
@@ -51,8 +51,8 @@ char *qs_config_dump(const qs_config *cfg)
     if (!out) {
         return NULL;
     }
-    write_keys(cfg, out);
-    if (fclose(out) != 0) {
+    const bool written = write_keys(cfg, out);
+    if (fclose(out) != 0 || !written) {
         free(text);
         return NULL;
     }
@@ -65,6 +65,6 @@ void qs_config_print_keys(void)
     for (int i = 0; i < qs_keys_count; i++) {
         const qs_key *key = &qs_keys[i];
         printf("%-22s %-14s ", key->name, key->preset[0] ? key->preset : "\"\"");
-        explain(key, stdout);
+        (void)explain(key, stdout);
     }
 }

@@ -54,6 +54,15 @@ qs_status qs_run_check_init(const qs_run *r)
     return st;
 }
 
+qs_status qs_run_config_text(const qs_run *r, char **yaml)
+{
+    *yaml = qs_config_dump(r->cfg);
+    return qs_comm_agree(r->comm, *yaml != NULL ? QS_OK
+                                                : QS_FAIL(QS_ERR_MEMORY,
+                                                          "%s: no memory for the configuration",
+                                                          r->cfg->output));
+}
+
 qs_ckpt_meta qs_run_meta(const qs_run *r, const char *config_yaml)
 {
     qs_ckpt_meta meta = {.step = r->step,
@@ -88,7 +97,7 @@ qs_status qs_run_begin(qs_run *r)
         QS_TRY(init_lora(r));
         return qs_optim_push(r->trainer.optim, r->session.queue);
     }
-    yaml = qs_config_dump(r->cfg);
+    QS_GOTO(qs_run_config_text(r, &yaml));
     const qs_ckpt_meta expect = qs_run_meta(r, yaml);
     qs_ckpt_meta loaded;
     QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->trainer.optim,

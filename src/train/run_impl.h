@@ -53,6 +53,10 @@ qs_status qs_run_begin(qs_run *r);
 /** --dry-run: an adapter to start from is opened and checked, not read. Rank 0's alone. */
 qs_status qs_run_check_init(const qs_run *r);
 
+/** The configuration as a checkpoint keeps it; the caller frees it, after an error as well.
+ * Collective. */
+qs_status qs_run_config_text(const qs_run *r, char **yaml);
+
 /** What a checkpoint says of the run. Borrows from `r` and `config_yaml`. */
 qs_ckpt_meta qs_run_meta(const qs_run *r, const char *config_yaml);
 

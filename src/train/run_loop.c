@@ -92,6 +92,20 @@ qs_best_of qs_run_best(const qs_run *r)
         .config = r->cfg, .dir = &r->run_dir, .metrics = r->metrics, .comm = r->comm};
 }
 
+static qs_status save_state(qs_run *r)
+{
+    qs_status st = QS_OK;
+    char *yaml = NULL;
+    QS_GOTO(qs_run_config_text(r, &yaml));
+    r->trainer.optim->step = r->step;
+    QS_GOTO(qs_comm_agree(r->comm, qs_optim_pull(r->trainer.optim, r->session.queue)));
+    const qs_ckpt_meta meta = qs_run_meta(r, yaml);
+    st = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->trainer.optim, r->comm);
+done:
+    free(yaml);
+    return st;
+}
+
 /* Save and rotate. A full disk keeps the older checkpoints and the run goes on; it counts at the
  * end. */
 static qs_status save(qs_run *r, qs_status *last_save)
@@ -101,16 +115,7 @@ static qs_status save(qs_run *r, qs_status *last_save)
     QS_TRY(*last_save);
     *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
     QS_TRY(*last_save);
-    char *yaml = qs_config_dump(r->cfg);
-    qs_ckpt_meta meta = qs_run_meta(r, yaml);
-    r->trainer.optim->step = r->step;
-    *last_save = qs_comm_agree(r->comm, qs_optim_pull(r->trainer.optim, r->session.queue));
-    if (*last_save != QS_OK) {
-        free(yaml);
-        return *last_save;
-    }
-    *last_save = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->trainer.optim, r->comm);
-    free(yaml);
+    *last_save = save_state(r);
     if (*last_save == QS_ERR_IO_FULL) {
         qs_log_warn("step %" PRId64 ": not saved: %s", r->step, qs_error_text());
         return settle(r);

@@ -16,6 +16,7 @@ import support
 
 MODEL_SEED = 5
 BINARIES = os.path.dirname(support.QSHARD)
+MEMFAULT = os.path.join(BINARIES, "tests", "libmemfault.so")
 MPIFAULT = os.path.join(BINARIES, "tests", "libmpifault.so")
 
 
@@ -339,6 +340,24 @@ class DamagedBase(Case):
             for ranks in (2, 3):
                 with self.subTest(command=name, ranks=ranks):
                     self.refused(self.command(name, *options, base=self.base), ranks, 3, self.base, "layers.2")
+
+
+class NoMemory(Case):
+    """One rank has none for a text of its own, and all leave alike."""
+
+    def test_the_configuration_of_a_checkpoint(self):
+        save = {"train__steps": 2, "train__save_every": 1}
+        for rank in (0, 1):
+            output = self.path(f"run-{rank}")
+            fault = {"FAULT_RANK": str(rank), "QSHARD_FAULT_TEXT": "2" if rank == 0 else "1", **support.preload(MEMFAULT)}  # rank 0 writes config.yaml
+            command = ["train", support.TINY_YAML, *support.settings(support.tiny(), output, **save)]
+            with self.subTest(rank=rank, at="save"):
+                self.refused(command, 2, 7, "no memory for the configuration", **fault)
+                self.assertEqual([name for name in os.listdir(output) if name.startswith("step-")], [])
+            support.train(output, ranks=2, train__max_time=0.001, expect=75, **save)
+            with self.subTest(rank=rank, at="resume"):
+                self.refused(command, 2, 7, "no memory for the configuration", **fault)
+            support.train(output, ranks=2, **save)
 
 
 class SameOutput(Case):
