@@ -15,7 +15,9 @@
 #include "base/log.h"
 #include "base/timer.h"
 #include "base/watch.h"
+#include "fsdp_fixture.h"
 #include "store/io.h"
+#include "train/session.h"
 
 #define LIMIT_S 0.4 /* a look every 20 ms */
 
@@ -428,4 +430,59 @@ Test(watch, a_line_that_nobody_reads_does_not_keep_the_process, .timeout = 60)
     cr_assert_lt(o.took_s, 15);
     cr_assert_eq(log.exit_code, -1);
     cr_assert_lt(log.took_s, 15);
+}
+
+/* ---- closing a session ---- */
+
+/* Rank 1 of two is stopped before it takes part in the gather of unit 1, which rank 0 has started
+ * ahead. */
+static void *stops_early(void *comm)
+{
+    fx_base base;
+    qs_fsdp *f = NULL;
+    qs_queue *queue = NULL;
+    qs_unit_view view;
+    const qs_fsdp_options options = fx_options(1);
+    fx_base_make(&base, QS_BF16);
+    if (qs_queue_create(&queue, 1) != QS_OK ||
+        qs_fsdp_create_from(&f, &base.index, comm, queue, &options, fx_fill, &base) != QS_OK ||
+        qs_fsdp_begin(f, (const int[]){0}, 1) != QS_OK || qs_fsdp_acquire(f, 0, &view) != QS_OK) {
+        _exit(1);
+    }
+    for (;;) {
+        pause();
+    }
+}
+
+static void closes_beside_a_stopped_rank(void)
+{
+    fx_base base;
+    qs_session s = {0};
+    qs_comm *comms[2];
+    pthread_t other;
+    qs_unit_view view;
+    const qs_fsdp_options options = fx_options(1);
+    fx_base_make(&base, QS_BF16);
+    alarm(60); /* unwatched it waits for ever */
+    if (qs_comm_threads_create(comms, 2) != QS_OK ||
+        pthread_create(&other, NULL, stops_early, comms[1]) != 0) {
+        _exit(1);
+    }
+    start(&s.watchdog.watch, 0);
+    qs_watch_section(false, "step %d", 3);
+    if (qs_queue_create(&s.queue, 1) != QS_OK ||
+        qs_fsdp_create_from(&s.fsdp, &base.index, comms[0], s.queue, &options, fx_fill, &base) !=
+            QS_OK ||
+        qs_fsdp_begin(s.fsdp, (const int[]){0, 1}, 2) != QS_OK ||
+        qs_fsdp_acquire(s.fsdp, 0, &view) != QS_OK) {
+        _exit(1);
+    }
+    qs_session_close(&s);
+}
+
+Test(watch, a_rank_that_waits_in_closing_is_watched)
+{
+    const outcome o = run(closes_beside_a_stopped_rank, 0);
+    ended_with(&o, "step 3: ");
+    cr_assert_lt(o.took_s, 30);
 }

@@ -471,7 +471,6 @@ qs_status qs_session_build(qs_session *s, const qs_model_shape *shape)
 
 void qs_session_close(qs_session *s)
 {
-    qs_watchdog_stop(&s->watchdog);
     qs_model_destroy(s->model);
     qs_fsdp_destroy(s->fsdp);
     if (s->device != NULL) {
@@ -493,6 +492,7 @@ void qs_session_close(qs_session *s)
     qs_shard_group_destroy(&s->shard, s->comm);
     qs_queue_destroy(s->queue);
     qs_backend_close(&s->backend);
+    qs_watchdog_stop(&s->watchdog); /* last: what was started ahead may wait for a stopped peer */
     memset(s, 0, sizeof *s);
 }
 
