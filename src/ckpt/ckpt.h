@@ -36,6 +36,10 @@ typedef struct {
 qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_lora_layout *layout,
                        const qs_optim *optim, qs_comm *comm);
 
+/** Is there room for one checkpoint of a run in `run_dir`, or in the first folder above it that is
+ * there? QS_ERR_IO_FULL if not. Not collective. */
+qs_status qs_ckpt_expect_room(const char *run_dir, const qs_lora_layout *layout, int nranks);
+
 /** Newest step in `run_dir` whose manifest and files verify; -1 if there is none. Damaged ones are
  * renamed to .bad and named in the log. Collective. */
 qs_status qs_ckpt_latest(const char *run_dir, int64_t *step, qs_comm *comm);

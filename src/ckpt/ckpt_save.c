@@ -4,7 +4,9 @@
  *   image in memory | room on the disk | rank 0: step-N.tmp-RUN | own file: write, sync, read back
  *   | rank 0: the files of ranks that do not see the directory, piece by piece
  *   | rank 0: manifest, sync, rename to step-N, sync */
+#include <errno.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -81,18 +83,31 @@ static bool is_blind(const saving *s, int rank)
     return s->blind != NULL && s->blind[rank];
 }
 
-/* Asked on every rank that writes, since each may see other limits; the files of all must fit. */
-static qs_status check_room(const saving *s, int64_t total)
+/* `total`: of the files of all ranks. */
+static qs_status check_room(const char *dir, int64_t total)
 {
     uint64_t free_bytes = 0;
-    QS_TRY(qs_io_free_bytes(s->run_dir, &free_bytes));
+    QS_TRY(qs_io_free_bytes(dir, &free_bytes));
     if (free_bytes < (uint64_t)total + MANIFEST_ROOM) {
         return QS_FAIL(QS_ERR_IO_FULL,
                        "%s: a checkpoint needs %" PRId64 " bytes, but %" PRIu64
                        " are free; make room, the run can go on",
-                       s->run_dir, total + (int64_t)MANIFEST_ROOM, free_bytes);
+                       dir, total + (int64_t)MANIFEST_ROOM, free_bytes);
     }
     return QS_OK;
+}
+
+qs_status qs_ckpt_expect_room(const char *run_dir, const qs_lora_layout *layout, int nranks)
+{
+    char dir[QS_CKPT_PATH];
+    struct stat info;
+    snprintf(dir, sizeof dir, "%s", run_dir);
+    const char *there = dir;
+    while (stat(there, &info) != 0 && errno == ENOENT) { /* ends at "." or "/" */
+        there = dirname(dir);
+    }
+    const int64_t count = layout->n_layers * qs_lora_shard_width(layout, nranks) * nranks;
+    return check_room(there, 3 * count * (int64_t)sizeof(float)); /* lora, m, v */
 }
 
 static qs_status make_temp(saving *s)
@@ -255,8 +270,8 @@ static qs_status stages(saving *s)
     QS_TRY(qs_comm_agree(s->comm, build_image(s)));
     QS_TRY(collect_notes(s));
     QS_TRY(qs_ckpt_find_blind(s->meta, s->comm, &s->blind));
-    const bool writes = !is_blind(s, s->rank);
-    QS_TRY(qs_comm_agree(s->comm, writes ? check_room(s, total_bytes(s)) : QS_OK));
+    const bool writes = !is_blind(s, s->rank); /* each may see other limits */
+    QS_TRY(qs_comm_agree(s->comm, writes ? check_room(s->run_dir, total_bytes(s)) : QS_OK));
     QS_TRY(qs_comm_agree(s->comm, s->rank == 0 ? make_temp(s) : QS_OK));
     QS_TRY(qs_comm_agree(s->comm, writes ? write_file(s) : QS_OK));
     QS_TRY(receive_files(s));

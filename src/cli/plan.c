@@ -8,6 +8,7 @@
 #include "cli/cli_impl.h"
 #include "hf/hf_text_part.h"
 #include "train/outlook.h"
+#include "train/sampler.h"
 
 #define GIB 1073741824.0
 enum { USUAL_PER_NODE = 8, LAUNCH_TOKENS = 1000 };
@@ -186,6 +187,19 @@ static qs_status print_offers(const plan *p, const qs_outlook_place *place, doub
     return QS_OK;
 }
 
+/* Of how many steps the run is made nobody knows before its data are there, unless it says so. */
+static void print_whole_run(const plan *p, double step_s)
+{
+    if (p->inputs.assumed && p->config.train.steps == 0) {
+        return;
+    }
+    const int64_t steps = qs_sampler_make(&p->config, p->inputs.train).steps;
+    const double seconds = (double)steps * step_s;
+    const double unit_s = seconds >= 3600 ? 3600 : seconds >= 60 ? 60 : 1;
+    printf("the run's %" PRId64 " steps take %.1f %s, without evaluations and checkpoints\n", steps,
+           seconds / unit_s, unit_s > 60 ? "hours" : unit_s > 1 ? "minutes" : "seconds");
+}
+
 static qs_status print_step(const plan *p, const qs_outlook_place *place, const qs_step_work *work)
 {
     const qs_gpu_kind *gpu = place->gpu;
@@ -204,6 +218,7 @@ static qs_status print_step(const plan *p, const qs_outlook_place *place, const 
            work->reduce_bytes / 1e9);
     printf("  %-26s %12.1f   %.0f tokens/s, %.0f a GPU\n", "step", 1e3 * f.step_s,
            work->all_tokens / f.step_s, work->all_tokens / f.step_s / p->nranks);
+    print_whole_run(p, f.step_s);
     print_short_batches(p, work);
     return print_offers(p, place, f.step_s);
 }

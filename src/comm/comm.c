@@ -50,9 +50,14 @@ static int env_int(const char *name)
 /* Slurm says how many tasks a step has. Two traps: a batch script has SLURM_PROCID and
  * SLURM_NTASKS, but is no step; and a shell of `srun --pty` is a step of one task whose PMIx
  * variables every command in it inherits, while only the first of them could start MPI. */
+bool qs_comm_launched_by_mpirun(void)
+{
+    return getenv("OMPI_COMM_WORLD_SIZE") != NULL;
+}
+
 int qs_comm_launched(void)
 {
-    if (getenv("OMPI_COMM_WORLD_SIZE") != NULL || env_int("PMI_SIZE") > 1) {
+    if (qs_comm_launched_by_mpirun() || env_int("PMI_SIZE") > 1) {
         return 1;
     }
     if (getenv("SLURM_STEP_ID") != NULL && getenv("SLURM_STEP_NUM_TASKS") != NULL) {

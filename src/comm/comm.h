@@ -32,6 +32,10 @@ qs_status qs_comm_mpi_create(qs_comm **out, int *argc, char ***argv);
  * an srun step. Where it is zero, qs_comm_self_create is the right one, and MPI need not start. */
 int qs_comm_launched(void);
 
+/** Did Open MPI's mpirun start this process? Before MPI starts: afterwards its variables are there
+ * under srun as well. */
+bool qs_comm_launched_by_mpirun(void);
+
 /** Name and version of the MPI library, one line. MPI need not have started. */
 void qs_comm_mpi_version(char *out, size_t capacity);
 

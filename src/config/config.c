@@ -157,6 +157,12 @@ static qs_status check_saving(const qs_config *cfg, const char *path)
             "would be nothing to keep",
             path, (long long)every, (long long)save);
     }
+    if (cfg->train.patience > 0 && cfg->train.eval_every == 0) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.patience=%lld counts evaluations, but train.eval_every=0; give "
+                       "both, or neither",
+                       path, (long long)cfg->train.patience);
+    }
     if (cfg->train.eval_every > 0 && !cfg->data_eval[0]) {
         return QS_FAIL(QS_ERR_CONFIG_PAIR,
                        "%s: train.eval_every=%lld needs data.eval; give it or set eval_every to 0",

@@ -50,6 +50,8 @@ typedef struct {
         bool residual_fp32;
         int64_t gather_group; /* 0: auto */
         int64_t eval_every, log_every, save_every, keep_last, keep_every;
+        int64_t patience;   /* evaluations, 0: without end */
+        double save_time;   /* seconds, 0: none */
         double max_time;    /* seconds, 0: none */
         double stall_limit; /* seconds, 0: none */
     } train;

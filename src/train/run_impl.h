@@ -38,7 +38,8 @@ typedef struct {
     int64_t tokens_seen; /* of all ranks, over all starts */
     int64_t lines_lost;  /* metrics that a full disk swallowed */
     bool unevaluated;    /* a stop signal came during an evaluation */
-    double started_s;
+    bool tired;          /* train.patience is at its end */
+    double started_s, saved_s;
     int64_t profiled[2]; /* first and last step of the profile, from 1; 0: none */
     qs_step_metrics last;
     qs_ckpt_eval best;  /* of steps that have a checkpoint; on rank 0 */

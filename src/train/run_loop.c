@@ -84,6 +84,28 @@ static qs_status missed_evaluation(qs_run *r, bool *stop)
     return qs_run_eval_due(r, r->step) && last < r->step ? evaluate(r, stop) : QS_OK;
 }
 
+/* Has the loss not been lower for train.patience evaluations, those of earlier starts among them?
+ * The same on all ranks, and at the same step on any number of them. */
+static qs_status look_for_patience(qs_run *r)
+{
+    const qs_ckpt_evals evals = qs_metrics_evals(r->metrics); /* rank 0's */
+    int64_t best = 0;
+    for (int64_t i = 1; i < evals.count; i++) {
+        best =
+            evals.list[i].loss < evals.list[best].loss || isnan(evals.list[best].loss) ? i : best;
+    }
+    int64_t tired = r->cfg->train.patience > 0 && evals.count - 1 - best >= r->cfg->train.patience;
+    QS_TRY(qs_comm_max_i64(r->comm, &tired, 1));
+    r->tired = tired != 0;
+    if (r->tired && r->rank == 0) {
+        qs_log_info("step %" PRId64 ": eval_loss was lowest at step %" PRId64
+                    ", %.6f, and has not been lower in %" PRId64
+                    " evaluations: the run ends (train.patience)",
+                    r->step, evals.list[best].step, evals.list[best].loss, evals.count - 1 - best);
+    }
+    return QS_OK;
+}
+
 /* ---- checkpoints ---- */
 
 qs_best_of qs_run_best(const qs_run *r)
@@ -156,6 +178,7 @@ static qs_status save_here(qs_run *r, qs_status *last_save, int64_t *saved)
 {
     QS_TRY(save(r, last_save));
     *saved = *last_save == QS_OK ? r->step : *saved;
+    r->saved_s = qs_time_s();
     return report_ranks(r);
 }
 
@@ -209,15 +232,20 @@ static qs_status end_profile(qs_run *r)
 
 /* ---- step after step ---- */
 
-/* A signal anywhere, or rank 0's clock past max_time. */
-static qs_status stop_wanted(qs_run *r, bool *stop)
+/* Of rank 0's clock: 0 turns it off. */
+static bool passed(const qs_run *r, double since_s, double limit_s)
 {
-    const bool late = r->rank == 0 && r->cfg->train.max_time > 0 &&
-                      qs_time_s() - r->started_s >= r->cfg->train.max_time;
-    int64_t flag = qs_signals_caught() > 0 || late;
-    QS_TRY(qs_comm_max_i64(r->comm, &flag, 1));
-    *stop = flag != 0;
-    return QS_OK;
+    return r->rank == 0 && limit_s > 0 && qs_time_s() - since_s >= limit_s;
+}
+
+/* What time and signals ask for behind a step, of all ranks the most. */
+enum { GO_ON, SAVE, STOP };
+
+static qs_status ask(const qs_run *r, int64_t *wish)
+{
+    const bool stop = qs_signals_caught() > 0 || passed(r, r->started_s, r->cfg->train.max_time);
+    *wish = stop ? STOP : passed(r, r->saved_s, r->cfg->train.save_time) ? SAVE : GO_ON;
+    return qs_comm_max_i64(r->comm, wish, 1);
 }
 
 static void show(const qs_run *r, const qs_step_metrics *m)
@@ -234,7 +262,7 @@ static void show(const qs_run *r, const qs_step_metrics *m)
  * stopped before its first step is done makes no progress, nor does the next one like it. */
 static qs_status leave_step(qs_run *r, qs_status *last_save, int64_t *saved)
 {
-    qs_log_info("step %" PRId64 ": given up for a stop signal, with about %.0f s of it left; the "
+    qs_log_info("step %" PRId64 ": given up for a stop signal, with about %.3g s of it left; the "
                 "next start begins it anew",
                 r->step + 1, r->trainer.given_up_s);
     if (r->steps_done == 0) {
@@ -242,6 +270,18 @@ static qs_status leave_step(qs_run *r, qs_status *last_save, int64_t *saved)
                     "allows, raise that or the number of ranks");
     }
     return *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
+}
+
+/* Once: mpirun leaves its ranks a second behind a Ctrl-C, too little for a long step and a save. */
+static void tell_how_to_stop(const qs_run *r)
+{
+    const bool slow = r->steps_done == QS_WARM_UP_STEPS && r->last.step_time_s > 1;
+    const int mpirun = slow ? qs_signals_mpirun() : 0;
+    if (mpirun > 0) {
+        qs_log_info("to stop this run and save, kill -USR1 %d, which is mpirun; at Ctrl-C that "
+                    "leaves the ranks a second, and a step takes %.1f s",
+                    mpirun, r->last.step_time_s);
+    }
 }
 
 /* One step with everything that follows it. A stop signal saves first and leaves the evaluation to
@@ -267,17 +307,22 @@ static qs_status step_and_after(qs_run *r, qs_status *last_save, int64_t *saved,
     r->tokens_seen += r->last.all_tokens;
     QS_TRY(keep_going(r, qs_metrics_step(r->metrics, &r->last)));
     show(r, &r->last);
-    QS_TRY(stop_wanted(r, stop));
+    tell_how_to_stop(r);
+    int64_t wish = GO_ON;
+    QS_TRY(ask(r, &wish));
+    *stop = wish == STOP;
     const bool ends = r->step == r->sampler.steps;
-    if (*stop || ends || due(r->step, r->cfg->train.save_every)) {
+    if (wish != GO_ON || ends || due(r->step, r->cfg->train.save_every)) {
         QS_TRY(save_here(r, last_save, saved));
     }
     if (qs_run_eval_due(r, r->step) && (!*stop || ends)) {
         QS_TRY(evaluate(r, stop));
         const qs_best_of best = qs_run_best(r);
         QS_TRY(qs_best_find(&best, false, &r->best));
+        QS_TRY(look_for_patience(r));
     }
-    return r->unevaluated && *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
+    const bool last = r->unevaluated || r->tired;
+    return last && *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
 }
 
 qs_status qs_run_loop(qs_run *r)
@@ -286,11 +331,13 @@ qs_status qs_run_loop(qs_run *r)
     bool stop = false;
     int64_t saved = r->step;
     choose_profile(r);
+    r->saved_s = qs_time_s();
     QS_TRY(missed_evaluation(r, &stop));
+    QS_TRY(look_for_patience(r));
     qs_watch_section(true, "looking for the best checkpoint");
     const qs_best_of best = qs_run_best(r);
     QS_TRY(qs_best_find(&best, true, &r->best));
-    while (r->step < r->sampler.steps && !stop) {
+    while (r->step < r->sampler.steps && !stop && !r->tired) {
         QS_TRY(step_and_after(r, &last_save, &saved, &stop));
     }
     if (qs_trace_on()) { /* the run was shorter */
@@ -308,5 +355,6 @@ qs_status qs_run_loop(qs_run *r)
                                      r->cfg->output, r->lines_lost));
     }
     return qs_comm_agree(
-        r->comm, stop && (r->unevaluated || r->step < r->sampler.steps) ? QS_REQUEUE : QS_OK);
+        r->comm,
+        stop && (r->unevaluated || (r->step < r->sampler.steps && !r->tired)) ? QS_REQUEUE : QS_OK);
 }

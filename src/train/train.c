@@ -173,10 +173,30 @@ static qs_status run_training(qs_run *r)
         return first_gradient(r);
     }
     r->trainer.signals = qs_signals_caught;
+    r->trainer.hurry = qs_signals_hurry;
     QS_TRY(qs_gathers_report(&r->session, &r->shape, tokens_of_pass(r)));
     QS_TRY(qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, r->step, r->rank)));
     QS_TRY(qs_run_loop(r));
     return finish(r);
+}
+
+/* For one checkpoint at the least: a run that cannot keep what it computes need not begin. */
+static qs_status check_room(const qs_run *r)
+{
+    return qs_comm_agree(
+        r->comm,
+        r->rank == 0 ? qs_ckpt_expect_room(r->cfg->output, &r->session.layout, r->nranks) : QS_OK);
+}
+
+/* What the user set out to do, before it takes hours. */
+static void tell_length(const qs_run *r)
+{
+    const qs_data *data = r->train_data;
+    const double passes = (double)r->sampler.total / (double)data->n_sequences;
+    qs_log_info("%" PRId64 " steps of %" PRId64 " sequences, %.3g times the %" PRId64
+                " of %s (%" PRId64 " tokens); %" PRId64 " adapter weights are trained",
+                r->sampler.steps, r->sampler.global_batch, passes, data->n_sequences,
+                r->cfg->data_train, data->n_tokens, qs_lora_count(&r->session.layout));
 }
 
 static qs_status run_all(qs_run *r)
@@ -189,7 +209,9 @@ static qs_status run_all(qs_run *r)
         return qs_comm_agree(r->comm, r->rank == 0 ? qs_run_dump_order(r) : QS_OK);
     }
     QS_TRY(qs_memory_plan_require(&r->plan, &r->session, r->options->dry_run));
+    tell_length(r);
     if (r->options->dry_run) {
+        QS_TRY(check_room(r));
         return qs_comm_agree(r->comm, qs_run_check_init(r));
     }
     if (r->options->dump_grads == NULL) {
@@ -199,6 +221,7 @@ static qs_status run_all(qs_run *r)
             qs_log_end("%s: this run is finished; nothing to do", r->cfg->output);
             return QS_OK;
         }
+        QS_TRY(check_room(r));
     }
     return run_training(r);
 }

@@ -42,9 +42,12 @@ typedef struct {
 /** Greedy continuations of every prompt, printed on stdout by rank 0. Collective. */
 qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm);
 
-/** Install handlers: USR1, TERM and INT set a flag; a second INT ends the process. */
+/** Install handlers: USR1, TERM, INT and HUP (but under nohup) set a flag; a second INT ends the
+ * process. First before MPI starts. */
 void qs_signals_install(void);
 int qs_signals_caught(void);       /* how many so far */
+int qs_signals_mpirun(void);       /* the mpirun that a USR1 reaches all ranks by; 0: none here */
+bool qs_signals_hurry(void);       /* whoever sent one of them kills this process in a second */
 int qs_signals_terminations(void); /* TERM among them: a launcher ends its ranks by it */
 
 #endif

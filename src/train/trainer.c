@@ -6,6 +6,8 @@
 #include "base/timer.h"
 #include "train/evaluate.h"
 
+static const int64_t IN_A_HURRY = (int64_t)1 << 40; /* above all milliseconds */
+
 qs_status qs_trainer_create(qs_trainer *t, qs_session *s, const qs_model_shape *shape,
                             int64_t slots)
 {
@@ -39,13 +41,23 @@ qs_status qs_trainer_start_anew(qs_trainer *t, uint64_t seed)
 }
 
 /* In milliseconds: what is left of the step, at the rate of `done` of its passes, if this rank has
- * caught a signal. Before the first one is done nobody knows. */
+ * caught a signal, and IN_A_HURRY on top of that if it is one. Before the first pass is done nobody
+ * knows. */
 static int64_t haste(const qs_trainer *t, double since_s, int64_t done, int64_t passes)
 {
     if (t->signals == NULL || t->signals() == 0 || done == 0) {
         return 0;
     }
-    return llround(1e3 * (qs_time_s() - since_s) * (double)(passes - done) / (double)done);
+    const double left_s = (qs_time_s() - since_s) * (double)(passes - done) / (double)done;
+    return llround(1e3 * left_s) + (t->hurry != NULL && t->hurry() ? IN_A_HURRY : 0);
+}
+
+/* What is left of the step in seconds if that is too long for the most hasty rank, else 0. */
+static double too_long_s(int64_t haste)
+{
+    const int64_t left_ms = haste % IN_A_HURRY;
+    const int64_t patience_ms = haste >= IN_A_HURRY ? QS_TRAINER_HURRY_MS : QS_TRAINER_PATIENCE_MS;
+    return left_ms > patience_ms ? 1e-3 * (double)left_ms : 0;
 }
 
 qs_status qs_trainer_passes(qs_trainer *t, float loss_scale, const qs_model_noise *noise,
@@ -60,14 +72,13 @@ qs_status qs_trainer_passes(qs_trainer *t, float loss_scale, const qs_model_nois
     qs_micro_batch *micro;
     int64_t tokens = 0, targets = 0;
     bool last = false;
-    t->given_up_s = 0;
     qs_grads_begin(t->grads);
     for (int64_t done = 0; !last; done++) {
         source.haste = haste(t, since_s, done, passes);
         QS_TRY(qs_feed_turn(feed, &source, (int64_t)noise->step, done * feed->group, more, &micro,
                             &last));
-        if (source.haste > 1000 * QS_TRAINER_PATIENCE_S) {
-            t->given_up_s = 1e-3 * (double)source.haste;
+        t->given_up_s = too_long_s(source.haste);
+        if (t->given_up_s > 0) {
             return QS_OK;
         }
         QS_TRY(qs_model_train_pass(s->model, micro, qs_feed_ahead(feed), feed->group, loss_scale,

@@ -16,10 +16,13 @@ typedef struct {
     qs_optim *optim;
     qs_grads *grads;
     int (*signals)(void); /* that want a stop, so far; NULL: a step is always finished */
+    bool (*hurry)(void);  /* with signals: is one of them of somebody who does not wait? */
     double given_up_s; /* what the rest of the last step would take, which was given up; else 0 */
 } qs_trainer;
 
-enum { QS_TRAINER_PATIENCE_S = 20 }; /* for what is left of a step behind a stop signal */
+/* For what is left of a step behind a stop signal; and where the process is killed in a second, of
+ * which the save takes a part. */
+enum { QS_TRAINER_PATIENCE_MS = 20000, QS_TRAINER_HURRY_MS = 300 };
 
 /** Between qs_session_connect and qs_session_build. Not collective. */
 qs_status qs_trainer_create(qs_trainer *trainer, qs_session *session, const qs_model_shape *shape,
@@ -35,9 +38,10 @@ qs_status qs_trainer_start_anew(qs_trainer *trainer, uint64_t seed);
  * the step behind this one, whose first pass is then loaded ahead. Collective.
  *
  * Between passes everybody learns of a signal that any rank has caught. If the passes that are left
- * are expected to take longer than QS_TRAINER_PATIENCE_S, at the rate of those done, the step is
- * given up (given_up_s): its sums are worth nothing, the optimizer and the adapter are those of the
- * step before, and the model takes no further pass, since rows for one may be on their way. */
+ * are expected to take longer than QS_TRAINER_PATIENCE_MS (QS_TRAINER_HURRY_MS), at the rate of
+ * those done, the step is given up (given_up_s): its sums are worth nothing, the optimizer and the
+ * adapter are those of the step before, and the model takes no further pass, since rows for one may
+ * be on their way. */
 qs_status qs_trainer_passes(qs_trainer *trainer, float loss_scale, const qs_model_noise *noise,
                             qs_slot_load load, void *ctx, bool more);
 

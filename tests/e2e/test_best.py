@@ -143,6 +143,41 @@ class Best(unittest.TestCase):
         support.train(output, ranks=1, **self.steps)
         self.as_reference(output)
 
+    def test_patience(self):
+        """Two evaluations in a row that are not below the lowest end the run as if it had been so short; also where the second comes
+        in another start, on other ranks."""
+        for name, ranks, stops in (("at-once", 2, 0), ("starts", 3, 4)):
+            with self.subTest(name=name):
+                output = os.path.join(self.folder, "patience-" + name)
+                how = {**self.steps, "train__patience": 2}
+                for _ in range(stops):
+                    support.train(output, ranks=1, expect=75, train__max_time=0.001, **how)
+                done = support.train(output, ranks=ranks, **how)
+                self.assertRegex(done.stderr, rf"step {SHORT}: eval_loss was lowest at step {BEST}, 5\.12\d+, .* in 2 evaluations")
+                self.assertEqual(losses(output), {step: self.losses[step] for step in range(1, SHORT + 1)})
+                self.assertEqual(steps_of(output), [BEST, SHORT])
+                self.assertEqual(record(output), {"step": BEST, "eval_loss": self.losses[BEST]})
+                self.assertEqual(int(summary(output)["steps"]), SHORT)
+                self.assertIn("finished", support.train(output, **how).stderr)
+
+    def test_patience_saves_where_it_ends_and_counts_on(self):
+        """A run that was killed behind its last evaluation ends at once when it is started again."""
+        output = os.path.join(self.folder, "patience-killed")
+        how = {**self.steps, "train__steps": SHORT, "train__save_every": 4}
+        support.train(output, **{**how, "train__max_time": 0.0})
+        longer = {**how, "train__steps": 8, "train__patience": 2}
+        done = support.train(output, ranks=2, **longer)
+        self.assertIn(f"step {SHORT}: eval_loss was lowest at step {BEST}", done.stderr)
+        self.assertEqual(steps_of(output), [4, SHORT])  # the best that has a checkpoint
+        other = os.path.join(self.folder, "patience-saved")
+        support.train(other, ranks=2, **{**longer, "train__save_every": 0, "train__save_time": 0})
+        self.assertEqual(steps_of(other), [SHORT])
+        self.assertEqual(support.adapter_digest(other), support.adapter_digest(output))
+
+    def test_patience_without_evaluations_is_refused(self):
+        done = support.train(os.path.join(self.folder, "refused"), ranks=2, expect=2, train__eval_every=0, train__patience=1)
+        self.assertEqual(len(re.findall(r"(?m)^error\[E203\] .*train\.patience=1 .*train\.eval_every=0", done.stderr)), 1)
+
     def test_kills_at_random_times(self):
         draw = random.Random(7)
         for i in range(4):

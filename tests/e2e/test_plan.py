@@ -237,6 +237,7 @@ class Work(unittest.TestCase):
         steps = len([line for line in support.metrics(output) if "loss" in line])
         lines = support.metrics(output, "ranks.jsonl")
         said = plan("--gpus", ranks or 1, "--gpu", "H100", **{**settings, "device": "auto"}).stdout
+        self.assertRegex(said, rf"(?m)^the run's {steps} steps take [\d.]+ seconds, without evaluations")
         flops = sum(line["flops"] for line in lines) / len(lines) / steps
         gathered = max(line["gathered_bytes"] for line in lines) / steps
         return ((flops, float(re.search(r"\((\S+) TFLOP", said)[1]) * 1e12),

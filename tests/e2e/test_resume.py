@@ -2,6 +2,7 @@
 import csv
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,51 @@ class Resume(unittest.TestCase):
                 self.assertGreater(calls, 3)
                 self.assertEqual([line["step"] for line in support.metrics(output)], [1, 2])
                 self.assertEqual([line["step"] for line in support.metrics(output, "ranks.jsonl")], [1, 2])
+
+    def test_a_checkpoint_by_time(self):
+        """Behind the first step that ends later than train.save_time after the last one, here each; the bits are those of no such."""
+        output = os.path.join(self.folder, "by-time")
+        how = {**STEPS, "train__steps": 5, "train__save_every": 0, "train__keep_last": 9}
+        support.train(output, ranks=2, train__save_time=1e-6, **how)
+        self.assertEqual(sorted(name for name in os.listdir(output) if name.startswith("step-")), [f"step-{n:08d}" for n in range(1, 6)])
+        other = os.path.join(self.folder, "by-none")
+        support.train(other, train__save_time=0, **how)
+        self.assertEqual([name for name in os.listdir(other) if name.startswith("step-")], ["step-00000005"])
+        self.assertEqual(support.curve(output), support.curve(other))
+        self.assertEqual(support.adapter_digest(output), support.adapter_digest(other))
+
+    def test_a_terminal_that_goes_away(self):
+        """HUP saves, but under nohup it is nothing."""
+        for words, code in (((), 75), (("nohup",), 0)):
+            with self.subTest(words=words):
+                output = os.path.join(self.folder, "-".join(("hup", *words)))
+                process = subprocess.Popen([*words, *support.command(self.options(output))], env=support.environment(),
+                                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                while not os.path.exists(os.path.join(output, "metrics.jsonl")) or len(support.metrics(output)) < 2:
+                    self.assertIsNone(process.poll(), "the run ended before it could be stopped")
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGHUP)
+                text, _ = process.communicate(timeout=60)
+                self.assertEqual(process.returncode, code, text)
+                self.assertFalse(os.path.exists(os.path.join(output, "run.lock")))
+                support.qshard(*self.options(output))
+                self.same_as_reference(output)
+
+    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
+    def test_a_term_of_mpirun(self):
+        """Which leaves its ranks a second: a step whose rest takes 5 is given up, and the one before it is there."""
+        folder, output = support.scratch(), os.path.join(self.folder, "term")
+        how = {"train__steps": 4, "train__global_batch": 20, "train__micro_batch": 1, "train__gather_group": 1, "train__save_every": 0,
+               "train__eval_every": 0}
+        reference = os.path.join(folder, "reference")
+        support.train(reference, ranks=2, **how)
+        done = support.train(output, ranks=2, expect=75, environment={
+            "QSHARD_FAULT_PASS": "15", "QSHARD_FAULT_LATE": "5", "QSHARD_FAULT_PASS_SIGNAL": str(int(signal.SIGTERM)),
+            **support.preload(MPIFAULT)}, **how)
+        self.assertRegex(done.stderr, r"step 2: given up for a stop signal, with about [\d.]+ s of it left")
+        self.assertEqual([name for name in os.listdir(output) if name.startswith("step-")], ["step-00000001"])
+        support.train(output, ranks=3, **how)
+        self.assertEqual(support.curve(output), support.curve(reference))
 
     def test_usr1_saves_and_asks_for_requeue(self):
         output = os.path.join(self.folder, "usr1")
@@ -287,17 +333,30 @@ class DiskFull(unittest.TestCase):
         self.addCleanup(subprocess.run, ["umount", "-l", self.mount])
 
     def test_training_survives_and_tells(self):
-        self.mounted("1100k")
+        """There is room for one checkpoint."""
+        self.mounted("2600k")
         output = os.path.join(self.mount, "run")
         done = support.train(output, ranks=2, expect=None, train__save_every=1, train__steps=6)
         checkpoints = [n for n in os.listdir(output) if n.startswith("step-")]
         if done.returncode == 0:
-            self.fail("1.1 MB cannot hold this run's checkpoints: the test has to be made smaller")
+            self.fail("2.6 MB cannot hold this run's checkpoints: the test has to be made smaller")
+        self.assertEqual(checkpoints, ["step-00000001"])
         self.assertEqual(done.returncode, 4, done.stderr)
         self.assertEqual(done.stderr.count("error["), 1, done.stderr)
         self.assertEqual([n for n in checkpoints if ".tmp" in n], [])
         for name in checkpoints:
             support.qshard("check", os.path.join(output, name))
+
+    def test_a_run_that_can_keep_nothing_does_not_begin(self):
+        self.mounted("1100k")
+        output = os.path.join(self.mount, "runs", "run")
+        for options in ((), ("--dry-run",)):
+            for ranks in (None, 2):
+                done = support.train(output, ranks=ranks, expect=4, options=options, train__steps=6)
+                self.assertEqual(len(re.findall(r"(?m)^error\[E401\] \S+: a checkpoint needs \d+ bytes, but \d+ are free", done.stderr)), 1,
+                                 done.stderr)
+                self.assertNotIn("train  1/6", done.stderr)
+                self.assertEqual(os.listdir(self.mount), [])
 
     def test_quantize_leaves_nothing(self):
         self.mounted("200k")

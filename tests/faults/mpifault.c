@@ -1,8 +1,9 @@
 /* LD_PRELOAD: a network that changes a byte, and signals that come at a known time. Of every
  * message of QSHARD_FAULT_BYTES bytes the last one arrives with a bit flipped; in MPI_Init_thread
  * every rank gets signal QSHARD_FAULT_SIGNAL; in its all-gather number QSHARD_FAULT_PASS of two
- * words a rank, which are the agreements on what passes read, the last rank gets USR1, and by the
- * program's own clock QSHARD_FAULT_LATE seconds have passed. */
+ * words a rank, which are the agreements on what passes read, the last rank gets signal
+ * QSHARD_FAULT_PASS_SIGNAL (USR1), and by the program's own clock QSHARD_FAULT_LATE seconds have
+ * passed. */
 #define _GNU_SOURCE /* dladdr */
 #include <dlfcn.h>
 #include <mpi.h>
@@ -39,13 +40,14 @@ int MPI_Allgather(const void *from, int from_count, MPI_Datatype from_type, void
 {
     static int passes;
     const char *wanted = getenv("QSHARD_FAULT_PASS"), *late = getenv("QSHARD_FAULT_LATE");
+    const char *number = getenv("QSHARD_FAULT_PASS_SIGNAL");
     int rank = 0, nranks = 0;
     PMPI_Comm_rank(MPI_COMM_WORLD, &rank);
     PMPI_Comm_size(MPI_COMM_WORLD, &nranks);
     if (wanted != NULL && to_type == MPI_BYTE && to_count == 2 * (int)sizeof(long) &&
         rank == nranks - 1 && ++passes == atoi(wanted)) {
         late_s = late != NULL ? atol(late) : 0;
-        raise(SIGUSR1);
+        raise(number != NULL ? atoi(number) : SIGUSR1);
     }
     return PMPI_Allgather(from, from_count, from_type, to, to_count, to_type, comm);
 }
