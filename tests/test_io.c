@@ -1,14 +1,21 @@
 /* Checked I/O and hashes: known answers, whole files or none, and the class of every failure. */
+#define _GNU_SOURCE /* fallocate */
 #include <criterion/criterion.h>
+#include <criterion/parameterized.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/status.h"
@@ -277,6 +284,64 @@ Test(io, directories_are_made_renamed_and_removed)
     cr_assert_eq(qs_io_mkdir(in_dir("d")), QS_OK);
     cr_assert_eq(qs_io_rename(in_dir("d"), in_dir("c")), QS_ERR_OUTPUT_TAKEN);
     cr_assert_not_null(strstr(qs_error_text(), "/c: exists already"), "%s", qs_error_text());
+}
+
+/* From here on the kernel answers fallocate with `error` in this process: as NFS before 4.2 does.
+ * False where that cannot be had. */
+static bool refuse_fallocate(int error)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_fallocate, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (unsigned)error),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    struct sock_fprog program = {.len = sizeof code / sizeof *code, .filter = code};
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+           prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+ParameterizedTestParameters(io, where_space_cannot_be_reserved_nothing_is_written)
+{
+    static int error[] = {EOPNOTSUPP, ENOSYS, EINVAL};
+    return cr_make_param_array(int, error, sizeof error / sizeof *error);
+}
+
+ParameterizedTest(int *error, io, where_space_cannot_be_reserved_nothing_is_written,
+                  .init = make_dir, .fini = remove_dir)
+{
+    enum { ROOM = 1 << 20 };
+    struct stat info;
+    int fd = -1;
+    cr_assert_eq(qs_io_create(in_dir("f"), &fd), QS_OK);
+    if (!refuse_fallocate(*error)) {
+        cr_skip_test("no filter of system calls here: %s", strerror(errno));
+    }
+    cr_assert(fallocate(fd, 0, 0, ROOM) == -1 && errno == *error);
+    cr_assert_eq(qs_io_reserve(fd, ROOM, "f"), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(fstat(fd, &info), 0);
+    cr_assert_eq(info.st_size, 0);
+    cr_assert_eq(info.st_blocks, 0);
+    cr_assert_eq(qs_io_write_file(in_dir("g"), "whole", 5), QS_OK, "%s", qs_error_text());
+    close(fd);
+}
+
+Test(io, space_is_reserved_where_that_can_be_done)
+{
+    enum { ROOM = 1 << 20 };
+    struct stat info;
+    int fd = -1;
+    cr_assert_eq(qs_io_create(in_dir("f"), &fd), QS_OK);
+    if (fallocate(fd, 0, 0, 1) != 0) {
+        cr_skip_test("this file system reserves nothing: %s", strerror(errno));
+    }
+    cr_assert_eq(qs_io_reserve(fd, ROOM, "f"), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(fstat(fd, &info), 0);
+    cr_assert_eq(info.st_size, ROOM);
+    cr_assert_geq(info.st_blocks * 512, ROOM);
+    cr_assert_eq(qs_io_reserve(fd, 0, "f"), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(close(fd), 0);
+    cr_assert_eq(qs_io_reserve(fd, ROOM, "closed"), QS_ERR_IO);
+    cr_assert_not_null(strstr(qs_error_text(), "closed: reserving space failed"));
 }
 
 Test(io, free_bytes_is_asked_of_the_right_file_system)

@@ -367,6 +367,34 @@ ParameterizedTest(fault_kind *kind, faults, hdf5, .init = make_dir, .fini = remo
     }
 }
 
+ParameterizedTestParameters(faults, a_file_system_that_reserves_nothing_is_as_good)
+{
+    static char mode[][8] = {"file", "h5"};
+    return cr_make_param_array(char[8], mode, sizeof mode / sizeof *mode);
+}
+
+ParameterizedTest(char *mode, faults, a_file_system_that_reserves_nothing_is_as_good,
+                  .init = make_dir, .fini = remove_dir)
+{
+    char fault[64];
+    char path[128];
+    int reserved = 0;
+    (void)snprintf(path, sizeof path, "%s/f", dir);
+    const outcome counted = run_write("io:count", mode, path, 1);
+    const int calls = count_calls(&counted);
+    for (int n = 1; n <= calls; n++) {
+        (void)unlink(path);
+        (void)snprintf(fault, sizeof fault, "io:%d:EOPNOTSUPP", n);
+        const outcome o = run_write(fault, mode, path, 2);
+        if (strstr(o.errors, " fallocate ") != NULL) {
+            reserved++;
+            cr_assert_eq(o.exit_code, 0, "%s: %s", fault, o.errors);
+            cr_assert(strcmp(mode, "h5") == 0 ? h5_holds(path, 2) : holds(path, 2), "%s", fault);
+        }
+    }
+    cr_assert_eq(reserved, 1);
+}
+
 Test(faults, a_disk_that_fills_up_loses_nothing, .init = make_dir, .fini = remove_dir)
 {
     enum { LARGE = 150000 };

@@ -4,7 +4,7 @@
  * what was being done and what to do about it. fsync is never repeated after a failure other than
  * EINTR: the kernel may have dropped the dirty pages, and a second call would then report success
  * over lost data. */
-#define _GNU_SOURCE /* memmem */
+#define _GNU_SOURCE /* fallocate, memmem */
 #include "store/io.h"
 
 #include <dirent.h>
@@ -190,18 +190,19 @@ static qs_status read_back(const char *path, const void *data, size_t bytes)
 }
 
 /* File systems that cannot reserve are none the worse: the disk may then be full later, which is
- * checked as well. */
+ * checked as well. posix_fallocate would write a byte into every block there: dirty pages over what
+ * other hosts write. */
 qs_status qs_io_reserve(int fd, size_t bytes, const char *path)
 {
-    int error = 0;
-    if (bytes > 0) {
-        do {
-            error = posix_fallocate(fd, 0, (off_t)bytes);
-        } while (error == EINTR);
+    while (bytes > 0 && fallocate(fd, 0, 0, (off_t)bytes) != 0) {
+        if (errno == EOPNOTSUPP || errno == EINVAL || errno == ENOSYS) {
+            break;
+        }
+        if (errno != EINTR) {
+            return output_failed(path, "reserving space", errno);
+        }
     }
-    return error == 0 || error == EOPNOTSUPP || error == EINVAL || error == ENOSYS
-               ? QS_OK
-               : output_failed(path, "reserving space", error);
+    return QS_OK;
 }
 
 qs_status qs_io_fsync(int fd, const char *path)

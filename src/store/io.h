@@ -22,7 +22,7 @@ qs_status qs_io_write_all(int fd, const void *data, size_t bytes, int64_t offset
 qs_status qs_io_read_all(int fd, void *data, size_t bytes, int64_t offset, const char *path);
 
 /** Reserve the first `bytes` of a file opened for writing, so that a full disk shows before the
- * first byte is written. */
+ * first byte is written. Where the file system cannot do that, nothing happens. */
 qs_status qs_io_reserve(int fd, size_t bytes, const char *path);
 
 /** Have what was written through `fd` on the disk. Not to be repeated after a failure: the data

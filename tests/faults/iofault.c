@@ -1,16 +1,21 @@
 /* A library for LD_PRELOAD that makes one call of the file I/O fail.
  *
  *     FAULT=io:count        say on stderr at exit how many calls there were: "iofault: calls 37"
- *     FAULT=io:N:KIND       the N-th call (from 1) fails once; FAULT=io:N:KIND+ from the N-th on,
- * for good FAULT_PATH=TEXT       look only at calls on paths that contain TEXT FAULT_RANK=R only in
- * the process with OMPI_COMM_WORLD_RANK or PMIX_RANK = R
+ *     FAULT=io:N:KIND       the N-th call (from 1) fails once
+ *     FAULT=io:N:KIND+      all fail from the N-th on
+ *     FAULT_PATH=TEXT       look only at calls on paths that contain TEXT
+ *     FAULT_RANK=R          only in the process with OMPI_COMM_WORLD_RANK or PMIX_RANK = R
  *
- * KIND is an errno (EIO ENOSPC EDQUOT EINTR ESTALE EROFS), `late` (done, but EIO is reported, as
- * network file systems do), `short` (half the bytes are written; other calls are left alone),
- * `killbefore` or `killafter` (SIGKILL), `intbefore`, `termbefore` (SIGINT, SIGTERM). Calls: write,
- * pwrite, fsync, fdatasync, close, rename, posix_fallocate, ftruncate, mkdir, open with O_CREAT,
- * unlink, unlinkat, rmdir. A fault that strikes is announced: "iofault: call 7 pwrite /tmp/x/file:
- * EIO". */
+ * KIND is an errno (EIO ENOSPC EDQUOT EINTR ESTALE EROFS EOPNOTSUPP), `late` (done, but EIO is
+ * reported, as network file systems do), `killbefore` or `killafter` (SIGKILL), `intbefore`,
+ * `termbefore` (SIGINT, SIGTERM), or what becomes of a write, other calls being left alone: `short`
+ * (half the bytes), `flip` (a bit is another), `lost` (none, and success), `stale` (for a pwrite:
+ * when the file is next closed, up to a page of what was there before comes back, as from the cache
+ * of a host that had read it).
+ *
+ * Calls: write, pwrite, fsync, fdatasync, close, rename, fallocate, ftruncate, mkdir, open with
+ * O_CREAT, unlink, unlinkat, rmdir. A fault that strikes is announced: "iofault: call 7 pwrite
+ * /tmp/x/file: EIO". */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -36,7 +41,9 @@ enum {
     FLIP = -5,
     LOST = -6,
     INT_BEFORE = -7,
-    TERM_BEFORE = -8
+    TERM_BEFORE = -8,
+    STALE = -9,
+    PAGE = 4096
 };
 
 static bool active, counting, for_good;
@@ -55,12 +62,14 @@ static const struct {
              {"EINTR", EINTR},
              {"ESTALE", ESTALE},
              {"EROFS", EROFS},
+             {"EOPNOTSUPP", EOPNOTSUPP},
              {"late", LATE},
              {"short", SHORT},
              {"killbefore", KILL_BEFORE},
              {"killafter", KILL_AFTER},
              {"flip", FLIP},
              {"lost", LOST},
+             {"stale", STALE},
              {"intbefore", INT_BEFORE},
              {"termbefore", TERM_BEFORE}};
 
@@ -132,18 +141,23 @@ static bool strikes(const char *call, const char *path)
     return true;
 }
 
-static bool strikes_fd(const char *call, int fd)
+static void path_of(int fd, char path[PATH_BYTES])
 {
     char link[64];
+    int saved = errno;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, PATH_BYTES - 1);
+    path[n > 0 ? n : 0] = '\0';
+    errno = saved;
+}
+
+static bool strikes_fd(const char *call, int fd)
+{
     char path[PATH_BYTES];
     if (!active) {
         return false;
     }
-    int saved = errno;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 1);
-    path[n > 0 ? n : 0] = '\0';
-    errno = saved;
+    path_of(fd, path);
     return strikes(call, path);
 }
 
@@ -187,6 +201,39 @@ static bool strikes_path(const char *call, const char *path)
 
 typedef ssize_t (*pwrite_fn)(int fd, const void *data, size_t bytes, off64_t offset);
 
+/** What a host that had read a page before it was written still has of it. */
+static struct {
+    char path[PATH_BYTES]; /* "": nothing */
+    char page[PAGE];
+    size_t bytes;
+    off64_t offset;
+} held;
+
+static void hold(int fd, size_t bytes, off64_t offset)
+{
+    path_of(fd, held.path);
+    held.offset = offset;
+    held.bytes = bytes < PAGE ? bytes : PAGE;
+    memset(held.page, 0, sizeof held.page);
+    if (pread64(fd, held.page, held.bytes, offset) < 0) {
+        /* as behind the end of the file: zeros */
+    }
+}
+
+static void give_back(int fd)
+{
+    char path[PATH_BYTES];
+    path_of(fd, path);
+    if (held.path[0] == '\0' || strcmp(path, held.path) != 0) {
+        return;
+    }
+    held.path[0] = '\0';
+    if (syscall(SYS_pwrite64, fd, held.page, held.bytes, held.offset) < 0) {
+        fprintf(stderr, "iofault: %s: the old page cannot be written: %s\n", path, strerror(errno));
+        _exit(99);
+    }
+}
+
 /** What a struck write does; `offset` is -1 for write(). */
 static ssize_t struck_write(ssize_t (*plain)(int, const void *, size_t), pwrite_fn at, int fd,
                             const void *data, size_t bytes, off64_t offset)
@@ -194,6 +241,9 @@ static ssize_t struck_write(ssize_t (*plain)(int, const void *, size_t), pwrite_
     char *copy = NULL;
     if (kind == LOST) {
         return (ssize_t)bytes;
+    }
+    if (kind == STALE && offset >= 0) {
+        hold(fd, bytes, offset);
     }
     if (kind == SHORT && bytes > 1) {
         bytes /= 2;
@@ -280,6 +330,9 @@ int ftruncate64(int fd, off64_t length)
 int close(int fd)
 {
     NEXT(close)
+    if (held.path[0] != '\0') {
+        give_back(fd);
+    }
     if (!strikes_fd("close", fd)) {
         return real(fd);
     }
@@ -360,30 +413,20 @@ int open64(const char *path, int flags, ...)
     STRUCK(real(path, flags, mode));
 }
 
-/** Returns its error instead of setting errno. */
-static int struck_fallocate(int (*real)(int, off64_t, off64_t), int fd, off64_t offset,
-                            off64_t length)
+int fallocate(int fd, int mode, off_t offset, off_t length)
 {
-    if (kind > 0) {
-        return kind;
+    NEXT(fallocate)
+    if (!strikes_fd("fallocate", fd)) {
+        return real(fd, mode, offset, length);
     }
-    int done = real(fd, offset, length);
-    if (kind == KILL_AFTER) {
-        raise(SIGKILL);
-    }
-    return kind == LATE ? EIO : done;
+    STRUCK(real(fd, mode, offset, length));
 }
 
-int posix_fallocate(int fd, off_t offset, off_t length)
+int fallocate64(int fd, int mode, off64_t offset, off64_t length)
 {
-    NEXT(posix_fallocate)
-    return strikes_fd("posix_fallocate", fd) ? struck_fallocate(real, fd, offset, length)
-                                             : real(fd, offset, length);
-}
-
-int posix_fallocate64(int fd, off64_t offset, off64_t length)
-{
-    NEXT(posix_fallocate64)
-    return strikes_fd("posix_fallocate", fd) ? struck_fallocate(real, fd, offset, length)
-                                             : real(fd, offset, length);
+    NEXT(fallocate64)
+    if (!strikes_fd("fallocate", fd)) {
+        return real(fd, mode, offset, length);
+    }
+    STRUCK(real(fd, mode, offset, length));
 }
