@@ -177,6 +177,71 @@ static void close_result(opened *f)
     close(f->fd);
 }
 
+/* ---- pages ---- */
+
+enum { PAGE = 4096 };
+
+/* One more dataset, number `id` from 1 on, which must be alone in its pages: [n_pages] whose each
+ * is, 0 for HDF5's. What lies in them beside it must be zero. */
+static void take_pages(int *pages, const uint8_t *file, int64_t at, int64_t bytes, int id,
+                       const char *name)
+{
+    for (int64_t page = at / PAGE; page * PAGE < at + bytes; page++) {
+        cr_assert_eq(pages[page], 0, "page %lld has bytes of dataset %d, too: %d, %s",
+                     (long long)page, pages[page], id, name);
+        pages[page] = id;
+        for (int64_t i = page * PAGE; i < (page + 1) * PAGE; i++) {
+            cr_assert((i >= at && i < at + bytes) || file[i] == 0,
+                      "page %lld has other bytes than those of %s", (long long)page, name);
+        }
+    }
+}
+
+ParameterizedTestParameters(quantize, no_page_has_bytes_of_two_datasets)
+{
+    static tiny_hf models[] = {{.dtype = QS_BF16},
+                               {.dtype = QS_F32, .untied = true, .biases = true},
+                               {.dtype = QS_BF16, .scheme = TINY_BNB_PLAIN, .leave_raw = 2}};
+    return cr_make_param_array(tiny_hf, models, sizeof models / sizeof *models);
+}
+
+/* Whole pages are what clients of network file systems write back, each of its own host's. */
+ParameterizedTest(tiny_hf *o, quantize, no_page_has_bytes_of_two_datasets)
+{
+    char text[512];
+    void *file = NULL;
+    size_t bytes = 0;
+    int id = 0;
+    tiny_hf_write(qf_model, o);
+    qf_run c = qf_to_file(qf_file("b.h5"), 1);
+    cr_assert_eq(qf_quantize_on(3, &c, text), QS_OK, "%s", text);
+    opened f = open_result(c.options.output);
+    cr_assert_eq(qs_io_read_file(c.options.output, 1 << 28, &file, &bytes), QS_OK);
+    file = realloc(file, bytes + PAGE);
+    memset((uint8_t *)file + bytes, 0, PAGE); /* the last page's rest */
+    int *pages = calloc(bytes / PAGE + 1, sizeof *pages);
+    for (int u = 0; u <= f.index->n_units; u++) {
+        qs_base_dataset all[QS_BASE_DATASETS];
+        qs_base_unit *unit = u < f.index->n_units ? &f.index->units[u] : &f.index->final;
+        qs_base_unit_datasets(unit, all);
+        for (int i = 0; i < QS_BASE_DATASETS; i++) {
+            const qs_h5_info *d = &all[i].info;
+            const int64_t size =
+                d->dims[0] * (d->rank == 2 ? d->dims[1] : 1) * (int64_t)qs_dtype_bytes(d->dtype);
+            if (size > 0) {
+                cr_assert_eq(*all[i].place % PAGE, 0);
+                take_pages(pages, file, *all[i].place, size, ++id, all[i].suffix);
+            }
+        }
+    }
+    cr_assert_geq(id, 18);
+    free(pages);
+    free(file);
+    close_result(&f);
+}
+
+/* ---- weights ---- */
+
 /* All weights of tensor `i` of unit `u`, as one rank sees them. */
 static float *decoded(const opened *f, int u, int i)
 {

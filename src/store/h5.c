@@ -24,7 +24,7 @@
 #include "store/io.h"
 
 enum {
-    QS_H5_ALIGN = 4096,
+    QS_H5_PAGE = 4096,
     QS_H5_REASON = 1024,
     QS_H5_IMAGE_STEP = 1 << 20, /* an image grows by this */
     QS_H5_SUPERBLOCK_END = 28,  /* where superblocks of version 2 and 3 hold the end of the file */
@@ -222,12 +222,16 @@ static qs_status allocate(qs_h5 **out, const char *path, bool writing)
     return QS_OK;
 }
 
-/** File access properties. `im` NULL: a file on disk. */
+/** File access properties. `im` NULL: a file on disk, into which several hosts may write at once.
+ * Clients of network file systems write whole pages back, so every dataset, and every object of
+ * HDF5's own, begins on a page there: none holds bytes of two. An image has one writer, and a page
+ * an object would be most of it. */
 static hid_t access_plist(qs_h5_image *im)
 {
+    const hsize_t smallest = im != NULL ? QS_H5_PAGE : 1; /* that is aligned */
     hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
     bool good = fapl >= 0 && H5Pset_libver_bounds(fapl, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0 &&
-                H5Pset_alignment(fapl, QS_H5_ALIGN, QS_H5_ALIGN) >= 0;
+                H5Pset_alignment(fapl, smallest, QS_H5_PAGE) >= 0;
 #if H5_VERSION_GE(1, 12, 1) || (H5_VERSION_GE(1, 10, 7) && !H5_VERSION_GE(1, 12, 0))
     good =
         good && H5Pset_file_locking(fapl, false, true) >= 0; /* network file systems refuse locks */

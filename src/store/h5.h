@@ -28,7 +28,7 @@ typedef struct {
 qs_status qs_h5_open(qs_h5 **out, const char *path);
 
 /** Create a new file on disk (QS_ERR_OUTPUT_TAKEN if it exists) or, with path NULL, an image in
- * memory. */
+ * memory. On disk no page of 4,096 bytes holds bytes of two datasets, or of one and HDF5's own. */
 qs_status qs_h5_create(qs_h5 **out, const char *path);
 
 /** Close. For a file being written every close is checked and the file is synced. NULL is fine. */

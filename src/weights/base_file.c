@@ -305,7 +305,7 @@ void qs_base_small_f32(const qs_base_tensor *tensor, const uint8_t *small, float
 /* ---- verify ---- */
 
 /* A unit in pieces of about 64 MiB: the shares of as many imagined ranks. */
-static qs_status verify_unit(const qs_base_index *index, int fd, int u)
+static qs_status verify_quanta(const qs_base_index *index, int fd, int u)
 {
     qs_status st = QS_OK;
     uint8_t *message = NULL;
@@ -330,6 +330,12 @@ static qs_status verify_small(const qs_base_index *index, int fd, const qs_base_
     return st;
 }
 
+qs_status qs_base_verify_unit(const qs_base_index *index, int fd, int u)
+{
+    QS_TRY(u < index->n_units ? verify_quanta(index, fd, u) : QS_OK);
+    return verify_small(index, fd, u < index->n_units ? &index->units[u] : &index->final);
+}
+
 qs_status qs_base_verify(const char *path)
 {
     qs_status st = QS_OK;
@@ -337,11 +343,9 @@ qs_status qs_base_verify(const char *path)
     int fd = -1;
     QS_GOTO(qs_base_open_local(&index, path));
     QS_GOTO(open_for_reading(path, &fd));
-    for (int u = 0; u < index->n_units; u++) {
-        QS_GOTO(verify_unit(index, fd, u));
-        QS_GOTO(verify_small(index, fd, &index->units[u]));
+    for (int u = 0; u <= index->n_units; u++) {
+        QS_GOTO(qs_base_verify_unit(index, fd, u));
     }
-    QS_GOTO(verify_small(index, fd, &index->final));
 done:
     if (fd >= 0) {
         (void)close(fd); /* read only */

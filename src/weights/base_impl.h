@@ -51,6 +51,10 @@ qs_status qs_base_open_local(qs_base_index **out, const char *path);
 /** The same, with the text of the index for other ranks; the caller frees *text. */
 qs_status qs_base_open_with_text(qs_base_index **out, char **text, const char *path);
 
+/** Compare the data of unit `u` in the file with their hashes; number n_units is "final". Not
+ * collective. */
+qs_status qs_base_verify_unit(const qs_base_index *index, int fd, int u);
+
 /** XXH3-64 of the index's text and the maps behind it: attribute index_xxh3 of the file. */
 uint64_t qs_base_index_hash(const qs_base_index *index, const char *text, size_t bytes);
 

@@ -1,12 +1,17 @@
 /* qshard quantize: the collective protocol around the units.
  *
- *   all    plan                      every rank reads the headers and makes the same plan
- *   0      create FILE.tmp-PID       datasets allocated, space reserved, norms and biases written
- *   all    write                     each unit by one rank: a dataset is never shared, whatever the
- * page size of the file system all    tell                      hashes, offsets and counts of every
- * unit, from its owner 0      finish                    hashes, maps, index, then `complete`;
- * close, sync, read back, open as a reader would 0      rename FILE.tmp-PID FILE  and sync of the
- * directory
+ *   all  plan      every rank reads the headers and makes the same plan
+ *   0    create    FILE.tmp-PID: datasets allocated, space reserved, norms and biases written
+ *   all  write     each unit by one rank, synced and read back by it
+ *   all  tell      hashes, offsets and counts of every unit, from its owner; close
+ *   0    finish    hashes, maps, index, then `complete`; close, sync, read back, open as a reader
+ *                  would
+ *   0    verify    all data, where they came from several hosts
+ *   0    rename    FILE.tmp-PID to FILE, and sync of the directory
+ *
+ * A dataset has one writer, and no page of the file holds bytes of two (store/h5.h): caches of
+ * different hosts are not told of each other's writes by NFS, and write back whole pages. Where
+ * pages are larger than 4,096 bytes, or a file system does worse, the verifying finds it.
  *
  * A failure anywhere is agreed on before the next step, and rank 0 removes the temporary file; so
  * it does at a signal that ends it (store/temp.h). */
@@ -29,7 +34,7 @@
 #include "store/temp.h"
 #include "weights/quantize_impl.h"
 
-enum { METADATA_BYTES = 4 << 20 };
+enum { METADATA_BYTES = 4 << 20, PAGE_BYTES = 4096 };
 
 typedef struct {
     const qs_quantize_options *options;
@@ -88,13 +93,14 @@ static int64_t dataset_bytes(const qs_h5_info *info)
     return count * (int64_t)qs_dtype_bytes(info->dtype);
 }
 
+/* A group and each dataset have a page of their own for what HDF5 keeps of them. */
 static int64_t unit_bytes(qs_base_unit *unit)
 {
     qs_base_dataset all[QS_BASE_DATASETS];
-    int64_t bytes = 0;
+    int64_t bytes = PAGE_BYTES;
     qs_base_unit_datasets(unit, all);
     for (int i = 0; i < QS_BASE_DATASETS; i++) {
-        bytes += dataset_bytes(&all[i].info) + 4096; /* alignment */
+        bytes += dataset_bytes(&all[i].info) + PAGE_BYTES /* alignment */ + PAGE_BYTES;
     }
     return bytes;
 }
@@ -288,6 +294,15 @@ static qs_status share_results(job *j)
     return QS_OK;
 }
 
+/* What was written has been synced. Closing is what tells other hosts' clients of a network file
+ * system to look anew. */
+static qs_status close_data(job *j)
+{
+    int fd = j->fd;
+    j->fd = -1;
+    return qs_io_close(fd, j->temp);
+}
+
 /* ---- finish ---- */
 
 static qs_status put_hashes(job *j)
@@ -346,10 +361,63 @@ static qs_status put_index(job *j)
     return st;
 }
 
+static bool on_several_hosts(const job *j)
+{
+    return qs_comm_local_nranks(j->comm) < qs_comm_nranks(j->comm);
+}
+
+static qs_status overwritten(const job *j, const char *what, const char *name, qs_status st)
+{
+    if (st == QS_ERR_MEMORY) {
+        return st;
+    }
+    qs_error_clear();
+    return QS_FAIL(QS_ERR_IO_VERIFY,
+                   "%s: %s%s reads back differently from what was written: this file system may "
+                   "lose what several hosts write to one file; run qshard quantize on one host, "
+                   "or write to a local disk or another file system",
+                   j->options->output, what, name);
+}
+
+/* Each rank has compared what it wrote with what its own host reads. What another host has written
+ * over it shows only here, where the file is read by one that has none of it in its cache. */
+static qs_status verify_data(const job *j, const qs_base_index *index)
+{
+    qs_status st = QS_OK;
+    int fd = open(j->temp, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return QS_FAIL(QS_ERR_IO_VERIFY, "%s: cannot be read back: %s", j->temp, strerror(errno));
+    }
+    (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+    for (int u = 0; u <= n_units(j) && st == QS_OK; u++) {
+        const char *name = qs_plan_unit(&j->plan, u)->name;
+        st = qs_base_verify_unit(index, fd, u);
+        if (st == QS_OK) {
+            qs_progress("verify", u + 1, n_units(j) + 1, name);
+        } else {
+            st = overwritten(j, "unit ", name, st);
+        }
+    }
+    qs_progress_end();
+    (void)close(fd); /* read only */
+    return st;
+}
+
+/* On one host there is one cache, and its ranks have read it. */
+static qs_status look_as_reader(const job *j)
+{
+    qs_base_index *index = NULL;
+    qs_status st = qs_base_open_local(&index, j->temp);
+    if (on_several_hosts(j)) {
+        st = st == QS_OK ? verify_data(j, index) : overwritten(j, "the index", "", st);
+    }
+    qs_base_index_free(index);
+    return st;
+}
+
 /* Rank 0: complete the file, look at it as a reader will, and give it its name. */
 static qs_status finish_file(job *j)
 {
-    qs_base_index *check = NULL;
     QS_TRY(put_hashes(j));
     QS_TRY(hash_sources(j));
     QS_TRY(put_index(j));
@@ -357,8 +425,7 @@ static qs_status finish_file(job *j)
     qs_h5 *file = j->file;
     j->file = NULL;
     QS_TRY(qs_h5_close(file));
-    QS_TRY(qs_base_open_local(&check, j->temp));
-    qs_base_index_free(check);
+    QS_TRY(look_as_reader(j));
     QS_TRY(expect_free_name(j));
     QS_TRY(qs_io_rename(j->temp, j->options->output));
     return qs_io_fsync_dir(j->parent);
@@ -405,6 +472,7 @@ static qs_status run(job *j)
     qs_progress_end();
     QS_TRY(qs_comm_agree(j->comm, st));
     QS_TRY(share_results(j));
+    QS_TRY(qs_comm_agree(j->comm, close_data(j)));
     return qs_comm_agree(j->comm, is_root(j) ? finish_file(j) : QS_OK);
 }
 
@@ -418,7 +486,7 @@ static void cleanup(job *j, qs_status st)
         qs_temp_release();
     }
     if (j->fd >= 0) {
-        (void)close(j->fd); /* synced unit by unit */
+        (void)close(j->fd); /* after a failure */
     }
     for (int u = 0; j->result != NULL && u <= n_units(j); u++) {
         qs_unit_result_free(&j->result[u]);

@@ -2,7 +2,8 @@
  *
  * Ranks share the work by tensor; a rank holds a few tensors at a time. Rank 0 creates the file
  * under a temporary name with all datasets allocated, every rank writes its own ranges, reads
- * them back, and rank 0 renames. A killed run leaves nothing that looks finished. */
+ * them back, and rank 0 renames; where they came from several hosts it verifies all of them before.
+ * A killed run leaves nothing that looks finished. */
 #ifndef QS_WEIGHTS_QUANTIZE_H
 #define QS_WEIGHTS_QUANTIZE_H
 

@@ -9,6 +9,7 @@ import support
 from hosts import SKIP, HostsTest
 
 
+IOFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libiofault.so")
 EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 
 
@@ -152,6 +153,42 @@ class TwoHosts(HostsTest):
         said = re.findall(r"^error\[.*", done.stdout + done.stderr, re.M)
         self.assertEqual(len(said), 1, said)
         self.assertRegex(said[0], r"^error\[E801\] device: cuda: 2 ranks on h2 see 1 GPU, and ranks 2 and 3 would share one: ")
+
+    def quantize(self, output, ranks=2, **more):
+        """The tiny model's base by both hosts; `more` is in the environment of each rank."""
+        words = [f"{name}={value}" for name, value in more.items()]
+        return self.hosts("run", ranks, "env", *words, support.QSHARD, "quantize", os.path.join(support.tiny(), "model"), "-o", output,
+                          "--head-chunk-rows", "128")
+
+    def test_a_base_that_two_hosts_wrote_is_read_back_whole(self):
+        for ranks in (2, 3):
+            output = os.path.join(support.scratch(), "base.h5")
+            done = self.quantize(output, ranks)
+            said = done.stdout + done.stderr
+            self.assertEqual(done.returncode, 0, said)
+            self.assertRegex(said, r"verify\W+\d+/\d+")
+            with open(output, "rb") as made, open(os.path.join(support.tiny(), "base.h5"), "rb") as alone:
+                self.assertEqual(made.read(), alone.read())
+        alone = support.qshard("quantize", os.path.join(support.tiny(), "model"), "-o", os.path.join(support.scratch(), "base.h5"),
+                               ranks=2)
+        self.assertNotIn("verify", alone.stdout + alone.stderr)
+
+    @unittest.skipUnless(os.path.exists(IOFAULT), "libiofault.so is not built")
+    def test_a_page_of_another_hosts_cache_over_a_base_is_found(self):
+        """As NFS does it: rank 1 has read back what it wrote, and then an old page comes over it. No base.h5, and one line."""
+        for call in (1, 2, 3):
+            with self.subTest(call=call):
+                folder = support.scratch()
+                output = os.path.join(folder, "base.h5")
+                done = self.quantize(output, FAULT=f"io:{call}:stale", FAULT_RANK="1", FAULT_PATH=output, **support.preload(IOFAULT))
+                said = done.stdout + done.stderr
+                self.assertIn(f"iofault: call {call} pwrite {output}.tmp-", said)
+                self.assertEqual(done.returncode, 4, said)
+                errors = re.findall(r"^error\[.*", said, re.M)
+                self.assertEqual(len(errors), 1, said)
+                self.assertRegex(errors[0], rf"^error\[E402\] {re.escape(output)}: unit (layers|embed)\.\d+ reads back differently from what "
+                                            r"was written: .* run qshard quantize on one host, or write to a local disk or another file system$")
+                self.assertEqual(os.listdir(folder), [])
 
     def test_a_slow_cable_is_measured(self):
         """A gather cannot be faster than its bytes over the cable; the bits do not care; auto gives a node's copy more memory."""
