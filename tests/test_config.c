@@ -239,6 +239,7 @@ static void make_consistent(qs_config *c)
     c->train.epochs = 0;
     c->train.global_batch = c->train.micro_batch + c->train.global_batch / 32;
     c->train.keep_every = c->train.save_every;
+    c->train.patience = c->train.eval_every > 0 ? c->train.patience : 0;
     c->memory.offload &= c->train.recompute == QS_RECOMPUTE_FULL ? UINT32_MAX : 6;
     if (c->optim.warmup >= 1) {
         c->optim.warmup = c->train.steps > 3 ? floor(fmin(c->optim.warmup, 3)) : 0;
