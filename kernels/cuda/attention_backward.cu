@@ -233,7 +233,7 @@ static __global__ void __launch_bounds__(QS_ATTENTION_THREADS)
         const int query = step.query;
         const qs_bf16 *queries = stages + stage * 2 * BQ * D;
         if (threadIdx.x < 2 * BQ) {
-            stats[stage][threadIdx.x] = stat;
+            stats[stage][threadIdx.x] = qs_stat_as_read<BQ>(stat);
         }
         qs_cp_async_wait<0>();
         __syncthreads(); /* all copies have come, and nobody reads the other stage any more */

@@ -59,8 +59,8 @@ __device__ __forceinline__ void qs_step_on(qs_dkv_step *step, qs_attention_span 
     }
 }
 
-/** This thread's number of a step: lse of a query in units of log2, or delta. Behind the last row
- * P = exp2(0 - infinity) = 0. */
+/** This thread's number of a step: lse of a query, or delta. Behind the last row P = exp2(0 -
+ * infinity) = 0. */
 template <int BQ>
 __device__ __forceinline__ float qs_load_stat(const qs_backward_args &args, qs_dkv_step step)
 {
@@ -69,7 +69,14 @@ __device__ __forceinline__ float qs_load_stat(const qs_backward_args &args, qs_d
         return i < BQ ? INFINITY : 0.0f;
     }
     const int64_t at = step.head * (int64_t)args.launch.rows + query;
-    return i < BQ ? args.lse[at] * QS_LOG2_E : args.delta[at];
+    return i < BQ ? args.lse[at] : args.delta[at];
+}
+
+/** The same as it is read, lse in units of log2: computed when it is put away, since at the load
+ * the warp would wait for memory. */
+template <int BQ> __device__ __forceinline__ float qs_stat_as_read(float stat)
+{
+    return (int)threadIdx.x < BQ ? stat * QS_LOG2_E : stat;
 }
 
 /** Scores of keys (rows) and queries (columns) to P, and P as left operands in `weights`. */

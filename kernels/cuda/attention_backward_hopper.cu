@@ -173,6 +173,8 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
         } else {
             dq_group<D, CAP, false>(args);
         }
+    } else {
+        qs_not_hopper();
     }
 }
 
@@ -292,7 +294,8 @@ static __device__ __forceinline__ void dkv_group(const qs_backward_args &args)
      * before the last was. */
     const auto meet = [&](int number) {
         if (!BEHIND && number < count) {
-            stats[number % QUERY_STAGES * 2 * QUERIES + (int)threadIdx.x] = stat;
+            stats[number % QUERY_STAGES * 2 * QUERIES + (int)threadIdx.x] =
+                qs_stat_as_read<QUERIES>(stat);
         }
         qs_wait_for_tiles();
     };
@@ -341,6 +344,8 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
         } else {
             dkv_group<D, CAP, false>(args);
         }
+    } else {
+        qs_not_hopper();
     }
 }
 

@@ -66,17 +66,18 @@ static __device__ __forceinline__ void forward_group(const qs_forward_args &args
     const qs_head_rows k = qs_head_rows_at(args.k, kv_head, l.dim);
     const qs_head_rows v = qs_head_rows_at(args.v, kv_head, l.dim);
 
+    /* Each thread finds the first key of all: through shared memory the first copies would wait. */
     qs_panel_load<D, QS_HOPPER_OWN>(queries, qs_head_rows_at(args.q, block.head, l.dim), row0, l);
-    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
-        bounds[i] = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window,
-                                           (int)qs_hd_min(row0 + i, last));
-    }
-    __syncthreads();
-    const qs_attention_span span = qs_attention_tiles(bounds[0], last, KEYS);
+    const int first = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window, row0);
+    const qs_attention_span span = qs_attention_tiles(first, last, KEYS);
     const int count = span.end - span.begin;
     qs_panel_load<D, KEYS>(stages, k, span.begin * KEYS, l);
     qs_cp_async_commit();
     load_pair<D>(stages, k, v, 0, span, l);
+    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
+        bounds[i] = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window,
+                                           (int)qs_hd_min(row0 + i, last));
+    }
 
     const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
     const int group_row = BEHIND ? QS_WGMMA_ROWS : 0;
@@ -174,6 +175,8 @@ static __global__ void __launch_bounds__(QS_HOPPER_THREADS, 1)
         } else {
             forward_group<D, CAP, false>(args);
         }
+    } else {
+        qs_not_hopper();
     }
 }
 

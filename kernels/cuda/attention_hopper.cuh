@@ -36,6 +36,13 @@ static inline bool qs_hopper_serves(const qs_attention_launch *launch)
            major == 9;
 }
 
+/** In code for another architecture than sm_90a, which has no wgmma: a build that leaves that out
+ * for a Hopper card ends with an error, not with results that nobody wrote. */
+__device__ __forceinline__ void qs_not_hopper()
+{
+    __trap();
+}
+
 /** Is this thread one of the second warpgroup? The same for a warp, as the compiler sees by the
  * shuffle. */
 __device__ __forceinline__ bool qs_hopper_behind()

@@ -126,8 +126,8 @@ __device__ __forceinline__ float qs_reciprocal(float x)
 
 /* ---- Hopper: products of a warpgroup (sm_90a) ---- */
 
-/** Is this pass of the compiler for a card with wgmma? Kernels that need it are empty elsewhere and
- * not launched there. */
+/** Is this pass of the compiler for a card with wgmma? Kernels that need it have no code elsewhere
+ * and are not launched there. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 static constexpr bool QS_WGMMA = true;
 #else

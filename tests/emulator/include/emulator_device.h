@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <type_traits>
@@ -77,6 +78,11 @@ static inline segment segment_of(int width)
 }
 
 } // namespace emu
+
+static inline void __trap(void)
+{
+    abort();
+}
 
 static inline void __syncwarp(unsigned mask = 0xffffffffu)
 {
