@@ -289,8 +289,8 @@ def check_usable(options, outcome):
         raise PrepError(
             errors.INPUT_VALUE,
             where,
-            f"no usable record in {counts.lines} lines ({counts.empty} empty, "
-            f"{counts.bad} bad)",
+            f"no usable record in {counts.lines} lines ({counts.empty} empty, {counts.bad} bad)"
+            + "".join(f"; {line}" for line in left_out(counts)[:1]),
         )
     if options.prompts:
         reason = f"every prompt is empty or longer than --seq-len={options.seq_len}; raise it"
@@ -349,6 +349,32 @@ def report(path, arrays, options):
         f"{tokens} tokens, {int(arrays['seq_targets'].sum())} of them learned"
         + (f", {tokens / (sequences * options.seq_len):.0%} full" if options.pack else "")
     )
+
+
+def left_out(counts, limit=10):
+    """A line for each reason for which records were left out, the commonest first."""
+    found = sorted(counts.reasons.values(), key=lambda noted: -noted[0])
+    lines = [
+        errors.one_line(f"{of(count, 'record is', 'records are')} bad and left out: {reason} (first: {place})")
+        for count, reason, place in found[:limit]
+    ]
+    rest = sum(count for count, _, _ in found[limit:])
+    return lines + ([f"{of(rest, 'record is', 'records are')} bad and left out for other reasons"] if rest else [])
+
+
+def of(count, one, many):
+    return f"{count} {one if count == 1 else many}"
+
+
+def warn_of_bad(counts):
+    """A few bad records are to be expected of much data; many have one cause."""
+    given = counts.records + counts.bad
+    if counts.bad > 0.05 * given:
+        print(
+            f"warning: {counts.bad} of {given} records ({counts.bad / given:.0%}) are left out as bad; see whether format and keys "
+            "are the right ones (--format, --rename)",
+            file=sys.stderr,
+        )
 
 
 def warn_of_straddling(outcome):
@@ -419,8 +445,11 @@ def main(argv):
         f"{counts.records} records of {counts.lines} lines ({counts.empty} empty, {counts.bad} bad skipped)"
         + (": " + ", ".join(notes) if notes else "")
     )
+    for line in left_out(counts):
+        print(line)
     if outcome.unused:
         print(f"keys not used: {named(outcome.unused)}")
+    warn_of_bad(counts)
     warn_of_straddling(outcome)
     show(arrays, table, options.preview)
     return 0

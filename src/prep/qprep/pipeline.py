@@ -71,7 +71,7 @@ class Worker:
                         f"{error} (or give --on-bad-record=skip)",
                     )
                     break
-                counts.bad += 1
+                counts.leave_out(str(error), f"{path} line {number}")
                 continue
             except PrepError as error:
                 outcome.error = error.args_of

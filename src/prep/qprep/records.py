@@ -7,7 +7,7 @@ record is a BadRecord, to which the caller adds FILE:LINE. A byte-order mark at 
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import errors
 from .errors import BadRecord, PrepError, quoted
@@ -19,6 +19,8 @@ DEPTH_LIMIT = 64
 SPACE = " \t\r\n"
 SPACE_RUN = re.compile(f"[{SPACE}]*")
 MARK = b"\xef\xbb\xbf"
+REASONS_LIMIT = 1000  # that are told apart
+NUMBERS = re.compile("[0-9]+")
 
 # How files begin that people hand over although they are no text, and what to do with them.
 OTHER_KINDS = (
@@ -50,12 +52,25 @@ class Counts:
     empty: int = 0
     bad: int = 0
     records: int = 0
+    reasons: dict = field(default_factory=dict)  # of bad records: [how many, why the first is, its place]
+
+    def leave_out(self, reason, place):
+        """Counts a bad record. Reasons that differ in numbers alone (of columns, of messages) are one."""
+        self.bad += 1
+        self.note(NUMBERS.sub("", reason), 1, reason, place)
+
+    def note(self, key, count, reason, place):
+        if key not in self.reasons and len(self.reasons) >= REASONS_LIMIT:
+            key, reason = "", "other reasons"
+        self.reasons.setdefault(key, [0, reason, place])[0] += count
 
     def add(self, other):
         self.lines += other.lines
         self.empty += other.empty
         self.bad += other.bad
         self.records += other.records
+        for key, noted in other.reasons.items():
+            self.note(key, *noted)
 
 
 def raw_records(paths):

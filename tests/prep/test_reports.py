@@ -1,0 +1,72 @@
+"""What qshard-prep says of a run beside its closing line: records left out and why, documents cut, answers that are empty."""
+import json
+import unittest
+
+from support import FolderTest, make_model
+
+GOOD = {"text": "the"}
+
+
+class Reports(FolderTest):
+    def setUp(self):
+        super().setUp()
+        make_model(self.folder)
+
+    def skipped(self, records, *options):
+        return self.prep(records, "--overwrite", "--on-bad-record=skip", *options)
+
+    # --- bad records that are left out
+
+    def test_each_reason_of_bad_records_is_told_once_with_the_first_line(self):
+        records = [GOOD, {"text": 1}] + [GOOD] * 60 + [{"words": "a"}, {"text": 2.5}, {"words": "b"}, {"words": "c"}]
+        for jobs in ("1", "2"):
+            result = self.skipped(records, "--jobs", jobs)
+            path = self.path("data.jsonl")
+            self.assertEqual(result.stdout.splitlines()[2:], [
+                "61 records of 66 lines (0 empty, 5 bad skipped)",
+                f'3 records are bad and left out: the field "text" is missing; add it (first: {path} line 63)',
+                f'2 records are bad and left out: the field "text" is a JSON number, must be a string (first: {path} line 2)'])
+
+    def test_the_first_line_counts_over_batches_and_processes(self):
+        records = [GOOD] * 1500 + [{"text": 1}] + [GOOD] * 1500 + [{"text": 1}, {"words": "a"}]
+        for jobs in ("1", "2"):
+            result = self.skipped(records, "--jobs", jobs)
+            self.assertIn(f"2 records are bad and left out: the field \"text\" is a JSON number, must be a string "
+                          f"(first: {self.path('data.jsonl')} line 1501)\n1 record is bad and left out: ", result.stdout)
+            self.assertEqual(result.stderr, "")
+
+    def test_reasons_that_differ_in_a_number_alone_are_one(self):
+        lines = [json.dumps(GOOD)] + ['{"text": "' + "a" * n + '"' for n in range(30)]
+        result = self.skipped(self.write("d.jsonl", "\n".join(lines)))
+        self.assertEqual(result.stdout.count("left out"), 1)
+        self.assertIn("30 records are bad and left out: not JSON at column 12: ", result.stdout)
+
+    def test_of_many_reasons_the_commonest_ten_are_told(self):
+        talk = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+        strange = [{"messages": [{"role": "x" + "y" * n, "content": "a"}]} for n in range(14)]
+        result = self.skipped(talk + strange + strange[-1:])
+        told = [line for line in result.stdout.splitlines() if "left out" in line]
+        self.assertEqual(len(told), 11)
+        self.assertRegex(told[0], f'^2 records are bad .*"x{"y" * 13}".* line 15\\)$')
+        self.assertEqual(told[-1], "4 records are bad and left out for other reasons")
+
+    def test_control_characters_of_the_data_do_not_reach_the_terminal(self):
+        result = self.skipped([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+                               {"messages": [{"role": "\x1b[2J\n", "content": "a"}]}])
+        self.assertNotIn("\x1b", result.stdout)
+        self.assertIn('role is "\\x1b[2J\\n"', result.stdout)
+
+    def test_more_than_a_twentieth_left_out_is_warned_of(self):
+        for good, warned in ((18, "warning: 1 of 19 records (5%) are left out as bad"), (19, ""), (20, "")):
+            result = self.skipped([GOOD] * good + [{"text": 1}])
+            self.assertEqual(result.stderr.splitlines() != [], bool(warned), result.stderr)
+            self.assertIn(warned, result.stderr)
+
+    def test_where_nothing_is_left_the_error_says_the_reason(self):
+        result = self.prep([{"words": "a"}] * 3, "--format", "text", "--on-bad-record=skip", expect=None)
+        self.assert_one_error(result, 3, "no usable record in 3 lines (0 empty, 3 bad); 3 records are bad and left out: "
+                              'the field "text" is missing', "data.jsonl line 1)")
+
+
+if __name__ == "__main__":
+    unittest.main()
