@@ -388,6 +388,24 @@ def warn_of_straddling(outcome):
         )
 
 
+def warn_of_cut(options, outcome, limit):
+    """A model does not learn to stop from documents without an end. `limit`: the positions that the model knows, or None."""
+    if not outcome.cut or options.format == predecessor.DUMMY:  # whose rows are made to be cut
+        return
+    lengths = np.concatenate(outcome.cut)
+    longest = int(lengths.max())
+    enough = -(-longest // 64) * 64
+    remedy = f"--seq-len {min(enough, limit or enough)} keeps all"
+    if limit and longest > limit:
+        remedy = f"--seq-len {limit} keeps all but {np.count_nonzero(lengths > limit)}, " if limit > options.seq_len else ""
+        remedy += f"more than {limit} positions the model does not know: cut those where a part ends"
+    print(
+        f"warning: documents longer than --seq-len={options.seq_len} lose their end, and so the token that says where to stop: "
+        f"{len(lengths)} of {outcome.encoded} (their median length {int(np.median(lengths))}, the longest {longest}); {remedy}",
+        file=sys.stderr,
+    )
+
+
 def named(keys, limit=20):
     """Keys of records for a line of output."""
     shown = [errors.one_line(key) for key in sorted(keys)[:limit]]
@@ -408,7 +426,8 @@ def write_outputs(options, parts, table, attributes):
 def main(argv):
     options = parse_options(argv)
     limit = read_model_config(options.model).get("max_position_embeddings")
-    if isinstance(limit, int) and options.seq_len > limit:
+    limit = limit if type(limit) is int else None
+    if limit is not None and options.seq_len > limit:
         raise PrepError(
             errors.USAGE,
             "--seq-len",
@@ -450,6 +469,7 @@ def main(argv):
     if outcome.unused:
         print(f"keys not used: {named(outcome.unused)}")
     warn_of_bad(counts)
+    warn_of_cut(options, outcome, limit)
     warn_of_straddling(outcome)
     show(arrays, table, options.preview)
     return 0

@@ -2,7 +2,7 @@
 import json
 import unittest
 
-from support import FolderTest, make_model
+from support import FolderTest, make_model, prep
 
 GOOD = {"text": "the"}
 
@@ -66,6 +66,40 @@ class Reports(FolderTest):
         result = self.prep([{"words": "a"}] * 3, "--format", "text", "--on-bad-record=skip", expect=None)
         self.assert_one_error(result, 3, "no usable record in 3 lines (0 empty, 3 bad); 3 records are bad and left out: "
                               'the field "text" is missing', "data.jsonl line 1)")
+
+    # --- documents that lose their end
+
+    def cut(self, lengths, *options):
+        """What is warned of for texts of these lengths, the end-of-text token included."""
+        result = self.prep([{"text": "a" * (n - 1)} for n in lengths], "--overwrite", *options)
+        return result.stderr
+
+    def test_documents_that_lose_their_end_are_warned_of_with_their_lengths(self):
+        want = ("warning: documents longer than --seq-len=512 lose their end, and so the token that says where to stop: 3 of 5 "
+                "(their median length 600, the longest 1801); --seq-len 1856 keeps all\n")
+        for jobs in ("1", "2"):
+            self.assertEqual(self.cut([600, 5, 1801, 512, 513], "--jobs", jobs), want)
+        self.assertEqual(self.cut([600, 5, 1801, 512, 513], "--seq-len", "1856"), "")
+        self.assertIn("3 truncated\n", self.prep([{"text": "a" * 600}] * 3, "--overwrite").stdout)
+
+    def test_no_end_is_lost_where_documents_are_left_out_or_cut_in_pieces(self):
+        for options in (("--long", "drop"), ("--long", "split"), ("--prompts",)):
+            self.assertEqual(self.cut([600, 5], *options), "", options)
+
+    def test_no_length_is_suggested_that_the_model_does_not_know(self):
+        for positions, lengths, remedy in (
+            (1856, [600, 1801], "; --seq-len 1856 keeps all"), (1850, [600, 1801], "; --seq-len 1850 keeps all"),
+            (1801, [600, 1801], "; --seq-len 1801 keeps all"), (None, [600, 1801], "; --seq-len 1856 keeps all"),
+            (1800, [600, 1801], "; --seq-len 1800 keeps all but 1, more than 1800 positions the model does not know: "
+             "cut those where a part ends"),
+            (512, [600, 1801], "; more than 512 positions the model does not know: cut those where a part ends")):
+            make_model(self.folder, max_position_embeddings=positions)
+            self.assertTrue(self.cut(lengths).endswith(remedy + "\n"), self.cut(lengths))
+
+    def test_the_predecessors_rows_that_are_made_to_be_cut_are_not_warned_of(self):
+        result = prep("--model", self.folder, "--format", "fsdp_qlora:dummy", "--samples", "2", "-o", self.path("out.h5"))
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn("2 truncated", result.stdout)
 
 
 if __name__ == "__main__":

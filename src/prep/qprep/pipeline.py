@@ -32,6 +32,7 @@ class Outcome:
     done: Counter = field(default_factory=Counter)
     encoded: int = 0  # documents, before `fit` took some out
     straddled: int = 0  # those of which a token straddles
+    cut: list = field(default_factory=list)  # arrays of the lengths of documents that lost their end
     unused: set = field(default_factory=set)  # keys of the records that were left alone
     templates: set = field(default_factory=set)  # names of those that were used
     forms: set = field(default_factory=set)
@@ -86,7 +87,7 @@ class Worker:
         encoded, straddling = self.tokenizer.encode(examples)
         outcome.encoded, outcome.straddled = len(encoded), np.count_nonzero(straddling)
         done["straddling"] += int(straddling.sum())
-        outcome.documents = fit(encoded, self.options, done)
+        outcome.documents = fit(encoded, self.options, outcome)
         return outcome
 
 
@@ -98,9 +99,9 @@ def is_unlearned(example, options):
     )
 
 
-def fit(documents, options, done):
+def fit(documents, options, outcome):
     """The documents, cut so that they fit into seq_len, without those that (but for prompts) teach nothing."""
-    limit, lengths = options.seq_len, documents.lengths
+    limit, lengths, done = options.seq_len, documents.lengths, outcome.done
     starts = np.concatenate([[0], np.cumsum(lengths)])
     learned = documents.learned.copy()
     nonempty = lengths > 0
@@ -113,6 +114,7 @@ def fit(documents, options, done):
             begins, ends, groups = begins[~long], ends[~long], groups[~long]
         elif options.long == "truncate":
             done["truncated"] += int(long.sum())
+            outcome.cut.append(lengths[long])
             ends = np.minimum(ends, begins + limit)
         else:
             done["split"] += int(long.sum())
@@ -210,6 +212,7 @@ def gather(options, form, tokenizer, source):
         total.done.update(outcome.done)
         total.encoded += outcome.encoded
         total.straddled += outcome.straddled
+        total.cut += outcome.cut
         total.unused |= outcome.unused
         total.templates |= outcome.templates
         outcome.documents.groups += groups
@@ -298,7 +301,8 @@ def read_megatron(options, tokenizer):
             if options.eos == "always":
                 documents = ended(documents, tokenizer, options.model)
             documents.groups += total.counts.records
-            parts.append(fit(documents, options, total.done))
+            total.encoded += len(documents)
+            parts.append(fit(documents, options, total))
         total.counts.records += len(data.borders) - 1
         total.counts.lines += len(data.borders) - 1
     total.documents = joined(parts)
