@@ -318,16 +318,39 @@ class Prep(FolderTest):
         self.assert_nothing_written()
 
     def test_a_full_disk_is_code_4_and_leaves_nothing(self):
+        """Full within the tokens, and within the small arrays behind them, which HDF5 would write when it lets go of them."""
         disk = self.path("disk")
         os.mkdir(disk)
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False)
-        if mounted.returncode:
-            self.skipTest("a tmpfs cannot be mounted here: " + mounted.stderr.decode().strip())
-        self.addCleanup(subprocess.run, ["umount", disk], check=False)
-        data = self.write_records("d.jsonl", [{"text": "x" * 200}] * 500)
-        result = tool("qshard_prep.py", "--model", self.model, data, "-o", os.path.join(disk, "out.h5"))
-        self.assert_one_error(result, 4, "out.h5")
-        self.assertEqual(os.listdir(disk), [])
+        data = self.write_records("d.jsonl", [{"text": "x" * 200}] * 500)  # of 785 KiB and 16 KiB
+        for size, *more in (("64k",), ("300k",), ("788k",), ("792k",), ("796k",), ("804k", "--eval-out", os.path.join(disk, "eval.h5"),
+                                                                            "--eval-fraction", "0.2")):
+            with self.subTest(size=size):
+                mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True, check=False)
+                if mounted.returncode:
+                    self.skipTest("a tmpfs cannot be mounted here: " + mounted.stderr.decode().strip())
+                try:
+                    result = tool("qshard_prep.py", "--model", self.model, data, "-o", os.path.join(disk, "out.h5"), *more)
+                    self.assert_one_error(result, 4, "error[E401]", ".h5: cannot write: No space left on device; free some space or "
+                                          "raise the quota")
+                    self.assertEqual(os.listdir(disk), [])
+                finally:
+                    subprocess.run(["umount", disk], check=False)
+
+    def test_a_signal_while_hdf5_writes_is_one_line_and_leaves_nothing(self):
+        from qprep.tokenfile import Output
+
+        write, sent = Output.write_all, []
+
+        def signalled(output, data):
+            write(output, data)
+            if not sent:
+                sent.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with mock.patch.object(Output, "write_all", signalled):
+            result = self.prep([talk("a", "b")], expect=143)
+        self.assertEqual((sent, result.stderr.count("\n")), ([True], 1))
+        self.assert_nothing_written()
 
     def test_a_stopped_run_removes_what_it_has_begun(self):
         from qprep.tokenfile import write_token_file

@@ -48,8 +48,8 @@ def write_failed(path, error):
     while error is not None and getattr(error, "errno", None) is None:
         error = error.__context__
     number = error.errno if error is not None else errno.EIO
-    full = number in (errno.ENOSPC, errno.EDQUOT)
-    hint = "; make room or name another folder" if full else ""
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "; free some space or raise the quota" if full else ""
     return PrepError(
         IO_FULL if full else IO_FAILED, path, f"cannot write: {os.strerror(number)}{hint}"
     )

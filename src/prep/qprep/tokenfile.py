@@ -6,6 +6,7 @@ are int64 scalars and fixed-length strings.
 
 import errno
 import hashlib
+import io
 
 import h5py
 import numpy as np
@@ -74,13 +75,54 @@ def write_token_file(path, arrays, decode_table, attributes):
         "labels_xxh3": labels_xxh3,
         "layout_xxh3": xxhash.xxh3_128_hexdigest(labels_xxh3.encode("ascii") + borders),
     }
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        for name, value in facts.items():
-            write_attribute(file, name, value)
-        for name, values in datasets.items():
-            write_dataset(file, name, values)
-        file.flush()
+    with Output(path) as output:
+        with h5py.File(output, "w", libver=("v110", "v110")) as file:
+            for name, value in facts.items():
+                write_attribute(file, name, value)
+            for name, values in datasets.items():
+                write_dataset(file, name, values)
     verify(path, datasets)
+
+
+class Output(io.FileIO):
+    """The file that h5py writes to, by calls of ours. What HDF5 cannot write it tries again whenever it lets go of an object, up
+    to the end of the interpreter, where it crashes. So it hears of no failure, a signal among them: after the first one
+    nothing is written any more, and the end of the block raises it."""
+
+    def __init__(self, path):
+        super().__init__(path, "w+")
+        self.failure = None
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)  # network file systems may write, and fail, only now
+        if self.failure:
+            raise self.failure
+
+    def attempt(self, call, *arguments):
+        if self.failure:
+            return None
+        try:
+            return call(*arguments)
+        except BaseException as error:
+            self.failure = error
+            return None
+
+    def write(self, data):
+        self.attempt(self.write_all, memoryview(data).cast("B"))
+        return len(data)
+
+    def write_all(self, data):
+        while data:
+            data = data[super().write(data) :]
+
+    def readinto(self, data):
+        count = self.attempt(super().readinto, data) or 0
+        data[count:] = bytes(len(data) - count)  # what is not there yet is zeros, as of a file that was made longer
+        return len(data)
+
+    def truncate(self, size=None):
+        self.attempt(super().truncate, size)
+        return size
 
 
 def check_template(path, template):
