@@ -18,7 +18,7 @@ from qprep.chat import RESERVED, ROLES
 from qprep.errors import OneLineParser, PrepError, run
 from qprep.files import finished, refuse_existing
 from qprep.formats import ALL_FORMATS, FORMATS, OPENING
-from qprep.model_config import read_model_config
+from qprep.model_config import check_model_folder, read_model_config
 from qprep.packing import METHODS
 from qprep.pipeline import read_documents
 from qprep.preview import show
@@ -425,6 +425,7 @@ def write_outputs(options, parts, table, attributes):
 
 def main(argv):
     options = parse_options(argv)
+    check_model_folder(options.model)
     limit = read_model_config(options.model).get("max_position_embeddings")
     limit = limit if type(limit) is int else None
     if limit is not None and options.seq_len > limit:

@@ -3,7 +3,7 @@ import json
 import os
 import unittest
 
-from support import FolderTest, make_model
+from support import FolderTest, make_model, prep
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
@@ -291,6 +291,11 @@ class BadInput(FolderTest):
                     make_model(self.folder)
                     self.write(name, content)
                     self.assert_one_error(self.prep([GOOD["messages"]], expect=None), 3, name)
+        data = self.write_records("data.jsonl", [GOOD["text"]])
+        for name, words in (("ORG/MODEL", "No such file or directory; nothing is downloaded: name a folder with config.json and "
+                             "tokenizer.json, as hf download ORG/MODEL --local-dir FOLDER makes it"),
+                            (data, "is a file; name the folder")):
+            self.assert_one_error(prep("--model", name, data, "-o", self.path("out.h5")), 3, f"{name}: {words}")
         for name in ("config.json", "tokenizer.json"):
             make_model(self.folder)
             os.unlink(self.path(name))
