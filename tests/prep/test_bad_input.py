@@ -36,7 +36,8 @@ def chat_cases():
     for form, key, user, role, content in (("messages", "messages", USER, "role", "content"),
                                            ("sharegpt", "conversations", HUMAN, "from", "value")):
         answer = ANSWER if form == "messages" else GPT
-        for value in (..., None, [], {}, "text", 3, True):
+        yield form, but(form, **{key: ...}), f'the field "{key}" is missing; add it'
+        for value in (None, [], {}, "text", 3, True):
             yield form, but(form, **{key: value}), f'"{key}" must be a list of at least one'
         for value in ("a", 7, None, ["a"], True):
             yield form, {key: [user, value]}, f"{key}[1] is a JSON"

@@ -24,7 +24,8 @@ class Reports(FolderTest):
             path = self.path("data.jsonl")
             self.assertEqual(result.stdout.splitlines()[2:], [
                 "61 records of 66 lines (0 empty, 5 bad skipped)",
-                f'3 records are bad and left out: the field "text" is missing; add it (first: {path} line 63)',
+                f'3 records are bad and left out: the field "text" is missing; add it, or choose the format of all '
+                f"records by --format NAME: text was taken from the first one ({path} line 1) (first: {path} line 63)",
                 f'2 records are bad and left out: the field "text" is a JSON number, must be a string (first: {path} line 2)'])
 
     def test_the_first_line_counts_over_batches_and_processes(self):
@@ -66,6 +67,35 @@ class Reports(FolderTest):
         result = self.prep([{"words": "a"}] * 3, "--format", "text", "--on-bad-record=skip", expect=None)
         self.assert_one_error(result, 3, "no usable record in 3 lines (0 empty, 3 bad); 3 records are bad and left out: "
                               'the field "text" is missing', "data.jsonl line 1)")
+
+    # --- records of another format than the first
+
+    def test_a_record_of_another_format_is_told_which_record_chose_and_how_to_choose(self):
+        good = {"messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+                "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+                "alpaca": {"instruction": "q", "output": "a"}, "completion": {"prompt": "q", "completion": "a"}, "text": GOOD,
+                "tokens": {"input_ids": [5, 6]}}
+        keys = {form: next(iter(record)) for form, record in good.items()}
+        for first, record in good.items():
+            for second, other in good.items():
+                if first == second:
+                    continue
+                with self.subTest(first=first, second=second):
+                    path = self.write_records("data.jsonl", [record, other])
+                    chosen = (f"choose the format of all records by --format NAME: {first} was taken from the first one "
+                              f"({path} line 1), and this one looks like {second}")
+                    self.assert_one_error(self.prep(path, "--overwrite", expect=None), 3, f'data.jsonl:2: the field "{keys[first]}" is missing; '
+                                          f"add it, or {chosen} (or give --on-bad-record=skip)")
+                    self.assertIn(f"{chosen} (first: {path} line 2)", self.skipped(path).stdout)
+                    result = self.prep(path, "--overwrite", "--format", first, expect=None)
+                    self.assert_one_error(result, 3, f'data.jsonl:2: the field "{keys[first]}" is missing; add it (or give')
+
+    def test_a_record_of_no_format_and_one_in_another_process_are_told_the_same(self):
+        path = self.write_records("data.jsonl", [GOOD] * 1500 + [{"words": "a"}])
+        for jobs in ("1", "2"):
+            self.assert_one_error(self.prep(path, "--jobs", jobs, expect=None), 3, f'data.jsonl:1501: the field "text" is missing; '
+                                  f"add it, or choose the format of all records by --format NAME: text was taken from the first one "
+                                  f"({path} line 1) (or give")
 
     # --- documents that lose their end
 

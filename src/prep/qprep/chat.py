@@ -6,7 +6,7 @@ The shape is what chat templates expect: a list of messages with role and conten
 import json
 
 from .errors import BadRecord, quoted
-from .records import DECODER, kind_of, text_field
+from .records import DECODER, kind_of, need_field, text_field
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -166,7 +166,8 @@ def variables_of(record):
 
 def from_sharegpt(record):
     """The messages of {"conversations": [{"from": "human", "value": ...}, ...]}."""
-    turns = record.get("conversations")
+    need_field(record, "conversations")
+    turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
         raise BadRecord('the field "conversations" must be a list of at least one turn')
     messages = []

@@ -22,7 +22,7 @@ from .chat import (
     with_system,
 )
 from .errors import BadRecord, PrepError, quoted
-from .records import kind_of, text_field
+from .records import kind_of, need_field, text_field
 from .template import DEFAULT, TOOL_USE, ChatTemplate, is_opening, load_templates, special_tokens
 from .tokenfile import IGNORED, check_template
 from .tokens import Encoded, Example
@@ -200,7 +200,8 @@ class Builder:
     # --- conversations
 
     def messages(self, record):
-        return self.conversation(record, messages_of(record.get("messages")), "messages")
+        need_field(record, "messages")
+        return self.conversation(record, messages_of(record["messages"]), "messages")
 
     def sharegpt(self, record):
         messages = from_sharegpt(record)

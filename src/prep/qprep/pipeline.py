@@ -43,9 +43,11 @@ class Outcome:
 class Worker:
     """Makes documents of batches of records. One per process."""
 
-    def __init__(self, options, form, tokenizer=None):
+    def __init__(self, options, form, tokenizer=None, told_by=None):
+        """`told_by`: (key, place) of the record that told the format; None where the user did."""
         self.options = options
         self.form = form
+        self.told_by = told_by
         self.names = dict(options.rename)
         self.tokenizer = tokenizer or Tokenizer(options.model)
         self.builder = Builder(options, self.tokenizer)
@@ -58,6 +60,7 @@ class Worker:
         self.builder.begin()
         for path, number, raw in batch:
             counts.lines += 1
+            record = None
             try:
                 record = raw if isinstance(raw, dict) else parse_record(raw, self.names)
                 if record is None:
@@ -65,14 +68,15 @@ class Worker:
                     continue
                 built = self.builder(self.form, record)
             except BadRecord as error:
+                reason = f"{error}{self.of_another_format(record)}"
                 if not skip:
                     outcome.error = (
                         errors.INPUT_VALUE,
                         f"{path}:{number}",
-                        f"{error} (or give --on-bad-record=skip)",
+                        f"{reason} (or give --on-bad-record=skip)",
                     )
                     break
-                counts.leave_out(str(error), f"{path} line {number}")
+                counts.leave_out(reason, f"{path} line {number}")
                 continue
             except PrepError as error:
                 outcome.error = error.args_of
@@ -89,6 +93,20 @@ class Worker:
         done["straddling"] += int(straddling.sum())
         outcome.documents = fit(encoded, self.options, outcome)
         return outcome
+
+
+    def of_another_format(self, record):
+        """What to add to "add it" where a record lacks the key that told the format of all."""
+        if record is None or not self.told_by or self.told_by[0] in record:
+            return ""
+        try:
+            other = f", and this one looks like {recognise(record)[0]}"
+        except BadRecord:
+            other = ""
+        return (
+            f", or choose the format of all records by --format NAME: {self.form} was taken from the first one "
+            f"({self.told_by[1]}){other}"
+        )
 
 
 def is_unlearned(example, options):
@@ -149,9 +167,9 @@ def read_documents(options, tokenizer):
         source = (("dummy", i, row) for i, row in enumerate(rows, start=1))
         return gather(options, options.format, tokenizer, batches(source)), None
     source = raw_records(options.data)
-    form, told, before = options.format, None, []
+    form, told, told_by, before = options.format, None, None, []
     if form == "auto":
-        form, told, before = detect(source, dict(options.rename), options.on_bad_record == "skip")
+        form, told_by, before = detect(source, dict(options.rename), options.on_bad_record == "skip")
     elif form in predecessor.CHOOSING:
         rows = [row for row in source if row[2].strip()]
         source = iter(
@@ -159,7 +177,10 @@ def read_documents(options, tokenizer):
         )
     if form is None:  # no usable record at all: the first batch says what was wrong
         form = "text"
-    return gather(options, form, tokenizer, batches(chain_of(before, source))), told
+    if told_by:
+        path, number, _ = before[-1]
+        told = f'{path}: read as {form}, by the key "{told_by[0]}" of line {number}; --format names another'
+    return gather(options, form, tokenizer, batches(chain_of(before, source)), told_by), told
 
 
 def chain_of(before, source):
@@ -168,7 +189,8 @@ def chain_of(before, source):
 
 
 def detect(source, names, skip_bad):
-    """(format, how it was told, the records read so far): by the first record that can be recognised."""
+    """(format, (the key that told it, the place of its record), the records read so far): by the first record that can be
+    recognised."""
     before = []
     for path, number, raw in source:
         before.append((path, number, raw))
@@ -183,8 +205,7 @@ def detect(source, names, skip_bad):
                     errors.INPUT_VALUE, f"{path}:{number}", f"{error} (or give --on-bad-record=skip)"
                 ) from error
             continue
-        told = f'{path}: read as {form}, by the key "{key}" of line {number}; --format names another'
-        return form, told, before
+        return form, (key, f"{path} line {number}"), before
     return None, None, before
 
 
@@ -199,11 +220,11 @@ def batches(source):
         yield batch
 
 
-def gather(options, form, tokenizer, source):
+def gather(options, form, tokenizer, source, told_by=None):
     """All batches, one after the other, as one Outcome. The first error of the input's order is the one that counts."""
-    worker = Worker(options, form, tokenizer)  # also where others work: it checks the options
+    worker = Worker(options, form, tokenizer, told_by)  # also where others work: it checks the options
     jobs = job_count(options)
-    results = map(worker, source) if jobs == 1 else spread(options, form, source, jobs)
+    results = map(worker, source) if jobs == 1 else spread(options, form, told_by, source, jobs)
     total, parts, groups = Outcome(None, forms={form}), [], 0
     for outcome in results:
         if outcome.error:
@@ -231,11 +252,11 @@ def job_count(options):
     return len(os.sched_getaffinity(0)) if size >= SEVERAL_FROM_BYTES else 1
 
 
-def spread(options, form, source, jobs):
+def spread(options, form, told_by, source, jobs):
     """The outcomes of several processes in the order of their batches, never more than a few batches ahead."""
     start = multiprocessing.get_context("spawn")
     waiting = collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(jobs, start, set_up, (options, form)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, start, set_up, (options, form, told_by)) as pool:
         try:
             for batch in source:
                 with signals_held():
@@ -282,10 +303,10 @@ def end_with_parent():
     os._exit(1)
 
 
-def set_up(options, form):
+def set_up(options, form, told_by):
     threading.Thread(target=end_with_parent, daemon=True).start()  # which a killed parent cannot ask for
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core's work
-    work.worker = Worker(options, form)
+    work.worker = Worker(options, form, told_by=told_by)
 
 
 def work(batch):

@@ -307,6 +307,11 @@ def kind_of(value):
     return JSON_KINDS.get(type(value), type(value).__name__)
 
 
+def need_field(record, key, name=None):
+    if key not in record:
+        raise BadRecord(f'the field "{name or key}" is missing; add it')
+
+
 def text_field(record, key, name=None, default=None):
     """The string `record[key]`; `default`, if one is given, where it is missing or null."""
     value = record.get(key)
@@ -315,6 +320,5 @@ def text_field(record, key, name=None, default=None):
     name = name or key
     if value is None and default is not None:
         return default
-    if key not in record:
-        raise BadRecord(f'the field "{name}" is missing; add it')
+    need_field(record, key, name)
     raise BadRecord(f'the field "{name}" is a JSON {kind_of(value)}, must be a string')
