@@ -467,6 +467,11 @@ def main(argv):
     )
     for line in left_out(counts):
         print(line)
+    if outcome.empty:
+        print(
+            f"{of(outcome.empty, 'answer is', 'answers are')} empty: what is learned there is to stop at once "
+            f"(first: {outcome.empty_place})"
+        )
     if outcome.unused:
         print(f"keys not used: {named(outcome.unused)}")
     warn_of_bad(counts)

@@ -2,7 +2,7 @@
 import json
 import unittest
 
-from support import FolderTest, make_model, prep
+from support import CHATML, FolderTest, make_model, prep
 
 GOOD = {"text": "the"}
 
@@ -96,6 +96,45 @@ class Reports(FolderTest):
             self.assert_one_error(self.prep(path, "--jobs", jobs, expect=None), 3, f'data.jsonl:1501: the field "text" is missing; '
                                   f"add it, or choose the format of all records by --format NAME: text was taken from the first one "
                                   f"({path} line 1) (or give")
+
+    # --- answers that are empty
+
+    def told_of_empty(self, records, *options):
+        result = self.prep(records, "--overwrite", *options)
+        return [line for line in result.stdout.splitlines() if "empty:" in line]
+
+    def test_answers_without_words_are_learned_and_counted(self):
+        def talk(*contents, **more):
+            roles = ("user", "assistant") * len(contents)
+            return {"messages": [{"role": role, "content": text, **(more if role == "assistant" else {})}
+                                 for role, text in zip(roles, contents)]}
+
+        def want(count, line):
+            place = f"(first: {self.path('data.jsonl')} line {line})"
+            return [f"{count} answer{' is' if count == 1 else 's are'} empty: what is learned there is to stop at once {place}"]
+
+        records = [talk("q", "a"), talk("q", ""), talk("q", " \n", "q", "")]
+        for jobs in ("1", "2"):
+            self.assertEqual(self.told_of_empty(records, "--jobs", jobs), want(3, 2))
+        self.assertTrue(self.documents()[1].endswith("assistant\n⟦<|im_end|>⟧\n"), self.documents()[1])
+        self.assertEqual(self.told_of_empty(records, "--turns", "last"), want(2, 2))
+        self.assertEqual(self.told_of_empty(records, "--train-on-inputs"), want(3, 2))
+        self.assertEqual(self.told_of_empty([records[0]] * 1500 + [records[1]], "--jobs", "2"), want(1, 1501))
+        for silent in (talk("", "a"), talk("q", "", weight=0), talk("q", "", train=False), talk("q", "", reasoning_content="r"),
+                       {"messages": [{"role": "assistant", "content": ""}, *talk("q", "a")["messages"]]}):
+            self.assertEqual(self.told_of_empty([records[0], silent]), [], silent)
+        template = self.write("t.jinja", "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHATML)
+        self.assertEqual(self.told_of_empty([talk("bad", ""), talk("q", "a")], "--chat-template", template, "--on-bad-record=skip"), [])
+        self.assertEqual(self.told_of_empty(records, "--prompts"), [])
+        self.assertEqual(self.told_of_empty(records, "--train-roles", "user"), [])
+
+    def test_empty_outputs_are_counted_where_the_end_is_learned(self):
+        for good in ({"instruction": "q", "output": "a"}, {"prompt": "q", "completion": "a"}):
+            empty = {**good, list(good)[1]: ""}
+            self.assertEqual(len(self.told_of_empty([good, empty])), 1)
+            self.assertEqual(len(self.told_of_empty([good, empty], "--chat")), 1)
+            self.assertEqual(self.told_of_empty([good, empty], "--eos", "never"), [])
+            self.assertEqual(self.told_of_empty([good]), [])
 
     # --- documents that lose their end
 

@@ -16,6 +16,7 @@ RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a temp
 SYSTEM_KEYS = ("system", "system_prompt")
 VARIABLES_KEY = "chat_template_kwargs"
 CONVERSATION_KEYS = frozenset((*SYSTEM_KEYS, "tools", VARIABLES_KEY))
+SILENT_KEYS = frozenset(("role", "content", "name", "weight", "train"))  # of a message, besides which there may be words
 TURN_KEYS = frozenset(("from", "value", "weight", "train"))
 
 # Who speaks in ShareGPT-like data, in the spellings that are about.
@@ -75,6 +76,11 @@ def message_of(message, name):
 def is_trained(message):
     """A message may say itself that it is not to be learned: `weight` 0 as OpenAI has it, or `train` false."""
     return message.get("weight") != 0 and message.get("train") is not False
+
+
+def is_empty(message):
+    """Whether a message says nothing, not even a call or a reasoning beside the content."""
+    return not message["content"].strip() and not any(message[key] for key in message.keys() - SILENT_KEYS)
 
 
 def joined_parts(parts, name):

@@ -14,6 +14,7 @@ from .chat import (
     SYSTEM_KEYS,
     TURN_KEYS,
     from_sharegpt,
+    is_empty,
     is_trained,
     messages_of,
     system_of,
@@ -107,6 +108,7 @@ class Builder:
         self.done = Counter()
         self.unused = set()  # keys that nothing was made of
         self.used = set()  # names of the templates that shaped the data
+        self.empty = 0  # answers without words
 
     def __call__(self, form, record):
         """The documents of a record; BadRecord where it is not usable."""
@@ -229,6 +231,8 @@ class Builder:
         template.check_tools(messages, tools)
         if self.options.prompts:
             return [Example(template.prompt(messages, tools), [], False, False)]
+        if any(map(is_empty, messages)):
+            self.empty += sum(is_empty(messages[i]) for i in template.learned(messages) if messages[i]["role"] == "assistant")
         if self.options.train_on_inputs:
             text = template.render(messages, tools)
             spoken = [(0, len(text.rstrip()))]
@@ -270,8 +274,9 @@ class Builder:
         if self.options.prompts:
             return [Example(prompt, [], True, False)]
         text = prompt + answer
-        begin = 0 if self.options.train_on_inputs else len(prompt)
-        return [Example(text, [(begin, len(text))], True, self.plain_eos(text))]
+        begin, ended = 0 if self.options.train_on_inputs else len(prompt), self.plain_eos(text)
+        self.empty += ended and not answer.strip()
+        return [Example(text, [(begin, len(text))], True, ended)]
 
     def alpaca(self, record):
         instruction = text_field(record, "instruction")

@@ -32,6 +32,8 @@ class Outcome:
     done: Counter = field(default_factory=Counter)
     encoded: int = 0  # documents, before `fit` took some out
     straddled: int = 0  # those of which a token straddles
+    empty: int = 0  # answers without words
+    empty_place: str = None  # of the first record with one
     cut: list = field(default_factory=list)  # arrays of the lengths of documents that lost their end
     unused: set = field(default_factory=set)  # keys of the records that were left alone
     templates: set = field(default_factory=set)  # names of those that were used
@@ -60,13 +62,15 @@ class Worker:
         self.builder.begin()
         for path, number, raw in batch:
             counts.lines += 1
-            record = None
+            record, empty = None, self.builder.empty
             try:
                 record = raw if isinstance(raw, dict) else parse_record(raw, self.names)
                 if record is None:
                     counts.empty += 1
                     continue
                 built = self.builder(self.form, record)
+                if self.builder.empty and not outcome.empty_place:
+                    outcome.empty_place = f"{path} line {number}"
             except BadRecord as error:
                 reason = f"{error}{self.of_another_format(record)}"
                 if not skip:
@@ -77,6 +81,7 @@ class Worker:
                     )
                     break
                 counts.leave_out(reason, f"{path} line {number}")
+                self.builder.empty = empty
                 continue
             except PrepError as error:
                 outcome.error = error.args_of
@@ -88,6 +93,7 @@ class Worker:
             examples.extend(built)
         done.update(self.builder.done)
         outcome.unused, outcome.templates = self.builder.unused, self.builder.used
+        outcome.empty = self.builder.empty
         encoded, straddling = self.tokenizer.encode(examples)
         outcome.encoded, outcome.straddled = len(encoded), np.count_nonzero(straddling)
         done["straddling"] += int(straddling.sum())
@@ -233,6 +239,8 @@ def gather(options, form, tokenizer, source, told_by=None):
         total.done.update(outcome.done)
         total.encoded += outcome.encoded
         total.straddled += outcome.straddled
+        total.empty += outcome.empty
+        total.empty_place = total.empty_place or outcome.empty_place
         total.cut += outcome.cut
         total.unused |= outcome.unused
         total.templates |= outcome.templates

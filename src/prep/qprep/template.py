@@ -264,15 +264,9 @@ class ChatTemplate:
 
     def found(self, messages, tools):
         """As `documents`, by rendering as often as it takes."""
-        learned = [
-            i
-            for i, message in enumerate(messages)
-            if message["role"] in self.roles and is_trained(message) and not is_opening(messages, i)
-        ]
+        learned = self.learned(messages)
         if not learned:
             return [(self.render(messages, tools), [])]
-        if self.turns == "last":
-            learned = learned[-1:]
         if self.turns != "each":
             try:
                 return [self.conversation(messages, tools, learned)]
@@ -280,6 +274,15 @@ class ChatTemplate:
                 if self.turns == "all":
                     raise
         return [self.conversation(messages[: i + 1], tools, [i]) for i in learned]
+
+    def learned(self, messages):
+        """The numbers of the messages that are learned."""
+        learned = [
+            i
+            for i, message in enumerate(messages)
+            if message["role"] in self.roles and is_trained(message) and not is_opening(messages, i)
+        ]
+        return learned[-1:] if self.turns == "last" else learned
 
     def conversation(self, messages, tools=None, learned=None):
         """(text, spans): the whole conversation and the [begin, end) characters of the turns `learned`."""
