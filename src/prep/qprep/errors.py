@@ -22,6 +22,7 @@ INPUT_TENSOR = 305  # a tensor is missing or of the wrong shape
 IO_FAILED = 400  # a write, sync or rename failed
 IO_FULL = 401  # no space or quota
 MEMORY = 700
+ENVIRONMENT = 801
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # beside SIGINT, of which Python makes a KeyboardInterrupt
 
 
