@@ -224,6 +224,22 @@ class Forward(unittest.TestCase):
         self.assertEqual(tight.stdout, free.stdout)
 
 
+class Inputs(unittest.TestCase):
+    """The run files that come with the program."""
+    SHAPES = {"llama8b_24g": {**LLAMA_3_70B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                              "num_attention_heads": 32}, "llama70b_2x24g": LLAMA_3_70B}
+
+    def test_they_fit_where_they_say(self):
+        for name, ranks, says in (("llama8b_24g", 1, "needs 9.2 GiB"), ("llama70b_2x24g", 2, "needs 18.9 GiB")):
+            with self.subTest(name):
+                folder = support.scratch()
+                with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+                    json.dump(self.SHAPES[name], file)
+                done = support.qshard("plan", os.path.join(support.ROOT, "inputs", name + ".yaml"), "--gpu", "RTX4090", "--gpus", ranks,
+                                      "--set", f"base={folder}", cwd=folder)
+                self.assertRegex(done.stdout, rf"(?m)^fits: a rank {says}")
+
+
 class Work(unittest.TestCase):
     """The step that the forecast divides by a card's figures is the one that runs."""
 
