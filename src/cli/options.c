@@ -116,7 +116,10 @@ const struct argp_option qs_cli_sample_options[] = {
     SET,
     {"prompts", KEY_PROMPTS, "FILE", 0,
      "Token file of prompts, made by qshard-prep --prompts (needed)", 1},
-    {"tokens", KEY_TOKENS, "N", 0, "Tokens to add to each prompt (needed)", 1},
+    {"tokens", KEY_TOKENS, "N", 0,
+     "Tokens to add to each prompt, within the model's positions; each computes the whole text "
+     "again (needed)",
+     1},
     {"adapter", KEY_ADAPTER, "DIR", 0, "PEFT directory, checkpoint or run; default: base only", 2},
     BEST,
     SHARED_DEVICE,

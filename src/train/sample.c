@@ -1,6 +1,7 @@
 /* Greedy continuations. The prompts are dealt out to the ranks; every rank makes the same number of
  * passes, because every pass gathers every unit. A pass sees the whole text again: short samples
- * that show what an adapter has learned, not a server. */
+ * that show what an adapter has learned, not a server. So a text is printed as soon as it and those
+ * before it have ended. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,6 +28,8 @@ typedef struct {
     int64_t count; /* texts of this rank */
     int64_t most;  /* texts of the rank that has most */
     text *texts;
+    int32_t *shown;  /* [new_tokens + 1] the text that is printed: count, then the new ids */
+    int64_t printed; /* prompts of all ranks, in their order */
     int32_t eos[2 * QS_EOS_MAX]; /* of config.json, then of generation_config.json */
     int eos_count;
     qs_batch *batch;
@@ -169,60 +172,67 @@ static void print_tokens(const qs_decode_table *table, const int32_t *tokens, in
     }
 }
 
-/* `new_ids` [new_tokens + 1] per text: count, then the ids. */
-static qs_status print_prompt(const sampler *s, const qs_decode_table *table, int64_t p,
-                              const int32_t *new_ids)
+static qs_status print_prompt(const sampler *s, int64_t p)
 {
     QS_TRY(qs_data_read(s->data, &p, &p, 1, s->batch));
     printf("--- prompt %lld\n", (long long)p + 1);
-    print_tokens(table, s->batch->tokens, s->batch->n_tokens);
+    print_tokens(&s->table, s->batch->tokens, s->batch->n_tokens);
     printf("\n--- continuation\n");
-    print_tokens(table, new_ids + 1, new_ids[0]);
+    print_tokens(&s->table, s->shown + 1, s->shown[0]);
     printf("\n");
+    fflush(stdout);
     return QS_OK;
 }
 
-/* Rank 0 prints all texts in the order of the prompts. */
-static qs_status print_all(const sampler *s, const int32_t *all)
+/* The new tokens of prompt `p`, from the rank that has it to all. */
+static qs_status share_text(sampler *s, int64_t p)
 {
-    const int nranks = qs_comm_nranks(s->session->comm);
-    const int64_t width = s->new_tokens + 1;
-    qs_status st = QS_OK;
-    for (int64_t p = 0; p < s->data->n_sequences && st == QS_OK; p++) {
-        const int64_t rank = p % nranks, i = p / nranks;
-        st = print_prompt(s, &s->table, p, all + (rank * s->most + i) * width);
+    qs_comm *comm = s->session->comm;
+    const int nranks = qs_comm_nranks(comm), owner = (int)(p % nranks);
+    const size_t bytes = (size_t)(s->new_tokens + 1) * sizeof *s->shown;
+    memset(s->shown, 0, bytes);
+    if (qs_comm_rank(comm) == owner) {
+        const text *t = &s->texts[p / nranks];
+        const int64_t added = t->length - t->prompt_tokens;
+        s->shown[0] = (int32_t)added;
+        memcpy(s->shown + 1, t->tokens + t->prompt_tokens, (size_t)added * sizeof *s->shown);
     }
-    fflush(stdout);
-    return st;
+    return qs_comm_bcast(comm, s->shown, bytes, owner);
 }
 
-static qs_status collect_and_print(sampler *s)
+/* Rank 0 prints the texts before prompt `end`, in the order of the prompts. */
+static qs_status print_until(sampler *s, int64_t end)
 {
-    qs_status st = QS_OK;
-    const int64_t width = s->new_tokens + 1;
-    const int nranks = qs_comm_nranks(s->session->comm);
-    int32_t *mine = NULL, *all = NULL;
-    st = QS_ALLOC(&mine, s->most * width, QS_MEM_WORK);
-    if (st == QS_OK) {
-        st = QS_ALLOC(&all, s->most * width * nranks, QS_MEM_WORK);
+    for (; s->printed < end; s->printed++) {
+        QS_TRY(share_text(s, s->printed));
+        const bool prints = qs_comm_rank(s->session->comm) == 0;
+        QS_TRY(qs_comm_agree(s->session->comm, prints ? print_prompt(s, s->printed) : QS_OK));
     }
-    QS_GOTO(qs_comm_agree(s->session->comm, st));
-    for (int64_t i = 0; i < s->count; i++) {
-        const text *t = &s->texts[i];
-        const int64_t added = t->length - t->prompt_tokens;
-        mine[i * width] = (int32_t)added;
-        memcpy(mine + i * width + 1, t->tokens + t->prompt_tokens, (size_t)added * sizeof *mine);
+    return QS_OK;
+}
+
+/* Beyond its positions a text means nothing to the model, and a token there costs the most. A run
+ * that trains on longer sequences has decided otherwise. */
+static qs_status check_length(const sampler *s)
+{
+    const int64_t own = s->session->index->config.max_position;
+    const int64_t trained = s->session->config.train.seq_len;
+    const int64_t most = own > trained ? own : trained, longest = qs_data_longest(s->data, 1);
+    const char *name = own > trained ? "the model's max_position_embeddings" : "train.seq_len";
+    if (longest + s->new_tokens <= most) {
+        return QS_OK;
     }
-    QS_GOTO(qs_comm_all_gather_now(s->session->comm, mine, all,
-                                   (size_t)(s->most * width) * sizeof *mine));
-    if (qs_comm_rank(s->session->comm) == 0) {
-        st = print_all(s, all);
-    }
-    st = qs_comm_agree(s->session->comm, st);
-done:
-    qs_mem_free(mine);
-    qs_mem_free(all);
-    return st;
+    return longest < most
+               ? QS_FAIL(QS_ERR_USAGE,
+                         "--tokens %lld: together with the longest prompt of %s, %lld tokens, more "
+                         "than %s, %lld; give at most --tokens %lld",
+                         (long long)s->new_tokens, s->data->path, (long long)longest, name,
+                         (long long)most, (long long)(most - longest))
+               : QS_FAIL(QS_ERR_USAGE,
+                         "--tokens %lld: the longest prompt of %s, %lld tokens, leaves nothing of "
+                         "%s, %lld; give shorter prompts",
+                         (long long)s->new_tokens, s->data->path, (long long)longest, name,
+                         (long long)most);
 }
 
 /* One shape for all ranks: they exchange rows of the embedding. */
@@ -250,11 +260,10 @@ static void deal_out(sampler *s)
                                 .head_chunk_rows = session->index->head_chunk_rows};
 }
 
-/* Logits, the texts, and at the end those of all ranks. */
+/* Logits, the texts, and the one that is printed. */
 static size_t result_bytes(const sampler *s)
 {
-    const int64_t nranks = qs_comm_nranks(s->session->comm);
-    const int64_t ids = s->shape.max_tokens + s->most * (s->new_tokens + 1) * (1 + nranks);
+    const int64_t ids = s->shape.max_tokens + s->new_tokens + 1;
     return (size_t)(s->most * s->session->index->config.vocab) * sizeof(float) +
            (size_t)ids * sizeof(int32_t);
 }
@@ -278,38 +287,42 @@ static qs_status prepare(sampler *s)
         QS_TRY(qs_decode_table_read(&s->table, s->data->path));
     }
     QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
+    QS_TRY(QS_ALLOC(&s->shown, s->new_tokens + 1, QS_MEM_WORK));
     QS_TRY(QS_ALLOC(&s->logits, s->count * session->index->config.vocab, QS_MEM_WORK));
     QS_TRY(read_eos(s));
     return read_prompts(s);
 }
 
-/* Whether a text of any rank goes on. */
-static qs_status any_alive(const sampler *s, bool *alive)
+/* The first prompt, of all ranks', whose text goes on; their number if none does. */
+static qs_status first_alive(const sampler *s, int64_t *first)
 {
-    int64_t count = 0;
-    for (int64_t i = 0; i < s->count; i++) {
-        count += !s->texts[i].ended;
+    const int rank = qs_comm_rank(s->session->comm);
+    int64_t before = -s->data->n_sequences; /* negated: the least is wanted */
+    for (int64_t i = s->count - 1; i >= 0; i--) {
+        before = s->texts[i].ended ? before : -prompt_of(s, rank, i);
     }
-    QS_TRY(qs_comm_max_i64(s->session->comm, &count, 1));
-    *alive = count > 0;
+    QS_TRY(qs_comm_max_i64(s->session->comm, &before, 1));
+    *first = -before;
     return QS_OK;
 }
 
 static qs_status sample_with(sampler *s)
 {
-    bool alive = true;
+    int64_t alive = 0;
     qs_memory_plan plan;
+    QS_TRY(qs_comm_agree(s->session->comm, check_length(s)));
     deal_out(s);
     QS_TRY(check_memory(s, &plan));
     QS_TRY(qs_comm_agree(s->session->comm, prepare(s)));
     QS_TRY(qs_session_connect(s->session, &s->shape, false));
     QS_TRY(qs_session_build(s->session, &s->shape));
-    for (int64_t i = 0; i < s->new_tokens && alive; i++) {
+    for (int64_t i = 0; i < s->new_tokens && alive < s->data->n_sequences; i++) {
         qs_watch_section(s->count == 0, "token %" PRId64, i + 1);
         QS_TRY(extend_all(s));
-        QS_TRY(any_alive(s, &alive));
+        QS_TRY(first_alive(s, &alive));
+        QS_TRY(print_until(s, alive));
     }
-    QS_TRY(collect_and_print(s));
+    QS_TRY(print_until(s, s->data->n_sequences));
     qs_memory_plan_compare(&plan);
     return QS_OK;
 }
@@ -320,6 +333,7 @@ static void destroy(sampler *s)
         qs_mem_free(s->texts[i].tokens);
     }
     qs_mem_free(s->texts);
+    qs_mem_free(s->shown);
     qs_mem_free(s->logits);
     qs_decode_table_free(&s->table);
     qs_batch_destroy(s->batch);

@@ -124,6 +124,26 @@ class Refused(Case):
                      base, "was trained on a base with hash")
         self.assertIn("eval_loss", support.qshard(*self.command("eval", "--adapter", output + "-peft", base=base)).stdout)
 
+    def test_samples_beyond_the_positions(self):
+        """Prompts and --tokens together, as every token computes the whole text again; a run on longer sequences has more of them."""
+        prompts, model = prepare(3, self.path("prompts.h5"), "--prompts"), support.base_of("--max-position", "40")
+        with h5py.File(prompts, "r") as file:
+            longest = int(np.diff(file["seq_offsets"][()]).max())
+        self.assertLess(longest, 40)
+        for ranks in (None, 2):
+            for base, seq_len, limit, name in ((os.path.join(support.tiny(), "base.h5"), 64, 2048, "max_position_embeddings"),
+                                               (model, 32, 40, "max_position_embeddings"), (model, 64, 64, "train.seq_len")):
+                with self.subTest(ranks=ranks, limit=limit):
+                    words = ("sample", "--prompts", prompts, "--tokens")
+                    more = {"base": base, "train__seq_len": seq_len}
+                    self.refused(self.command(*words, "100000", **more), ranks, 2, f"--tokens 100000: together with the longest prompt of "
+                                 f"{prompts}, {longest} tokens", f"{name}, {limit}; give at most --tokens {limit - longest}\n")
+                    self.refused(self.command(*words, limit - longest + 1, **more), ranks, 2, "give at most")
+                    if limit < 2048:
+                        support.qshard(*self.command(*words, limit - longest, **more), ranks=ranks)
+        short = support.base_of("--max-position", str(longest))
+        self.refused(self.command(*words, "1", base=short, train__seq_len=2), 2, 2, "leaves nothing", "give shorter prompts")
+
     def test_data_without_targets(self):
         prompts = prepare(4, self.path("prompts.h5"), "--prompts")
         for ranks in (None, 2):

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import unittest
 
 import numpy as np
@@ -216,6 +217,50 @@ class EndOfTurn(unittest.TestCase):
         self.assertEqual(said("none.h5", 4, "no id"), more)
         with open(f"{folder}/plain.h5", "rb") as plain, open(f"{folder}/none.h5", "rb") as none:
             self.assertEqual(plain.read(), none.read())
+
+    def test_a_text_is_printed_when_it_ends(self):
+        """The first of two ends at once; the other has far to go, and is not waited for."""
+        import h5py
+        folder = support.scratch()
+        model, prompts = os.path.join(folder, "model"), os.path.join(folder, "prompts.h5")
+        shutil.copytree(os.path.join(support.tiny(), "model"), model)
+        base = os.path.join(support.tiny(), "base.h5")
+
+        def words(base, tokens):
+            return ("sample", support.TINY_YAML, *support.settings(support.tiny(), "none", base=base), "--prompts", prompts, "--tokens", tokens)
+
+        def prompted(lines, base, tokens):
+            with open(f"{folder}/some.jsonl", "w", encoding="utf-8") as some:
+                some.writelines(lines)
+            if os.path.exists(prompts):
+                os.remove(prompts)
+            prepare(model, f"{folder}/some.jsonl", prompts, "--prompts")
+            texts = support.qshard(*words(base, tokens)).stdout.split("--- continuation\n")[1:]
+            return [text.split("\n--- prompt")[0].removesuffix("\n") for text in texts]
+
+        with open(f"{model}/eval.jsonl", encoding="utf-8") as file:
+            lines = file.readlines()
+        said = prompted(lines, base, 1)
+        longer = prompted(lines, base, 40)
+        first, other = next((a, b) for a in range(len(lines)) for b in range(len(lines)) if said[a] and said[a] not in longer[b])
+        with h5py.File(prompts, "r") as file:
+            offsets, raw = file["decode_offsets"][()], file["decode_bytes"][()].tobytes()
+        ids = [i for i in range(len(offsets) - 1) if raw[offsets[i]:offsets[i + 1]].decode("utf-8", "backslashreplace") == said[first]]
+        with open(f"{model}/generation_config.json", "w", encoding="utf-8") as file:
+            json.dump({"eos_token_id": ids}, file)
+        ends = os.path.join(folder, "ends.h5")
+        support.qshard("quantize", model, "-o", ends, "--head-chunk-rows", "128")
+        self.assertEqual(prompted([lines[first], lines[other]], ends, 2)[0], "")
+        process = support.start(*words(ends, 1900), "--quiet")
+        heard = ""
+        while not heard.endswith("--- continuation\n\n"):
+            line = process.stdout.readline()
+            self.assertNotEqual(line, "", heard)
+            heard += line
+        os.killpg(process.pid, signal.SIGKILL)
+        self.assertNotIn("--- prompt 2", heard + process.stdout.read())
+        process.stdout.close()
+        process.wait()
 
 
 if __name__ == "__main__":
