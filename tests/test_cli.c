@@ -108,7 +108,7 @@ static const bad_call CALLS[] = {
     {"plan good.yaml --gpus 0", 2, "whole number in 1 .. "},
     {"plan good.yaml --link 0", 2, "is no rate"},
     {"plan good.yaml --link 1 --link 2 --link 3", 2, "more than 2 times"},
-    {"plan good.yaml", 3, "base.h5"},
+    {"plan good.yaml", 3, "base: base.h5: not in /"},
     {"plan nowhere.yaml", 3, "nowhere.yaml"},
     {"plan good.yaml --set base=empty", 3, "empty/config.json"},
     {"check nowhere", 3, "nowhere: No such file"},
@@ -132,8 +132,16 @@ static const bad_call CALLS[] = {
     {"train good.yaml --set output=", 2, "output is missing"},
     {"eval good.yaml --set data.eval=", 2, "data.eval is missing"},
     {"train good.yaml --set train.micro_batch=99", 2, "micro_batch=99 is above"},
-    {"train good.yaml", 3, "base.h5"},
-    {"eval good.yaml", 3, "base.h5"},
+    {"train good.yaml", 3, "error[E300] base: base.h5: not in /"},
+    {"train good.yaml", 3,
+     "(paths start where qshard was started; ~ and $VARIABLES are not expanded); "
+     "qshard quantize makes it"},
+    {"train good.yaml --set base=/no/base.h5", 3,
+     "error[E300] base: /no/base.h5: is not there; qshard quantize makes it"},
+    {"train good.yaml --set base=text.txt/base.h5", 3, "base: text.txt/base.h5: not in /"},
+    {"train good.yaml --set base='~/base.h5'", 3, "base: ~/base.h5: not in /"},
+    {"eval good.yaml", 3, "base: base.h5: not in /"},
+    {"bench step good.yaml", 3, "base: base.h5: not in /"},
 };
 enum { CALL_COUNT = sizeof CALLS / sizeof *CALLS };
 

@@ -15,6 +15,7 @@
 #include "base/mem.h"
 #include "base/timer.h"
 #include "merge/merge_impl.h"
+#include "store/input.h"
 #include "store/io.h"
 #include "store/temp.h"
 
@@ -38,7 +39,10 @@ int64_t qs_merge_bytes(const qs_merge_job *job, const qs_merge_tensor *t)
 
 static qs_status open_base(qs_merge_job *job)
 {
+    const bool of_run = job->options->vector != NULL;
     qs_comm *self = NULL;
+    QS_TRY(qs_input_expect_here(of_run ? "base" : "--base", job->options->base,
+                                of_run ? "--base says where it is now" : QS_INPUT_BASE));
     QS_TRY(qs_comm_self_create(&self));
     qs_status st = qs_base_index_read(&job->index, job->options->base, self);
     qs_comm_destroy(self);

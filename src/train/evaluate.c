@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "hf/safetensors.h"
+#include "store/input.h"
 #include "store/io.h"
 #include "train/plan.h"
 #include "train/tokenizers.h"
@@ -199,6 +200,7 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_session_open(&s, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&s, options->adapter));
+    QS_GOTO(qs_input_expect("data.eval", options->config.data_eval, QS_INPUT_DATA, comm));
     QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));
     QS_GOTO(qs_data_check_hashes(data, comm));
     qs_tokenizers_compare(s.index, (const qs_data *[]){data}, 1);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "kernels/cuda/ops_cuda.h"
+#include "store/input.h"
 #include "train/products.h"
 #include "train/sampler.h"
 #include "weights/quantize.h"
@@ -18,6 +19,7 @@ enum { RANKS_MAX = 4096 };
 static qs_status open_index(qs_outlook_inputs *in, const qs_config *cfg, qs_comm *self)
 {
     struct stat info;
+    QS_TRY(qs_input_expect_here("base", cfg->base, QS_INPUT_BASE ", or name the model's folder"));
     const bool is_dir = stat(cfg->base, &info) == 0 && S_ISDIR(info.st_mode);
     return is_dir ? qs_base_index_expected(&in->index, cfg->base)
                   : qs_base_index_read(&in->index, cfg->base, self);

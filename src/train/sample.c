@@ -9,6 +9,7 @@
 
 #include "base/mem.h"
 #include "hf/json.h"
+#include "store/input.h"
 #include "train/evaluate.h"
 #include "train/plan.h"
 #include "train/tokenizers.h"
@@ -347,6 +348,7 @@ qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm)
     sampler s = {.session = &session, .new_tokens = options->tokens};
     QS_GOTO(qs_session_open(&session, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&session, options->adapter));
+    QS_GOTO(qs_input_expect("--prompts", options->prompts, QS_INPUT_PROMPTS, comm));
     QS_GOTO(qs_data_open(&data, options->prompts, session.index->config.vocab, 0, comm));
     QS_GOTO(qs_data_check_hashes(data, comm));
     qs_tokenizers_compare(session.index, (const qs_data *[]){data}, 1);

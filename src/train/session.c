@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "ckpt/ckpt.h"
+#include "store/input.h"
 #include "store/manifest.h"
 #include "train/products.h"
 
@@ -136,6 +137,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     s->nranks = qs_comm_nranks(comm);
     s->per_host = qs_comm_per_host(comm);
     QS_TRY(qs_watchdog_start(&s->watchdog, config->train.stall_limit, comm));
+    QS_TRY(qs_input_expect("base", config->base, QS_INPUT_BASE, comm));
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
@@ -188,6 +190,8 @@ static bool has_file(const char *dir, const char *name)
 
 static qs_status read_adapter(qs_session *s, const char *path)
 {
+    struct stat info;
+    QS_TRY(qs_input_expect_here("--adapter", path, "name a PEFT directory, a checkpoint or a run"));
     if (has_file(path, "adapter_config.json")) {
         return read_peft(s, path);
     }
@@ -196,7 +200,9 @@ static qs_status read_adapter(qs_session *s, const char *path)
     }
     int64_t step = -1;
     int count = 0;
-    QS_TRY(qs_manifest_list(path, &step, 1, &count));
+    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) { /* what is a file, cannot be listed */
+        QS_TRY(qs_manifest_list(path, &step, 1, &count));
+    }
     if (count == 0) {
         return QS_FAIL(QS_ERR_INPUT_MISSING,
                        "%s: neither a PEFT directory (adapter_config.json), nor a checkpoint "

@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/timer.h"
+#include "store/input.h"
 #include "train/forecast.h"
 #include "train/gathers.h"
 #include "train/run_impl.h"
@@ -42,8 +43,10 @@ static qs_status open_inputs(qs_run *r)
     r->config.device = r->session.config.device; /* what auto stands for: recorded */
     r->config.cpu.gemm = r->session.config.cpu.gemm;
     const int64_t vocab = r->session.index->config.vocab;
+    QS_TRY(qs_input_expect("data.train", cfg->data_train, QS_INPUT_DATA, r->comm));
     QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
     if (cfg->data_eval[0] != '\0') {
+        QS_TRY(qs_input_expect("data.eval", cfg->data_eval, QS_INPUT_DATA, r->comm));
         QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
         QS_TRY(qs_data_check_hashes(r->eval_data, r->comm));
     }

@@ -39,12 +39,18 @@ def case(*values):
     CASES.append(Case(*values))
 
 
-def not_a_file(command, name, empty=301, ranks=None, says=None):
-    """Whatever can stand in a file's place. `says`: the line where it is missing does not name it."""
-    case(command, f"{name} is missing", to.gone(name), 300, says or name, ranks)
+def missing(key, name):
+    """The line on a file that a key or an option names and that is not there."""
+    return rf"{key}: {name}: not in /.*/[^/]* \(paths start .*; (qshard|--base|name)"
+
+
+def not_a_file(command, name, empty=301, ranks=None, says=None, key=None):
+    """Whatever can stand in a file's place. `says`: the line where it is missing does not name it; `key`: what names it."""
+    opened = f"{key}: {name}" if key else name
+    case(command, f"{name} is missing", to.gone(name), 300, missing(key, name) if key else says or name, ranks)
     case(command, f"{name} is a directory", to.directory(name), 301, f"{name}: is (not a plain file|a folder)", ranks)
     case(command, f"{name} is a pipe", to.fifo(name), 301, f"{name}: is not a plain file", ranks)
     case(command, f"{name} is a device", to.endless(name), 301, f"{name}: is not a plain file")
-    case(command, f"{name} is a link to itself", to.link_loop(name), 300, f"{name}: .*symbolic links")
-    case(command, f"{name} is a link to nothing", to.link(name, "nowhere"), 300, name)
+    case(command, f"{name} is a link to itself", to.link_loop(name), 300, f"{opened}: .*symbolic links")
+    case(command, f"{name} is a link to nothing", to.link(name, "nowhere"), 300, f"{opened}: is a link" if key else name)
     case(command, f"{name} is empty", to.empty(name), empty, name, ranks)

@@ -2,14 +2,14 @@
 import numpy as np
 
 from hostile import changes as to
-from hostile.case import BASE, DATA, DEEP, HTML, INF_F32, NAN_F32, YAML, case, not_a_file
+from hostile.case import BASE, DATA, DEEP, HTML, INF_F32, NAN_F32, YAML, case, missing, not_a_file
 from hostile.changes import GONE
 
 # ---- PEFT adapter: eval, lora.init, merge, inspect, check ----
 
 SETTINGS, LORA = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 B_OF = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-case("eval adapter", "adapter is missing", to.gone("adapter"), 300, "adapter", 2)
+case("eval adapter", "adapter is missing", to.gone("adapter"), 300, missing("--adapter", "adapter"), 2)
 case("eval adapter", "adapter is an empty directory", to.directory("adapter"), 300, "adapter", 2)
 case("eval adapter", "adapter is a file", to.put("adapter", b"x"), 300, "adapter")
 
@@ -250,6 +250,8 @@ case("train", "output is a link to nothing", to.link("out", "nowhere"), 204, "ou
 case("quantize", "output is there", to.put("out.h5", b"mine"), 204, "out.h5", 2)
 case("quantize", "output is a link to nothing", to.link("out.h5", "nowhere"), 204, "out.h5")
 case("merge run", "base of another model", OTHER_BASE, 304, f"{STEP}: was trained on a base with hash")
+case("merge run", "base is missing", to.gone(BASE), 300, missing("base", BASE))
+case("merge adapter", "base is missing", to.gone(BASE), 300, missing("--base", BASE))
 for kind, name in (("shard", RANK0), ("data", DATA), ("base", BASE)):
     case(f"inspect {kind}", "no format", to.attribute(name, "format", GONE), 301, name)
     case(f"inspect {kind}", "an unknown format", to.attribute(name, "format", "qshard-x"), 301, f"{name}: .*qshard-x")

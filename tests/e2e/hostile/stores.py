@@ -5,7 +5,7 @@ import h5py
 import numpy as np
 
 from hostile import changes as to
-from hostile.case import BASE, DATA, DEEP, HTML, INF_BF16, INT64, LFS, NAN_BF16, case, not_a_file
+from hostile.case import BASE, DATA, DEEP, HTML, INF_BF16, INT64, LFS, NAN_BF16, case, missing, not_a_file
 from hostile.changes import GONE
 
 
@@ -57,7 +57,7 @@ def outside(name):
 
 # ---- base.h5: train, eval, sample, merge, inspect, check ----
 
-not_a_file("train", BASE, ranks=2)
+not_a_file("train", BASE, ranks=2, key="base")
 for command in ("eval", "inspect base", "check base", "merge adapter"):
     case(command, "base.h5 is cut off", to.cut(BASE, 0.7), 301, BASE)
     case(command, "base.h5 is a pipe", to.fifo(BASE), 301, BASE)
@@ -167,13 +167,16 @@ case("train", "base has a user block", to.of_content(BASE, lambda data: bytes(51
 
 # ---- token files: train, eval, sample, inspect, check ----
 
-not_a_file("train", DATA, ranks=2)
+not_a_file("train", DATA, ranks=2, key="data.train")
 for command in ("inspect data", "check data"):
     case(command, "train.h5 is cut off", to.cut(DATA, 0.7), 301, DATA)
     case(command, "train.h5 is a pipe", to.fifo(DATA), 301, DATA)
     case(command, "train.h5 is HTML", to.put(DATA, HTML), 301, DATA)
 case("train", "data.train is the base", to.both(to.gone(DATA), to.copied(BASE, DATA)), 301, f"{DATA}: .*qshard-base", 2)
-case("train", "data.eval is missing", to.gone("eval.h5"), 300, "eval.h5", 2)
+for command, ranks in (("train", 2), ("eval", None)):
+    case(command, "data.eval is missing", to.gone("eval.h5"), 300, missing("data.eval", "eval.h5"), ranks)
+for command in ("eval", "sample"):
+    case(command, "base is missing", to.gone(BASE), 300, missing("base", BASE), 2)
 case("eval", "data.eval is cut off", to.cut("eval.h5", 0.5), 301, "eval.h5", 2)
 case("eval", "data.eval is a pipe", to.fifo("eval.h5"), 301, "eval.h5")
 for key, value, code in (("format", "qshard-dada", 301), ("format_version", 2, 303), ("vocab_size", 0, 302),
@@ -229,7 +232,7 @@ for what, change, code, says in (("is of 256 KiB and a byte", template(b"x" * ((
                                  ("has no hash", to.attribute(DATA, "template_sha256", GONE), 301, "template_sha256"),
                                  ("has a long hash", to.attribute(DATA, "template_sha256", "0" * 500), 301, "template_sha256")):
     case("train", f"data chat template {what}", change, code, f"{DATA}: .*{says}")
-case("sample", "prompts are missing", to.gone("prompts.h5"), 300, "prompts.h5", 2)
+case("sample", "prompts are missing", to.gone("prompts.h5"), 300, missing("--prompts", "prompts.h5"), 2)
 case("sample", "prompts are cut off", to.cut("prompts.h5", 0.5), 301, "prompts.h5", 2)
 case("sample", "prompts are a pipe", to.fifo("prompts.h5"), 301, "prompts.h5")
 case("sample", "prompts have a falling decode table", to.values("prompts.h5", "decode_offsets", 3, INT64 - 1), 302,
