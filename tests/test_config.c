@@ -690,6 +690,36 @@ Test(config, every_flag_of_fsdp_qlora_is_answered)
     cr_assert_geq(qs_key_find("seed"), 0);
 }
 
+/* Known keys, written so that YAML or the reader takes them for others. */
+Test(config, known_keys_in_another_shape_are_told_how_to_write_them)
+{
+    static const struct {
+        const char *text, *says;
+    } cases[] = {
+        {B "data.train: t.h5\n",
+         "run.yaml:2: unknown key \"data.train\"; write it as a section: data: {train: ...}"},
+        {B "optim.lr: 1e-4\n", "; write it as a section: optim: {lr: ...}"},
+        {B "optim.learning_rate: 1e-4\n", "; did you mean \"optim.lr\"?"},
+        {B "data: {train:train.h5}\n", "; a blank is missing behind \"train:\""},
+        {B "data: {train:/some/where/with/dots.and/a/path/of/more/than/eighty/letters/in/all/to"
+           "/train.h5}\n",
+         "is no key; a colon is followed by a blank"},
+        {B "train:{steps: 5}\n", "; a blank is missing behind \"train:\""},
+        {"{base:b.h5, output: x}\n", "; a blank is missing behind \"base:\""},
+        {B "data:\n  train:t.h5\n", "with a blank behind each colon"},
+        {B "output:run\n", "followed by a colon and a blank"},
+        {B "output:run\ntrain: {steps: 1}\n", "followed by a colon and a blank"},
+        {"base:b.h5\n", "with a blank behind the colon"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        qs_config c;
+        qs_error_clear();
+        cr_assert_neq(parse(&c, cases[i].text), QS_OK, "%s", cases[i].text);
+        cr_assert_not_null(strstr(qs_error_text(), cases[i].says), "%s: %s", cases[i].text,
+                           qs_error_text());
+    }
+}
+
 /* Nobody who gives a value means a section. */
 Test(config, a_section_is_never_suggested_for_a_value)
 {

@@ -645,8 +645,26 @@ static bool nearest_section(const char *name, int least, char *section, size_t c
     return found;
 }
 
+/* Known, and yet not found where it stands: a key with a dot at the top level, or a colon that the
+ * value follows without a blank. */
+static bool misspelled(const char *name, char *out, size_t capacity)
+{
+    const char *colon = strchr(name, ':'), *dot = strchr(name, '.');
+    if (colon != NULL) {
+        const char *key = dot != NULL && dot < colon ? dot + 1 : name;
+        snprintf(out, capacity, "a blank is missing behind \"%.*s:\"", (int)(colon - key), key);
+    } else if (qs_key_find(name) >= 0 && dot != NULL) {
+        snprintf(out, capacity, "write it as a section: %.*s: {%s: ...}", (int)(dot - name), name,
+                 dot + 1);
+    }
+    return colon != NULL || (qs_key_find(name) >= 0 && dot != NULL);
+}
+
 void qs_key_hint(const char *name, bool holds_keys, char *out, size_t capacity)
 {
+    if (misspelled(name, out, capacity)) {
+        return;
+    }
     int least = 0;
     char section[64] = "";
     const char *says = remark_on(last_part(name));

@@ -26,11 +26,14 @@ static qs_status syntax_error(reader *r)
         return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the YAML parser", r->path);
     }
     const char *problem = p->problem != NULL ? p->problem : "unreadable";
-    const bool tab = strstr(problem, "cannot start any token") != NULL; /* the usual one */
+    const char *remedy = ""; /* of the two usual ones */
+    if (strstr(problem, "cannot start any token") != NULL) {
+        remedy = "; indent with spaces, not with tabs, and quote what begins with @, ` or %";
+    } else if (strstr(problem, "could not find expected ':'") != NULL) {
+        remedy = "; a key is followed by a colon and a blank, here or in the line above";
+    }
     return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s:%zu: not valid YAML: %s%s", r->path,
-                   p->problem_mark.line + 1, problem,
-                   tab ? "; indent with spaces, not with tabs, and quote what begins with @, ` or %"
-                       : "");
+                   p->problem_mark.line + 1, problem, remedy);
 }
 
 /* Step to the next event and refuse what no configuration needs. */
@@ -153,7 +156,8 @@ static qs_status key_name(reader *r, const char *section, char *name, size_t cap
     const char *text = (const char *)r->event.data.scalar.value;
     size_t length = r->event.data.scalar.length;
     if (length > 80 || memchr(text, '\0', length)) {
-        return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: \"%.40s...\" is no key", r->where, text);
+        return QS_FAIL(QS_ERR_CONFIG_KEY, "%s: \"%.40s...\" is no key%s", r->where, text,
+                       memchr(text, ':', length) != NULL ? "; a colon is followed by a blank" : "");
     }
     snprintf(name, capacity, "%s%s%s", section, section[0] ? "." : "", text);
     return QS_OK;
@@ -169,8 +173,10 @@ static qs_status read_section(reader *r, const char *section)
     snprintf(r->sections[r->n_sections++], sizeof r->sections[0], "%.31s", section);
     QS_TRY(next(r));
     if (r->event.type != YAML_MAPPING_START_EVENT) {
-        return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s is a section; write %s: {key: value, ...}",
-                       r->where, section, section);
+        return QS_FAIL(
+            QS_ERR_CONFIG_VALUE,
+            "%s: %s is a section; write %s: {key: value, ...}, with a blank behind each colon",
+            r->where, section, section);
     }
     QS_TRY(next(r));
     while (r->event.type != YAML_MAPPING_END_EVENT) {
@@ -189,7 +195,7 @@ static qs_status read_document(reader *r)
     QS_TRY(next(r));
     QS_TRY(expect(r, YAML_DOCUMENT_START_EVENT, "keys (the file is empty)"));
     QS_TRY(next(r));
-    QS_TRY(expect(r, YAML_MAPPING_START_EVENT, "key: value lines"));
+    QS_TRY(expect(r, YAML_MAPPING_START_EVENT, "key: value lines, with a blank behind the colon"));
     QS_TRY(next(r));
     while (r->event.type != YAML_MAPPING_END_EVENT) {
         char name[160];
