@@ -720,6 +720,30 @@ Test(config, known_keys_in_another_shape_are_told_how_to_write_them)
     }
 }
 
+Test(config, another_trainers_value_is_told_what_there_is)
+{
+    for (int i = 0; i < qs_other_values_count; i++) {
+        const qs_other_value *row = &qs_other_values[i];
+        char set[96], expected[160];
+        const char *sets[] = {set};
+        qs_config c;
+        cr_assert_geq(qs_key_find(row->key), 0, "%s", row->key);
+        snprintf(set, sizeof set, "%s=%s", row->key, row->theirs);
+        snprintf(expected, sizeof expected, "--set: %s: \"%s\" %s; allowed: ", row->key,
+                 row->theirs, row->says);
+        qs_error_clear();
+        cr_assert_eq(qs_config_parse(&c, B, strlen(B), "run.yaml", sets, 1), QS_ERR_CONFIG_VALUE);
+        cr_assert(strncmp(qs_error_text(), expected, strlen(expected)) == 0, "%s: %s", set,
+                  qs_error_text());
+    }
+    const char *paged[] = {"optim.name=paged_adamw_32bit"};
+    qs_config c;
+    qs_error_clear();
+    cr_assert_eq(qs_config_parse(&c, B, strlen(B), "run.yaml", paged, 1), QS_ERR_CONFIG_VALUE);
+    cr_assert_not_null(strstr(qs_error_text(), "adamw keeps its state in fp32"), "%s",
+                       qs_error_text());
+}
+
 /* Nobody who gives a value means a section. */
 Test(config, a_section_is_never_suggested_for_a_value)
 {
@@ -738,7 +762,14 @@ Test(config, a_section_is_never_suggested_for_a_value)
         {"sample_packing=True", "qshard-prep --pack"},
         {"group_by_length=True", "qshard-prep --pack"},
         {"load_best_model_at_end=True", "qshard export RUN --best"},
-        {"early_stopping_patience=3", "qshard export RUN --best"},
+        {"early_stopping_patience=3", "--best of export, merge, eval and sample"},
+        {"train.early_stopping=True", "the checkpoint of the lowest eval_loss"},
+        {"patience=3", "the checkpoint of the lowest eval_loss"},
+        {"gradient_accumulation_steps=4",
+         "unknown key; train.global_batch = train.micro_batch x ranks x accumulation"},
+        {"train.gradient_accumulation=4", "train.global_batch = train.micro_batch x ranks"},
+        {"neftune_noise_alpha=5", "nothing is added to embeddings"},
+        {"lora.bias=none", "only linears of layers get adapters"},
         {"train.stesp=3", "did you mean \"train.steps\"?"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

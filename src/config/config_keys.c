@@ -429,7 +429,6 @@ const qs_other_name qs_other_names[] = {
     {"max_steps", "train.steps"},
     {"num_epochs", "train.epochs"},
     {"num_train_epochs", "train.epochs"},
-    {"gradient_accumulation_steps", "train.global_batch"},
     {"batch_size", "train.micro_batch"},
     {"micro_batch_size", "train.micro_batch"},
     {"per_device_train_batch_size", "train.micro_batch"},
@@ -485,6 +484,11 @@ static const char arithmetic[] = "the device chooses: cpu.gemm on a CPU, bf16 wi
                                  "GPU, where train.residual_fp32 keeps the residual stream in fp32";
 static const char keeps_best[] =
     "the checkpoint of the lowest eval_loss stays in any case; qshard export RUN --best takes it";
+static const char no_early_end[] =
+    "a run goes to its end; --best of export, merge, eval and sample takes the checkpoint of the "
+    "lowest eval_loss";
+static const char accumulation[] =
+    "train.global_batch = train.micro_batch x ranks x accumulation, and may stay as ranks change";
 static const char packing[] = "rows are never padded; qshard-prep --pack packs them";
 static const char prepared[] = "the data are prepared before: see qshard-prep --help";
 static const char profiling[] = "--trace FILE, --profile-steps A:B; --dry-run says the memory";
@@ -527,10 +531,13 @@ const qs_other_remark qs_other_remarks[] = {
     {"load_best_model_at_end", keeps_best},
     {"metric_for_best_model", keeps_best},
     {"greater_is_better", keeps_best},
-    {"early_stopping_patience",
-     "a run goes to its end; its best checkpoint stays: qshard export RUN --best"},
-    {"early_stopping_threshold",
-     "a run goes to its end; its best checkpoint stays: qshard export RUN --best"},
+    {"early_stopping", no_early_end},
+    {"early_stopping_patience", no_early_end},
+    {"early_stopping_threshold", no_early_end},
+    {"patience", no_early_end},
+    {"gradient_accumulation", accumulation},
+    {"gradient_accumulation_steps", accumulation},
+    {"neftune_noise_alpha", "nothing is added to embeddings; lora.dropout is there"},
     {"resume_from_checkpoint", "a run that is started again resumes; --resume must | never"},
     {"auto_resume_from_checkpoints", "a run that is started again resumes; --resume must | never"},
     {"profile", profiling},
@@ -567,6 +574,7 @@ const qs_other_remark qs_other_remarks[] = {
     {"modules_to_save", frozen},
     {"lora_modules_to_save", frozen},
     {"lora_bias", frozen},
+    {"bias", frozen},
     {"layers_to_transform", "all layers have the same adapters; lora.targets says on what"},
     {"layers_pattern", "all layers have the same adapters; lora.targets says on what"},
     {"rank_pattern", "all layers have the same adapters; lora.rank is that of each"},
@@ -577,6 +585,23 @@ const qs_other_remark qs_other_remarks[] = {
     {"torch_compile", "it is compiled already"},
 };
 const int qs_other_remarks_count = (int)(sizeof qs_other_remarks / sizeof *qs_other_remarks);
+
+static const char sharded_adamw[] =
+    "is not there; adamw keeps its state in fp32, shared out over the ranks";
+
+/* What they call values of ours, and what is here. */
+const qs_other_value qs_other_values[] = {
+    {"optim.name", "adamw_8bit", sharded_adamw},
+    {"optim.name", "adamw_bnb_8bit", sharded_adamw},
+    {"optim.name", "adamw_hf", sharded_adamw},
+    {"optim.name", "adamw_torch", sharded_adamw},
+    {"optim.name", "adamw_torch_fused", sharded_adamw},
+    {"optim.name", "paged_adamw", sharded_adamw},
+    {"optim.name", "paged_adamw_8bit", sharded_adamw},
+    {"optim.name", "paged_adamw_32bit", sharded_adamw},
+    {"optim.schedule", "constant_with_warmup", "is constant here, with optim.warmup"},
+};
+const int qs_other_values_count = (int)(sizeof qs_other_values / sizeof *qs_other_values);
 
 static const char *ours_of(const char *theirs)
 {

@@ -53,6 +53,13 @@ typedef struct {
 extern const qs_other_remark qs_other_remarks[];
 extern const int qs_other_remarks_count;
 
+/** What another trainer calls a value of `key`, and how the message goes on behind it. */
+typedef struct {
+    const char *key, *theirs, *says;
+} qs_other_value;
+extern const qs_other_value qs_other_values[];
+extern const int qs_other_values_count;
+
 /** A value as it stood in the file or after `--set`: one scalar or a flat list. */
 typedef struct {
     bool list;

@@ -271,6 +271,18 @@ static qs_status set_bool(qs_config *cfg, const qs_key *key, const char *text, c
     return QS_OK;
 }
 
+/* Of a name that the key does not have. */
+static const char *why_unknown(const qs_key *key, const char *text)
+{
+    for (int i = 0; i < qs_other_values_count; i++) {
+        const qs_other_value *row = &qs_other_values[i];
+        if (strcmp(row->key, key->name) == 0 && strcmp(row->theirs, text) == 0) {
+            return row->says;
+        }
+    }
+    return "is not a known name";
+}
+
 static qs_status set_name(qs_config *cfg, const qs_key *key, const char *text, const char *where)
 {
     for (int i = 0; i < QS_KEY_NAMES_MAX && key->names[i]; i++) {
@@ -279,7 +291,7 @@ static qs_status set_name(qs_config *cfg, const qs_key *key, const char *text, c
             return QS_OK;
         }
     }
-    return refuse(key, where, text, "is not a known name");
+    return refuse(key, where, text, why_unknown(key, text));
 }
 
 /* Length of the UTF-8 sequence at `p` if a path may contain it, else 0: what YAML could not carry
