@@ -66,6 +66,22 @@ static const bad_call CALLS[] = {
     {"Train run.yaml", 2, "did you mean \"train\"?"},
     {"generate run.yaml", 2, "unknown command \"generate\"; see qshard --help"},
     {"train --config good.yaml", 2, "unknown option --config; --help lists"},
+    {"help trian", 2, "did you mean \"train\"?"},
+    {"train good.yaml --lr 1e-4", 2,
+     "unknown option --lr; settings go through --set optim.lr=1e-4\n"},
+    {"train good.yaml --lr=1e-4", 2, "through --set optim.lr=1e-4\n"},
+    {"train good.yaml --learning-rate 1e-4 --quiet", 2, "through --set optim.lr=1e-4\n"},
+    {"--quiet", 2, "unknown option --quiet"},
+    {"train good.yaml --optim.lr=1e-4", 2, "through --set optim.lr=1e-4\n"},
+    {"train good.yaml --seed", 2, "through --set seed=VALUE\n"},
+    {"train good.yaml --use_rslora --quiet", 2, "through --set lora.rslora=true\n"},
+    {"train good.yaml --bf16", 2, "unknown option --bf16; the device chooses"},
+    {"quantize model --lr 1e-4", 2, "unknown option --lr; --help lists"},
+    {"train good.yaml optim.lr=1e-4", 2,
+     "\"optim.lr=1e-4\": settings go through --set optim.lr=1e-4\n"},
+    {"train good.yaml lr=1e-4 seed=1 output=x train.steps=2", 2, "--set optim.lr=1e-4\n"},
+    {"train good.yaml other=1", 2, "\"other=1\" is one argument too many"},
+    {"train lr=1.yaml", 3, "lr=1.yaml: No such file"},
     {"--verison", 2, "--version"},
     {"-v", 2, "unknown option -v"},
     {"merge run", 2, "merge needs -o HF_DIR"},
@@ -235,6 +251,15 @@ Test(cli, help_and_version_go_to_standard_output)
     }
     cr_assert_eq(run("train --help"), 0);
     cr_assert_not_null(strstr(output, "train.gather_group"), "the keys: %s", output);
+    char *whole = strdup(output);
+    static const char *const same[] = {"train -h", "train run.yaml -h", "help train"};
+    for (size_t i = 0; i < 3; i++) {
+        cr_assert_eq(run(same[i]), 0, "%s", output);
+        cr_assert_str_eq(output, whole);
+    }
+    free(whole);
+    cr_assert_eq(run("-h"), 0);
+    cr_assert_not_null(strstr(output, "qshard-prep"), "%s", output);
     cr_assert_eq(run("--version"), 0);
     cr_assert(strncmp(output, "qshard ", 7) == 0 && strstr(output, "MPI") &&
                   strstr(output, "HDF5") && strstr(output, "kernels"),

@@ -66,11 +66,12 @@ const int qs_cli_exit_codes_count = (int)(sizeof qs_cli_exit_codes / sizeof *qs_
 static void print_help(void)
 {
     printf("Usage: qshard COMMAND [OPTION...]\n\n"
-           "QLoRA fine-tuning, sharded over MPI ranks. Commands:\n\n");
+           "QLoRA fine-tuning, sharded over MPI ranks. Token files to train on are made by\n"
+           "qshard-prep (qshard-prep --help). Commands:\n\n");
     for (int i = 0; i < COMMAND_COUNT; i++) {
         printf("  %-9s %s\n", qs_cli_commands[i].name, qs_cli_commands[i].summary);
     }
-    printf("\n  qshard COMMAND --help   options of a command\n"
+    printf("\n  qshard COMMAND --help   options of a command; or qshard help COMMAND\n"
            "  qshard --version        version and build\n\nExit codes:\n\n");
     for (int i = 0; i < qs_cli_exit_codes_count; i++) {
         printf("  %-9d %s\n", qs_cli_exit_codes[i].code, qs_cli_exit_codes[i].meaning);
@@ -106,6 +107,16 @@ static qs_status unknown_command(const char *name)
                : QS_FAIL(QS_ERR_USAGE, "unknown command \"%.64s\"; see qshard --help", name);
 }
 
+static const qs_cli_command *find_command(const char *name)
+{
+    for (int i = 0; i < COMMAND_COUNT; i++) {
+        if (strcmp(name, qs_cli_commands[i].name) == 0) {
+            return &qs_cli_commands[i];
+        }
+    }
+    return NULL;
+}
+
 /* What the first word asks for. */
 typedef struct {
     const qs_cli_command *command; /* NULL: `print` */
@@ -120,7 +131,12 @@ static qs_status understand(request *r, int argc, char **argv)
     if (!*first) {
         return QS_FAIL(QS_ERR_USAGE, "no command is given; see qshard --help");
     }
-    if (strcmp(first, "--help") == 0 || strcmp(first, "help") == 0) {
+    if (strcmp(first, "help") == 0 && argc > 2 && argv[2][0] != '-') {
+        r->command = find_command(argv[2]);
+        r->args.help = true;
+        return r->command != NULL ? QS_OK : unknown_command(argv[2]);
+    }
+    if (strcmp(first, "--help") == 0 || strcmp(first, "-h") == 0 || strcmp(first, "help") == 0) {
         r->print = print_help;
         return QS_OK;
     }
@@ -128,11 +144,9 @@ static qs_status understand(request *r, int argc, char **argv)
         r->print = print_version;
         return QS_OK;
     }
-    for (int i = 0; i < COMMAND_COUNT; i++) {
-        if (strcmp(first, qs_cli_commands[i].name) == 0) {
-            r->command = &qs_cli_commands[i];
-            return qs_cli_parse(r->command, argc - 1, argv + 1, &r->args);
-        }
+    r->command = find_command(first);
+    if (r->command != NULL) {
+        return qs_cli_parse(r->command, argc - 1, argv + 1, &r->args);
     }
     return first[0] == '-'
                ? QS_FAIL(QS_ERR_USAGE, "unknown option %.64s; did you mean --help or --version?",

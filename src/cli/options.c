@@ -6,11 +6,12 @@
 #include <string.h>
 
 #include "cli/cli_impl.h"
+#include "config/config_keys.h"
 #include "config/nearest.h"
 
 enum {
-    KEY_HELP = 256,
-    KEY_SET,
+    KEY_HELP = 'h',
+    KEY_SET = 256,
     KEY_ADAPTER,
     KEY_PROMPTS,
     KEY_TOKENS,
@@ -518,7 +519,40 @@ static const struct argp_option *find_option(const struct argp_option *options, 
     return matches == 1 ? found : NULL;
 }
 
-static qs_status unknown_option(const struct argp_option *options, const char *word, size_t length)
+static bool takes_keys(const struct argp_option *options)
+{
+    bool takes = false;
+    for (const struct argp_option *o = options; o->name; o++) {
+        takes = takes || o->key == KEY_SET;
+    }
+    return takes;
+}
+
+/* "--lr 1e-4": a key as most programs take it. `value`: behind the equals sign, or the next word;
+ * NULL: there is none. */
+static qs_status key_as_option(const char *name, const char *key, const char *value)
+{
+    const bool is_switch = qs_keys[qs_key_find(key)].type == QS_KEY_BOOL;
+    if (value == NULL || value[0] == '\0' || value[0] == '-') {
+        value = is_switch ? "true" : "VALUE";
+    }
+    return QS_FAIL(QS_ERR_USAGE, "unknown option --%s; settings go through --set %s=%.80s", name,
+                   key, value);
+}
+
+/* The key or remark that an option's name stands for, which others write with minus signs. */
+static const char *as_key(const char *name, const char *(*look)(const char *))
+{
+    char key[64];
+    snprintf(key, sizeof key, "%s", name);
+    for (char *c = key; *c != '\0'; c++) {
+        *c = *c == '-' ? '_' : *c;
+    }
+    return look(key);
+}
+
+static qs_status unknown_option(const struct argp_option *options, const char *word, size_t length,
+                                const char *next)
 {
     const char *names[32];
     int count = 0;
@@ -527,6 +561,14 @@ static qs_status unknown_option(const struct argp_option *options, const char *w
         names[count++] = o->name;
     }
     snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), word);
+    const char *key = takes_keys(options) ? as_key(name, qs_key_meant) : NULL;
+    const char *says = takes_keys(options) ? as_key(name, qs_key_remark) : NULL;
+    if (key != NULL) {
+        return key_as_option(name, key, word[length] == '=' ? word + length + 1 : next);
+    }
+    if (says != NULL) {
+        return QS_FAIL(QS_ERR_USAGE, "unknown option --%s; %s", name, says);
+    }
     const char *near = qs_nearest(name, names, count);
     return near != NULL
                ? QS_FAIL(QS_ERR_USAGE, "unknown option --%s; did you mean --%s?", name, near)
@@ -548,7 +590,7 @@ static qs_status check_word(const struct argp_option *options, const char *word,
         size_t length = strcspn(word + 2, "=");
         const struct argp_option *o = find_option(options, word + 2, length);
         if (!o) {
-            return unknown_option(options, word + 2, length);
+            return unknown_option(options, word + 2, length, next);
         }
         bool given = word[2 + length] == '=';
         if (given && !o->arg) {
@@ -559,15 +601,28 @@ static qs_status check_word(const struct argp_option *options, const char *word,
     }
     for (const struct argp_option *o = options; o->name; o++) {
         if (o->key == word[1]) {
-            *skip = !word[2];
+            *skip = o->arg && !word[2];
             return *skip && !next ? needs_value(word) : QS_OK;
         }
     }
     return QS_FAIL(QS_ERR_USAGE, "unknown option %.64s; options are written --name", word);
 }
 
+/* "train run.yaml optim.lr=1e-4"; a first argument of that form is the name of a file. */
+static qs_status check_argument(const struct argp_option *options, const char *word)
+{
+    char name[64];
+    const size_t length = strcspn(word, "=");
+    snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), word);
+    const char *key = word[length] == '=' && takes_keys(options) ? qs_key_meant(name) : NULL;
+    return key == NULL ? QS_OK
+                       : QS_FAIL(QS_ERR_USAGE, "\"%.80s\": settings go through --set %s=%.80s",
+                                 word, key, word + length + 1);
+}
+
 static qs_status check_words(const struct argp_option *options, int argc, char **argv)
 {
+    bool first = true;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--") == 0) {
             break;
@@ -575,6 +630,9 @@ static qs_status check_words(const struct argp_option *options, int argc, char *
         bool skip = false;
         if (argv[i][0] == '-' && argv[i][1]) {
             QS_TRY(check_word(options, argv[i], argv[i + 1], &skip));
+        } else {
+            QS_TRY(first ? QS_OK : check_argument(options, argv[i]));
+            first = false;
         }
         i += skip;
     }

@@ -623,6 +623,27 @@ static const char *remark_on(const char *theirs)
     return NULL;
 }
 
+const char *qs_key_meant(const char *name)
+{
+    const char *found = ours_of(last_part(name));
+    int matches = 0;
+    if (qs_key_find(name) >= 0) {
+        return qs_keys[qs_key_find(name)].name;
+    }
+    for (int i = 0; i < qs_keys_count && found == NULL && strchr(name, '.') == NULL; i++) {
+        matches += strcmp(last_part(qs_keys[i].name), name) == 0;
+    }
+    for (int i = 0; i < qs_keys_count && found == NULL && matches == 1; i++) {
+        found = strcmp(last_part(qs_keys[i].name), name) == 0 ? qs_keys[i].name : NULL;
+    }
+    return found;
+}
+
+const char *qs_key_remark(const char *name)
+{
+    return remark_on(last_part(name));
+}
+
 /* The key that `name` is a typing error of, NULL if none is near. A key written at the wrong level
  * ("steps" for "train.steps") is found too: comparing the last parts alone costs 1. What counts as
  * near follows from the last part, as a section that is right says nothing of it. */

@@ -76,6 +76,13 @@ int qs_key_find(const char *name);
 /** True if some key is called `name`.something. */
 bool qs_key_is_section(const char *name);
 
+/** The key that `name` says without its section, or in another trainer's word; NULL: none, or
+ * several. */
+const char *qs_key_meant(const char *name);
+
+/** What does here what another trainer calls `name`; NULL: nothing is known. */
+const char *qs_key_remark(const char *name);
+
 /** Room for any hint. */
 enum { QS_KEY_HINT_MAX = 160 };
 
