@@ -86,8 +86,8 @@ mf_adapter mf_make_adapter(const qs_hf_config *model, uint32_t targets, bool rsl
 
 void mf_write_adapter(const char *dir, const mf_adapter *a)
 {
-    cr_assert_eq(qs_peft_write(dir, &a->layout, &a->config, "m", NULL, a->vector), QS_OK, "%s",
-                 qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &a->layout, &a->config, "m", NULL, NULL, a->vector), QS_OK,
+                 "%s", qs_error_text());
 }
 
 void mf_make_usual(void)

@@ -59,7 +59,7 @@ Test(peft, directory_reads_back_bit_by_bit_for_every_choice_of_linears)
         char dir[192], name[16];
         snprintf(name, sizeof name, "adapter%zu/", k);
         path_in(dir, name);
-        cr_assert_eq(qs_peft_write(dir, &l, &c, "org/\"model\"", NULL, x), QS_OK, "%s",
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "org/\"model\"", NULL, NULL, x), QS_OK, "%s",
                      qs_error_text());
         char card[256];
         void *text = NULL;
@@ -118,7 +118,7 @@ Test(peft, fused_linears_have_adapters_of_their_own)
     cr_assert_str_eq(name, "base_model.model.model.layers.2.mlp.gate_up_proj.lora_B.weight");
     float *x = random_vector(&l), *segment = malloc((size_t)l.per_layer * sizeof *segment);
     path_in(dir, "fused");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_OK, "%s", qs_error_text());
     qs_config_defaults(&found);
     cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
     cr_assert_eq(qs_lora_layout_make(&again, &m, &found), QS_OK, "%s", qs_error_text());
@@ -152,7 +152,7 @@ Test(peft, a_text_part_is_named_as_in_the_whole_model)
     void *text = NULL;
     size_t bytes = 0;
     path_in(dir, "part");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_OK, "%s", qs_error_text());
     qs_st_dir *tensors = NULL;
     cr_assert_eq(qs_st_open(&tensors, dir, "adapter_model"), QS_OK);
     cr_assert_eq(qs_st_count(tensors), 12);
@@ -225,7 +225,7 @@ Test(peft, names_are_read_in_one_spelling_whatever_it_is)
                  cases[i].b);
         const qs_st_item items[] = {{names[0], QS_F32, 2, {8, 96}, x + l.a_at[QS_Q]},
                                     {names[1], QS_F32, 2, {96, 8}, x + l.b_at[QS_Q]}};
-        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_OK, "%s", qs_error_text());
         snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
         cr_assert_eq(qs_st_write(path, items, 2, NULL), QS_OK, "%s", qs_error_text());
         if (cases[i].status != QS_OK) {
@@ -286,7 +286,7 @@ Test(peft, a_chat_template_stands_beside_the_weights)
         size_t bytes = 0;
         snprintf(name, sizeof name, "adapter%d", i);
         path_in(dir, name);
-        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", templates[i], x), QS_OK, "%s",
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, templates[i], x), QS_OK, "%s",
                      qs_error_text());
         snprintf(file, sizeof file, "%s/chat_template.jinja", dir);
         cr_assert_eq(access(file, F_OK) == 0, i == 0);
@@ -299,6 +299,34 @@ Test(peft, a_chat_template_stands_beside_the_weights)
     free(x);
 }
 
+/* What is no hash, is not written: it would be refused when it is read. */
+Test(peft, base_is_named_in_a_file_of_its_own_and_another_is_refused)
+{
+    static const char one[] = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    static const char other[] = "f123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    static const char *const given[] = {one, NULL, "aa", ""};
+    qs_config c = config(1);
+    qs_lora_layout l = layout_of(&c);
+    float *x = random_vector(&l);
+    for (int i = 0; i < 4; i++) {
+        char dir[192], file[256], name[16], found[QS_SHA256_HEX];
+        snprintf(name, sizeof name, "adapter%d", i);
+        path_in(dir, name);
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", given[i], NULL, x), QS_OK, "%s",
+                     qs_error_text());
+        snprintf(file, sizeof file, "%s/qshard.json", dir);
+        cr_assert_eq(access(file, F_OK) == 0, i == 0);
+        cr_assert_eq(qs_peft_read_base(dir, found), QS_OK, "%s", qs_error_text());
+        cr_assert_str_eq(found, i == 0 ? one : "");
+        cr_assert_eq(qs_peft_expect_base(dir, one, "b.h5"), QS_OK);
+        cr_assert_eq(qs_peft_expect_base(dir, other, "b.h5"), i == 0 ? QS_ERR_INPUT_HASH : QS_OK);
+    }
+    cr_assert_not_null(strstr(qs_error_text(), "was trained on a base with hash 0123456789ab..., "
+                                               "b.h5 has f123456789ab..."),
+                       "%s", qs_error_text());
+    free(x);
+}
+
 Test(peft, existing_directory_is_never_overwritten)
 {
     qs_config c = config(1);
@@ -307,11 +335,11 @@ Test(peft, existing_directory_is_never_overwritten)
     char dir[192];
     path_in(dir, "taken");
     cr_assert_eq(mkdir(dir, 0777), 0);
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_ERR_OUTPUT_TAKEN);
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_ERR_OUTPUT_TAKEN);
     cr_assert_eq(rmdir(dir), 0, "nothing was put into it");
     qs_error_clear();
     path_in(dir, "missing/adapter");
-    cr_assert_eq(qs_exit_code(qs_peft_write(dir, &l, &c, "m", NULL, x)), 4);
+    cr_assert_eq(qs_exit_code(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x)), 4);
     free(x);
 }
 
@@ -342,7 +370,7 @@ Test(peft, magnitudes_are_written_as_peft_names_them)
     float *x = random_vector(&l);
     char dir[192];
     path_in(dir, "dora");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_OK, "%s", qs_error_text());
     qs_st_dir *tensors = NULL;
     cr_assert_eq(qs_st_open(&tensors, dir, "adapter_model"), QS_OK);
     cr_assert_eq(qs_st_count(tensors), 9);
@@ -498,7 +526,7 @@ Test(peft, targets_are_those_of_the_tensors_however_they_were_named)
         char dir[192], name[16];
         snprintf(name, sizeof name, "form%zu", i);
         path_in(dir, name);
-        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_OK, "%s", qs_error_text());
         change_settings(dir, old, forms[i]);
         qs_config_defaults(&found);
         cr_assert_eq(qs_peft_settings(dir, &found), QS_OK, "%s", qs_error_text());
@@ -587,7 +615,7 @@ Test(peft, layers_that_differ_and_other_modules_are_named)
     float *x = random_vector(&l);
     char dir[192], other[192];
     path_in(dir, "whole");
-    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, x), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_peft_write(dir, &l, &c, "m", NULL, NULL, x), QS_OK, "%s", qs_error_text());
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char name[16];
         snprintf(name, sizeof name, "case%zu", i);

@@ -166,7 +166,8 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     const bool named = choose_base_name(args, &cfg, &from, base_name, sizeof base_name);
     qs_status st = qs_ckpt_read_origin(step_dir, &trained);
     if (st == QS_OK) {
-        st = qs_peft_write(args->output, &layout, &cfg, base_name, trained.chat_template, vector);
+        st = qs_peft_write(args->output, &layout, &cfg, base_name, trained.base_sha256,
+                           trained.chat_template, vector);
     }
     const bool with_template = trained.chat_template != NULL;
     free(trained.chat_template);

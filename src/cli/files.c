@@ -122,7 +122,9 @@ static qs_status check_run(const char *path)
 static qs_status check_adapter(const char *path)
 {
     qs_peft_config config;
+    char base_sha256[QS_SHA256_HEX];
     QS_TRY(qs_peft_config_read(&config, path));
+    QS_TRY(qs_peft_read_base(path, base_sha256));
     return check_tensors(path, "adapter_model");
 }
 
@@ -250,14 +252,19 @@ static qs_status inspect_adapter(const char *path)
     qs_peft_config config;
     bool targeted[QS_LINEAR_COUNT];
     uint32_t targets = 0;
+    char base_sha256[QS_SHA256_HEX];
     QS_TRY(qs_peft_config_read(&config, path));
     QS_TRY(qs_peft_targets(path, &targets));
+    QS_TRY(qs_peft_read_base(path, base_sha256));
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         targeted[i] = targets >> i & 1;
     }
     printf("%s: PEFT adapter%s\n  rank        %" PRId64 "\n  alpha       %g%s\n", path,
            config.dora ? ", DoRA" : "", config.lora_rank, config.alpha,
            config.rslora ? " (rslora)" : "");
+    if (base_sha256[0] != '\0') {
+        printf("  base        trained on the one with hashes_sha256 %s\n", base_sha256);
+    }
     print_targets(targeted);
     return describe_tensors(path, "adapter_model", NULL);
 }

@@ -121,11 +121,20 @@ qs_status qs_peft_settings(const char *dir, qs_config *cfg);
 qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment);
 void qs_peft_close(qs_peft *peft);
 
-/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. `chat_template` goes
- * into a file beside it; NULL: none. A temporary directory, read back, renamed.
- * QS_ERR_OUTPUT_TAKEN if DIR exists. */
+/** The file beside an adapter that says which base it was trained on. */
+#define QS_PEFT_ORIGIN_NAME "qshard.json"
+
+/** Refuse an adapter that says that it was trained on another base than `base`, whose
+ * hashes_sha256 is given; one that does not say it is taken. \return QS_ERR_INPUT_HASH. */
+qs_status qs_peft_expect_base(const char *dir, const char *base_sha256, const char *base);
+
+/** Write a PEFT adapter directory: `vector` [n_layers * per_layer] complete. `base_sha256`:
+ * hashes_sha256 of the base that it was trained on; NULL: not known. `chat_template` goes into a
+ * file beside it; NULL: none. A temporary directory, read back, renamed. QS_ERR_OUTPUT_TAKEN if DIR
+ * exists. */
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
-                        const char *base_name, const char *chat_template, const float *vector);
+                        const char *base_name, const char *base_sha256, const char *chat_template,
+                        const float *vector);
 
 /** Write any LoRA-shaped vector as one safetensors file with PEFT names (train --dump-grads),
  * marked with `mark` (qs_st_write). */

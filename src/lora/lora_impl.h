@@ -3,6 +3,7 @@
 #define QS_LORA_LORA_IMPL_H
 
 #include "lora/lora.h"
+#include "store/hash.h"
 
 /** What adapter_config.json says, as far as it matters here. */
 typedef struct {
@@ -25,6 +26,15 @@ char *qs_peft_config_text(const qs_config *cfg, const qs_lora_layout *layout,
 
 /** Read and parse DIR/adapter_config.json. */
 qs_status qs_peft_config_read(qs_peft_config *out, const char *dir);
+
+/** The text of qshard.json; caller frees. NULL without memory. */
+char *qs_peft_origin_text(const char *base_sha256);
+
+/** Whether a text has the form of a hash: what else is recorded of a base, is left out. */
+bool qs_peft_is_hash(const char *text);
+
+/** hashes_sha256 of the base that DIR/qshard.json names; "" where there is no such file. */
+qs_status qs_peft_read_base(const char *dir, char out[QS_SHA256_HEX]);
 
 /** The linears (bit per qs_linear) of which DIR/adapter_model.safetensors has tensors. \return
  * QS_ERR_INPUT_TENSOR naming a tensor of anything else, or the first layer that differs. */

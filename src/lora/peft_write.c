@@ -117,7 +117,8 @@ static char *model_card(const qs_config *cfg, qs_peft_naming naming, const char 
 /* ---- the directory ---- */
 
 static qs_status write_files(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
-                             const char *base_name, const char *chat_template, const float *vector)
+                             const char *base_name, const char *base_sha256,
+                             const char *chat_template, const float *vector)
 {
     char path[PATH_ROOM + 32];
     snprintf(path, sizeof path, "%s/adapter_model.safetensors", dir);
@@ -130,6 +131,12 @@ static qs_status write_files(const char *dir, const qs_lora_layout *layout, cons
     st = write_text(dir, "README.md", text);
     free(text);
     QS_TRY(st);
+    if (base_sha256 != NULL && qs_peft_is_hash(base_sha256)) {
+        text = qs_peft_origin_text(base_sha256);
+        st = write_text(dir, QS_PEFT_ORIGIN_NAME, text);
+        free(text);
+        QS_TRY(st);
+    }
     return chat_template ? write_text(dir, QS_CHAT_TEMPLATE_NAME, chat_template) : QS_OK;
 }
 
@@ -165,7 +172,8 @@ static void parent_of(char *out, size_t capacity, const char *path)
 }
 
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
-                        const char *base_name, const char *chat_template, const float *vector)
+                        const char *base_name, const char *base_sha256, const char *chat_template,
+                        const float *vector)
 {
     char place[QS_PATH_MAX], temp[PATH_ROOM], parent[QS_PATH_MAX];
     size_t length = strlen(dir);
@@ -186,7 +194,8 @@ qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_
     qs_temp_remove_stale(place, NULL);
     qs_temp_guard(temp);
     qs_status st = qs_io_mkdir(temp);
-    st = st == QS_OK ? write_files(temp, layout, cfg, base_name, chat_template, vector) : st;
+    st = st == QS_OK ? write_files(temp, layout, cfg, base_name, base_sha256, chat_template, vector)
+                     : st;
     st = st == QS_OK ? read_back(temp, layout, vector) : st;
     st = st == QS_OK ? qs_io_fsync_dir(temp) : st;
     st = st == QS_OK ? qs_io_rename(temp, place) : st;

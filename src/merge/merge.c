@@ -63,7 +63,8 @@ static qs_status open_adapter(qs_merge_job *job)
         memset(&settings, 0, sizeof settings);
         QS_TRY(qs_peft_settings(o->adapter, &settings));
         QS_TRY(qs_lora_layout_make(&job->layout, &job->index->config, &settings));
-        return qs_peft_open(&job->peft, o->adapter, &job->layout);
+        QS_TRY(qs_peft_open(&job->peft, o->adapter, &job->layout));
+        return qs_peft_expect_base(o->adapter, job->index->hashes_sha256, o->base);
     }
     job->layout = *o->layout;
     QS_TRY(qs_lora_layout_check(&job->layout, &job->index->config, o->adapter, o->base));

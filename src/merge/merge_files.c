@@ -12,6 +12,7 @@
 #include "hf/hf_text_part.h"
 #include "hf/json.h"
 #include "merge/merge_impl.h"
+#include "store/hash.h"
 #include "store/io.h"
 
 enum {
@@ -139,6 +140,46 @@ static bool is_source(const qs_merge_job *job, const char *dir)
     return same;
 }
 
+/* Whether tokenizer.json in `dir` is the one that quantize saw, where both are known. Two models of
+ * one shape have the same config.json. */
+static bool has_own_tokenizer(const qs_merge_job *job, const char *dir)
+{
+    const char *known = job->index->tokenizer_sha256;
+    char path[PATH_ROOM], found[QS_SHA256_HEX] = "";
+    void *text = NULL;
+    size_t bytes = 0;
+    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
+    if (known[0] != '\0' && access(path, F_OK) == 0 &&
+        qs_io_read_file(path, QS_CHAT_FILE_MAX, &text, &bytes) == QS_OK) {
+        qs_sha256_hex(text, bytes, found);
+    }
+    qs_error_clear(); /* one that cannot be read, copying it says */
+    free(text);
+    return found[0] == '\0' || strcmp(found, known) == 0;
+}
+
+/* Where the model's files are copied from; NULL: the checkpoint that the base was made from is not
+ * there any more. */
+static const char *companions_dir(const qs_merge_job *job)
+{
+    const char *given = job->options->original, *source = job->index->source_path;
+    if (given != NULL && !has_own_tokenizer(job, given)) {
+        qs_log_warn("%s: its tokenizer.json is not the one beside which the base was made; it is "
+                    "copied as it is",
+                    given);
+    }
+    if (given != NULL || !is_source(job, source)) {
+        return given;
+    }
+    if (has_own_tokenizer(job, source)) {
+        return source;
+    }
+    qs_log_warn("%s: its tokenizer.json is not the one beside which the base was made, so it holds "
+                "another model now, and nothing is copied from there",
+                source);
+    return NULL;
+}
+
 static void note(char *list, size_t capacity, const char *name)
 {
     size_t used = strlen(list);
@@ -264,10 +305,7 @@ qs_status qs_merge_copy_companions(const qs_merge_job *job, const char *dir,
                                         "chat_template.jinja",
                                         "chat_template.json",
                                         "generation_config.json"};
-    const char *from = job->options->original, *chat_template = NULL;
-    if (from == NULL && is_source(job, job->index->source_path)) {
-        from = job->index->source_path;
-    }
+    const char *from = companions_dir(job), *chat_template = NULL;
     snprintf(report->source, sizeof report->source, "%s", from != NULL ? from : "");
     QS_TRY(choose_template(job, from, &chat_template));
     if (chat_template != NULL) {

@@ -5,7 +5,17 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "hf/safetensors.h"
+#include "store/input.h"
 #include "train/run_impl.h"
+
+static qs_status open_init(const qs_run *r, qs_peft **peft)
+{
+    const qs_base_index *base = r->session.index;
+    const char *dir = r->cfg->lora.init;
+    QS_TRY(qs_input_expect_here("lora.init", dir, "name a PEFT directory"));
+    QS_TRY(qs_peft_open(peft, dir, &r->session.layout));
+    return qs_peft_expect_base(dir, base->hashes_sha256, base->path);
+}
 
 /* This rank's share of a PEFT directory, which rank 0 reads layer by layer. */
 static qs_status init_from_adapter(qs_run *r)
@@ -19,7 +29,7 @@ static qs_status init_from_adapter(qs_run *r)
     float *segment = NULL;
     st = QS_ALLOC(&segment, layout->per_layer, QS_MEM_WORK);
     if (st == QS_OK && r->rank == 0) {
-        st = qs_peft_open(&peft, r->cfg->lora.init, layout);
+        st = open_init(r, &peft);
     }
     QS_GOTO(qs_comm_agree(r->comm, st));
     for (int l = 0; l < layout->n_layers; l++) {
@@ -49,7 +59,7 @@ qs_status qs_run_check_init(const qs_run *r)
     if (r->cfg->lora.init[0] == '\0' || r->rank != 0) {
         return QS_OK;
     }
-    const qs_status st = qs_peft_open(&peft, r->cfg->lora.init, &r->session.layout);
+    const qs_status st = open_init(r, &peft);
     qs_peft_close(peft);
     return st;
 }

@@ -157,6 +157,7 @@ static qs_status read_peft(qs_session *s, const char *dir)
     QS_TRY(qs_lora_layout_make(&s->layout, &s->index->config, &s->config));
     QS_TRY(QS_ALLOC(&s->adapter, s->layout.n_layers * s->layout.per_layer, QS_MEM_LORA));
     QS_GOTO(qs_peft_open(&peft, dir, &s->layout));
+    QS_GOTO(qs_peft_expect_base(dir, s->index->hashes_sha256, s->index->path));
     for (int l = 0; l < s->layout.n_layers; l++) {
         QS_GOTO(qs_peft_read_layer(peft, l, s->adapter + (int64_t)l * s->layout.per_layer));
     }

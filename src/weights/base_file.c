@@ -240,7 +240,8 @@ qs_status qs_base_expect(const qs_base_index *index, const char *trained, const 
                ? QS_OK
                : QS_FAIL(QS_ERR_INPUT_HASH,
                          "%s: was trained on a base with hash %.12s..., %s has %.12s...; give the "
-                         "run's own base, or qshard export the adapter and take that",
+                         "run's own base, or qshard export the adapter, and take that without its "
+                         "qshard.json",
                          name, trained, index->path, index->hashes_sha256);
 }
 

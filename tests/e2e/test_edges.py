@@ -111,18 +111,29 @@ class Refused(Case):
                         self.refused(self.command("eval", "--adapter", adapter), ranks, 3, output)
 
     def test_checkpoint_of_another_base(self):
-        """Of the same shape, so that only its hash tells; an exported adapter carries none, and is taken."""
+        """Of the same shape, so that only its hash tells; an exported adapter carries it in a file of its own."""
         base, output = support.base_of("--seed", "7"), self.path("base")
         support.train(output, train__steps=1, train__eval_every=0)
         support.qshard("export", output, "-o", output + "-peft")
-        for adapter in (output, os.path.join(output, "step-00000001")):
+        says = (base, "was trained on a base with hash")
+        for adapter in (output, os.path.join(output, "step-00000001"), output + "-peft"):
             for ranks in (None, 2):
                 with self.subTest(adapter=os.path.basename(adapter), ranks=ranks):
-                    self.refused(self.command("eval", "--adapter", adapter, base=base), ranks, 3, base, "was trained on a base with hash")
+                    self.refused(self.command("eval", "--adapter", adapter, base=base), ranks, 3, *says)
+        adapter = output + "-peft"
+        for ranks in (None, 2):
+            self.refused(self.command("train", base=base, lora__init=adapter), ranks, 3, *says)
+        self.refused(self.command("train", "--dry-run", base=base, lora__init=adapter), 2, 3, *says)
+        self.refused(("merge", adapter, "-o", self.path("merged"), "--base", base), None, 3, *says)
+        self.assertFalse(os.path.exists(self.path("run")) or os.path.exists(self.path("merged")))
+        self.assertIn("eval_loss", support.qshard(*self.command("eval", "--adapter", adapter)).stdout)
+        self.refused(self.command("train", lora__init=self.path("nowhere")), 2, 3, f"lora.init: {self.path('nowhere')}: is not there")
         self.refused(self.command("sample", "--adapter", output, "--prompts", os.path.join(support.tiny(), "eval.h5"), "--tokens", 2,
                                   base=base), None, 3,
                      base, "was trained on a base with hash")
-        self.assertIn("eval_loss", support.qshard(*self.command("eval", "--adapter", output + "-peft", base=base)).stdout)
+        os.remove(os.path.join(adapter, "qshard.json"))  # as of before it was written, or of peft's own
+        self.assertIn("eval_loss", support.qshard(*self.command("eval", "--adapter", adapter, base=base)).stdout)
+        support.qshard("merge", adapter, "-o", self.path("merged"), "--base", base)
 
     def test_samples_beyond_the_positions(self):
         """Prompts and --tokens together, as every token computes the whole text again; a run on longer sequences has more of them."""

@@ -73,6 +73,30 @@ class Merge(unittest.TestCase):
         done = support.qshard("merge", self.trained, "-o", self.merged, "--base", f"{support.tiny()}/base.h5", expect=2)
         self.assertIn("error[E204]", done.stderr)
 
+    def test_the_tokenizer_of_another_model_is_left(self):
+        """In the folder that the base was made from stands another model of one shape by now."""
+        folder = support.scratch()
+        model, base = os.path.join(folder, "model"), os.path.join(folder, "base.h5")
+        shutil.copytree(os.path.join(support.tiny(), "model"), model)
+        support.qshard("quantize", model, "-o", base, "--head-chunk-rows", "128")
+
+        def merge(name, *options):
+            done = support.qshard("merge", self.trained, "-o", os.path.join(folder, name), "--base", base, *options)
+            return done.stderr, os.path.exists(os.path.join(folder, name, "tokenizer.json")), done.stdout
+
+        said, copied, _ = merge("same")
+        self.assertTrue(copied)
+        self.assertNotIn("warning", said)
+        with open(f"{model}/tokenizer.json", "a", encoding="utf-8") as file:
+            file.write("\n")
+        said, copied, printed = merge("other")
+        self.assertFalse(copied or os.path.exists(f"{folder}/other/tokenizer_config.json"))
+        self.assertIn(f"{model}: its tokenizer.json is not the one beside which the base was made, so it holds another model", said)
+        self.assertIn("copy the tokenizer's files by hand", printed)
+        said, copied, _ = merge("given", "--original", model)
+        self.assertTrue(copied)
+        self.assertIn("it is copied as it is", said)
+
 
 def content(*names):
     """Of a file; None where there is none."""

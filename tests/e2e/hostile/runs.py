@@ -57,6 +57,20 @@ for command, ranks in (("eval adapter", 2), ("init", 2), ("merge adapter", None)
     case(command, "adapter has a transposed tensor", to.changed_tensor(LORA, B_OF, shape=(16, 96)), 305,
          f"adapter: .*{B_OF}")
     case(command, "adapter has a tensor of I32", to.changed_tensor(LORA, B_OF, dtype="I32"), 303, f"adapter: .*{B_OF}")
+ORIGIN = "adapter/qshard.json"
+for command, ranks in (("eval adapter", 2), ("init", None), ("merge adapter", None), ("check adapter", None), ("inspect adapter", None)):
+    for what, change, code, says in (("is a directory", to.directory(ORIGIN), 301, "plain file"),
+                                     ("is a pipe", to.fifo(ORIGIN), 301, "plain file"),
+                                     ("is cut off", to.cut(ORIGIN, 0.5), 301, "not valid JSON"),
+                                     ("is nested 100000 deep", to.put(ORIGIN, DEEP), 302, "bytes"),
+                                     ("is a list", to.put(ORIGIN, b"[]"), 302, "base_sha256"),
+                                     ("has a key twice", to.twice(ORIGIN, "base_sha256"), 301, "duplicate"),
+                                     ("names a number", to.field(ORIGIN, "base_sha256", 7), 302, "base_sha256"),
+                                     ("names no hash", to.field(ORIGIN, "base_sha256", "\x1b[2J" * 16), 302, "base_sha256")):
+        case(command, f"qshard.json {what}", change, code, f"{ORIGIN}: .*{says}", ranks)
+for command, ranks in (("eval adapter", 2), ("init", 2), ("merge adapter", None)):
+    case(command, "adapter of another base", to.field(ORIGIN, "base_sha256", "0" * 64), 304, "adapter: was trained on a base with hash 0+",
+         ranks)
 TEMPLATE = "adapter/chat_template.jinja"
 for what, change, code, says in (("is a directory", to.directory(TEMPLATE), 301, "plain file"),
                                  ("is a pipe", to.fifo(TEMPLATE), 301, "plain file"),

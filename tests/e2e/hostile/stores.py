@@ -153,7 +153,8 @@ for value, word in ((np.nan, "NaN"), (np.inf, "infinity")):
     case("train", f"base {word} in a map", to.values(BASE, "maps", (0, 3), value), 302, f"{BASE}: .*map", 2)
     signed = to.signed_base(to.values(BASE, "units/layers.1/absmax32", (-1, 0), value))
     for command, ranks in (("train", 2), ("eval", None), ("check base", None), ("merge adapter", None)):
-        case(command, f"base {word} in absmax32, hashed anew", signed, 302, f"{BASE}: .*layers.1.*absmax32", ranks)
+        taken = to.both(signed, to.gone("adapter/qshard.json")) if command == "merge adapter" else signed  # which names the base
+        case(command, f"base {word} in absmax32, hashed anew", taken, 302, f"{BASE}: .*layers.1.*absmax32", ranks)
 case("train", "base NaN in a norm, hashed anew", to.signed_base(to.values(BASE, "units/layers.0/small", slice(2, 4),
                                                                           list(NAN_BF16))), 302,
      f"{BASE}: .*layers.0.*layernorm", 2)
