@@ -172,6 +172,26 @@ Test(status, clear_and_adopt_replace_the_record)
     cr_assert_str_eq(qs_error_text(), "new");
 }
 
+Test(status, names_in_the_record_are_replaced)
+{
+    static const struct {
+        const char *text, *from, *to, *expected;
+    } rows[] = {{"a.tmp-7/b: x", "a.tmp-7", "a", "a/b: x"},
+                {"a.tmp-7/b.tmp-7", ".tmp-7", "", "a/b"},
+                {"nothing of it", ".tmp-7", "", "nothing of it"},
+                {".tmp-7", ".tmp-7", "", ""},
+                {"xxxx", "xx", "x", "xx"},
+                {"x", "x", "longer", "x"},
+                {"x", "", "", "x"}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qs_error_clear();
+        (void)QS_FAIL(QS_ERR_IO, "%s", rows[i].text);
+        qs_error_rename(rows[i].from, rows[i].to);
+        cr_assert_str_eq(qs_error_text(), rows[i].expected, "%s", rows[i].text);
+    }
+    qs_error_clear();
+}
+
 static void *fail_in_thread(void *text)
 {
     (void)QS_FAIL(QS_ERR_IO, "in a thread");

@@ -139,7 +139,7 @@ static const bad_call CALLS[] = {
     {"doctor now", 2, "one argument too many"},
     {"doctor --fix", 2, "unknown option --fix"},
     {"train nowhere.yaml", 3, "nowhere.yaml"},
-    {"train empty", 3, "empty"},
+    {"train empty", 3, "empty: is a folder; name a YAML file"},
     {"train nul.yaml", 2, "NUL"},
     {"train good.yaml --set train.stps=1", 2, "did you mean \"train.steps\"?"},
     {"train good.yaml --set train.steps", 2, "expected key=value"},
@@ -366,6 +366,58 @@ Test(cli, export_writes_the_newest_or_the_named_checkpoint)
     cr_assert_not_null(strstr(output, "newest: exists already"), "%s", output);
     cr_assert_null(strstr(output, "warning"), "nothing was written, so nothing records a path: %s",
                    output);
+}
+
+/* The newest one has a good manifest, so that it is taken for the newest that there is. */
+Test(cli, a_damaged_checkpoint_leads_to_the_newest_good_one)
+{
+    static const char *const commands[] = {"export run -o x", "merge run -o x",
+                                           "export run/step-00000002 -o x"};
+    qs_lora_layout layout;
+    make_run(&layout);
+    cr_assert_eq(truncate("run/step-00000002/rank-00000.h5", 3000), 0);
+    for (size_t i = 0; i < 3; i++) {
+        cr_assert_eq(run(commands[i]), 3, "%s", output);
+        cr_assert_eq(program_error_lines(output), 1, "%s", output);
+        cr_assert_not_null(strstr(output, "] run/step-00000002/"), "%s", output);
+        cr_assert_eq(strstr(output, "; run/step-00000001 verifies: name that one\n") != NULL, i < 2,
+                     "%s", output);
+    }
+    cr_assert_eq(truncate("run/step-00000001/rank-00000.h5", 3000), 0);
+    cr_assert_eq(run("export run -o x"), 3, "%s", output);
+    cr_assert_null(strstr(output, "verifies"), "%s", output);
+}
+
+Test(cli, a_run_in_place_of_a_configuration_leads_to_its_own)
+{
+    qs_lora_layout layout;
+    make_run(&layout);
+    cr_assert_eq(run("eval run"), 3, "%s", output);
+    cr_assert_not_null(
+        strstr(output, "run: is a folder; the configuration in it is run/config.yaml\n"), "%s",
+        output);
+}
+
+/* As it is asked for, and not where it is written at first. */
+Test(cli, errors_of_an_export_name_the_output)
+{
+    char prefix[2048], library[1024];
+    const char *asan = getenv("ASAN_OPTIONS");
+    qs_lora_layout layout;
+    make_run(&layout);
+    snprintf(library, sizeof library, "%s/tests/libiofault.so",
+             getenv("QSHARD_BINARY_DIR") ? getenv("QSHARD_BINARY_DIR") : ".");
+    if (access(library, R_OK) != 0) {
+        cr_skip_test("no %s", library);
+    }
+    snprintf(prefix, sizeof prefix,
+             "FAULT=io:3:EIO FAULT_PATH=/new ASAN_OPTIONS=%s:verify_asan_link_order=0 "
+             "LD_PRELOAD=%s",
+             asan ? asan : "", library);
+    cr_assert_eq(program_run(output, binaries, prefix, "export run -o new --base-name org/model"),
+                 4, "%s", output);
+    cr_assert_not_null(strstr(output, "error[E400] new/adapter_model.safetensors: "), "%s", output);
+    cr_assert_null(strstr(strstr(output, "error["), "tmp-"), "%s", output);
 }
 
 Test(cli, a_signal_leaves_nothing_of_an_export)

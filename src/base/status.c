@@ -56,6 +56,18 @@ qs_status qs_error_set(qs_status status, const char *file, int line, const char 
     return status;
 }
 
+void qs_error_rename(const char *from, const char *to)
+{
+    const size_t length = strlen(from), put = strlen(to);
+    if (length == 0 || put > length) {
+        return;
+    }
+    for (char *at = strstr(record.text, from); at != NULL; at = strstr(at + put, from)) {
+        memcpy(at, to, put);
+        memmove(at + put, at + length, strlen(at + length) + 1);
+    }
+}
+
 void qs_error_because(int error)
 {
     record.cause = record.status != QS_OK ? error : 0;

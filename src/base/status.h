@@ -68,6 +68,10 @@ qs_status qs_error_set(qs_status status, const char *file, int line, const char 
  * of the thread. */
 const char *qs_error_text(void);
 
+/** In this thread's record, write `to` for each `from`, which is not shorter: messages of work in a
+ * temporary place name the one that was asked for. */
+void qs_error_rename(const char *from, const char *to);
+
 /** Note the errno that the recorded error came from. */
 void qs_error_because(int error);
 

@@ -109,4 +109,8 @@ qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind);
  * one that its run.json calls so. */
 qs_status qs_cli_find_step(const char *path, bool best, char *out, size_t capacity);
 
+/** What reading checkpoint `step_dir`, which qs_cli_find_step found in `path`, has come to: where
+ * it is damaged and `path` is a run, the message names the newest one that verifies, too. */
+qs_status qs_cli_name_good_step(qs_status st, const char *path, const char *step_dir);
+
 #endif

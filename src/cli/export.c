@@ -158,7 +158,8 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     float *vector = NULL;
     qs_ckpt_origin trained;
     QS_TRY(qs_cli_find_step(args->words[0], args->best, step_dir, sizeof step_dir));
-    QS_TRY(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector));
+    QS_TRY(qs_cli_name_good_step(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector),
+                                 args->words[0], step_dir));
     if (args->fold_scaling) {
         fold_scaling(&cfg, &layout, vector);
     }

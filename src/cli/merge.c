@@ -60,7 +60,8 @@ static qs_status merge_checkpoint(qs_merge_options *o, const char *path, bool be
     qs_lora_layout layout;
     float *vector = NULL;
     QS_TRY(qs_cli_find_step(path, best, step_dir, sizeof step_dir));
-    QS_TRY(qs_ckpt_read_lora(step_dir, &config, &layout, &vector));
+    QS_TRY(qs_cli_name_good_step(qs_ckpt_read_lora(step_dir, &config, &layout, &vector), path,
+                                 step_dir));
     qs_status st = qs_ckpt_read_origin(step_dir, &origin);
     o->adapter = step_dir;
     o->chat_template = origin.chat_template;

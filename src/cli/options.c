@@ -90,9 +90,9 @@ const struct argp_option qs_cli_train_options[] = {
      "Write to a run directory whose writer is gone without a trace", 2},
     {"dry-run", KEY_DRY_RUN, NULL, 0, "Check everything, print the memory table, stop", 3},
     {"dump-grads", KEY_DUMP_GRADS, "FILE", 0,
-     "Write the gradients of the first step as safetensors, stop (default: train)", 4},
+     "Do not train: write the gradients of the first step as safetensors (default: a run)", 4},
     {"dump-order", KEY_DUMP_ORDER, "FILE", 0,
-     "Write the sequences of each step as text, stop (default: train)", 4},
+     "Do not train: write the sequences of each step as text (default: a run)", 4},
     SHARED_DEVICE,
     {"profile-steps", KEY_PROFILE_STEPS, "A:B", 0,
      "Let an attached profiler, or --trace, see step A to step B (default: no step; with --trace "

@@ -144,3 +144,48 @@ qs_status qs_cli_find_step(const char *path, bool best, char *out, size_t capaci
     qs_manifest_step_dir(out, capacity, path, step);
     return QS_OK;
 }
+
+/* The newest checkpoint of the run that verifies, other than `damaged`; "" if there is none. */
+static void find_good(const char *run, const char *damaged, char *out, size_t capacity)
+{
+    int64_t *steps = NULL;
+    int count = 0;
+    bool found = false;
+    if (qs_manifest_scan(run, &steps, &count) != QS_OK) {
+        count = 0;
+    }
+    for (int i = 0; i < count && !found; i++) {
+        qs_manifest m;
+        qs_manifest_step_dir(out, capacity, run, steps[i]);
+        if (strcmp(out, damaged) != 0 && qs_manifest_verify(out, &m) == QS_OK) {
+            qs_manifest_free(&m);
+            found = true;
+        }
+        qs_error_clear();
+    }
+    free(steps);
+    if (!found) {
+        out[0] = '\0';
+    }
+}
+
+qs_status qs_cli_name_good_step(qs_status st, const char *path, const char *step_dir)
+{
+    qs_path_kind kind;
+    char text[1024], good[QS_PATH_MAX + 64];
+    if (qs_exit_code(st) != qs_exit_code(QS_ERR_INPUT_HASH) || qs_manifest_undecided(st)) {
+        return st;
+    }
+    snprintf(text, sizeof text, "%s", qs_error_text());
+    qs_error_clear();
+    good[0] = '\0';
+    if (qs_cli_path_kind(path, &kind) == QS_OK && kind == QS_PATH_RUN) {
+        find_good(path, step_dir, good, sizeof good);
+    }
+    qs_error_clear();
+    if (good[0] != '\0') {
+        return QS_FAIL(st, "%s; %s verifies: name that one", text, good);
+    }
+    qs_error_adopt(st, text, false);
+    return st;
+}

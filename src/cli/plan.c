@@ -97,15 +97,23 @@ static void print_inputs(const plan *p)
            p->nranks, p->nranks == 1 ? "" : "s");
 }
 
+/* Two digits at least: slow networks have tenths. */
+static void print_rate(double gbps, const char *where)
+{
+    printf(gbps < 10 ? " %.2g GB/s %s" : " %.0f GB/s %s", gbps, where);
+}
+
 /* "16 x H100 (NVLink 4), 8 a node: 360 GB/s inside, 20 GB/s between nodes" */
 static void print_place(const plan *p, const qs_gpu_kind *gpu, const qs_links *links, int group)
 {
     printf("%d x %s (%s)", p->nranks, gpu->name, gpu->link);
     if (p->nranks > 1) {
-        printf(", %d a node: %.0f GB/s inside", local_nranks(p), links->in_node_gbps);
+        printf(", %d a node:", local_nranks(p));
+        print_rate(links->in_node_gbps, "inside");
     }
     if (p->nranks > p->per_node) {
-        printf(", %.0f GB/s between nodes", links->between_gbps);
+        printf(",");
+        print_rate(links->between_gbps, "between nodes");
     }
     if (group < p->nranks) {
         printf("; %d rank%s share%s a copy of the base", group, group == 1 ? "" : "s",

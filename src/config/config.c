@@ -280,6 +280,17 @@ done:
     return st;
 }
 
+/* A run directory most often, which holds what is wanted. */
+static qs_status refuse_folder(const char *path)
+{
+    char inside[QS_PATH_MAX + 16];
+    snprintf(inside, sizeof inside, "%.*s/config.yaml", QS_PATH_MAX, path);
+    return access(inside, F_OK) == 0
+               ? QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is a folder; the configuration in it is %s",
+                         path, inside)
+               : QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is a folder; name a YAML file", path);
+}
+
 /* The file, opened: a pipe must not make us wait. */
 static qs_status open_file(const char *path, FILE **out)
 {
@@ -292,6 +303,9 @@ static qs_status open_file(const char *path, FILE **out)
             (void)close(fd);
         }
         return st;
+    }
+    if (S_ISDIR(info.st_mode)) {
+        return refuse_folder(path);
     }
     return S_ISREG(info.st_mode) ? QS_OK
                                  : QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a plain file", path);

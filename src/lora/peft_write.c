@@ -201,7 +201,8 @@ qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_
     st = st == QS_OK ? qs_io_rename(temp, place) : st;
     st = st == QS_OK ? qs_io_fsync_dir(parent) : st;
     if (st != QS_OK) {
-        (void)qs_io_remove_dir(temp); /* the first error is the one to report */
+        (void)qs_io_remove_dir(temp);              /* the first error is the one to report */
+        qs_error_rename(temp + strlen(place), ""); /* of its files, too */
     }
     qs_temp_release();
     return st;

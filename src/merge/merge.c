@@ -371,7 +371,8 @@ qs_status qs_merge(const qs_merge_options *options, qs_merge_report *report)
     fill_report(&job, start, report);
 done:
     if (st != QS_OK && made) {
-        (void)remove_temp(&n); /* the first error is the one to report */
+        (void)remove_temp(&n);                         /* the first error is the one to report */
+        qs_error_rename(n.temp + strlen(n.place), ""); /* of its files, too */
     }
     qs_temp_release();
     cleanup(&job);

@@ -11,12 +11,14 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/timer.h"
 #include "store/input.h"
+#include "store/manifest.h"
 #include "train/forecast.h"
 #include "train/gathers.h"
 #include "train/run_impl.h"
@@ -202,6 +204,21 @@ static void tell_length(const qs_run *r)
                 r->cfg->data_train, data->n_tokens, qs_lora_count(&r->session.layout));
 }
 
+/* Of checkpoints that cannot be listed, whoever needs them says why. */
+static void say_finished(const qs_run *r)
+{
+    int64_t *steps = NULL;
+    int count = 1;
+    if (r->rank == 0 && qs_manifest_scan(r->cfg->output, &steps, &count) != QS_OK) {
+        qs_error_clear();
+        count = 1;
+    }
+    free(steps);
+    qs_log_end("%s: this run is finished; nothing to do%s", r->cfg->output,
+               count > 0 ? ""
+                         : ", and it holds no checkpoint any more: another output trains it again");
+}
+
 static qs_status run_all(qs_run *r)
 {
     QS_TRY(open_inputs(r));
@@ -221,7 +238,7 @@ static qs_status run_all(qs_run *r)
         QS_TRY(qs_run_dir_open(&r->run_dir, r->cfg, r->options->resume, r->options->takeover,
                                r->comm));
         if (r->run_dir.finished) {
-            qs_log_end("%s: this run is finished; nothing to do", r->cfg->output);
+            say_finished(r);
             return QS_OK;
         }
         QS_TRY(check_room(r));

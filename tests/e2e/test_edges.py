@@ -214,6 +214,19 @@ class Refused(Case):
         self.assertFalse(os.path.exists(self.path("run")), "a refused run leaves no directory")
 
 
+class Finished(Case):
+    def test_a_finished_run_without_checkpoints_says_so(self):
+        output = self.path("run")
+        support.train(output, train__steps=1, train__eval_every=0)
+        for ranks in (None, 2):
+            self.assertTrue(support.train(output, ranks=ranks, train__steps=1, train__eval_every=0).stderr.endswith(
+                f"{output}: this run is finished; nothing to do\n"))
+        shutil.rmtree(os.path.join(output, "step-00000001"))
+        for ranks in (None, 2):
+            self.assertTrue(support.train(output, ranks=ranks, train__steps=1, train__eval_every=0).stderr.endswith(
+                f"{output}: this run is finished; nothing to do, and it holds no checkpoint any more: another output trains it again\n"))
+
+
 class Exported(Case):
     """What an adapter says of its base when nobody names it."""
 

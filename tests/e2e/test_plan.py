@@ -166,6 +166,14 @@ class Auto(unittest.TestCase):
         self.assertNotIn("keep_decoded", plan("--gpu", "B200", memory__device_limit=limit, **settings).stdout)
 
 
+class Links(unittest.TestCase):
+    def test_slow_links_are_printed_with_two_digits(self):
+        for given, said in ((("450", "20"), "450 GB/s inside, 20 GB/s between nodes"), (("11", "0.11"), "11 GB/s inside, 0.11 GB/s between nodes"),
+                            (("9.94", "1"), "9.9 GB/s inside, 1 GB/s between nodes")):
+            words = [word for rate in given for word in ("--link", rate)]
+            self.assertIn(f"16 x H100 (NVLink 4), 8 a node: {said}", plan("--gpu", "H100", "--gpus", "16", *words, expect=None).stdout)
+
+
 class Forward(unittest.TestCase):
     """eval and sample are planned as training is: what they reach is what was planned, and what does not fit is not begun."""
 
