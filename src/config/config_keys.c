@@ -472,6 +472,9 @@ const qs_other_name qs_other_names[] = {
     {"sharding_strategy", "shard.group"},
     {"apply_gradient_clipping", "optim.clip"},
     {"per_device_eval_batch_size", "train.micro_batch"},
+    {"early_stopping", "train.patience"},
+    {"early_stopping_patience", "train.patience"},
+    {"patience", "train.patience"},
     {"eval_strategy", "train.eval_every"},
     {"evaluation_strategy", "train.eval_every"},
     {"save_strategy", "train.save_every"},
@@ -484,9 +487,6 @@ static const char arithmetic[] = "the device chooses: cpu.gemm on a CPU, bf16 wi
                                  "GPU, where train.residual_fp32 keeps the residual stream in fp32";
 static const char keeps_best[] =
     "the checkpoint of the lowest eval_loss stays in any case; qshard export RUN --best takes it";
-static const char no_early_end[] =
-    "a run goes to its end; --best of export, merge, eval and sample takes the checkpoint of the "
-    "lowest eval_loss";
 static const char accumulation[] =
     "train.global_batch = train.micro_batch x ranks x accumulation, and may stay as ranks change";
 static const char packing[] = "rows are never padded; qshard-prep --pack packs them";
@@ -494,7 +494,7 @@ static const char prepared[] = "the data are prepared before: see qshard-prep --
 static const char profiling[] = "--trace FILE, --profile-steps A:B; --dry-run says the memory";
 static const char launched[] = "the launcher says it: mpirun -np N, or srun";
 static const char logging[] =
-    "metrics.jsonl has every step; docs/parity.md sends it to W&B or TensorBoard";
+    "metrics.jsonl has every step; src/prep/qshard_log.py sends it to W&B or TensorBoard";
 static const char nf4[] = "the base is NF4 in any case, made by qshard quantize";
 static const char frozen[] = "only linears of layers get adapters, all else stays as it is";
 
@@ -531,10 +531,8 @@ const qs_other_remark qs_other_remarks[] = {
     {"load_best_model_at_end", keeps_best},
     {"metric_for_best_model", keeps_best},
     {"greater_is_better", keeps_best},
-    {"early_stopping", no_early_end},
-    {"early_stopping_patience", no_early_end},
-    {"early_stopping_threshold", no_early_end},
-    {"patience", no_early_end},
+    {"early_stopping_threshold",
+     "train.patience counts evaluations that are not below the lowest, by however little"},
     {"gradient_accumulation", accumulation},
     {"gradient_accumulation_steps", accumulation},
     {"neftune_noise_alpha", "nothing is added to embeddings; lora.dropout is there"},
