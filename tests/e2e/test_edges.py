@@ -137,7 +137,7 @@ class Refused(Case):
 
     def test_samples_beyond_the_positions(self):
         """Prompts and --tokens together, as every token computes the whole text again; a run on longer sequences has more of them."""
-        prompts, model = prepare(3, self.path("prompts.h5"), "--prompts"), support.base_of("--max-position", "40")
+        prompts, model = prepare(3, self.path("few.h5"), "--prompts"), support.base_of("--max-position", "40")
         with h5py.File(prompts, "r") as file:
             longest = int(np.diff(file["seq_offsets"][()]).max())
         self.assertLess(longest, 40)
