@@ -474,7 +474,6 @@ const qs_other_name qs_other_names[] = {
     {"per_device_eval_batch_size", "train.micro_batch"},
     {"early_stopping", "train.patience"},
     {"early_stopping_patience", "train.patience"},
-    {"patience", "train.patience"},
     {"eval_strategy", "train.eval_every"},
     {"evaluation_strategy", "train.eval_every"},
     {"save_strategy", "train.save_every"},
