@@ -205,7 +205,10 @@ static void print_whole_run(const plan *p, double step_s)
     const double seconds = (double)steps * step_s;
     const double unit_s = seconds >= 3600 ? 3600 : seconds >= 60 ? 60 : 1;
     printf("the run's %" PRId64 " steps take %.1f %s, without evaluations and checkpoints\n", steps,
-           seconds / unit_s, unit_s > 60 ? "hours" : unit_s > 1 ? "minutes" : "seconds");
+           seconds / unit_s,
+           unit_s > 60  ? "hours"
+           : unit_s > 1 ? "minutes"
+                        : "seconds");
 }
 
 static qs_status print_step(const plan *p, const qs_outlook_place *place, const qs_step_work *work)
