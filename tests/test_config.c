@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/rng.h"
+#include "config/config_hints.h"
 #include "config/config_keys.h"
 #include "config/nearest.h"
 #include "hf/hf_config.h"

@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "hf/json.h"
 #include "hf_config_text.h"
+#include "store/json.h"
 
 typedef struct {
     const char *type, *class_name, *extra, *named;

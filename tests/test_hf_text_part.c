@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "hf/hf_text_part.h"
-#include "hf/json.h"
 #include "store/io.h"
+#include "store/json.h"
 #include "tests/scratch.h"
 
 static char dir[SCRATCH_MAX];

@@ -7,7 +7,7 @@
 
 #include "ckpt/ckpt_impl.h"
 #include "hf/chat_template.h"
-#include "hf/json.h"
+#include "store/json.h"
 
 enum { LAYERS_MAX = 1000, FEATURES_MAX = 1 << 24 };
 

@@ -17,9 +17,9 @@
 
 #include "ckpt/ckpt_impl.h"
 #include "ckpt/run_lock.h"
-#include "hf/json.h"
 #include "qshard_version.h"
 #include "store/io.h"
+#include "store/json.h"
 #include "store/manifest.h"
 #include "store/temp.h"
 

@@ -25,8 +25,8 @@
 #include "base/proc.h"
 #include "base/timer.h"
 #include "config/config.h"
-#include "hf/json.h"
 #include "store/io.h"
+#include "store/json.h"
 
 enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64, OWNER_WAIT_S = 5, TEMP_TRIES = 5 };
 

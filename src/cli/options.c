@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "cli/cli_impl.h"
+#include "config/config_hints.h"
 #include "config/config_keys.h"
 #include "config/nearest.h"
 

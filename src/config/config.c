@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "config/config_hints.h"
 #include "config/config_keys.h"
 
 enum { FILE_MAX = 1 << 20, NAME_MAX_SHOWN = 80 };

@@ -39,27 +39,6 @@ typedef struct {
 extern const qs_key qs_keys[];
 extern const int qs_keys_count;
 
-/** A key by another trainer's name for it; for messages only. */
-typedef struct {
-    const char *theirs, *ours;
-} qs_other_name;
-extern const qs_other_name qs_other_names[];
-extern const int qs_other_names_count;
-
-/** What another trainer calls something that is no key here, and where it is. */
-typedef struct {
-    const char *theirs, *says;
-} qs_other_remark;
-extern const qs_other_remark qs_other_remarks[];
-extern const int qs_other_remarks_count;
-
-/** What another trainer calls a value of `key`, and how the message goes on behind it. */
-typedef struct {
-    const char *key, *theirs, *says;
-} qs_other_value;
-extern const qs_other_value qs_other_values[];
-extern const int qs_other_values_count;
-
 /** A value as it stood in the file or after `--set`: one scalar or a flat list. */
 typedef struct {
     bool list;
@@ -75,21 +54,6 @@ int qs_key_find(const char *name);
 
 /** True if some key is called `name`.something. */
 bool qs_key_is_section(const char *name);
-
-/** The key that `name` says without its section, or in another trainer's word; NULL: none, or
- * several. */
-const char *qs_key_meant(const char *name);
-
-/** What does here what another trainer calls `name`; NULL: nothing is known. */
-const char *qs_key_remark(const char *name);
-
-/** Room for any hint. */
-enum { QS_KEY_HINT_MAX = 160 };
-
-/** The end of the message for the unknown key `name`: the key that it was meant for, by its
- * spelling or by its name in other trainers, or what that is here, or else where all keys stand. A
- * section is meant only by what `holds_keys` itself. */
-void qs_key_hint(const char *name, bool holds_keys, char *out, size_t capacity);
 
 /** Check `value` against the key's row and store it. `where` ("run.yaml:7") opens the message. */
 qs_status qs_key_set(qs_config *cfg, const qs_key *key, const qs_value *value, const char *where);

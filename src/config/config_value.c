@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "config/config_hints.h"
 #include "config/config_keys.h"
 
 /* In the order of qs_linear, whose bit numbers they are. */

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <yaml.h>
 
+#include "config/config_hints.h"
 #include "config/config_keys.h"
 
 typedef struct {

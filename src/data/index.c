@@ -7,8 +7,8 @@
 #include "data/data.h"
 #include "data/data_impl.h"
 #include "hf/chat_template.h"
-#include "hf/json.h"
 #include "store/hash.h"
+#include "store/json.h"
 
 static qs_status get_ranged(qs_h5 *file, const char *name, int64_t low, int64_t high, int64_t *out)
 {

@@ -5,8 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "hf/json.h"
 #include "store/io.h"
+#include "store/json.h"
 
 #define KEY "chat_template"
 

@@ -4,7 +4,7 @@
 
 #include "hf/hf_arch.h"
 #include "hf/hf_config.h"
-#include "hf/json.h"
+#include "store/json.h"
 
 #define QS_HF_COUNT(array) (sizeof(array) / sizeof *(array))
 

@@ -12,9 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "hf/json.h"
 #include "hf/safetensors_impl.h"
 #include "store/io.h"
+#include "store/json.h"
 
 enum { MAX_NAME = 1024, MAX_TENSORS = 1000000, MAX_RANK = 8 };
 

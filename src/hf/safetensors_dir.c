@@ -14,10 +14,10 @@
 #include <unistd.h>
 
 #include "base/log.h"
-#include "hf/json.h"
 #include "hf/safetensors.h"
 #include "hf/safetensors_impl.h"
 #include "store/io.h"
+#include "store/json.h"
 
 enum { MAX_INDEX_BYTES = 64 << 20, MAX_FILES = 4096, CONVERT_ELEMS = 1 << 16 };
 

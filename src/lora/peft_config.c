@@ -7,9 +7,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "hf/json.h"
 #include "lora/lora_impl.h"
 #include "store/io.h"
+#include "store/json.h"
 
 enum { CONFIG_BYTES_MAX = 1 << 20 };
 

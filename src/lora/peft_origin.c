@@ -6,9 +6,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "hf/json.h"
 #include "lora/lora_impl.h"
 #include "store/io.h"
+#include "store/json.h"
 
 enum { ORIGIN_BYTES_MAX = 64 << 10 };
 

@@ -10,10 +10,10 @@
 #include "base/log.h"
 #include "hf/chat_template.h"
 #include "hf/hf_text_part.h"
-#include "hf/json.h"
 #include "merge/merge_impl.h"
 #include "store/hash.h"
 #include "store/io.h"
+#include "store/json.h"
 
 enum {
     PATH_ROOM = QS_PATH_MAX + 128,

@@ -354,7 +354,10 @@ qs_status qs_run_loop(qs_run *r)
                                      "checkpoints are complete",
                                      r->cfg->output, r->lines_lost));
     }
-    return qs_comm_agree(
-        r->comm,
-        stop && (r->unevaluated || (r->step < r->sampler.steps && !r->tired)) ? QS_REQUEUE : QS_OK);
+    const bool unfinished = r->unevaluated || (r->step < r->sampler.steps && !r->tired);
+    if (stop && unfinished) {
+        qs_log_end("%s: stopped behind step %" PRId64 " of %" PRId64 "; the same command goes on",
+                   r->cfg->output, r->step, r->sampler.steps);
+    }
+    return qs_comm_agree(r->comm, stop && unfinished ? QS_REQUEUE : QS_OK);
 }

@@ -8,8 +8,8 @@
 #include <string.h>
 
 #include "base/mem.h"
-#include "hf/json.h"
 #include "store/input.h"
+#include "store/json.h"
 #include "train/evaluate.h"
 #include "train/plan.h"
 #include "train/tokenizers.h"

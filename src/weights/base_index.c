@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "hf/hf_text_part.h"
-#include "hf/json.h"
+#include "store/json.h"
 #include "weights/base_impl.h"
 
 static const char *const kind_names[] = {

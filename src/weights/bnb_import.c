@@ -10,8 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "hf/json.h"
 #include "hf/safetensors_impl.h"
+#include "store/json.h"
 #include "weights/quantize_impl.h"
 
 enum { MAX_STATE_BYTES = 1 << 16, NAME = 512, PATH = 1024 };

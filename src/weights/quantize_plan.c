@@ -10,11 +10,11 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "hf/hf_text_part.h"
-#include "hf/json.h"
 #include "hf/safetensors_impl.h"
 #include "qshard_version.h"
 #include "store/hash.h"
 #include "store/io.h"
+#include "store/json.h"
 #include "weights/quantize.h"
 #include "weights/quantize_impl.h"
 

@@ -350,6 +350,11 @@ class Quiet(Case):
         self.assertEqual(done.stdout, "")
         self.assertRegex(done.stderr, r"\A[^\n]*run: this run is finished[^\n]*\n\Z")
 
+    def test_a_run_that_is_stopped(self):
+        done = support.train(self.path("stopped"), options=["--quiet"], expect=75, train__steps=3, train__max_time=1e-3)
+        self.assertEqual(done.stdout, "")
+        self.assertRegex(done.stderr, r"\A[^\n]*stopped: stopped behind step 1 of 3; the same command goes on\n\Z")
+
     def test_a_run_that_does_not_fit(self):
         done = self.refused(self.command("train", "--quiet", memory__device_limit="100K"), None, 7, "device_limit")
         self.assertEqual(done.stdout, "")

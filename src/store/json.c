@@ -3,7 +3,7 @@
  * Jansson already refuses NaN, Infinity, invalid UTF-8, text after the end, integers past 64 bits
  * and NUL in strings. It descends by recursion up to a depth of 2048, so the depth is counted
  * before it sees the text. */
-#include "hf/json.h"
+#include "store/json.h"
 
 #include <math.h>
 #include <string.h>

@@ -1,7 +1,7 @@
 /* Reading JSON that strangers wrote: Jansson with duplicate keys refused, depth and size limited,
  * and accessors that name file, key, value and range when they fail. */
-#ifndef QS_HF_JSON_H
-#define QS_HF_JSON_H
+#ifndef QS_STORE_JSON_H
+#define QS_STORE_JSON_H
 
 #include <jansson.h>
 #include <stdbool.h>
