@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,26 @@ def start(*arguments, ranks=None, threads=1, **more):
     """Starts the program in a session of its own, so that all its processes can be killed together."""
     return subprocess.Popen(command(arguments, ranks), env=environment(threads, **more), stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
+
+
+def ranks_of(process):
+    """Pids of the ranks that a started mpirun has made: each is in a process group of its own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def kill_all(process):
+    """The whole job at once, as when a machine loses power."""
+    for pid in [process.pid, *ranks_of(process)]:
+        kill(pid)
+    process.communicate()
 
 
 def python(script, *arguments):

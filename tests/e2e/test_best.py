@@ -10,7 +10,6 @@ import time
 import unittest
 
 import support
-from test_resume import kill_all
 
 # On answers that the model is not taught the loss falls with its first sums and then rises.
 STEPS = {"train__steps": 8, "train__save_every": 1, "train__eval_every": 1, "train__keep_last": 1, "optim__lr": 0.01,
@@ -186,7 +185,7 @@ class Best(unittest.TestCase):
             for _ in range(3):
                 process = support.start(*options, ranks=draw.randint(1, 4))
                 time.sleep(draw.uniform(0.1, self.run_s))
-                kill_all(process)
+                support.kill_all(process)
             support.qshard(*options, "--takeover", ranks=draw.randint(1, 4))
             with self.subTest(output=output):
                 self.as_reference(output)
@@ -201,7 +200,7 @@ class Best(unittest.TestCase):
                 self.assertIsNone(process.poll(), "the run ended before it could be killed")
                 time.sleep(0.002)
         finally:
-            kill_all(process)
+            support.kill_all(process)
         known = losses(output)
         before = {step: loss for step, loss in known.items() if step < max(known)}  # the last one's may not be noted yet
         self.assertIn(record(output)["step"], {min(some, key=some.get) for some in (known, before)})

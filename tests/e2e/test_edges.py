@@ -1,12 +1,10 @@
-"""Edges: uneven data, inputs that do not fit, a damaged file that one rank alone sees, signals, interrupted ends."""
+"""Edges: uneven data, inputs that do not fit, a damaged file that one rank alone sees."""
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import time
 import unittest
 
 import h5py
@@ -17,7 +15,6 @@ import support
 MODEL_SEED = 5
 BINARIES = os.path.dirname(support.QSHARD)
 MEMFAULT = os.path.join(BINARIES, "tests", "libmemfault.so")
-MPIFAULT = os.path.join(BINARIES, "tests", "libmpifault.so")
 
 
 def prepare(lines, output, *options):
@@ -432,150 +429,6 @@ class SameOutput(Case):
                     self.assertEqual(support.qshard(*command, ranks=ranks).stdout, printed[name])
         self.assertNotEqual(printed["base"], printed["adapter"])
         self.assertEqual(printed["sample"].count("--- continuation"), 2)
-
-
-class Interrupted(Case):
-    LONG = {"train__steps": 2000, "train__save_every": 0, "train__eval_every": 0}
-
-    def started(self, output, ranks, **more):
-        """A run that has done a few of its many steps."""
-        options = support.settings(support.tiny(), output, **{**self.LONG, **more})
-        process = support.start("train", support.TINY_YAML, *options, ranks=ranks)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.kill)
-        while not os.path.exists(os.path.join(output, "metrics.jsonl")) or len(support.metrics(output)) < 3:
-            self.assertIsNone(process.poll(), "the run ended before it could be stopped")
-            time.sleep(0.01)
-        return process
-
-    def saved(self, process, output):
-        text, _ = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, 75, text)
-        step = max(line["step"] for line in support.metrics(output))
-        self.assertLess(step, self.LONG["train__steps"])
-        support.qshard("check", os.path.join(output, f"step-{step:08d}"))
-        self.assertFalse(os.path.exists(os.path.join(output, "run.lock")))
-
-    def test_usr1_then_term(self):
-        """What a scheduler sends ahead of its time limit, to the processes themselves: the save is finished."""
-        output = self.path("alone")
-        process = self.started(output, None)
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
-            os.kill(process.pid, number)
-        self.saved(process, output)
-
-    def test_usr1_then_term_on_ranks(self):
-        output = self.path("ranks")
-        process = self.started(output, 2)
-        os.kill(process.pid, signal.SIGUSR1)  # mpirun forwards it
-        found = subprocess.run(["pgrep", "-P", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
-        self.assertEqual(len(found.stdout.split()), 2)
-        for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGTERM)
-        self.saved(process, output)
-
-    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
-    def test_a_signal_while_mpi_starts(self):
-        """As soon as the program has begun: it loads, does a step, saves and asks for another start."""
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            with self.subTest(signal=number.name):
-                output = self.path(f"early-{number.name}")
-                options = support.settings(support.tiny(), output, **self.LONG)
-                support.qshard("train", support.TINY_YAML, *options, ranks=2, expect=75,
-                               QSHARD_FAULT_SIGNAL=str(int(number)), **support.preload(MPIFAULT))
-                support.qshard("check", os.path.join(output, "step-00000001"))
-
-    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
-    def test_a_signal_before_an_evaluation_of_one_pass(self):
-        """It is done with that pass: nothing is left to another start."""
-        output = self.path("one-pass")
-        options = support.settings(support.tiny(), output, train__steps=1, train__eval_every=1, train__micro_batch=10)
-        support.qshard("train", support.TINY_YAML, *options, ranks=2,
-                       QSHARD_FAULT_SIGNAL=str(int(signal.SIGUSR1)), **support.preload(MPIFAULT))
-        self.assertEqual(len([line for line in support.metrics(output) if "eval_loss" in line]), 1)
-        self.assertIn("finished", support.qshard("train", support.TINY_YAML, *options).stderr)
-
-    def test_data_written_over(self):
-        """The run notices before it saves what it made of it; a file that was only touched is no news."""
-        for name, change, code in (("touched", False, 75), ("changed", True, 3)):
-            with self.subTest(name=name):
-                output, data = self.path(name), self.path(name + ".h5")
-                shutil.copy(os.path.join(support.tiny(), "train.h5"), data)
-                process = self.started(output, None, data__train=data)
-                with h5py.File(data, "r+") as file:
-                    tokens = file["tokens"][:]
-                    file["tokens"][:] = tokens[::-1] if change else tokens
-                os.utime(data)
-                os.kill(process.pid, signal.SIGTERM)
-                text, _ = process.communicate(timeout=120)
-                self.assertEqual(process.returncode, code, text)
-                saved = [entry for entry in os.listdir(output) if entry.startswith("step-")]
-                self.assertEqual(len(saved), not change)
-                if change:
-                    self.assertEqual(text.count("error["), 1, text)
-                    self.assertIn(f"error[E304] {data}: was changed while the run was reading it; put the old file", text)
-
-    def test_taken_over_while_it_lives(self):
-        """It notices before it writes again, and the run that took over goes on undisturbed."""
-        output = self.path("taken")
-        options = support.settings(support.tiny(), output, **{**self.LONG, "train__save_every": 50})
-        first = self.started(output, 2, train__save_every=50)
-        ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(first.pid), "-x", "qshard"], capture_output=True,
-                                                    text=True).stdout.split()]
-        for pid in ranks:
-            os.kill(pid, signal.SIGSTOP)
-        second = support.start("train", support.TINY_YAML, *options, "--takeover")
-        self.addCleanup(second.stdout.close)
-        self.addCleanup(second.kill)
-        lines = []
-        while "saved step" not in (lines[-1] if lines else ""):
-            lines.append(second.stdout.readline())
-            self.assertNotEqual(lines[-1], "", "".join(lines))
-        for pid in ranks:
-            os.kill(pid, signal.SIGCONT)
-        text, _ = first.communicate(timeout=120)
-        self.assertEqual(first.returncode, 2, text)
-        self.assertRegex(text, rf"(?m)^error\[E204\] {output}: process {second.pid} .*taken over")
-        self.assertEqual(text.count("error["), 1, text)
-        self.assertIsNone(second.poll())
-        second.send_signal(signal.SIGUSR1)
-        self.saved(second, output)
-        self.assertEqual([name for name in os.listdir(output) if "bad" in name or "tmp" in name], [])
-
-    def test_the_output_goes_away(self):
-        output = self.path("gone")
-        process = self.started(output, 2)
-        shutil.rmtree(output)
-        os.kill(process.pid, signal.SIGUSR1)
-        text, _ = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, 4, text)
-        self.assertRegex(text, rf"(?m)^error\[E400\] {output}.*No such file")
-        self.assertEqual(text.count("error["), 1, text)
-
-    def test_killed_between_the_last_save_and_the_end(self):
-        """The next start has no step to do, and its summary still knows the losses of the run."""
-        output = self.path("last")
-        settings = {"train__steps": 4, "train__save_every": 2, "train__eval_every": 2}
-        support.train(output, ranks=2, **settings)
-        summary = self.summary(output)
-        curve = support.curve(output)
-        with open(os.path.join(output, "run.json"), encoding="utf-8") as file:
-            run = json.load(file)
-        run["finished"] = False
-        with open(os.path.join(output, "run.json"), "w", encoding="utf-8") as file:
-            json.dump(run, file)
-        os.remove(os.path.join(output, "summary.csv"))
-        support.train(output, ranks=3, **settings)
-        again = self.summary(output)
-        for name in ("steps", "final_loss", "eval_loss"):
-            self.assertEqual(again[name], summary[name], name)
-        self.assertNotIn("null", (summary["final_loss"], summary["eval_loss"]))
-        self.assertEqual(support.curve(output), curve)
-
-    def summary(self, output):
-        with open(os.path.join(output, "summary.csv"), encoding="utf-8") as file:
-            names, values = file.read().split()
-        return dict(zip(names.split(","), values.split(",")))
 
 
 if __name__ == "__main__":

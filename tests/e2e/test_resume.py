@@ -1,4 +1,4 @@
-"""Killed, stopped or out of disk, a run ends with the bits of the undisturbed one. QSHARD_KILLS sets the number of kills."""
+"""Killed or out of disk, a run ends with the bits of the undisturbed one. QSHARD_KILLS sets the number of kills."""
 import csv
 import os
 import random
@@ -15,28 +15,6 @@ KILLS = int(os.environ.get("QSHARD_KILLS", "12"))
 SEED = int(os.environ.get("QSHARD_KILL_SEED", "1"))
 STEPS = {"train__save_every": 3, "train__eval_every": 10}
 IOFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libiofault.so")
-MPIFAULT = os.path.join(os.path.dirname(support.QSHARD), "tests", "libmpifault.so")
-LATE_S = 100  # far more than a stop waits for the rest of a step, less than train.stall_limit
-
-
-def ranks_of(process):
-    """Pids of the ranks that a started mpirun has made: each is in a process group of its own."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid), "-x", "qshard"], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def kill(pid, number=signal.SIGKILL):
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-
-
-def kill_all(process):
-    """The whole job at once, as when a machine loses power."""
-    for pid in [process.pid, *ranks_of(process)]:
-        kill(pid)
-    process.communicate()
 
 
 def summarized_steps(output):
@@ -76,14 +54,14 @@ class Resume(unittest.TestCase):
             for _ in range(draw.randint(1, 3)):
                 process = support.start(*self.options(output), ranks=draw.randint(1, 4))
                 time.sleep(draw.uniform(0.1, self.run_s))
-                pids = ranks_of(process)
+                pids = support.ranks_of(process)
                 if draw.random() < 0.5 and pids:
-                    kill(draw.choice(pids))
+                    support.kill(draw.choice(pids))
                     try:
                         process.communicate(timeout=60)
                     except subprocess.TimeoutExpired:
                         self.fail("the other ranks did not end")
-                kill_all(process)
+                support.kill_all(process)
                 done += 1
             support.qshard(*self.options(output), "--takeover", ranks=draw.randint(1, 4))
             with self.subTest(output=output, seed=SEED):
@@ -133,123 +111,6 @@ class Resume(unittest.TestCase):
         self.assertEqual([name for name in os.listdir(other) if name.startswith("step-")], ["step-00000005"])
         self.assertEqual(support.curve(output), support.curve(other))
         self.assertEqual(support.adapter_digest(output), support.adapter_digest(other))
-
-    def test_a_terminal_that_goes_away(self):
-        """HUP saves, but under nohup it is nothing."""
-        for words, code in (((), 75), (("nohup",), 0)):
-            with self.subTest(words=words):
-                output = os.path.join(self.folder, "-".join(("hup", *words)))
-                process = subprocess.Popen([*words, *support.command(self.options(output))], env=support.environment(),
-                                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                while not os.path.exists(os.path.join(output, "metrics.jsonl")) or len(support.metrics(output)) < 2:
-                    self.assertIsNone(process.poll(), "the run ended before it could be stopped")
-                    time.sleep(0.01)
-                process.send_signal(signal.SIGHUP)
-                text, _ = process.communicate(timeout=60)
-                self.assertEqual(process.returncode, code, text)
-                self.assertFalse(os.path.exists(os.path.join(output, "run.lock")))
-                support.qshard(*self.options(output))
-                self.same_as_reference(output)
-
-    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
-    def test_a_term_of_mpirun(self):
-        """Which leaves its ranks a second: a step whose rest takes 5 is given up, and the one before it is there."""
-        folder, output = support.scratch(), os.path.join(self.folder, "term")
-        how = {"train__steps": 4, "train__global_batch": 20, "train__micro_batch": 1, "train__gather_group": 1, "train__save_every": 0,
-               "train__eval_every": 0}
-        reference = os.path.join(folder, "reference")
-        support.train(reference, ranks=2, **how)
-        done = support.train(output, ranks=2, expect=75, environment={
-            "QSHARD_FAULT_PASS": "15", "QSHARD_FAULT_LATE": "5", "QSHARD_FAULT_PASS_SIGNAL": str(int(signal.SIGTERM)),
-            **support.preload(MPIFAULT)}, **how)
-        self.assertRegex(done.stderr, r"step 2: given up for a stop signal, with about [\d.]+ s of it left")
-        self.assertEqual([name for name in os.listdir(output) if name.startswith("step-")], ["step-00000001"])
-        support.train(output, ranks=3, **how)
-        self.assertEqual(support.curve(output), support.curve(reference))
-
-    def test_usr1_saves_and_asks_for_requeue(self):
-        output = os.path.join(self.folder, "usr1")
-        process = support.start(*self.options(output), ranks=2)
-        while not os.path.exists(os.path.join(output, "metrics.jsonl")) or len(support.metrics(output)) < 4:
-            self.assertIsNone(process.poll(), "the run ended before it could be stopped")
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGUSR1)  # mpirun forwards it to every rank
-        text, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, 75, text)
-        steps = max(line["step"] for line in support.metrics(output))
-        self.assertLess(steps, 40)
-        self.assertTrue(os.path.isdir(os.path.join(output, f"step-{steps:08d}")))
-        support.qshard(*self.options(output), ranks=3)
-        self.same_as_reference(output)
-
-    def test_a_signal_during_an_evaluation(self):
-        """It is given up: what was not saved is, and the next start evaluates anew. At the last step, too."""
-        folder = support.scratch()
-        long = {"train__steps": 6, "train__eval_every": 3, "train__micro_batch": 1, "data__eval": os.path.join(support.tiny(), "train.h5")}
-        reference, output = os.path.join(folder, "reference"), os.path.join(folder, "run")
-        support.train(reference, ranks=2, **long)
-        for step in (3, 6):
-            process = support.start("train", support.TINY_YAML, *support.settings(support.tiny(), output, **long), ranks=2)
-            try:
-                metrics = os.path.join(output, "metrics.jsonl")
-                while not os.path.exists(metrics) or not any(line["step"] == step for line in support.metrics(output)):
-                    self.assertIsNone(process.poll(), "the run ended before it could be stopped")
-                    time.sleep(0.002)
-                os.kill(process.pid, signal.SIGUSR1)
-                text, _ = process.communicate(timeout=60)
-            finally:
-                kill_all(process)
-            self.assertEqual(process.returncode, 75, text)
-            self.assertIn("the evaluation is left to the next start", text)
-            self.assertEqual([line["step"] for line in support.metrics(output) if "eval_loss" in line], [3] if step == 6 else [])
-            self.assertTrue(os.path.isdir(os.path.join(output, f"step-{step:08d}")), text)
-        support.train(output, ranks=3, **long)
-        self.assertEqual(support.curve(output), support.curve(reference))
-        self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
-
-    @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
-    def test_a_signal_within_a_step(self):
-        """On one rank, half-way through a step: given up if the rest is long, so that the steps before it are saved at once, else finished."""
-        folder = support.scratch()
-        how = {"train__steps": 4, "train__global_batch": 20, "train__micro_batch": 1, "train__gather_group": 1, "train__save_every": 0,
-               "train__eval_every": 0}
-        reference = os.path.join(folder, "reference")
-        support.train(reference, ranks=2, **how)
-
-        def stop(output, ranks, step, late):
-            """In the middle of this start's step number `step`."""
-            passes = -(-20 // ranks)
-            done = support.train(output, ranks=ranks, expect=75, environment={
-                "QSHARD_FAULT_PASS": str(passes * step - passes // 2), "QSHARD_FAULT_LATE": str(late), **support.preload(MPIFAULT)}, **how)
-            return done.stderr
-
-        def saved(output):
-            return sorted(name for name in os.listdir(output) if name.startswith("step-"))
-
-        for ranks, others in ((1, 3), (2, 1), (3, 2)):
-            with self.subTest(ranks=ranks):
-                output = os.path.join(folder, f"long-{ranks}")
-                self.assertRegex(stop(output, ranks, 1, LATE_S), r"step 1: given up .*\n.*this start has done no step")
-                self.assertFalse(os.path.exists(output))  # nothing has been done
-                self.assertRegex(stop(output, ranks, 2, LATE_S), r"step 2: given up for a stop signal, with about \d+ s of it left")
-                self.assertEqual(saved(output), ["step-00000001"])
-                self.assertEqual([line["step"] for line in support.metrics(output)], [1])
-                counted = sum(line["tokens"] for line in support.metrics(output, "ranks.jsonl"))
-                self.assertEqual(counted, support.metrics(output)[0]["all_tokens"])
-                said = stop(output, ranks, 1, LATE_S)
-                self.assertRegex(said, r"step 2: given up .*\n.*this start has done no step")
-                self.assertNotIn("saved step", said)
-                self.assertEqual(saved(output), ["step-00000001"])
-                support.train(output, ranks=others, **how)
-                self.assertEqual(support.curve(output), support.curve(reference))
-                self.assertEqual(support.adapter_digest(output), support.adapter_digest(reference))
-                support.qshard("check", output)
-
-                output = os.path.join(folder, f"short-{ranks}")
-                self.assertNotIn("given up", stop(output, ranks, 2, 0))
-                self.assertEqual(saved(output), ["step-00000002"])
-                support.train(output, ranks=others, **how)
-                self.assertEqual(support.curve(output), support.curve(reference))
 
     def test_finished_run_says_so(self):
         done = support.qshard(*self.options(self.reference), ranks=2)
@@ -306,7 +167,7 @@ class Resume(unittest.TestCase):
                    ".tmp" not in n]) < 2:
             self.assertIsNone(process.poll(), "the run ended before it could be stopped")
             time.sleep(0.01)
-        kill_all(process)
+        support.kill_all(process)
         newest = max(n for n in os.listdir(output) if n.startswith("step-") and ".tmp" not in n)
         victim = os.path.join(output, newest, "rank-00001.h5")
         with open(victim, "r+b") as file:
