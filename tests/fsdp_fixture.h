@@ -18,6 +18,7 @@ enum {
     FX_VOCAB = 2 * FX_CHUNK_ROWS + 4,
     FX_HIDDEN = 24,
     FX_UNITS = FX_LAYERS + FX_CHUNKS,
+    FX_EXCHANGE = 4 * 64, /* sizes of an exchange of the weights, for as many as 64 ranks */
 };
 
 typedef struct {
@@ -215,10 +216,8 @@ static inline qs_status fx_backward(qs_grads *grads, const qs_lora_layout *layou
                 if (slot >= mine.end) {
                     break;
                 }
-                float *grad = qs_grads_slot(grads, l, slot);
-                if (grad == NULL) {
-                    return QS_ERR_BUG; /* recorded by qs_grads_slot */
-                }
+                float *grad = NULL;
+                QS_TRY(qs_grads_slot(grads, l, slot, &grad));
                 fx_gradient(grad, layout, l, slot);
                 QS_TRY(qs_grads_add(grads, l, slot));
             }

@@ -188,5 +188,7 @@ Test(gather_plan, a_held_unit_stays)
     cr_expect(gather);
     qs_gather_plan_drop(&r.plan, mine.buffer);
     cr_expect_eq(qs_gather_plan_buffer_of(&r.plan, 2), -1);
+    cr_expect_eq(qs_gather_plan_acquire(&r.plan, 3, &mine, &gather), QS_OK,
+                 "a dropped buffer is held");
     qs_gather_plan_destroy(&r.plan);
 }

@@ -79,7 +79,7 @@ static void run_failing(mpirun_result *run, const char *setting, const char *nam
 
 Test(nccl, a_failing_exchange_is_exit_6, .timeout = 200)
 {
-    static const char *const settings[] = {"2@1", "2", "async:3@0", "async:1"};
+    static const char *const settings[] = {"4@1", "4", "async:5@0", "async:3"}; /* two are tried */
     static const char *const names[] = {"all_gather", "all_to_all_v"};
     for (int i = 0; i < 4; i++) {
         char setting[96];
@@ -89,6 +89,23 @@ Test(nccl, a_failing_exchange_is_exit_6, .timeout = 200)
         cr_assert_eq(run.code, 6, "%s: exit %d\n%s", setting, run.code, run.output);
         cr_assert_geq(count_in(&run, "error[E600] nccl"), 1, "%s:\n%s", setting, run.output);
         cr_assert_geq(count_in(&run, "remote process exited"), 1, "%s:\n%s", setting, run.output);
+    }
+}
+
+/* GPUs that spoil what they send each other: said by the first bytes, before anything is loaded. */
+Test(nccl, wrong_bytes_at_the_start_are_exit_9_and_one_line, .timeout = 120)
+{
+    static const char *const settings[] = {"wrong:1@2", "wrong:2@0", "wrong:1"};
+    static const char *const calls[] = {"all-gather", "exchange", "all-gather"};
+    for (int i = 0; i < 3; i++) {
+        char setting[96], says[64];
+        snprintf(setting, sizeof setting, "QSHARD_EMULATOR_NCCL_FAIL=%s", settings[i]);
+        snprintf(says, sizeof says, "error[E900] NCCL: the first %s brings rank", calls[i]);
+        mpirun_result run;
+        run_failing(&run, setting, "all");
+        cr_assert_eq(run.code, 9, "%s: exit %d\n%s", setting, run.code, run.output);
+        cr_assert_eq(count_in(&run, "error["), 1, "%s:\n%s", setting, run.output);
+        cr_assert_eq(count_in(&run, says), 1, "%s:\n%s", setting, run.output);
     }
 }
 

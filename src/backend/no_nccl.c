@@ -10,3 +10,12 @@ qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device)
                    "this plugin was built without NCCL, and a GPU's ranks talk over nothing else: "
                    "install NCCL (libnccl, nccl.h) and build again, or use device: cpu");
 }
+
+/* There is nothing to try. */
+qs_status qs_comm_nccl_try(qs_comm *comm, qs_comm *host, qs_device *device)
+{
+    (void)comm;
+    (void)host;
+    (void)device;
+    return QS_OK;
+}

@@ -28,6 +28,21 @@ static qs_status device_open(qs_device **out, int index)
     return QS_OK;
 }
 
+/* Connected, and seen to work. */
+static qs_status comm_create(qs_comm **out, qs_comm *host, qs_device *device)
+{
+    qs_comm *comm = NULL;
+    *out = NULL;
+    QS_TRY(qs_comm_nccl_create(&comm, host, device));
+    const qs_status st = qs_comm_nranks(host) > 1 ? qs_comm_nccl_try(comm, host, device) : QS_OK;
+    if (st != QS_OK) {
+        qs_comm_destroy(comm);
+        return st;
+    }
+    *out = comm;
+    return QS_OK;
+}
+
 const qs_plugin *qs_plugin_get(void)
 {
     static const qs_plugin plugin = {
@@ -38,7 +53,7 @@ const qs_plugin *qs_plugin_get(void)
         .card_id = qs_device_cuda_card_id,
         .device_open = device_open,
         .ops = qs_ops_cuda,
-        .comm_create = qs_comm_nccl_create,
+        .comm_create = comm_create,
         .gemm = qs_cuda_gemm,
     };
     return &plugin;

@@ -148,11 +148,10 @@ static qs_status reduce_fill(collective *c)
         c->pattern[i] = reduce_pattern(c->p->rank, i, c->round);
     }
     qs_grads_begin(c->grads);
-    float *slot = qs_grads_slot(c->grads, 0, c->p->rank);
-    if (slot != NULL) {
-        QS_TRY(qs_queue_copy(c->p->queue, slot, c->pattern, c->bytes));
-    }
-    QS_TRY(qs_grads_add(c->grads, 0, c->p->rank)); /* says why there was no slot */
+    float *slot = NULL;
+    QS_TRY(qs_grads_slot(c->grads, 0, c->p->rank, &slot));
+    QS_TRY(qs_queue_copy(c->p->queue, slot, c->pattern, c->bytes));
+    QS_TRY(qs_grads_add(c->grads, 0, c->p->rank));
     return qs_queue_wait(c->p->queue);
 }
 

@@ -466,6 +466,7 @@ qs_status qs_bench_step(qs_bench_job *job)
 {
     bench_step b = {.job = job};
     const qs_status st = run_step(&b);
+    qs_comm_end_unagreed(job->world, st); /* what follows waits for what peers may never send */
     close_all(&b);
     return st;
 }

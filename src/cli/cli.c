@@ -226,9 +226,7 @@ int qs_cli_main(int argc, char **argv)
         st = perform(&r, comm);
         st = st == QS_OK ? qs_comm_agree(comm, flush_output()) : st;
     }
-    if (st != QS_OK && st != QS_REQUEUE && !qs_comm_agreed(comm)) {
-        qs_comm_end_job(comm, st);
-    }
+    qs_comm_end_unagreed(comm, st);
     qs_error_print(st);
     qs_comm_destroy(comm);
     return qs_exit_code(st);

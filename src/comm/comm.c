@@ -12,7 +12,7 @@
 #include "base/watch.h"
 #include "comm/comm_impl.h"
 
-/* Who speaks first (qs_comm_end_job). */
+/* Who speaks first (qs_comm_end_unagreed). */
 enum { LAST_TURN = 10, TURN_US = 100000 };
 
 qs_status qs_comm_init(qs_comm *comm, const qs_comm_ops *ops, int rank, int nranks)
@@ -186,6 +186,20 @@ qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *se
     QS_WHILE_WAITING(ALL, st = comm->ops->all_to_all_v(comm, send, send_bytes, send_at, recv,
                                                        recv_bytes, recv_at, queue));
     return st;
+}
+
+qs_status qs_comm_batch_begin(qs_comm *comm)
+{
+    return comm->ops->batch_begin != NULL ? comm->ops->batch_begin(comm) : QS_OK;
+}
+
+qs_status qs_comm_batch_end(qs_comm *comm, qs_status st)
+{
+    qs_status ended = QS_OK;
+    if (comm->ops->batch_end != NULL) {
+        QS_WHILE_WAITING(ALL, ended = comm->ops->batch_end(comm, st));
+    }
+    return st != QS_OK ? st : ended;
 }
 
 qs_status qs_comm_all_gather_now(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank)
@@ -433,8 +447,11 @@ done:
 
 /* Where the launcher ends a rank that speaks of a lost peer, another rank has said what happened:
  * by TERM, which a run would catch. */
-void qs_comm_end_job(qs_comm *comm, qs_status status)
+void qs_comm_end_unagreed(qs_comm *comm, qs_status status)
 {
+    if (status == QS_OK || status == QS_REQUEUE || qs_comm_agreed(comm)) {
+        return;
+    }
     const bool is_consequence = status == QS_ERR_PEER;
     const int turn = comm->rank < LAST_TURN ? comm->rank : LAST_TURN;
     if (is_consequence) {

@@ -64,7 +64,7 @@ int qs_comm_nranks(const qs_comm *comm);
 int qs_comm_local_rank(const qs_comm *comm);   /* within the host */
 int qs_comm_local_nranks(const qs_comm *comm); /* ranks on this host */
 int qs_comm_host(const qs_comm *comm);         /* the lowest rank on this host: a name for it */
-const char *qs_comm_name(const qs_comm *comm); /* "self", "threads", "mpi" */
+const char *qs_comm_name(const qs_comm *comm); /* "self", "threads", "mpi", "nccl" */
 
 /** Gather every rank's shard, in rank order; asynchronous on `queue`.
  * \param [in]  send  [bytes_per_rank]; not to be changed until the queue has passed.
@@ -78,6 +78,13 @@ qs_status qs_comm_all_gather(qs_comm *comm, const void *send, void *recv, size_t
 qs_status qs_comm_all_to_all_v(qs_comm *comm, const void *send, const size_t *send_bytes,
                                const size_t *send_at, void *recv, const size_t *recv_bytes,
                                const size_t *recv_at, qs_queue *queue);
+
+/** Calls of qs_comm_all_to_all_v from here to qs_comm_batch_end set out together, at its end: a
+ * transport that takes its time to start a call starts them as one. None may send what another of
+ * them receives. `st`, what came of them, is returned if it is an error; the batch is closed in any
+ * case. Collective. */
+qs_status qs_comm_batch_begin(qs_comm *comm);
+qs_status qs_comm_batch_end(qs_comm *comm, qs_status st);
 
 /** Blocking small ones. */
 qs_status qs_comm_bcast(qs_comm *comm, void *data, size_t bytes, int root);
@@ -130,11 +137,11 @@ qs_status qs_comm_bcast_text(qs_comm *comm, char **text, int root);
  * process ends. */
 void qs_comm_abort(qs_comm *comm, qs_status status);
 
-/** The same after an error that was not agreed on. It may be this rank's alone, with the others
- * waiting elsewhere. It may also have come up on all ranks, so that the lower ones get the time to
- * speak first; and where it says that a peer was lost (QS_ERR_PEER), that one has most likely
- * failed by itself, and gets more time to say of what. */
-void qs_comm_end_job(qs_comm *comm, qs_status status);
+/** The same, after an error that was not agreed on; after any other status nothing happens. It may
+ * be this rank's alone, with the others waiting elsewhere. It may also have come up on all ranks,
+ * so that the lower ones get the time to speak first; and where it says that a peer was lost
+ * (QS_ERR_PEER), that one has most likely failed by itself, and gets more time to say of what. */
+void qs_comm_end_unagreed(qs_comm *comm, qs_status status);
 
 /** Bytes that this rank received from others so far (all collectives). */
 uint64_t qs_comm_received_bytes(const qs_comm *comm);

@@ -14,6 +14,8 @@ typedef struct {
     qs_status (*all_to_all_v)(qs_comm *comm, const void *send, const size_t *send_bytes,
                               const size_t *send_at, void *recv, const size_t *recv_bytes,
                               const size_t *recv_at, qs_queue *queue);
+    qs_status (*batch_begin)(qs_comm *comm); /* NULL, and the next: every call sets out by itself */
+    qs_status (*batch_end)(qs_comm *comm, qs_status st);
     qs_status (*all_gather_now)(qs_comm *comm, const void *send, void *recv, size_t bytes_per_rank);
     qs_status (*bcast)(qs_comm *comm, void *data, size_t bytes, int root);
     qs_status (*barrier)(qs_comm *comm);

@@ -26,6 +26,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/log.h"
 #include "base/timer.h"
 #include "comm/comm_impl.h"
 #include "comm/comm_nccl.h"
@@ -47,12 +48,18 @@ typedef struct {
     ncclComm_t nccl;   /* NULL with one rank */
     qs_status broken;  /* the first failure: what every later call returns */
     double limit_s;
+    bool batch;        /* calls are taken down until qs_comm_batch_end */
+    const char *first; /* under way for the first time, since first_s; NULL: nothing is timed */
+    double first_s;
 } comm_nccl;
 
 /* ---- errors ---- */
 
-static qs_status status_of(ncclResult_t code)
+static qs_status status_of(ncclResult_t code, const char *detail)
 {
+    if (detail != NULL && strstr(detail, "out of memory") != NULL) {
+        return QS_ERR_MEMORY;
+    }
     switch (code) {
     case ncclSuccess:
     case ncclInProgress: /* a call that was taken; wait_until_ready sees it through */
@@ -78,6 +85,9 @@ static const char *advice(qs_status status)
                "that it should use";
     case QS_ERR_DEVICE:
         return "NCCL_DEBUG=INFO says which call of CUDA failed";
+    case QS_ERR_MEMORY:
+        return "the GPU has no room for NCCL's buffers: lower train.micro_batch or "
+               "memory.keep_decoded, or NCCL_MAX_P2P_NCHANNELS=4 (2, 1) makes them smaller";
     default:
         return "NCCL_DEBUG=INFO says more; every rank needs a GPU of its own";
     }
@@ -87,11 +97,11 @@ static const char *advice(qs_status status)
  * printed. `nccl` may be NULL. */
 static qs_status nccl_status(ncclComm_t nccl, ncclResult_t code, const char *call, int line)
 {
-    const qs_status status = status_of(code);
-    if (status == QS_OK) {
+    if (status_of(code, NULL) == QS_OK) {
         return QS_OK;
     }
     const char *detail = ncclGetLastError(nccl);
+    const qs_status status = status_of(code, detail);
     const bool known = detail != NULL && *detail != '\0';
     return qs_error_set(status, __FILE__, line, "%.*s: %s%s%s%s; %s", (int)strcspn(call, "("), call,
                         ncclGetErrorString(code), known ? " (" : "", known ? detail : "",
@@ -246,12 +256,54 @@ static qs_status copy_own(qs_queue *queue, void *to, const void *from, size_t by
     return bytes > 0 && to != from ? qs_queue_copy(queue, to, from, bytes) : QS_OK;
 }
 
+/* Within a batch nothing is asked and nobody gives up: its end does both. */
+static qs_status is_free(comm_nccl *c)
+{
+    return c->batch ? QS_OK : give_up_if_failed(c, check(c));
+}
+
+static qs_status judge(comm_nccl *c, qs_status st)
+{
+    return c->batch ? st : give_up_if_failed(c, st);
+}
+
 static qs_status issue_all_gather(comm_nccl *c, const void *send, void *recv, size_t bytes_per_rank,
                                   qs_queue *queue)
 {
     QS_TRY(QS_NCCL(
         c->nccl, ncclAllGather(send, recv, bytes_per_rank, ncclUint8, c->nccl, stream_of(queue))));
-    return wait_until_ready(c, c->limit_s, "ncclAllGather", NULL);
+    return c->batch ? QS_OK : wait_until_ready(c, c->limit_s, "ncclAllGather", NULL);
+}
+
+/* A batch is a group of NCCL's: one launch, and one thread that sees to it. */
+static qs_status nccl_batch_begin(qs_comm *comm)
+{
+    comm_nccl *c = (comm_nccl *)comm;
+    QS_TRY(give_up_if_failed(c, check(c)));
+    if (c->nccl != NULL) {
+        QS_TRY(give_up_if_failed(c, QS_NCCL(c->nccl, ncclGroupStart())));
+        c->batch = true;
+    }
+    return QS_OK;
+}
+
+/* Also after a failure: a group left open would swallow every later call of this thread. */
+static qs_status end_group(const comm_nccl *c, qs_status posted)
+{
+    const qs_status ended = QS_NCCL(c->nccl, ncclGroupEnd());
+    QS_TRY(posted);
+    QS_TRY(ended);
+    return wait_until_ready(c, c->limit_s, "ncclGroupEnd", NULL);
+}
+
+static qs_status nccl_batch_end(qs_comm *comm, qs_status st)
+{
+    comm_nccl *c = (comm_nccl *)comm;
+    if (!c->batch) {
+        return st;
+    }
+    c->batch = false;
+    return give_up_if_failed(c, end_group(c, st));
 }
 
 /* In place (`send` at its own place in `recv`) is NCCL's own convention too. */
@@ -262,14 +314,14 @@ static qs_status nccl_all_gather(qs_comm *comm, const void *send, void *recv, si
     if (is_on_host(queue)) {
         return c->host->ops->all_gather(c->host, send, recv, bytes_per_rank, queue);
     }
-    QS_TRY(give_up_if_failed(c, check(c)));
+    QS_TRY(is_free(c));
     if (c->nccl == NULL) {
         return copy_own(queue, recv, send, bytes_per_rank);
     }
     if (bytes_per_rank == 0) { /* on all ranks */
         return QS_OK;
     }
-    return give_up_if_failed(c, issue_all_gather(c, send, recv, bytes_per_rank, queue));
+    return judge(c, issue_all_gather(c, send, recv, bytes_per_rank, queue));
 }
 
 typedef struct {
@@ -300,13 +352,11 @@ static qs_status post_pieces(const comm_nccl *c, const exchange *x, cudaStream_t
 
 static qs_status issue_exchange(const comm_nccl *c, const exchange *x, qs_queue *queue)
 {
+    if (c->batch) {
+        return post_pieces(c, x, stream_of(queue));
+    }
     QS_TRY(QS_NCCL(c->nccl, ncclGroupStart()));
-    const qs_status posted = post_pieces(c, x, stream_of(queue));
-    /* also after a failure: a group left open would swallow every later call of this thread */
-    const qs_status ended = QS_NCCL(c->nccl, ncclGroupEnd());
-    QS_TRY(posted);
-    QS_TRY(ended);
-    return wait_until_ready(c, c->limit_s, "ncclGroupEnd", NULL);
+    return end_group(c, post_pieces(c, x, stream_of(queue)));
 }
 
 static qs_status nccl_all_to_all_v(qs_comm *comm, const void *send, const size_t *send_bytes,
@@ -318,13 +368,13 @@ static qs_status nccl_all_to_all_v(qs_comm *comm, const void *send, const size_t
         return c->host->ops->all_to_all_v(c->host, send, send_bytes, send_at, recv, recv_bytes,
                                           recv_at, queue);
     }
-    QS_TRY(give_up_if_failed(c, check(c)));
+    QS_TRY(is_free(c));
     const exchange x = {send, send_bytes, send_at, recv, recv_bytes, recv_at};
     const int me = comm->rank;
     if (send_bytes[me] > 0) { /* places of empty pieces need not lie in the buffer */
         QS_TRY(copy_own(queue, x.recv + recv_at[me], x.send + send_at[me], send_bytes[me]));
     }
-    return c->nccl != NULL ? give_up_if_failed(c, issue_exchange(c, &x, queue)) : QS_OK;
+    return c->nccl != NULL ? judge(c, issue_exchange(c, &x, queue)) : QS_OK;
 }
 
 /* ---- what the host says to its peers ---- */
@@ -357,7 +407,9 @@ static void nccl_abort(qs_comm *comm, qs_status status)
 
 /* ---- life ---- */
 
-/* Finalize waits for what is under way, and so for ever where a peer has gone its own way. */
+/* Finalize waits for what is under way, and so for ever where a peer has gone its own way. Where
+ * nothing has failed all is done and saved, and the process is about to end: an abort, which may
+ * hang and would end the job as failed, is for what has. */
 static void close_nccl(comm_nccl *c)
 {
     const double limit_s = c->limit_s < FAREWELL_LIMIT_S ? c->limit_s : FAREWELL_LIMIT_S;
@@ -371,7 +423,7 @@ static void close_nccl(comm_nccl *c)
     }
     if (state == ncclSuccess) {
         ncclCommDestroy(c->nccl);
-    } else {
+    } else if (c->broken != QS_OK) {
         abort_together(&c, 1);
     }
 }
@@ -393,6 +445,8 @@ static const qs_comm_ops nccl_ops = {
     .name = "nccl",
     .all_gather = nccl_all_gather,
     .all_to_all_v = nccl_all_to_all_v,
+    .batch_begin = nccl_batch_begin,
+    .batch_end = nccl_batch_end,
     .all_gather_now = nccl_all_gather_now,
     .bcast = nccl_bcast,
     .barrier = nccl_barrier,
@@ -460,6 +514,25 @@ void qs_comm_nccl_version(char *out, size_t capacity)
     version_text(version, out, capacity);
 }
 
+/* Of 2.18, 2.26 and 2.27: the thread that sends between hosts logs what failed, and tells nobody.
+ */
+static void warn_of_silence(const qs_comm *host, int version)
+{
+    const int minor = version / 100 % 100;
+    bool one_host = true;
+    char text[32];
+    for (int r = 1; r < host->nranks; r++) {
+        one_host = one_host && host->hosts[r] == host->hosts[0];
+    }
+    if (host->rank == 0 && !one_host && version / 10000 == 2 &&
+        (minor == 18 || minor == 26 || minor == 27)) {
+        version_text(version, text, sizeof text);
+        qs_log_warn("%s does not tell when the network between hosts fails: such a job ends after "
+                    "train.stall_limit only; NCCL 2.19 to 2.25, and 2.28 or later, do",
+                    text);
+    }
+}
+
 /* Libraries of different versions may connect and then fail, or not: they are not tried. */
 static qs_status compare_versions(qs_comm *host)
 {
@@ -470,6 +543,7 @@ static qs_status compare_versions(qs_comm *host)
     QS_TRY(qs_comm_max_i64(host, &highest, 1));
     QS_TRY(qs_comm_max_i64(host, &lowest, 1));
     if (highest == -lowest) {
+        warn_of_silence(host, version);
         return QS_OK;
     }
     char mine[32], other[32];
@@ -495,6 +569,9 @@ static qs_status share_id(qs_comm *host, ncclUniqueId *id)
 static qs_status start(comm_nccl *c)
 {
     ncclUniqueId id;
+    /* Else up to 32 for every pair of GPUs, with buffers of their own: GiBs on a host with eight
+     * (nccl#1685), for exchanges that hide behind compute. All-gathers have channels of theirs. */
+    (void)setenv("NCCL_MAX_P2P_NCHANNELS", "8", 0);
     QS_TRY(compare_versions(c->host));
     QS_TRY(share_id(c->host, &id));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -515,8 +592,29 @@ static qs_status start(comm_nccl *c)
 /* Asked while the host waits for the GPU. */
 static qs_status watch(void *ctx)
 {
-    let_host_go_on(ctx);
-    return give_up_if_failed(ctx, check(ctx));
+    comm_nccl *c = ctx;
+    let_host_go_on(c);
+    qs_status st = check(c);
+    if (st == QS_OK && c->first != NULL && qs_time_s() - c->first_s > c->limit_s) {
+        st = note(c, QS_FAIL(QS_ERR_PEER,
+                             "NCCL has connected %d ranks, but %s has not arrived on rank %d in %g "
+                             "s (QSHARD_NCCL_TIMEOUT): most often GPUs that cannot reach each "
+                             "other's memory though they say so, and NCCL_P2P_DISABLE=1 helps; or "
+                             "a network that is not the right one, for NCCL_SOCKET_IFNAME=... or "
+                             "NCCL_IB_HCA=...; docs/troubleshooting.md",
+                             c->base.nranks, c->first, c->base.rank, c->limit_s));
+    }
+    return give_up_if_failed(c, st);
+}
+
+qs_status qs_comm_nccl_wait(qs_comm *comm, qs_queue *queue, const char *what)
+{
+    comm_nccl *c = (comm_nccl *)comm;
+    c->first_s = qs_time_s();
+    c->first = what;
+    const qs_status st = qs_queue_wait(queue);
+    c->first = NULL;
+    return st;
 }
 
 qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device)

@@ -13,10 +13,21 @@
 
 /** Collective over `host`, which is borrowed and must outlive the result. `device` is the one that
  * this thread has opened; every rank has its own. One rank needs no NCCL: its copies go through the
- * queue. The result counts the bytes that `host` has received so far as its own.
+ * queue.
  * \return on all ranks the agreed error where one failed (qs_comm_agreed(host)). QS_ERR_PEER that
  *         was not agreed on: the other ranks did not come; only qs_comm_abort is left. */
 qs_status qs_comm_nccl_create(qs_comm **out, qs_comm *host, qs_device *device);
+
+/** Bytes there and back, as soon as the ranks are connected (comm_nccl_try.c): GPUs that say that
+ * they reach each other's memory and do not let NCCL connect and then hang, or spoil what they
+ * send. `host` is the communicator's. Collective; takes some KiB of `device` for the time being.
+ * \return QS_ERR_PEER, not agreed on, where nothing arrives within QSHARD_NCCL_TIMEOUT;
+ *         QS_ERR_DEVICE, agreed on over `host`, where something else arrives. */
+qs_status qs_comm_nccl_try(qs_comm *comm, qs_comm *host, qs_device *device);
+
+/** Wait until `queue` is empty, but not longer than QSHARD_NCCL_TIMEOUT: QS_ERR_PEER then, and
+ * nothing goes through NCCL any more. `what` of a message is named. Not collective. */
+qs_status qs_comm_nccl_wait(qs_comm *comm, qs_queue *queue, const char *what);
 
 /** Has NCCL found a lost peer or a broken link meanwhile? Every collective asks first, and so does
  * a wait for a queue of the device (qs_device_watch), which would never end otherwise. QS_OK

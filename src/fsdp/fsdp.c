@@ -245,6 +245,8 @@ static qs_status start_gather(qs_fsdp *f, const qs_gather *gather)
     const int u = gather->unit;
     const size_t bytes = f->layouts[u].message_bytes;
     const uint8_t *share = f->share[u];
+    qs_event *lead = &f->last_landed[f->stats.gathers % QS_FSDP_LEAD_MAX];
+    QS_TRY(qs_event_wait(*lead));
     QS_TRY(qs_queue_after(f->queue, buffer->released)); /* kernels may still read the old unit */
     if (f->offloaded[u]) {
         uint8_t *place = buffer->bytes + bytes * (size_t)f->rank;
@@ -257,7 +259,7 @@ static qs_status start_gather(qs_fsdp *f, const qs_gather *gather)
         QS_TRY(clock_gather(f, buffer, u));
     }
     buffer->in_flight = true;
-    buffer->landed = qs_event_record(f->queue);
+    buffer->landed = *lead = qs_event_record(f->queue);
     f->stats.gathers++;
     f->stats.gathered_bytes += bytes * (uint64_t)(f->nranks - 1);
     return QS_OK;

@@ -133,10 +133,10 @@ size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int per_host, in
 void qs_grads_begin(qs_grads *grads);
 
 /** Where the backward writes the gradient of layer `layer` for the micro-batch in slot `slot`:
- * [per_layer], zeroed. Within a layer, slots come in ascending order. One slot is open at a time,
- * until qs_grads_add; asked again for the open one, it gives the same buffer, not zeroed. NULL
- * after a mistake (recorded as QS_ERR_BUG, which qs_grads_add returns). */
-float *qs_grads_slot(qs_grads *grads, int layer, int64_t slot);
+ * *out [per_layer], zeroed. Within a layer, slots come in ascending order. One slot is open at a
+ * time, until qs_grads_add; asked again for the open one, it gives the same buffer, not zeroed.
+ * \return QS_ERR_BUG out of order; or why the buffer could not be zeroed. */
+qs_status qs_grads_slot(qs_grads *grads, int layer, int64_t slot, float **out);
 
 /** The slot's gradient is complete: fold it into the tree. */
 qs_status qs_grads_add(qs_grads *grads, int layer, int64_t slot);
@@ -159,19 +159,20 @@ qs_status qs_grads_norm(qs_grads *grads, const float *shard, double *norm);
 
 /** Gather a sharded LoRA-shaped vector [n_layers * shard_width] to full segments [n_layers *
  * per_layer]; with two levels, first from other hosts, each piece to one rank of the host, then
- * inside. Collective; waits until `queue` is empty. */
+ * inside. `exchange` [4 * nranks] is scratch. Collective; waits until `queue` is empty. */
 qs_status qs_lora_gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
-                         const float *shard, float *full);
+                         size_t *exchange, const float *shard, float *full);
 
 /** The same, rounded to the ops' act_dtype on the way. `send` [n_layers * shard_width] of that type
  * is scratch on the device; not used, and may be NULL, where that type is fp32. */
 qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
-                            const qs_levels *levels, qs_queue *queue, const float *shard,
-                            void *send, void *full);
+                            const qs_levels *levels, qs_queue *queue, size_t *exchange,
+                            const float *shard, void *send, void *full);
 
 /** DoRA's magnitudes of the vector alone, in fp32: to full [n_layers * qs_lora_magnitudes]. `send`
  * [n_layers * qs_lora_magnitude_width] is scratch on the device. Collective; waits. */
 qs_status qs_lora_gather_magnitudes(const qs_lora_layout *layout, const qs_levels *levels,
-                                    qs_queue *queue, const float *shard, float *send, float *full);
+                                    qs_queue *queue, size_t *exchange, const float *shard,
+                                    float *send, float *full);
 
 #endif

@@ -60,6 +60,11 @@ typedef struct {
     qs_event rows_read; /* compute has read `rows` */
 } qs_embed;
 
+/** Gathers that the host may have given to a queue and that have not landed. NCCL has room for some
+ * thousand messages of a rank's under way, dozens to a gather, and may wait for ever beyond it
+ * (nccl#2353): a rank without work in a step would give it a whole step's. */
+enum { QS_FSDP_LEAD_MAX = 16 };
+
 /** What is under way into a gather buffer; which unit that is, the plan knows. */
 typedef struct {
     uint8_t *bytes;
@@ -90,6 +95,7 @@ struct qs_fsdp {
     int *held;            /* [n_units] acquires per unit */
     qs_gather_plan plan;
     qs_gather_buffer buffers[QS_GATHER_BUFFERS_MAX];
+    qs_event last_landed[QS_FSDP_LEAD_MAX]; /* of the last gathers, in turn */
     qs_embed embed;
     double gathers_until_s; /* end of the last gather */
     qs_fsdp_stats stats;

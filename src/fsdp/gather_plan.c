@@ -154,4 +154,5 @@ void qs_gather_plan_release(qs_gather_plan *s, int u)
 void qs_gather_plan_drop(qs_gather_plan *s, int buffer)
 {
     s->unit_in[buffer] = -1;
+    s->held[buffer] = 0;
 }

@@ -51,7 +51,7 @@ struct qs_grads {
     qs_partials *stacks;  /* [n_layers] */
     int64_t *added;       /* [n_layers] slots folded so far */
     bool *reduced;        /* [n_layers] */
-    float *open;          /* the buffer handed out by qs_grads_slot, NULL: none */
+    float *open;          /* the buffer that qs_grads_slot has given, NULL: none */
     int open_layer;
     int started; /* reductions of this step */
     reduction flights[IN_FLIGHT];
@@ -305,34 +305,38 @@ static bool is_next(const qs_grads *g, int layer, int64_t slot)
            slot == g->slots.begin + g->added[layer] && slot < g->slots.end;
 }
 
-float *qs_grads_slot(qs_grads *g, int layer, int64_t slot)
+/* Take a buffer from the pool, zeroed. */
+static qs_status open_slot(qs_grads *g, int layer, int64_t slot)
 {
-    if (!is_next(g, layer, slot)) {
-        (void)QS_FAIL(QS_ERR_BUG, "gradient of layer %d, slot %lld is not the next one", layer,
-                      (long long)slot);
-        return NULL;
-    }
-    if (g->open != NULL) {
-        if (layer == g->open_layer) {
-            return g->open;
-        }
-        (void)QS_FAIL(QS_ERR_BUG, "gradient of layer %d while layer %d is open", layer,
-                      g->open_layer);
-        return NULL;
-    }
     if (g->pool.count == 0) {
-        (void)QS_FAIL(QS_ERR_BUG,
-                      "gradient of layer %d, slot %lld: all %d buffers are taken; a "
-                      "pass is longer than `group`, or out of order",
-                      layer, (long long)slot, g->n_buffers);
-        return NULL;
+        return QS_FAIL(QS_ERR_BUG,
+                       "gradient of layer %d, slot %lld: all %d buffers are taken; a "
+                       "pass is longer than `group`, or out of order",
+                       layer, (long long)slot, g->n_buffers);
     }
-    g->open = g->pool.free[--g->pool.count];
+    float *buffer = g->pool.free[g->pool.count - 1];
+    QS_TRY(qs_queue_zero(g->compute, buffer, (size_t)g->layout.per_layer * sizeof(float)));
+    g->pool.count--;
+    g->open = buffer;
     g->open_layer = layer;
-    if (qs_queue_zero(g->compute, g->open, (size_t)g->layout.per_layer * sizeof(float)) != QS_OK) {
-        return NULL;
+    return QS_OK;
+}
+
+qs_status qs_grads_slot(qs_grads *g, int layer, int64_t slot, float **out)
+{
+    *out = NULL;
+    if (!is_next(g, layer, slot)) {
+        return QS_FAIL(QS_ERR_BUG, "gradient of layer %d, slot %lld is not the next one", layer,
+                       (long long)slot);
     }
-    return g->open;
+    if (g->open == NULL) {
+        QS_TRY(open_slot(g, layer, slot));
+    } else if (layer != g->open_layer) {
+        return QS_FAIL(QS_ERR_BUG, "gradient of layer %d while layer %d is open", layer,
+                       g->open_layer);
+    }
+    *out = g->open;
+    return QS_OK;
 }
 
 qs_status qs_grads_add(qs_grads *g, int layer, int64_t slot)
@@ -426,9 +430,11 @@ static qs_status note_end(void *ctx, bool *finished)
 static qs_status depart(qs_grads *g, reduction *flight,
                         qs_status (*send)(qs_grads *g, reduction *flight))
 {
+    qs_comm *comm = flight->inside ? g->inside.comm : g->last.comm;
     QS_TRY(qs_queue_after(g->queue, qs_event_record(g->compute)));
     flight->departed_s = qs_time_s();
-    QS_TRY(send(g, flight));
+    QS_TRY(qs_comm_batch_begin(comm));
+    QS_TRY(qs_comm_batch_end(comm, send(g, flight)));
     if (qs_device_is_host(g->device)) {
         QS_TRY(qs_queue_push(g->queue, note_end, NULL, flight));
     }

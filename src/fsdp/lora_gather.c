@@ -15,10 +15,11 @@
  *
  * With two levels a piece crosses to another host once, to the rank of the same number, and is then
  * handed on inside: 1 / (ranks of a host) of the bytes between hosts. */
-#include "base/mem.h"
 #include "fsdp/fsdp.h"
 
-enum { LAYERS_IN_FLIGHT = 8 }; /* enough to fill a network; bounds the requests that are open */
+/* Layers that set out together, which a GPU's transport starts in one call, and how many such are
+ * under way: enough to fill a network; it bounds the requests that are open. */
+enum { LAYERS_TOGETHER = 4, BATCHES_IN_FLIGHT = 2 };
 
 /* What an exchange works on. */
 typedef struct {
@@ -28,7 +29,7 @@ typedef struct {
     qs_queue *queue;
     size_t element; /* bytes of one */
     uint8_t *full;
-    size_t *exchange; /* [4 nranks] bytes and offsets */
+    size_t *exchange; /* [4 nranks] bytes and offsets; the caller's */
     int nranks;
 } vector;
 
@@ -55,26 +56,40 @@ static qs_status exchange_pieces(const vector *v, qs_comm *comm, int layer, int 
     return qs_comm_all_to_all_v(comm, from, send_bytes, send_at, to, recv_bytes, recv_at, v->queue);
 }
 
-/* Layer by layer: own pieces, in the shard, to the members of `comm`; or with `shard` NULL what has
- * come across, `sets` pieces a layer, on to the other ranks of this host. */
-static qs_status exchange_layers(const vector *v, qs_comm *comm, int first, int stride, int sets,
-                                 const uint8_t *shard)
+static qs_status exchange_batch(const vector *v, qs_comm *comm, qs_range layers, int first,
+                                int stride, int sets, const uint8_t *shard)
 {
     const size_t width_bytes = (size_t)v->width * v->element;
-    qs_event landed[LAYERS_IN_FLIGHT] = {{0}};
-    for (int l = 0; l < v->layout->n_layers; l++) {
-        qs_event *slot = &landed[l % LAYERS_IN_FLIGHT];
-        QS_TRY(qs_event_wait(*slot));
+    for (int l = (int)layers.begin; l < layers.end; l++) {
         const uint8_t *from = shard != NULL ? shard + (size_t)l * width_bytes : NULL;
         for (int s = 0; s < sets; s++) {
             QS_TRY(exchange_pieces(v, comm, l, first + s * qs_comm_nranks(comm), stride, from));
         }
+    }
+    return QS_OK;
+}
+
+/* All layers: own pieces, in the shard, to the members of `comm`; or with `shard` NULL what has
+ * come across, `sets` pieces a layer, on to the other ranks of this host. */
+static qs_status exchange_layers(const vector *v, qs_comm *comm, int first, int stride, int sets,
+                                 const uint8_t *shard)
+{
+    qs_event landed[BATCHES_IN_FLIGHT] = {{0}};
+    const int layers = v->layout->n_layers;
+    for (int begin = 0, batch = 0; begin < layers; begin += LAYERS_TOGETHER, batch++) {
+        qs_event *slot = &landed[batch % BATCHES_IN_FLIGHT];
+        const int end = begin + LAYERS_TOGETHER < layers ? begin + LAYERS_TOGETHER : layers;
+        QS_TRY(qs_event_wait(*slot));
+        QS_TRY(qs_comm_batch_begin(comm));
+        const qs_status st =
+            exchange_batch(v, comm, (qs_range){begin, end}, first, stride, sets, shard);
+        QS_TRY(qs_comm_batch_end(comm, st));
         *slot = qs_event_record(v->queue);
     }
     return qs_queue_wait(v->queue);
 }
 
-static qs_status gather_levels(const vector *v, const qs_levels *levels, const uint8_t *shard)
+static qs_status gather_vector(const vector *v, const qs_levels *levels, const void *shard)
 {
     if (levels->inside == NULL) {
         return exchange_layers(v, levels->world, 0, 1, 1, shard);
@@ -85,45 +100,38 @@ static qs_status gather_levels(const vector *v, const qs_levels *levels, const u
     return exchange_layers(v, levels->inside, 0, 1, hosts, NULL);
 }
 
-static qs_status gather_vector(vector *v, const qs_levels *levels, const void *shard)
-{
-    QS_TRY(QS_ALLOC(&v->exchange, 4 * v->nranks, QS_MEM_WORK));
-    qs_status st = gather_levels(v, levels, shard);
-    qs_mem_free(v->exchange);
-    return st;
-}
-
 static qs_status gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
-                        const void *shard, size_t element, void *full)
+                        size_t *exchange, const void *shard, size_t element, void *full)
 {
     const int nranks = qs_comm_nranks(levels->world);
-    vector v = {.layout = layout,
-                .piece = qs_lora_shard,
-                .per_layer = layout->per_layer,
-                .width = qs_lora_shard_width(layout, nranks),
-                .queue = queue,
-                .element = element,
-                .full = full,
-                .nranks = nranks};
+    const vector v = {.layout = layout,
+                      .piece = qs_lora_shard,
+                      .per_layer = layout->per_layer,
+                      .width = qs_lora_shard_width(layout, nranks),
+                      .queue = queue,
+                      .element = element,
+                      .full = full,
+                      .exchange = exchange,
+                      .nranks = nranks};
     return gather_vector(&v, levels, shard);
 }
 
 qs_status qs_lora_gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
-                         const float *shard, float *full)
+                         size_t *exchange, const float *shard, float *full)
 {
-    return gather(layout, levels, queue, shard, sizeof *shard, full);
+    return gather(layout, levels, queue, exchange, shard, sizeof *shard, full);
 }
 
 qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
-                            const qs_levels *levels, qs_queue *queue, const float *shard,
-                            void *send, void *full)
+                            const qs_levels *levels, qs_queue *queue, size_t *exchange,
+                            const float *shard, void *send, void *full)
 {
     if (ops->act_dtype == QS_F32) {
-        return qs_lora_gather(layout, levels, queue, shard, full);
+        return qs_lora_gather(layout, levels, queue, exchange, shard, full);
     }
     const int64_t width = qs_lora_shard_width(layout, qs_comm_nranks(levels->world));
     QS_TRY(ops->convert(queue, shard, layout->n_layers * width, send));
-    return gather(layout, levels, queue, send, qs_dtype_bytes(ops->act_dtype), full);
+    return gather(layout, levels, queue, exchange, send, qs_dtype_bytes(ops->act_dtype), full);
 }
 
 /* A layer's magnitudes out of this rank's elements, one linear's behind the other's. */
@@ -144,18 +152,20 @@ static qs_status pack_magnitudes(const qs_lora_layout *layout, qs_queue *queue, 
 }
 
 qs_status qs_lora_gather_magnitudes(const qs_lora_layout *layout, const qs_levels *levels,
-                                    qs_queue *queue, const float *shard, float *send, float *full)
+                                    qs_queue *queue, size_t *exchange, const float *shard,
+                                    float *send, float *full)
 {
     const int nranks = qs_comm_nranks(levels->world);
     const qs_range mine = qs_lora_shard(layout, qs_comm_rank(levels->world), nranks);
-    vector v = {.layout = layout,
-                .piece = qs_lora_magnitude_shard,
-                .per_layer = qs_lora_magnitudes(layout),
-                .width = qs_lora_magnitude_width(layout, nranks),
-                .queue = queue,
-                .element = sizeof *full,
-                .full = (uint8_t *)full,
-                .nranks = nranks};
+    const vector v = {.layout = layout,
+                      .piece = qs_lora_magnitude_shard,
+                      .per_layer = qs_lora_magnitudes(layout),
+                      .width = qs_lora_magnitude_width(layout, nranks),
+                      .queue = queue,
+                      .element = sizeof *full,
+                      .full = (uint8_t *)full,
+                      .exchange = exchange,
+                      .nranks = nranks};
     for (int l = 0; l < layout->n_layers; l++) {
         QS_TRY(pack_magnitudes(layout, queue, mine, shard + l * qs_lora_shard_width(layout, nranks),
                                send + l * v.width));

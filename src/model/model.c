@@ -260,10 +260,8 @@ static qs_status layer_down(qs_model *m, int layer, int64_t g, const qs_unit_vie
                             const qs_micro_batch *micro, const qs_model_noise *noise,
                             qs_grads *grads)
 {
-    float *grad = qs_grads_slot(grads, layer, micro->slot);
-    if (grad == NULL) {
-        return QS_ERR_BUG; /* recorded there */
-    }
+    float *grad = NULL;
+    QS_TRY(qs_grads_slot(grads, layer, micro->slot, &grad));
     if (!qs_model_is_idle(micro)) {
         const qs_layer_call call = call_of(m, layer, g, view, micro->batch, noise);
         QS_TRY(qs_offload_before_backward(m, g, layer));

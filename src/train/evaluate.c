@@ -13,32 +13,6 @@
 #include "train/tokenizers.h"
 #include "train/train.h"
 
-qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum)
-{
-    qs_status st = QS_OK;
-    const int nranks = qs_comm_nranks(comm);
-    const qs_range range = qs_slots_of(slots, qs_comm_rank(comm), nranks);
-    const int64_t width = (slots + nranks - 1) / nranks;
-    double *send = NULL, *recv = NULL;
-    *sum = 0;
-    QS_GOTO(QS_ALLOC(&send, width, QS_MEM_WORK));
-    QS_GOTO(QS_ALLOC(&recv, width * nranks, QS_MEM_WORK));
-    for (int64_t i = 0; i < range.end - range.begin; i++) {
-        send[i] = mine[i];
-    }
-    QS_GOTO(qs_comm_all_gather_now(comm, send, recv, (size_t)width * sizeof *send));
-    for (int r = 0; r < nranks; r++) {
-        const qs_range of = qs_slots_of(slots, r, nranks);
-        for (int64_t i = 0; i < of.end - of.begin; i++) {
-            *sum += recv[r * width + i];
-        }
-    }
-done:
-    qs_mem_free(send);
-    qs_mem_free(recv);
-    return st;
-}
-
 typedef struct {
     qs_data *data;
     int64_t micro_batch;
@@ -85,20 +59,23 @@ qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed
     const int64_t slots = (data->n_sequences + micro_batch - 1) / micro_batch;
     file_order order = {.data = data, .micro_batch = micro_batch};
     qs_feed_source source = qs_feed_source_make(s->comm, slots, load_slot, &order);
-    double *sums = NULL, total = 0;
+    double *sums = NULL, *work = NULL, total = 0;
     qs_watch_section(source.mine.begin == source.mine.end, "evaluation");
-    QS_GOTO(qs_comm_agree(s->comm, QS_ALLOC(&sums, slots, QS_MEM_WORK)));
+    st = QS_ALLOC(&sums, source.mine.end - source.mine.begin, QS_MEM_WORK);
+    st = st == QS_OK ? QS_ALLOC(&work, qs_slot_sums_work(slots, s->nranks), QS_MEM_WORK) : st;
+    QS_GOTO(qs_comm_agree(s->comm, st));
     QS_GOTO(eval_passes(s, feed, &source, stop, ctx, sums));
     *out = (qs_eval_result){.stopped = source.ends};
     if (source.ends) {
         goto done;
     }
-    QS_GOTO(qs_sum_slots(s->comm, slots, sums, &total));
+    QS_GOTO(qs_sum_slots(s->comm, slots, sums, work, &total));
     *out = (qs_eval_result){.loss = data->n_targets > 0 ? total / (double)data->n_targets : 0,
                             .targets = data->n_targets,
                             .sequences = data->n_sequences};
 done:
     qs_mem_free(sums);
+    qs_mem_free(work);
     return st;
 }
 
@@ -213,6 +190,7 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     }
     QS_GOTO(eval_with(&s, options, data));
 done:
+    qs_comm_end_unagreed(comm, st); /* what follows waits for what peers may never send */
     qs_data_close(data);
     qs_session_close(&s);
     return st;

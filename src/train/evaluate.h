@@ -20,7 +20,4 @@ typedef qs_status (*qs_eval_stop)(void *ctx, bool *stop);
 qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed *feed,
                       qs_eval_stop stop, void *ctx, qs_eval_result *out);
 
-/** Add per-slot sums over all ranks in slot order: `mine` are this rank's slots. Collective. */
-qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *sum);
-
 #endif

@@ -87,3 +87,28 @@ void qs_feed_keep_losses(const qs_feed *feed, const qs_feed_source *source, doub
         }
     }
 }
+
+int64_t qs_slot_sums_work(int64_t slots, int nranks)
+{
+    return qs_shard_width(slots, nranks) * (nranks + 1);
+}
+
+qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *work, double *sum)
+{
+    const int nranks = qs_comm_nranks(comm);
+    const qs_range range = qs_slots_of(slots, qs_comm_rank(comm), nranks);
+    const int64_t width = qs_shard_width(slots, nranks);
+    double *all = work + width;
+    *sum = 0;
+    for (int64_t i = 0; i < range.end - range.begin; i++) {
+        work[i] = mine[i];
+    }
+    QS_TRY(qs_comm_all_gather_now(comm, work, all, (size_t)width * sizeof *work));
+    for (int r = 0; r < nranks; r++) {
+        const qs_range of = qs_slots_of(slots, r, nranks);
+        for (int64_t i = 0; i < of.end - of.begin; i++) {
+            *sum += all[r * width + i];
+        }
+    }
+    return QS_OK;
+}

@@ -52,4 +52,9 @@ const qs_micro_batch *qs_feed_ahead(const qs_feed *feed);
 /** The losses of the pass at hand to sums [slots of this rank]. */
 void qs_feed_keep_losses(const qs_feed *feed, const qs_feed_source *source, double *sums);
 
+/** Add per-slot sums over all ranks in slot order: `mine` [slots of this rank]; `work`
+ * [qs_slot_sums_work] is scratch. Collective. */
+qs_status qs_sum_slots(qs_comm *comm, int64_t slots, const double *mine, double *work, double *sum);
+int64_t qs_slot_sums_work(int64_t slots, int nranks);
+
 #endif

@@ -69,17 +69,6 @@ void qs_outlook_close(qs_outlook_inputs *in)
 
 /* ---- one outlook ---- */
 
-/* Of a byte a rank: only how they compare matters. */
-static qs_group_links links_on_paper(const qs_outlook_place *place, int per_node)
-{
-    if (place->gpu == NULL) {
-        return (qs_group_links){0};
-    }
-    const qs_links usual = qs_links_usual(place->gpu, per_node);
-    return (qs_group_links){qs_links_receive_s(per_node - 1, per_node, &usual),
-                            qs_links_receive_s(place->nranks - 1, place->nranks, &usual)};
-}
-
 /* The part of a session that plans look at; nothing in it is owned. */
 static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
                                   const qs_outlook_place *place)
@@ -102,7 +91,9 @@ static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, co
     if (per_node > 1 && per_node < place->nranks && place->nranks % per_node == 0) {
         s->per_host = per_node;
     }
-    const qs_group_links links = links_on_paper(place, per_node);
+    const qs_group_links links = place->gpu == NULL
+                                     ? (qs_group_links){0}
+                                     : qs_group_links_usual(place->gpu, place->nranks, per_node);
     s->room = qs_outlook_allowed(cfg, place);
     return qs_shard_group_assume(&s->shard, cfg, in->index, &options, s->room, place->nranks,
                                  per_node, &links);

@@ -31,7 +31,8 @@ qs_status qs_run_dump_gradient(qs_run *r, const float *shard)
         r->comm, qs_mirror_create(s->device, &full,
                                   (size_t)(layout->n_layers * layout->per_layer) * sizeof(float),
                                   QS_MEM_WORK)));
-    QS_GOTO(qs_lora_gather(layout, &s->levels.levels, s->queue, shard, full.device));
+    QS_GOTO(qs_lora_gather(layout, &s->levels.levels, s->queue, r->trainer.exchange, shard,
+                           full.device));
     QS_GOTO(qs_mirror_pull(s->queue, &full, 0, full.bytes));
     QS_GOTO(qs_queue_wait(s->queue));
     if (r->rank == 0) {

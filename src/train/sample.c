@@ -355,6 +355,7 @@ qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm)
     s.data = data;
     QS_GOTO(sample_with(&s));
 done:
+    qs_comm_end_unagreed(comm, st); /* what follows waits for what peers may never send */
     destroy(&s);
     qs_data_close(data);
     qs_session_close(&session);

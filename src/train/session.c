@@ -145,7 +145,10 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     const qs_fsdp_options options = qs_session_group_options(s);
     QS_TRY(qs_room_on_host(&s->host, s->threads, comm));
     s->room = qs_room_here(s->device, &s->host, config->memory.device_limit);
-    return qs_shard_group_make(&s->shard, config, s->index, &options, s->room, comm);
+    const qs_group_links usual = qs_group_links_usual(
+        qs_gpu_kind_of(qs_device_description(s->device)), s->nranks, qs_comm_local_nranks(comm));
+    return qs_shard_group_make(&s->shard, config, s->index, &options, s->room,
+                               s->apart ? &usual : NULL, comm);
 }
 
 /* The whole LoRA vector of a PEFT directory. */

@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "base/log.h"
+#include "train/forecast.h"
 
 static const double GIB = 1073741824.0;
 
@@ -17,6 +18,16 @@ static size_t kept_bytes(const qs_base_index *index, const qs_fsdp_options *opti
 static double allowed_share(const qs_group_links *links)
 {
     return links->node_s > 0 && links->world_s > 2 * links->node_s ? 0.8 : 0.5;
+}
+
+qs_group_links qs_group_links_usual(const qs_gpu_kind *gpu, int nranks, int per_node)
+{
+    if (gpu == NULL) {
+        return (qs_group_links){1, 3};
+    }
+    const qs_links usual = qs_links_usual(gpu, per_node);
+    return (qs_group_links){qs_links_receive_s(per_node - 1, per_node, &usual),
+                            qs_links_receive_s(nranks - 1, nranks, &usual)};
 }
 
 static bool is_tight(size_t needed, size_t room, const qs_group_links *links)
@@ -50,20 +61,27 @@ static qs_status measure(qs_group_links *links, const qs_base_index *index, qs_c
 
 /* Whether a node's copy takes too much on any rank; says why to `why`. */
 static qs_status find_tight(bool *out, char *why, size_t capacity, const qs_base_index *index,
-                            const qs_fsdp_options *options, size_t room, qs_comm *node,
-                            qs_comm *world)
+                            const qs_fsdp_options *options, size_t room,
+                            const qs_group_links *usual, qs_comm *node, qs_comm *world)
 {
     qs_group_links links = {0};
+    char measured[96] = "";
     const size_t needed = kept_bytes(index, options, qs_comm_nranks(node));
-    QS_TRY(measure(&links, index, node, world));
+    if (usual != NULL) {
+        links = *usual;
+    } else {
+        QS_TRY(measure(&links, index, node, world));
+        snprintf(measured, sizeof measured,
+                 "gathering a layer takes %.3g ms among a node's ranks, %.3g among all; ",
+                 1e3 * links.node_s, 1e3 * links.world_s);
+    }
     int64_t tight = is_tight(needed, room, &links);
     QS_TRY(qs_comm_max_i64(world, &tight, 1));
     *out = tight != 0;
     snprintf(why, capacity,
-             "gathering a layer takes %.3g ms among a node's ranks, %.3g among all; a rank would "
-             "keep %.2f GiB of the base and its buffers in a node's group, %.2f in the world's; it "
-             "has %.2f, of which %.0f %% may be taken",
-             1e3 * links.node_s, 1e3 * links.world_s, (double)needed / GIB,
+             "%sa rank would keep %.2f GiB of the base and its buffers in a node's group, %.2f in "
+             "the world's; it has %.2f, of which %.0f %% may be taken",
+             measured, (double)needed / GIB,
              (double)kept_bytes(index, options, qs_comm_nranks(world)) / GIB, (double)room / GIB,
              100 * allowed_share(&links));
     return QS_OK;
@@ -72,13 +90,14 @@ static qs_status find_tight(bool *out, char *why, size_t capacity, const qs_base
 /* What `auto` stands for on several hosts: out->comm is the node's, which its gathers were measured
  * over, or the world. */
 static qs_status choose(qs_shard_group *out, const qs_base_index *index,
-                        const qs_fsdp_options *options, size_t room, qs_comm *world)
+                        const qs_fsdp_options *options, size_t room, const qs_group_links *links,
+                        qs_comm *world)
 {
     bool tight = false;
     qs_comm *node = NULL;
     QS_TRY(qs_comm_split(world, qs_comm_host(world), &node));
     const qs_status st =
-        find_tight(&tight, out->why, sizeof out->why, index, options, room, node, world);
+        find_tight(&tight, out->why, sizeof out->why, index, options, room, links, node, world);
     out->comm = st != QS_OK || tight ? world : node;
     if (out->comm == world) {
         qs_comm_destroy(node);
@@ -110,7 +129,7 @@ qs_status qs_shard_group_split(qs_comm **out, int64_t group, qs_comm *world, con
 
 qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
-                              size_t room, qs_comm *world)
+                              size_t room, const qs_group_links *links, qs_comm *world)
 {
     const int nranks = qs_comm_nranks(world);
     const int64_t group = config->shard.group;
@@ -120,7 +139,7 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     if (other_host == 0 && group <= 0) {
         return QS_OK; /* one node: all words mean the same */
     }
-    QS_TRY(group == QS_SHARD_AUTO ? choose(out, index, options, room, world)
+    QS_TRY(group == QS_SHARD_AUTO ? choose(out, index, options, room, links, world)
                                   : qs_shard_group_split(&out->comm, group, world, "shard.group"));
     if (out->comm == world) {
         return QS_OK;

@@ -4,6 +4,7 @@
 
 #include "comm/comm.h"
 #include "config/config.h"
+#include "device/gpu_kinds.h"
 #include "fsdp/fsdp.h"
 
 typedef struct {
@@ -20,18 +21,23 @@ qs_status qs_shard_group_split(qs_comm **out, int64_t group, qs_comm *world, con
 
 /** How much longer the gathers of the whole run take than those of a node. */
 typedef struct {
-    double node_s, world_s; /* of a layer; 0: not known */
+    double node_s, world_s; /* of a layer, or of anything else; 0: not known */
 } qs_group_links;
+
+/** What is known of such a GPU's links; NULL: of a kind that nobody knows, whose node's links are
+ * taken to be the faster ones. */
+qs_group_links qs_group_links_usual(const qs_gpu_kind *gpu, int nranks, int per_node);
 
 /** Make the group that `config` asks for. With `auto` a node's ranks if there are several nodes and
  * the share of the base that a rank then keeps, with its gather buffers, takes at most half of its
- * `room` (room.h) on every rank, or four fifths where gathers of the whole run, which are measured,
- * take more than twice as long as a node's; else all ranks. Whether the rest of the run fits beside
- * it is the plan's question (qs_plan_settle). Collective over `world`, which must outlive the
- * group. \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
+ * `room` (room.h) on every rank, or four fifths where gathers of the whole run take more than twice
+ * as long as a node's; else all ranks. `links`: by these, as GPUs are not connected yet; NULL: by
+ * the host's, which are measured. Whether the rest of the run fits beside it is the plan's question
+ * (qs_plan_settle). Collective over `world`, which must outlive the group.
+ * \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
 qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
-                              size_t room, qs_comm *world);
+                              size_t room, const qs_group_links *links, qs_comm *world);
 
 /** The same on paper, for rank 0 of `nranks` ranks, `per_node` on each node, with `room` for each
  * and assumed `links`: comm is NULL. Not collective. */

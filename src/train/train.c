@@ -260,11 +260,12 @@ qs_status qs_train_run(const qs_train_options *options, qs_comm *comm)
     const qs_status st = run_all(&r);
     qs_progress_end();
     qs_metrics_close(r.metrics);
-    qs_trainer_destroy(&r.trainer);
     if (st != QS_OK && r.step == 0) {
         qs_run_dir_abandon(&r.run_dir); /* nothing has been done in it */
     }
     qs_run_dir_close(&r.run_dir);
+    qs_comm_end_unagreed(comm, st); /* what follows waits for what peers may never send */
+    qs_trainer_destroy(&r.trainer);
     qs_data_close(r.train_data);
     qs_data_close(r.eval_data);
     qs_session_close(&r.session);

@@ -4,7 +4,6 @@
 
 #include "base/mem.h"
 #include "base/timer.h"
-#include "train/evaluate.h"
 
 static const int64_t IN_A_HURRY = (int64_t)1 << 40; /* above all milliseconds */
 
@@ -15,6 +14,8 @@ qs_status qs_trainer_create(qs_trainer *t, qs_session *s, const qs_model_shape *
     const qs_range mine = qs_slots_of(slots, rank, s->nranks);
     *t = (qs_trainer){.session = s, .slots = slots};
     QS_TRY(QS_ALLOC(&t->slot_sums, mine.end - mine.begin, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&t->sums_work, qs_slot_sums_work(slots, s->nranks), QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&t->exchange, 4 * s->nranks, QS_MEM_WORK));
     QS_TRY(qs_optim_create(&t->optim, s->device, &s->layout, rank, s->nranks));
     QS_TRY(qs_grads_create(&t->grads, &s->layout, s->ops, &s->levels.levels, s->queue, slots,
                            shape->group));
@@ -27,6 +28,8 @@ void qs_trainer_destroy(qs_trainer *t)
     qs_grads_destroy(t->grads);
     qs_optim_destroy(t->optim);
     qs_mem_free(t->slot_sums);
+    qs_mem_free(t->sums_work);
+    qs_mem_free(t->exchange);
 }
 
 qs_status qs_trainer_start_anew(qs_trainer *t, uint64_t seed)
@@ -96,7 +99,7 @@ qs_status qs_trainer_sums(qs_trainer *t, float **shard, double *norm, double *lo
 {
     QS_TRY(qs_grads_finish(t->grads, shard));
     QS_TRY(qs_grads_norm(t->grads, *shard, norm));
-    return qs_sum_slots(t->session->comm, t->slots, t->slot_sums, loss_sum);
+    return qs_sum_slots(t->session->comm, t->slots, t->slot_sums, t->sums_work, loss_sum);
 }
 
 qs_status qs_trainer_gather(qs_trainer *t)
@@ -104,10 +107,10 @@ qs_status qs_trainer_gather(qs_trainer *t)
     qs_session *s = t->session;
     const qs_levels *levels = &s->levels.levels;
     qs_model_adapter_changed(s->model);
-    QS_TRY(qs_lora_gather_as(&s->layout, s->ops, levels, s->queue, t->optim->d_master, s->lora_send,
-                             s->lora));
+    QS_TRY(qs_lora_gather_as(&s->layout, s->ops, levels, s->queue, t->exchange, t->optim->d_master,
+                             s->lora_send, s->lora));
     return s->magnitudes == NULL
                ? QS_OK
-               : qs_lora_gather_magnitudes(&s->layout, levels, s->queue, t->optim->d_master,
-                                           s->magnitudes_send, s->magnitudes);
+               : qs_lora_gather_magnitudes(&s->layout, levels, s->queue, t->exchange,
+                                           t->optim->d_master, s->magnitudes_send, s->magnitudes);
 }

@@ -13,6 +13,8 @@ typedef struct {
     qs_feed feed;
     int64_t tokens, targets; /* of this rank's slots so far */
     double *slot_sums;       /* [slots of this rank] losses of the last step */
+    double *sums_work;       /* [qs_slot_sums_work] */
+    size_t *exchange;        /* [4 nranks] of the gather of the weights */
     qs_optim *optim;
     qs_grads *grads;
     int (*signals)(void); /* that want a stop, so far; NULL: a step is always finished */

@@ -84,7 +84,7 @@ static qs_status one_knows_why(qs_comm *comm)
 {
     const qs_status st = why(comm);
     signal(SIGTERM, SIG_IGN); /* as if caught */
-    qs_comm_end_job(comm, st);
+    qs_comm_end_unagreed(comm, st);
     return st;
 }
 

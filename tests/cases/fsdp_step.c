@@ -37,7 +37,8 @@ static qs_status gradients(qs_fsdp *f, qs_grads *grads, qs_comm *comm, qs_queue 
     QS_TRY(qs_grads_finish(grads, &shard));
     QS_TRY(qs_grads_norm(grads, shard, &norm));
     QS_TRY(QS_ALLOC(&full, layout->n_layers * layout->per_layer, QS_MEM_LORA));
-    qs_status st = qs_lora_gather(layout, &(qs_levels){.world = comm}, queue, shard, full);
+    qs_status st = qs_lora_gather(layout, &(qs_levels){.world = comm}, queue,
+                                  (size_t[FX_EXCHANGE]){0}, shard, full);
     if (st == QS_OK && qs_comm_rank(comm) == 0) {
         size_t bytes = (size_t)(layout->n_layers * layout->per_layer) * sizeof *full;
         printf("gradient %016llx\nnorm %a\n", (unsigned long long)qs_xxh3_64(full, bytes), norm);

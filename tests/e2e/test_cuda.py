@@ -394,7 +394,7 @@ class Refusals(unittest.TestCase):
     def test_a_peer_that_fails(self):
         output = os.path.join(support.scratch(), "run")
         done = support.train(output, expect=6, ranks=2, options=("--allow-shared-device",), device="cuda",
-                             environment=on_gpu(QSHARD_EMULATOR_NCCL_FAIL="9"), **SMALL)
+                             environment=on_gpu(QSHARD_EMULATOR_NCCL_FAIL="11"), **SMALL)
         self.assertIn("error[E600]", done.stderr)
 
     def test_a_peer_that_does_not_connect(self):

@@ -240,8 +240,10 @@ static void deliver(exchange *x)
         return; /* its kernel was ended */
     }
     for (int i = 0; i < x->n_pieces; i++) {
-        if (!x->pieces[i].send) {
-            memcpy(x->pieces[i].at, x->pieces[i].aside, x->pieces[i].bytes);
+        piece *p = &x->pieces[i];
+        if (!p->send && p->bytes > 0) {
+            p->aside[p->bytes / 2] ^= x->spoiled ? 1 : 0;
+            memcpy(p->at, p->aside, p->bytes);
         }
     }
 }

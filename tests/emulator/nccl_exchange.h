@@ -43,6 +43,7 @@ typedef struct exchange {
     MPI_Request *requests;
     int n_requests;
     bool collective, arrived;
+    bool spoiled; /* brings wrong bytes */
 } exchange;
 
 struct ncclComm {

@@ -22,6 +22,7 @@
  *   QSHARD_EMULATOR_NCCL_FAIL
  *     n         the n-th exchange returns ncclRemoteError
  *     async:n   it seems to begin, then ncclCommGetAsyncError says so
+ *     wrong:n   what it brings is spoiled
  *     init      the communicator cannot be made
  *   QSHARD_EMULATOR_NCCL_VERSION
  *     22809     what ncclGetVersion says
@@ -84,7 +85,7 @@ static const char *setting(const char *name)
 }
 
 /* Counts the exchanges of this process. */
-static ncclResult_t injected(ncclComm_t comm)
+static ncclResult_t injected(exchange *x)
 {
     static long calls;
     const char *text = setting("QSHARD_EMULATOR_NCCL_FAIL");
@@ -92,11 +93,15 @@ static ncclResult_t injected(ncclComm_t comm)
     if (text == NULL) {
         return ncclSuccess;
     }
-    const bool later = strncmp(text, "async:", 6) == 0;
-    if (atol(later ? text + 6 : text) != calls) {
+    const bool later = strncmp(text, "async:", 6) == 0, wrong = strncmp(text, "wrong:", 6) == 0;
+    if (atol(later || wrong ? text + 6 : text) != calls) {
         return ncclSuccess;
     }
-    comm->failed = ncclRemoteError;
+    x->spoiled = wrong;
+    if (wrong) {
+        return ncclSuccess;
+    }
+    x->comm->failed = ncclRemoteError;
     return later ? ncclInProgress : ncclRemoteError;
 }
 
@@ -124,7 +129,7 @@ ncclResult_t ncclGroupEnd(void)
     group = NULL;
     group_failed = ncclSuccess;
     if (x != NULL && result == ncclSuccess) {
-        result = injected(x->comm);
+        result = injected(x);
     }
     if (x != NULL && result == ncclSuccess) {
         result = nm_run(x);

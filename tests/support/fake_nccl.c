@@ -161,7 +161,7 @@ const char *ncclGetErrorString(ncclResult_t code)
 const char *ncclGetLastError(ncclComm_t comm)
 {
     (void)comm;
-    return "socket closed";
+    return fake.detail != NULL ? fake.detail : "socket closed";
 }
 
 /* ---- a device and its queue ---- */
@@ -179,7 +179,21 @@ static qs_status copy(qs_queue *queue, void *to, const void *from, size_t bytes)
     return QS_OK;
 }
 
-static const qs_device_ops device_ops = {.name = "fake", .queue_native = fake_native, .copy = copy};
+bool fake_stuck;
+
+static qs_status wait_for_queue(qs_queue *queue)
+{
+    for (int i = 0; fake_stuck; i = (i + 1) % QS_DEVICE_WATCHES_MAX) {
+        const qs_device *device = queue->device;
+        if (device->watches[i].watch != NULL) {
+            QS_TRY(device->watches[i].watch(device->watches[i].ctx));
+        }
+    }
+    return QS_OK;
+}
+
+static const qs_device_ops device_ops = {
+    .name = "fake", .queue_native = fake_native, .copy = copy, .wait = wait_for_queue};
 qs_device fake_device = {.ops = &device_ops};
 
 fake_queue fake_queue_make(void)

@@ -23,6 +23,7 @@ typedef struct {
     ncclResult_t code;   /* ... with this */
     int polls;           /* that each call takes to be done; -1: it never is */
     ncclResult_t async;  /* what it is found to be then */
+    const char *detail;  /* of ncclGetLastError; NULL: "socket closed" */
     struct ncclComm comm;
 } fake_nccl;
 
@@ -46,6 +47,7 @@ typedef struct {
 
 extern qs_device fake_device;
 fake_queue fake_queue_make(void);
+extern bool fake_stuck; /* what is on a queue never ends: waits ask the device's watches */
 void *fake_native(const qs_queue *queue);
 
 extern int fake_moves; /* of the host's messages */
