@@ -99,7 +99,7 @@ def measure(kind, options, folder, tokenizer):
 def rendered(data, options, tokenizer):
     """The texts that the tokenizer sees."""
     worker = pipeline.Worker(
-        qshard_prep.parse_options(["--model", options.model, data, "--preview", "1"]), "text", tokenizer
+        qshard_prep.parse_options(["--model", options.model, data, "--preview", "1"]), [], tokenizer
     )
     texts = []
     with open(data, "rb") as file:

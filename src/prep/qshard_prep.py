@@ -2,7 +2,6 @@
 """qshard-prep: training data to the token file that `qshard train`, `eval` and `sample` read."""
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -20,15 +19,17 @@ from qprep.files import finished, refuse_existing
 from qprep.formats import ALL_FORMATS, FORMATS, OPENING
 from qprep.model_config import check_model_folder, read_model_config
 from qprep.packing import METHODS
+from qprep.parts import split_off, taken
 from qprep.pipeline import read_documents
 from qprep.preview import show
 from qprep.template import TURNS
-from qprep.tokenfile import arrange, ranges, template_attributes, write_token_file
-from qprep.tokens import Documents, Tokenizer
+from qprep.tokenfile import arrange, template_attributes, write_token_file
+from qprep.tokens import Tokenizer, joined
 
+TAKE_LIMIT = 1000
 DESCRIPTION = "Makes the token files that qshard train, eval and sample read."
 FORMATS_HELP = """\
-formats, told by the keys of the first record or by --format:
+formats, told by the keys of each file's first record or by --format:
   messages    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], "tools": [...]}
   sharegpt    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}], "system": ...}
               both are written with the model's chat template; the assistant's turns are learned; beside the messages
@@ -45,6 +46,7 @@ examples:
   qshard-prep --model HF_DIR data.jsonl --preview 2
   qshard-prep --model HF_DIR data.jsonl -o train.h5 --seq-len 2048 --pack --eval-out eval.h5 --eval-fraction 0.05
   qshard-prep --model HF_DIR faq.jsonl --rename question=prompt --rename answer=completion --chat -o train.h5
+  qshard-prep --model HF_DIR chat.jsonl alpaca.jsonl book.jsonl --take chat.jsonl=2 --take book.jsonl=0.1 -o train.h5
   qshard-prep --model HF_DIR --format fsdp_qlora:dummy -o dummy.h5
 
 One pass, in order, and the same bytes for the same input. Exit codes: 0 done, 2 usage, 3 bad input, 4 output."""
@@ -63,7 +65,7 @@ def parse_options(argv):
         "data",
         nargs="*",
         metavar="DATA",
-        help="JSON lines or one JSON array; for megatron the PREFIX of .idx and .bin",
+        help="JSON lines or one JSON array; for megatron the PREFIX of .idx and .bin; several may be of several formats",
     )
     add(
         "--model",
@@ -87,7 +89,7 @@ def parse_options(argv):
         choices=("auto", *ALL_FORMATS),
         default="auto",
         metavar="NAME",
-        help="kind of the records, see below (default: by their keys)",
+        help="kind of all records, see below (default: of each file by its keys)",
     )
     add(
         "--rename",
@@ -96,6 +98,14 @@ def parse_options(argv):
         default=[],
         metavar="OLD=NEW",
         help="read the records' key OLD as NEW, as in question=prompt; may be given again",
+    )
+    add(
+        "--take",
+        type=take_of,
+        action="append",
+        default=[],
+        metavar="FILE=N",
+        help="take the records of DATA's FILE N times, or a part of them: 3, 0.1, 1.5; may be given for each FILE",
     )
     add("--on-bad-record", choices=("stop", "skip"), default="stop", help="(default stop)")
     add(
@@ -182,7 +192,7 @@ def parse_options(argv):
         metavar="F",
         help="part of the records held out, 0..0.9",
     )
-    add("--seed", type=int, default=42, help="chooses the held-out records (default 42)")
+    add("--seed", type=int, default=42, help="chooses the held-out records and those of --take (default 42)")
     options = parser.parse_args(argv)
     options.pack_by = options.pack_by or ("order" if options.pack else None)
     options.pack = options.pack_by is not None
@@ -203,6 +213,17 @@ def names_of(text):
     if not old or not equals or not new:
         raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
     return old, new
+
+
+def take_of(text):
+    path, _, number = text.rpartition("=")
+    try:
+        times = float(number)
+    except ValueError:
+        times = 0.0
+    if not path or not 0 < times <= TAKE_LIMIT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE=N with a number N above 0 and up to {TAKE_LIMIT}, as 3 or 0.1")
+    return path, times
 
 
 def variable_of(text):
@@ -244,6 +265,7 @@ def check_options(options):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise PrepError(errors.CONFIG_PAIR, "--rename", f"{twice} is given twice as {('OLD', 'NEW')[side]}")
+    check_take(options)
     if options.prompts:
         check_prompts(options)
     if options.train_on_inputs and (options.train_roles or options.turns):
@@ -258,6 +280,24 @@ def check_options(options):
     inputs = [name + end for name in options.data for end in ("", ".idx", ".bin")]
     for path in outputs:
         refuse_existing(path, options.overwrite, inputs)
+
+
+def check_take(options):
+    """--take names each DATA file once at most, and no file is there twice where that would say something else."""
+    names = [path for path, _ in options.take]
+    if names and options.format in (predecessor.DUMMY, *predecessor.CHOOSING):
+        raise PrepError(errors.CONFIG_PAIR, "--take", f"does not go with {options.format}, which chooses its records itself")
+    for name in names:
+        if name not in options.data:
+            known = named(dict.fromkeys(options.data))
+            raise PrepError(errors.USAGE, "--take", f"{name} is no DATA file of this command; write one as it stands there: {known}")
+        if names.count(name) > 1:
+            raise PrepError(errors.CONFIG_PAIR, "--take", f"{name} is given twice; keep one")
+    files = [os.path.realpath(name) for name in options.data]
+    twice = next((name for name, file in zip(options.data, files) if files.count(file) > 1), None)
+    if twice and (names or options.eval_out):
+        why = "so what --eval-out holds of it would be trained on" if options.eval_out else "and --take does not say which"
+        raise PrepError(errors.CONFIG_PAIR, twice, f"is there twice, {why}; name it once, with --take {twice}=2")
 
 
 def check_prompts(options):
@@ -310,37 +350,6 @@ def check_usable(options, outcome):
     )
 
 
-def split_off(documents, fraction, seed):
-    """(kept, held out), each in the order of the input. All documents of a record go to one side. Chosen by hash, so the
-    choice does not depend on a library."""
-    if not fraction:
-        return documents, None
-    records, record_of = np.unique(documents.groups, return_inverse=True)
-    count = max(1, round(len(records) * fraction))
-    if count >= len(records):
-        raise PrepError(
-            errors.INPUT_VALUE, "--eval-fraction", f"leaves nothing of {len(records)} records"
-        )
-    order = sorted(
-        range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest()
-    )
-    held = np.zeros(len(records), dtype=bool)
-    held[order[:count]] = True
-    held = held[record_of]
-    return selected(documents, ~held), selected(documents, held)
-
-
-def selected(documents, which):
-    ends = np.cumsum(documents.lengths)
-    taken = ranges((ends - documents.lengths)[which], ends[which])
-    return Documents(
-        documents.tokens[taken],
-        documents.learned[taken],
-        documents.lengths[which],
-        documents.groups[which],
-    )
-
-
 def report(path, arrays, options):
     sequences, tokens = len(arrays["seq_targets"]), len(arrays["tokens"])
     longest = int((arrays["seq_offsets"][1:] - arrays["seq_offsets"][:-1]).max())
@@ -349,6 +358,32 @@ def report(path, arrays, options):
         f"{tokens} tokens, {int(arrays['seq_targets'].sum())} of them learned"
         + (f", {tokens / (sequences * options.seq_len):.0%} full" if options.pack else "")
     )
+
+
+def print_format(sources):
+    """What files of one format were read as, by the first that told it."""
+    for source in sources:
+        if source.form:
+            print(f"{source.path}: {source}" + ("; --format names another" if source.told_by else ""))
+            return
+
+
+def print_files(options, sources, files):
+    """What became of each file. `files`: the documents of each in the training part."""
+    times = dict(options.take)
+    for source, documents in zip(sources, files):
+        print(
+            f"{source.path}: {of(source.records, 'record', 'records')} {source}"
+            + (f", taken {times[source.path]:g} times" if source.path in times else "")
+            + f": {of(len(documents), 'document', 'documents')}"
+        )
+
+
+def show_files(options, sources, files, table):
+    """A preview of each file: the first sequences of all are of the first one alone."""
+    for source, documents in zip(sources, files):
+        print(f"=== {source.path}: {source}")
+        show(arrange(documents, options.seq_len, options.pack_by), table, options.preview)
 
 
 def left_out(counts, limit=10):
@@ -407,7 +442,7 @@ def warn_of_cut(options, outcome, limit):
 
 
 def named(keys, limit=20):
-    """Keys of records for a line of output."""
+    """Keys of records, or names of files, for a line of output."""
     shown = [errors.one_line(key) for key in sorted(keys)[:limit]]
     return ", ".join(shown) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
@@ -435,11 +470,19 @@ def main(argv):
             f"is {options.seq_len}, but the model knows {limit} positions",
         )
     tokenizer = Tokenizer(options.model)
-    outcome, told = read_documents(options, tokenizer)
-    if told:
-        print(told)
+    outcome, sources = read_documents(options, tokenizer)
+    mixed = len({source.form for source in sources if source.form}) > 1
+    by_file = mixed or options.take
+    if options.format == "auto" and not by_file:
+        print_format(sources)
     check_usable(options, outcome)
     kept, held = split_off(outcome.documents, options.eval_fraction, options.seed)
+    files = taken(kept, sources, dict(options.take), options.seed) if by_file else [kept]
+    if options.take:
+        kept = joined(files)
+        if held is not None:  # of which nothing is evaluated twice
+            once = {path: min(times, 1) for path, times in options.take}
+            held = joined(taken(held, sources, once, options.seed))
 
     table = tokenizer.decode_table()
     arrays = arrange(kept, options.seq_len, options.pack_by)
@@ -465,6 +508,8 @@ def main(argv):
         f"{counts.records} records of {counts.lines} lines ({counts.empty} empty, {counts.bad} bad skipped)"
         + (": " + ", ".join(notes) if notes else "")
     )
+    if by_file:
+        print_files(options, sources, files)
     for line in left_out(counts):
         print(line)
     if outcome.empty:
@@ -477,7 +522,10 @@ def main(argv):
     warn_of_bad(counts)
     warn_of_cut(options, outcome, limit)
     warn_of_straddling(outcome)
-    show(arrays, table, options.preview)
+    if mixed and options.preview:
+        show_files(options, sources, files, table)
+    else:
+        show(arrays, table, options.preview)
     return 0
 
 

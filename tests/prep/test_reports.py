@@ -83,7 +83,7 @@ class Reports(FolderTest):
                 with self.subTest(first=first, second=second):
                     path = self.write_records("data.jsonl", [record, other])
                     chosen = (f"choose the format of all records by --format NAME: {first} was taken from the first one "
-                              f"({path} line 1), and this one looks like {second}")
+                              f"({path} line 1), and this one looks like {second}; a file of its own may have that format")
                     self.assert_one_error(self.prep(path, "--overwrite", expect=None), 3, f'data.jsonl:2: the field "{keys[first]}" is missing; '
                                           f"add it, or {chosen} (or give --on-bad-record=skip)")
                     self.assertIn(f"{chosen} (first: {path} line 2)", self.skipped(path).stdout)

@@ -30,7 +30,9 @@ from .tokens import Encoded, Example
 
 MEGATRON = "megatron"
 OPENING = "opening assistant turns not learned"  # for the closing line
-FORMATS = ("messages", "sharegpt", "alpaca", "completion", "text", "tokens")
+TALKS = ("messages", "sharegpt")
+PAIRS = ("alpaca", "completion")  # --chat makes conversations of them
+FORMATS = (*TALKS, *PAIRS, "text", "tokens")
 ALL_FORMATS = (*FORMATS, MEGATRON, *predecessor.FORMATS)
 
 # The wording of Stanford Alpaca's training data, which models tuned on it expect.
@@ -101,6 +103,7 @@ class Builder:
         self.sources = load_templates(options.model, options.chat_template)
         self.templates = {}  # those of `sources` that were needed
         self.eos_text = tokenizer.eos_text()
+        self.talks = False  # whether a file is of conversations
         self.begin()
 
     def begin(self):
@@ -125,36 +128,41 @@ class Builder:
 
     def note_unused(self, form, record):
         unused = record.keys() - READ[form]
-        if form in ("messages", "sharegpt") or self.options.chat or isinstance(record.get("prompt"), list):
+        if form in TALKS or form in PAIRS and (self.options.chat or isinstance(record.get("prompt"), list)):
             unused -= CONVERSATION_KEYS
         self.unused |= unused
 
-    def check_form(self, form):
-        """Refuses options that have no meaning for the format, before the first record is built."""
+    def check_forms(self, sources):
+        """Refuses options that mean nothing for the format of any file, and those that are wrong for the format of one, before
+        the first record is built."""
         options = self.options
-        chat = form in ("messages", "sharegpt") or options.chat or form == "completion"
-
-        def refuse(name, why):
-            raise PrepError(errors.CONFIG_PAIR, name, f"{why}; the format is {form}")
-
-        if options.chat and form not in ("alpaca", "completion"):
-            refuse("--chat", "writes alpaca and completion records with the chat template")
-        for name, given in (("--train-roles", options.train_roles), ("--turns", options.turns)):
-            if given and not chat:
-                refuse(name, "is for conversations")
-        if options.long == "split" and form not in ("text", "tokens", MEGATRON):
-            refuse("--long", "split is for text and tokens: a piece of an answer is none")
-        if form in (*predecessor.FORMATS, MEGATRON, "tokens") and options.train_on_inputs:
-            refuse("--train-on-inputs", "does not go with a format that says itself what is learned")
-        if form in predecessor.FORMATS and options.eos != "auto":
-            refuse("--eos", "is fixed to what the predecessor did")
-        if form == MEGATRON and options.rename:
-            refuse("--rename", "is for records with keys")
-        if form == MEGATRON and options.prompts:
-            refuse("--prompts", "cannot be cut out of documents of tokens")
-        if options.samples is not None and form not in predecessor.FORMATS:
-            refuse("--samples", "is for the fsdp_qlora formats")
-        if form in ("messages", "sharegpt") or options.chat:
+        paths = {}  # of the first file of each format
+        for source in sources:
+            if source.form:
+                paths.setdefault(source.form, source.path)
+        self.talks = not paths.keys().isdisjoint(TALKS)
+        for name, given, forms, why in (
+            ("--chat", options.chat, PAIRS, "writes alpaca and completion records with the chat template"),
+            ("--train-roles", options.train_roles and not options.chat, (*TALKS, "completion"), "is for conversations"),
+            ("--turns", options.turns and not options.chat, (*TALKS, "completion"), "is for conversations"),
+            ("--rename", options.rename, READ, "is for records with keys"),
+            ("--samples", options.samples is not None, predecessor.FORMATS, "is for the fsdp_qlora formats"),
+        ):
+            if given and paths and paths.keys().isdisjoint(forms):
+                what = "format is" if len(paths) == 1 else "formats are"
+                raise PrepError(errors.CONFIG_PAIR, name, f"{why}; the {what} {', '.join(paths)}")
+        answers, ready = (*TALKS, *PAIRS, *predecessor.FORMATS), (*predecessor.FORMATS, MEGATRON, "tokens")
+        for name, given, forms, why in (
+            ("--long", options.long == "split", answers, "split is for text and tokens: a piece of an answer is none"),
+            ("--train-on-inputs", options.train_on_inputs, ready, "does not go with a format that says itself what is learned"),
+            ("--eos", options.eos != "auto", predecessor.FORMATS, "is fixed to what the predecessor did"),
+            ("--prompts", options.prompts, (MEGATRON,), "cannot be cut out of documents of tokens"),
+        ):
+            wrong = next((form for form in paths if form in forms), None)
+            if given and wrong:
+                place = "" if len(paths) == 1 else f" of {paths[wrong]}"
+                raise PrepError(errors.CONFIG_PAIR, name, f"{why}; the format{place} is {wrong}")
+        if self.talks or options.chat:
             self.need_template()
 
     def need_template(self):
@@ -303,7 +311,7 @@ class Builder:
             return self.conversation(record, exchange(prompt, output), "prompt")
         refuse_system(record, "a plain prompt")
         for name, given in (("--train-roles", self.options.train_roles), ("--turns", self.options.turns)):
-            if given:
+            if given and not self.talks:
                 raise PrepError(
                     errors.CONFIG_PAIR, name, "is for conversations; the prompts are plain text (or give --chat)"
                 )

@@ -129,7 +129,7 @@ class IndexedDataset:
         self.tokens = np.memmap(self.bin, self.dtype, "r") if total else np.zeros(0, self.dtype)
 
     def documents(self):
-        """Yields the documents in order, as Documents of about 16 million tokens at most, all learned."""
+        """Yields the documents in order, as Documents of about 16 million tokens at most, all learned, each numbered from 0."""
         ends = self.starts[self.borders]  # in tokens
         first = 0
         while first < len(ends) - 1:
@@ -142,7 +142,7 @@ class IndexedDataset:
                 tokens.astype("<u4"),
                 np.ones(end - begin, dtype=bool),
                 np.diff(ends[first : last + 1]),
-                np.arange(first, last),
+                np.arange(last - first),
             )
             first = last
 

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -24,10 +25,29 @@ SEVERAL_FROM_BYTES = 32 << 20  # smaller inputs are done before another process 
 
 
 @dataclass
+class Source:
+    """A file of the input, or what stands for one."""
+
+    path: str
+    form: str  # its format; None where no record tells one
+    told_by: tuple = None  # (key, line number) of the record that told it; None where the user or the files' names did
+    records: int = 0  # that became documents
+
+    def __str__(self):
+        """What it was read as, and why, for a line of output."""
+        if self.told_by:
+            return f'read as {self.form}, by the key "{self.told_by[0]}" of line {self.told_by[1]}'
+        if not self.form:
+            return "of no format"
+        return f"read as {self.form}" + (", by its .idx and .bin files" if self.form == MEGATRON else "")
+
+
+@dataclass
 class Outcome:
     """What became of a batch, or of everything."""
 
     documents: Documents
+    source: int = None  # number of the file
     counts: Counts = field(default_factory=Counts)
     done: Counter = field(default_factory=Counter)
     encoded: int = 0  # documents, before `fit` took some out
@@ -37,7 +57,6 @@ class Outcome:
     cut: list = field(default_factory=list)  # arrays of the lengths of documents that lost their end
     unused: set = field(default_factory=set)  # keys of the records that were left alone
     templates: set = field(default_factory=set)  # names of those that were used
-    forms: set = field(default_factory=set)
     template_texts: tuple = ([], None)  # what Builder.template_texts says of them
     error: tuple = None  # the arguments of the PrepError that ended the batch
 
@@ -45,22 +64,23 @@ class Outcome:
 class Worker:
     """Makes documents of batches of records. One per process."""
 
-    def __init__(self, options, form, tokenizer=None, told_by=None):
-        """`told_by`: (key, place) of the record that told the format; None where the user did."""
+    def __init__(self, options, sources, tokenizer=None):
         self.options = options
-        self.form = form
-        self.told_by = told_by
+        self.sources = sources
         self.names = dict(options.rename)
         self.tokenizer = tokenizer or Tokenizer(options.model)
         self.builder = Builder(options, self.tokenizer)
-        self.builder.check_form(form)
+        self.builder.check_forms(sources)
 
     def __call__(self, batch):
+        """`batch`: (number of the source, [(path, line number, record), ...])."""
+        source_number, items = batch
+        source = self.sources[source_number]
         counts, done, examples = Counts(), Counter(), []
-        outcome = Outcome(None, counts, done)
+        outcome = Outcome(None, source_number, counts, done)
         skip = self.options.on_bad_record == "skip"
         self.builder.begin()
-        for path, number, raw in batch:
+        for path, number, raw in items:
             counts.lines += 1
             record, empty = None, self.builder.empty
             try:
@@ -68,11 +88,11 @@ class Worker:
                 if record is None:
                     counts.empty += 1
                     continue
-                built = self.builder(self.form, record)
+                built = self.builder(source.form or recognise(record)[0], record)
                 if self.builder.empty and not outcome.empty_place:
                     outcome.empty_place = f"{path} line {number}"
             except BadRecord as error:
-                reason = f"{error}{self.of_another_format(record)}"
+                reason = f"{error}{of_another_format(source, record)}"
                 if not skip:
                     outcome.error = (
                         errors.INPUT_VALUE,
@@ -101,18 +121,18 @@ class Worker:
         return outcome
 
 
-    def of_another_format(self, record):
-        """What to add to "add it" where a record lacks the key that told the format of all."""
-        if record is None or not self.told_by or self.told_by[0] in record:
-            return ""
-        try:
-            other = f", and this one looks like {recognise(record)[0]}"
-        except BadRecord:
-            other = ""
-        return (
-            f", or choose the format of all records by --format NAME: {self.form} was taken from the first one "
-            f"({self.told_by[1]}){other}"
-        )
+def of_another_format(source, record):
+    """What to add to "add it" where a record lacks the key that told the format of its file."""
+    if record is None or not source.told_by or source.told_by[0] in record:
+        return ""
+    try:
+        other = f", and this one looks like {recognise(record)[0]}; a file of its own may have that format"
+    except BadRecord:
+        other = ""
+    return (
+        f", or choose the format of all records by --format NAME: {source.form} was taken from the first one "
+        f"({source.path} line {source.told_by[1]}){other}"
+    )
 
 
 def is_unlearned(example, options):
@@ -161,78 +181,15 @@ def fit(documents, options, outcome):
 
 
 def read_documents(options, tokenizer):
-    """Everything of the input as one Outcome, and a line that says how its format was told, or None."""
-    if options.format == MEGATRON or (
-        options.format == "auto" and all(megatron.is_prefix(path) for path in options.data)
-    ):
-        told = f"{options.data[0]}: read as megatron, by its .idx and .bin files"
-        told = told if options.format == "auto" else None
-        return read_megatron(options, tokenizer), told
-    if options.format == predecessor.DUMMY:
-        rows = predecessor.dummy_records(options.seq_len, options.samples)
-        source = (("dummy", i, row) for i, row in enumerate(rows, start=1))
-        return gather(options, options.format, tokenizer, batches(source)), None
-    source = raw_records(options.data)
-    form, told, told_by, before = options.format, None, None, []
-    if form == "auto":
-        form, told_by, before = detect(source, dict(options.rename), options.on_bad_record == "skip")
-    elif form in predecessor.CHOOSING:
-        rows = [row for row in source if row[2].strip()]
-        source = iter(
-            predecessor.chosen(form, rows, options.seed, options.samples, ", ".join(options.data))
-        )
-    if form is None:  # no usable record at all: the first batch says what was wrong
-        form = "text"
-    if told_by:
-        path, number, _ = before[-1]
-        told = f'{path}: read as {form}, by the key "{told_by[0]}" of line {number}; --format names another'
-    return gather(options, form, tokenizer, batches(chain_of(before, source)), told_by), told
-
-
-def chain_of(before, source):
-    yield from before
-    yield from source
-
-
-def detect(source, names, skip_bad):
-    """(format, (the key that told it, the place of its record), the records read so far): by the first record that can be
-    recognised."""
-    before = []
-    for path, number, raw in source:
-        before.append((path, number, raw))
-        try:
-            record = parse_record(raw, names)
-            if record is None:
-                continue
-            form, key = recognise(record)
-        except BadRecord as error:
-            if not skip_bad:
-                raise PrepError(
-                    errors.INPUT_VALUE, f"{path}:{number}", f"{error} (or give --on-bad-record=skip)"
-                ) from error
-            continue
-        return form, (key, f"{path} line {number}"), before
-    return None, None, before
-
-
-def batches(source):
-    batch = []
-    for item in source:
-        batch.append(item)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def gather(options, form, tokenizer, source, told_by=None):
-    """All batches, one after the other, as one Outcome. The first error of the input's order is the one that counts."""
-    worker = Worker(options, form, tokenizer, told_by)  # also where others work: it checks the options
-    jobs = job_count(options)
-    results = map(worker, source) if jobs == 1 else spread(options, form, told_by, source, jobs)
-    total, parts, groups = Outcome(None, forms={form}), [], 0
-    for outcome in results:
+    """(everything of the input as one Outcome, the Sources that it is of). Documents stand in the order of the files, and are
+    numbered by records over all of them. What is wrong with the first record of a file or with Megatron's files is said before
+    anything is read; otherwise the first error of the input's order is the one that counts."""
+    sources = sources_of(options)
+    worker = Worker(options, sources, tokenizer)  # also where others work: it checks the options
+    jobs, todo = job_count(options), batches(options, sources)
+    results = map(worker, todo) if jobs == 1 else spread(options, sources, todo, jobs)
+    total, parts = Outcome(None), [[] for _ in sources]
+    for outcome in itertools.chain(of_megatron(options, sources, tokenizer), results):
         if outcome.error:
             raise PrepError(*outcome.error)
         total.counts.add(outcome.counts)
@@ -244,13 +201,70 @@ def gather(options, form, tokenizer, source, told_by=None):
         total.cut += outcome.cut
         total.unused |= outcome.unused
         total.templates |= outcome.templates
-        outcome.documents.groups += groups
-        groups += outcome.counts.records
-        parts.append(outcome.documents)
-    total.documents = joined(parts)
+        source = sources[outcome.source]
+        outcome.documents.groups += source.records
+        source.records += outcome.counts.records
+        parts[outcome.source].append(outcome.documents)
+    first = 0
+    for source, of_source in zip(sources, parts):
+        for documents in of_source:
+            documents.groups += first
+        first += source.records
+    total.documents = joined(list(itertools.chain(*parts)))
     tokenizer.check_documents(total.documents)
     total.template_texts = worker.builder.template_texts(total.templates)
-    return total
+    return total, sources
+
+
+def sources_of(options):
+    """The files with the format of each: what --format says, or what the first record does that can be recognised."""
+    form = options.format
+    if form == predecessor.DUMMY or form in predecessor.CHOOSING:  # from all files at once
+        return [Source(", ".join(options.data) or "dummy", form)]
+    if form != "auto":
+        return [Source(path, form) for path in options.data]
+    names, skip_bad = dict(options.rename), options.on_bad_record == "skip"
+    return [
+        Source(path, MEGATRON) if megatron.is_prefix(path) else recognised(path, names, skip_bad) for path in options.data
+    ]
+
+
+def recognised(path, names, skip_bad):
+    """The Source of a file of records."""
+    for _, number, raw in raw_records([path]):
+        try:
+            record = parse_record(raw, names)
+            if record is None:
+                continue
+            form, key = recognise(record)
+        except BadRecord as error:
+            if not skip_bad:
+                raise PrepError(
+                    errors.INPUT_VALUE, f"{path}:{number}", f"{error} (or give --on-bad-record=skip)"
+                ) from error
+            continue
+        return Source(path, form, (key, number))
+    return Source(path, None)
+
+
+def records_of(options, source):
+    """Yields (path, line number, bytes, text or record) of all records of a source."""
+    if source.form == predecessor.DUMMY:
+        rows = predecessor.dummy_records(options.seq_len, options.samples)
+        return ((source.path, i, row) for i, row in enumerate(rows, start=1))
+    if source.form in predecessor.CHOOSING:
+        rows = [row for row in raw_records(options.data) if row[2].strip()]
+        return iter(predecessor.chosen(source.form, rows, options.seed, options.samples, source.path))
+    return raw_records([source.path])
+
+
+def batches(options, sources):
+    """Yields what a Worker takes. A batch is of one file, and so of one format."""
+    for number, source in enumerate(sources):
+        if source.form != MEGATRON:
+            records = records_of(options, source)
+            while batch := list(itertools.islice(records, BATCH)):
+                yield number, batch
 
 
 def job_count(options):
@@ -260,19 +274,24 @@ def job_count(options):
     return len(os.sched_getaffinity(0)) if size >= SEVERAL_FROM_BYTES else 1
 
 
-def spread(options, form, told_by, source, jobs):
+def spread(options, sources, todo, jobs):
     """The outcomes of several processes in the order of their batches, never more than a few batches ahead."""
     start = multiprocessing.get_context("spawn")
-    waiting = collections.deque()
-    with concurrent.futures.ProcessPoolExecutor(jobs, start, set_up, (options, form, told_by)) as pool:
+    waiting, failure = collections.deque(), None
+    with concurrent.futures.ProcessPoolExecutor(jobs, start, set_up, (options, sources)) as pool:
         try:
-            for batch in source:
-                with signals_held():
-                    waiting.append(pool.submit(work, batch))
-                if len(waiting) > 3 * jobs:
-                    yield waiting.popleft().result()
+            try:
+                for batch in todo:
+                    with signals_held():
+                        waiting.append(pool.submit(work, batch))
+                    if len(waiting) > 3 * jobs:
+                        yield waiting.popleft().result()
+            except PrepError as error:  # of a file that cannot be read on: what came before it counts first
+                failure = error
             while waiting:
                 yield waiting.popleft().result()
+            if failure:
+                raise failure
         except concurrent.futures.BrokenExecutor as error:
             raise PrepError(
                 errors.MEMORY,
@@ -311,31 +330,28 @@ def end_with_parent():
     os._exit(1)
 
 
-def set_up(options, form, told_by):
+def set_up(options, sources):
     threading.Thread(target=end_with_parent, daemon=True).start()  # which a killed parent cannot ask for
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is one core's work
-    work.worker = Worker(options, form, told_by=told_by)
+    work.worker = Worker(options, sources)
 
 
 def work(batch):
     return work.worker(batch)
 
 
-def read_megatron(options, tokenizer):
-    Builder(options, tokenizer).check_form(MEGATRON)
-    total, parts = Outcome(None, forms={MEGATRON}), []
-    for path in options.data:
-        data = megatron.IndexedDataset(path, tokenizer.vocab_size)
-        for documents in data.documents():
+def of_megatron(options, sources, tokenizer):
+    """Yields the outcomes of Megatron's data sets, which need no other process: they are tokens."""
+    for number, source in enumerate(sources):
+        if source.form != MEGATRON:
+            continue
+        for documents in megatron.IndexedDataset(source.path, tokenizer.vocab_size).documents():
             if options.eos == "always":
                 documents = ended(documents, tokenizer, options.model)
-            documents.groups += total.counts.records
-            total.encoded += len(documents)
-            parts.append(fit(documents, options, total))
-        total.counts.records += len(data.borders) - 1
-        total.counts.lines += len(data.borders) - 1
-    total.documents = joined(parts)
-    return total
+            outcome = Outcome(None, number, encoded=len(documents))
+            outcome.counts.records = outcome.counts.lines = len(documents)
+            outcome.documents = fit(documents, options, outcome)
+            yield outcome
 
 
 def ended(documents, tokenizer, model):
