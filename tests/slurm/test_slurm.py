@@ -17,6 +17,7 @@ import support  # noqa: E402
 
 EMULATED = os.path.join(os.path.dirname(support.QSHARD), "libqshard_emulated.so")
 CLUSTER = os.path.join(ROOT, "tests", "slurm", "cluster.sh")
+TOOL = os.path.join(ROOT, "benchmarks", "scaling_table.py")
 PATIENCE_S = 100 * int(os.environ.get("QSHARD_TEST_SLOWDOWN", "1"))
 STEPS = 20
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -282,8 +283,8 @@ class Slurm(unittest.TestCase):
 
     def test_scaling(self):
         """One run on one and two nodes: a line each, with the same loss."""
-        job, log = self.submit("scaling", "unused", options=["--array=0-1", "--ntasks-per-node=1"], NODES="1 2",
-                               STEPS=str(STEPS), TABLE="table.csv")
+        job, log = self.submit("scaling", "unused", options=["--array=0-1%1", "--ntasks-per-node=1"], NODES="1 2",
+                               STEPS=str(STEPS), REPEATS="2", TABLE="table.csv", TOOL=TOOL)
         logs = [log.replace(".log", f"_{element}.log") for element in range(2)]
         wait_for("the end of the array", lambda: self.slurm("squeue", "-h", "-j", job) == "")
         for element, path in enumerate(logs):
@@ -291,15 +292,22 @@ class Slurm(unittest.TestCase):
             self.assertNotIn("given back", self.text(path))
             self.assertEqual(self.field(f"{job}_{element}", "NumNodes"), str(element + 1))
         with open(os.path.join(self.folder, "table.csv"), encoding="utf-8") as file:
-            rows = sorted(csv.DictReader(file), key=lambda row: int(row["nodes"]))
-        self.assertEqual([(row["nodes"], row["ranks"]) for row in rows], [("1", "1"), ("2", "2")])
+            rows = list(csv.DictReader(file))
+        self.assertEqual([(row["nodes"], row["ranks"], row["run"]) for row in rows],
+                         [(n, n, f"table-{n}-{i}") for n in "12" for i in "12"])
         for row in rows:
             self.assertEqual(float(row["loss"]), self.losses(self.alone)[-1])
-            self.assertGreater(float(row["step_time_s"]), 0)
-            self.assertGreater(float(row["tokens_per_s"]), 0)
-        again, log = self.submit("scaling", "unused", options=["--array=0", "--ntasks-per-node=1"], NODES="1", TABLE="table.csv")
+            self.assertEqual(int(row["steps"]), STEPS - 2)
+            self.assertGreater(float(row["step_s"]), 0)
+            self.assertAlmostEqual(float(row["efficiency"]) * int(row["ranks"]), float(row["speedup"]), delta=1e-3)
+        again, log = self.submit("scaling", "unused", options=["--array=0", "--ntasks-per-node=1"], NODES="1", TABLE="table.csv", TOOL=TOOL)
         self.assertEqual(self.end_of(again), ("FAILED", "2:0"))
-        self.assertIn("table-1 is there already: set TABLE", self.text(log.replace(".log", "_0.log")))
+        self.assertIn("table-1-1 is there already: set TABLE", self.text(log.replace(".log", "_0.log")))
+        weak, log = self.submit("scaling", "unused", options=["--array=0", "--ntasks-per-node=1"], NODES="2", STEPS="3", WEAK="5",
+                                TABLE="weak.csv", TOOL=TOOL)
+        self.completes(weak, log.replace(".log", "_0.log"))
+        with open(os.path.join(self.folder, "weak-2-1", "config.yaml"), encoding="utf-8") as file:
+            self.assertRegex(file.read(), r"global_batch: 10\b")
 
     def test_the_lines_of_the_readme_lead_to_a_loss_curve(self):
         """As they stand, but for the account, in a folder like the one that quickstart.sh --tiny leaves."""
