@@ -10,6 +10,7 @@
 
 #include "base/rng.h"
 #include "fsdp/fsdp_impl.h"
+#include "fsdp/grads.h"
 
 enum {
     FX_LAYERS = 4,

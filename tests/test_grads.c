@@ -3,6 +3,8 @@
 #include <stdlib.h>
 
 #include "base/mem.h"
+#include "fsdp/lora_gather.h"
+#include "fsdp/partials.h"
 #include "fsdp_fixture.h"
 #include "team.h"
 

@@ -19,6 +19,7 @@
 #include "base/timer.h"
 #include "bench/bench_impl.h"
 #include "fsdp/fsdp.h"
+#include "fsdp/grads.h"
 #include "train/shard_group.h"
 
 enum { BEGIN_BYTES = 1 << 14, END_BYTES = 1 << 24, FACTOR = 4, REPEATS = 20, WARMUP = 5 };

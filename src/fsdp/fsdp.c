@@ -352,3 +352,8 @@ qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *f)
 {
     return f->stats;
 }
+
+qs_queue *qs_fsdp_queue(const qs_fsdp *f)
+{
+    return f->queue;
+}

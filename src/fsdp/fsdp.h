@@ -14,7 +14,6 @@
 #include "comm/comm.h"
 #include "device/device.h"
 #include "kernels/ops.h"
-#include "lora/lora.h"
 #include "weights/base_file.h"
 
 typedef struct qs_fsdp qs_fsdp;
@@ -67,8 +66,8 @@ qs_status qs_fsdp_release(qs_fsdp *fsdp, int u);
 
 /* Rows of the embedding table: owners are asked by all-to-all, no rank gathers the table. Requests
  * are answered and placed in the order in which they are made. All calls are collective, the same
- * sequence on every rank; those that wait for others do so as briefly as there is compute between
- * them. */
+ * sequence on every rank; calls that need rows wait as long as the compute between them does not
+ * cover the transfer. */
 
 enum { QS_EMBED_OPEN_MAX = 2 }; /* requests: rows of one are on their way, ids of another */
 
@@ -93,6 +92,9 @@ qs_status qs_fsdp_embed(qs_fsdp *fsdp, const int32_t *tokens, int64_t count, voi
 
 qs_fsdp_stats qs_fsdp_get_stats(const qs_fsdp *fsdp);
 
+/** The queue of the gathers, for what else is to move along with them. */
+qs_queue *qs_fsdp_queue(const qs_fsdp *fsdp);
+
 /** Whether a rank of `nranks` never gathers unit `u`: all of a single rank's that lie on its
  * device, and the layers that stay. Those are spread evenly over the model, so that the gathers
  * between them have twice the time where every second layer stays. */
@@ -106,73 +108,5 @@ typedef struct {
     size_t embed_device_bytes, embed_host_bytes;
 } qs_fsdp_bytes;
 qs_fsdp_bytes qs_fsdp_plan(const qs_base_index *index, int nranks, const qs_fsdp_options *options);
-
-/* ---- LoRA: gather of the weights, reduction of the gradients along the slot tree ---- */
-
-typedef struct qs_grads qs_grads;
-
-/** Partial sums of this rank's slots for all layers, and the buffers of the reduction, which takes
- * two levels where `levels` has them. Not collective. `slots`: micro-batches of a step over all
- * ranks; `group`: micro-batches per pass. A pass takes the next `group` slots of this rank's own
- * range (qs_slots_of), layer by layer; the buffers are counted for that order. */
-qs_status qs_grads_create(qs_grads **out, const qs_lora_layout *layout, const qs_ops *ops,
-                          const qs_levels *levels, qs_queue *compute, int64_t slots, int64_t group);
-void qs_grads_destroy(qs_grads *grads);
-
-/** Send the reductions through the queue of the gathers from now on, so that compute polls both.
- * Without it they are right, but move only while somebody waits for them. `fsdp` must outlive
- * `grads`; call before the first reduction. */
-void qs_grads_attach(qs_grads *grads, qs_fsdp *fsdp);
-
-/** Most bytes that a rank's qs_grads holds, for the plan. `per_host`: ranks of each host where sums
- * take two levels, else 0. */
-size_t qs_grads_bytes(const qs_lora_layout *layout, int nranks, int per_host, int64_t slots,
-                      int64_t group);
-
-/** Start a step. */
-void qs_grads_begin(qs_grads *grads);
-
-/** Where the backward writes the gradient of layer `layer` for the micro-batch in slot `slot`:
- * *out [per_layer], zeroed. Within a layer, slots come in ascending order. One slot is open at a
- * time, until qs_grads_add; asked again for the open one, it gives the same buffer, not zeroed.
- * \return QS_ERR_BUG out of order; or why the buffer could not be zeroed. */
-qs_status qs_grads_slot(qs_grads *grads, int layer, int64_t slot, float **out);
-
-/** The slot's gradient is complete: fold it into the tree. */
-qs_status qs_grads_add(qs_grads *grads, int layer, int64_t slot);
-
-/** All slots of this rank have passed `layer`: start sending its nodes to the owners of the
- * shards. Collective. Two layers are under way at a time: a third waits for the first. */
-qs_status qs_grads_reduce(qs_grads *grads, int layer);
-
-/** Wait for all reductions and finish the trees: this rank's shard of the gradient, [n_layers *
- * shard_width]. Collective. Borrowed until the next qs_grads_begin. */
-qs_status qs_grads_finish(qs_grads *grads, float **shard);
-
-/** Time that compute stood still for reductions, since qs_grads_create. On a GPU it waits on its
- * own, and the host knows nothing of it. */
-double qs_grads_wait_s(const qs_grads *grads);
-
-/** Norm of the whole gradient: fp64 sums over 4,096-element chunks, all-gathered, added in layer
- * and chunk order. Collective. */
-qs_status qs_grads_norm(qs_grads *grads, const float *shard, double *norm);
-
-/** Gather a sharded LoRA-shaped vector [n_layers * shard_width] to full segments [n_layers *
- * per_layer]; with two levels, first from other hosts, each piece to one rank of the host, then
- * inside. `exchange` [4 * nranks] is scratch. Collective; waits until `queue` is empty. */
-qs_status qs_lora_gather(const qs_lora_layout *layout, const qs_levels *levels, qs_queue *queue,
-                         size_t *exchange, const float *shard, float *full);
-
-/** The same, rounded to the ops' act_dtype on the way. `send` [n_layers * shard_width] of that type
- * is scratch on the device; not used, and may be NULL, where that type is fp32. */
-qs_status qs_lora_gather_as(const qs_lora_layout *layout, const qs_ops *ops,
-                            const qs_levels *levels, qs_queue *queue, size_t *exchange,
-                            const float *shard, void *send, void *full);
-
-/** DoRA's magnitudes of the vector alone, in fp32: to full [n_layers * qs_lora_magnitudes]. `send`
- * [n_layers * qs_lora_magnitude_width] is scratch on the device. Collective; waits. */
-qs_status qs_lora_gather_magnitudes(const qs_lora_layout *layout, const qs_levels *levels,
-                                    qs_queue *queue, size_t *exchange, const float *shard,
-                                    float *send, float *full);
 
 #endif

@@ -6,6 +6,8 @@
  * of theirs, each for the pieces that ranks of its number on any host own, and only that crosses
  * between hosts. While a layer computes, the one before it is inside of the host, and the one
  * before that is on its way across. */
+#include "fsdp/grads.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -276,7 +278,7 @@ void qs_grads_attach(qs_grads *g, qs_fsdp *fsdp)
         qs_queue_destroy(g->queue);
         g->own_queue = false;
     }
-    g->queue = fsdp->queue;
+    g->queue = qs_fsdp_queue(fsdp);
 }
 
 /* ---- a step: slots ---- */

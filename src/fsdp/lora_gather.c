@@ -15,7 +15,7 @@
  *
  * With two levels a piece crosses to another host once, to the rank of the same number, and is then
  * handed on inside: 1 / (ranks of a host) of the bytes between hosts. */
-#include "fsdp/fsdp.h"
+#include "fsdp/lora_gather.h"
 
 /* Layers that set out together, which a GPU's transport starts in one call, and how many such are
  * under way: enough to fill a network; it bounds the requests that are open. */

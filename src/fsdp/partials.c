@@ -4,7 +4,7 @@
  * Slots come in ascending order, so the nodes that wait for their sibling are the digits of a
  * binary counter: after slots 0..5 they are (0..3) and (4, 5). Whoever adds in this order makes the
  * additions of the tree and no others. */
-#include "fsdp/fsdp_impl.h"
+#include "fsdp/partials.h"
 
 qs_status qs_partials_push(qs_partials *stack, qs_partial partial, const qs_tree *tree,
                            qs_float_pool *pool)

@@ -12,7 +12,8 @@
 #ifndef QS_FSDP_REDUCE_STAGE_H
 #define QS_FSDP_REDUCE_STAGE_H
 
-#include "fsdp/fsdp_impl.h"
+#include "comm/comm.h"
+#include "fsdp/partials.h"
 
 typedef struct {
     qs_comm *comm;

@@ -12,6 +12,7 @@
 #include "config/config.h"
 #include "data/data.h"
 #include "fsdp/fsdp.h"
+#include "fsdp/grads.h"
 #include "kernels/ops.h"
 
 typedef struct qs_model qs_model;

@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "base/log.h"
+#include "fsdp/grads.h"
 
 static const double MIB = 1048576.0, GIB = 1073741824.0;
 

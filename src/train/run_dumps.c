@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "fsdp/lora_gather.h"
 #include "hf/safetensors.h"
 #include "store/io.h"
 #include "train/run_impl.h"

@@ -4,6 +4,7 @@
 
 #include "base/mem.h"
 #include "base/timer.h"
+#include "fsdp/lora_gather.h"
 
 static const int64_t IN_A_HURRY = (int64_t)1 << 40; /* above all milliseconds */
 

@@ -3,6 +3,7 @@
 #ifndef QS_TRAIN_TRAINER_H
 #define QS_TRAIN_TRAINER_H
 
+#include "fsdp/grads.h"
 #include "optim/optim.h"
 #include "train/feed.h"
 #include "train/session.h"

@@ -3,6 +3,7 @@
  * number of ranks. Started by test_fsdp. */
 #include "../fsdp_fixture.h"
 #include "base/mem.h"
+#include "fsdp/lora_gather.h"
 #include "store/hash.h"
 
 enum { SLOTS = 11, GROUP = 2, LORA_CHUNKS = 7 };
