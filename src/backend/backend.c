@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "backend/cards.h"
 #include "backend/plugin.h"
 #include "base/log.h"
 
@@ -55,67 +56,62 @@ int qs_backend_cuda_devices(void)
 
 /* ---- who has which card ---- */
 
-enum { HOST_NAME_MAX_BYTES = 64 };
-
-/* The card that a rank would take, and where. */
+/* This rank's card, and whether ranks would have to share one. */
 typedef struct {
-    uint8_t id[16];
-    int32_t present, number; /* of GPUs that the rank sees; which of them */
-    int32_t local_nranks;    /* ranks on its host */
-    char host[HOST_NAME_MAX_BYTES];
-} card;
-
-typedef struct {
-    card mine;
-    int sharing;       /* ranks that would take this one's card, itself included */
-    int first, second; /* the lowest two that would share one; -1: all have their own */
-    card shared;       /* the first one's */
+    int present, number; /* of GPUs that it sees; which of them is its own */
+    int sharing;         /* ranks that have this card, itself included */
+    int first, second;   /* the lowest two that would share one; -1: all have their own */
+    qs_cards_seen where; /* what the first one sees */
 } cards;
 
-static bool is_same_card(const card *a, const card *b)
-{
-    return a->present > 0 && b->present > 0 && memcmp(a->id, b->id, sizeof a->id) == 0;
-}
-
-static void find_shared(cards *out, const card *all, int me, int nranks)
+static void find_shared(cards *out, const qs_cards_seen *all, const int *chosen, int me, int nranks)
 {
     for (int r = 0; r < nranks; r++) {
-        out->sharing += is_same_card(&all[me], &all[r]);
+        out->sharing += qs_cards_share(all, chosen, me, r);
         for (int other = r + 1; other < nranks && out->first < 0; other++) {
-            if (is_same_card(&all[r], &all[other])) {
+            if (qs_cards_share(all, chosen, r, other)) {
                 out->first = r;
                 out->second = other;
-                out->shared = all[r];
+                out->where = all[r];
             }
         }
     }
 }
 
-/* All ranks tell each other which card they would take. */
-static qs_status compare_cards(cards *out, qs_comm *host)
+/* What this rank tells the others. */
+static qs_status look_at_cards(qs_cards_seen *mine, const qs_comm *host)
 {
-    const int nranks = qs_comm_nranks(host);
-    qs_status st = QS_OK;
-    *out = (cards){.first = -1, .second = -1};
-    out->mine.present = found.devices;
-    out->mine.local_nranks = qs_comm_local_nranks(host);
-    (void)gethostname(out->mine.host, sizeof out->mine.host - 1);
-    if (found.devices > 0) {
-        out->mine.number = qs_comm_local_rank(host) % found.devices;
-        st = found.plugin->card_id(out->mine.number, out->mine.id);
+    *mine = (qs_cards_seen){.local_rank = qs_comm_local_rank(host),
+                            .local_nranks = qs_comm_local_nranks(host)};
+    (void)gethostname(mine->host, sizeof mine->host - 1);
+    for (; mine->count < found.devices && mine->count < QS_CARDS_MAX; mine->count++) {
+        QS_TRY(found.plugin->card_id(mine->count, mine->ids[mine->count]));
     }
-    card *all = calloc((size_t)nranks, sizeof *all);
-    if (st == QS_OK && all == NULL) {
+    return QS_OK;
+}
+
+/* All ranks tell each other which cards they see, and choose. */
+static qs_status choose_card(cards *out, qs_comm *host)
+{
+    const int nranks = qs_comm_nranks(host), me = qs_comm_rank(host);
+    qs_status st = QS_OK;
+    qs_cards_seen mine;
+    *out = (cards){.first = -1, .second = -1};
+    qs_cards_seen *all = calloc((size_t)nranks, sizeof *all);
+    int *chosen = calloc((size_t)nranks, sizeof *chosen);
+    if (all == NULL || chosen == NULL) {
         st = QS_FAIL(QS_ERR_MEMORY, "memory: the list of GPUs cannot be allocated");
     }
-    st = qs_comm_agree(host, st);
-    if (st == QS_OK) {
-        st = qs_comm_all_gather_now(host, &out->mine, all, sizeof *all);
-    }
-    if (st == QS_OK) {
-        find_shared(out, all, qs_comm_rank(host), nranks);
-    }
+    st = st == QS_OK ? look_at_cards(&mine, host) : st;
+    QS_GOTO(qs_comm_agree(host, st));
+    QS_GOTO(qs_comm_all_gather_now(host, &mine, all, sizeof mine));
+    qs_cards_choose(all, nranks, chosen);
+    out->present = all[me].count;
+    out->number = chosen[me];
+    find_shared(out, all, chosen, me, nranks);
+done:
     free(all);
+    free(chosen);
     return st;
 }
 
@@ -123,18 +119,17 @@ static qs_status compare_cards(cards *out, qs_comm *host)
  * host is named on which they are: any rank may say it. */
 static bool cannot_serve(const cards *c, bool allow_shared, char *why, size_t capacity)
 {
-    if (c->mine.present == 0) {
+    if (c->present == 0) {
         snprintf(why, capacity, "%s", found.why);
         return true;
     }
     if (c->first >= 0 && !allow_shared) {
-        const card *s = &c->shared;
+        const qs_cards_seen *w = &c->where;
         snprintf(why, capacity,
                  "%d ranks on %s see %d GPU%s, and ranks %d and %d would share one: start as many "
                  "ranks as GPUs, or let the job see more (CUDA_VISIBLE_DEVICES, the scheduler's "
                  "--gpus-per-node); --allow-shared-device lets ranks share one, which is slow",
-                 s->local_nranks, s->host, s->present, s->present == 1 ? "" : "s", c->first,
-                 c->second);
+                 w->local_nranks, w->host, w->count, w->count == 1 ? "" : "s", c->first, c->second);
         return true;
     }
     return false;
@@ -174,12 +169,12 @@ qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, b
         return QS_OK;
     }
     find_once();
-    QS_TRY(compare_cards(&taken, host));
+    QS_TRY(choose_card(&taken, host));
     if (!cannot_serve(&taken, allow_shared, why, sizeof why)) {
         if (taken.sharing > 1) {
             stand_apart(qs_comm_local_rank(host));
         }
-        return qs_backend_open_gpu(out, taken.mine.number);
+        return qs_backend_open_gpu(out, taken.number);
     }
     if (kind == QS_DEVICE_CUDA) {
         return QS_FAIL(QS_ERR_ENVIRONMENT,

@@ -18,11 +18,11 @@ typedef struct {
 
 /** Open the device of this rank. `kind` is the configuration's: QS_DEVICE_AUTO takes GPUs where
  * every rank has one of its own, and says in the log why not otherwise; QS_DEVICE_CUDA insists. A
- * rank takes the GPU of its number on the host, among those that it sees: all of the host's, as
- * slurm/ asks for and NCCL likes best, or its own alone where a scheduler gives each task one.
- * Whether two ranks have taken the same card is seen by the cards' ids; that is refused, unless
- * `allow_shared`. Collective over `host`; hosts without a GPU beside others with one are the
- * caller's to refuse. \return QS_ERR_ENVIRONMENT with what is missing, on some ranks or on all. */
+ * rank takes the GPU of its number on the host where all ranks see all of the host's, as slurm/
+ * asks for and NCCL likes best; where each sees some, one that no lower rank has taken (cards.h).
+ * That two ranks would have to share a card is refused, unless `allow_shared`. Collective over
+ * `host`; hosts without a GPU beside others with one are the caller's to refuse. \return
+ * QS_ERR_ENVIRONMENT with what is missing, on some ranks or on all. */
 qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, bool allow_shared);
 
 /** Open GPU `index` of those that this process can use, alone. Not collective. */

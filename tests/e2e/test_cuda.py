@@ -30,6 +30,18 @@ def on_gpu(**more):
     return {"QSHARD_PLUGIN": EMULATED, **more}
 
 
+def by_rank(ranks, script, output, expect=0, options=("--dry-run",), environment=None, **how):
+    """Trains as support.train does; each rank with what the shell's `script` makes of its environment."""
+    done = subprocess.run(["timeout", "-k", "5", "300", "mpirun", "-np", str(ranks), "sh", "-c", script + '; exec "$@"', "sh",
+                           *support.command(["train", support.TINY_YAML, *support.settings(support.tiny(), output, **{**SMALL, **how}),
+                                             *options])],
+                          env=support.environment(1, **on_gpu(**(environment or {}))), stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True)
+    if done.returncode != expect:
+        raise AssertionError(f"exit {done.returncode}, not {expect}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
 def losses(output):
     return [line["loss"] for line in support.metrics(output) if "loss" in line]
 
@@ -102,6 +114,14 @@ class Training(unittest.TestCase):
                                       environment={"QSHARD_EMULATOR_DEVICES": "4"})
         self.assertEqual(re.findall(r"NCCL: (\d+) communicators", done.stderr), 4 * ["2"])
         self.assertRegex(done.stdout, r"(?m)^  NCCL, 2 communicators +1792\.0$")
+
+    def test_ranks_that_see_the_cards_of_their_socket(self):
+        """As with --gpu-bind=closest, in turns on two sockets of two cards each: every rank has a card of its own."""
+        visible = "case $OMPI_COMM_WORLD_RANK in 0|2) export CUDA_VISIBLE_DEVICES=0,1 ;; *) export CUDA_VISIBLE_DEVICES=2,3 ;; esac"
+        output = os.path.join(self.folder, "sockets")
+        by_rank(4, visible, output, options=(), environment={"QSHARD_EMULATOR_DEVICES": "2"}, device="cuda")
+        self.assertEqual(support.curve(output), self.curve)
+        self.assertEqual(support.adapter_digest(output), self.adapter)
 
     @unittest.skipUnless(os.path.exists(MPIFAULT), "libmpifault.so is not built")
     def test_a_step_that_is_given_up(self):
