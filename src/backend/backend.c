@@ -180,8 +180,69 @@ qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, b
         return QS_FAIL(QS_ERR_ENVIRONMENT,
                        "device: cuda: %s. device: cpu, or auto, computes without a GPU", why);
     }
-    qs_log_info("device: cpu, since %s", why);
+    if (taken.first >= 0) { /* somebody means to use the GPUs, and waits for ever on the CPU */
+        qs_log_warn("device: cpu, since %s", why);
+    } else {
+        qs_log_info("device: cpu, since %s", why);
+    }
     return QS_OK;
+}
+
+/* What ranks compare. */
+typedef struct {
+    int32_t is_host;
+    char host[64];
+    char text[512]; /* the GPU's traits, or why there is none */
+} place;
+
+static place describe_place(const qs_device *device)
+{
+    place p = {.is_host = qs_device_is_host(device)};
+    (void)gethostname(p.host, sizeof p.host - 1);
+    snprintf(p.text, sizeof p.text, "%.*s", (int)sizeof p.text - 1,
+             p.is_host ? found.why : qs_device_traits(device));
+    return p;
+}
+
+/* Rank 0's place beside the first other one. */
+static qs_status compare_places(const place *all, int nranks)
+{
+    for (int r = 1; r < nranks; r++) {
+        if (all[r].is_host != all[0].is_host) {
+            const int lacking = all[0].is_host ? 0 : r;
+            return QS_FAIL(QS_ERR_DISAGREE,
+                           "device: auto finds a GPU on some hosts only; rank %d on %s has none, "
+                           "since %s; set device: cpu, or leave that host out (qshard doctor)",
+                           lacking, all[lacking].host, all[lacking].text);
+        }
+    }
+    for (int r = 1; r < nranks; r++) {
+        if (strcmp(all[r].text, all[0].text) != 0 && !all[0].is_host) {
+            qs_log_warn("GPUs or their libraries differ: rank 0 on %s has %s; rank %d on %s has "
+                        "%s. The bits of the loss depend on which rank computes what: do not count "
+                        "on the same ones from another number of ranks",
+                        all[0].host, all[0].text, r, all[r].host, all[r].text);
+            break;
+        }
+    }
+    return QS_OK;
+}
+
+qs_status qs_backend_check_alike(const qs_backend *backend, qs_comm *host)
+{
+    const int nranks = qs_comm_nranks(host);
+    const place mine = describe_place(backend->device);
+    qs_status st = QS_OK;
+    place *all = calloc((size_t)nranks, sizeof *all);
+    if (all == NULL) {
+        st = QS_FAIL(QS_ERR_MEMORY, "memory: the list of devices cannot be allocated");
+    }
+    QS_GOTO(qs_comm_agree(host, st));
+    QS_GOTO(qs_comm_all_gather_now(host, &mine, all, sizeof mine));
+    st = qs_comm_agree(host, compare_places(all, nranks));
+done:
+    free(all);
+    return st;
 }
 
 void qs_backend_close(qs_backend *backend)

@@ -25,6 +25,11 @@ typedef struct {
  * QS_ERR_ENVIRONMENT with what is missing, on some ranks or on all. */
 qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, bool allow_shared);
 
+/** Look whether all ranks of a run compute alike. A GPU on some alone is refused, since the kinds
+ * of device differ in bits (QS_ERR_DISAGREE: the first rank without one, its host, and why); GPUs,
+ * drivers or libraries that differ are warned of. For QS_DEVICE_AUTO and _CUDA. Collective. */
+qs_status qs_backend_check_alike(const qs_backend *backend, qs_comm *host);
+
 /** Open GPU `index` of those that this process can use, alone. Not collective. */
 qs_status qs_backend_open_gpu(qs_backend *out, int index);
 

@@ -15,7 +15,7 @@
 struct qs_comm;
 
 /** Changes whenever a struct or a call that crosses the border does. */
-#define QS_PLUGIN_ABI "qshard-plugin-6"
+#define QS_PLUGIN_ABI "qshard-plugin-7"
 
 typedef struct qs_plugin {
     const char *abi;  /* QS_PLUGIN_ABI: the first member, checked before anything else is read */

@@ -17,14 +17,19 @@ static const char *description(void)
     return text;
 }
 
+static void append(char *line, size_t capacity, const char *version)
+{
+    const size_t length = strlen(line);
+    snprintf(line + length, capacity - length, ", %s", version);
+}
+
 static qs_status device_open(qs_device **out, int index)
 {
     QS_TRY(qs_device_cuda_open(out, index));
-    char *line = (*out)->description;
-    const size_t length = strlen(line), capacity = sizeof(*out)->description;
     char gemm[64];
     qs_cuda_gemm_version(gemm, sizeof gemm);
-    snprintf(line + length, capacity - length, ", %s", gemm);
+    append((*out)->description, sizeof(*out)->description, gemm);
+    append((*out)->traits, sizeof(*out)->traits, gemm);
     return QS_OK;
 }
 

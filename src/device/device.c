@@ -34,6 +34,11 @@ const char *qs_device_description(const qs_device *device)
     return device->description;
 }
 
+const char *qs_device_traits(const qs_device *device)
+{
+    return device->traits;
+}
+
 void qs_device_memory(const qs_device *device, size_t *free_bytes, size_t *total_bytes)
 {
     *free_bytes = *total_bytes = 0;

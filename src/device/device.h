@@ -43,6 +43,9 @@ bool qs_device_is_host(const qs_device *device);
 /** What the log and the run's record say about the device, one line: name, capability, versions. */
 const char *qs_device_description(const qs_device *device);
 
+/** What of it can decide the bits of a result, likewise: "" for the CPU, where nothing does. */
+const char *qs_device_traits(const qs_device *device);
+
 /** Bytes that can still be allocated, and in all; 0 where nobody knows (the CPU). */
 void qs_device_memory(const qs_device *device, size_t *free_bytes, size_t *total_bytes);
 

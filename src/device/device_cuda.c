@@ -220,14 +220,17 @@ qs_status qs_device_cuda_card_id(int index, uint8_t id[QS_CARD_ID_BYTES])
 static qs_status describe(cuda_device *device)
 {
     struct cudaDeviceProp properties;
+    char card[112], libraries[64];
     int driver, runtime;
     QS_TRY(QS_CUDA(cudaGetDeviceProperties(&properties, device->index)));
     versions(&driver, &runtime);
-    snprintf(device->base.description, sizeof device->base.description,
-             "%.64s, sm_%d%d, %d SMs, %.1f GiB; driver %d.%d, runtime %d.%d", properties.name,
-             properties.major, properties.minor, properties.multiProcessorCount,
-             (double)properties.totalGlobalMem / GIB, driver / 1000, driver % 1000 / 10,
-             runtime / 1000, runtime % 1000 / 10);
+    snprintf(card, sizeof card, "%.64s, sm_%d%d, %d SMs", properties.name, properties.major,
+             properties.minor, properties.multiProcessorCount);
+    snprintf(libraries, sizeof libraries, "driver %d.%d, runtime %d.%d", driver / 1000,
+             driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    snprintf(device->base.description, sizeof device->base.description, "%s, %.1f GiB; %s", card,
+             (double)properties.totalGlobalMem / GIB, libraries);
+    snprintf(device->base.traits, sizeof device->base.traits, "%s; %s", card, libraries);
     return QS_OK;
 }
 

@@ -39,7 +39,7 @@ typedef struct {
 /** First member of every device. */
 struct qs_device {
     const qs_device_ops *ops;
-    char description[192];
+    char description[192], traits[192];
     struct {
         qs_status (*watch)(void *ctx); /* NULL: free */
         void *ctx;

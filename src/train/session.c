@@ -14,21 +14,6 @@
 #include "store/manifest.h"
 #include "train/products.h"
 
-/* One kind of device on all ranks: bits differ between kinds. */
-static qs_status check_same_device(const qs_session *s)
-{
-    const int64_t is_host = qs_device_is_host(s->device);
-    int64_t both[2] = {is_host, !is_host};
-    QS_TRY(qs_comm_max_i64(s->comm, both, 2));
-    if (both[0] != 0 && both[1] != 0) {
-        return qs_comm_agree(
-            s->comm, QS_FAIL(QS_ERR_DISAGREE,
-                             "device: auto finds a GPU on some hosts only; set device: cpu, "
-                             "or cuda to see what the others lack (qshard doctor)"));
-    }
-    return QS_OK;
-}
-
 /* Sizes of the model alone. */
 static qs_ops_limits model_limits(const qs_hf_config *model)
 {
@@ -81,7 +66,9 @@ static qs_status open_device(qs_session *s)
     QS_TRY(qs_comm_agree(s->comm, check_model_taken(s)));
     s->device = s->backend.device;
     s->ops = s->backend.ops;
-    QS_TRY(check_same_device(s));
+    if (config->device != QS_DEVICE_CPU) {
+        QS_TRY(qs_backend_check_alike(&s->backend, s->comm));
+    }
     QS_TRY(choose_products(s));
     s->apart = !qs_device_is_host(s->device);
     s->config.device = s->apart ? QS_DEVICE_CUDA : QS_DEVICE_CPU;

@@ -360,6 +360,30 @@ class Refusals(unittest.TestCase):
         done = self.refuse(8, ["error[E801]", "--allow-shared-device"], ranks=2)
         self.assertEqual(done.stderr.count("error["), 1)
 
+    def test_a_host_without_a_gpu_is_named(self):
+        done = by_rank(3, "test $OMPI_COMM_WORLD_RANK != 1 || export QSHARD_EMULATOR_DEVICES=0", os.path.join(support.scratch(), "run"),
+                       expect=8, device="auto", environment={"QSHARD_EMULATOR_DEVICES": "3"})
+        line, = (line for line in done.stderr.splitlines() if "error[" in line)
+        self.assertRegex(line, r"error\[E800\] device: auto finds a GPU on some hosts only; rank 1 on \S+ has none, since no GPU is visible; ")
+
+    def test_auto_warns_of_gpus_that_are_too_few(self):
+        done = support.train(os.path.join(support.scratch(), "run"), ranks=3, options=("--dry-run",), device="auto",
+                             environment=on_gpu(QSHARD_EMULATOR_DEVICES="2"), **SMALL)
+        self.assertRegex(done.stderr, r"warning: device: cpu, since 3 ranks on \S+ see 2 GPUs, and ranks 0 and 2 would share one: start as many")
+        self.assertIn("kernels strict", done.stderr)
+
+    def test_gpus_that_differ_are_named(self):
+        """What can decide bits, not the memory. One line names rank 0 and the first other one."""
+        for setting, mine, others in (("CAPABILITY=8.0", "sm_90", "sm_80"), ("NAME=other", "emulated, sm_90", "other, sm_90"),
+                                      ("DRIVER=13010", "driver 13.0", "driver 13.1"), ("MEMORY=4294967296", None, None)):
+            done = by_rank(3, f"test $OMPI_COMM_WORLD_RANK = 0 || export QSHARD_EMULATOR_{setting}", os.path.join(support.scratch(), "run"),
+                           device="cuda", environment={"QSHARD_EMULATOR_DEVICES": "3"})
+            said = [line for line in done.stderr.splitlines() if "libraries differ" in line]
+            with self.subTest(setting=setting, said=said):
+                self.assertEqual(len(said), mine is not None)
+                if said:
+                    self.assertRegex(said[0], rf"warning: .* rank 0 on \S+ has .*{mine}.*; rank 1 on \S+ has .*{others}.*The bits of the loss")
+
     def test_auto_goes_on_without_a_device(self):
         output = os.path.join(support.scratch(), "run")
         done = support.train(output, environment=on_gpu(QSHARD_EMULATOR_DEVICES="0"), device="auto", **SMALL)
