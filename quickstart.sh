@@ -54,8 +54,8 @@ step() {
     printf '  %-46s made %s in %d s\n' "$title" "$output" $((SECONDS - start))
 }
 
-ranks() {
-    mpirun -np 2 "$@"
+ranks() { # Open MPI would bind each of two to one core
+    mpirun --bind-to none -np 2 "$@"
 }
 
 # keep FILE COMMAND...: the output of COMMAND as FILE, which appears only if COMMAND succeeds.

@@ -651,6 +651,47 @@ Test(cores, machine_is_looked_at_once_and_the_binding_each_time)
     cr_expect_eq(machine_loads, 1, "loaded %d times", machine_loads);
 }
 
+/* Masks of two ranks on the machine of the test below; cores count on host 7. */
+Test(cores, cores_that_a_rank_reaches_are_counted)
+{
+    static const struct {
+        uint64_t first, second, host; /* the second's */
+        int reached;
+    } cases[] = {{0x3, 0xc, 7, 2}, {0x1, 0x2, 7, 1},    {0x3, 0xffff, 7, 8}, {0x3, 0xffff, 8, 1},
+                 {0x3, 0x0, 7, 8}, {0x3, 0xf0000, 7, 1}}; /* 0: not known, so anywhere */
+    hwloc_topology_t topology;
+    hwloc_bitmap_t job = hwloc_bitmap_alloc();
+    cr_assert_eq(hwloc_topology_init(&topology), 0);
+    cr_assert_eq(hwloc_topology_set_synthetic(topology, "pack:2 [numa] core:4 pu:2"), 0);
+    cr_assert_eq(hwloc_topology_load(topology), 0);
+    hwloc_bitmap_set_range(job, 0, 15);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const qs_cores_binding bindings[2] = {{.host = 7, .mask = {cases[i].first}},
+                                              {.host = cases[i].host, .mask = {cases[i].second}}};
+        cr_expect_eq(qs_cores_reached(topology, job, bindings, 2, 7), cases[i].reached, "case %zu",
+                     i);
+    }
+    hwloc_bitmap_clr_range(job, 4, 15);
+    const qs_cores_binding all = {.host = 7, .mask = {0xffff}};
+    cr_expect_eq(qs_cores_reached(topology, job, &all, 1, 7), 2, "of a job with two cores");
+    hwloc_bitmap_free(job);
+    hwloc_topology_destroy(topology);
+}
+
+Test(cores, slurm_may_give_a_job_fewer_cores_than_it_sees)
+{
+    qs_cores_binding mine;
+    qs_cores_get_binding(&mine);
+    unsetenv("SLURM_CPUS_ON_NODE");
+    const qs_cores_use whole = qs_cores_count_use(&mine, 1);
+    cr_expect_geq(whole.used, 1);
+    cr_expect_leq(whole.used, whole.all);
+    setenv("SLURM_CPUS_ON_NODE", "1", 1);
+    cr_expect_eq(qs_cores_count_use(&mine, 1).all, 1);
+    setenv("SLURM_CPUS_ON_NODE", "1000000", 1);
+    cr_expect_eq(qs_cores_count_use(&mine, 1).all, whole.all);
+}
+
 /* A machine of two sockets with four cores each, two hardware threads a core: 2 i and 2 i + 1. */
 Test(cores, a_thread_gets_a_core_and_memory_the_nodes_next_to_them)
 {

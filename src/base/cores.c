@@ -167,9 +167,14 @@ static int share_of(int cores, int sharers, int index)
     return share >= 1 ? share : 1;
 }
 
+int qs_threads_asked_for(int wanted)
+{
+    return wanted > 0 ? wanted : threads_from_environment();
+}
+
 int qs_threads_for_share(int sharers, int index, int wanted)
 {
-    int asked_for = wanted > 0 ? wanted : threads_from_environment();
+    int asked_for = qs_threads_asked_for(wanted);
     return asked_for > 0 ? asked_for : share_of(look().cores, sharers, index);
 }
 
@@ -215,4 +220,40 @@ int qs_cores_overlap(const qs_cores_binding *a, const qs_cores_binding *b)
         common |= a->mask[i] & b->mask[i];
     }
     return common != 0 || is_empty(a) || is_empty(b); /* empty: not known, so anywhere */
+}
+
+int qs_cores_reached(hwloc_topology_t topology, hwloc_const_cpuset_t set,
+                     const qs_cores_binding *bindings, int count, uint64_t host)
+{
+    int reached = 0;
+    hwloc_cpuset_t any = hwloc_bitmap_alloc();
+    for (int i = 0; any != NULL && i < count; i++) {
+        for (unsigned cpu = 0; bindings[i].host == host && cpu < 64 * QS_CORES_MASK_WORDS; cpu++) {
+            if (bindings[i].mask[cpu / 64] >> cpu % 64 & 1 || is_empty(&bindings[i])) {
+                hwloc_bitmap_set(any, cpu);
+            }
+        }
+    }
+    if (any != NULL) {
+        hwloc_bitmap_and(any, any, set);
+        reached = hwloc_bitmap_iszero(any) ? 0 : cores_touched_by(topology, any);
+    }
+    hwloc_bitmap_free(any);
+    return reached;
+}
+
+qs_cores_use qs_cores_count_use(const qs_cores_binding *bindings, int count)
+{
+    hwloc_topology_t topology = machine_topology();
+    if (topology == NULL) {
+        const int cores = fallback_view().cores;
+        return (qs_cores_use){cores, cores};
+    }
+    hwloc_const_cpuset_t allowed = hwloc_topology_get_allowed_cpuset(topology);
+    qs_cores_use use = {.all = cores_touched_by(topology, allowed)};
+    use.used = qs_cores_reached(topology, allowed, bindings, count, qs_proc_host_number());
+    const char *slurm = getenv("SLURM_CPUS_ON_NODE");
+    const int given = slurm != NULL ? atoi(slurm) : 0;
+    use.all = given > 0 && given < use.all ? given : use.all;
+    return use;
 }

@@ -44,4 +44,15 @@ typedef struct {
 void qs_cores_get_binding(qs_cores_binding *out);
 int qs_cores_overlap(const qs_cores_binding *a, const qs_cores_binding *b);
 
+/** Cores of this host that the job may use (Slurm's count, where it is smaller and no control group
+ * says so), and those of them that one of the bindings, of all ranks, reaches. */
+typedef struct {
+    int used, all;
+} qs_cores_use;
+
+qs_cores_use qs_cores_count_use(const qs_cores_binding *bindings, int count);
+
+/** Threads that somebody has asked for, by `wanted` or OMP_NUM_THREADS; 0: nobody has. */
+int qs_threads_asked_for(int wanted);
+
 #endif

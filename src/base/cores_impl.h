@@ -10,6 +10,10 @@
  */
 int qs_cores_list(hwloc_topology_t topology, hwloc_const_cpuset_t set, int *cpus, int most);
 
+/** Cores with a hardware thread in `set` that one of the bindings on `host` reaches. */
+int qs_cores_reached(hwloc_topology_t topology, hwloc_const_cpuset_t set,
+                     const qs_cores_binding *bindings, int count, uint64_t host);
+
 /** The memory nodes next to `set`. \return how many. */
 int qs_cores_nodes(hwloc_topology_t topology, hwloc_const_cpuset_t set, hwloc_nodeset_t nodes);
 

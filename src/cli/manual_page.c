@@ -165,7 +165,7 @@ static const char TAIL[] =
     ".SH EXAMPLES\n"
     ".nf\n"
     "qshard plan run.yaml \\-\\-gpu H100 \\-\\-gpus 4\n"
-    "mpirun \\-np 4 qshard train run.yaml \\-\\-set train.steps=200\n"
+    "mpirun \\-\\-bind\\-to none \\-np 4 qshard train run.yaml \\-\\-set train.steps=200\n"
     "qshard export runs/demo \\-o adapter\n"
     ".fi\n"
     ".SH SEE ALSO\n"

@@ -9,6 +9,7 @@
 
 #include "base/cause.h"
 #include "base/cores.h"
+#include "base/log.h"
 #include "base/watch.h"
 #include "comm/comm_impl.h"
 
@@ -418,6 +419,21 @@ qs_status qs_comm_bcast_text(qs_comm *comm, char **text, int root)
     return qs_comm_bcast(comm, *text, (size_t)bytes, root);
 }
 
+/* Open MPI binds ranks to a core each where there are one or two, whatever the machine: silently a
+ * thread for a run on the CPU, and a core for NCCL's. Not said of a wish for threads. */
+static void warn_of_single_cores(const qs_comm *comm, const qs_cores_binding *all, int wanted)
+{
+    if (!comm->by_mpirun || qs_threads_asked_for(wanted) > 0 || qs_cores_available() > 1) {
+        return;
+    }
+    const qs_cores_use use = qs_cores_count_use(all, comm->nranks);
+    if (2 * use.used <= use.all) {
+        qs_log_warn("each rank is bound to one core, and this host has %d for the job: mpirun "
+                    "--bind-to none lets a rank use %d",
+                    use.all, use.all / comm->local_nranks);
+    }
+}
+
 qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads)
 {
     qs_status st = QS_OK;
@@ -438,6 +454,7 @@ qs_status qs_comm_threads(qs_comm *comm, int wanted, int *threads)
     }
     *threads = qs_threads_for_share(sharers, index, wanted);
     if (sharers == 1) {
+        warn_of_single_cores(comm, all, wanted);
         qs_cores_place(*threads);
     }
 done:

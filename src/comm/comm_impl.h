@@ -39,6 +39,7 @@ struct qs_comm {
     uint64_t received_bytes, foreign_bytes;
     qs_comm_traffic traffic[QS_COMM_KIND_COUNT];
     int64_t *scratch; /* [nranks * QS_COMM_SCRATCH_VALUES] */
+    bool by_mpirun;   /* Open MPI's mpirun started this process, and has bound it */
     bool agreed;      /* an error was agreed on: all ranks are leaving */
 };
 

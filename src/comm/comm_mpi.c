@@ -581,6 +581,7 @@ qs_status qs_comm_mpi_create(qs_comm **out, int *argc, char ***argv)
         return QS_FAIL(QS_ERR_MEMORY, "memory: a communicator cannot be allocated");
     }
     c->world = MPI_COMM_NULL;
+    const bool by_mpirun = qs_comm_launched_by_mpirun();
     qs_status st = start_mpi(argc, argv, &c->owns_mpi);
     if (st == QS_OK) {
         st = set_up(c);
@@ -589,6 +590,7 @@ qs_status qs_comm_mpi_create(qs_comm **out, int *argc, char ***argv)
         forget(c);
         return st;
     }
+    c->base.by_mpirun = by_mpirun;
     *out = &c->base;
     return QS_OK;
 }

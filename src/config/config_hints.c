@@ -88,7 +88,7 @@ static const char accumulation[] =
 static const char packing[] = "rows are never padded; qshard-prep --pack packs them";
 static const char prepared[] = "the data are prepared before: see qshard-prep --help";
 static const char profiling[] = "--trace FILE, --profile-steps A:B; --dry-run says the memory";
-static const char launched[] = "the launcher says it: mpirun -np N, or srun";
+static const char launched[] = "the launcher says it: mpirun --bind-to none -np N, or srun";
 static const char logging[] =
     "metrics.jsonl has every step; src/prep/qshard_log.py sends it to W&B or TensorBoard";
 static const char nf4[] = "the base is NF4 in any case, made by qshard quantize";

@@ -1,5 +1,7 @@
 """The same bits on any number of ranks and threads, and nobody does another's work."""
 import os
+import subprocess
+import sys
 import unittest
 
 import support
@@ -163,6 +165,25 @@ def base_bound(total_bytes, ranks):
     padding = quanta * (8192 + 256 + 4 + 2 * 64 * 4 + 4 * 128)
     gathered = 2 * (largest + ranks * (8452 + 512 + 4 * 128)) if ranks > 1 else 0
     return total_bytes / ranks + gathered + padding
+
+
+class Binding(unittest.TestCase):
+    def test_a_rank_on_one_core_of_many_is_told(self):
+        """As Open MPI binds one or two ranks, unless somebody has asked for so many threads."""
+        free = len(os.sched_getaffinity(0))
+        core = {"OMPI_MCA_hwloc_base_binding_policy": "core", "OMP_NUM_THREADS": ""}
+        bound = subprocess.run(["mpirun", "-np", "1", sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"],
+                               env=support.environment(1, **core), capture_output=True, text=True)
+        if bound.returncode != 0 or 2 * int(bound.stdout) > free:
+            self.skipTest(f"mpirun binds to {bound.stdout.strip()} of {free} hardware threads here: {bound.stderr}")
+        for environment, settings, told in ((core, {}, True), ({**core, "OMPI_MCA_hwloc_base_binding_policy": "none"}, {}, False),
+                                            ({**core, "OMP_NUM_THREADS": "1"}, {}, False), (core, {"cpu__threads": 1}, False),
+                                            ({**core, "SLURM_CPUS_ON_NODE": "1"}, {}, False)):
+            with self.subTest(environment=environment, settings=settings):
+                done = support.train(os.path.join(support.scratch(), "run"), ranks=1, options=("--dry-run",), environment=environment,
+                                     **settings)
+                self.assertEqual(done.stderr.count("warning: each rank is bound to one core, and this host has "), told, done.stderr)
+                self.assertEqual(done.stderr.count("mpirun --bind-to none lets a rank use "), told)
 
 
 if __name__ == "__main__":
