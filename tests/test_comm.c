@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "cases/comm_checks.h"
-#include "comm/comm.h"
+#include "comm/comm_impl.h"
 #include "mpirun.h"
 
 static const int team_sizes[] = {1, 2, 3, 4, 8};
@@ -32,6 +32,32 @@ static const char *line_of(int rank)
         snprintf(line, sizeof line, "%s (rank %d on %s)\n", text, rank, host_name());
     }
     return line;
+}
+
+/* ---- where ranks are ---- */
+
+/* A letter a rank: its host. Any rank of these would say the same. */
+Test(comm, neighbours_on_equal_hosts_are_told_from_ranks_in_turns)
+{
+    static const struct {
+        const char *hosts;
+        int per_host;
+        bool in_turns;
+    } cases[] = {{"a", 0, false},     {"aaaa", 0, false},    {"ab", 0, false},
+                 {"aabb", 2, false},  {"abab", 0, true},     {"abba", 0, true},
+                 {"aab", 0, false},   {"aabbb", 0, false},   {"ababb", 0, false},
+                 {"abcabc", 0, true}, {"aabbcc", 2, false},  {"aaabbb", 3, false},
+                 {"aabcbc", 0, true}, {"aabbccc", 0, false}, {"aabccc", 0, false}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int hosts[8];
+        qs_comm comm = {.nranks = (int)strlen(cases[i].hosts), .hosts = hosts};
+        for (int r = 0; r < comm.nranks; r++) {
+            hosts[r] = (int)(strchr(cases[i].hosts, cases[i].hosts[r]) - cases[i].hosts);
+            comm.local_nranks += hosts[r] == 0; /* as rank 0 has it */
+        }
+        cr_expect_eq(qs_comm_per_host(&comm), cases[i].per_host, "%s", cases[i].hosts);
+        cr_expect_eq(qs_comm_in_turns(&comm), cases[i].in_turns, "%s", cases[i].hosts);
+    }
 }
 
 /* ---- threads as ranks ---- */

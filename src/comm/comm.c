@@ -109,14 +109,38 @@ int qs_comm_host(const qs_comm *comm)
     return comm->hosts[comm->rank];
 }
 
-int qs_comm_per_host(const qs_comm *comm)
+/* Several hosts with as many ranks each, several too. */
+static bool are_alike(const qs_comm *comm)
 {
     const int n = comm->local_nranks;
-    bool regular = n > 1 && n < comm->nranks && comm->nranks % n == 0;
-    for (int r = 0; r < comm->nranks; r++) {
-        regular = regular && comm->hosts[r] == r - r % n;
+    bool alike = n > 1 && n < comm->nranks;
+    for (int r = 0; r < comm->nranks && alike; r++) {
+        int there = 0;
+        for (int other = 0; other < comm->nranks; other++) {
+            there += comm->hosts[other] == comm->hosts[r];
+        }
+        alike = there == n;
     }
-    return regular ? n : 0;
+    return alike;
+}
+
+static bool are_neighbours(const qs_comm *comm)
+{
+    bool neighbours = true;
+    for (int r = 0; r < comm->nranks; r++) {
+        neighbours = neighbours && comm->hosts[r] == r - r % comm->local_nranks;
+    }
+    return neighbours;
+}
+
+int qs_comm_per_host(const qs_comm *comm)
+{
+    return are_alike(comm) && are_neighbours(comm) ? comm->local_nranks : 0;
+}
+
+bool qs_comm_in_turns(const qs_comm *comm)
+{
+    return are_alike(comm) && !are_neighbours(comm);
 }
 
 const char *qs_comm_name(const qs_comm *comm)

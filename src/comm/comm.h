@@ -49,6 +49,10 @@ qs_status qs_comm_split(qs_comm *comm, int color, qs_comm **out);
  * ranks of each are neighbours; else 0. */
 int qs_comm_per_host(const qs_comm *comm);
 
+/** True where it is the order of the ranks alone that makes it 0: the launcher has dealt them out
+ * to the hosts in turns. */
+bool qs_comm_in_turns(const qs_comm *comm);
+
 /** The ranks of a run, and the two levels that an exchange among all of them can take: inside of a
  * host, then across, between ranks that have the same number on their hosts. Rank r is number r %
  * n on host r / n for n ranks a host. */

@@ -100,6 +100,17 @@ static void describe_place(const qs_session *s)
                  qs_cores_bound() ? " (bound)" : "", s->threads);
 }
 
+/* What --map-by node and -m cyclic cost. */
+static void warn_of_turns(const qs_session *s)
+{
+    if (qs_comm_in_turns(s->comm)) {
+        qs_log_warn("ranks are dealt out to the hosts in turns: every rank sends its gradients to "
+                    "other hosts, where each host would send one sum, and shard.group: N cuts "
+                    "across hosts; start neighbours on one host: mpirun --map-by slot, srun -m "
+                    "block");
+    }
+}
+
 static void describe(const qs_session *s)
 {
     const int nranks = qs_comm_nranks(s->comm);
@@ -128,6 +139,7 @@ qs_status qs_session_open(qs_session *s, const qs_config *config, qs_comm *comm)
     QS_TRY(qs_base_index_read(&s->index, config->base, comm));
     QS_TRY(open_device(s));
     describe(s);
+    warn_of_turns(s);
     describe_place(s);
     const qs_fsdp_options options = qs_session_group_options(s);
     QS_TRY(qs_room_on_host(&s->host, s->threads, comm));

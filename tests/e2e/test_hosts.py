@@ -96,6 +96,7 @@ class TwoHosts(HostsTest):
                                   *support.settings(support.tiny(), output, train__steps=steps, train__eval_every=0,
                                                     shard__group=group), QSHARD_HOSTS_MAP=order)
                 self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+                self.assertEqual(done.stderr.count("warning: ranks are dealt out to the hosts in turns: "), order == "node", done.stderr)
                 lines[order, group, steps] = support.metrics(output, "ranks.jsonl")[-4:]
             self.assertEqual(support.curve(output), support.curve(alone))
             self.assertEqual(support.adapter_digest(output), support.adapter_digest(alone))
