@@ -204,6 +204,20 @@ class Slurm(unittest.TestCase):
             self.completes(job, log)
             self.assertEqual(re.findall(r"sees (.*)", self.text(log)), 2 * nodes * ["0,1"], self.text(log))
 
+    def test_the_network_of_mpi_is_nccls_too(self):
+        """Where it is named; NCCL knows no addresses, and what the user has set stands."""
+        program = os.path.join(self.folder, "qshard-says-its-network")
+        with open(program, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
+            file.write('#!/bin/sh\necho "NCCL takes [$NCCL_SOCKET_IFNAME] and MPI [$OMPI_MCA_btl_tcp_if_include]"\n')
+        route = subprocess.run(["ip", "-o", "route", "get", "192.0.2.1"], capture_output=True, text=True).stdout
+        cases = [("multi_node", "lo", {}, "=lo"), ("multi_node", "127.0.0.0/8", {}, ""),
+                 ("multi_node", "lo", {"NCCL_SOCKET_IFNAME": "eth"}, "eth")]
+        cases += [("multi_node_mpirun", card, {}, f"={card}") for card in re.findall(r" dev (\S+)", route)]  # its daemons take no lo
+        for name, network, more, taken in cases:
+            job, log = self.submit(name, "network", QSHARD=program, NETWORK=network, **more)
+            self.completes(job, log)
+            self.assertEqual(self.text(log).count(f"NCCL takes [{taken}] and MPI [{network}]"), 2, self.text(log))
+
     def test_usr1_before_the_limit_saves_requeues_and_resumes(self):
         """Both ways to start at once: Slurm sends the signal at its own time, up to 30 s after the job could get it."""
         names = ("multi_node", "multi_node_mpirun")
