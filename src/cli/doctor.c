@@ -109,6 +109,21 @@ static void look_at_limits(void)
     }
 }
 
+/* NCCL's ranks of one host talk through it where their GPUs have no direct way. */
+static void look_at_shared_memory(void)
+{
+    static const char dir[] = "/dev/shm";
+    uint64_t bytes = 0;
+    if (qs_io_free_bytes(dir, &bytes) != QS_OK) {
+        line(NOTE, "shared mem", "several GPUs need it", "%s", qs_error_text());
+        qs_error_clear();
+        return;
+    }
+    line((double)bytes < GIB ? NOTE : FINE, "shared mem",
+         "a container needs more for several GPUs: docker run --shm-size=1g --ulimit memlock=-1",
+         "%s: %.2f GiB free", dir, (double)bytes / GIB);
+}
+
 /* Without a GPU nothing is wrong, unless the machine has one. */
 static void look_at_gpus(void)
 {
@@ -136,6 +151,7 @@ static void look_at_gpus(void)
              (double)free_bytes / GIB);
         qs_backend_close(&backend);
     }
+    look_at_shared_memory();
 }
 
 /* ---- libraries and launcher ---- */
@@ -264,8 +280,8 @@ qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm)
     look_at_memory();
     look_at_share(comm);
     look_at_limits();
+    look_at_mpi(comm); /* before the GPUs: their driver's threads and contexts survive no fork */
     look_at_gpus();
-    look_at_mpi(comm);
     look_at_hdf5();
     look_at_launcher();
     look_at_room("temp", temp && *temp ? temp : "/tmp");

@@ -389,6 +389,13 @@ class Refusals(unittest.TestCase):
         done = support.train(output, environment=on_gpu(QSHARD_EMULATOR_DEVICES="0"), device="auto", **SMALL)
         self.assertIn("kernels strict", done.stderr + done.stdout)
 
+    def test_doctor(self):
+        """MPI is tried in a child, which must not come after the GPUs' contexts; what NCCL needs is said where there are GPUs."""
+        text = support.qshard("doctor", **on_gpu()).stdout
+        self.assertLess(re.search(r"(?m)^OK +MPI ", text).start(), re.search(r"(?m)^OK +GPU ", text).start(), text)
+        self.assertRegex(text, r"(?m)^(OK|WARN) +shared mem +/dev/shm: \d+\.\d\d GiB free$")
+        self.assertNotIn("/dev/shm", support.qshard("doctor", **on_gpu(QSHARD_EMULATOR_DEVICES="0")).stdout)
+
     def test_products_of_the_cpu_have_no_effect(self):
         """One line says so, and what is recorded is what was computed with."""
         for gemm in ("bf16", "fp16", "amx"):
