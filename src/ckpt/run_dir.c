@@ -1,235 +1,23 @@
+/* Opening a run's directory, who sees it, and what is left of it at the end. */
 #define _GNU_SOURCE
 #include "ckpt/run_dir.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <float.h>
-#include <jansson.h>
 #include <libgen.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "ckpt/ckpt_impl.h"
 #include "ckpt/run_lock.h"
-#include "qshard_version.h"
+#include "ckpt/run_look.h"
+#include "ckpt/run_record.h"
 #include "store/io.h"
-#include "store/json.h"
 #include "store/manifest.h"
-#include "store/temp.h"
 
-enum { HOST_MAX = 64, LOCK_MAX = 4096, RUN_JSON_MAX = 1 << 20, PATH_ROOM = QS_PATH_MAX + 64 };
-
-/* What rank 0 finds. */
-typedef enum { FOUND_NOTHING, FOUND_EMPTY, FOUND_RUN } found;
-
-/* ---- looking ---- */
-
-/* A lock or a file of ours that is being written, or was by a killed process. */
-static bool is_half_written(const char *name)
-{
-    static const char *const files[] = {"run.json", "config.yaml", "metrics.jsonl", "ranks.jsonl",
-                                        "summary.csv"};
-    bool is = qs_temp_pid(name, QS_RUN_LOCK_NAME, ".new-") > 0 ||
-              qs_temp_pid(name, QS_RUN_LOCK_NAME, ".") > 0;
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
-        is = is || qs_temp_pid(name, files[i], QS_TEMP_MARK) > 0;
-    }
-    return is;
-}
-
-/* One that this program wrote: by its first line. */
-static bool is_resolved_config(int dir, const char *name)
-{
-    char line[sizeof QS_CONFIG_FIRST_LINE] = "";
-    const int fd = openat(dir, name, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    const ssize_t bytes = fd < 0 ? -1 : read(fd, line, sizeof line - 1);
-    if (fd >= 0) {
-        close(fd);
-    }
-    return bytes > 0 && strcmp(line, QS_CONFIG_FIRST_LINE) == 0;
-}
-
-/* Locks and files of ours that are half written do not make a directory anybody's; nor does a
- * lock's first name, which is removed while the file is open (run_lock.c). */
-static bool is_leftover(int dir, const char *name)
-{
-    return strcmp(name, QS_RUN_LOCK_NAME) == 0 || is_half_written(name) ||
-           qs_io_is_removed_open(name) ||
-           (strcmp(name, "config.yaml") == 0 && is_resolved_config(dir, name));
-}
-
-typedef struct {
-    bool run;
-    char stranger[256];
-} seen_entries;
-
-static qs_status look_at_entry(void *user, int dir, const char *name)
-{
-    seen_entries *seen = user;
-    if (strcmp(name, "run.json") == 0) {
-        seen->run = true;
-    } else if (!is_leftover(dir, name)) {
-        snprintf(seen->stranger, sizeof seen->stranger, "%s", name);
-    }
-    return QS_OK;
-}
-
-static qs_status look(const char *dir, found *out)
-{
-    seen_entries seen = {false, ""};
-    bool there = false;
-    const qs_status st = qs_io_list(dir, QS_ERR_IO, look_at_entry, &seen, &there);
-    if (st != QS_OK && !there) {
-        const int error = qs_error_cause();
-        qs_error_clear();
-        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: %s; choose another output", dir, strerror(error));
-    }
-    QS_TRY(st);
-    *out = !there ? FOUND_NOTHING : seen.run ? FOUND_RUN : FOUND_EMPTY;
-    if (*out == FOUND_EMPTY && seen.stranger[0]) {
-        return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
-                       "%s: holds \"%s\" but no run.json, so it is not a run of ours; choose "
-                       "another output",
-                       dir, seen.stranger);
-    }
-    return QS_OK;
-}
-
-static qs_status sweep_entry(void *user, int dir, const char *name)
-{
-    (void)user;
-    if (is_half_written(name)) {
-        (void)unlinkat(dir, name, 0); /* refuses directories, as it should */
-    }
-    return QS_OK;
-}
-
-/* Remove what a killed process left half written or half removed, be there another save or not. The
- * lock is ours by now. */
-static qs_status sweep(const char *dir)
-{
-    QS_TRY(qs_io_list(dir, QS_ERR_IO, sweep_entry, NULL, NULL));
-    return qs_ckpt_sweep(dir, true);
-}
-
-/* ---- run.json ---- */
-
-/* `foreign`: what it is called if the file belongs to another program. */
-static qs_status read_run(const char *dir, qs_status foreign, json_t **out)
-{
-    char path[PATH_ROOM];
-    void *text = NULL;
-    size_t bytes = 0;
-    const char *format = NULL, *run_id = NULL;
-    int64_t version = 0;
-    qs_status st = QS_OK;
-    *out = NULL;
-    snprintf(path, sizeof path, "%s/run.json", dir);
-    QS_GOTO(qs_io_read_file(path, RUN_JSON_MAX, &text, &bytes));
-    QS_GOTO(qs_json_parse(out, text, bytes, path));
-    if (!json_is_object(*out)) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path));
-    }
-    QS_GOTO(qs_json_text(*out, "format", &format, path));
-    if (strcmp(format, "qshard-run") != 0) {
-        QS_GOTO(QS_FAIL(
-            foreign, "%s: format: \"%.40s\" is not \"qshard-run\"; it is not a run of ours%s", path,
-            format, foreign == QS_ERR_OUTPUT_TAKEN ? "; choose another output" : ""));
-    }
-    QS_GOTO(qs_json_i64(*out, "format_version", 0, INT32_MAX, &version, path));
-    if (version != 1) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_UNKNOWN, "%s: format_version=%d; this program reads 1", path,
-                        (int)version));
-    }
-    QS_GOTO(qs_json_text(*out, "run_id", &run_id, path));
-    if (strlen(run_id) >= sizeof((qs_run_dir *)0)->run_id) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: run_id is longer than 39 letters", path));
-    }
-    if (!json_is_boolean(json_object_get(*out, "finished"))) {
-        QS_GOTO(QS_FAIL(QS_ERR_INPUT_VALUE, "%s: finished is neither true nor false", path));
-    }
-done:
-    free(text);
-    if (st != QS_OK) {
-        json_decref(*out);
-        *out = NULL;
-    }
-    return st;
-}
-
-qs_status qs_run_dir_check(const char *dir)
-{
-    json_t *run = NULL;
-    QS_TRY(read_run(dir, QS_ERR_INPUT_FORMAT, &run));
-    json_decref(run);
-    return QS_OK;
-}
-
-static qs_status write_run(const char *dir, const json_t *run)
-{
-    char path[PATH_ROOM];
-    snprintf(path, sizeof path, "%s/run.json", dir);
-    char *text = json_dumps(run, JSON_INDENT(2) | JSON_SORT_KEYS);
-    if (!text) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory", path);
-    }
-    qs_status st = qs_io_write_file(path, text, strlen(text));
-    free(text);
-    return st;
-}
-
-/* Time for humans, random digits so that two runs never share an id. */
-static void make_run_id(char *out, size_t capacity, const char *created)
-{
-    uint32_t random = 0;
-    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random) {
-        random = (uint32_t)getpid();
-    }
-    snprintf(out, capacity, "%s-%08x", created, random);
-}
-
-static void now_text(char out[24])
-{
-    time_t now = time(NULL);
-    struct tm utc;
-    gmtime_r(&now, &utc);
-    strftime(out, 24, "%Y%m%dT%H%M%SZ", &utc);
-}
-
-/* A fresh object, or what a resumed run's file becomes. */
-static qs_status fill_run(json_t **run, const qs_config *cfg, const char *hosts, int nranks)
-{
-    char created[24], run_id[40];
-    now_text(created);
-    make_run_id(run_id, sizeof run_id, created);
-    if (!*run) {
-        *run = json_pack("{s:s, s:i, s:s, s:s, s:i}", "format", "qshard-run", "format_version", 1,
-                         "run_id", run_id, "created", created, "starts", 0);
-    }
-    json_t *list = json_array();
-    for (int r = 0; r < nranks; r++) { /* each host once, in the order of its first rank */
-        const char *host = hosts + (size_t)r * HOST_MAX;
-        if (r == 0 || strcmp(host, host - HOST_MAX) != 0) {
-            json_array_append_new(list, json_string(host));
-        }
-    }
-    json_int_t starts = json_integer_value(json_object_get(*run, "starts")) + 1;
-    int failed = !*run || !list;
-    failed |= json_object_set_new(*run, "hosts", list) != 0;
-    failed |= json_object_set_new(*run, "nranks", json_integer(nranks)) != 0;
-    failed |= json_object_set_new(*run, "starts", json_integer(starts)) != 0;
-    failed |= json_object_set_new(*run, "version", json_string(QSHARD_VERSION)) != 0;
-    failed |= json_object_set_new(*run, "build", json_string(QSHARD_COMMIT)) != 0;
-    failed |= json_object_set_new(*run, "finished", json_false()) != 0;
-    (void)json_object_del(*run, "ended"); /* of a run that goes on longer; else it is not there */
-    return failed ? QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", cfg->output) : QS_OK;
-}
+enum { LOCK_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64 };
 
 /* ---- opening ---- */
 
@@ -302,15 +90,15 @@ static qs_status write_config(const qs_config *cfg)
     return st;
 }
 
-static qs_status check_wish(const char *dir, found what, qs_resume resume)
+static qs_status check_wish(const char *dir, qs_run_found what, qs_resume resume)
 {
-    if (what == FOUND_RUN && resume == QS_RESUME_NEVER) {
+    if (what == QS_RUN_THERE && resume == QS_RESUME_NEVER) {
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
                        "%s: holds a run, and --resume never was given; choose another output or "
                        "use --resume auto",
                        dir);
     }
-    if (what != FOUND_RUN && resume == QS_RESUME_MUST) {
+    if (what != QS_RUN_THERE && resume == QS_RESUME_MUST) {
         return QS_FAIL(QS_ERR_CHECKPOINT,
                        "%s: holds no run, and --resume must was given; use --resume auto", dir);
     }
@@ -319,20 +107,20 @@ static qs_status check_wish(const char *dir, found what, qs_resume resume)
 
 /* A run in the directory: its run.json, and its newest checkpoint's step, *count 1, if it has one.
  */
-static qs_status read_found(qs_run_dir *run, const qs_config *cfg, json_t **json, int64_t *step,
-                            int *count)
+static qs_status read_found(const qs_config *cfg, qs_run_record *record, int64_t *step, int *count)
 {
-    QS_TRY(read_run(cfg->output, QS_ERR_OUTPUT_TAKEN, json));
-    run->finished = json_is_true(json_object_get(*json, "finished"));
+    QS_TRY(qs_run_record_read(record, cfg->output, QS_ERR_OUTPUT_TAKEN));
     return qs_manifest_list(cfg->output, step, 1, count);
 }
 
 /* A run that was there before: that it is ours, and may go on as it is wished. */
-static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume resume, json_t **json)
+static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume resume,
+                             qs_run_record *record)
 {
     int64_t step = -1;
     int count = 0;
-    QS_TRY(read_found(run, cfg, json, &step, &count));
+    QS_TRY(read_found(cfg, record, &step, &count));
+    run->finished = record->finished;
     if (count == 0 && !run->finished && resume == QS_RESUME_MUST) {
         return QS_FAIL(QS_ERR_CHECKPOINT,
                        "%s: no checkpoint that verifies, and --resume must was given; use --resume "
@@ -344,52 +132,51 @@ static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume re
 
 /* Look again: until the lock was ours, another process may have started, or even finished, a run.
  */
-static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume resume, json_t **json)
+static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume resume,
+                             qs_run_record *record)
 {
-    found what;
-    json_decref(*json);
-    *json = NULL;
-    QS_TRY(look(cfg->output, &what));
+    qs_run_found what;
+    qs_run_record_free(record);
+    QS_TRY(qs_run_look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
-    if (what != FOUND_RUN) {
+    if (what != QS_RUN_THERE) {
         return QS_OK;
     }
     run->made = run->made_parent = false; /* whatever we made, it is the other's by now */
-    return look_at_run(run, cfg, resume, json);
+    return look_at_run(run, cfg, resume, record);
 }
 
 static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resume, bool takeover,
-                           const char *hosts, int nranks)
+                           const char (*hosts)[QS_RUN_HOST_BYTES], int nranks)
 {
-    found what;
-    json_t *json = NULL;
+    qs_run_found what;
+    qs_run_record record = {.finished = false};
     qs_status st = QS_OK;
-    QS_TRY(look(cfg->output, &what));
+    QS_TRY(qs_run_look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
-    if (what == FOUND_NOTHING) {
+    if (what == QS_RUN_NONE) {
         QS_GOTO(make_directory(cfg->output, &run->made_parent));
         run->made = true;
     }
-    if (what == FOUND_RUN) {
-        QS_GOTO(look_at_run(run, cfg, resume, &json));
+    if (what == QS_RUN_THERE) {
+        QS_GOTO(look_at_run(run, cfg, resume, &record));
     }
     if (!run->finished) {
         QS_GOTO(qs_run_lock_take(cfg->output, takeover, &run->lock));
         run->locked = true;
-        QS_GOTO(look_locked(run, cfg, resume, &json));
+        QS_GOTO(look_locked(run, cfg, resume, &record));
     }
     if (run->finished) {
         qs_run_dir_close(run);
     } else {
-        QS_GOTO(sweep(cfg->output));
-        QS_GOTO(fill_run(&json, cfg, hosts, nranks));
+        QS_GOTO(qs_run_sweep(cfg->output));
+        QS_GOTO(qs_run_record_start(&record, cfg->output, hosts, nranks));
         QS_GOTO(write_config(cfg)); /* before run.json: a directory with that is complete */
-        QS_GOTO(write_run(cfg->output, json));
+        QS_GOTO(qs_run_record_write(&record, cfg->output));
     }
-    snprintf(run->run_id, sizeof run->run_id, "%s",
-             json_string_value(json_object_get(json, "run_id")));
+    memcpy(run->run_id, record.run_id, sizeof run->run_id);
 done:
-    json_decref(json);
+    qs_run_record_free(&record);
     if (st != QS_OK) {
         qs_run_dir_abandon(run);
     }
@@ -400,19 +187,18 @@ done:
 
 static int recorded_gemm(const qs_config *cfg)
 {
-    found what;
+    qs_run_found what;
     int64_t step = -1;
     int count = 0, gemm = QS_GEMM_AUTO;
-    json_t *json = NULL;
+    qs_run_record record = {.finished = false};
     qs_config *old = NULL;
-    qs_run_dir run = {.finished = false};
-    if (look(cfg->output, &what) == QS_OK && what == FOUND_RUN &&
-        read_found(&run, cfg, &json, &step, &count) == QS_OK &&
-        old_config(cfg, run.finished, count, &old) == QS_OK && old != NULL) {
+    if (qs_run_look(cfg->output, &what) == QS_OK && what == QS_RUN_THERE &&
+        read_found(cfg, &record, &step, &count) == QS_OK &&
+        old_config(cfg, record.finished, count, &old) == QS_OK && old != NULL) {
         gemm = old->cpu.gemm;
     }
     qs_error_clear(); /* opening says what is wrong with the directory */
-    json_decref(json);
+    qs_run_record_free(&record);
     free(old);
     return gemm;
 }
@@ -434,22 +220,21 @@ qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm)
  * for this one by whoever looks there. */
 static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
 {
-    char host[HOST_MAX] = "";
-    json_t *json = NULL;
+    char host[QS_RUN_HOST_BYTES] = "";
+    qs_run_record record;
     qs_status st = QS_OK;
-    if (read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json) != QS_OK) {
+    if (qs_run_record_read(&record, run->dir, QS_ERR_OUTPUT_TAKEN) != QS_OK) {
         qs_error_clear(); /* no run: nothing that could be mistaken for this one */
         return QS_OK;
     }
-    const char *run_id = json_string_value(json_object_get(json, "run_id"));
-    if (strcmp(run_id, run->run_id) != 0) {
+    if (strcmp(record.run_id, run->run_id) != 0) {
         gethostname(host, sizeof host - 1);
         st = QS_FAIL(QS_ERR_DISAGREE,
                      "%s: host %s has run %s in a directory of this name, host %s writes run %s "
                      "there; remove the one that is not wanted, or choose another output",
-                     run->dir, host, run_id, root_host, run->run_id);
+                     run->dir, host, record.run_id, root_host, run->run_id);
     }
-    json_decref(json);
+    qs_run_record_free(&record);
     return st;
 }
 
@@ -457,7 +242,7 @@ static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
 static qs_status find_sight(qs_run_dir *run, qs_comm *comm)
 {
     struct {
-        char lock[LOCK_MAX], host[HOST_MAX];
+        char lock[LOCK_MAX], host[QS_RUN_HOST_BYTES];
     } root = {{0}, {0}};
     char mine[LOCK_MAX] = "";
     int error = qs_run_lock_text(run->dir, mine, sizeof mine);
@@ -471,35 +256,44 @@ static qs_status find_sight(qs_run_dir *run, qs_comm *comm)
                          comm);
 }
 
-qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
-                          qs_comm *comm)
+/* Rank 0 opens, and tells what it has found. */
+static qs_status open_for_all(qs_run_dir *out, const qs_config *cfg, qs_resume resume,
+                              bool takeover, const char (*hosts)[QS_RUN_HOST_BYTES], qs_comm *comm)
 {
-    memset(out, 0, sizeof *out);
-    snprintf(out->dir, sizeof out->dir, "%s", cfg->output);
-    int nranks = qs_comm_nranks(comm);
-    char mine[HOST_MAX] = "";
-    gethostname(mine, sizeof mine - 1);
-    char *hosts = calloc((size_t)nranks, HOST_MAX);
-    QS_TRY(qs_comm_agree(comm, hosts ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "no memory for host names")));
-    qs_status st = qs_comm_all_gather_now(comm, mine, hosts, HOST_MAX);
-    if (st == QS_OK) {
-        bool first = qs_comm_rank(comm) == 0;
-        st = qs_comm_agree(comm,
-                           first ? open_here(out, cfg, resume, takeover, hosts, nranks) : QS_OK);
-    }
-    free(hosts);
     struct {
         char run_id[sizeof out->run_id];
         bool finished;
     } told;
+    const bool first = qs_comm_rank(comm) == 0;
+    QS_TRY(qs_comm_agree(
+        comm, first ? open_here(out, cfg, resume, takeover, hosts, qs_comm_nranks(comm)) : QS_OK));
     memset(&told, 0, sizeof told);
     memcpy(told.run_id, out->run_id, sizeof told.run_id);
     told.finished = out->finished;
-    QS_TRY(st);
     QS_TRY(qs_comm_bcast(comm, &told, sizeof told, 0));
     memcpy(out->run_id, told.run_id, sizeof told.run_id);
     out->finished = told.finished;
-    return out->finished ? QS_OK : find_sight(out, comm);
+    return QS_OK;
+}
+
+qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
+                          qs_comm *comm)
+{
+    qs_status st = QS_OK;
+    char mine[QS_RUN_HOST_BYTES] = "";
+    char(*hosts)[QS_RUN_HOST_BYTES] = calloc((size_t)qs_comm_nranks(comm), sizeof *hosts);
+    memset(out, 0, sizeof *out);
+    snprintf(out->dir, sizeof out->dir, "%s", cfg->output);
+    gethostname(mine, sizeof mine - 1);
+    QS_GOTO(qs_comm_agree(
+        comm, hosts != NULL ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "no memory for host names")));
+    QS_GOTO(qs_comm_all_gather_now(comm, mine, hosts, sizeof mine));
+    QS_GOTO(
+        open_for_all(out, cfg, resume, takeover, (const char(*)[QS_RUN_HOST_BYTES])hosts, comm));
+    st = out->finished ? QS_OK : find_sight(out, comm);
+done:
+    free(hosts);
+    return st;
 }
 
 /* ---- during a run and at its end ---- */
@@ -509,74 +303,33 @@ qs_status qs_run_dir_still_ours(const qs_run_dir *run, qs_comm *comm)
     return qs_comm_agree(comm, run->locked ? qs_run_lock_check(run->dir) : QS_OK);
 }
 
-/* Object "best" of run.json. */
-static qs_status parse_best(const json_t *run, const char *dir, qs_ckpt_eval *best)
+qs_status qs_run_dir_check(const char *dir)
 {
-    char path[PATH_ROOM];
-    const json_t *object = json_object_get(run, "best");
-    *best = (qs_ckpt_eval){.step = -1, .loss = NAN};
-    if (object == NULL) {
-        return QS_OK;
-    }
-    snprintf(path, sizeof path, "%s/run.json: best", dir);
-    if (!json_is_object(object)) {
-        return QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: is not a JSON object", path);
-    }
-    QS_TRY(qs_json_i64(object, "step", 0, INT64_MAX, &best->step, path));
-    return qs_json_f64(object, "eval_loss", -DBL_MAX, DBL_MAX, &best->loss, path);
+    qs_run_record record;
+    QS_TRY(qs_run_record_read(&record, dir, QS_ERR_INPUT_FORMAT));
+    qs_run_record_free(&record);
+    return QS_OK;
 }
 
 qs_status qs_run_dir_read_best(const char *dir, qs_ckpt_eval *best)
 {
-    json_t *json = NULL;
-    QS_TRY(read_run(dir, QS_ERR_INPUT_FORMAT, &json));
-    const qs_status st = parse_best(json, dir, best);
-    json_decref(json);
+    qs_run_record record;
+    QS_TRY(qs_run_record_read(&record, dir, QS_ERR_INPUT_FORMAT));
+    const qs_status st = qs_run_record_best(&record, dir, best);
+    qs_run_record_free(&record);
     return st;
 }
 
 qs_status qs_run_dir_note_best(const qs_run_dir *run, const qs_ckpt_eval *best)
 {
-    json_t *json = NULL;
-    qs_ckpt_eval noted;
-    qs_status st = QS_OK;
     QS_TRY(qs_run_lock_check(run->dir));
-    QS_TRY(read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json));
-    if (parse_best(json, run->dir, &noted) != QS_OK) {
-        qs_error_clear(); /* what cannot be read is written anew */
-        noted = (qs_ckpt_eval){.step = -2, .loss = NAN};
-    }
-    if (noted.step == best->step && (best->step < 0 || noted.loss == best->loss)) {
-        goto done;
-    }
-    (void)json_object_del(json, "best");
-    if (best->step >= 0 &&
-        json_object_set_new(json, "best",
-                            json_pack("{s:I, s:f}", "step", (json_int_t)best->step, "eval_loss",
-                                      best->loss)) != 0) {
-        QS_GOTO(QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", run->dir));
-    }
-    st = write_run(run->dir, json);
-done:
-    json_decref(json);
-    return st;
+    return qs_run_record_note_best(run->dir, best);
 }
 
 static qs_status finish_here(const qs_run_dir *run)
 {
-    json_t *json = NULL;
-    char now[24];
-    now_text(now);
     QS_TRY(qs_run_lock_check(run->dir));
-    QS_TRY(read_run(run->dir, QS_ERR_OUTPUT_TAKEN, &json));
-    qs_status st = QS_OK;
-    if (json_object_set_new(json, "finished", json_true()) != 0 ||
-        json_object_set_new(json, "ended", json_string(now)) != 0) {
-        st = QS_FAIL(QS_ERR_MEMORY, "%s: no memory for run.json", run->dir);
-    }
-    st = st == QS_OK ? write_run(run->dir, json) : st;
-    json_decref(json);
-    return st;
+    return qs_run_record_finish(run->dir);
 }
 
 qs_status qs_run_dir_finish(qs_run_dir *run, qs_comm *comm)
