@@ -156,6 +156,7 @@ Test(io, trying_a_file_says_what_writing_it_would)
         snprintf(text, sizeof text, "%s", qs_error_text());
         qs_error_clear();
         cr_assert_eq(tried, QS_ERR_IO, "%d: %s", i, text);
+        cr_assert_null(strstr(text, ".tmp-"), "%s", text);
         cr_assert_eq(qs_io_write_file(paths[i], "x", 1), tried);
         qs_error_clear();
     }
@@ -284,6 +285,56 @@ Test(io, directories_are_made_renamed_and_removed)
     cr_assert_eq(qs_io_mkdir(in_dir("d")), QS_OK);
     cr_assert_eq(qs_io_rename(in_dir("d"), in_dir("c")), QS_ERR_OUTPUT_TAKEN);
     cr_assert_not_null(strstr(qs_error_text(), "/c: exists already"), "%s", qs_error_text());
+}
+
+Test(io, all_levels_that_are_missing_are_made_and_taken_back)
+{
+    static const struct {
+        const char *path;
+        int made;
+    } rows[] = {{"up/a/b/c", 3}, {"up/a//b/", 2}, {"up/a", 1}, {"up", 0}, {"up/", 0}};
+    cr_assert_eq(qs_io_mkdir(in_dir("up")), QS_OK);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        int made = -1, again = -1;
+        const char *path = in_dir(rows[i].path);
+        cr_assert_eq(qs_io_make_dirs(path, &made), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(made, rows[i].made, "%s: %d", rows[i].path, made);
+        cr_assert_eq(qs_io_make_dirs(path, &again), QS_OK, "existing is fine");
+        cr_assert_eq(again, 0);
+        qs_io_take_back_dirs(path, made);
+        cr_assert_eq(entries(dir), 1, "up was there before");
+        cr_assert_eq(entries(in_dir("up")), 0, "%s", rows[i].path);
+    }
+}
+
+Test(io, levels_that_are_no_longer_empty_stay)
+{
+    int made = 0;
+    cr_assert_eq(qs_io_make_dirs(in_dir("a/b/c"), &made), QS_OK);
+    cr_assert_eq(qs_io_write_new(in_dir("a/x"), "x", 1), QS_OK);
+    qs_io_take_back_dirs(in_dir("a/b/c"), made);
+    cr_assert_eq(entries(in_dir("a")), 1, "the file alone");
+}
+
+Test(io, levels_that_cannot_be_made_leave_none)
+{
+    char name[300] = "a/b/";
+    int made = -1;
+    memset(name + 4, 'x', sizeof name - 5); /* longer than a name may be */
+    name[sizeof name - 1] = '\0';
+    char path[400], below[410];
+    (void)snprintf(path, sizeof path, "%s/%s", dir, name);
+    (void)snprintf(below, sizeof below, "%s/c", path);
+    cr_assert_eq(qs_io_make_dirs(path, &made), QS_ERR_IO);
+    cr_assert_eq(made, 0);
+    qs_error_clear();
+    cr_assert_eq(qs_io_make_dirs(below, &made), QS_ERR_IO);
+    cr_assert_eq(entries(dir), 0);
+    qs_error_clear();
+    cr_assert_eq(qs_io_write_new(in_dir("f"), "x", 1), QS_OK);
+    cr_assert_neq(qs_io_make_dirs(in_dir("f/a/b"), &made), QS_OK);
+    cr_assert_not_null(strstr(qs_error_text(), "/f/a/b: "), "%s", qs_error_text());
+    cr_assert_eq(made, 0);
 }
 
 /* From here on the kernel answers fallocate with `error` in this process: as NFS before 4.2 does.

@@ -39,12 +39,12 @@ static void write_text(const char *name, const char *text)
     cr_assert_eq(qs_io_write_file(path, text, strlen(text)), QS_OK);
 }
 
-Test(run_dir, is_made_with_its_parent_and_recognised_later)
+Test(run_dir, is_made_with_all_above_it_and_recognised_later)
 {
     qs_config c = fx_config();
     qs_run_dir run, again;
     char other[160], path[256];
-    snprintf(other, sizeof other, "%s/runs/demo", fx_folder);
+    snprintf(other, sizeof other, "%s/runs/a/b/demo", fx_folder);
     snprintf(c.output, sizeof c.output, "%s", other);
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
     cr_assert_gt(strlen(run.run_id), 8);
@@ -220,11 +220,20 @@ Test(run_dir, abandoned_directory_goes_only_if_it_was_made_and_nothing_else_is_i
 {
     qs_config c = fx_config();
     qs_run_dir run;
-    snprintf(c.output, sizeof c.output, "%s/new/demo", fx_folder);
+    snprintf(c.output, sizeof c.output, "%s/new/a/b/demo", fx_folder);
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
     qs_run_dir_abandon(&run);
+    snprintf(c.output, sizeof c.output, "%s/new", fx_folder);
+    cr_assert_neq(access(c.output, F_OK), 0, "those above it were made as well");
+    cr_assert_eq(access(fx_folder, F_OK), 0);
+    snprintf(c.output, sizeof c.output, "%s/new/a/b/demo", fx_folder);
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    snprintf(c.output, sizeof c.output, "%s/new/a/mine", fx_folder);
+    cr_assert_eq(qs_io_write_new(c.output, "x", 1), QS_OK);
+    qs_run_dir_abandon(&run);
+    cr_assert_eq(access(c.output, F_OK), 0);
+    snprintf(c.output, sizeof c.output, "%s/new/a/b", fx_folder);
     cr_assert_neq(access(c.output, F_OK), 0);
-    cr_assert_neq(access(dirname(c.output), F_OK), 0, "the parent was made as well");
     c = fx_config();
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
     qs_run_dir_abandon(&run);

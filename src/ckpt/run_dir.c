@@ -3,7 +3,6 @@
 #include "ckpt/run_dir.h"
 
 #include <errno.h>
-#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,26 +19,6 @@
 enum { LOCK_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64 };
 
 /* ---- opening ---- */
-
-static qs_status make_directory(const char *dir, bool *made_parent)
-{
-    char parent[QS_PATH_MAX];
-    snprintf(parent, sizeof parent, "%s", dir);
-    size_t length = strlen(parent);
-    while (length > 1 && parent[length - 1] == '/') {
-        parent[--length] = '\0';
-    }
-    char *slash = strrchr(parent, '/');
-    struct stat info;
-    if (slash && slash != parent) {
-        *slash = '\0';
-        if (stat(parent, &info) != 0 && errno == ENOENT) {
-            QS_TRY(qs_io_mkdir(parent));
-            *made_parent = true;
-        }
-    }
-    return qs_io_mkdir(dir);
-}
 
 /* What the run in cfg->output was started with: NULL unless it has something to lose. */
 static qs_status old_config(const qs_config *cfg, bool finished, int count, qs_config **old)
@@ -142,7 +121,7 @@ static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume re
     if (what != QS_RUN_THERE) {
         return QS_OK;
     }
-    run->made = run->made_parent = false; /* whatever we made, it is the other's by now */
+    run->made = 0; /* whatever we made, it is the other's by now */
     return look_at_run(run, cfg, resume, record);
 }
 
@@ -155,8 +134,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
     QS_TRY(qs_run_look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
     if (what == QS_RUN_NONE) {
-        QS_GOTO(make_directory(cfg->output, &run->made_parent));
-        run->made = true;
+        QS_GOTO(qs_io_make_dirs(cfg->output, &run->made));
     }
     if (what == QS_RUN_THERE) {
         QS_GOTO(look_at_run(run, cfg, resume, &record));
@@ -341,19 +319,13 @@ void qs_run_dir_abandon(qs_run_dir *run)
 {
     static const char *const names[] = {"config.yaml", "run.json", "metrics.jsonl", "ranks.jsonl"};
     char path[PATH_ROOM];
-    const bool ours = run->made && run->locked && qs_run_lock_check(run->dir) == QS_OK;
+    const bool ours = run->made > 0 && run->locked && qs_run_lock_check(run->dir) == QS_OK;
     for (size_t i = 0; ours && i < sizeof names / sizeof *names; i++) {
         snprintf(path, sizeof path, "%s/%s", run->dir, names[i]);
         (void)unlink(path);
     }
     qs_run_dir_close(run);
-    snprintf(path, sizeof path, "%s", run->dir);
-    if (run->made) { /* refused while anything else is in there, and so is its parent */
-        (void)rmdir(path);
-    }
-    if (run->made_parent) {
-        (void)rmdir(dirname(path));
-    }
+    qs_io_take_back_dirs(run->dir, run->made); /* not while anything else is in there */
 }
 
 void qs_run_dir_close(qs_run_dir *run)

@@ -30,23 +30,21 @@ typedef struct {
     bool finished;   /* nothing was opened: the run had finished before */
     bool locked;     /* this process holds run.lock (rank 0 only), */
     int lock;        /* its file */
-    bool made;       /* the directory was not there before (rank 0 only) */
-    bool made_parent;
-    qs_seen seen; /* which ranks see the directory; rank 0 does */
+    int made;        /* how many levels of the directory were not there before (rank 0 only) */
+    qs_seen seen;    /* which ranks see the directory; rank 0 does */
 } qs_run_dir;
 
 /** Where cfg->output holds a run with checkpoints, or a finished one, cpu.gemm: auto becomes what
  * it was for that run, so that it goes on in the same bits on whatever CPU. Collective. */
 qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm);
 
-/** Open cfg->output for writing: create it (with one parent) or recognise it as ours, take the
- * lock, write config.yaml and run.json; find out who else sees it. Collective; only rank 0 writes.
- * `comm` must outlive `out`.
- * \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when another process
- *          writes to it, or with QS_RESUME_NEVER when it holds a run; QS_ERR_CHECKPOINT with
- *          QS_RESUME_MUST when it holds none, or none with a checkpoint; QS_ERR_RESUME when its run
- * has checkpoints of, or has finished with, another configuration; QS_ERR_DISAGREE when another
- * host has another run there.
+/** Open cfg->output for writing: create it (with all that is missing above it) or recognise it as
+ * ours, take the lock, write config.yaml and run.json; find out who else sees it. Collective; only
+ * rank 0 writes. `comm` must outlive `out`. \return QS_ERR_OUTPUT_TAKEN when the directory is not
+ * ours and not empty, when another process writes to it, or with QS_RESUME_NEVER when it holds a
+ * run; QS_ERR_CHECKPOINT with QS_RESUME_MUST when it holds none, or none with a checkpoint;
+ * QS_ERR_RESUME when its run has checkpoints of, or has finished with, another configuration;
+ * QS_ERR_DISAGREE when another host has another run there.
  */
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);

@@ -10,6 +10,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -313,6 +314,9 @@ qs_status qs_io_try_file(const char *path, const char *ours)
     QS_TRY(name_temporary(path, temp));
     const qs_status st = qs_io_write_new(temp, "", 0);
     (void)unlink(temp);
+    if (st != QS_OK) {
+        qs_error_rename(temp, path);
+    }
     return st;
 }
 
@@ -460,9 +464,11 @@ qs_status qs_io_fsync_dir(const char *path)
                                          : output_failed(path, "fsync of the directory", error);
 }
 
-qs_status qs_io_mkdir(const char *path)
+/* *made: it was not there. */
+static qs_status make_level(const char *path, bool *made)
 {
     struct stat info;
+    *made = false;
     while (mkdir(path, 0777) != 0) {
         if (errno == EINTR) {
             continue;
@@ -475,7 +481,68 @@ qs_status qs_io_mkdir(const char *path)
         }
         return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists and is not a directory", path);
     }
+    *made = true;
     return QS_OK;
+}
+
+qs_status qs_io_mkdir(const char *path)
+{
+    bool made = false;
+    return make_level(path, &made);
+}
+
+/* What cannot be looked at is left to the levels below it: making them says what is wrong. */
+static bool is_missing(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) != 0 && errno == ENOENT;
+}
+
+/* From the top down; last: the lowest level that was made. */
+static qs_status make_levels(const char *path, char last[QS_IO_PATH], int *made)
+{
+    bool is_new = false;
+    const char *begin = path + (path[0] == '/');
+    for (const char *end = strchr(begin, '/'); end != NULL; end = strchr(end + 1, '/')) {
+        char level[QS_IO_PATH];
+        (void)snprintf(level, sizeof level, "%.*s", (int)(end - path), path);
+        if (end[1] == '/' || end[1] == '\0' || !is_missing(level)) {
+            continue; /* at the last slash of several; the lowest level comes behind the loop */
+        }
+        QS_TRY(make_level(level, &is_new));
+        if (is_new) {
+            memcpy(last, level, sizeof level);
+            ++*made;
+        }
+    }
+    QS_TRY(make_level(path, &is_new));
+    *made += is_new;
+    return QS_OK;
+}
+
+qs_status qs_io_make_dirs(const char *path, int *made)
+{
+    char last[QS_IO_PATH] = "";
+    *made = 0;
+    if (strlen(path) >= sizeof last) {
+        return QS_FAIL(QS_ERR_IO, "%s: the path is longer than %zu bytes", path, sizeof last - 1);
+    }
+    const qs_status st = make_levels(path, last, made);
+    if (st != QS_OK) {
+        qs_io_take_back_dirs(last, *made);
+        *made = 0;
+    }
+    return st;
+}
+
+void qs_io_take_back_dirs(const char *path, int made)
+{
+    char level[QS_IO_PATH];
+    (void)snprintf(level, sizeof level, "%s", path);
+    const char *at = level;
+    for (; made > 0 && rmdir(at) == 0; made--) {
+        at = dirname(level);
+    }
 }
 
 qs_status qs_io_rename(const char *from, const char *to)

@@ -75,6 +75,14 @@ qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path)
 
 qs_status qs_io_fsync_dir(const char *path);
 qs_status qs_io_mkdir(const char *path); /* one level; existing is fine */
+
+/** Make a directory with all that is missing above it. *made: how many levels were not there
+ * before, for qs_io_take_back_dirs; 0 after a failure, which leaves nothing. */
+qs_status qs_io_make_dirs(const char *path, int *made);
+
+/** Remove `path` and the levels above it, `made` in all, as far as they are empty. */
+void qs_io_take_back_dirs(const char *path, int made);
+
 qs_status qs_io_rename(const char *from, const char *to);
 /** Remove a directory and the plain files in it (no subdirectories); missing is fine. */
 qs_status qs_io_remove_dir(const char *path);

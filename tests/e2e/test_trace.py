@@ -73,7 +73,7 @@ class Trace(unittest.TestCase):
         output = os.path.join(support.scratch(), "run")
         done = support.train(output, ranks=2, options=("--trace", "/nonexistent/trace.json"), expect=4)
         self.assertRegex("".join(re.findall(r"error\[E\d+\] [^:]*:", done.stderr)),
-                         r"\Aerror\[E400\] /nonexistent/trace\.json\.tmp-\d+:\Z")
+                         r"\Aerror\[E400\] /nonexistent/trace\.json:\Z")
         self.assertFalse(os.path.exists(output))
 
     def test_a_full_disk_costs_the_trace_and_not_the_run(self):
