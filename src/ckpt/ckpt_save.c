@@ -86,15 +86,8 @@ static bool is_blind(const saving *s, int rank)
 /* `total`: of the files of all ranks. */
 static qs_status check_room(const char *dir, int64_t total)
 {
-    uint64_t free_bytes = 0;
-    QS_TRY(qs_io_free_bytes(dir, &free_bytes));
-    if (free_bytes < (uint64_t)total + MANIFEST_ROOM) {
-        return QS_FAIL(QS_ERR_IO_FULL,
-                       "%s: a checkpoint needs %" PRId64 " bytes, but %" PRIu64
-                       " are free; make room, the run can go on",
-                       dir, total + (int64_t)MANIFEST_ROOM, free_bytes);
-    }
-    return QS_OK;
+    return qs_io_expect_room(dir, (uint64_t)total + MANIFEST_ROOM, "a checkpoint",
+                             "make room, the run can go on");
 }
 
 qs_status qs_ckpt_expect_room(const char *run_dir, const qs_lora_layout *layout, int nranks)

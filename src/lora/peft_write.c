@@ -1,18 +1,15 @@
 /* Writing PEFT adapter directories: complete in a temporary directory, read back with our own
  * reader, then renamed. */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/mem.h"
 #include "hf/chat_template.h"
 #include "hf/safetensors.h"
 #include "lora/lora_impl.h"
 #include "store/io.h"
-#include "store/temp.h"
+#include "store/staged.h"
 
 enum { NAME_ROOM = 96, PATH_ROOM = QS_PATH_MAX + 64 };
 
@@ -161,49 +158,27 @@ done:
     return st;
 }
 
-static void parent_of(char *out, size_t capacity, const char *path)
+static qs_status fill_directory(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
+                                const char *base_name, const char *base_sha256,
+                                const char *chat_template, const float *vector)
 {
-    const char *slash = strrchr(path, '/');
-    if (!slash) {
-        snprintf(out, capacity, ".");
-    } else {
-        snprintf(out, capacity, "%.*s", slash == path ? 1 : (int)(slash - path), path);
-    }
+    QS_TRY(write_files(dir, layout, cfg, base_name, base_sha256, chat_template, vector));
+    QS_TRY(read_back(dir, layout, vector));
+    return qs_io_fsync_dir(dir);
 }
 
 qs_status qs_peft_write(const char *dir, const qs_lora_layout *layout, const qs_config *cfg,
                         const char *base_name, const char *base_sha256, const char *chat_template,
                         const float *vector)
 {
-    char place[QS_PATH_MAX], temp[PATH_ROOM], parent[QS_PATH_MAX];
-    size_t length = strlen(dir);
-    while (length > 1 && dir[length - 1] == '/') {
-        length--;
-    }
-    if (length == 0 || length >= sizeof place) {
-        return QS_FAIL(QS_ERR_USAGE, "\"%.80s\" is no directory name", dir);
-    }
-    snprintf(place, sizeof place, "%.*s", (int)length, dir);
-    snprintf(temp, sizeof temp, "%s.tmp-%ld", place, (long)getpid());
-    parent_of(parent, sizeof parent, place);
-    struct stat info;
-    if (lstat(place, &info) == 0) {
-        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name", place);
-    }
-    QS_TRY(qs_io_remove_dir(temp)); /* of a killed process that had our number */
-    qs_temp_remove_stale(place, NULL);
-    qs_temp_guard(temp);
-    qs_status st = qs_io_mkdir(temp);
-    st = st == QS_OK ? write_files(temp, layout, cfg, base_name, base_sha256, chat_template, vector)
-                     : st;
-    st = st == QS_OK ? read_back(temp, layout, vector) : st;
-    st = st == QS_OK ? qs_io_fsync_dir(temp) : st;
-    st = st == QS_OK ? qs_io_rename(temp, place) : st;
-    st = st == QS_OK ? qs_io_fsync_dir(parent) : st;
-    if (st != QS_OK) {
-        (void)qs_io_remove_dir(temp);              /* the first error is the one to report */
-        qs_error_rename(temp + strlen(place), ""); /* of its files, too */
-    }
-    qs_temp_release();
+    qs_staged out;
+    qs_status st = QS_OK;
+    QS_TRY(qs_staged_name(&out, dir, NULL));
+    QS_GOTO(qs_staged_begin(&out, 0));
+    QS_GOTO(qs_staged_make_dir(&out));
+    QS_GOTO(fill_directory(out.temp, layout, cfg, base_name, base_sha256, chat_template, vector));
+    st = qs_staged_publish(&out);
+done:
+    qs_staged_end(&out, st);
     return st;
 }

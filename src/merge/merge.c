@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -17,7 +16,7 @@
 #include "merge/merge_impl.h"
 #include "store/input.h"
 #include "store/io.h"
-#include "store/temp.h"
+#include "store/staged.h"
 
 enum {
     PATH_ROOM = QS_PATH_MAX + 128,
@@ -232,64 +231,6 @@ static qs_status fill_directory(qs_merge_job *job, const char *dir, qs_merge_rep
     return qs_io_fsync_dir(dir);
 }
 
-/* ---- the directory ---- */
-
-typedef struct {
-    char place[QS_PATH_MAX], temp[PATH_ROOM], parent[QS_PATH_MAX];
-} names;
-
-static qs_status expect_free_name(const names *n)
-{
-    struct stat info;
-    return lstat(n->place, &info) != 0
-               ? QS_OK
-               : QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name", n->place);
-}
-
-static qs_status make_names(names *n, const char *output)
-{
-    size_t length = strlen(output);
-    while (length > 1 && output[length - 1] == '/') {
-        length--;
-    }
-    if (length == 0 || length >= sizeof n->place) {
-        return QS_FAIL(QS_ERR_USAGE, "\"%.80s\" is no directory name", output);
-    }
-    snprintf(n->place, sizeof n->place, "%.*s", (int)length, output);
-    snprintf(n->temp, sizeof n->temp, "%s.tmp-%ld", n->place, (long)getpid());
-    const char *slash = strrchr(n->place, '/');
-    snprintf(n->parent, sizeof n->parent, "%.*s",
-             slash == NULL ? 1 : (slash == n->place ? 1 : (int)(slash - n->place)),
-             slash == NULL ? "." : n->place);
-    return expect_free_name(n);
-}
-
-static qs_status expect_space(const qs_merge_job *job, const names *n)
-{
-    uint64_t available = 0;
-    uint64_t needed = (uint64_t)job->bytes + (job->bytes < METADATA_BYTES ? 0 : METADATA_BYTES);
-    QS_TRY(qs_io_free_bytes(n->parent, &available));
-    return available >= needed
-               ? QS_OK
-               : QS_FAIL(QS_ERR_IO_FULL, "%s: %llu bytes are needed, %llu are free", n->parent,
-                         (unsigned long long)needed, (unsigned long long)available);
-}
-
-static qs_status publish(const names *n)
-{
-    QS_TRY(expect_free_name(n));
-    QS_TRY(qs_io_rename(n->temp, n->place));
-    return qs_io_fsync_dir(n->parent);
-}
-
-static qs_status remove_temp(const names *n)
-{
-    char templates[PATH_ROOM + sizeof "/" QS_MERGE_TEMPLATES];
-    snprintf(templates, sizeof templates, "%s/" QS_MERGE_TEMPLATES, n->temp);
-    QS_TRY(qs_io_remove_dir(templates));
-    return qs_io_remove_dir(n->temp);
-}
-
 /* ---- all of it ---- */
 
 /* Where config.json does not say, the type that the embedding is stored in: what transformers takes
@@ -348,33 +289,30 @@ static void fill_report(const qs_merge_job *job, double start, qs_merge_report *
     report->peak_bytes = qs_mem_peak_rss_bytes();
 }
 
+static uint64_t bytes_needed(const qs_merge_job *job)
+{
+    return (uint64_t)job->bytes + (job->bytes < METADATA_BYTES ? 0 : METADATA_BYTES);
+}
+
 qs_status qs_merge(const qs_merge_options *options, qs_merge_report *report)
 {
     qs_status st = QS_OK;
     qs_merge_job job = {.options = options, .fd = -1};
-    names n;
-    bool made = false;
-    double start = qs_time_s();
+    qs_staged out;
+    const double start = qs_time_s();
     memset(report, 0, sizeof *report);
-    QS_GOTO(make_names(&n, options->output));
+    QS_TRY(qs_staged_name(&out, options->output, QS_MERGE_TEMPLATES));
+    QS_GOTO(qs_staged_expect_free(&out)); /* before the work of preparing */
     QS_GOTO(prepare(&job));
-    qs_temp_remove_stale(n.place, QS_MERGE_TEMPLATES);
-    QS_GOTO(expect_space(&job, &n));
-    QS_GOTO(remove_temp(&n)); /* of a killed process that had our number */
-    made = true;
-    qs_temp_guard(n.temp);
-    QS_GOTO(qs_io_mkdir(n.temp));
-    st = fill_directory(&job, n.temp, report);
+    QS_GOTO(qs_staged_begin(&out, bytes_needed(&job)));
+    QS_GOTO(qs_staged_make_dir(&out));
+    st = fill_directory(&job, out.temp, report);
     qs_progress_end();
     QS_GOTO(st);
-    QS_GOTO(publish(&n));
+    QS_GOTO(qs_staged_publish(&out));
     fill_report(&job, start, report);
 done:
-    if (st != QS_OK && made) {
-        (void)remove_temp(&n);                         /* the first error is the one to report */
-        qs_error_rename(n.temp + strlen(n.place), ""); /* of its files, too */
-    }
-    qs_temp_release();
+    qs_staged_end(&out, st);
     cleanup(&job);
     return st;
 }

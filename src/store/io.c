@@ -10,6 +10,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -250,8 +251,7 @@ qs_status qs_io_write_new(const char *path, const void *data, size_t bytes)
     return st;
 }
 
-/** The directory part of `path`, "." if it has none. */
-static qs_status parent_of(const char *path, char *out, size_t capacity)
+qs_status qs_io_parent(const char *path, char *out, size_t capacity)
 {
     const char *slash = strrchr(path, '/');
     size_t length = slash == NULL ? 1 : (slash == path ? 1 : (size_t)(slash - path));
@@ -325,7 +325,7 @@ qs_status qs_io_replace(const char *path, qs_io_maker make, void *ctx)
     char temp[QS_IO_PATH];
     char parent[QS_IO_PATH];
     QS_TRY(expect_replaceable(path));
-    QS_TRY(parent_of(path, parent, sizeof parent));
+    QS_TRY(qs_io_parent(path, parent, sizeof parent));
     QS_TRY(name_temporary(path, temp));
     qs_status st = make(temp, ctx);
     st = st != QS_OK ? st : qs_io_rename(temp, path);
@@ -632,6 +632,12 @@ static void unlink_manifest(const char *path)
     }
 }
 
+qs_status qs_io_remove(const char *path)
+{
+    const int error = unlink_retrying(AT_FDCWD, path, 0);
+    return error == 0 ? QS_OK : output_failed(path, "removing", error);
+}
+
 qs_status qs_io_remove_dir(const char *path)
 {
     unlink_manifest(path);
@@ -650,4 +656,15 @@ qs_status qs_io_free_bytes(const char *path, uint64_t *bytes)
     }
     *bytes = (uint64_t)info.f_bavail * (uint64_t)info.f_frsize;
     return QS_OK;
+}
+
+qs_status qs_io_expect_room(const char *dir, uint64_t bytes, const char *what, const char *remedy)
+{
+    uint64_t available = 0;
+    QS_TRY(qs_io_free_bytes(dir, &available));
+    return available >= bytes
+               ? QS_OK
+               : QS_FAIL(QS_ERR_IO_FULL,
+                         "%s: %s needs %" PRIu64 " bytes, but %" PRIu64 " are free; %s", dir, what,
+                         bytes, available, remedy);
 }

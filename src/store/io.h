@@ -61,6 +61,9 @@ qs_status qs_io_write_new(const char *path, const void *data, size_t bytes);
  * descriptor left, a file system that went away? */
 bool qs_io_out_of_reach(int error);
 
+/** The directory that `path` stands in, "." if it says none. */
+qs_status qs_io_parent(const char *path, char *out, size_t capacity);
+
 /** DIR/NAME, of whatever length; the caller frees *path. */
 qs_status qs_io_join(char **path, const char *dir, const char *name);
 
@@ -84,6 +87,7 @@ qs_status qs_io_make_dirs(const char *path, int *made);
 void qs_io_take_back_dirs(const char *path, int made);
 
 qs_status qs_io_rename(const char *from, const char *to);
+qs_status qs_io_remove(const char *path); /* a file; missing is fine */
 /** Remove a directory and the plain files in it (no subdirectories); missing is fine. */
 qs_status qs_io_remove_dir(const char *path);
 
@@ -102,5 +106,9 @@ bool qs_io_is_removed_open(const char *name);
 
 /** Free bytes for this user in the file system of `path`. */
 qs_status qs_io_free_bytes(const char *path, uint64_t *bytes);
+
+/** Are there so many in that of `dir`? QS_ERR_IO_FULL if not, saying what they are needed for, and
+ * what to do. */
+qs_status qs_io_expect_room(const char *dir, uint64_t bytes, const char *what, const char *remedy);
 
 #endif

@@ -1,7 +1,6 @@
 #define _GNU_SOURCE
 #include "store/staged.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -17,7 +16,7 @@ qs_status qs_staged_name(qs_staged *s, const char *output, const char *inner)
     while (length > 1 && output[length - 1] == '/') {
         length--;
     }
-    if (length == 0 || length + 32 >= sizeof s->place) { /* with room for the mark and a number */
+    if (length == 0 || length >= sizeof s->place) {
         return QS_FAIL(QS_ERR_USAGE, "\"%.80s\" is no name for an output", output);
     }
     memcpy(s->place, output, length);
@@ -30,8 +29,8 @@ qs_status qs_staged_expect_free(const qs_staged *s)
 {
     struct stat info;
     if (lstat(s->place, &info) == 0) {
-        return QS_FAIL(QS_ERR_OUTPUT_TAKEN,
-                       "%s: exists already; choose another name or remove it", s->place);
+        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists already; choose another name or remove it",
+                       s->place);
     }
     return stat(s->parent, &info) == 0 && S_ISDIR(info.st_mode)
                ? QS_OK
@@ -59,8 +58,12 @@ qs_status qs_staged_begin(qs_staged *s, uint64_t bytes)
 static qs_status remove_temp(const qs_staged *s)
 {
     char inner[QS_STAGED_PATH + 64];
-    if (unlink(s->temp) == 0 || errno == ENOENT) {
+    struct stat info;
+    if (lstat(s->temp, &info) != 0) {
         return QS_OK;
+    }
+    if (!S_ISDIR(info.st_mode)) {
+        return qs_io_remove(s->temp);
     }
     if (s->inner != NULL) {
         snprintf(inner, sizeof inner, "%s/%s", s->temp, s->inner);

@@ -15,14 +15,15 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "config/config.h"
 
-enum { QS_STAGED_PATH = 4096 };
+enum { QS_STAGED_PATH = QS_PATH_MAX + 64 };
 
 /** A zeroed one has nothing to end. */
 typedef struct {
-    char place[QS_STAGED_PATH]; /* the output, without slashes at its end */
+    char place[QS_PATH_MAX]; /* the output, without slashes at its end */
     char temp[QS_STAGED_PATH];
-    char parent[QS_STAGED_PATH];
+    char parent[QS_PATH_MAX];
     const char *inner; /* the directory that a directory may hold; NULL: none. Borrowed */
     bool ours;         /* what stands under `temp` is ours to remove */
     bool taken;        /* it is another's */

@@ -19,7 +19,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <libgen.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -31,7 +30,7 @@
 #include "base/timer.h"
 #include "store/hash.h"
 #include "store/io.h"
-#include "store/temp.h"
+#include "store/staged.h"
 #include "weights/quantize_impl.h"
 
 enum { METADATA_BYTES = 4 << 20, PAGE_BYTES = 4096 };
@@ -43,9 +42,8 @@ typedef struct {
     int64_t *load;          /* [nranks] cost of what a rank has been given */
     int *owner;             /* [n_units + 1] the rank that writes the unit */
     qs_unit_result *result; /* [n_units + 1] */
-    char *parent, *temp;
-    qs_h5 *file;  /* rank 0 */
-    bool created; /* rank 0: the temporary file is ours */
+    qs_staged out;          /* begun on rank 0, whose temporary name all have */
+    qs_h5 *file;            /* rank 0 */
     int fd;
     int64_t zero_blocks;
 } job;
@@ -60,32 +58,7 @@ static int n_units(const job *j)
     return j->plan.index->n_units;
 }
 
-/* ---- names and space ---- */
-
-static qs_status make_names(job *j)
-{
-    size_t bytes = strlen(j->options->output) + 32;
-    char *copy = strdup(j->options->output);
-    j->temp = malloc(bytes);
-    j->parent = copy == NULL ? NULL : strdup(dirname(copy));
-    free(copy);
-    if (j->temp == NULL || j->parent == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for its name", j->options->output);
-    }
-    (void)snprintf(j->temp, bytes, "%s.tmp-%ld", j->options->output, (long)getpid());
-    return QS_OK;
-}
-
-/* A link to nothing is somebody's as well. */
-static qs_status expect_free_name(const job *j)
-{
-    struct stat info;
-    if (lstat(j->options->output, &info) == 0) {
-        return QS_FAIL(QS_ERR_OUTPUT_TAKEN, "%s: exists; choose another name or remove it",
-                       j->options->output);
-    }
-    return QS_OK;
-}
+/* ---- space ---- */
 
 static int64_t dataset_bytes(const qs_h5_info *info)
 {
@@ -105,19 +78,13 @@ static int64_t unit_bytes(qs_base_unit *unit)
     return bytes;
 }
 
-static qs_status expect_space(const job *j)
+static uint64_t bytes_needed(const job *j)
 {
-    uint64_t available = 0;
     int64_t needed = METADATA_BYTES;
     for (int u = 0; u <= n_units(j); u++) {
         needed += unit_bytes(qs_plan_unit(&j->plan, u));
     }
-    QS_TRY(qs_io_free_bytes(j->parent, &available));
-    if (available < (uint64_t)needed) {
-        return QS_FAIL(QS_ERR_IO_FULL, "%s: %lld bytes are needed, %llu are free", j->parent,
-                       (long long)needed, (unsigned long long)available);
-    }
-    return QS_OK;
+    return (uint64_t)needed;
 }
 
 /* ---- create ---- */
@@ -170,25 +137,21 @@ static qs_status create_unit(job *j, int u, int64_t *end)
 
 static qs_status open_temp(job *j)
 {
-    j->fd = open(j->temp, O_RDWR | O_CLOEXEC);
+    j->fd = open(j->out.temp, O_RDWR | O_CLOEXEC);
     return j->fd >= 0 ? QS_OK
-                      : QS_FAIL(QS_ERR_IO, "%s: opening failed: %s; do all hosts see it?", j->temp,
-                                strerror(errno));
+                      : QS_FAIL(QS_ERR_IO, "%s: opening failed: %s; do all hosts see it?",
+                                j->out.temp, strerror(errno));
 }
 
 /* Rank 0: the file with everything allocated and room for it on the disk. */
 static qs_status create_file(job *j)
 {
     int64_t end = 0;
-    QS_TRY(expect_free_name(j));
-    qs_temp_remove_stale(j->options->output, NULL);
-    QS_TRY(expect_space(j));
-    qs_temp_guard(j->temp);
-    qs_status st = qs_h5_create(&j->file, j->temp);
-    if (st == QS_ERR_OUTPUT_TAKEN) {
-        qs_temp_release();
+    QS_TRY(qs_staged_begin(&j->out, bytes_needed(j)));
+    const qs_status st = qs_h5_create(&j->file, j->out.temp);
+    if (st == QS_ERR_OUTPUT_TAKEN) { /* any other creation that failed may have left a file */
+        qs_staged_disown(&j->out);
     }
-    j->created = st != QS_ERR_OUTPUT_TAKEN; /* a creation that failed may have left a file */
     QS_TRY(st);
     QS_TRY(qs_h5_attr_put_text(j->file, "format", "qshard-base"));
     QS_TRY(qs_h5_attr_put_i64(j->file, "format_version", 1));
@@ -196,7 +159,7 @@ static qs_status create_file(job *j)
         QS_TRY(create_unit(j, u, &end));
     }
     QS_TRY(open_temp(j));
-    return qs_io_reserve(j->fd, (size_t)end, j->temp);
+    return qs_io_reserve(j->fd, (size_t)end, j->out.temp);
 }
 
 /* The name and the places, from rank 0. */
@@ -204,16 +167,11 @@ static qs_status share_places(job *j)
 {
     enum { SHARED = 4 };
     qs_status st = QS_OK;
-    char *name = is_root(j) ? j->temp : NULL;
     size_t bytes = (size_t)(n_units(j) + 1) * SHARED * sizeof(int64_t);
     int64_t *places = malloc(bytes);
     st = places != NULL ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "%s: no memory", j->options->output);
     QS_GOTO(qs_comm_agree(j->comm, st));
-    QS_GOTO(qs_comm_bcast_text(j->comm, &name, 0));
-    if (name != j->temp) {
-        free(j->temp);
-        j->temp = name;
-    }
+    QS_GOTO(qs_comm_bcast(j->comm, j->out.temp, sizeof j->out.temp, 0));
     for (int u = 0; u <= n_units(j); u++) {
         const qs_base_unit *unit = qs_plan_unit(&j->plan, u);
         int64_t at[SHARED] = {unit->packed_at, unit->absmax8_at, unit->absmax32_at, unit->raw_at};
@@ -263,7 +221,8 @@ static qs_status write_units(job *j)
     for (int u = 0; u <= n_units(j); u++) {
         mine += j->owner[u] == qs_comm_rank(j->comm);
     }
-    QS_GOTO(qs_unit_batch_begin(&batch, &j->plan, j->fd, j->temp, j->options->backend, threads));
+    QS_GOTO(
+        qs_unit_batch_begin(&batch, &j->plan, j->fd, j->out.temp, j->options->backend, threads));
     for (int u = 0; u <= n_units(j); u++) {
         if (j->owner[u] == qs_comm_rank(j->comm)) {
             QS_GOTO(qs_unit_batch_write(batch, u, &j->result[u]));
@@ -300,7 +259,7 @@ static qs_status close_data(job *j)
 {
     int fd = j->fd;
     j->fd = -1;
-    return qs_io_close(fd, j->temp);
+    return qs_io_close(fd, j->out.temp);
 }
 
 /* ---- finish ---- */
@@ -311,7 +270,7 @@ static qs_status put_hashes(job *j)
     qs_base_dataset all[QS_BASE_DATASETS];
     qs_sha256 *sha = qs_sha256_begin();
     if (sha == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing", j->temp);
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing", j->out.temp);
     }
     for (int u = 0; u < n_units(j) && st == QS_OK; u++) {
         char name[QS_BASE_NAME];
@@ -329,7 +288,7 @@ static qs_status hash_sources(job *j)
 {
     qs_sha256 *sha = qs_sha256_begin();
     if (sha == NULL) {
-        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing", j->temp);
+        return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for hashing", j->out.temp);
     }
     for (int u = 0; u <= n_units(j); u++) {
         size_t tensors = (size_t)qs_plan_unit(&j->plan, u)->n_tensors;
@@ -384,9 +343,10 @@ static qs_status overwritten(const job *j, const char *what, const char *name, q
 static qs_status verify_data(const job *j, const qs_base_index *index)
 {
     qs_status st = QS_OK;
-    int fd = open(j->temp, O_RDONLY | O_CLOEXEC);
+    int fd = open(j->out.temp, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
-        return QS_FAIL(QS_ERR_IO_VERIFY, "%s: cannot be read back: %s", j->temp, strerror(errno));
+        return QS_FAIL(QS_ERR_IO_VERIFY, "%s: cannot be read back: %s", j->out.temp,
+                       strerror(errno));
     }
     (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
     for (int u = 0; u <= n_units(j) && st == QS_OK; u++) {
@@ -407,7 +367,7 @@ static qs_status verify_data(const job *j, const qs_base_index *index)
 static qs_status look_as_reader(const job *j)
 {
     qs_base_index *index = NULL;
-    qs_status st = qs_base_open_local(&index, j->temp);
+    qs_status st = qs_base_open_local(&index, j->out.temp);
     if (on_several_hosts(j)) {
         st = st == QS_OK ? verify_data(j, index) : overwritten(j, "the index", "", st);
     }
@@ -426,9 +386,7 @@ static qs_status finish_file(job *j)
     j->file = NULL;
     QS_TRY(qs_h5_close(file));
     QS_TRY(look_as_reader(j));
-    QS_TRY(expect_free_name(j));
-    QS_TRY(qs_io_rename(j->temp, j->options->output));
-    return qs_io_fsync_dir(j->parent);
+    return qs_staged_publish(&j->out);
 }
 
 /* ---- all of it ---- */
@@ -456,7 +414,7 @@ static qs_status prepare(job *j)
         return QS_FAIL(QS_ERR_USAGE, "head_chunk_rows = %lld is outside 1 ... %d", (long long)rows,
                        1 << 22);
     }
-    QS_TRY(make_names(j));
+    QS_TRY(qs_staged_name(&j->out, o->output, NULL));
     QS_TRY(qs_plan_make(&j->plan, o->hf_dir, rows, o->double_quant));
     QS_TRY(is_root(j) ? qs_plan_hash_tokenizer(&j->plan, o->hf_dir) : QS_OK);
     return alloc_results(j);
@@ -479,12 +437,7 @@ static qs_status run(job *j)
 static void cleanup(job *j, qs_status st)
 {
     qs_h5_discard(j->file); /* open only after a failure */
-    if (st != QS_OK && j->created) {
-        (void)unlink(j->temp);
-    }
-    if (j->created) {
-        qs_temp_release();
-    }
+    qs_staged_end(&j->out, st);
     if (j->fd >= 0) {
         (void)close(j->fd); /* after a failure */
     }
@@ -494,8 +447,6 @@ static void cleanup(job *j, qs_status st)
     free(j->result);
     free(j->owner);
     free(j->load);
-    free(j->temp);
-    free(j->parent);
     if (j->plan.index != NULL) {
         qs_plan_free(&j->plan);
     }
@@ -506,7 +457,7 @@ static qs_status fill_report(const job *j, double start, qs_quantize_report *rep
     struct stat info = {0};
     int64_t peak = (int64_t)qs_mem_peak_rss_bytes();
     QS_TRY(qs_comm_max_i64(j->comm, &peak, 1));
-    (void)stat(j->options->output, &info);
+    (void)stat(j->out.place, &info);
     *report = (qs_quantize_report){.linears = j->plan.linears,
                                    .zero_blocks = j->zero_blocks,
                                    .source_bytes = j->plan.source_bytes,
