@@ -22,8 +22,28 @@
 #include "base/dtype.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "base/proc.h"
 #include "base/status.h"
 #include "base/timer.h"
+
+Test(proc, the_longest_name_of_a_host_is_taken_whole_and_zeros_follow_a_short_one)
+{
+    char name[QS_HOST_NAME_BYTES], longest[QS_HOST_NAME_BYTES] = "";
+    if (unshare(CLONE_NEWUTS) != 0) {
+        cr_skip_test("no host name of our own: %s", strerror(errno));
+    }
+    memset(longest, 'h', sizeof longest - 1);
+    cr_assert_eq(sethostname(longest, sizeof longest - 1), 0);
+    qs_host_name(name);
+    cr_assert_str_eq(name, longest);
+    cr_assert_eq(sethostname("h", 1), 0);
+    memset(longest + 1, 0, sizeof longest - 1);
+    qs_host_name(name);
+    cr_assert_arr_eq(name, longest, sizeof name);
+    cr_assert_eq(sethostname("", 0), 0);
+    qs_host_name(name);
+    cr_assert_str_eq(name, "(unknown)");
+}
 
 /* ---- what a function writes to stderr ---- */
 

@@ -33,7 +33,7 @@ static json_t *load(void)
 /* As `mpirun --map-by node` deals ranks out: neighbours are on different hosts. */
 Test(run_record, each_host_is_named_once_in_the_order_of_its_first_rank)
 {
-    static const char hosts[7][QS_RUN_HOST_BYTES] = {"b", "a", "c", "b", "a", "c", "b"};
+    static const char hosts[7][QS_HOST_NAME_BYTES] = {"b", "a", "c", "b", "a", "c", "b"};
     static const char *const wanted[] = {"b", "a", "c"};
     qs_run_record r = {.finished = false};
     cr_assert_eq(qs_run_record_start(&r, dir, hosts, 7), QS_OK, "%s", qs_error_text());
@@ -51,7 +51,7 @@ Test(run_record, each_host_is_named_once_in_the_order_of_its_first_rank)
 
 Test(run_record, a_later_start_keeps_what_it_does_not_know_and_forgets_the_end)
 {
-    static const char hosts[1][QS_RUN_HOST_BYTES] = {"a"};
+    static const char hosts[1][QS_HOST_NAME_BYTES] = {"a"};
     char path[SCRATCH_MAX + 16];
     qs_run_record r = {.finished = false};
     snprintf(path, sizeof path, "%s/run.json", dir);

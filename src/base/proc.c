@@ -1,8 +1,17 @@
-#define _GNU_SOURCE /* fopen's "e" */
+#define _GNU_SOURCE /* fopen's "e", gethostname */
 #include "base/proc.h"
 
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
+
+void qs_host_name(char out[QS_HOST_NAME_BYTES])
+{
+    memset(out, 0, QS_HOST_NAME_BYTES);
+    if (gethostname(out, QS_HOST_NAME_BYTES) != 0 || out[0] == '\0') {
+        snprintf(out, QS_HOST_NAME_BYTES, "(unknown)");
+    }
+}
 
 void qs_proc_value(const char *path, const char *key, char *out, size_t capacity)
 {

@@ -1,9 +1,14 @@
-/* Facts from /proc. */
+/* What this host is: its name, and facts from /proc. */
 #ifndef QS_BASE_PROC_H
 #define QS_BASE_PROC_H
 
 #include <stddef.h>
 #include <stdint.h>
+
+enum { QS_HOST_NAME_BYTES = 65 }; /* Linux takes names of 64 */
+
+/** The name of this host, "(unknown)" if it has none; zeros behind it, so that it can be sent. */
+void qs_host_name(char out[QS_HOST_NAME_BYTES]);
 
 /** The value behind "key :" in a file of /proc, for example "model name" in /proc/cpuinfo; "" if
  * there is none. */

@@ -19,11 +19,12 @@
 
 #include <stdbool.h>
 
+#include "base/proc.h"
 #include "base/status.h"
 
 typedef struct qs_watch qs_watch;
 
-enum { QS_WATCH_NAME_MAX = 64, QS_WATCH_PATIENT = 12 };
+enum { QS_WATCH_NAME_MAX = QS_HOST_NAME_BYTES, QS_WATCH_PATIENT = 12 };
 
 typedef struct {
     int rank;

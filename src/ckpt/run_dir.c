@@ -1,5 +1,4 @@
 /* Opening a run's directory, who sees it, and what is left of it at the end. */
-#define _GNU_SOURCE
 #include "ckpt/run_dir.h"
 
 #include <errno.h>
@@ -126,7 +125,7 @@ static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume re
 }
 
 static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resume, bool takeover,
-                           const char (*hosts)[QS_RUN_HOST_BYTES], int nranks)
+                           const char (*hosts)[QS_HOST_NAME_BYTES], int nranks)
 {
     qs_run_found what;
     qs_run_record record = {.finished = false};
@@ -198,7 +197,7 @@ qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm)
  * for this one by whoever looks there. */
 static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
 {
-    char host[QS_RUN_HOST_BYTES] = "";
+    char host[QS_HOST_NAME_BYTES];
     qs_run_record record;
     qs_status st = QS_OK;
     if (qs_run_record_read(&record, run->dir, QS_ERR_OUTPUT_TAKEN) != QS_OK) {
@@ -206,7 +205,7 @@ static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
         return QS_OK;
     }
     if (strcmp(record.run_id, run->run_id) != 0) {
-        gethostname(host, sizeof host - 1);
+        qs_host_name(host);
         st = QS_FAIL(QS_ERR_DISAGREE,
                      "%s: host %s has run %s in a directory of this name, host %s writes run %s "
                      "there; remove the one that is not wanted, or choose another output",
@@ -220,12 +219,12 @@ static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
 static qs_status find_sight(qs_run_dir *run, qs_comm *comm)
 {
     struct {
-        char lock[LOCK_MAX], host[QS_RUN_HOST_BYTES];
+        char lock[LOCK_MAX], host[QS_HOST_NAME_BYTES];
     } root = {{0}, {0}};
     char mine[LOCK_MAX] = "";
     int error = qs_run_lock_text(run->dir, mine, sizeof mine);
     memcpy(root.lock, mine, sizeof mine);
-    gethostname(root.host, sizeof root.host - 1);
+    qs_host_name(root.host);
     QS_TRY(qs_comm_bcast(comm, &root, sizeof root, 0));
     error = error == 0 && strcmp(mine, root.lock) != 0 ? ENOENT : error;
     error = qs_comm_rank(comm) == 0 ? 0 : error;
@@ -236,7 +235,7 @@ static qs_status find_sight(qs_run_dir *run, qs_comm *comm)
 
 /* Rank 0 opens, and tells what it has found. */
 static qs_status open_for_all(qs_run_dir *out, const qs_config *cfg, qs_resume resume,
-                              bool takeover, const char (*hosts)[QS_RUN_HOST_BYTES], qs_comm *comm)
+                              bool takeover, const char (*hosts)[QS_HOST_NAME_BYTES], qs_comm *comm)
 {
     struct {
         char run_id[sizeof out->run_id];
@@ -258,16 +257,16 @@ qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resum
                           qs_comm *comm)
 {
     qs_status st = QS_OK;
-    char mine[QS_RUN_HOST_BYTES] = "";
-    char(*hosts)[QS_RUN_HOST_BYTES] = calloc((size_t)qs_comm_nranks(comm), sizeof *hosts);
+    char mine[QS_HOST_NAME_BYTES];
+    char(*hosts)[QS_HOST_NAME_BYTES] = calloc((size_t)qs_comm_nranks(comm), sizeof *hosts);
     memset(out, 0, sizeof *out);
     snprintf(out->dir, sizeof out->dir, "%s", cfg->output);
-    gethostname(mine, sizeof mine - 1);
+    qs_host_name(mine);
     QS_GOTO(qs_comm_agree(
         comm, hosts != NULL ? QS_OK : QS_FAIL(QS_ERR_MEMORY, "no memory for host names")));
     QS_GOTO(qs_comm_all_gather_now(comm, mine, hosts, sizeof mine));
     QS_GOTO(
-        open_for_all(out, cfg, resume, takeover, (const char(*)[QS_RUN_HOST_BYTES])hosts, comm));
+        open_for_all(out, cfg, resume, takeover, (const char(*)[QS_HOST_NAME_BYTES])hosts, comm));
     st = out->finished ? QS_OK : find_sight(out, comm);
 done:
     free(hosts);

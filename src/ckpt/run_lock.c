@@ -31,7 +31,7 @@
 enum { LOCK_BYTES_MAX = 4096, PATH_ROOM = QS_PATH_MAX + 64, OWNER_WAIT_S = 5, TEMP_TRIES = 5 };
 
 typedef struct {
-    char host[256], job[64];
+    char host[QS_HOST_NAME_BYTES], job[64];
     int64_t pid;
     int64_t born;                  /* start time of the process: a reused pid is another process */
     int64_t restart;               /* how often the batch system has started the job again */
@@ -84,7 +84,7 @@ static owner this_process(void)
                 .held = 1};
     me.pids = stat("/proc/self/ns/pid", &pids) == 0 ? (int64_t)pids.st_ino : 0;
     me.born = process_born(me.pid);
-    gethostname(me.host, sizeof me.host - 1);
+    qs_host_name(me.host);
     const char *job = getenv("SLURM_JOB_ID");
     snprintf(me.job, sizeof me.job, "%s", job ? job : "");
     return me;

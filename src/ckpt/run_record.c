@@ -131,7 +131,7 @@ static bool is_listed(const json_t *list, const char *host)
 }
 
 /* Each once, in the order of its first rank: a launcher may deal ranks out to hosts in turn. */
-static json_t *list_hosts(const char (*hosts)[QS_RUN_HOST_BYTES], int nranks)
+static json_t *list_hosts(const char (*hosts)[QS_HOST_NAME_BYTES], int nranks)
 {
     json_t *list = json_array();
     for (int r = 0; r < nranks; r++) {
@@ -143,7 +143,7 @@ static json_t *list_hosts(const char (*hosts)[QS_RUN_HOST_BYTES], int nranks)
 }
 
 qs_status qs_run_record_start(qs_run_record *r, const char *dir,
-                              const char (*hosts)[QS_RUN_HOST_BYTES], int nranks)
+                              const char (*hosts)[QS_HOST_NAME_BYTES], int nranks)
 {
     if (r->all == NULL) {
         make_new(r);

@@ -6,9 +6,8 @@
 
 #include <stdbool.h>
 
+#include "base/proc.h"
 #include "ckpt/ckpt.h"
-
-enum { QS_RUN_HOST_BYTES = 64 };
 
 /** A zeroed one is of no run. */
 typedef struct {
@@ -25,7 +24,7 @@ void qs_run_record_free(qs_run_record *r);
 /** Make it that of a start on the hosts of ranks 0 ... nranks-1: a new one if it is of no run, else
  * of a run that goes on. Nothing is written. */
 qs_status qs_run_record_start(qs_run_record *r, const char *dir,
-                              const char (*hosts)[QS_RUN_HOST_BYTES], int nranks);
+                              const char (*hosts)[QS_HOST_NAME_BYTES], int nranks);
 
 qs_status qs_run_record_write(const qs_run_record *r, const char *dir);
 

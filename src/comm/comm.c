@@ -10,6 +10,7 @@
 #include "base/cause.h"
 #include "base/cores.h"
 #include "base/log.h"
+#include "base/proc.h"
 #include "base/watch.h"
 #include "comm/comm_impl.h"
 
@@ -325,7 +326,7 @@ static void name_place(const qs_comm *comm)
 {
     char host[QS_WATCH_NAME_MAX] = "", place[QS_WATCH_NAME_MAX + 32];
     if (comm->nranks > 1) {
-        (void)gethostname(host, sizeof host - 1);
+        qs_host_name(host);
         snprintf(place, sizeof place, "rank %d on %s", comm->world_rank, host);
         qs_error_name_place(place);
     }

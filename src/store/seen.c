@@ -8,26 +8,19 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/proc.h"
 #include "store/io.h"
 #include "store/relay.h"
 
-enum { NAME_MAX_BYTES = 64, MARK_MAX_BYTES = 192, NAMED_HOSTS = 3 };
+enum { MARK_MAX_BYTES = 192, NAMED_HOSTS = 3 };
 enum { SERVED_BYTES = 16 << 20, PIECE_MIN_BYTES = 64 << 10, WANTS_MAX = 16 };
 
 /** What a rank says of itself. */
 typedef struct {
     int64_t host;  /* lowest rank on its host */
     int64_t error; /* 0: it sees the file */
-    char name[NAME_MAX_BYTES];
+    char name[QS_HOST_NAME_BYTES];
 } witness;
-
-static void host_name(char out[NAME_MAX_BYTES])
-{
-    memset(out, 0, NAME_MAX_BYTES);
-    if (gethostname(out, NAME_MAX_BYTES - 1) != 0 || out[0] == '\0') {
-        snprintf(out, NAME_MAX_BYTES, "(unknown)");
-    }
-}
 
 bool qs_seen_by_all(const qs_seen *seen)
 {
@@ -91,7 +84,7 @@ static void append(char *text, size_t capacity, const char *more)
 static void report(const qs_seen *s, const char *path, const char *instead, const witness *all,
                    int nranks)
 {
-    char hosts[NAMED_HOSTS * (NAME_MAX_BYTES + 2) + 64] = "";
+    char hosts[NAMED_HOSTS * (QS_HOST_NAME_BYTES + 2) + 64] = "";
     int count = 0;
     int64_t error = 0;
     for (int r = 0; r < nranks; r++) {
@@ -124,7 +117,7 @@ qs_status qs_seen_agree(qs_seen *out, const char *path, int error, const char *i
     qs_status st = QS_OK;
     const int nranks = qs_comm_nranks(comm), rank = qs_comm_rank(comm);
     witness mine = {.host = qs_comm_host(comm), .error = error};
-    host_name(mine.name);
+    qs_host_name(mine.name);
     witness *all = calloc((size_t)nranks, sizeof *all);
     memset(out, 0, sizeof *out);
     out->comm = comm;
@@ -155,7 +148,7 @@ qs_status qs_seen_find(qs_seen *out, const char *path, const char *instead, qs_c
 /* ---- is it the same everywhere? ---- */
 
 typedef struct {
-    char host[NAME_MAX_BYTES], mark[MARK_MAX_BYTES];
+    char host[QS_HOST_NAME_BYTES], mark[MARK_MAX_BYTES];
 } copy_note;
 
 /* A bad copy must be found: its host is what the message lacks. */
@@ -172,7 +165,7 @@ static qs_status bad_copy(const copy_note *mine, const char *root_host, qs_statu
 qs_status qs_seen_compare(const qs_seen *seen, const char *path, qs_status looked, const char *mark)
 {
     copy_note mine = {{0}, {0}};
-    host_name(mine.host);
+    qs_host_name(mine.host);
     snprintf(mine.mark, sizeof mine.mark, "%s", looked == QS_OK ? mark : "");
     copy_note theirs = mine;
     QS_TRY(qs_comm_bcast(seen->comm, &theirs, sizeof theirs, seen->root));

@@ -9,6 +9,7 @@
 #include "base/cores.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "base/proc.h"
 #include "ckpt/ckpt.h"
 #include "store/input.h"
 #include "store/manifest.h"
@@ -93,8 +94,8 @@ static void describe_rope(const qs_session *s)
 /* With --verbose: what the launcher has made of the request, by every rank. */
 static void describe_place(const qs_session *s)
 {
-    char host[256] = "";
-    (void)gethostname(host, sizeof host - 1);
+    char host[QS_HOST_NAME_BYTES];
+    qs_host_name(host);
     qs_log_debug("on host %s: local rank %d of %d, %d cores%s, %d threads", host,
                  qs_comm_local_rank(s->comm), qs_comm_local_nranks(s->comm), qs_cores_available(),
                  qs_cores_bound() ? " (bound)" : "", s->threads);

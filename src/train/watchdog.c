@@ -1,11 +1,10 @@
-#define _GNU_SOURCE /* gethostname */
 #include "train/watchdog.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base/log.h"
+#include "base/proc.h"
 #include "train/train.h"
 
 static const char REMEDY[] =
@@ -15,7 +14,7 @@ static const char REMEDY[] =
 static qs_status name_hosts(qs_watchdog *dog, qs_comm *comm)
 {
     char mine[QS_WATCH_NAME_MAX] = "";
-    gethostname(mine, sizeof mine - 1);
+    qs_host_name(mine);
     dog->hosts = calloc((size_t)qs_comm_nranks(comm), sizeof *dog->hosts);
     QS_TRY(qs_comm_agree(comm, dog->hosts != NULL ? QS_OK
                                                   : QS_FAIL(QS_ERR_MEMORY,
