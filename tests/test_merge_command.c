@@ -50,7 +50,7 @@ static const struct {
     {"nowhere --base base.h5 -o out", 3, "nowhere: No such file"},
     {"model --base base.h5 -o out", 3, "neither a checkpoint"},
     {"base.h5 --base base.h5 -o out", 3, "neither a checkpoint"},
-    {"taken --base base.h5 -o out", 3, "not a checkpoint"},
+    {"taken --base base.h5 -o out", 3, "neither a checkpoint"},
     {"empty_adapter --base base.h5 -o out", 3, "peft_type"},
     {"no_tensors --base base.h5 -o out", 3, "holds neither adapter_model.safetensors"},
     {"deep --base base.h5 -o out", 3, "it belongs to another model"},

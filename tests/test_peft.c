@@ -355,7 +355,7 @@ Test(peft, run_in_place_of_a_peft_directory_is_named)
         snprintf(file, sizeof file, "%s/%s", dir, files[i]);
         cr_assert_eq(qs_io_write_file(file, "{}", 2), QS_OK);
         qs_error_clear();
-        cr_assert_eq(qs_peft_settings(dir, &c), QS_ERR_INPUT_FORMAT);
+        cr_assert_eq(qs_peft_settings(dir, &c), QS_ERR_INPUT_MISSING);
         cr_assert_not_null(strstr(qs_error_text(), "qshard export makes one"), "%s",
                            qs_error_text());
     }

@@ -89,7 +89,7 @@ qs_status qs_cli_check(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_inspect(const qs_cli_args *args, qs_comm *comm);
 qs_status qs_cli_doctor(const qs_cli_args *args, qs_comm *comm);
 
-/** What a path given to check, inspect, export or merge is. */
+/** What a path given to check or inspect is. */
 typedef enum {
     QS_PATH_UNKNOWN,
     QS_PATH_CHECKPOINT, /* directory with manifest.json */
@@ -104,13 +104,5 @@ typedef enum {
 
 /** Find out what `path` is; QS_PATH_UNKNOWN is an error naming what there could be. */
 qs_status qs_cli_path_kind(const char *path, qs_path_kind *kind);
-
-/** A checkpoint directory as given, or the newest one of a run; with `best` (of a run alone) the
- * one that its run.json calls so. */
-qs_status qs_cli_find_step(const char *path, bool best, char *out, size_t capacity);
-
-/** What reading checkpoint `step_dir`, which qs_cli_find_step found in `path`, has come to: where
- * it is damaged and `path` is a run, the message names the newest one that verifies, too. */
-qs_status qs_cli_name_good_step(qs_status st, const char *path, const char *step_dir);
 
 #endif

@@ -8,12 +8,13 @@
 
 #include "base/log.h"
 #include "base/mem.h"
+#include "ckpt/adapter_dir.h"
 #include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
 #include "hf/chat_template.h"
 #include "store/h5.h"
 
-enum { PATH_ROOM = QS_PATH_MAX + 64, NAME_ROOM = 1024, INDEX_BYTES_MAX = 64 << 20 };
+enum { NAME_ROOM = 1024, INDEX_BYTES_MAX = 64 << 20 };
 
 /* What base.h5 records of the checkpoint that it was made from; "" where it does not. */
 typedef struct {
@@ -146,20 +147,33 @@ static void print_loaders(const qs_config *cfg)
                             : "yes, through convert_lora_to_gguf.py");
 }
 
+static qs_status find_checkpoint(const qs_cli_args *args, qs_adapter_dir *out)
+{
+    QS_TRY(qs_adapter_find(out, args->words[0], args->best));
+    return out->kind == QS_ADAPTER_CHECKPOINT
+               ? QS_OK
+               : QS_FAIL(QS_ERR_INPUT_FORMAT,
+                         "%s: is a PEFT directory already; name a checkpoint (step-N) or a run "
+                         "directory",
+                         args->words[0]);
+}
+
 qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
 {
     (void)comm;
     if (!args->output) {
         return QS_FAIL(QS_ERR_USAGE, "export needs -o DIR; see qshard export --help");
     }
-    char step_dir[PATH_ROOM], base_name[NAME_ROOM];
+    char base_name[NAME_ROOM];
+    qs_adapter_dir found;
     qs_config cfg;
     qs_lora_layout layout;
     float *vector = NULL;
     qs_ckpt_origin trained;
-    QS_TRY(qs_cli_find_step(args->words[0], args->best, step_dir, sizeof step_dir));
-    QS_TRY(qs_cli_name_good_step(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector),
-                                 args->words[0], step_dir));
+    QS_TRY(find_checkpoint(args, &found));
+    const char *step_dir = found.dir;
+    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector), args->words[0],
+                                step_dir));
     if (args->fold_scaling) {
         fold_scaling(&cfg, &layout, vector);
     }

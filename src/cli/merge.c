@@ -5,12 +5,12 @@
 
 #include "base/cores.h"
 #include "base/mem.h"
+#include "ckpt/adapter_dir.h"
 #include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
 #include "hf/chat_template.h"
 #include "merge/merge.h"
 
-enum { PATH_ROOM = QS_PATH_MAX + 64 };
 #define MIB (1024.0 * 1024.0)
 static const int64_t default_shard_bytes = INT64_C(5) << 30;
 
@@ -51,17 +51,16 @@ static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_m
                : QS_OK;
 }
 
-static qs_status merge_checkpoint(qs_merge_options *o, const char *path, bool best,
+/* `step_dir`: what the command line's `path` stands for. */
+static qs_status merge_checkpoint(qs_merge_options *o, const char *path, const char *step_dir,
                                   qs_merge_report *report)
 {
-    char step_dir[PATH_ROOM];
     qs_ckpt_origin origin;
     qs_config config;
     qs_lora_layout layout;
     float *vector = NULL;
-    QS_TRY(qs_cli_find_step(path, best, step_dir, sizeof step_dir));
-    QS_TRY(qs_cli_name_good_step(qs_ckpt_read_lora(step_dir, &config, &layout, &vector), path,
-                                 step_dir));
+    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &config, &layout, &vector), path,
+                                step_dir));
     qs_status st = qs_ckpt_read_origin(step_dir, &origin);
     o->adapter = step_dir;
     o->chat_template = origin.chat_template;
@@ -123,12 +122,11 @@ qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm)
     const char *path = args->words[0];
     qs_merge_options options;
     qs_merge_report report;
-    qs_path_kind kind;
+    qs_adapter_dir found;
     QS_TRY(read_options(args, comm, &options));
-    QS_TRY(qs_cli_path_kind(path, &kind));
-    QS_TRY(kind == QS_PATH_ADAPTER && !args->best
-               ? merge_adapter(&options, &report)
-               : merge_checkpoint(&options, path, args->best, &report));
+    QS_TRY(qs_adapter_find(&found, path, args->best));
+    QS_TRY(found.kind == QS_ADAPTER_PEFT ? merge_adapter(&options, &report)
+                                         : merge_checkpoint(&options, path, found.dir, &report));
     print_report(&options, path, &report);
     return QS_OK;
 }

@@ -5,6 +5,7 @@
 
 #include "backend/backend.h"
 #include "base/log.h"
+#include "ckpt/adapter_dir.h"
 #include "cli/cli_impl.h"
 #include "train/train.h"
 #include "weights/quantize.h"
@@ -52,8 +53,8 @@ qs_status qs_cli_train(const qs_cli_args *args, qs_comm *comm)
 }
 
 /* Of --adapter, with --best, the checkpoint that rank 0 finds: all ranks are told its name. */
-static qs_status choose_adapter(const qs_cli_args *args, qs_comm *comm, char *step_dir,
-                                size_t capacity, const char **adapter)
+static qs_status choose_adapter(const qs_cli_args *args, qs_comm *comm, qs_adapter_dir *best,
+                                const char **adapter)
 {
     *adapter = args->adapter;
     if (!args->best) {
@@ -63,33 +64,32 @@ static qs_status choose_adapter(const qs_cli_args *args, qs_comm *comm, char *st
         return qs_comm_agree(comm, QS_FAIL(QS_ERR_USAGE, "--best chooses a checkpoint of the run "
                                                          "that --adapter names; there is none"));
     }
-    memset(step_dir, 0, capacity);
-    QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == 0
-                                   ? qs_cli_find_step(args->adapter, true, step_dir, capacity)
-                                   : QS_OK));
-    *adapter = step_dir;
-    return qs_comm_bcast(comm, step_dir, capacity, 0);
+    memset(best, 0, sizeof *best);
+    QS_TRY(qs_comm_agree(comm, qs_comm_rank(comm) == 0 ? qs_adapter_find(best, args->adapter, true)
+                                                       : QS_OK));
+    *adapter = best->dir;
+    return qs_comm_bcast(comm, best, sizeof *best, 0);
 }
 
 qs_status qs_cli_eval(const qs_cli_args *args, qs_comm *comm)
 {
-    char best[QS_PATH_MAX + 64];
+    qs_adapter_dir best;
     qs_eval_options options = {.dump_logits = args->dump_logits};
-    QS_TRY(choose_adapter(args, comm, best, sizeof best, &options.adapter));
+    QS_TRY(choose_adapter(args, comm, &best, &options.adapter));
     QS_TRY(load_config(args, QS_NEED_EVAL, comm, &options.config));
     return qs_eval_run(&options, comm);
 }
 
 qs_status qs_cli_sample(const qs_cli_args *args, qs_comm *comm)
 {
-    char best[QS_PATH_MAX + 64];
+    qs_adapter_dir best;
     qs_sample_options options = {.prompts = args->prompts, .tokens = args->tokens};
     if (!args->prompts || args->tokens == 0) {
         return qs_comm_agree(comm, QS_FAIL(QS_ERR_USAGE,
                                            "sample needs --prompts FILE and --tokens N; see "
                                            "qshard sample --help"));
     }
-    QS_TRY(choose_adapter(args, comm, best, sizeof best, &options.adapter));
+    QS_TRY(choose_adapter(args, comm, &best, &options.adapter));
     QS_TRY(load_config(args, QS_NEED_SAMPLE, comm, &options.config));
     return qs_sample_run(&options, comm);
 }

@@ -1,5 +1,6 @@
 /* adapter_config.json, read and written. peft fills missing keys with defaults and drops unknown
  * ones; here a key that changes what the adapter computes is either understood or refused. */
+#include <errno.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -124,15 +125,11 @@ qs_status qs_peft_config_read(qs_peft_config *out, const char *dir)
     char path[QS_PATH_MAX + 32];
     void *text = NULL;
     size_t bytes = 0;
-    snprintf(path, sizeof path, "%s/manifest.json", dir);
-    bool ours = access(path, F_OK) == 0;
-    snprintf(path, sizeof path, "%s/run.json", dir);
-    ours = ours || access(path, F_OK) == 0;
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
-    if (ours && access(path, F_OK) != 0) {
-        return QS_FAIL(QS_ERR_INPUT_FORMAT,
-                       "%s: a PEFT directory is expected; qshard export makes one of a run or a "
-                       "checkpoint",
+    if (access(path, F_OK) != 0 && errno == ENOENT) {
+        return QS_FAIL(QS_ERR_INPUT_MISSING,
+                       "%s: a PEFT directory (adapter_config.json) is expected; qshard export "
+                       "makes one of a run or a checkpoint",
                        dir);
     }
     QS_TRY(qs_io_read_file(path, CONFIG_BYTES_MAX, &text, &bytes));

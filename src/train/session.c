@@ -3,16 +3,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/cores.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/proc.h"
+#include "ckpt/adapter_dir.h"
 #include "ckpt/ckpt.h"
 #include "store/input.h"
-#include "store/manifest.h"
 #include "train/products.h"
 
 /* Sizes of the model alone. */
@@ -171,11 +169,12 @@ done:
 
 /* A checkpoint carries the configuration that it was trained with; only the adapter's part is
  * taken. */
-static qs_status read_checkpoint(qs_session *s, const char *step_dir)
+static qs_status read_checkpoint(qs_session *s, const char *path, const char *step_dir)
 {
     qs_config trained;
     qs_ckpt_origin origin;
-    QS_TRY(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter));
+    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter),
+                                path, step_dir));
     QS_TRY(qs_ckpt_read_origin(step_dir, &origin));
     free(origin.chat_template);
     s->config.lora = trained.lora;
@@ -183,39 +182,12 @@ static qs_status read_checkpoint(qs_session *s, const char *step_dir)
     return qs_base_expect(s->index, origin.base_sha256, step_dir);
 }
 
-/* Whether there is such a name: what is wrong with it, opening it says. */
-static bool has_file(const char *dir, const char *name)
-{
-    char path[QS_PATH_MAX + 64];
-    struct stat info;
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    return lstat(path, &info) == 0;
-}
-
 static qs_status read_adapter(qs_session *s, const char *path)
 {
-    struct stat info;
+    qs_adapter_dir found;
     QS_TRY(qs_input_expect_here("--adapter", path, "name a PEFT directory, a checkpoint or a run"));
-    if (has_file(path, "adapter_config.json")) {
-        return read_peft(s, path);
-    }
-    if (has_file(path, "manifest.json")) {
-        return read_checkpoint(s, path);
-    }
-    int64_t step = -1;
-    int count = 0;
-    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode)) { /* what is a file, cannot be listed */
-        QS_TRY(qs_manifest_list(path, &step, 1, &count));
-    }
-    if (count == 0) {
-        return QS_FAIL(QS_ERR_INPUT_MISSING,
-                       "%s: neither a PEFT directory (adapter_config.json), nor a checkpoint "
-                       "(manifest.json), nor a run with checkpoints (step-*)",
-                       path);
-    }
-    char step_dir[QS_PATH_MAX + 64];
-    qs_manifest_step_dir(step_dir, sizeof step_dir, path, step);
-    return read_checkpoint(s, step_dir);
+    QS_TRY(qs_adapter_find(&found, path, false));
+    return found.kind == QS_ADAPTER_PEFT ? read_peft(s, path) : read_checkpoint(s, path, found.dir);
 }
 
 /* What rank 0 has read: the settings, the layout, the vector. */

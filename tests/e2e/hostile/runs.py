@@ -10,8 +10,8 @@ from hostile.changes import GONE
 SETTINGS, LORA = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 B_OF = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 case("eval adapter", "adapter is missing", to.gone("adapter"), 300, missing("--adapter", "adapter"), 2)
-case("eval adapter", "adapter is an empty directory", to.directory("adapter"), 300, "adapter", 2)
-case("eval adapter", "adapter is a file", to.put("adapter", b"x"), 300, "adapter")
+case("eval adapter", "adapter is an empty directory", to.directory("adapter"), 301, "adapter: neither a checkpoint", 2)
+case("eval adapter", "adapter is a file", to.put("adapter", b"x"), 301, "adapter: neither a checkpoint")
 
 
 def without_linear(name, *layers):
@@ -252,8 +252,8 @@ case("resume", "data with another target", to.signed_data(to.h5(DATA, other_targ
      STARTED)
 case("export", "a run without checkpoints", to.gone(STEP), 403, "run")
 case("export", "a PEFT directory", to.both(to.gone("run"), to.directory("run"), to.put("run/adapter_config.json", b"{}")),
-     301, "run: .*neither")
-case("export", "a directory of nothing", to.both(to.gone("run"), to.directory("run")), 301, "run: not a checkpoint")
+     301, "run: is a PEFT directory already")
+case("export", "a directory of nothing", to.both(to.gone("run"), to.directory("run")), 301, "run: neither a checkpoint")
 case("export", "a file", to.both(to.gone("run"), to.put("run", HTML)), 301, "run")
 case("export", "a pipe", to.fifo("run"), 301, "run")
 case("export", "output is there", to.directory("out"), 204, "out")
