@@ -312,6 +312,26 @@ ParameterizedTest(fault_kind *kind, faults, write_file, .init = make_dir, .fini 
     }
 }
 
+/* Nor is it a file of other bytes. */
+Test(faults, a_file_that_cannot_be_read_back_is_told_so, .init = make_dir, .fini = remove_dir)
+{
+    char fault[64], path[128];
+    (void)snprintf(path, sizeof path, "%s/f", dir);
+    const outcome counted = run_write("read:count", "file", path, 1);
+    const int calls = count_calls(&counted);
+    cr_assert_gt(calls, 0);
+    for (int n = 1; n <= calls; n++) {
+        (void)snprintf(fault, sizeof fault, "read:%d:EIO", n);
+        const outcome o = run_write(fault, "file", path, 2);
+        cr_assert_eq(o.exit_code, 4, "%s: %s", fault, o.errors);
+        cr_assert_not_null(strstr(o.errors, "error[E402]"), "%s: %s", fault, o.errors);
+        cr_assert_not_null(strstr(o.errors, ": cannot be read back: Input/output error"), "%s: %s",
+                           fault, o.errors);
+        cr_assert(holds(path, 1), "%s: the old file stays", fault);
+        cr_assert_eq(temporary_entries(), 0, "%s", fault);
+    }
+}
+
 /** The file that save_dummy writes, whole. */
 static bool h5_holds(const char *path, int seed)
 {

@@ -269,6 +269,23 @@ Test(manifest, forged_fields_are_refused_by_name)
     qs_manifest_free(&m);
 }
 
+/* It then counts as one no longer. */
+Test(manifest, a_removal_that_is_cut_short_leaves_no_manifest)
+{
+    char path[128], inner[160], name[160];
+    make_step(5, path);
+    (void)snprintf(inner, sizeof inner, "%s/by_hand", path);
+    (void)snprintf(name, sizeof name, "%s/manifest.json", path);
+    cr_assert_eq(mkdir(inner, 0777), 0); /* which is not ours to remove */
+    cr_assert_eq(qs_manifest_remove_dir(path), QS_ERR_IO);
+    cr_assert_neq(access(name, F_OK), 0);
+    cr_assert_eq(access(inner, F_OK), 0);
+    qs_error_clear();
+    cr_assert_eq(rmdir(inner), 0);
+    CR_OK(qs_manifest_remove_dir(path));
+    CR_OK(qs_manifest_remove_dir(path)); /* missing is fine */
+}
+
 Test(manifest, listing_takes_checkpoints_only_newest_first)
 {
     char path[128];

@@ -223,12 +223,12 @@ static const char *fault_library(void)
     return path;
 }
 
-/* One run with FAULT=io:`fault`. The library comes before the sanitizer's, if there is one. */
+/* One run with FAULT=`fault`. The library comes before the sanitizer's, if there is one. */
 static void run_with_fault(mpirun_result *r, const char *fault)
 {
     const char *asan = getenv("ASAN_OPTIONS");
     shell(r, 60,
-          "env ASAN_OPTIONS=%s:verify_asan_link_order=0 FAULT=io:%s FAULT_PATH=b.h5 LD_PRELOAD=%s "
+          "env ASAN_OPTIONS=%s:verify_asan_link_order=0 FAULT=%s FAULT_PATH=b.h5 LD_PRELOAD=%s "
           "%s %s %s 1",
           asan != NULL ? asan : "", fault, fault_library(), case_path("quantize"), qf_model,
           qf_file("b.h5"));
@@ -238,7 +238,7 @@ static int fault_calls(void)
 {
     mpirun_result r;
     int calls = 0;
-    run_with_fault(&r, "count");
+    run_with_fault(&r, "io:count");
     const char *at = strstr(r.output, "iofault: calls ");
     cr_assert_eq(r.code, 0, "%s", r.output);
     cr_assert(at != NULL && sscanf(at, "iofault: calls %d", &calls) == 1, "%s", r.output);
@@ -277,6 +277,23 @@ static void expect_all_or_nothing(int n, const char *kind, const mpirun_result *
     shell((mpirun_result *)(uintptr_t)r, 10, "sh -c 'rm -f %s/*'", qf_out);
 }
 
+Test(quantize_fails, a_unit_that_cannot_be_read_back_is_told_so)
+{
+    tiny_hf o = {.dtype = QS_BF16};
+    mpirun_result r;
+    if (access(fault_library(), R_OK) != 0) {
+        cr_skip_test("no %s", fault_library());
+    }
+    tiny_hf_write(qf_model, &o);
+    run_with_fault(&r, "read:1:EIO");
+    cr_assert_eq(r.code, 4, "%s", r.output);
+    cr_assert_not_null(strstr(r.output, "error[E402]"), "%s", r.output);
+    cr_assert_not_null(strstr(r.output, "b.h5: unit "), "%s", r.output);
+    cr_assert_not_null(strstr(r.output, " cannot be read back: Input/output error"), "%s",
+                       r.output);
+    cr_assert_eq(qf_files(), 0);
+}
+
 /* What a shell says of a process that a signal ended: 128 + its number. */
 ParameterizedTestParameters(quantize_fails, a_signal_at_any_call_leaves_a_whole_file_or_none)
 {
@@ -297,7 +314,7 @@ ParameterizedTest(char *kind, quantize_fails, a_signal_at_any_call_leaves_a_whol
     tiny_hf_write(qf_model, &o);
     int calls = fault_calls();
     for (int n = 1; n <= calls; n += n < 8 || n > calls - 6 ? 1 : 13) {
-        (void)snprintf(fault, sizeof fault, "%d:%s", n, kind);
+        (void)snprintf(fault, sizeof fault, "io:%d:%s", n, kind);
         run_with_fault(&r, fault);
         cr_assert_eq(r.code, code, "call %d: exit %d: %s", n, r.code, r.output);
         const bool there = access(qf_file("b.h5"), F_OK) == 0;
@@ -348,7 +365,7 @@ ParameterizedTest(char *kind, quantize_fails, a_fault_in_any_call_leaves_a_whole
     int calls = fault_calls();
     cr_assert_gt(calls, 40);
     for (int n = 1; n <= calls; n += n < 8 || n > calls - 12 ? 1 : 13) {
-        (void)snprintf(fault, sizeof fault, "%d:%s", n, kind);
+        (void)snprintf(fault, sizeof fault, "io:%d:%s", n, kind);
         run_with_fault(&r, fault);
         expect_all_or_nothing(n, kind, &r);
     }

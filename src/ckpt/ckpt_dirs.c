@@ -30,7 +30,7 @@ static qs_status sweep_entry(void *user, int dir, const char *name)
         return QS_OK;
     }
     snprintf(path, sizeof path, "%s/%s", s->run_dir, name);
-    if (qs_io_remove_dir(path) != QS_OK) {
+    if (qs_manifest_remove_dir(path) != QS_OK) {
         if (s->say) {
             qs_log_warn("%s: no checkpoint any more, and stays: %s", path, qs_error_text());
         }
@@ -148,7 +148,7 @@ static qs_status delete_step(const char *run_dir, int64_t step)
     qs_manifest_step_dir(from, sizeof from, run_dir, step);
     unused_name(to, from, ".tmp-old");
     QS_TRY(qs_io_rename(from, to));
-    if (qs_io_remove_dir(to) != QS_OK) {
+    if (qs_manifest_remove_dir(to) != QS_OK) {
         qs_log_warn("%s: no checkpoint any more, and stays until it can be removed: %s", to,
                     qs_error_text());
         qs_error_clear();

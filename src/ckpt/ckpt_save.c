@@ -106,7 +106,7 @@ qs_status qs_ckpt_expect_room(const char *run_dir, const qs_lora_layout *layout,
 static qs_status make_temp(saving *s)
 {
     QS_TRY(qs_ckpt_sweep(s->run_dir, false)); /* what stays was named when it first did */
-    QS_TRY(qs_io_remove_dir(s->temp));
+    QS_TRY(qs_manifest_remove_dir(s->temp));
     QS_TRY(qs_io_mkdir(s->temp));
     s->made = true;
     return QS_OK;
@@ -311,7 +311,7 @@ qs_status qs_ckpt_save(const char *run_dir, const qs_ckpt_meta *meta, const qs_l
     free(s.blind);
     if (st != QS_OK && s.made) {
         /* Ours alone, and all ranks are past their writes. What failed is what is reported. */
-        (void)qs_io_remove_dir(s.temp);
+        (void)qs_manifest_remove_dir(s.temp);
     }
     return st;
 }

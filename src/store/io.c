@@ -151,9 +151,15 @@ static qs_status compare_fd(int fd, const char *data, size_t bytes, char *piece,
 {
     for (size_t at = 0; at < bytes; at += QS_IO_COMPARE_BYTES) {
         size_t n = bytes - at < QS_IO_COMPARE_BYTES ? bytes - at : QS_IO_COMPARE_BYTES;
-        qs_status st = qs_io_read_all(fd, piece, n, (int64_t)at, path);
-        if (st != QS_OK || memcmp(piece, data + at, n) != 0) {
+        const qs_status st = qs_io_read_all(fd, piece, n, (int64_t)at, path);
+        const int error = st != QS_OK ? qs_error_cause() : 0; /* 0, too, where the file is short */
+        if (st != QS_OK) {
             qs_error_clear();
+        }
+        if (error != 0) {
+            return QS_FAIL(QS_ERR_IO_VERIFY, "%s: cannot be read back: %s", path, strerror(error));
+        }
+        if (st != QS_OK || memcmp(piece, data + at, n) != 0) {
             return QS_FAIL(
                 QS_ERR_IO_VERIFY,
                 "%s: reads back differently from what was written, in the %zu bytes from "
@@ -619,19 +625,6 @@ static qs_status unlink_entry(void *user, int dir, const char *name)
     return output_failed(full, "removing", error);
 }
 
-/* What makes the directory count goes first: a removal cut short must not leave a manifest without
- * its files. */
-static void unlink_manifest(const char *path)
-{
-    const int dir = open_retrying(path, O_RDONLY | O_DIRECTORY, 0);
-    if (dir >= 0) {
-        if (unlinkat(dir, "manifest.json", 0) == 0) {
-            (void)fsync_retrying(dir);
-        }
-        close_once(dir);
-    }
-}
-
 qs_status qs_io_remove(const char *path)
 {
     const int error = unlink_retrying(AT_FDCWD, path, 0);
@@ -640,7 +633,6 @@ qs_status qs_io_remove(const char *path)
 
 qs_status qs_io_remove_dir(const char *path)
 {
-    unlink_manifest(path);
     QS_TRY(qs_io_list(path, QS_ERR_IO, unlink_entry, (void *)path, NULL));
     const int error = unlink_retrying(AT_FDCWD, path, AT_REMOVEDIR);
     return error == 0 ? QS_OK : output_failed(path, "removing the directory", error);

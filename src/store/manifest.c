@@ -29,6 +29,18 @@ void qs_manifest_free(qs_manifest *m)
     *m = (qs_manifest){0};
 }
 
+qs_status qs_manifest_remove_dir(const char *path)
+{
+    const int dir = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir >= 0) {
+        if (unlinkat(dir, QS_MANIFEST_NAME, 0) == 0) {
+            (void)fsync(dir); /* removing the rest says what is wrong */
+        }
+        (void)close(dir);
+    }
+    return qs_io_remove_dir(path);
+}
+
 void qs_manifest_step_dir(char *out, size_t capacity, const char *dir, int64_t step)
 {
     (void)snprintf(out, capacity, "%s/step-%08lld", dir, (long long)step);

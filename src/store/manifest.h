@@ -65,6 +65,10 @@ qs_status qs_manifest_scan(const char *dir, int64_t **steps, int *count);
  * `capacity`. Missing dir: none. What is undecided is an error. */
 qs_status qs_manifest_list(const char *dir, int64_t *steps, int capacity, int *count);
 
+/** Remove a checkpoint, as qs_io_remove_dir removes a directory: what makes it one goes first, so
+ * that a removal cut short leaves no manifest without its files. */
+qs_status qs_manifest_remove_dir(const char *path);
+
 /** dir/step-00000042 */
 void qs_manifest_step_dir(char *out, size_t capacity, const char *dir, int64_t step);
 

@@ -330,7 +330,12 @@ static qs_status overwritten(const job *j, const char *what, const char *name, q
     if (st == QS_ERR_MEMORY) {
         return st;
     }
+    const int error = qs_error_cause();
     qs_error_clear();
+    if (error != 0) {
+        return QS_FAIL(QS_ERR_IO_VERIFY, "%s: %s%s cannot be read back: %s", j->options->output,
+                       what, name, strerror(error));
+    }
     return QS_FAIL(QS_ERR_IO_VERIFY,
                    "%s: %s%s reads back differently from what was written: this file system may "
                    "lose what several hosts write to one file; run qshard quantize on one host, "

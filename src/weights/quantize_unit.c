@@ -237,7 +237,16 @@ static qs_status differs(const worker *w, const char *dataset, int64_t quantum)
 
 static qs_status reread(const worker *w, const char *dataset, void *out, size_t bytes, int64_t at)
 {
-    return qs_io_read_all(w->fd, out, bytes, at, w->path) == QS_OK ? QS_OK : differs(w, dataset, 0);
+    if (qs_io_read_all(w->fd, out, bytes, at, w->path) == QS_OK) {
+        return QS_OK;
+    }
+    const int error = qs_error_cause();
+    if (error == 0) { /* the file ends before */
+        return differs(w, dataset, 0);
+    }
+    qs_error_clear();
+    return QS_FAIL(QS_ERR_IO_VERIFY, "%s: unit %s: %s cannot be read back: %s", w->path,
+                   w->unit->name, dataset, strerror(error));
 }
 
 /* An array that is still in memory, in pieces. */

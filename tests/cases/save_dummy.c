@@ -70,7 +70,7 @@ static void rotate(const char *dir, int keep)
     }
     for (int i = keep; i < count; i++) {
         qs_manifest_step_dir(path, sizeof path, dir, steps[i]);
-        if (qs_io_remove_dir(path) != QS_OK) { /* the new one is safe all the same */
+        if (qs_manifest_remove_dir(path) != QS_OK) { /* the new one is safe all the same */
             qs_log_warn("%s", qs_error_text());
             qs_error_clear();
         }
@@ -89,11 +89,11 @@ static qs_status save(const char *dir, int64_t step, size_t bytes, int keep)
         return QS_OK;
     }
     qs_error_clear();
-    QS_TRY(qs_io_remove_dir(temp)); /* of a killed process */
+    QS_TRY(qs_manifest_remove_dir(temp)); /* of a killed process */
     qs_status st = qs_io_mkdir(temp);
     st = st != QS_OK ? st : fill_and_publish(dir, temp, final, step, bytes);
     if (st != QS_OK) {
-        (void)qs_io_remove_dir(temp);
+        (void)qs_manifest_remove_dir(temp);
         return st;
     }
     if (keep > 0) {

@@ -3,6 +3,7 @@
  *     FAULT=io:count        say on stderr at exit how many calls there were: "iofault: calls 37"
  *     FAULT=io:N:KIND       the N-th call (from 1) fails once
  *     FAULT=io:N:KIND+      all fail from the N-th on
+ *     FAULT=read:...        likewise of calls that read: pread; KIND is an errno
  *     FAULT_PATH=TEXT       look only at calls on paths that contain TEXT
  *     FAULT_RANK=R          only in the process with OMPI_COMM_WORLD_RANK or PMIX_RANK = R
  *
@@ -47,6 +48,7 @@ enum {
 };
 
 static bool active, counting, for_good;
+static bool of_reads; /* they are counted, and the others are not */
 static long target;
 static int kind; /* an errno, or one of the above */
 static const char *kind_name = "";
@@ -84,19 +86,21 @@ static bool other_rank(void)
 __attribute__((constructor)) static void read_environment(void)
 {
     const char *fault = getenv("FAULT");
-    if (fault == NULL || strncmp(fault, "io:", 3) != 0 || other_rank()) {
+    of_reads = fault != NULL && strncmp(fault, "read:", 5) == 0;
+    if (fault == NULL || (!of_reads && strncmp(fault, "io:", 3) != 0) || other_rank()) {
         return;
     }
+    fault = strchr(fault, ':') + 1;
     if (getenv("FAULT_PATH") != NULL) {
         path_part = getenv("FAULT_PATH");
     }
-    counting = strcmp(fault, "io:count") == 0;
+    counting = strcmp(fault, "count") == 0;
     active = true;
     if (counting) {
         return;
     }
     char *end = NULL;
-    target = strtol(fault + 3, &end, 10);
+    target = strtol(fault, &end, 10);
     for (size_t i = 0; *end == ':' && i < sizeof kinds / sizeof *kinds; i++) {
         size_t length = strlen(kinds[i].name);
         if (strncmp(end + 1, kinds[i].name, length) == 0 && strchr("+", end[1 + length]) != NULL) {
@@ -105,8 +109,8 @@ __attribute__((constructor)) static void read_environment(void)
             for_good = end[1 + length] == '+';
         }
     }
-    if (target < 1 || kind == 0) {
-        fprintf(stderr, "iofault: FAULT=%s is not io:count or io:N:KIND\n", fault);
+    if (target < 1 || kind == 0 || (of_reads && kind < 0)) {
+        fprintf(stderr, "iofault: FAULT=...:%s is not io:count or io:N:KIND\n", fault);
         _exit(99);
     }
 }
@@ -121,8 +125,9 @@ __attribute__((destructor)) static void report(void)
 /** Count a call on `path`; true if it is the one to fail. Kills before the call. */
 static bool strikes(const char *call, const char *path)
 {
-    if (!active || path[0] != '/' || strncmp(path, "/dev/pts", 8) == 0 ||
-        strcmp(path, "/dev/null") == 0 || strstr(path, path_part) == NULL) {
+    if (!active || of_reads != (strcmp(call, "pread") == 0) || path[0] != '/' ||
+        strncmp(path, "/dev/pts", 8) == 0 || strcmp(path, "/dev/null") == 0 ||
+        strstr(path, path_part) == NULL) {
         return false;
     }
     long n = atomic_fetch_add(&calls, 1) + 1;
@@ -288,6 +293,24 @@ ssize_t pwrite64(int fd, const void *data, size_t bytes, off64_t offset)
     NEXT(pwrite64)
     return strikes_fd("pwrite", fd) ? struck_write(NULL, real, fd, data, bytes, offset)
                                     : real(fd, data, bytes, offset);
+}
+
+ssize_t pread(int fd, void *data, size_t bytes, off_t offset)
+{
+    NEXT(pread)
+    if (!strikes_fd("pread", fd)) {
+        return real(fd, data, bytes, offset);
+    }
+    STRUCK(real(fd, data, bytes, offset));
+}
+
+ssize_t pread64(int fd, void *data, size_t bytes, off64_t offset)
+{
+    NEXT(pread64)
+    if (!strikes_fd("pread", fd)) {
+        return real(fd, data, bytes, offset);
+    }
+    STRUCK(real(fd, data, bytes, offset));
 }
 
 int fsync(int fd)
