@@ -81,7 +81,8 @@ Test(ckpt, whole_vector_is_read_without_a_communicator)
     qs_lora_layout layout;
     float *vector = NULL;
     qs_manifest_step_dir(dir, sizeof dir, fx_run_dir, 7);
-    cr_assert_eq(qs_ckpt_read_lora(dir, &found, &layout, &vector), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_ckpt_read_lora(dir, &found, &layout, &vector, NULL), QS_OK, "%s",
+                 qs_error_text());
     cr_assert(memcmp(&layout, &p.layout, sizeof layout) == 0);
     cr_assert(memcmp(&found, &p.config, sizeof found) == 0);
     for (int l = 0; l < layout.n_layers; l++) {
@@ -108,7 +109,7 @@ Test(ckpt, names_of_a_text_part_are_kept)
         p.layout.naming = step == 0 ? QS_PEFT_PLAIN : QS_PEFT_TEXT_PART;
         team_expect_ok(2, fx_save_body, &p);
         qs_manifest_step_dir(dir, sizeof dir, fx_run_dir, step);
-        cr_assert_eq(qs_ckpt_read_lora(dir, &found, &layout, &vector), QS_OK, "%s",
+        cr_assert_eq(qs_ckpt_read_lora(dir, &found, &layout, &vector, NULL), QS_OK, "%s",
                      qs_error_text());
         cr_assert_eq(layout.naming, p.layout.naming);
         snprintf(path, sizeof path, "%s/manifest.json", dir);
@@ -126,18 +127,23 @@ Test(ckpt, the_chat_template_of_the_data_is_kept_and_none_is_made_up)
     for (int step = 0; step < 3; step++) {
         fx_plan p;
         char dir[160];
+        qs_config config;
+        qs_lora_layout layout;
+        float *vector = NULL;
         qs_ckpt_origin origin;
         fx_plan_init(&p, step);
         p.meta.chat_template = templates[step];
         team_expect_ok(3, fx_save_body, &p);
         team_expect_ok(2, load_body, &p);
         qs_manifest_step_dir(dir, sizeof dir, fx_run_dir, step);
-        cr_assert_eq(qs_ckpt_read_origin(dir, &origin), QS_OK, "%s", qs_error_text());
+        cr_assert_eq(qs_ckpt_read_lora(dir, &config, &layout, &vector, &origin), QS_OK, "%s",
+                     qs_error_text());
         const char *found = origin.chat_template;
         cr_assert_str_eq(origin.base_sha256, p.meta.base_sha256);
         cr_assert_eq(found == NULL, templates[step] == NULL);
         cr_assert(found == NULL || strcmp(found, templates[step]) == 0, "%s", found);
         free(origin.chat_template);
+        qs_mem_free(vector);
         free(p.yaml);
     }
 }

@@ -301,8 +301,8 @@ static const char RUN_YAML[] =
     "base: gone.h5\ndata: {train: t.h5}\noutput: run\n"
     "lora: {rank: 4, alpha: 8, rslora: true, targets: [q_proj, up_proj]}\n";
 
-/* A run directory with the checkpoints of steps 1 and 2, saved by one rank. */
-static void make_run(qs_lora_layout *layout)
+/* A run directory with the checkpoints of steps 1 ... `steps`, saved by one rank. */
+static void make_long_run(qs_lora_layout *layout, int steps)
 {
     qs_hf_config m = {.n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 8};
     m.hidden = 32;
@@ -317,7 +317,7 @@ static void make_run(qs_lora_layout *layout)
     cr_assert_eq(qs_run_dir_open(&run_dir, &cfg, QS_RESUME_AUTO, false, comm), QS_OK);
     cr_assert_eq(qs_optim_create(&o, qs_device_cpu(), layout, 0, 1), QS_OK);
     char *yaml = qs_config_dump(&cfg);
-    for (int step = 1; step <= 2; step++) {
+    for (int step = 1; step <= steps; step++) {
         for (int layer = 0; layer < layout->n_layers; layer++) {
             for (int64_t e = 0; e < layout->used; e++) {
                 o->master[layer * layout->per_layer + e] = (float)(step * 100 + layer) + 0.25f;
@@ -331,6 +331,11 @@ static void make_run(qs_lora_layout *layout)
     free(yaml);
     qs_optim_destroy(o);
     qs_comm_destroy(comm);
+}
+
+static void make_run(qs_lora_layout *layout)
+{
+    make_long_run(layout, 2);
 }
 
 static void expect_adapter(const char *dir, const qs_lora_layout *layout, float a, float b)
@@ -366,6 +371,19 @@ Test(cli, export_writes_the_newest_or_the_named_checkpoint)
     cr_assert_not_null(strstr(output, "newest: exists already"), "%s", output);
     cr_assert_null(strstr(output, "warning"), "nothing was written, so nothing records a path: %s",
                    output);
+}
+
+Test(cli, inspect_names_all_checkpoints_of_a_long_run)
+{
+    enum { STEPS = 70 };
+    qs_lora_layout layout;
+    make_long_run(&layout, STEPS);
+    cr_assert_eq(run("inspect run"), 0, "%s", output);
+    for (int step = 1; step <= STEPS; step++) {
+        char line[64];
+        snprintf(line, sizeof line, "  checkpoint  step %d\n", step);
+        cr_assert_not_null(strstr(output, line), "%d: %s", step, output);
+    }
 }
 
 /* The newest one has a good manifest, so that it is taken for the newest that there is. */

@@ -46,8 +46,8 @@ qs_status qs_ckpt_latest(const char *run_dir, int64_t *step, qs_comm *comm);
 
 /** Load step `step` into this rank's shard; checks that config, base and data are the run's own
  * (QS_ERR_RESUME naming the first difference). For a rank that does not see `run_dir` rank 0 reads
- * and sends. Collective. \param [out] meta_out  step, run id and tokens; its borrowed pointers are
- * NULL. */
+ * and sends. Collective. \param [out] meta_out  what the checkpoint records: step, run id, tokens,
+ * device and hashes; its borrowed pointers are NULL. */
 qs_status qs_ckpt_load(const char *run_dir, int64_t step, const qs_ckpt_meta *expect,
                        const qs_lora_layout *layout, qs_optim *optim, qs_ckpt_meta *meta_out,
                        qs_comm *comm);
@@ -78,17 +78,14 @@ qs_status qs_ckpt_best(const char *run_dir, qs_ckpt_evals evals, bool verify, qs
 /** What the weights of a checkpoint were trained on. */
 typedef struct {
     char base_sha256[65]; /* hashes_sha256 of the base */
-    char *chat_template;  /* that shaped the data, the caller's to free; NULL: none did, or
-                             checkpoint  or data are from before it was kept */
+    char *chat_template;  /* that shaped the data, the caller's to free; NULL: none did, or the
+                             checkpoint or the data are older than that */
 } qs_ckpt_origin;
 
-/** That of the checkpoint in `step_dir`. Not collective. */
-qs_status qs_ckpt_read_origin(const char *step_dir, qs_ckpt_origin *out);
-
 /** Read the whole LoRA vector of a checkpoint directory (step-N) without a communicator: for
- * export, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees
- * *vector with qs_mem_free. */
+ * export, merge, eval and sample. Fills `cfg` from the resolved configuration inside. Caller frees
+ * *vector with qs_mem_free. \param [out] origin  NULL: not asked. */
 qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout *layout,
-                            float **vector);
+                            float **vector, qs_ckpt_origin *origin);
 
 #endif

@@ -319,25 +319,16 @@ done:
     return st;
 }
 
-qs_status qs_ckpt_read_origin(const char *step_dir, qs_ckpt_origin *out)
+/* The chat template changes hands. */
+static void take_origin(qs_ckpt_record *record, qs_ckpt_origin *out)
 {
-    qs_manifest manifest;
-    qs_ckpt_record record;
-    *out = (qs_ckpt_origin){.chat_template = NULL};
-    QS_TRY(qs_manifest_read(step_dir, &manifest));
-    qs_status st = qs_ckpt_record_parse(&record, manifest.meta_json, step_dir);
-    if (st == QS_OK) {
-        memcpy(out->base_sha256, record.base_sha256, sizeof out->base_sha256);
-        out->chat_template = record.chat_template;
-        record.chat_template = NULL; /* moved */
-        qs_ckpt_record_free(&record);
-    }
-    qs_manifest_free(&manifest);
-    return st;
+    memcpy(out->base_sha256, record->base_sha256, sizeof out->base_sha256);
+    out->chat_template = record->chat_template;
+    record->chat_template = NULL;
 }
 
 qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout *layout,
-                            float **vector)
+                            float **vector, qs_ckpt_origin *origin)
 {
     static const char *const names[] = {"lora"};
     source s;
@@ -352,6 +343,9 @@ qs_status qs_ckpt_read_lora(const char *step_dir, qs_config *cfg, qs_lora_layout
     s.layout = layout;
     target to = {.want = {0, layout->per_layer}, .out = *vector, .stride = layout->per_layer};
     QS_GOTO(read_state(&s, names, &to, 1));
+    if (origin != NULL) {
+        take_origin(&s.record, origin);
+    }
 done:
     if (st != QS_OK) {
         qs_mem_free(*vector);

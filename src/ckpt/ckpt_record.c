@@ -1,11 +1,11 @@
-/* The owner's part of a checkpoint's manifest: whose state this is, so that it cannot become part
- * of another run, and enough about LoRA to read it without the base. */
+/* The owner's part of a checkpoint's manifest: by it a state cannot become part of another run. */
+#include "ckpt/ckpt_record.h"
+
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "ckpt/ckpt_impl.h"
 #include "hf/chat_template.h"
 #include "store/json.h"
 

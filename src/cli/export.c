@@ -1,6 +1,5 @@
 /* qshard export: the LoRA weights of a checkpoint as a PEFT adapter directory, and which programs
  * will load it. */
-#include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,44 +11,9 @@
 #include "ckpt/ckpt.h"
 #include "cli/cli_impl.h"
 #include "hf/chat_template.h"
-#include "store/h5.h"
+#include "weights/base_file.h"
 
-enum { NAME_ROOM = 1024, INDEX_BYTES_MAX = 64 << 20 };
-
-/* What base.h5 records of the checkpoint that it was made from; "" where it does not. */
-typedef struct {
-    char path[NAME_ROOM];   /* as it was given to quantize */
-    char parent[NAME_ROOM]; /* _name_or_path in its config.json */
-} origin;
-
-static void copy_text(char out[NAME_ROOM], const json_t *value)
-{
-    const char *text = json_string_value(value);
-    snprintf(out, NAME_ROOM, "%s", text != NULL ? text : "");
-}
-
-/* A base that is elsewhere, or damaged, is no error here. */
-static origin read_origin(const char *base)
-{
-    qs_h5 *file = NULL;
-    json_t *index = NULL;
-    char *text = NULL;
-    qs_h5_info info = {.dtype = QS_U8, .rank = 1, .dims = {-1, -1}};
-    origin from = {.path = "", .parent = ""};
-    if (qs_h5_open(&file, base) == QS_OK && qs_h5_expect_format(file, "qshard-base", 1) == QS_OK &&
-        qs_h5_dataset_find(file, "index", &info) == QS_OK && info.dims[0] < INDEX_BYTES_MAX &&
-        (text = malloc((size_t)info.dims[0])) != NULL &&
-        qs_h5_dataset_get(file, "index", &info, 0, info.dims[0], text) == QS_OK) {
-        index = json_loadb(text, (size_t)info.dims[0], 0, NULL);
-        copy_text(from.path, json_object_get(json_object_get(index, "source"), "path"));
-        copy_text(from.parent, json_object_get(json_object_get(index, "config"), "_name_or_path"));
-    }
-    (void)qs_h5_close(file);
-    qs_error_clear();
-    json_decref(index);
-    free(text);
-    return from;
-}
+enum { NAME_ROOM = QS_BASE_ORIGIN_BYTES };
 
 /* Hugging Face's cache keeps ORG/NAME as .../models--ORG--NAME/snapshots/REVISION. */
 static bool name_in_cache(const char *path, char *out, size_t capacity)
@@ -75,8 +39,8 @@ static bool name_in_cache(const char *path, char *out, size_t capacity)
 }
 
 /* The name that the adapter records; false if it is a local path. */
-static bool choose_base_name(const qs_cli_args *args, const qs_config *cfg, const origin *from,
-                             char *out, size_t capacity)
+static bool choose_base_name(const qs_cli_args *args, const qs_config *cfg,
+                             const qs_base_origin *from, char *out, size_t capacity)
 {
     if (args->base_name) {
         snprintf(out, capacity, "%s", args->base_name);
@@ -92,13 +56,13 @@ static bool choose_base_name(const qs_cli_args *args, const qs_config *cfg, cons
 /* Without a name the adapter records a directory, as peft does for a model that was loaded from
  * one. _name_or_path is what the author of the checkpoint had loaded: of a fine-tuned model its
  * parent, so it is told and not written. */
-static void warn_of_path(const char *output, const char *path, const origin *from)
+static void warn_of_path(const char *output, const char *path, const qs_base_origin *from)
 {
-    const bool hint = from->parent[0] != '\0' && strcmp(from->parent, from->path) != 0;
+    const bool hint = from->name_or_path[0] != '\0' && strcmp(from->name_or_path, from->path) != 0;
     qs_log_warn("%s: the adapter records the local path \"%s\" as its base; for programs that load "
                 "the base by name, export it with --base-name ORG/MODEL%s%.200s%s",
-                output, path, hint ? " (its config.json names \"" : "", hint ? from->parent : "",
-                hint ? "\", itself or its parent)" : "");
+                output, path, hint ? " (its config.json names \"" : "",
+                hint ? from->name_or_path : "", hint ? "\", itself or its parent)" : "");
 }
 
 /* y = W x + (alpha / sqrt(r)) B A x = W x + (alpha / r) (sqrt(r) B) A x */
@@ -172,18 +136,15 @@ qs_status qs_cli_export(const qs_cli_args *args, qs_comm *comm)
     qs_ckpt_origin trained;
     QS_TRY(find_checkpoint(args, &found));
     const char *step_dir = found.dir;
-    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector), args->words[0],
-                                step_dir));
+    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &cfg, &layout, &vector, &trained),
+                                args->words[0], step_dir));
     if (args->fold_scaling) {
         fold_scaling(&cfg, &layout, vector);
     }
-    const origin from = read_origin(cfg.base);
+    const qs_base_origin from = qs_base_read_origin(cfg.base);
     const bool named = choose_base_name(args, &cfg, &from, base_name, sizeof base_name);
-    qs_status st = qs_ckpt_read_origin(step_dir, &trained);
-    if (st == QS_OK) {
-        st = qs_peft_write(args->output, &layout, &cfg, base_name, trained.base_sha256,
-                           trained.chat_template, vector);
-    }
+    const qs_status st = qs_peft_write(args->output, &layout, &cfg, base_name, trained.base_sha256,
+                                       trained.chat_template, vector);
     const bool with_template = trained.chat_template != NULL;
     free(trained.chat_template);
     qs_mem_free(vector);

@@ -6,12 +6,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "ckpt/ckpt_impl.h"
+#include "ckpt/ckpt_record.h"
 #include "cli/cli_impl.h"
 #include "data/data.h"
 #include "hf/hf_text_part.h"
 #include "hf/safetensors.h"
-#include "lora/lora_impl.h"
+#include "lora/lora.h"
 #include "store/h5.h"
 #include "store/io.h"
 #include "store/manifest.h"
@@ -228,23 +228,31 @@ done:
     return st;
 }
 
+/* Those whose manifests read well, newest first. */
+static qs_status print_checkpoints(const char *path)
+{
+    int64_t *steps = NULL;
+    int count = 0;
+    QS_TRY(qs_manifest_scan(path, &steps, &count));
+    const qs_status st = qs_manifest_list(path, steps, count, &count);
+    for (int i = 0; st == QS_OK && i < count; i++) {
+        printf("  checkpoint  step %" PRId64 "\n", steps[i]);
+    }
+    free(steps);
+    return st;
+}
+
 static qs_status inspect_run(const char *path)
 {
     char file[PATH_ROOM];
     void *text = NULL;
     size_t bytes = 0;
-    int64_t steps[64];
-    int count = 0;
     QS_TRY(qs_run_dir_check(path));
     snprintf(file, sizeof file, "%s/run.json", path);
     QS_TRY(qs_io_read_file(file, 1 << 20, &text, &bytes));
     printf("%s: run\n%s\n", path, (const char *)text);
     free(text);
-    QS_TRY(qs_manifest_list(path, steps, 64, &count));
-    for (int i = 0; i < count; i++) {
-        printf("  checkpoint  step %" PRId64 "\n", steps[i]);
-    }
-    return QS_OK;
+    return print_checkpoints(path);
 }
 
 static qs_status inspect_adapter(const char *path)

@@ -52,23 +52,22 @@ static qs_status read_options(const qs_cli_args *args, const qs_comm *comm, qs_m
 }
 
 /* `step_dir`: what the command line's `path` stands for. */
-static qs_status merge_checkpoint(qs_merge_options *o, const char *path, const char *step_dir,
+static qs_status merge_checkpoint(qs_merge_options o, const char *path, const char *step_dir,
                                   qs_merge_report *report)
 {
     qs_ckpt_origin origin;
     qs_config config;
     qs_lora_layout layout;
     float *vector = NULL;
-    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &config, &layout, &vector), path,
-                                step_dir));
-    qs_status st = qs_ckpt_read_origin(step_dir, &origin);
-    o->adapter = step_dir;
-    o->chat_template = origin.chat_template;
-    o->vector = vector;
-    o->layout = &layout;
-    o->base_sha256 = origin.base_sha256;
-    o->base = o->base != NULL ? o->base : config.base;
-    st = st == QS_OK ? qs_merge(o, report) : st;
+    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &config, &layout, &vector, &origin),
+                                path, step_dir));
+    o.adapter = step_dir;
+    o.chat_template = origin.chat_template;
+    o.vector = vector;
+    o.layout = &layout;
+    o.base_sha256 = origin.base_sha256;
+    o.base = o.base != NULL ? o.base : config.base;
+    const qs_status st = qs_merge(&o, report);
     free(origin.chat_template);
     qs_mem_free(vector);
     return st;
@@ -76,18 +75,18 @@ static qs_status merge_checkpoint(qs_merge_options *o, const char *path, const c
 
 /* Whoever wrote the adapter may have put the template of its training data beside it, as export
  * does. */
-static qs_status merge_adapter(qs_merge_options *o, qs_merge_report *report)
+static qs_status merge_adapter(qs_merge_options o, qs_merge_report *report)
 {
     char *chat_template = NULL;
-    if (o->base == NULL) {
+    if (o.base == NULL) {
         return QS_FAIL(QS_ERR_USAGE,
                        "%s: a PEFT directory does not say which base.h5 it belongs "
                        "to; give it with --base",
-                       o->adapter);
+                       o.adapter);
     }
-    QS_TRY(qs_chat_template_read(o->adapter, &chat_template));
-    o->chat_template = chat_template;
-    qs_status st = qs_merge(o, report);
+    QS_TRY(qs_chat_template_read(o.adapter, &chat_template));
+    o.chat_template = chat_template;
+    const qs_status st = qs_merge(&o, report);
     free(chat_template);
     return st;
 }
@@ -125,8 +124,8 @@ qs_status qs_cli_merge(const qs_cli_args *args, qs_comm *comm)
     qs_adapter_dir found;
     QS_TRY(read_options(args, comm, &options));
     QS_TRY(qs_adapter_find(&found, path, args->best));
-    QS_TRY(found.kind == QS_ADAPTER_PEFT ? merge_adapter(&options, &report)
-                                         : merge_checkpoint(&options, path, found.dir, &report));
+    QS_TRY(found.kind == QS_ADAPTER_PEFT ? merge_adapter(options, &report)
+                                         : merge_checkpoint(options, path, found.dir, &report));
     print_report(&options, path, &report);
     return QS_OK;
 }

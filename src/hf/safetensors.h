@@ -84,6 +84,8 @@ qs_status qs_st_read(qs_st_dir *dir, const qs_st_tensor *tensor, int64_t first, 
 qs_status qs_st_read_f32(qs_st_dir *dir, const qs_st_tensor *tensor, int64_t first, int64_t count,
                          float *out);
 int qs_st_to_dtype(qs_st_dtype dtype, qs_dtype *out); /* 0 if it is one of ours */
+/** "BF16", ...; as in the header. */
+const char *qs_st_dtype_name(qs_st_dtype dtype);
 
 /** One tensor to write. */
 typedef struct {

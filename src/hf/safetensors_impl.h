@@ -6,9 +6,6 @@
 
 enum { QS_ST_MAX_HEADER = 100000000 }; /* bytes, as the reference reader */
 
-/** "BF16", ...; as in the header. */
-const char *qs_st_dtype_name(qs_st_dtype dtype);
-
 /** A file to be written: its tensors in the order of their data, and the text of its header. */
 typedef struct {
     const qs_st_item **sorted; /* [count], into the items */

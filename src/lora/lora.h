@@ -15,6 +15,7 @@
 #include "config/config.h"
 #include "hf/hf_config.h"
 #include "shard/shard.h"
+#include "store/hash.h"
 
 enum { QS_LORA_CHUNK = 4096 };
 
@@ -109,8 +110,21 @@ void qs_lora_init(const qs_lora_layout *layout, uint64_t seed, int layer, qs_ran
 void qs_lora_peft_name(char *out, size_t capacity, qs_peft_naming naming, int layer,
                        qs_linear linear, char which);
 
-/** Fill a whole layer's segment from a PEFT adapter directory opened by lora_peft.c; see
- * qs_peft_open. */
+/** What adapter_config.json says, as far as it matters here. */
+typedef struct {
+    int64_t lora_rank;
+    double alpha, dropout;
+    bool rslora, dora;
+} qs_peft_config;
+
+/** Read and parse DIR/adapter_config.json. */
+qs_status qs_peft_config_read(qs_peft_config *out, const char *dir);
+
+/** The linears (bit per qs_linear) of which DIR/adapter_model.safetensors has tensors. \return
+ * QS_ERR_INPUT_TENSOR naming a tensor of anything else, or the first layer that differs. */
+qs_status qs_peft_targets(const char *dir, uint32_t *targets);
+
+/** An open PEFT adapter directory (peft_read.c). */
 typedef struct qs_peft qs_peft;
 
 /** Open DIR (adapter_config.json, adapter_model.safetensors) and check that it fits: rank, alpha,
@@ -118,11 +132,15 @@ typedef struct qs_peft qs_peft;
 qs_status qs_peft_open(qs_peft **out, const char *dir, const qs_lora_layout *layout);
 /** Settings that a PEFT directory carries, for commands that take them from there. */
 qs_status qs_peft_settings(const char *dir, qs_config *cfg);
+/** Fill the whole segment [per_layer] of a layer. */
 qs_status qs_peft_read_layer(qs_peft *peft, int layer, float *segment);
 void qs_peft_close(qs_peft *peft);
 
 /** The file beside an adapter that says which base it was trained on. */
 #define QS_PEFT_ORIGIN_NAME "qshard.json"
+
+/** hashes_sha256 of the base that DIR/qshard.json names; "" where there is no such file. */
+qs_status qs_peft_read_base(const char *dir, char out[QS_SHA256_HEX]);
 
 /** Refuse an adapter that says that it was trained on another base than `base`, whose
  * hashes_sha256 is given; one that does not say it is taken. \return QS_ERR_INPUT_HASH. */

@@ -102,14 +102,15 @@ void qs_merge_file_name(const qs_merge_job *job, int file, char *out, size_t cap
 qs_status qs_merge_put_index(const qs_merge_job *job, const char *dir)
 {
     json_t *map = json_object();
+    int failed = 0;
     for (int i = 0; i < job->n_tensors; i++) {
         char name[64];
         qs_merge_file_name(job, job->tensors[i].file, name, sizeof name);
-        json_object_set_new(map, job->tensors[i].name, json_string(name));
+        failed |= json_object_set_new(map, job->tensors[i].name, json_string(name));
     }
     json_t *root = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)job->bytes,
                              "weight_map", map);
-    char *text = root != NULL ? json_dumps(root, JSON_INDENT(2)) : NULL;
+    char *text = root != NULL && failed == 0 ? json_dumps(root, JSON_INDENT(2)) : NULL;
     json_decref(root);
     qs_status st = write_text(dir, "model.safetensors.index.json", text);
     free(text);

@@ -6,7 +6,7 @@
 
 #include "base/mem.h"
 #include "hf/hf_text_part.h"
-#include "hf/safetensors_impl.h"
+#include "hf/safetensors.h"
 #include "merge/merge_impl.h"
 #include "store/io.h"
 

@@ -1,4 +1,5 @@
-/* Checked file I/O: the only functions in the program that write files or rename them.
+/* Checked file I/O: whoever writes, renames or removes files does it by these functions, but for
+ * HDF5's own, locks, and what a signal takes back.
  *
  * Calls of at most 1 GiB, EINTR and short writes handled, every errno turned into one line with
  * the path. ENOSPC and EDQUOT are QS_ERR_IO_FULL, so that a full disk can be told from a broken
@@ -73,7 +74,8 @@ qs_status qs_io_open_plain(const char *path, int *fd, int64_t *bytes);
 /** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes);
 
-/** Append one line to a log file (metrics), O_APPEND, one write. */
+/** Append one line to a log file (metrics) that was opened with O_APPEND, in one write where that
+ * is possible. Of a line that a full disk cuts short nothing stays. */
 qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path);
 
 qs_status qs_io_fsync_dir(const char *path);

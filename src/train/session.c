@@ -173,9 +173,8 @@ static qs_status read_checkpoint(qs_session *s, const char *path, const char *st
 {
     qs_config trained;
     qs_ckpt_origin origin;
-    QS_TRY(qs_adapter_name_good(qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter),
-                                path, step_dir));
-    QS_TRY(qs_ckpt_read_origin(step_dir, &origin));
+    QS_TRY(qs_adapter_name_good(
+        qs_ckpt_read_lora(step_dir, &trained, &s->layout, &s->adapter, &origin), path, step_dir));
     free(origin.chat_template);
     s->config.lora = trained.lora;
     QS_TRY(qs_lora_layout_check(&s->layout, &s->index->config, step_dir, s->index->path));

@@ -47,7 +47,7 @@ void qs_base_index_free(qs_base_index *index)
 
 /* ---- open on one process ---- */
 
-static qs_status read_index_text(qs_h5 *file, char **text, size_t *bytes)
+qs_status qs_base_read_index_text(qs_h5 *file, char **text, size_t *bytes)
 {
     qs_h5_info info = {.dtype = QS_U8, .rank = 1, .dims = {-1, 0}};
     QS_TRY(qs_h5_dataset_find(file, "index", &info));
@@ -209,7 +209,7 @@ qs_status qs_base_open_with_text(qs_base_index **out, char **text, const char *p
         QS_GOTO(QS_FAIL(QS_ERR_INPUT_FORMAT, "%s: complete = %lld; quantize the model again", path,
                         (long long)complete));
     }
-    QS_GOTO(read_index_text(file, text, &bytes));
+    QS_GOTO(qs_base_read_index_text(file, text, &bytes));
     QS_GOTO(qs_base_index_parse(&index, *text, bytes, path));
     QS_GOTO(locate(file, index, *text, bytes));
     *out = index;

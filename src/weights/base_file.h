@@ -111,6 +111,18 @@ qs_status qs_base_read_small(const qs_base_index *index, int fd, const qs_base_u
 /** A small tensor as floats, from bytes read by qs_base_read_small. */
 void qs_base_small_f32(const qs_base_tensor *tensor, const uint8_t *small, float *out);
 
+enum { QS_BASE_ORIGIN_BYTES = 1024 };
+
+/** What base.h5 records of the checkpoint that it was made from; "" where it does not. */
+typedef struct {
+    char path[QS_BASE_ORIGIN_BYTES];         /* as it was given to quantize */
+    char name_or_path[QS_BASE_ORIGIN_BYTES]; /* _name_or_path in its config.json */
+} qs_base_origin;
+
+/** That of the base at `path`. One that is elsewhere, or damaged, is no error: nothing is known
+ * then. Not collective. */
+qs_base_origin qs_base_read_origin(const char *path);
+
 /** Verify everything in the file (qshard check). Not collective. */
 qs_status qs_base_verify(const char *path);
 

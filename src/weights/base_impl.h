@@ -45,6 +45,10 @@ enum { QS_BASE_DATASETS = 6 };
  * before. */
 void qs_base_unit_datasets(qs_base_unit *unit, qs_base_dataset out[QS_BASE_DATASETS]);
 
+/** The text of the index, `bytes` long and a NUL behind it; the caller frees *text, also after a
+ * failure. */
+qs_status qs_base_read_index_text(qs_h5 *file, char **text, size_t *bytes);
+
 /** Read and verify the index of a file, on the calling process alone. */
 qs_status qs_base_open_local(qs_base_index **out, const char *path);
 

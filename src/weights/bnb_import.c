@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "hf/safetensors_impl.h"
+#include "hf/safetensors.h"
 #include "store/json.h"
 #include "weights/quantize_impl.h"
 

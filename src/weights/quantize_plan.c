@@ -10,7 +10,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "hf/hf_text_part.h"
-#include "hf/safetensors_impl.h"
+#include "hf/safetensors.h"
 #include "qshard_version.h"
 #include "store/hash.h"
 #include "store/io.h"
