@@ -26,16 +26,14 @@ static void hand_out(qs_cuda_context *context, const qs_cuda_pieces *p)
     context->single = piece(context, p, 1);
     context->logits = piece(context, p, 2);
     context->probabilities = piece(context, p, 3);
-    context->attention = piece(context, p, 4);
-    context->lora = piece(context, p, 5);
-    context->lora_sum = piece(context, p, 6);
-    context->dora = piece(context, p, 7);
-    context->gemm_workspace = piece(context, p, 8);
+    context->lora = piece(context, p, 4);
+    context->lora_sum = piece(context, p, 5);
+    context->dora = piece(context, p, 6);
+    context->gemm_workspace = piece(context, p, 7);
     context->single_bytes = p->bytes[1];
-    context->attention_bytes = p->bytes[4];
-    context->lora_bytes = p->bytes[5];
-    context->lora_sum_bytes = p->bytes[6];
-    context->gemm_workspace_bytes = p->bytes[8];
+    context->lora_bytes = p->bytes[4];
+    context->lora_sum_bytes = p->bytes[5];
+    context->gemm_workspace_bytes = p->bytes[7];
 }
 
 static void context_free(qs_queue *q, qs_cuda_context *context)

@@ -32,12 +32,11 @@ typedef struct {
     void *single;        /* bf16: one weight outside of an opened unit, or a chunk of the head */
     float *logits;       /* [loss_rows, QS_CUDA_HEAD_SLICE] */
     void *probabilities; /* bf16 [loss_rows, QS_CUDA_HEAD_SLICE] */
-    void *attention;     /* scratch of the attention's backward */
     void *lora;          /* bf16 [tokens, widest] with dropout, else nothing */
     void *lora_sum;      /* fp32 [adapters, in]: gradients of the A's of joined linears */
     void *dora;          /* with DoRA a block of tokens (core/dora.h), else nothing */
     void *gemm_workspace;
-    size_t single_bytes, attention_bytes, lora_bytes, lora_sum_bytes, gemm_workspace_bytes;
+    size_t single_bytes, lora_bytes, lora_sum_bytes, gemm_workspace_bytes;
     const uint8_t *open_base; /* of the opened unit, NULL: none */
     qs_cuda_linear linears[QS_OPS_LINEARS_MAX];
     int n_linears;
@@ -55,18 +54,13 @@ void qs_cuda_close(qs_queue *q);
 
 /* ---- what needs no device (sizes.c): in the plugin and in the program ---- */
 
-/** Scratch that each group asks of the context, in bytes. */
-size_t qs_cuda_attention_scratch(const qs_ops_limits *limits); /* context->attention */
-size_t qs_cuda_lora_scratch(const qs_ops_limits *limits);      /* context->lora */
-size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits);  /* context->lora_sum */
-size_t qs_cuda_dora_scratch(const qs_ops_limits *limits);      /* context->dora */
-size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);     /* a slot */
-size_t qs_cuda_single_bytes(const qs_ops_limits *limits);      /* context->single */
+/** Bytes of a slot. */
+size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);
 
 /** What context->dora is cut into. */
 qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits);
 
-enum { QS_CUDA_PIECES = 9 };
+enum { QS_CUDA_PIECES = 8 };
 
 /** All of them, one behind the other. */
 typedef struct {

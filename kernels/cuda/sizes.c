@@ -80,7 +80,7 @@ size_t qs_cuda_kept_bytes(const qs_ops_limits *limits)
     return (size_t)limits->kept_units * qs_cuda_decoded_bytes(limits);
 }
 
-size_t qs_cuda_single_bytes(const qs_ops_limits *limits)
+static size_t single_bytes(const qs_ops_limits *limits)
 {
     size_t most = qs_border_bytes(qs_border_elems(limits->head_rows, limits->hidden, 0));
     for (int i = 0; i < limits->n_linears; i++) {
@@ -90,13 +90,7 @@ size_t qs_cuda_single_bytes(const qs_ops_limits *limits)
     return most;
 }
 
-size_t qs_cuda_attention_scratch(const qs_ops_limits *limits)
-{
-    (void)limits;
-    return 0; /* all sums stay in registers */
-}
-
-size_t qs_cuda_lora_scratch(const qs_ops_limits *limits)
+static size_t lora_scratch(const qs_ops_limits *limits)
 {
     const int64_t least = sizeof(float) / sizeof(qs_bf16); /* room for one row of an fp32 product */
     if (!limits->dropout) {
@@ -106,7 +100,7 @@ size_t qs_cuda_lora_scratch(const qs_ops_limits *limits)
     return (size_t)(rows * qs_rows_stride(limits->widest)) * sizeof(qs_bf16);
 }
 
-size_t qs_cuda_lora_sum_scratch(const qs_ops_limits *limits)
+static size_t lora_sum_scratch(const qs_ops_limits *limits)
 {
     const int64_t border = qs_border_width(limits->lora_rank);
     int64_t most = 0; /* the products sum over all tokens by themselves */
@@ -122,7 +116,7 @@ qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits)
     return qs_dora_scratch_of(limits->tokens, limits->widest, qs_border_width(limits->lora_rank));
 }
 
-size_t qs_cuda_dora_scratch(const qs_ops_limits *limits)
+static size_t dora_scratch(const qs_ops_limits *limits)
 {
     return limits->dora ? qs_cuda_dora_pieces(limits).total : 0;
 }
@@ -138,13 +132,12 @@ qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *l, size_t gemm_workspace_b
 {
     qs_cuda_pieces p = {.bytes = {
                             qs_cuda_decoded_bytes(l),
-                            qs_cuda_single_bytes(l),
+                            single_bytes(l),
                             product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(float)),
                             product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(uint16_t)),
-                            qs_cuda_attention_scratch(l),
-                            qs_cuda_lora_scratch(l),
-                            qs_cuda_lora_sum_scratch(l),
-                            qs_cuda_dora_scratch(l),
+                            lora_scratch(l),
+                            lora_sum_scratch(l),
+                            dora_scratch(l),
                             gemm_workspace_bytes,
                         }};
     for (int i = 0; i < QS_CUDA_PIECES; i++) {

@@ -8,8 +8,6 @@
 
 #include "base/status.h"
 
-enum { QS_BENCH_COLUMNS_MAX = 16 };
-
 typedef struct {
     const char *name, *unit; /* unit "": none. JSON: the name alone */
     int width;

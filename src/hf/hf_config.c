@@ -211,7 +211,8 @@ qs_status qs_hf_get_bool(const json_t *root, const char *key, bool fallback, boo
     return QS_OK;
 }
 
-qs_status qs_hf_expect_false(const json_t *root, const char *key, const char *path)
+/* A switch that must be off. */
+static qs_status expect_false(const json_t *root, const char *key, const char *path)
 {
     bool on;
     QS_TRY(qs_hf_get_bool(root, key, false, &on, path));
@@ -552,7 +553,7 @@ static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const js
         return QS_OK;
     }
     out->embedding_multiplier = sqrt((double)out->hidden);
-    QS_TRY(qs_hf_expect_false(root, "use_bidirectional_attention", path));
+    QS_TRY(expect_false(root, "use_bidirectional_attention", path));
     QS_TRY(parse_cap(&out->attention_cap, arch->cap == QS_CAP_BOTH, arch->attention_cap, root,
                      "attn_logit_softcapping", path));
     QS_TRY(
@@ -597,7 +598,7 @@ static qs_status parse_switches(qs_hf_config *out, const qs_hf_arch *arch, const
     double dropout;
     QS_TRY(qs_hf_get_bool(root, "tie_word_embeddings", arch->tied, &out->tied, path));
     for (size_t i = 0; i < QS_HF_COUNT(false_alone); i++) {
-        QS_TRY(note(told, path, qs_hf_expect_false(root, false_alone[i], path)));
+        QS_TRY(note(told, path, expect_false(root, false_alone[i], path)));
     }
     for (size_t i = 0; i < QS_HF_COUNT(dropouts); i++) {
         QS_TRY(qs_hf_get_f64(root, dropouts[i], 0.0, 1.0, 0.0, &dropout, path));

@@ -37,9 +37,6 @@ qs_status qs_hf_get_f64(const json_t *root, const char *key, double low, double 
 qs_status qs_hf_get_bool(const json_t *root, const char *key, bool fallback, bool *out,
                          const char *path);
 
-/** A switch that must be off. */
-qs_status qs_hf_expect_false(const json_t *root, const char *key, const char *path);
-
 /** All that begins with rope; the sizes and windows of `out` are there. */
 qs_status qs_hf_rope_parse(qs_hf_config *out, const qs_hf_arch *arch, const json_t *root,
                            const char *path);

@@ -3,7 +3,6 @@
  * the pointers, so that the two cannot differ. */
 #include "model/model_impl.h"
 
-#include "base/mem.h"
 #include "model/offload.h"
 
 enum { ALIGNMENT = 256 }; /* what every operation may expect of a matrix */
@@ -43,7 +42,8 @@ static void *take_bordered(const qs_model *m, arena *block, int64_t rows, int64_
     return take_acts(m, block, rows, cols + m->border);
 }
 
-void *qs_model_beside(const qs_model *m, void *data, int64_t columns)
+/* `columns` further on in the rows of a matrix of act_dtype; NULL stays NULL. */
+static void *beside(const qs_model *m, void *data, int64_t columns)
 {
     return data != NULL ? (char *)data + (size_t)columns * m->act_bytes : NULL;
 }
@@ -54,8 +54,8 @@ static void take_qkv(const qs_model *m, arena *block, int64_t border, void **q, 
     const int64_t t = m->shape.max_tokens;
     if (m->qkv_width > 0) {
         *q = take_acts(m, block, t, m->qkv_width + border);
-        *k = qs_model_beside(m, *q, m->q_width);
-        *v = qs_model_beside(m, *k, m->kv_width);
+        *k = beside(m, *q, m->q_width);
+        *v = beside(m, *k, m->kv_width);
         return;
     }
     *q = take_acts(m, block, t, m->q_width + border);
@@ -96,7 +96,7 @@ static void carve_gate_and_up(const qs_model *m, arena *block, qs_layer_acts *ac
     const int64_t t = m->shape.max_tokens, ffn = m->config->ffn_hidden;
     if (m->gate_up_width > 0) {
         acts->gate = take_acts(m, block, t, m->gate_up_width + m->gate_up_border);
-        acts->up = qs_model_beside(m, acts->gate, ffn);
+        acts->up = beside(m, acts->gate, ffn);
         return;
     }
     acts->gate = take_acts(m, block, t, ffn);

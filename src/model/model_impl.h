@@ -164,9 +164,6 @@ typedef struct {
     qs_layer_acts *acts;
 } qs_layer_call;
 
-/** `columns` further on in the rows of a matrix of act_dtype; NULL stays NULL. */
-void *qs_model_beside(const qs_model *model, void *data, int64_t columns);
-
 /** A matrix of act_dtype; `border` free columns behind each row. */
 qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border);
 

@@ -137,21 +137,10 @@ qs_status qs_bench_linear_make(qs_bench *b, qs_bench_linear *l, const qs_bench_u
     const qs_weight *w = &u->w[i];
     const int64_t rank = u->adapted ? u->lora[i].rank : 0;
     const int64_t border = rank > 0 ? b->ops->border((int)rank) : 0;
-    void *da = NULL, *db = NULL;
-    *l = (qs_bench_linear){.unit = u, .w = w, .lora = &u->lora[i]};
+    *l = (qs_bench_linear){.unit = u, .w = w};
     QS_TRY(qs_bench_mat(b, &l->x, tokens, w->in, border));
     QS_TRY(qs_bench_mat(b, &l->y, tokens, w->out, border));
-    QS_TRY(qs_bench_mat(b, &l->dx, tokens, w->in, border));
-    if (rank == 0) {
-        return QS_OK;
-    }
-    QS_TRY(qs_bench_mat(b, &l->xa, tokens, rank, 0));
-    QS_TRY(qs_bench_mat(b, &l->work, tokens, rank, 0));
-    QS_TRY(qs_bench_zeros(b, &da, (size_t)(rank * w->in) * sizeof(float)));
-    QS_TRY(qs_bench_zeros(b, &db, (size_t)(rank * w->out) * sizeof(float)));
-    l->da = da;
-    l->db = db;
-    return QS_OK;
+    return qs_bench_mat(b, &l->dx, tokens, w->in, border);
 }
 
 qs_status qs_bench_linear_forward(qs_bench *b, void *linear)
@@ -164,20 +153,6 @@ qs_status qs_bench_linear_backward(qs_bench *b, void *linear)
 {
     qs_bench_linear *l = linear;
     return b->ops->linear_backward(b->queue, &l->unit->view, l->w, &l->y, &l->dx, false);
-}
-
-qs_status qs_bench_lora_forward(qs_bench *b, void *linear)
-{
-    qs_bench_linear *l = linear;
-    return b->ops->linear_lora_forward(b->queue, &l->unit->view, l->w, NULL, NULL, l->lora, &l->x,
-                                       &l->xa, &l->y);
-}
-
-qs_status qs_bench_lora_backward(qs_bench *b, void *linear)
-{
-    qs_bench_linear *l = linear;
-    return b->ops->linear_lora_backward(b->queue, &l->unit->view, l->w, l->lora, &l->x, &l->xa,
-                                        &l->y, &l->work, l->da, l->db, &l->dx, false);
 }
 
 qs_status qs_bench_dense_make(qs_bench *b, qs_bench_linear *l)
@@ -212,11 +187,6 @@ qs_status qs_bench_dense(qs_bench *b, void *linear)
 double qs_bench_linear_flops(const qs_bench_linear *l)
 {
     return 2.0 * (double)l->x.rows * (double)l->w->out * (double)l->w->in;
-}
-
-double qs_bench_lora_flops(const qs_bench_linear *l)
-{
-    return 2.0 * (double)l->x.rows * (double)l->lora->rank * (double)(l->w->in + l->w->out);
 }
 
 /* ---- joined ---- */

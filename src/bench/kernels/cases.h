@@ -45,11 +45,8 @@ double qs_bench_unit_decode_bytes(const qs_bench *b, const qs_bench_unit *u);
 typedef struct {
     const qs_bench_unit *unit;
     const qs_weight *w;
-    const qs_lora *lora;
     qs_mat x, y, dx; /* [T, in], [T, out] (also dY), [T, in] */
-    qs_mat xa, work; /* [T, rank] */
-    float *da, *db;
-    void *dense; /* [out, in] of the operations' type; made by qs_bench_dense_make */
+    void *dense;     /* [out, in] of the operations' type; made by qs_bench_dense_make */
 } qs_bench_linear;
 
 /** Linear `i` of the unit for `tokens` rows. */
@@ -57,16 +54,13 @@ qs_status qs_bench_linear_make(qs_bench *b, qs_bench_linear *l, const qs_bench_u
                                int64_t tokens);
 qs_status qs_bench_linear_forward(qs_bench *b, void *linear);  /* y = x W^T */
 qs_status qs_bench_linear_backward(qs_bench *b, void *linear); /* dx = y W */
-qs_status qs_bench_lora_forward(qs_bench *b, void *linear);
-qs_status qs_bench_lora_backward(qs_bench *b, void *linear);
 
 /** The same shape with a matrix that is there in the operations' type. */
 qs_status qs_bench_dense_make(qs_bench *b, qs_bench_linear *l);
 qs_status qs_bench_dense(qs_bench *b, void *linear); /* y = x dense^T */
 
-/** 2 T out in; and 2 T rank (out + in), which the adapter's forward does and its backward twice. */
+/** 2 T out in. */
 double qs_bench_linear_flops(const qs_bench_linear *l);
-double qs_bench_lora_flops(const qs_bench_linear *l);
 
 /* ---- linears of the unit that read the same x, with their adapters ---- */
 
@@ -83,7 +77,8 @@ qs_status qs_bench_joined_make(qs_bench *b, qs_bench_joined *j, const qs_bench_u
 qs_status qs_bench_joined_forward(qs_bench *b, void *joined);
 qs_status qs_bench_joined_backward(qs_bench *b, void *joined);
 
-/** As qs_bench_linear_flops and qs_bench_lora_flops, of all. */
+/** The sum of 2 T out in; and that of 2 T rank (out + in), which the adapters' forward does and
+ * their backward twice. */
 double qs_bench_joined_flops(const qs_bench_joined *j);
 double qs_bench_joined_lora_flops(const qs_bench_joined *j);
 
