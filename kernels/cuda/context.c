@@ -15,25 +15,25 @@ size_t qs_cuda_scratch_bytes(const qs_ops_limits *limits)
 }
 
 /* NULL for a piece that nobody asked for, so that its use shows. */
-static void *piece(const qs_cuda_context *context, const qs_cuda_pieces *p, int i)
+static void *piece(const qs_cuda_context *context, const qs_cuda_pieces *p, qs_cuda_piece which)
 {
-    return p->bytes[i] > 0 ? (char *)context->block + p->at[i] : NULL;
+    return p->bytes[which] > 0 ? (char *)context->block + p->at[which] : NULL;
 }
 
 static void hand_out(qs_cuda_context *context, const qs_cuda_pieces *p)
 {
-    context->decoded = piece(context, p, 0);
-    context->single = piece(context, p, 1);
-    context->logits = piece(context, p, 2);
-    context->probabilities = piece(context, p, 3);
-    context->lora = piece(context, p, 4);
-    context->lora_sum = piece(context, p, 5);
-    context->dora = piece(context, p, 6);
-    context->gemm_workspace = piece(context, p, 7);
-    context->single_bytes = p->bytes[1];
-    context->lora_bytes = p->bytes[4];
-    context->lora_sum_bytes = p->bytes[5];
-    context->gemm_workspace_bytes = p->bytes[7];
+    context->decoded = piece(context, p, QS_PIECE_DECODED);
+    context->single = piece(context, p, QS_PIECE_SINGLE);
+    context->logits = piece(context, p, QS_PIECE_LOGITS);
+    context->probabilities = piece(context, p, QS_PIECE_PROBABILITIES);
+    context->lora = piece(context, p, QS_PIECE_LORA);
+    context->lora_sum = piece(context, p, QS_PIECE_LORA_SUM);
+    context->dora = piece(context, p, QS_PIECE_DORA);
+    context->gemm_workspace = piece(context, p, QS_PIECE_GEMM_WORKSPACE);
+    context->single_bytes = p->bytes[QS_PIECE_SINGLE];
+    context->lora_bytes = p->bytes[QS_PIECE_LORA];
+    context->lora_sum_bytes = p->bytes[QS_PIECE_LORA_SUM];
+    context->gemm_workspace_bytes = p->bytes[QS_PIECE_GEMM_WORKSPACE];
 }
 
 static void context_free(qs_queue *q, qs_cuda_context *context)

@@ -35,7 +35,6 @@
 
 #include "kernels/cuda/core/head_slices.h"
 
-static_assert((int)QS_HEAD_SLICE == (int)QS_CUDA_HEAD_SLICE, "context.c sizes by the latter");
 static_assert(QS_HEAD_GROUPS * QS_HEAD_THREADS * QS_HEAD_QUAD == QS_HEAD_SLICE, "a row is a block");
 
 enum { WARPS = QS_HEAD_THREADS / QS_WARP, HELD = QS_HEAD_GROUPS * QS_HEAD_QUAD, OCTET = 8 };

@@ -5,6 +5,7 @@
 
 #include "device/device_impl.h"
 #include "kernels/cuda/core/dora.h"
+#include "kernels/cuda/core/head_slices.h"
 #include "kernels/ops.h"
 
 /* ---- what an opened queue carries (context.c) ---- */
@@ -30,8 +31,8 @@ typedef struct {
     void *decoded;       /* the opened unit, if it lies in slot 0 */
     void *kept;          /* slots 1 to limits.kept_units */
     void *single;        /* bf16: one weight outside of an opened unit, or a chunk of the head */
-    float *logits;       /* [loss_rows, QS_CUDA_HEAD_SLICE] */
-    void *probabilities; /* bf16 [loss_rows, QS_CUDA_HEAD_SLICE] */
+    float *logits;       /* [loss_rows, QS_HEAD_SLICE] */
+    void *probabilities; /* bf16 [loss_rows, QS_HEAD_SLICE] */
     void *lora;          /* bf16 [tokens, widest] with dropout, else nothing */
     void *lora_sum;      /* fp32 [adapters, in]: gradients of the A's of joined linears */
     void *dora;          /* with DoRA a block of tokens (core/dora.h), else nothing */
@@ -42,8 +43,6 @@ typedef struct {
     int n_linears;
     void *gemm; /* handle, plans (gemm_lt.c) */
 } qs_cuda_context;
-
-enum { QS_CUDA_HEAD_SLICE = 4096 };
 
 /** The context of an opened queue; NULL (with QS_ERR_BUG recorded) if it is not open. */
 qs_cuda_context *qs_cuda_context_of(qs_queue *q);
@@ -60,12 +59,23 @@ size_t qs_cuda_decoded_bytes(const qs_ops_limits *limits);
 /** What context->dora is cut into. */
 qs_dora_scratch qs_cuda_dora_pieces(const qs_ops_limits *limits);
 
-enum { QS_CUDA_PIECES = 8 };
+/** What the context's scratch is cut into: the member of the same name. */
+typedef enum {
+    QS_PIECE_DECODED,
+    QS_PIECE_SINGLE,
+    QS_PIECE_LOGITS,
+    QS_PIECE_PROBABILITIES,
+    QS_PIECE_LORA,
+    QS_PIECE_LORA_SUM,
+    QS_PIECE_DORA,
+    QS_PIECE_GEMM_WORKSPACE,
+    QS_PIECE_COUNT
+} qs_cuda_piece;
 
 /** All of them, one behind the other. */
 typedef struct {
-    size_t bytes[QS_CUDA_PIECES];
-    size_t at[QS_CUDA_PIECES];
+    size_t bytes[QS_PIECE_COUNT];
+    size_t at[QS_PIECE_COUNT];
     size_t total;
 } qs_cuda_pieces;
 qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *limits, size_t gemm_workspace_bytes);

@@ -130,17 +130,18 @@ static size_t product(int64_t a, int64_t b, size_t element)
 
 qs_cuda_pieces qs_cuda_pieces_of(const qs_ops_limits *l, size_t gemm_workspace_bytes)
 {
-    qs_cuda_pieces p = {.bytes = {
-                            qs_cuda_decoded_bytes(l),
-                            single_bytes(l),
-                            product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(float)),
-                            product(l->loss_rows, QS_CUDA_HEAD_SLICE, sizeof(uint16_t)),
-                            lora_scratch(l),
-                            lora_sum_scratch(l),
-                            dora_scratch(l),
-                            gemm_workspace_bytes,
-                        }};
-    for (int i = 0; i < QS_CUDA_PIECES; i++) {
+    qs_cuda_pieces p = {
+        .bytes = {
+            [QS_PIECE_DECODED] = qs_cuda_decoded_bytes(l),
+            [QS_PIECE_SINGLE] = single_bytes(l),
+            [QS_PIECE_LOGITS] = product(l->loss_rows, QS_HEAD_SLICE, sizeof(float)),
+            [QS_PIECE_PROBABILITIES] = product(l->loss_rows, QS_HEAD_SLICE, sizeof(qs_bf16)),
+            [QS_PIECE_LORA] = lora_scratch(l),
+            [QS_PIECE_LORA_SUM] = lora_sum_scratch(l),
+            [QS_PIECE_DORA] = dora_scratch(l),
+            [QS_PIECE_GEMM_WORKSPACE] = gemm_workspace_bytes,
+        }};
+    for (int i = 0; i < QS_PIECE_COUNT; i++) {
         p.at[i] = p.total;
         p.total += aligned(p.bytes[i]);
     }

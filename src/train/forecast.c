@@ -282,7 +282,7 @@ static qs_step_phase head_phase(const work_sizes *z)
 {
     return (qs_step_phase){.product_flops = 4 * z->targets * z->h * z->v,
                            .memory_bytes =
-                               z->targets * z->v * (16 + 8 * z->h / QS_CUDA_HEAD_SLICE)};
+                               z->targets * z->v * (16 + 8 * z->h / QS_HEAD_SLICE)};
 }
 
 static qs_step_phase backward_phase(const work_sizes *z, int recompute)
