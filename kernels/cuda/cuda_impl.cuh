@@ -14,22 +14,10 @@ extern "C" {
 #include "kernels/cuda/core/hd.h"
 #include "kernels/cuda/ptx.cuh"
 
+#include "device/cuda_status.h" /* behind CUDA's own header, which ptx.cuh brings */
+
 enum { QS_WARP = 32 };
 static const unsigned QS_ALL_LANES = 0xffffffffu;
-
-/** QS_OK, or QS_ERR_DEVICE with CUDA's text; an expression for QS_TRY. */
-#define QS_CUDA(call) qs_cuda_status((call), #call, __FILE__, __LINE__)
-
-static inline qs_status qs_cuda_status(cudaError_t error, const char *call, const char *file,
-                                       int line)
-{
-    if (error == cudaSuccess) {
-        return QS_OK;
-    }
-    return qs_error_set(error == cudaErrorMemoryAllocation ? QS_ERR_MEMORY : QS_ERR_DEVICE, file,
-                        line, "%s: %s (%s)", call, cudaGetErrorString(error),
-                        cudaGetErrorName(error));
-}
 
 /** The error of the launches just made. */
 #define qs_cuda_launched(name) qs_cuda_status(cudaGetLastError(), (name), __FILE__, __LINE__)

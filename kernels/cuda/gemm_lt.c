@@ -21,6 +21,7 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "device/cuda_status.h"
 #include "kernels/cuda/core/gemm_map.h"
 #include "kernels/cuda/ops_cuda.h"
 
@@ -61,7 +62,6 @@ typedef struct {
 /* ---- errors ---- */
 
 #define QS_LT(call) check((call), #call, __FILE__, __LINE__)
-#define QS_CUDA(call) check_cuda((call), #call, __FILE__, __LINE__)
 
 static qs_status check(cublasStatus_t status, const char *call, const char *file, int line)
 {
@@ -70,16 +70,6 @@ static qs_status check(cublasStatus_t status, const char *call, const char *file
     }
     return qs_error_set(QS_ERR_DEVICE, file, line, "%s: %s (%s)", call,
                         cublasLtGetStatusString(status), cublasLtGetStatusName(status));
-}
-
-static qs_status check_cuda(cudaError_t error, const char *call, const char *file, int line)
-{
-    if (error == cudaSuccess) {
-        return QS_OK;
-    }
-    (void)cudaGetLastError();
-    return qs_error_set(QS_ERR_DEVICE, file, line, "%s: %s (%s)", call, cudaGetErrorString(error),
-                        cudaGetErrorName(error));
 }
 
 /* ---- plans ---- */

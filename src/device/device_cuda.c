@@ -23,6 +23,7 @@
 #include "base/timer.h"
 #include "device/arena.h"
 #include "device/cuda_archs.h"
+#include "device/cuda_status.h"
 
 #define GIB (1024.0 * 1024.0 * 1024.0)
 
@@ -55,50 +56,6 @@ typedef struct {
 } cuda_queue;
 
 static const qs_device_ops cuda_ops;
-
-/* ---- errors ---- */
-
-#define QS_CUDA(call) check((call), #call, __FILE__, __LINE__)
-
-/* Errors that an earlier kernel left behind, which every later call then returns. */
-static bool is_of_earlier_work(cudaError_t error)
-{
-    return error == cudaErrorIllegalAddress || error == cudaErrorLaunchFailure ||
-           error == cudaErrorLaunchTimeout || error == cudaErrorECCUncorrectable ||
-           error == cudaErrorMisalignedAddress || error == cudaErrorIllegalInstruction ||
-           error == cudaErrorHardwareStackError;
-}
-
-static qs_status check_work(cudaError_t error, const char *file, int line);
-
-/* CUDA also keeps the error for cudaGetLastError, where the next launch would find it: taken away.
- */
-static qs_status check(cudaError_t error, const char *call, const char *file, int line)
-{
-    if (error == cudaSuccess) {
-        return QS_OK;
-    }
-    if (is_of_earlier_work(error)) {
-        return check_work(error, file, line);
-    }
-    (void)cudaGetLastError();
-    return qs_error_set(error == cudaErrorMemoryAllocation ? QS_ERR_MEMORY : QS_ERR_DEVICE, file,
-                        line, "%s: %s (%s)", call, cudaGetErrorString(error),
-                        cudaGetErrorName(error));
-}
-
-/* Errors of work that ran earlier come up here: the call that is named is not the one to blame. */
-static qs_status check_work(cudaError_t error, const char *file, int line)
-{
-    if (error == cudaSuccess) {
-        return QS_OK;
-    }
-    (void)cudaGetLastError();
-    return qs_error_set(QS_ERR_DEVICE, file, line,
-                        "the GPU failed while it worked: %s (%s); `dmesg` may say more (Xid), and "
-                        "CUDA_LAUNCH_BLOCKING=1 finds the operation",
-                        cudaGetErrorString(error), cudaGetErrorName(error));
-}
 
 /* A thread has a current device, which allocations and launches go to. */
 static qs_status make_current(const cuda_device *device)
@@ -337,7 +294,7 @@ static qs_status place_in_arena(cuda_device *device, void **out, size_t bytes, q
     }
     *out = device->arena + (at - base);
     if (device->freed) { /* work that was given to a queue may still use what was freed */
-        QS_TRY(check_work(cudaDeviceSynchronize(), __FILE__, __LINE__));
+        QS_TRY(QS_CUDA_WORK(cudaDeviceSynchronize()));
         device->freed = false;
     }
     return QS_OK;
@@ -397,7 +354,7 @@ static qs_status device_alloc(qs_device *base, void **out, size_t bytes, qs_mem_
     qs_mem_note(QS_MEM_DEVICE, kind, (ptrdiff_t)bytes);
     st = QS_CUDA(cudaMemsetAsync(*out, 0, bytes, device->stream));
     if (st == QS_OK) {
-        st = check_work(cudaStreamSynchronize(device->stream), __FILE__, __LINE__);
+        st = QS_CUDA_WORK(cudaStreamSynchronize(device->stream));
     }
     if (st != QS_OK) {
         device_free(base, *out);
@@ -567,7 +524,7 @@ static qs_status watched_wait(const cuda_queue *queue, cudaEvent_t event)
         const cudaError_t error =
             event != NULL ? cudaEventQuery(event) : cudaStreamQuery(queue->stream);
         if (error != cudaErrorNotReady) {
-            return check_work(error, __FILE__, __LINE__);
+            return QS_CUDA_WORK(error);
         }
         (void)cudaGetLastError(); /* "not ready" is kept there like an error */
         const double now_s = qs_time_s();
@@ -587,9 +544,8 @@ static qs_status host_wait(const cuda_queue *queue, cudaEvent_t event)
     if (is_watched(queue->base.device)) {
         return watched_wait(queue, event);
     }
-    return check_work(event != NULL ? cudaEventSynchronize(event)
-                                    : cudaStreamSynchronize(queue->stream),
-                      __FILE__, __LINE__);
+    return QS_CUDA_WORK(event != NULL ? cudaEventSynchronize(event)
+                                      : cudaStreamSynchronize(queue->stream));
 }
 
 static qs_status wait_empty(qs_queue *base)
