@@ -242,10 +242,10 @@ qs_status qs_mirror_pull(qs_queue *queue, const qs_mirror *mirror, size_t at, si
     return to == from ? QS_OK : qs_queue_copy(queue, to, from, bytes);
 }
 
-void qs_range_begin(qs_queue *queue, const char *format, ...)
+void qs_span_begin(qs_queue *queue, const char *format, ...)
 {
     qs_watch_moved();
-    if (queue->ops->range_begin == NULL) {
+    if (queue->ops->span_begin == NULL) {
         return;
     }
     char name[64];
@@ -253,13 +253,13 @@ void qs_range_begin(qs_queue *queue, const char *format, ...)
     va_start(args, format);
     vsnprintf(name, sizeof name, format, args);
     va_end(args);
-    queue->ops->range_begin(queue, name);
+    queue->ops->span_begin(queue, name);
 }
 
-void qs_range_end(qs_queue *queue)
+void qs_span_end(qs_queue *queue)
 {
-    if (queue->ops->range_end != NULL) {
-        queue->ops->range_end(queue);
+    if (queue->ops->span_end != NULL) {
+        queue->ops->span_end(queue);
     }
 }
 

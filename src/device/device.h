@@ -134,10 +134,10 @@ qs_status qs_mirror_pull(qs_queue *queue, const qs_mirror *mirror, size_t at, si
 
 /* ---- what a profiler shows ---- */
 
-/** Name what the host gives to the queue until qs_range_end; ranges nest. For a profiler on a GPU;
- * on the CPU a span of the trace (base/trace.h). Costs next to nothing without either. */
-void qs_range_begin(qs_queue *queue, const char *format, ...) __attribute__((format(printf, 2, 3)));
-void qs_range_end(qs_queue *queue);
+/** Name what the host gives to the queue until qs_span_end; spans nest. For a profiler on a GPU;
+ * on the CPU in the trace (base/trace.h). Costs next to nothing without either. */
+void qs_span_begin(qs_queue *queue, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void qs_span_end(qs_queue *queue);
 
 /** Tell an attached profiler to start or stop collecting. */
 void qs_device_profile(qs_device *device, bool on);

@@ -15,7 +15,7 @@
 #include "base/trace.h"
 #include "base/watch.h"
 
-enum { FIRST_CAPACITY = 16, RANGES_MAX = 8 };
+enum { FIRST_CAPACITY = 16, SPANS_MAX = 8 };
 static const double IDLE_PERIOD_S = 200e-6;
 
 typedef struct {
@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
     char name[64];
     double begin_s;
-} open_range;
+} open_span;
 
 typedef struct {
     qs_queue base;
@@ -42,8 +42,8 @@ typedef struct {
     void *idle_ctx;
     bool in_idle;
     double idle_at_s; /* when the callback was last called */
-    open_range ranges[RANGES_MAX];
-    int depth; /* of the ranges, kept or not */
+    open_span spans[SPANS_MAX];
+    int depth; /* of the spans, kept or not */
 } cpu_queue;
 
 static qs_status queue_create(qs_device *device, qs_queue **out, int threads)
@@ -200,25 +200,25 @@ static void call_idle(qs_queue *base)
     queue->idle_at_s = qs_time_s();
 }
 
-/* ---- ranges: spans of the trace ---- */
+/* ---- spans of the trace ---- */
 
-static void range_begin(qs_queue *base, const char *name)
+static void span_begin(qs_queue *base, const char *name)
 {
     cpu_queue *queue = (cpu_queue *)base;
-    if (queue->depth < RANGES_MAX) {
-        open_range *range = &queue->ranges[queue->depth];
-        snprintf(range->name, sizeof range->name, "%s", name);
-        range->begin_s = qs_time_s();
+    if (queue->depth < SPANS_MAX) {
+        open_span *span = &queue->spans[queue->depth];
+        snprintf(span->name, sizeof span->name, "%s", name);
+        span->begin_s = qs_time_s();
     }
     queue->depth++;
 }
 
-static void range_end(qs_queue *base)
+static void span_end(qs_queue *base)
 {
     cpu_queue *queue = (cpu_queue *)base;
-    if (--queue->depth < RANGES_MAX) {
-        const open_range *range = &queue->ranges[queue->depth];
-        qs_trace_add(QS_LANE_COMPUTE, range->begin_s, qs_time_s(), "%s", range->name);
+    if (--queue->depth < SPANS_MAX) {
+        const open_span *span = &queue->spans[queue->depth];
+        qs_trace_add(QS_LANE_COMPUTE, span->begin_s, qs_time_s(), "%s", span->name);
     }
 }
 
@@ -269,6 +269,6 @@ const qs_device_ops qs_device_cpu_ops = {
     .poll = poll_all,
     .set_idle = set_idle,
     .idle = call_idle,
-    .range_begin = range_begin,
-    .range_end = range_end,
+    .span_begin = span_begin,
+    .span_end = span_end,
 };

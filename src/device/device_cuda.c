@@ -618,7 +618,7 @@ static qs_status after(qs_queue *base, qs_event event)
 
 /* ---- profilers ---- */
 
-static void range_begin(qs_queue *base, const char *name)
+static void span_begin(qs_queue *base, const char *name)
 {
     (void)base;
 #if HAVE_NVTX
@@ -628,7 +628,7 @@ static void range_begin(qs_queue *base, const char *name)
 #endif
 }
 
-static void range_end(qs_queue *base)
+static void span_end(qs_queue *base)
 {
     (void)base;
 #if HAVE_NVTX
@@ -661,7 +661,7 @@ static const qs_device_ops cuda_ops = {
     .record = record,
     .wait_for = wait_for,
     .after = after,
-    .range_begin = range_begin,
-    .range_end = range_end,
+    .span_begin = span_begin,
+    .span_end = span_end,
     .profile = profile,
 };

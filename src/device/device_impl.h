@@ -31,8 +31,8 @@ typedef struct {
     qs_status (*poll)(qs_queue *queue);
     void (*set_idle)(qs_queue *queue, void (*idle)(void *), void *ctx);
     void (*idle)(qs_queue *queue);
-    void (*range_begin)(qs_queue *queue, const char *name);
-    void (*range_end)(qs_queue *queue);
+    void (*span_begin)(qs_queue *queue, const char *name);
+    void (*span_end)(qs_queue *queue);
     void (*profile)(qs_device *device, bool on);
 } qs_device_ops;
 

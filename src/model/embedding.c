@@ -77,12 +77,12 @@ qs_status qs_embedding_place(qs_model *m, int64_t g)
 {
     const qs_micro_batch *micro = &m->coming.now[g];
     void *rows = m->micro[g].layers[0].x;
-    qs_range_begin(m->queue, "embedding");
+    qs_span_begin(m->queue, "embedding");
     QS_TRY(qs_fsdp_embed_place(m->fsdp, m->stream_dtype, rows));
     if (!qs_model_is_idle(micro)) {
         QS_TRY(scale_rows(m, rows, micro->batch->n_tokens));
     }
-    qs_range_end(m->queue);
+    qs_span_end(m->queue);
     return qs_embedding_proceed(m);
 }
 

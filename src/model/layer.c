@@ -141,7 +141,7 @@ qs_status qs_layer_open(qs_model *model, int layer, const qs_unit_view *unit)
             lora[count++] = qs_layer_adapter(model, layer, (qs_linear)i);
         }
     }
-    return qs_slots_open(model, layer, unit, w, lora, count);
+    return qs_decoded_open(model, layer, unit, w, lora, count);
 }
 
 void qs_layer_close(qs_model *model)
@@ -179,8 +179,8 @@ typedef struct {
 } siblings;
 
 /* What the operations want of them; grad NULL: only what the forward does. */
-static void describe(const qs_layer_call *call, const siblings *s, float *grad,
-                     qs_joined_linear *out)
+static void describe_siblings(const qs_layer_call *call, const siblings *s, float *grad,
+                              qs_joined_linear *out)
 {
     const qs_model *m = call->model;
     const qs_layer_params *p = params_of(call);
@@ -204,7 +204,7 @@ static qs_status linears_forward(const qs_layer_call *call, const siblings *s, c
 {
     const qs_model *m = call->model;
     qs_joined_linear joined[QS_OPS_JOINED_MAX];
-    describe(call, s, NULL, joined);
+    describe_siblings(call, s, NULL, joined);
     QS_TRY(m->ops->linears_lora_forward(m->queue, call->unit, joined, s->count, x));
     for (int i = 0; i < s->count; i++) {
         count_linear(call, s->linear[i], 1, frozen_twice(&joined[i].lora));
@@ -238,7 +238,7 @@ static qs_status linears_backward(const qs_layer_call *call, const siblings *s, 
 {
     const qs_model *m = call->model;
     qs_joined_linear joined[QS_OPS_JOINED_MAX];
-    describe(call, s, grad, joined);
+    describe_siblings(call, s, grad, joined);
     QS_TRY(m->ops->linears_lora_backward(m->queue, call->unit, joined, s->count, x, dx, false));
     for (int i = 0; i < s->count; i++) {
         QS_TRY(finish_backward(call, s->linear[i], x, &joined[i], dx != NULL, grad));
@@ -265,8 +265,8 @@ static qs_status norm_forward(const qs_layer_call *call, const qs_mat *x, const 
 
 /* A branch of the layer begins: the stream through the norm `w` in front of its linears or, where
  * there is none, as it is, but of their type and with their border. */
-static qs_status branch(const qs_layer_call *call, void *x, const float *w, float *rstd,
-                        qs_mat *norm)
+static qs_status branch_begin(const qs_layer_call *call, void *x, const float *w, float *rstd,
+                              qs_mat *norm)
 {
     const qs_model *m = call->model;
     const qs_mat from = stream(call, x);
@@ -280,17 +280,17 @@ static qs_status branch(const qs_layer_call *call, void *x, const float *w, floa
 /* What attention's linears read, and the MLP's. */
 static qs_status branch1_input(const qs_layer_call *call, qs_mat *norm)
 {
-    return branch(call, call->acts->x, params_of(call)->norm1, call->acts->rstd1, norm);
+    return branch_begin(call, call->acts->x, params_of(call)->norm1, call->acts->rstd1, norm);
 }
 
 static qs_status branch2_input(const qs_layer_call *call, qs_mat *norm)
 {
-    return branch(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, norm);
+    return branch_begin(call, call->acts->x2, params_of(call)->norm2, call->acts->rstd2, norm);
 }
 
 /* Its backward: work.d_norm, through the norm, is added to dx. */
-static qs_status branch_backward(const qs_layer_call *call, void *x, const float *w,
-                                 const float *rstd, qs_mat *dx)
+static qs_status branch_begin_backward(const qs_layer_call *call, void *x, const float *w,
+                                       const float *rstd, qs_mat *dx)
 {
     const qs_model *m = call->model;
     const qs_mat dy = tokens_by(call, m->work.d_norm, m->config->hidden);
@@ -358,38 +358,58 @@ static qs_attention_shape attention_shape(const qs_layer_call *call)
                                 .longest = call->input->longest};
 }
 
-/* A linear ends a branch of the layer: y = x + what it gives, through the norm `w` behind it where
- * there is one, for whose backward `branch` and `rstd` stay. With such a norm y may be NULL: these
- * alone are wanted. */
-static qs_status join(const qs_layer_call *call, qs_linear linear, const qs_mat *in, const float *w,
-                      void *branch, float *rstd, void *x, void *y)
+/* How a branch of the layer ends: a linear and, where there is one, a norm behind it, for whose
+ * backward what it goes over and what it divided by stay. */
+typedef struct {
+    qs_linear linear;
+    const float *norm; /* [hidden]; NULL: none, nor the two below */
+    void *given;       /* [T, hidden] of act_dtype: what the linear gave */
+    float *rstd;       /* [T] */
+} branch_ending;
+
+static branch_ending attention_ending(const qs_layer_call *call)
+{
+    const qs_layer_acts *acts = call->acts;
+    return (branch_ending){QS_O, params_of(call)->post1, acts->branch1, acts->rstd_post1};
+}
+
+static branch_ending mlp_ending(const qs_layer_call *call)
+{
+    const qs_layer_acts *acts = call->acts;
+    return (branch_ending){QS_DOWN, params_of(call)->post2, acts->branch2, acts->rstd_post2};
+}
+
+/* y = x + what the branch gives for `in`. With a norm y may be NULL: what stays for its backward is
+ * wanted alone. */
+static qs_status branch_end(const qs_layer_call *call, const branch_ending *end, const qs_mat *in,
+                            void *x, void *y)
 {
     const qs_model *m = call->model;
-    const qs_mat from = stream(call, x), given = tokens_by(call, branch, m->config->hidden);
+    const qs_mat from = stream(call, x), given = tokens_by(call, end->given, m->config->hidden);
     qs_mat to = stream(call, y), norm;
-    if (w == NULL) {
-        return linear_to(call, linear, in, &from, &to);
+    if (end->norm == NULL) {
+        return linear_to(call, end->linear, in, &from, &to);
     }
-    QS_TRY(linear_forward(call, linear, in, branch));
-    QS_TRY(norm_forward(call, &given, w, m->config->rms_norm_eps, rstd, &norm));
+    QS_TRY(linear_forward(call, end->linear, in, end->given));
+    QS_TRY(norm_forward(call, &given, end->norm, m->config->rms_norm_eps, end->rstd, &norm));
     return y != NULL ? m->ops->add(m->queue, &from, &norm, &to) : QS_OK;
 }
 
 /* Its backward: from the gradient of y to that of what the linear gave, which *d_linear describes.
  */
-static qs_status part(const qs_layer_call *call, const qs_mat *dy, const float *w, void *branch,
-                      const float *rstd, qs_mat *d_linear)
+static qs_status branch_end_backward(const qs_layer_call *call, const branch_ending *end,
+                                     const qs_mat *dy, qs_mat *d_linear)
 {
     const qs_model *m = call->model;
-    if (w == NULL) {
+    if (end->norm == NULL) {
         *d_linear = *dy;
         return QS_OK;
     }
-    const qs_mat from = tokens_by(call, branch, m->config->hidden);
+    const qs_mat from = tokens_by(call, end->given, m->config->hidden);
     *d_linear = bordered(call, m->work.d_branch, m->config->hidden);
     QS_TRY(qs_queue_zero(m->queue, d_linear->data,
                          (size_t)(d_linear->rows * d_linear->stride) * m->act_bytes));
-    return m->ops->rmsnorm_backward(m->queue, dy, &from, w, rstd, d_linear);
+    return m->ops->rmsnorm_backward(m->queue, dy, &from, end->norm, end->rstd, d_linear);
 }
 
 /* A matrix each for q, k and v, or the same columns of one. */
@@ -444,7 +464,7 @@ static qs_status attention_half(const qs_layer_call *call)
 {
     qs_model *m = call->model;
     qs_layer_acts *acts = call->acts;
-    const qs_layer_params *p = params_of(call);
+    const branch_ending end = attention_ending(call);
     qs_mat norm;
     QS_TRY(branch1_input(call, &norm));
     QS_TRY(project(call, &norm));
@@ -456,7 +476,7 @@ static qs_status attention_half(const qs_layer_call *call)
     QS_TRY(rotate(call, &x.k, m->config->n_kv_heads, false));
     QS_TRY(m->ops->attention_forward(m->queue, &shape, &x.q, &x.k, &x.v, &o, acts->lse));
     m->flops += 4.0 * attention_pairs(call) * (double)m->q_width;
-    return join(call, QS_O, &o, p->post1, acts->branch1, acts->rstd_post1, acts->x, acts->x2);
+    return branch_end(call, &end, &o, acts->x, acts->x2);
 }
 
 /* gate or up as it is kept. */
@@ -495,7 +515,7 @@ static qs_glu glu_of(const qs_model *m)
 }
 
 /* gate, up -> act, which is what *act describes */
-static qs_status gate(const qs_layer_call *call, qs_mat *act)
+static qs_status glu_forward(const qs_layer_call *call, qs_mat *act)
 {
     const qs_model *m = call->model;
     const qs_mat gates = half_of_glu(call, call->acts->gate);
@@ -505,26 +525,25 @@ static qs_status gate(const qs_layer_call *call, qs_mat *act)
 }
 
 /* gate, up, x2 -> x_next */
-static qs_status down(const qs_layer_call *call, void *x_next)
+static qs_status down_proj(const qs_layer_call *call, void *x_next)
 {
-    qs_layer_acts *acts = call->acts;
+    const branch_ending end = mlp_ending(call);
     qs_mat act;
-    QS_TRY(gate(call, &act));
-    return join(call, QS_DOWN, &act, params_of(call)->post2, acts->branch2, acts->rstd_post2,
-                acts->x2, x_next);
+    QS_TRY(glu_forward(call, &act));
+    return branch_end(call, &end, &act, call->acts->x2, x_next);
 }
 
 qs_status qs_layer_forward(const qs_layer_call *call, void *x_next)
 {
     QS_TRY(attention_half(call));
     QS_TRY(gate_and_up(call));
-    return down(call, x_next);
+    return down_proj(call, x_next);
 }
 
 /* What the backward of the norm behind down_proj has to find. The layer's output is not wanted. */
 static qs_status recompute_down(const qs_layer_call *call)
 {
-    return params_of(call)->post2 != NULL ? down(call, NULL) : QS_OK;
+    return params_of(call)->post2 != NULL ? down_proj(call, NULL) : QS_OK;
 }
 
 qs_status qs_layer_recompute(const qs_layer_call *call)
@@ -562,14 +581,15 @@ static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *
 static qs_status backward_mlp(const qs_layer_call *call, qs_mat *dx, float *grad)
 {
     const qs_model *m = call->model;
-    qs_layer_acts *acts = call->acts;
+    const qs_layer_acts *acts = call->acts;
+    const branch_ending end = mlp_ending(call);
     qs_mat act, d_down, d_norm;
     qs_mat d_act = bordered(call, m->work.d_act, m->config->ffn_hidden);
-    QS_TRY(gate(call, &act));
-    QS_TRY(part(call, dx, params_of(call)->post2, acts->branch2, acts->rstd_post2, &d_down));
+    QS_TRY(glu_forward(call, &act));
+    QS_TRY(branch_end_backward(call, &end, dx, &d_down));
     QS_TRY(linear_backward(call, QS_DOWN, &act, &d_down, &d_act, grad));
     QS_TRY(backward_glu(call, &d_act, &act, grad, &d_norm));
-    return branch_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
+    return branch_begin_backward(call, acts->x2, params_of(call)->norm2, acts->rstd2, dx);
 }
 
 /* Where attention's backward leaves the gradients of q, k and v: for linears, so with a border, but
@@ -600,9 +620,10 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     const qs_mat o = bordered(call, acts->o, m->q_width);
     qs_mat d_o = tokens_by(call, work->d_o, m->q_width);
     const qs_layer_params *p = params_of(call);
+    const branch_ending end = attention_ending(call);
     qkv_mats d = gradients_of_qkv(call);
     qs_mat d_attention;
-    QS_TRY(part(call, dx, p->post1, acts->branch1, acts->rstd_post1, &d_attention));
+    QS_TRY(branch_end_backward(call, &end, dx, &d_attention));
     QS_TRY(linear_backward(call, QS_O, &o, &d_attention, &d_o, grad));
 
     const qs_attention_shape shape = attention_shape(call);
@@ -623,8 +644,9 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     QS_TRY(branch1_input(call, &norm));
     const siblings s = of_qkv(call, &d, m->qkv_border);
     QS_TRY(linears_backward(call, &s, &norm, wanted, grad));
-    return wanted != NULL ? branch_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
-                          : QS_OK;
+    return wanted != NULL
+               ? branch_begin_backward(call, acts->x, params_of(call)->norm1, acts->rstd1, dx)
+               : QS_OK;
 }
 
 qs_status qs_layer_backward(const qs_layer_call *call, void *dx, float *grad)

@@ -110,7 +110,7 @@ qs_status qs_model_create(qs_model **out, const qs_base_index *index, qs_fsdp *f
     qs_model_set_widths(m);
     QS_GOTO(QS_ALLOC(&m->order, 3 * index->n_units, QS_MEM_BASE_SMALL));
     QS_GOTO(qs_model_load_params(m));
-    QS_GOTO(qs_slots_create(m));
+    QS_GOTO(qs_decoded_create(m));
     QS_GOTO(qs_dora_create(m));
     QS_GOTO(allocate_buffers(m));
     *out = m;
@@ -129,7 +129,7 @@ void qs_model_destroy(qs_model *m)
     (void)qs_queue_wait(m->queue); /* operations may still use the buffers */
     qs_offload_destroy(m);
     qs_dora_destroy(m);
-    qs_slots_destroy(m);
+    qs_decoded_destroy(m);
     for (int64_t g = 0; m->micro != NULL && g < m->shape.group; g++) {
         qs_mem_free(m->micro[g].layers);
         qs_mirror_destroy(m->device, &m->micro[g].input.mirror);
@@ -212,7 +212,7 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, const qs_micr
     for (int l = 0; l < layers; l++) {
         const int u = qs_base_layer_unit(m->index, l);
         qs_unit_view view;
-        qs_range_begin(m->queue, "layer %d forward", l);
+        qs_span_begin(m->queue, "layer %d forward", l);
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
         QS_TRY(qs_layer_open(m, l, &view));
         QS_TRY(qs_dora_layer_norms(m, l, &view));
@@ -229,7 +229,7 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, const qs_micr
         }
         qs_layer_close(m);
         QS_TRY(qs_fsdp_release(m->fsdp, u));
-        qs_range_end(m->queue);
+        qs_span_end(m->queue);
     }
     qs_dora_pass_done(m);
     return QS_OK;
@@ -238,7 +238,7 @@ static qs_status forward(qs_model *m, const qs_micro_batch *group, const qs_micr
 static qs_status head(qs_model *m, const qs_micro_batch *group, int64_t count, float loss_scale,
                       bool keep)
 {
-    qs_range_begin(m->queue, "head");
+    qs_span_begin(m->queue, "head");
     for (int64_t g = 0; g < count; g++) {
         if (!qs_model_is_idle(&group[g])) {
             QS_TRY(qs_head_begin(m, &m->micro[g]));
@@ -250,7 +250,7 @@ static qs_status head(qs_model *m, const qs_micro_batch *group, int64_t count, f
             QS_TRY(qs_head_end(m, &m->micro[g], group[g].batch->n_tokens, loss_scale, keep));
         }
     }
-    qs_range_end(m->queue);
+    qs_span_end(m->queue);
     return QS_OK;
 }
 
@@ -278,7 +278,7 @@ static qs_status backward(qs_model *m, const qs_micro_batch *group, int64_t coun
     for (int l = m->config->n_layers - 1; l >= 0; l--) {
         const int u = qs_base_layer_unit(m->index, l);
         qs_unit_view view;
-        qs_range_begin(m->queue, "layer %d backward", l);
+        qs_span_begin(m->queue, "layer %d backward", l);
         QS_TRY(qs_fsdp_acquire(m->fsdp, u, &view));
         QS_TRY(qs_layer_open(m, l, &view));
         for (int64_t g = 0; g < count; g++) {
@@ -291,7 +291,7 @@ static qs_status backward(qs_model *m, const qs_micro_batch *group, int64_t coun
         if (reduce) {
             QS_TRY(qs_grads_reduce(grads, l));
         }
-        qs_range_end(m->queue);
+        qs_span_end(m->queue);
     }
     return QS_OK;
 }

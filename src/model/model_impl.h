@@ -98,9 +98,9 @@ typedef struct {
 
 /** Where layers are decoded to. */
 typedef struct {
-    int *of_layer; /* [n_layers] the slot that a layer is decoded to */
-    int *holds;    /* [1 + kept units] the layer whose weights lie in a slot, -1: none */
-} qs_decoded_slots;
+    int *of_layer; /* [n_layers] the place that a layer is decoded to */
+    int *holds;    /* [1 + kept units] the layer whose weights lie in a place, -1: none */
+} qs_decoded;
 
 /** Whose rows of the embedding are wanted next (embedding.c): micro-batches of the pass at hand,
  * then those of the next. */
@@ -146,7 +146,7 @@ struct qs_model {
     void *activation_block, *work_block;
     qs_micro_acts *micro; /* [group] */
     qs_model_work work;
-    qs_decoded_slots slots;
+    qs_decoded decoded;
     qs_dora_state dora;
     qs_coming coming;
     struct qs_offload *offload; /* NULL: activations stay on the device */
@@ -188,11 +188,12 @@ qs_status qs_layer_recompute(const qs_layer_call *call);
  * [per_layer]: LoRA gradients. */
 qs_status qs_layer_backward(const qs_layer_call *call, void *dx, float *grad);
 
-/** Decode `layer`, unless its slot holds it still, and make its adapters ready. */
-qs_status qs_slots_create(qs_model *model);
-void qs_slots_destroy(qs_model *model);
-qs_status qs_slots_open(qs_model *model, int layer, const qs_unit_view *unit, const qs_weight *w,
-                        const qs_lora *lora, int count);
+/** Which layers have a place of their own. */
+qs_status qs_decoded_create(qs_model *model);
+void qs_decoded_destroy(qs_model *model);
+/** Decode `layer`, unless its place holds it still, and make its adapters ready. */
+qs_status qs_decoded_open(qs_model *model, int layer, const qs_unit_view *unit, const qs_weight *w,
+                          const qs_lora *lora, int count);
 
 /** DoRA's norms and gains. Without it these do nothing. */
 qs_status qs_dora_create(qs_model *model);

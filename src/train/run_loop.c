@@ -292,9 +292,9 @@ static qs_status step_and_after(qs_run *r, qs_status *last_save, int64_t *saved,
     if (r->step + 1 == profiled[0]) {
         QS_TRY(start_profile(r));
     }
-    qs_range_begin(r->session.queue, "step %" PRId64, r->step + 1);
+    qs_span_begin(r->session.queue, "step %" PRId64, r->step + 1);
     QS_TRY(qs_run_step(r, &r->last));
-    qs_range_end(r->session.queue);
+    qs_span_end(r->session.queue);
     if (r->trainer.given_up_s > 0) {
         *stop = true;
         return leave_step(r, last_save, saved);

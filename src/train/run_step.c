@@ -87,18 +87,18 @@ qs_status qs_run_step(qs_run *r, qs_step_metrics *m)
     }
     const double reduce_start = qs_time_s();
     m->reduce_s = qs_grads_wait_s(r->trainer.grads) - reduced; /* between layers */
-    qs_range_begin(r->session.queue, "sums");
+    qs_span_begin(r->session.queue, "sums");
     QS_TRY(qs_trainer_sums(&r->trainer, &shard, &m->grad_norm, &loss_sum));
     m->loss = m->tokens > 0 ? loss_sum / (double)m->tokens : 0;
     m->reduce_s += qs_time_s() - reduce_start;
-    qs_range_end(r->session.queue);
+    qs_span_end(r->session.queue);
     if (r->options->dump_grads != NULL) {
         return qs_run_dump_gradient(r, shard);
     }
-    qs_range_begin(r->session.queue, "update");
+    qs_span_begin(r->session.queue, "update");
     QS_TRY(qs_comm_agree(r->comm, apply_update(r, shard, m)));
     QS_TRY(qs_trainer_gather(&r->trainer));
-    qs_range_end(r->session.queue);
+    qs_span_end(r->session.queue);
     m->step_time_s = qs_time_s() - start;
     const qs_fsdp_stats after = qs_fsdp_get_stats(r->session.fsdp);
     m->gather_s = r->session.apart ? -1 : after.gather_s - before.gather_s;

@@ -267,8 +267,8 @@ Test(twin_device, calls_that_a_device_has_no_use_for_do_nothing)
 {
     for (int i = 0; i < n_backends; i++) {
         const tw_backend *b = &backends[i];
-        qs_range_begin(b->queue, "layer %d", 3);
-        qs_range_end(b->queue);
+        qs_span_begin(b->queue, "layer %d", 3);
+        qs_span_end(b->queue);
         qs_device_profile(b->device, true);
         qs_device_profile(b->device, false);
         cr_assert_eq(qs_queue_poll(b->queue), QS_OK);

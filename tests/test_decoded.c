@@ -39,7 +39,7 @@ static void open_layer(qs_model *m, int layer, qs_status expected)
     const qs_unit_view unit = {0};
     const qs_lora none = {0};
     const qs_weight w = {.quantum = layer};
-    cr_assert_eq(qs_slots_open(m, layer, &unit, &w, &none, 1), expected);
+    cr_assert_eq(qs_decoded_open(m, layer, &unit, &w, &none, 1), expected);
 }
 
 /* Layers that are decoded in a pass up and, with `backward`, down. */
@@ -63,7 +63,7 @@ static qs_model model_of(qs_fsdp *fsdp, const bool *stays, int64_t keep)
 {
     qs_model m = {.config = &config, .fsdp = fsdp, .ops = &ops, .shape = {.keep_decoded = keep}};
     fsdp->at_hand = (bool *)(uintptr_t)stays;
-    cr_assert_eq(qs_slots_create(&m), QS_OK);
+    cr_assert_eq(qs_decoded_create(&m), QS_OK);
     for (int i = 0; i < SLOTS_MAX; i++) {
         lies_in[i] = -1;
     }
@@ -73,7 +73,7 @@ static qs_model model_of(qs_fsdp *fsdp, const bool *stays, int64_t keep)
 static const bool all[LAYERS] = {true, true, true, true, true};
 
 /* Of the layers in slot 0 the last is decoded once a turn, and so is the first. */
-Test(slots, a_pass_decodes_what_does_not_stay)
+Test(decoded, a_pass_decodes_what_does_not_stay)
 {
     for (int keep = 0; keep <= LAYERS; keep++) {
         qs_fsdp fsdp = {0};
@@ -86,25 +86,25 @@ Test(slots, a_pass_decodes_what_does_not_stay)
         }
         cr_assert_eq(decodes_of_pass(&m, false), turns - 1);
         cr_assert_eq(decodes_of_pass(&m, false), turns > 1 ? turns : 0, "evaluation");
-        qs_slots_destroy(&m);
+        qs_decoded_destroy(&m);
     }
 }
 
 /* A layer that is gathered for each use gets no slot, so that those get them that are not. */
-Test(slots, layers_that_are_gathered_do_not_stay)
+Test(decoded, layers_that_are_gathered_do_not_stay)
 {
     static const bool some[LAYERS] = {false, true, false, true, false};
     qs_fsdp fsdp = {0};
     qs_model m = model_of(&fsdp, some, 2);
     for (int l = 0; l < LAYERS; l++) {
-        cr_assert_eq(m.slots.of_layer[l], some[l] ? (l + 1) / 2 : 0);
+        cr_assert_eq(m.decoded.of_layer[l], some[l] ? (l + 1) / 2 : 0);
     }
     (void)decodes_of_pass(&m, true);
     cr_assert_eq(decodes_of_pass(&m, true), 4);
-    qs_slots_destroy(&m);
+    qs_decoded_destroy(&m);
 }
 
-Test(slots, an_open_that_failed_left_nothing)
+Test(decoded, an_open_that_failed_left_nothing)
 {
     qs_fsdp fsdp = {0};
     qs_model m = model_of(&fsdp, all, LAYERS);
@@ -113,5 +113,5 @@ Test(slots, an_open_that_failed_left_nothing)
     open_layer(&m, 2, QS_ERR_DEVICE);
     fails = false;
     cr_assert_eq(decodes_of_pass(&m, true), 1);
-    qs_slots_destroy(&m);
+    qs_decoded_destroy(&m);
 }
