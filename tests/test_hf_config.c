@@ -129,7 +129,8 @@ Test(hf_config, gemma2_caps_and_each_second_layer_sees_a_window)
                                "\"rope_type\":\"default\",\"rope_theta\":10000.0}")),
                  QS_OK, "%s", qs_error_text());
     cr_assert_eq(memcmp(&c, &v5, sizeof c), 0);
-    cr_assert(c.gemma && !c.qk_norm && c.tied && c.rope_local_theta == 0.0);
+    cr_assert(c.norm_plus_one && c.embedding_factor_rounded && c.glu == QS_GLU_GELU_TANH);
+    cr_assert(!c.qk_norm && c.tied && c.rope_local_theta == 0.0);
     cr_assert(c.windowed[0] && !c.windowed[1] && c.windowed[2]);
     cr_assert(c.attention_cap == 50.0F && c.final_cap == 30.0F);
     cr_assert_eq(parse(&c, as("gemma2", class_name,
@@ -149,7 +150,7 @@ Test(hf_config, olmo2_norms_behind_and_over_all_heads)
     cr_assert(qs_norms_behind(&c) && !qs_norms_in_front(&c) && c.qk_norm && c.qk_whole);
     cr_assert_eq(qs_qk_norm_width(&c, c.n_heads), 64);
     cr_assert_eq(qs_qk_norm_width(&c, c.n_kv_heads), 32);
-    cr_assert(c.bias[QS_Q] && c.bias[QS_O] && !c.bias[QS_GATE] && !c.gemma && !c.tied);
+    cr_assert(c.bias[QS_Q] && c.bias[QS_O] && !c.bias[QS_GATE] && !c.norm_plus_one && !c.tied);
     cr_assert(c.window == 0 && c.rope_theta == 5e5 && c.rope_local_theta == 0.0);
     /* The others' norms. */
     cr_assert_eq(parse(&c, as("qwen3", "Qwen3ForCausalLM", "")), QS_OK);
@@ -185,7 +186,7 @@ Test(hf_config, olmo3_in_both_spellings)
              types, yarn);
     cr_assert_eq(parse(&v5, as("olmo3", class_name, text)), QS_OK, "%s", qs_error_text());
     cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
-    cr_assert(qs_norms_behind(&v4) && !qs_norms_in_front(&v4) && v4.qk_whole && !v4.gemma);
+    cr_assert(qs_norms_behind(&v4) && !qs_norms_in_front(&v4) && v4.qk_whole && !v4.norm_plus_one);
     cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
     cr_assert(v4.rope_type == QS_ROPE_YARN && v4.rope_magnitude == 1.2079441541679836);
     cr_assert(v4.rope_theta == 5e5 && v4.rope_local_theta == 5e5);
@@ -327,7 +328,8 @@ Test(hf_config, gemma3_in_both_spellings)
                       "\"rope_theta\":30000.0}}")),
         QS_OK, "%s", qs_error_text());
     cr_assert_eq(memcmp(&v4, &v5, sizeof v4), 0);
-    cr_assert(v4.gemma && v4.qk_norm && v4.tied && v4.head_dim == 256);
+    cr_assert(v4.norm_plus_one && v4.embedding_factor_rounded && v4.glu == QS_GLU_GELU_TANH);
+    cr_assert(v4.qk_norm && v4.tied && v4.head_dim == 256);
     cr_assert(v4.score_scale == 1.0F / sqrtf(168.0F) && v4.embedding_multiplier == 8.0);
     cr_assert(v4.windowed[0] && !v4.windowed[1] && v4.windowed[2] && v4.window == 5);
     double full[128], local[128];
@@ -396,7 +398,8 @@ Test(hf_config, granite_has_four_multipliers)
                  QS_OK, "%s", qs_error_text());
     cr_assert(c.embedding_multiplier == 12.0 && c.residual_multiplier == 0.22);
     cr_assert(c.logits_scaling == 16.0 && c.score_scale == 0.0078125F);
-    cr_assert(c.tied && c.bias[QS_O] && c.bias[QS_DOWN] && !c.gemma);
+    cr_assert(c.tied && c.bias[QS_O] && c.bias[QS_DOWN]);
+    cr_assert(!c.norm_plus_one && !c.embedding_factor_rounded && c.glu == QS_GLU_SILU);
     /* The class's own values: 1 for scores, too. */
     cr_assert_eq(parse(&c, as("granite", class_name, "")), QS_OK, "%s", qs_error_text());
     cr_assert(c.embedding_multiplier == 1.0 && c.residual_multiplier == 1.0);

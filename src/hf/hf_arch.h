@@ -37,9 +37,11 @@ typedef struct {
     /* With qk_norm: rather over all heads of a token together. */
     bool qk_whole;
     bool qk_norm; /* RMSNorm over each head of q and k, before RoPE */
-    bool gemma;   /* its kind of layer: norms of 1 + w; an embedding times sqrt(hidden); a MLP
-                     gated by GELU (hidden_activation); query_pre_attn_scalar */
-    bool tied;    /* unless the file says otherwise */
+    bool gemma;   /* its kind of file: an embedding times sqrt(hidden) without a key for it;
+                     hidden_activation; query_pre_attn_scalar */
+    bool norm_plus_one, embedding_factor_rounded; /* hf_config.h */
+    qs_glu glu;
+    bool tied;  /* unless the file says otherwise */
     bool fused; /* Phi-3's layer: one linear for q, k and v, one for gate and up; RoPE turns a part
                    of each head (partial_rotary_factor), and scales by longrope or not at all; its
                    original length stands at top level */

@@ -522,7 +522,7 @@ static qs_status parse_activation(const qs_hf_arch *arch, const json_t *root, co
 {
     static const char *const silu[] = {"silu", "swish"};
     static const char *const gelu[] = {"gelu_pytorch_tanh"};
-    if (arch->gemma) {
+    if (arch->glu == QS_GLU_GELU_TANH) {
         QS_TRY(expect_activation(root, "hidden_activation", gelu, QS_HF_COUNT(gelu), path));
         return expect_activation(root, "hidden_act", gelu, QS_HF_COUNT(gelu), path);
     }
@@ -548,7 +548,6 @@ static qs_status parse_gemma(qs_hf_config *out, const qs_hf_arch *arch, const js
                              const char *path)
 {
     double scalar;
-    out->gemma = arch->gemma;
     if (!arch->gemma) {
         return QS_OK;
     }
@@ -706,6 +705,9 @@ static qs_status parse_root(qs_hf_config *out, const json_t *root, const char *p
     QS_TRY(find_architecture(&arch, root, path));
     strcpy(out->model_type, arch->model_type);
     out->norms = arch->norms;
+    out->norm_plus_one = arch->norm_plus_one;
+    out->glu = arch->glu;
+    out->embedding_factor_rounded = arch->embedding_factor_rounded;
     out->qk_norm = arch->qk_norm;
     out->qk_whole = arch->qk_whole;
     out->fused = arch->fused;

@@ -9,6 +9,7 @@
 
 #include "base/dtype.h"
 #include "base/status.h"
+#include "kernels/ops.h"
 
 enum { QS_HEAD_DIM_MAX = 1024, QS_LAYERS_MAX = 1000, QS_HF_TYPE_BYTES = 32 };
 
@@ -59,13 +60,14 @@ typedef struct {
     int64_t hidden, ffn_hidden, vocab;
     int64_t max_position;
     float rms_norm_eps;
-    bool tied;                  /* head = embedding table */
-    bool fused;                 /* one linear for q, k and v, one for gate and up */
-    bool bias[QS_LINEAR_COUNT]; /* the linear has one */
-    bool qk_norm;               /* RMSNorm over each head of q and k, before RoPE */
-    bool gemma; /* a norm behind attention and MLP, too; norms of 1 + w; GELU, not SiLU, gates the
-                   MLP */
-    float score_scale;            /* of scores: 1 / sqrt(head_dim) but for Gemma and Granite */
+    bool tied;                     /* head = embedding table */
+    bool fused;                    /* one linear for q, k and v, one for gate and up */
+    bool bias[QS_LINEAR_COUNT];    /* the linear has one */
+    bool qk_norm;                  /* RMSNorm over each head of q and k, before RoPE */
+    bool norm_plus_one;            /* norms multiply by 1 + w, not by w */
+    qs_glu glu;                    /* what gates the MLP */
+    float score_scale;             /* of scores: 1 / sqrt(head_dim) but for Gemma and Granite */
+    bool embedding_factor_rounded; /* embedding_multiplier is, to the type of the rows */
     double embedding_multiplier;  /* Gemma: sqrt(hidden); 1 but for it and Granite, as are these: */
     double residual_multiplier;   /* of what attention and MLP add to the residual stream */
     double logits_scaling;        /* logits are divided by it */

@@ -66,7 +66,7 @@ static qs_status scale_rows(qs_model *m, void *rows, int64_t tokens)
     if (by == 1.0F) {
         return QS_OK;
     }
-    if (m->config->gemma && m->stream_dtype == QS_BF16) {
+    if (m->config->embedding_factor_rounded && m->stream_dtype == QS_BF16) {
         by = qs_f32_from_bf16(qs_bf16_from_f32(by));
     }
     qs_mat x = qs_model_stream(m, rows, tokens);

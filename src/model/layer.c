@@ -509,11 +509,6 @@ static qs_status gate_and_up(const qs_layer_call *call)
     return linears_forward(call, &s, &norm);
 }
 
-static qs_glu glu_of(const qs_model *m)
-{
-    return m->config->gemma ? QS_GLU_GELU_TANH : QS_GLU_SILU;
-}
-
 /* gate, up -> act, which is what *act describes */
 static qs_status glu_forward(const qs_layer_call *call, qs_mat *act)
 {
@@ -521,7 +516,7 @@ static qs_status glu_forward(const qs_layer_call *call, qs_mat *act)
     const qs_mat gates = half_of_glu(call, call->acts->gate);
     const qs_mat up = half_of_glu(call, call->acts->up);
     *act = bordered(call, m->work.act, m->config->ffn_hidden);
-    return m->ops->glu_forward(m->queue, glu_of(m), &gates, &up, act);
+    return m->ops->glu_forward(m->queue, m->config->glu, &gates, &up, act);
 }
 
 /* gate, up, x2 -> x_next */
@@ -570,7 +565,7 @@ static qs_status backward_glu(const qs_layer_call *call, qs_mat *d_act, qs_mat *
     const bool in_rows = m->gate_up_width > 0;
     qs_mat gates = half_of_glu(call, call->acts->gate), up = half_of_glu(call, call->acts->up);
     qs_mat *d_gate = in_rows ? &gates : d_act, *d_up = in_rows ? &up : act, norm;
-    QS_TRY(m->ops->glu_backward(m->queue, glu_of(m), &gates, &up, d_act, d_gate, d_up));
+    QS_TRY(m->ops->glu_backward(m->queue, m->config->glu, &gates, &up, d_act, d_gate, d_up));
     QS_TRY(branch2_input(call, &norm));
     *d_norm = tokens_by(call, m->work.d_norm, m->config->hidden);
     const siblings s = of_gate_and_up(call, d_gate, d_up);

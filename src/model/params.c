@@ -85,7 +85,7 @@ static qs_status take_norm(const qs_base_index *index, const qs_base_unit *unit,
 {
     float *w = *free_at;
     QS_TRY(take_small(index, unit, suffix, count, bytes, free_at, out));
-    for (int64_t i = 0; i < count && index->config.gemma; i++) {
+    for (int64_t i = 0; i < count && index->config.norm_plus_one; i++) {
         w[i] = 1.0F + w[i];
     }
     return QS_OK;
