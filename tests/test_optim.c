@@ -155,7 +155,7 @@ static void check_lora_plus(bool dora)
     }
     c.lora.rank = LORA;
     c.lora.targets = 0x2d; /* q, v, o, up */
-    c.optim.name = QS_OPTIM_SGD;
+    c.optim.name = QS_OPTIMIZER_SGD;
     c.optim.lora_plus_ratio = 16.0;
     c.lora.dora = dora;
     cr_assert_eq(qs_lora_layout_of_shapes(&layout, LAYERS, outs, ins, &c), QS_OK);

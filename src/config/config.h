@@ -21,8 +21,12 @@ enum {
 
 typedef enum { QS_RECOMPUTE_FULL, QS_RECOMPUTE_SELECTIVE, QS_RECOMPUTE_NONE } qs_recompute;
 typedef enum { QS_SCHEDULE_CONSTANT, QS_SCHEDULE_LINEAR, QS_SCHEDULE_COSINE } qs_schedule;
-/** In the order of qs_optim_kind (kernels/ops.h). */
-typedef enum { QS_NAME_ADAMW, QS_NAME_ADAM, QS_NAME_SGD, QS_NAME_ADADELTA } qs_optimizer;
+typedef enum {
+    QS_OPTIMIZER_ADAMW,
+    QS_OPTIMIZER_ADAM,
+    QS_OPTIMIZER_SGD,
+    QS_OPTIMIZER_ADADELTA
+} qs_optimizer;
 typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT, QS_GEMM_BF16, QS_GEMM_FP16, QS_GEMM_AMX } qs_gemm_kind;
 /** Words of shard.group; above 0 it is a number of ranks. */
@@ -41,12 +45,12 @@ typedef struct {
     char data_train[QS_PATH_MAX], data_eval[QS_PATH_MAX];
     char output[QS_PATH_MAX];
     int64_t seed;
-    int device; /* qs_device_kind */
+    qs_device_kind device;
 
     struct {
         int64_t steps, epochs; /* one of them > 0 */
         int64_t global_batch, micro_batch, seq_len;
-        int recompute; /* qs_recompute */
+        qs_recompute recompute;
         bool residual_fp32;
         int64_t gather_group; /* 0: auto */
         int64_t eval_every, log_every, save_every, keep_last, keep_every;
@@ -63,10 +67,10 @@ typedef struct {
         char init[QS_PATH_MAX]; /* PEFT directory to continue from, or "" */
     } lora;
     struct {
-        int name;                                         /* qs_optimizer */
+        qs_optimizer name;
         double lr, beta1, beta2, eps, weight_decay, clip; /* clip 0: off */
         double lora_plus_ratio;                           /* learning rate of B over that of A */
-        int schedule;                                     /* qs_schedule */
+        qs_schedule schedule;
         double warmup; /* < 1: fraction of the steps, else steps */
         double min_lr_ratio;
     } optim;

@@ -7,6 +7,15 @@
 #define AT(field) offsetof(qs_config, field)
 #define G 1073741824.0
 
+/* Where a word that stands for a number below 0 has its name. */
+#define WORD(number) (-1 - (number))
+
+/* Fields of these types are stored through an int. */
+_Static_assert(sizeof(qs_device_kind) == sizeof(int), "QS_KEY_ENUM");
+_Static_assert(sizeof(qs_recompute) == sizeof(int), "QS_KEY_ENUM");
+_Static_assert(sizeof(qs_optimizer) == sizeof(int), "QS_KEY_ENUM");
+_Static_assert(sizeof(qs_schedule) == sizeof(int), "QS_KEY_ENUM");
+
 /* Bounds that no sensible run reaches; they keep the arithmetic on these numbers far from overflow.
  */
 #define STEPS_MAX 1e9
@@ -50,7 +59,7 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_ENUM,
      .offset = AT(device),
      .preset = "auto",
-     .names = {"auto", "cpu", "cuda"},
+     .names = {[QS_DEVICE_AUTO] = "auto", [QS_DEVICE_CPU] = "cpu", [QS_DEVICE_CUDA] = "cuda"},
      .meaning = "where to compute"},
 
     {.name = "train.steps",
@@ -97,7 +106,9 @@ const qs_key qs_keys[] = {
      .offset = AT(train.recompute),
      .preset = "full",
      .neutral = true,
-     .names = {"full", "selective", "none"},
+     .names = {[QS_RECOMPUTE_FULL] = "full",
+               [QS_RECOMPUTE_SELECTIVE] = "selective",
+               [QS_RECOMPUTE_NONE] = "none"},
      .meaning = "what the backward computes again: a layer, its gate and up only, nothing"},
     {.name = "train.residual_fp32",
      .type = QS_KEY_BOOL,
@@ -241,7 +252,10 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_ENUM,
      .offset = AT(optim.name),
      .preset = "adamw",
-     .names = {"adamw", "adam", "sgd", "adadelta"},
+     .names = {[QS_OPTIMIZER_ADAMW] = "adamw",
+               [QS_OPTIMIZER_ADAM] = "adam",
+               [QS_OPTIMIZER_SGD] = "sgd",
+               [QS_OPTIMIZER_ADADELTA] = "adadelta"},
      .meaning =
          "optimizer; adam, sgd and adadelta add weight_decay to the gradient, rho of adadelta is "
          "the first of betas"},
@@ -289,7 +303,9 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_ENUM,
      .offset = AT(optim.schedule),
      .preset = "cosine",
-     .names = {"constant", "linear", "cosine"},
+     .names = {[QS_SCHEDULE_CONSTANT] = "constant",
+               [QS_SCHEDULE_LINEAR] = "linear",
+               [QS_SCHEDULE_COSINE] = "cosine"},
      .meaning = "learning rate after the warm-up"},
     {.name = "optim.warmup",
      .type = QS_KEY_F64,
@@ -312,7 +328,7 @@ const qs_key qs_keys[] = {
      .high = RANKS_MAX,
      .neutral = true,
      .zero = "auto",
-     .names = {"world", "node"},
+     .names = {[WORD(QS_SHARD_WORLD)] = "world", [WORD(QS_SHARD_NODE)] = "node"},
      .unit = "ranks",
      .meaning =
          "ranks that share one copy of the base: all, those of a node, or so many; auto: a node's "
@@ -324,7 +340,7 @@ const qs_key qs_keys[] = {
      .high = LAYERS_MAX,
      .neutral = true,
      .zero = "none",
-     .names = {"auto"},
+     .names = {[WORD(QS_KEEP_AUTO)] = "auto"},
      .unit = "layers",
      .meaning = "layers that every rank keeps whole, spread over the model: memory for fewer "
                 "gathers; auto: as many as fit"},
@@ -352,7 +368,7 @@ const qs_key qs_keys[] = {
      .high = LAYERS_MAX,
      .neutral = true,
      .zero = "none",
-     .names = {"auto"},
+     .names = {[WORD(QS_KEEP_AUTO)] = "auto"},
      .unit = "layers",
      .meaning =
          "layers of which a GPU keeps the decoded weights beside the NF4 ones, for steps that "
@@ -371,7 +387,11 @@ const qs_key qs_keys[] = {
      .type = QS_KEY_ENUM,
      .offset = AT(cpu.gemm),
      .preset = "auto",
-     .names = {"auto", "strict", "bf16", "fp16", "amx"},
+     .names = {[QS_GEMM_AUTO] = "auto",
+               [QS_GEMM_STRICT] = "strict",
+               [QS_GEMM_BF16] = "bf16",
+               [QS_GEMM_FP16] = "fp16",
+               [QS_GEMM_AMX] = "amx"},
      .meaning =
          "products with frozen matrices: strict is fp32, the reference; amx, bf16 and fp16 run "
          "anywhere and are fast with AMX-BF16, AMD's AVX512-BF16, AVX512-FP16; auto is the first "

@@ -13,7 +13,7 @@ typedef enum {
     QS_KEY_F64,
     QS_KEY_BOOL,
     QS_KEY_PATH,    /* char[QS_PATH_MAX] */
-    QS_KEY_ENUM,    /* int, index into `names` */
+    QS_KEY_ENUM,    /* int or an enum of its size, index into `names` */
     QS_KEY_BYTES,   /* int64_t, with a suffix K, M, G or T */
     QS_KEY_TARGETS, /* uint32_t, bits */
     QS_KEY_PAIR,    /* two doubles, one after the other */

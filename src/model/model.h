@@ -19,12 +19,12 @@ typedef struct qs_model qs_model;
 
 /** What a model is built for: buffers are allocated once, from these. */
 typedef struct {
-    int64_t max_tokens;      /* of one micro-batch */
-    int64_t max_targets;     /* of one micro-batch */
-    int64_t seq_len;         /* of the run: RoPE that scales by length goes by it, for all sequences
-                                alike */
-    int64_t group;           /* micro-batches per pass */
-    int recompute;           /* qs_recompute */
+    int64_t max_tokens;  /* of one micro-batch */
+    int64_t max_targets; /* of one micro-batch */
+    int64_t seq_len;     /* of the run: RoPE that scales by length goes by it, for all sequences
+                            alike */
+    int64_t group;       /* micro-batches per pass */
+    qs_recompute recompute;
     bool backward;           /* false: evaluation only */
     int64_t logit_rows;      /* rows of one qs_model_logits; 0: not asked for */
     int64_t head_chunk_rows; /* of the base */

@@ -126,12 +126,17 @@ static qs_status update_stretches(qs_optim *optim, const qs_ops *ops, qs_queue *
     return QS_OK;
 }
 
+static const qs_optim_kind kinds[] = {[QS_OPTIMIZER_ADAMW] = QS_OPTIM_ADAMW,
+                                      [QS_OPTIMIZER_ADAM] = QS_OPTIM_ADAM,
+                                      [QS_OPTIMIZER_SGD] = QS_OPTIM_SGD,
+                                      [QS_OPTIMIZER_ADADELTA] = QS_OPTIM_ADADELTA};
+
 qs_status qs_optim_step(qs_optim *optim, const qs_ops *ops, qs_queue *queue, const qs_config *cfg,
                         double lr, double grad_scale, const float *grad)
 {
     double t = (double)(optim->step + 1);
     qs_update_args args = {
-        .kind = (qs_optim_kind)cfg->optim.name,
+        .kind = kinds[cfg->optim.name],
         .lr = lr,
         .beta1 = cfg->optim.beta1,
         .beta2 = cfg->optim.beta2,

@@ -167,7 +167,7 @@ static double backward_elements(const work_sizes *z)
 }
 
 /* What a wider residual stream adds: norms read it, and what ends a branch reads and writes it. */
-static double stream_bytes(const work_sizes *z, bool backward, int recompute)
+static double stream_bytes(const work_sizes *z, bool backward, qs_recompute recompute)
 {
     const double forward = 6 * z->h, norms_twice = 4 * z->h;
     const double again = recompute == QS_RECOMPUTE_FULL        ? 4 * z->h
@@ -281,11 +281,10 @@ static qs_step_phase forward_phase(const work_sizes *z)
 static qs_step_phase head_phase(const work_sizes *z)
 {
     return (qs_step_phase){.product_flops = 4 * z->targets * z->h * z->v,
-                           .memory_bytes =
-                               z->targets * z->v * (16 + 8 * z->h / QS_HEAD_SLICE)};
+                           .memory_bytes = z->targets * z->v * (16 + 8 * z->h / QS_HEAD_SLICE)};
 }
 
-static qs_step_phase backward_phase(const work_sizes *z, int recompute)
+static qs_step_phase backward_phase(const work_sizes *z, qs_recompute recompute)
 {
     qs_step_phase p = {.product_flops = backward_flops(z), .attention_flops = 8 * z->pairs * z->q};
     double elements = backward_elements(z);
