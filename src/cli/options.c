@@ -1,6 +1,7 @@
 /* Options by glibc's argp, with the project's own error lines: an unknown option names the nearest
  * one, and nothing but that one line is printed. */
 #include <errno.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -259,13 +260,13 @@ static qs_status set_shape(qs_cli_args *out, const char *text)
     return QS_OK;
 }
 
-static qs_status set_group(const char *text, int64_t *out)
+static qs_status set_group(qs_cli_args *out, const char *text)
 {
     if (strcmp(text, "world") == 0 || strcmp(text, "node") == 0) {
-        *out = text[0] == 'w' ? QS_SHARD_WORLD : QS_SHARD_NODE;
+        out->group = text[0] == 'w' ? QS_SHARD_WORLD : QS_SHARD_NODE;
         return QS_OK;
     }
-    return whole_number("group", text, 1, 1000000, out);
+    return whole_number("group", text, 1, 1000000, &out->group);
 }
 
 /* The first is inside a node, the second between nodes. */
@@ -286,7 +287,7 @@ static qs_status add_link(qs_cli_args *out, const char *text)
 }
 
 /* "A:B", both from 1, A <= B. */
-static qs_status set_steps(const char *text, int64_t steps[2])
+static qs_status set_steps(qs_cli_args *out, const char *text)
 {
     long long from = 0, to = 0;
     int end = 0;
@@ -296,8 +297,8 @@ static qs_status set_steps(const char *text, int64_t steps[2])
                        "--profile-steps: \"%.40s\" is not A:B with 1 <= A <= B, for example 5:7",
                        text);
     }
-    steps[0] = from;
-    steps[1] = to;
+    out->profile_steps[0] = from;
+    out->profile_steps[1] = to;
     return QS_OK;
 }
 
@@ -314,21 +315,23 @@ static qs_status one_of(const char *option, const char *text, const char *const 
                    text, names[0], names[1], names[2]);
 }
 
-static qs_status set_resume(const char *text, qs_resume *out)
+static qs_status set_resume(qs_cli_args *out, const char *text)
 {
-    static const char *const names[] = {"auto", "must", "never"}; /* in the order of qs_resume */
+    static const char *const names[] = {
+        [QS_RESUME_AUTO] = "auto", [QS_RESUME_MUST] = "must", [QS_RESUME_NEVER] = "never"};
     int number = 0;
     QS_TRY(one_of("resume", text, names, &number));
-    *out = (qs_resume)number;
+    out->resume = (qs_resume)number;
     return QS_OK;
 }
 
-static qs_status set_device(const char *text, qs_device_kind *out)
+static qs_status set_device(qs_cli_args *out, const char *text)
 {
-    static const char *const names[] = {"auto", "cpu", "cuda"}; /* as in qs_device_kind */
+    static const char *const names[] = {
+        [QS_DEVICE_AUTO] = "auto", [QS_DEVICE_CPU] = "cpu", [QS_DEVICE_CUDA] = "cuda"};
     int number = 0;
     QS_TRY(one_of("device", text, names, &number));
-    *out = (qs_device_kind)number;
+    out->device = (qs_device_kind)number;
     return QS_OK;
 }
 
@@ -350,141 +353,112 @@ static qs_status add_word(qs_cli_args *out, const char *text)
     return QS_OK;
 }
 
-/* Options without a value, and those that take any text. */
-static qs_status take_simple(qs_cli_args *out, int key, const char *text)
-{
-    switch (key) {
-    case KEY_HELP:
-        out->help = true;
-        break;
-    case KEY_QUIET:
-        out->quiet = true;
-        break;
-    case KEY_VERBOSE:
-        out->verbose = true;
-        break;
-    case KEY_TAKEOVER:
-        out->takeover = true;
-        break;
-    case KEY_DRY_RUN:
-        out->dry_run = true;
-        break;
-    case KEY_SHARED_DEVICE:
-        out->shared_device = true;
-        break;
-    case KEY_PROFILE_STEPS:
-        return set_steps(text, out->profile_steps);
-    case KEY_TRACE:
-        out->trace = text;
-        break;
-    case KEY_SINGLE_QUANT:
-        out->single_quant = true;
-        break;
-    case KEY_BEST:
-        out->best = true;
-        break;
-    case KEY_FOLD:
-        out->fold_scaling = true;
-        break;
-    case 'o':
-        out->output = text;
-        break;
-    case KEY_ADAPTER:
-        out->adapter = text;
-        break;
-    case KEY_PROMPTS:
-        out->prompts = text;
-        break;
-    case KEY_BASE_NAME:
-        out->base_name = text;
-        break;
-    case KEY_BASE:
-        out->base = text;
-        break;
-    case KEY_ORIGINAL:
-        out->original = text;
-        break;
-    case KEY_DTYPE:
-        out->dtype = text;
-        break;
-    case KEY_SHARD_SIZE:
-        out->shard_size = text;
-        break;
-    case KEY_GPU:
-        out->gpu = text;
-        break;
-    case KEY_JSON:
-        out->json = text;
-        break;
-    case KEY_DUMP_GRADS:
-        out->dump_grads = text;
-        break;
-    case KEY_DUMP_ORDER:
-        out->dump_order = text;
-        break;
-    case KEY_DUMP_LOGITS:
-        out->dump_logits = text;
-        break;
-    default:
-        return QS_FAIL(QS_ERR_BUG, "option %d has no meaning", key);
-    }
-    return QS_OK;
-}
+/* ---- what each option means ---- */
 
-/* Those of bench alone. */
-static qs_status take_bench(qs_cli_args *out, int key, const char *text)
-{
-    switch (key) {
-    case KEY_BEGIN:
-        return qs_cli_parse_size("begin-bytes", text, &out->begin_bytes);
-    case KEY_END:
-        return qs_cli_parse_size("end-bytes", text, &out->end_bytes);
-    case KEY_FACTOR:
-        return whole_number("factor", text, 2, 1 << 20, &out->factor);
-    case KEY_REPEATS:
-        return whole_number("repeats", text, 1, 1000, &out->repeats);
-    case KEY_WARMUP:
-        return whole_number("warmup", text, 0, 1000, &out->warmup);
-    case KEY_GROUP:
-        return set_group(text, &out->group);
-    case KEY_SHAPE:
-        return set_shape(out, text);
-    case KEY_HEADS:
-        return whole_number("heads", text, 1, 1024, &out->heads);
-    case KEY_KV_HEADS:
-        return whole_number("kv-heads", text, 1, 1024, &out->kv_heads);
-    case KEY_HEAD_DIM:
-        return whole_number("head-dim", text, 2, 1024, &out->head_dim);
-    default:
-        return take_simple(out, key, text);
+typedef enum {
+    FLAG,   /* bool: it is there */
+    TEXT,   /* const char *: as it stands */
+    NUMBER, /* int64_t within [low, high] */
+    SIZE,   /* int64_t, qs_cli_parse_size */
+    OWN,    /* a function of its own */
+} option_kind;
+
+typedef struct {
+    int key;
+    option_kind kind;
+    const char *name; /* for messages */
+    size_t offset;    /* in qs_cli_args */
+    int64_t low, high;
+    qs_status (*own)(qs_cli_args *out, const char *text);
+} option_row;
+
+#define AT(field) offsetof(qs_cli_args, field)
+#define NUMBER_ROW(k, text, field, least, most)                                                    \
+    {                                                                                              \
+        .key = k, .kind = NUMBER, .name = text, .offset = AT(field), .low = least, .high = most    \
     }
+
+static const option_row rows[] = {
+    {.key = KEY_HELP, .kind = FLAG, .offset = AT(help)},
+    {.key = KEY_QUIET, .kind = FLAG, .offset = AT(quiet)},
+    {.key = KEY_VERBOSE, .kind = FLAG, .offset = AT(verbose)},
+    {.key = KEY_TAKEOVER, .kind = FLAG, .offset = AT(takeover)},
+    {.key = KEY_DRY_RUN, .kind = FLAG, .offset = AT(dry_run)},
+    {.key = KEY_SHARED_DEVICE, .kind = FLAG, .offset = AT(shared_device)},
+    {.key = KEY_SINGLE_QUANT, .kind = FLAG, .offset = AT(single_quant)},
+    {.key = KEY_BEST, .kind = FLAG, .offset = AT(best)},
+    {.key = KEY_FOLD, .kind = FLAG, .offset = AT(fold_scaling)},
+
+    {.key = 'o', .kind = TEXT, .offset = AT(output)},
+    {.key = KEY_ADAPTER, .kind = TEXT, .offset = AT(adapter)},
+    {.key = KEY_PROMPTS, .kind = TEXT, .offset = AT(prompts)},
+    {.key = KEY_BASE_NAME, .kind = TEXT, .offset = AT(base_name)},
+    {.key = KEY_BASE, .kind = TEXT, .offset = AT(base)},
+    {.key = KEY_ORIGINAL, .kind = TEXT, .offset = AT(original)},
+    {.key = KEY_DTYPE, .kind = TEXT, .offset = AT(dtype)},
+    {.key = KEY_SHARD_SIZE, .kind = TEXT, .offset = AT(shard_size)},
+    {.key = KEY_GPU, .kind = TEXT, .offset = AT(gpu)},
+    {.key = KEY_JSON, .kind = TEXT, .offset = AT(json)},
+    {.key = KEY_TRACE, .kind = TEXT, .offset = AT(trace)},
+    {.key = KEY_DUMP_GRADS, .kind = TEXT, .offset = AT(dump_grads)},
+    {.key = KEY_DUMP_ORDER, .kind = TEXT, .offset = AT(dump_order)},
+    {.key = KEY_DUMP_LOGITS, .kind = TEXT, .offset = AT(dump_logits)},
+
+    NUMBER_ROW(KEY_TOKENS, "tokens", tokens, 1, 1 << 20),
+    NUMBER_ROW(KEY_HEAD_ROWS, "head-chunk-rows", head_chunk_rows, 1, 1 << 22),
+    NUMBER_ROW(KEY_THREADS, "threads", threads, 1, 4096),
+    NUMBER_ROW(KEY_GPUS, "gpus", gpus, 1, 65536),
+    NUMBER_ROW(KEY_PER_NODE, "per-node", per_node, 1, 65536),
+    NUMBER_ROW(KEY_FACTOR, "factor", factor, 2, 1 << 20),
+    NUMBER_ROW(KEY_REPEATS, "repeats", repeats, 1, 1000),
+    NUMBER_ROW(KEY_WARMUP, "warmup", warmup, 0, 1000),
+    NUMBER_ROW(KEY_HEADS, "heads", heads, 1, 1024),
+    NUMBER_ROW(KEY_KV_HEADS, "kv-heads", kv_heads, 1, 1024),
+    NUMBER_ROW(KEY_HEAD_DIM, "head-dim", head_dim, 2, 1024),
+
+    {.key = KEY_BEGIN, .kind = SIZE, .name = "begin-bytes", .offset = AT(begin_bytes)},
+    {.key = KEY_END, .kind = SIZE, .name = "end-bytes", .offset = AT(end_bytes)},
+
+    {.key = KEY_SET, .kind = OWN, .own = add_set},
+    {.key = KEY_LINK, .kind = OWN, .own = add_link},
+    {.key = KEY_GROUP, .kind = OWN, .own = set_group},
+    {.key = KEY_SHAPE, .kind = OWN, .own = set_shape},
+    {.key = KEY_RESUME, .kind = OWN, .own = set_resume},
+    {.key = KEY_DEVICE, .kind = OWN, .own = set_device},
+    {.key = KEY_PROFILE_STEPS, .kind = OWN, .own = set_steps},
+    {.key = ARGP_KEY_ARG, .kind = OWN, .own = add_word},
+};
+
+static const option_row *row_of(int key)
+{
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        if (rows[i].key == key) {
+            return &rows[i];
+        }
+    }
+    return NULL;
 }
 
 static qs_status take(qs_cli_args *out, int key, const char *text)
 {
-    switch (key) {
-    case KEY_SET:
-        return add_set(out, text);
-    case KEY_TOKENS:
-        return whole_number("tokens", text, 1, 1 << 20, &out->tokens);
-    case KEY_HEAD_ROWS:
-        return whole_number("head-chunk-rows", text, 1, 1 << 22, &out->head_chunk_rows);
-    case KEY_THREADS:
-        return whole_number("threads", text, 1, 4096, &out->threads);
-    case KEY_GPUS:
-        return whole_number("gpus", text, 1, 65536, &out->gpus);
-    case KEY_PER_NODE:
-        return whole_number("per-node", text, 1, 65536, &out->per_node);
-    case KEY_LINK:
-        return add_link(out, text);
-    case KEY_RESUME:
-        return set_resume(text, &out->resume);
-    case KEY_DEVICE:
-        return set_device(text, &out->device);
-    case ARGP_KEY_ARG:
-        return add_word(out, text);
+    const option_row *row = row_of(key);
+    if (row == NULL) {
+        return QS_FAIL(QS_ERR_BUG, "option %d has no meaning", key);
+    }
+    void *field = (char *)out + row->offset;
+    switch (row->kind) {
+    case FLAG:
+        *(bool *)field = true;
+        return QS_OK;
+    case TEXT:
+        *(const char **)field = text;
+        return QS_OK;
+    case NUMBER:
+        return whole_number(row->name, text, row->low, row->high, field);
+    case SIZE:
+        return qs_cli_parse_size(row->name, text, field);
     default:
-        return take_bench(out, key, text);
+        return row->own(out, text);
     }
 }
 
