@@ -5,6 +5,7 @@
  * m) and O = sum exp(l - m) W are all that is kept, then loss = m + log Z - l[target] and dX = O /
  * Z - W[target]. The T x V logits never exist, and each chunk is gathered once. Only rows that
  * carry loss take part. A cap of the logits is the operation's. */
+#include "model/flops.h"
 #include "model/model_impl.h"
 
 /* The rows of the micro-batch that carry loss, as they leave the last layer, in work.rows. */
@@ -62,7 +63,7 @@ qs_status qs_head_run(qs_model *model, int64_t count, bool keep)
             }
             QS_TRY(model->ops->head_chunk(model->queue, &view, &w,
                                           c * model->index->head_chunk_rows, &state));
-            model->flops += (keep ? 4.0 : 2.0) * (double)state.rows * (double)(w.out * w.in);
+            model->flops += qs_flops_head(model->config, (double)state.rows, (double)w.out, keep);
         }
         QS_TRY(qs_fsdp_release(model->fsdp, u));
     }

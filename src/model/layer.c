@@ -19,6 +19,7 @@
  * as one: the operations behind them read columns of its rows, and their gradients meet in the rows
  * of one matrix, so that nothing is copied together or apart. The same rows make the linears of
  * other models one product, where the operations join (qs_ops.joins). */
+#include "model/flops.h"
 #include "model/model_impl.h"
 
 qs_mat qs_model_mat(const qs_model *model, void *data, int64_t rows, int64_t cols, int64_t border)
@@ -63,39 +64,34 @@ static const qs_layer_params *params_of(const qs_layer_call *call)
     return &call->model->layers[call->layer];
 }
 
-/* Multiply-adds of a linear and its adapter, twice: one launch of either direction. `frozen`: so
- * many products with W alone beside it. */
-static void count_linear(const qs_layer_call *call, qs_linear linear, double launches,
-                         double frozen)
+static qs_flops flops_of(const qs_layer_call *call)
 {
-    qs_model *m = call->model;
-    const qs_weight *w = &params_of(call)->linear[linear];
-    double tokens = (double)call->batch->n_tokens;
-    m->flops += (launches + frozen) * 2.0 * tokens * (double)w->out * (double)w->in;
-    if (m->layout != NULL && m->layout->targeted[linear]) {
-        m->flops += launches * 2.0 * tokens * (double)(w->out + w->in) * m->layout->lora_rank;
-    }
+    const qs_model *m = call->model;
+    return (qs_flops){m->config, m->layout, call->noise != NULL && call->noise->dropout > 0};
 }
 
-/* Query-key pairs that mask and window let through. */
-static double attention_pairs(const qs_layer_call *call)
+static void count_forward(const qs_layer_call *call, qs_linear linear)
+{
+    const qs_flops of = flops_of(call);
+    call->model->flops += qs_flops_forward(&of, linear, (double)call->batch->n_tokens);
+}
+
+static void count_backward(const qs_layer_call *call, qs_linear linear, bool dx)
+{
+    const qs_flops of = flops_of(call);
+    call->model->flops += qs_flops_backward(&of, linear, (double)call->batch->n_tokens, dx);
+}
+
+static void count_attention(const qs_layer_call *call, bool backward)
 {
     const qs_batch *batch = call->batch;
     const qs_hf_config *cfg = call->model->config;
     double pairs = 0;
     for (int d = 0; d < batch->n_docs; d++) {
-        const double n = batch->cu_seqlens[d + 1] - batch->cu_seqlens[d];
-        const double w = cfg->windowed[call->layer] ? (double)cfg->window : n;
-        const double ramp = n < w ? n : w; /* queries that see all before them */
-        pairs += ramp * (ramp + 1) / 2 + (n - ramp) * w;
+        pairs += qs_flops_pairs(batch->cu_seqlens[d + 1] - batch->cu_seqlens[d],
+                                cfg->windowed[call->layer] ? (double)cfg->window : 0);
     }
-    return pairs;
-}
-
-/* With DoRA the frozen weight multiplies x and drop(x), which differ. */
-static double frozen_twice(const qs_lora *lora)
-{
-    return lora->gain != NULL && lora->dropout > 0 ? 1 : 0;
+    call->model->flops += qs_flops_attention(cfg, pairs, backward);
 }
 
 qs_lora qs_layer_adapter(const qs_model *m, int layer, qs_linear linear)
@@ -160,7 +156,7 @@ static qs_status linear_to(const qs_layer_call *call, qs_linear linear, const qs
     qs_mat xa = tokens_by(call, call->acts->xa[linear], lora.rank);
     QS_TRY(m->ops->linear_lora_forward(m->queue, call->unit, w, p->bias[linear], residual, &lora, x,
                                        &xa, y));
-    count_linear(call, linear, 1, frozen_twice(&lora));
+    count_forward(call, linear);
     return QS_OK;
 }
 
@@ -207,7 +203,7 @@ static qs_status linears_forward(const qs_layer_call *call, const siblings *s, c
     describe_siblings(call, s, NULL, joined);
     QS_TRY(m->ops->linears_lora_forward(m->queue, call->unit, joined, s->count, x));
     for (int i = 0; i < s->count; i++) {
-        count_linear(call, s->linear[i], 1, frozen_twice(&joined[i].lora));
+        count_forward(call, s->linear[i]);
     }
     return QS_OK;
 }
@@ -220,15 +216,8 @@ static qs_status finish_backward(const qs_layer_call *call, qs_linear linear, co
     if (l->lora.gain != NULL) {
         QS_TRY(m->ops->dora_backward(m->queue, call->unit, l->w, &l->lora, x, &l->xa, &l->y,
                                      grad + m->layout->m_at[linear]));
-        count_linear(call, linear, 0, 1);
     }
-    if (l->lora.a != NULL) {
-        m->flops +=
-            2.0 * (double)call->batch->n_tokens * (double)(l->w->out + l->w->in) * l->lora.rank;
-    }
-    if (dx) {
-        count_linear(call, linear, 1, frozen_twice(&l->lora));
-    }
+    count_backward(call, linear, dx);
     return QS_OK;
 }
 
@@ -475,7 +464,7 @@ static qs_status attention_half(const qs_layer_call *call)
     QS_TRY(rotate(call, &x.q, m->config->n_heads, false));
     QS_TRY(rotate(call, &x.k, m->config->n_kv_heads, false));
     QS_TRY(m->ops->attention_forward(m->queue, &shape, &x.q, &x.k, &x.v, &o, acts->lse));
-    m->flops += 4.0 * attention_pairs(call) * (double)m->q_width;
+    count_attention(call, false);
     return branch_end(call, &end, &o, acts->x, acts->x2);
 }
 
@@ -624,7 +613,7 @@ static qs_status backward_attention(const qs_layer_call *call, qs_mat *dx, float
     const qs_attention_shape shape = attention_shape(call);
     QS_TRY(m->ops->attention_backward(m->queue, &shape, &x.q, &x.k, &x.v, &o, acts->lse, &d_o,
                                       work->delta, &d.q, &d.k, &d.v));
-    m->flops += 8.0 * attention_pairs(call) * (double)m->q_width;
+    count_attention(call, true);
     QS_TRY(rotate(call, &d.q, m->config->n_heads, true));
     QS_TRY(rotate(call, &d.k, m->config->n_kv_heads, true));
     if (p->q_norm != NULL) {

@@ -5,6 +5,7 @@
 #include "base/mem.h"
 #include "fsdp/gather_plan.h"
 #include "kernels/cuda/ops_cuda.h"
+#include "model/flops.h"
 
 /* ---- what the device and the links give: docs/planning.md ---- */
 
@@ -35,21 +36,14 @@ typedef struct {
     double more_bytes; /* of an element of the residual stream than of act_dtype */
 } work_sizes;
 
-/* Pairs that mask and window let through in a document of n tokens. */
-static double document_pairs(double n, double window)
-{
-    const double w = window > 0 && window < n ? window : n;
-    return w * (w + 1) / 2 + (n - w) * w;
-}
-
-/* Of all layers and documents, for each token of the data. */
+/* Pairs of queries and keys in all layers and documents, for each token of the data. */
 static double pairs_per_token(const qs_hf_config *model, const qs_data *data)
 {
     double windowed = 0, whole = 0, layers_windowed = 0;
     for (int64_t d = 0; d < data->n_docs; d++) {
         const double n = (double)(data->doc_offsets[d + 1] - data->doc_offsets[d]);
-        whole += document_pairs(n, 0);
-        windowed += document_pairs(n, (double)model->window);
+        whole += qs_flops_pairs(n, 0);
+        windowed += qs_flops_pairs(n, (double)model->window);
     }
     for (int l = 0; l < model->n_layers; l++) {
         layers_windowed += model->windowed[l];
@@ -83,52 +77,38 @@ static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_m
     return z;
 }
 
-/* One product with W, over `layers`, and `adapter_launches` of the two that its adapter takes. */
-static double linear_flops(const work_sizes *z, qs_linear linear, double launches,
-                           double adapter_launches)
+static qs_flops flops_of(const work_sizes *z)
 {
-    const qs_lora_layout *lora = &z->s->layout;
-    int64_t out = 0, in = 0;
-    qs_linear_shape(&z->s->index->config, linear, &out, &in);
-    const double rank = lora->targeted[linear] ? lora->lora_rank : 0;
-    return 2 * z->tokens *
-           (launches * (double)out * (double)in + adapter_launches * (double)(out + in) * rank);
-}
-
-/* DoRA's products with W beside those of LoRA: upwards and for dX one each where dropout parts x
- * from drop(x), and one for the magnitudes. */
-static double dora_flops(const work_sizes *z, qs_linear linear, bool magnitudes)
-{
-    const qs_session *s = z->s;
-    const bool twice = s->config.lora.dropout > 0;
-    if (!s->layout.dora || !s->layout.targeted[linear]) {
-        return 0;
-    }
-    return linear_flops(z, linear, z->layers * ((twice ? 1 : 0) + (magnitudes ? 1 : 0)), 0);
+    return (qs_flops){&z->s->index->config, &z->s->layout, z->s->config.lora.dropout > 0};
 }
 
 static double forward_flops(const work_sizes *z, unsigned linears)
 {
+    const qs_flops of = flops_of(z);
     double flops = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
         if (linears >> i & 1) {
-            flops += linear_flops(z, (qs_linear)i, z->layers, z->layers);
-            flops += dora_flops(z, (qs_linear)i, false);
+            flops += z->layers * qs_flops_forward(&of, (qs_linear)i, z->tokens);
         }
     }
     return flops;
 }
 
-/* dX and the adapter's gradients; below the first layer no dX of q, k and v is wanted. */
 static double backward_flops(const work_sizes *z)
 {
+    const qs_flops of = flops_of(z);
     double flops = 0;
     for (int i = 0; i < QS_LINEAR_COUNT; i++) {
-        const double layers = z->layers - (QS_LINEARS_QKV >> i & 1);
-        flops += linear_flops(z, (qs_linear)i, layers, layers + z->layers);
-        flops += dora_flops(z, (qs_linear)i, true);
+        const double without_dx = QS_LINEARS_QKV >> i & 1; /* layers */
+        flops += (z->layers - without_dx) * qs_flops_backward(&of, (qs_linear)i, z->tokens, true) +
+                 without_dx * qs_flops_backward(&of, (qs_linear)i, z->tokens, false);
     }
     return flops;
+}
+
+static double attention_flops(const work_sizes *z, bool backward)
+{
+    return qs_flops_attention(&z->s->index->config, z->pairs, backward);
 }
 
 static bool has_norms_behind(const work_sizes *z)
@@ -270,7 +250,7 @@ static qs_step_phase forward_phase(const work_sizes *z)
 {
     const double elements = attention_elements(z) + gate_elements(z) + down_elements(z);
     return (qs_step_phase){.product_flops = forward_flops(z, QS_LINEARS_ALL),
-                           .attention_flops = 4 * z->pairs * z->q,
+                           .attention_flops = attention_flops(z, false),
                            .memory_bytes = decode_bytes(z) +
                                            z->tokens * z->layers * elements * z->act_bytes +
                                            stream_bytes(z, false, QS_RECOMPUTE_NONE)};
@@ -280,17 +260,19 @@ static qs_step_phase forward_phase(const work_sizes *z)
  * running sum over the vocabulary is read and written once a slice. */
 static qs_step_phase head_phase(const work_sizes *z)
 {
-    return (qs_step_phase){.product_flops = 4 * z->targets * z->h * z->v,
+    return (qs_step_phase){.product_flops =
+                               qs_flops_head(&z->s->index->config, z->targets, z->v, true),
                            .memory_bytes = z->targets * z->v * (16 + 8 * z->h / QS_HEAD_SLICE)};
 }
 
 static qs_step_phase backward_phase(const work_sizes *z, qs_recompute recompute)
 {
-    qs_step_phase p = {.product_flops = backward_flops(z), .attention_flops = 8 * z->pairs * z->q};
+    qs_step_phase p = {.product_flops = backward_flops(z),
+                       .attention_flops = attention_flops(z, true)};
     double elements = backward_elements(z);
     if (recompute == QS_RECOMPUTE_FULL) {
         p.product_flops += forward_flops(z, QS_LINEARS_ATTENTION);
-        p.attention_flops += 4 * z->pairs * z->q;
+        p.attention_flops += attention_flops(z, false);
         elements += attention_elements(z);
         if (has_norms_behind(z)) {
             p.product_flops += forward_flops(z, QS_LINEARS_DOWN);
