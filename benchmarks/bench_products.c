@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/minmax.h"
 #include "gpu_main.h"
 #include "kernels/cuda/core/border.h"
 
@@ -169,11 +170,6 @@ static void list_products(state *st)
     add_head(st);
 }
 
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* One A, one B and one C for all. */
 static qs_status give_matrices(state *st)
 {
@@ -181,9 +177,9 @@ static qs_status give_matrices(state *st)
     void *a, *b;
     for (int i = 0; i < st->n; i++) {
         const qs_gemm_call *g = &st->products[i].call;
-        most_a = larger(most_a, (g->a_transposed ? g->k : g->m) * g->a_stride);
-        most_b = larger(most_b, (g->b_transposed ? g->n : g->k) * g->b_stride);
-        most_c = larger(most_c, g->m * g->c_stride * (int64_t)qs_dtype_bytes(g->c_dtype));
+        most_a = qs_max_i64(most_a, (g->a_transposed ? g->k : g->m) * g->a_stride);
+        most_b = qs_max_i64(most_b, (g->b_transposed ? g->n : g->k) * g->b_stride);
+        most_c = qs_max_i64(most_c, g->m * g->c_stride * (int64_t)qs_dtype_bytes(g->c_dtype));
     }
     QS_TRY(qs_bench_random(&st->by[0], &a, QS_BF16, most_a));
     QS_TRY(qs_bench_random(&st->by[0], &b, QS_BF16, most_b));

@@ -5,11 +5,6 @@
 
 enum { OWN = QS_ATTENTION_OWN, STEP = QS_ATTENTION_STEP };
 
-static int64_t max_i64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* Rows an odd number of cache lines apart, so that they spread over all sets of the cache. */
 static int64_t copy_stride(int64_t dim)
 {
@@ -18,7 +13,7 @@ static int64_t copy_stride(int64_t dim)
 
 static int64_t copy_count(int64_t dim)
 {
-    return max_i64(OWN * copy_stride(dim), dim * QS_ATTENTION_TURNED);
+    return qs_max_i64(OWN * copy_stride(dim), dim * QS_ATTENTION_TURNED);
 }
 
 static int64_t per_thread_count(int64_t dim)
@@ -134,7 +129,7 @@ int64_t qs_attention_first_key(const qs_attention_plan *plan, const qs_attention
     if (plan->shape->window == 0) {
         return task->doc_begin;
     }
-    int64_t first = max_i64(0, before - plan->shape->window + 1);
+    int64_t first = qs_max_i64(0, before - plan->shape->window + 1);
     return task->doc_begin + first / STEP * STEP;
 }
 

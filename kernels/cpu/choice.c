@@ -8,6 +8,9 @@ const void *qs_choice_get(qs_choice *c)
 {
     const void *table = c->forced;
     const char *wanted = table == NULL ? getenv(c->variable) : NULL;
+    if (wanted != NULL && *wanted == '\0') {
+        wanted = NULL;
+    }
     if (wanted != NULL) {
         table = c->find(wanted);
     }

@@ -3,12 +3,9 @@
 
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "base/log.h"
-
-static const qs_isa *_Atomic chosen;
+#include "kernels/cpu/choice.h"
 
 bool qs_isa_runs(const char *name)
 {
@@ -27,51 +24,39 @@ bool qs_isa_runs(const char *name)
     return strcmp(name, "portable") == 0;
 }
 
-static const qs_isa *usable(const qs_isa *isa)
-{
-    return isa != NULL && qs_isa_runs(isa->name) ? isa : NULL;
-}
-
-static const qs_isa *find(const char *name)
+/* By name, NULL if there is none or this CPU cannot run it. */
+static const void *find(const char *name)
 {
     const qs_isa *all[] = {qs_isa_avx512(), qs_isa_avx2(), qs_isa_portable()};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        if (usable(all[i]) != NULL && (name == NULL || strcmp(all[i]->name, name) == 0)) {
+        if (all[i] != NULL && strcmp(all[i]->name, name) == 0 && qs_isa_runs(name)) {
             return all[i];
         }
     }
     return NULL;
 }
 
+static qs_choice choice = {
+    .variable = "QSHARD_CPU_ISA", .names = {"avx512", "avx2", "portable"}, .find = find};
+
+static const qs_isa *_Atomic chosen; /* asked for in every task, so kept */
+
 const qs_isa *qs_isa_get(void)
 {
     const qs_isa *isa = chosen;
-    if (isa != NULL) {
-        return isa;
-    }
-    const char *forced = getenv("QSHARD_CPU_ISA");
-    if (forced != NULL && *forced != '\0') {
-        isa = find(forced);
-        if (isa == NULL) {
-            qs_log_warn("QSHARD_CPU_ISA=%s: not one of avx512, avx2, portable, or this CPU cannot "
-                        "run it; taking the best it can (the results are the same)",
-                        forced);
-        }
-    }
     if (isa == NULL) {
-        isa = find(NULL);
+        chosen = isa = qs_choice_get(&choice); /* two threads that race choose the same */
     }
-    chosen = isa; /* two threads that race choose the same */
     return isa;
 }
 
 bool qs_isa_force(const char *name)
 {
-    const qs_isa *isa = find(name);
-    if (isa != NULL) {
-        chosen = isa;
+    if (!qs_choice_force(&choice, name)) {
+        return false;
     }
-    return isa != NULL;
+    chosen = qs_choice_get(&choice);
+    return true;
 }
 
 /* log(2^e m) = e log 2 + 2 atanh((m - 1) / (m + 1)) with m in [sqrt(1/2), sqrt(2)): the series in

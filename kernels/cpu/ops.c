@@ -1,16 +1,12 @@
 #include "kernels/ops.h"
 
+#include "base/minmax.h"
 #include "kernels/cpu/attention_impl.h"
 #include "kernels/cpu/gemm_amx.h"
 #include "kernels/cpu/gemm_fp16.h"
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/ops_impl.h"
 #include "kernels/cpu/tile.h"
-
-static int64_t max_i64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
 
 /* The users of scratch.h, each at its largest. */
 static size_t scratch_bytes(const qs_ops_limits *l)
@@ -19,8 +15,8 @@ static size_t scratch_bytes(const qs_ops_limits *l)
      * model. */
     int64_t slice = qs_head_scratch_count(1);
     int64_t packs =
-        max_i64(qs_gemm_scratch_count(l->threads, l->tokens, l->widest),
-                qs_gemm_scratch_count(l->threads, l->loss_rows, max_i64(l->widest, slice)));
+        qs_max_i64(qs_gemm_scratch_count(l->threads, l->tokens, l->widest),
+                   qs_gemm_scratch_count(l->threads, l->loss_rows, qs_max_i64(l->widest, slice)));
     int64_t floats =
         packs + qs_head_scratch_count(l->loss_rows) +
         qs_attention_scratch_count(l->threads, l->tokens, l->documents, l->n_kv_heads, l->head_dim);

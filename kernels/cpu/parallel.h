@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "base/minmax.h"
 #include "device/device.h"
 
 /** One task; `thread` is below qs_queue_threads. */
@@ -34,11 +35,6 @@ static inline int64_t qs_rows_per_task(int64_t width)
 static inline int64_t qs_ceil_div(int64_t a, int64_t b)
 {
     return (a + b - 1) / b;
-}
-
-static inline int64_t qs_min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 #endif

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "base/minmax.h"
 #include "bench/bench_impl.h"
 #include "bench/kernels/check.h"
 
@@ -242,11 +243,6 @@ static qs_status head(bench_run *r, const weight_shape *shape)
 
 /* ---- the whole ---- */
 
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* The shapes that are asked for: one, or the usual ones. */
 static int shapes_of(const qs_bench_options *o, weight_shape *one, const weight_shape **shapes)
 {
@@ -267,12 +263,12 @@ static qs_ops_limits limits_of(const bench_run *r, int threads)
     const weight_shape *shapes;
     const int count = shapes_of(o, &one, &shapes);
     limits.tokens = limits.loss_rows =
-        larger(r->tokens, 32); /* the check of decode has rows, too */
+        qs_max_i64(r->tokens, 32); /* the check of decode has rows, too */
     limits.n_linears = o->kind == QS_BENCH_GEMM || o->kind == QS_BENCH_DECODE;
     for (int i = 0; i < count; i++) {
-        const int64_t widest = larger(shapes[i].rows, shapes[i].cols);
+        const int64_t widest = qs_max_i64(shapes[i].rows, shapes[i].cols);
         const bool most = shapes[i].rows * shapes[i].cols > limits.out[0] * limits.in[0];
-        limits.widest = larger(limits.widest, widest);
+        limits.widest = qs_max_i64(limits.widest, widest);
         limits.out[0] = most ? shapes[i].rows : limits.out[0];
         limits.in[0] = most ? shapes[i].cols : limits.in[0];
     }

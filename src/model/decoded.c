@@ -4,12 +4,12 @@
 #include "model/model_impl.h"
 
 #include "base/mem.h"
+#include "base/minmax.h"
 
 /* Of those that stay the last needs none of its own if it is alone in place 0. */
 int qs_model_kept_units(const qs_hf_config *config, const qs_model_shape *shape)
 {
-    const int64_t others = config->n_layers - 1;
-    return (int)(shape->keep_decoded < others ? shape->keep_decoded : others);
+    return (int)qs_min_i64(shape->keep_decoded, config->n_layers - 1);
 }
 
 qs_status qs_decoded_create(qs_model *m)

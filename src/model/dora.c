@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "base/minmax.h"
 
 static bool has_dora(const qs_model *m)
 {
@@ -92,8 +93,8 @@ void qs_model_adapter_changed(qs_model *m)
 /* The part of `rows`, norms of a linear whose magnitudes begin at `at`, that lies in `elements`. */
 static void copy_common(const float *rows, int64_t at, int64_t count, qs_range elements, float *out)
 {
-    const int64_t begin = at > elements.begin ? at : elements.begin;
-    const int64_t end = at + count < elements.end ? at + count : elements.end;
+    const int64_t begin = qs_max_i64(at, elements.begin);
+    const int64_t end = qs_min_i64(at + count, elements.end);
     if (begin < end) {
         memcpy(out + begin - elements.begin, rows + begin - at,
                (size_t)(end - begin) * sizeof *out);

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/minmax.h"
 #include "kernels/cpu/isa.h"
 
 enum { ROWS = 8, KEYS = 4, COLUMNS = 32 };
@@ -30,11 +31,6 @@ static qs_status take(void **out, size_t count, size_t size)
 static int64_t pick(int64_t count, int64_t n, int64_t i)
 {
     return count - 1 - i * count / n;
-}
-
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* Rows `first` .. of a device matrix as floats [rows, cols], to be freed. */
@@ -165,7 +161,7 @@ static qs_status check_product(qs_bench *b, const product *p, const qs_mat *x, c
 {
     qs_status st = QS_OK;
     double *want = NULL, *limit = NULL, *squares = NULL;
-    const int64_t n = least(ROWS, x->rows);
+    const int64_t n = qs_min_i64(ROWS, x->rows);
     *out = (qs_bench_check){0};
     QS_GOTO(TAKE(&want, y->cols));
     QS_GOTO(TAKE(&limit, y->cols));
@@ -240,7 +236,7 @@ static qs_status check_columns(qs_bench *b, const qs_bench_unit *u, const qs_wei
                                double *largest)
 {
     qs_status st = QS_OK;
-    const int64_t n = least(COLUMNS, w->in);
+    const int64_t n = qs_min_i64(COLUMNS, w->in);
     const int kept = b->n_taken;
     const float one = 1;
     float *got = NULL, *units = NULL;
@@ -419,7 +415,7 @@ static void check_queries(attention_data *d, attention_results *r, bool backward
                           qs_bench_check *out)
 {
     const qs_attention_shape *s = &d->a->shape;
-    const int64_t n = least(ROWS, d->a->tokens), dim = s->head_dim;
+    const int64_t n = qs_min_i64(ROWS, d->a->tokens), dim = s->head_dim;
     for (int64_t i = 0; i < n; i++) {
         const int64_t t = pick(d->a->tokens, n, i);
         const int h = (int)(i * s->n_heads / n);
@@ -436,7 +432,7 @@ static void check_keys(attention_data *d, attention_results *r, double share, qs
 {
     const qs_attention_shape *s = &d->a->shape;
     const int dim = s->head_dim;
-    for (int64_t i = 0; i < least(KEYS, d->a->tokens); i++) {
+    for (int64_t i = 0; i < qs_min_i64(KEYS, d->a->tokens); i++) {
         const int64_t j = d->a->tokens - 1 - i;
         const int group = (int)(i * s->n_kv_heads / KEYS);
         key_gradient(d, j, group, r->want, r->also);
@@ -530,7 +526,7 @@ static void judge_head_row(head_data *d, const float *x, const float *state, int
 qs_status qs_bench_check_head(qs_bench *b, const qs_bench_head *h, qs_bench_check *out)
 {
     qs_status st = QS_OK;
-    const int64_t rows = h->state.rows, hidden = h->state.hidden, n = least(ROWS, rows);
+    const int64_t rows = h->state.rows, hidden = h->state.hidden, n = qs_min_i64(ROWS, rows);
     const qs_mat x = {(void *)(uintptr_t)h->state.x, rows, hidden, hidden, b->ops->act_dtype};
     const qs_mat o = {h->state.o, rows, hidden, hidden, QS_F32};
     head_data d = {.chunk = h->w.out, .hidden = hidden};
