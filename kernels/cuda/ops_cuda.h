@@ -101,7 +101,8 @@ const qs_ops *qs_ops_cuda_sizes(void);
 
 /** C[m, n] = alpha op(A)[m, k] op(B)[k, n] + C0, all row-major. A and B are bf16; a transposed one
  * lies as [k, m] or [n, k]. Sums are fp32. A bf16 C is rounded once; with C0 the product may have
- * been rounded before C0 was added: which, is the kernel's that cuBLASLt has for the shape. */
+ * been rounded before C0 was added: whether it was depends on the kernel that cuBLASLt picks for
+ * the shape. */
 typedef struct {
     int64_t m, n, k;
     float alpha;

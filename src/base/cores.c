@@ -1,6 +1,5 @@
 /* Cores by hwloc: it knows cgroups, hybrid machines and hardware threads, none of which sysconf()
- * tells apart. Asked is the calling thread, because the threads that it starts inherit its binding.
- */
+ * tells apart. The binding of the calling thread counts: those that it starts inherit it. */
 #include "base/cores_impl.h"
 
 #include <pthread.h>

@@ -147,7 +147,7 @@ size_t qs_mem_peak_rss_bytes(void)
     return getrusage(RUSAGE_SELF, &usage) == 0 ? (size_t)usage.ru_maxrss * 1024 : 0;
 }
 
-int qs_size_mul_add(size_t a, size_t b, size_t c, size_t *out)
+bool qs_size_mul_add(size_t a, size_t b, size_t c, size_t *out)
 {
     size_t product;
     return !__builtin_mul_overflow(a, b, &product) && !__builtin_add_overflow(product, c, out);

@@ -9,7 +9,7 @@
 
 typedef enum {
     QS_MEM_BASE_SHARD,   /* this rank's share of the base */
-    QS_MEM_BASE_GATHER,  /* gathered units (the two buffers) */
+    QS_MEM_BASE_GATHER,  /* gathered units (prefetch + 1 buffers) */
     QS_MEM_BASE_DECODED, /* layers whose decoded weights stay */
     QS_MEM_BASE_SMALL,   /* replicated norms, biases, table, hashes */
     QS_MEM_LORA,         /* LoRA weights in the compute dtype, all ranks the same */
@@ -45,9 +45,8 @@ const char *qs_mem_class_name(qs_mem_class kind);
 /** Largest resident set of this process so far, from the operating system. */
 size_t qs_mem_peak_rss_bytes(void);
 
-/** a * b + c, or QS_ERR_BUG/QS_ERR_INPUT_VALUE style overflow detection: false if it does not fit
- * size_t. */
-int qs_size_mul_add(size_t a, size_t b, size_t c, size_t *out);
+/** *out = a * b + c; false if that does not fit. */
+bool qs_size_mul_add(size_t a, size_t b, size_t c, size_t *out);
 
 /** Allocation with the macro's own type: QS_TRY(QS_ALLOC(&p, n, class)) */
 #define QS_ALLOC(pp, count, kind)                                                                  \

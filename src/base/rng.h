@@ -17,7 +17,7 @@ typedef enum {
 } qs_rng_site;
 
 typedef struct {
-    uint64_t key; /* qs_rng_key */
+    uint64_t key; /* of seed, step and sample */
     uint32_t site;
     uint32_t layer;
 } qs_rng;

@@ -61,13 +61,15 @@ static qs_status add_row(bench_run *r, const char *name, const char *shape, qs_b
 
 /* ---- products ---- */
 
-/* Products without their instructions take too long, unless somebody asks how long. */
+/* Without the instructions that it is made for a product takes long: it is measured only if its
+ * variable of the environment is set. */
 static const qs_ops *if_worth_timing(const qs_ops *ops, bool faster, const char *variable)
 {
     return faster || getenv(variable) != NULL ? ops : NULL;
 }
 
-/* The head is the same in all; decoding and attention are another's in bf16 alone. */
+/* Of a CPU: for products all that it can do; for decoding and attention bf16's alone, since the
+ * others take strict's; for the head none, which is the same in all. */
 static void find_paths(bench_run *r)
 {
     const qs_ops *all[PATHS_MAX] = {

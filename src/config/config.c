@@ -270,7 +270,7 @@ qs_status qs_config_parse(qs_config *cfg, const char *text, size_t bytes, const 
     for (int i = 0; i < n_sets; i++) {
         QS_GOTO(apply_set(cfg, sets[i], seen));
     }
-    /* Who gives epochs alone does not mean the default number of steps as well. */
+    /* With train.epochs given and train.steps not, steps becomes 0. */
     if (cfg->train.epochs > 0 && !seen[qs_key_find("train.steps")]) {
         cfg->train.steps = 0;
     }

@@ -5,7 +5,7 @@
 
 #include "model/offload.h"
 
-enum { ALIGNMENT = 256 }; /* what every operation may expect of a matrix */
+enum { ALIGNMENT = 256 }; /* of every buffer; a matrix of columns begins anywhere in its rows */
 
 /* A block that is being handed out; with base NULL it is only measured. */
 typedef struct {

@@ -89,12 +89,13 @@ typedef struct {
  * The gradient of the loss sum times `loss_scale` goes into `grads`; after the last pass of a
  * step (`reduce`) each layer's reduction starts as soon as its backward ends. `next` [count]: what
  * the very next pass of this model will be given as `group`, whose rows of the embedding come
- * behind this pass; NULL where that is not known. */
+ * behind this pass; NULL where that is not known. Collective over the ranks that share the base;
+ * waits. */
 qs_status qs_model_train_pass(qs_model *model, qs_micro_batch *group, const qs_micro_batch *next,
                               int64_t count, float loss_scale, const qs_model_noise *noise,
                               qs_grads *grads, bool reduce);
 
-/** Forward and loss only. */
+/** Forward and loss only. Collective over the ranks that share the base; waits. */
 qs_status qs_model_eval_pass(qs_model *model, qs_micro_batch *group, const qs_micro_batch *next,
                              int64_t count);
 
@@ -119,8 +120,8 @@ typedef struct {
  * in documents of `length`. Collective. */
 qs_status qs_model_probe(qs_model *model, int64_t tokens, int64_t length, qs_probe *out);
 
-/** Floating-point operations of this rank so far, by the formula of the issue: 2 per multiply-add
- * of linears, LoRA, attention and head. */
+/** Floating-point operations of this rank so far: 2 per multiply-add of linears, LoRA, attention
+ * (visible pairs) and head (flops.h). */
 double qs_model_flops(const qs_model *model);
 
 #endif

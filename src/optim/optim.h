@@ -1,5 +1,5 @@
-/* Sharded AdamW: this rank's share of the LoRA vector with its fp32 master and moments, the
- * schedule, and the clip factor. */
+/* The optimizer, sharded: this rank's share of the LoRA vector with its fp32 master and moments,
+ * one of four rules to update it by (kernels/update_rule.h), the schedule, and the clip factor. */
 #ifndef QS_OPTIM_OPTIM_H
 #define QS_OPTIM_OPTIM_H
 
