@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
+#include <sys/stat.h>
 
 #include "lora/lora_impl.h"
 #include "store/io.h"
@@ -125,8 +125,9 @@ qs_status qs_peft_config_read(qs_peft_config *out, const char *dir)
     char path[QS_PATH_MAX + 32];
     void *text = NULL;
     size_t bytes = 0;
+    struct stat info;
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
-    if (access(path, F_OK) != 0 && errno == ENOENT) {
+    if (lstat(path, &info) != 0 && errno == ENOENT) { /* a link to nothing, opening it names */
         return QS_FAIL(QS_ERR_INPUT_MISSING,
                        "%s: a PEFT directory (adapter_config.json) is expected; qshard export "
                        "makes one of a run or a checkpoint",
