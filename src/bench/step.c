@@ -1,5 +1,7 @@
 /* A training step and its parts, over and over: the same calls as a run makes
- * (src/train/run_step.c), on made-up tokens, with nothing written.
+ * (src/train/run_step.c), on made-up tokens, with nothing written. The parts are those of one rank,
+ * which in each repeat is the one that computed longest, so that they add up to its step; others
+ * wait for it, in whatever part they are.
  *
  *   gather     what compute stood still for units; the bound moves all of them, hidden or not
  *   compute    the passes without it: embedding, layers, head
@@ -12,10 +14,12 @@
  * the rate of a copy. A second table counts what a rank receives in a step, by what it is for. */
 #include <inttypes.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
+#include "base/log.h"
 #include "base/rng.h"
 #include "base/timer.h"
 #include "bench/bench_impl.h"
@@ -49,7 +53,9 @@ typedef struct {
     double loss;
     /* measured */
     int64_t repeats;
-    double *times[PARTS]; /* [repeats] each */
+    double *times[PARTS];               /* [repeats] each: this rank's; then the busiest one's, */
+    double *mean[PARTS], *least[PARTS]; /* beside the mean and the least of all ranks */
+    double *everyone;                   /* [nranks, PARTS] of one repeat */
     double flops, gathered_bytes;
     amount traffic[PURPOSES];
     double copy_rate, matmul_rate, link_rate;
@@ -289,7 +295,10 @@ static qs_status allocate(bench_step *b)
 {
     for (int i = 0; i < PARTS; i++) {
         QS_TRY(QS_ALLOC(&b->times[i], b->repeats, QS_MEM_WORK));
+        QS_TRY(QS_ALLOC(&b->mean[i], b->repeats, QS_MEM_WORK));
+        QS_TRY(QS_ALLOC(&b->least[i], b->repeats, QS_MEM_WORK));
     }
+    QS_TRY(QS_ALLOC(&b->everyone, b->session.nranks * PARTS, QS_MEM_WORK));
     return qs_trainer_create(&b->trainer, &b->session, &b->shape, b->slots);
 }
 
@@ -315,12 +324,69 @@ static void close_all(bench_step *b)
     qs_trainer_destroy(&b->trainer);
     for (int i = 0; i < PARTS; i++) {
         qs_mem_free(b->times[i]);
+        qs_mem_free(b->mean[i]);
+        qs_mem_free(b->least[i]);
     }
+    qs_mem_free(b->everyone);
     qs_data_close(b->data);
     qs_session_close(&b->session);
 }
 
 /* ---- what is said ---- */
+
+/* The rank of `everyone` that computed longest. */
+static int busiest(const bench_step *b)
+{
+    int most = 0;
+    for (int r = 1; r < b->session.nranks; r++) {
+        if (b->everyone[r * PARTS + COMPUTE] > b->everyone[most * PARTS + COMPUTE]) {
+            most = r;
+        }
+    }
+    return most;
+}
+
+/* From this rank's parts to those of the busiest rank of each repeat, and of all. */
+static qs_status compare_ranks(bench_step *b)
+{
+    const int nranks = b->session.nranks;
+    double mine[PARTS];
+    for (int64_t i = 0; i < b->repeats; i++) {
+        for (int p = 0; p < PARTS; p++) {
+            mine[p] = b->times[p][i];
+        }
+        QS_TRY(qs_comm_all_gather_now(b->session.comm, mine, b->everyone, sizeof mine));
+        const double *most = b->everyone + (ptrdiff_t)busiest(b) * PARTS;
+        for (int p = 0; p < PARTS; p++) {
+            double sum = 0, least = INFINITY;
+            for (int r = 0; r < nranks; r++) {
+                const double one = b->everyone[r * PARTS + p];
+                sum += one;
+                least = one < least ? one : least;
+            }
+            b->times[p][i] = most[p];
+            b->mean[p][i] = sum / nranks;
+            b->least[p][i] = least;
+        }
+    }
+    return QS_OK;
+}
+
+/* Ranks that have fewer micro-batches of a step than others, for whom they wait. */
+static void warn_of_idle_ranks(const bench_step *b)
+{
+    const int64_t nranks = b->session.nranks, turns = qs_shard_width(b->slots, (int)nranks);
+    char last[48] = "";
+    if (b->slots % nranks == 0) {
+        return;
+    }
+    if (turns > 1) {
+        snprintf(last, sizeof last, " in the last of %" PRId64 " turns", turns);
+    }
+    qs_log_warn("%" PRId64 " of the %" PRId64 " ranks have no micro-batch%s, and wait: a step has "
+                "%" PRId64 " (train.global_batch / train.micro_batch)",
+                nranks - b->slots % nranks, nranks, last, b->slots);
+}
 
 static qs_status largest_of_ranks(bench_step *b)
 {
@@ -334,9 +400,7 @@ static qs_status largest_of_ranks(bench_step *b)
         QS_TRY(qs_comm_max_i64(comm, values, 3));
         b->traffic[p] = (amount){(uint64_t)values[0], (uint64_t)values[1], (uint64_t)values[2]};
     }
-    for (int i = 0; i < PARTS; i++) {
-        QS_TRY(qs_bench_slowest(comm, b->times[i], b->repeats));
-    }
+    QS_TRY(compare_ranks(b));
     return qs_bench_slowest(comm, &b->startup_s, 1);
 }
 
@@ -379,19 +443,27 @@ static void report_parts(const bench_step *b)
         {"max", "ms", 11, 3},
         {"bound", "ms", 11, 3},
         {"share", "%", 7, 1},
+        {"mean", "ms", 11, 3},
+        {"least", "ms", 11, 3},
     };
     qs_bench_report *r = b->job->report;
     double bound[PARTS], total = 0;
     find_bounds(b, bound);
-    qs_bench_report_note(r, "time: median, slowest rank; share: bound / time. Gathers hide behind "
-                            "compute: time is what was waited for");
+    qs_bench_report_note(r, "time: median, of the rank that computes longest; mean, least: of all "
+                            "ranks; share: bound / time. Gathers hide behind compute: time is "
+                            "what was waited for");
     qs_bench_report_table(r, "parts", columns, (int)(sizeof columns / sizeof *columns));
     for (int i = 0; i < PARTS; i++) {
         const qs_bench_times t = qs_bench_summary(b->times[i], b->repeats);
         const qs_bench_cell cells[] = {
-            QS_BENCH_T(part_names[i]),  QS_BENCH_N(t.median * 1e3),
-            QS_BENCH_N(t.min * 1e3),    QS_BENCH_N(t.max * 1e3),
-            QS_BENCH_N(bound[i] * 1e3), QS_BENCH_N(i == GATHER ? NAN : 100 * bound[i] / t.median)};
+            QS_BENCH_T(part_names[i]),
+            QS_BENCH_N(t.median * 1e3),
+            QS_BENCH_N(t.min * 1e3),
+            QS_BENCH_N(t.max * 1e3),
+            QS_BENCH_N(bound[i] * 1e3),
+            QS_BENCH_N(i == GATHER ? NAN : 100 * bound[i] / t.median),
+            QS_BENCH_N(qs_bench_summary(b->mean[i], b->repeats).median * 1e3),
+            QS_BENCH_N(qs_bench_summary(b->least[i], b->repeats).median * 1e3)};
         qs_bench_report_row(r, cells);
         total = t.median;
     }
@@ -452,6 +524,7 @@ static qs_status run_step(bench_step *b)
     b->repeats = o->repeats > 0 ? o->repeats : REPEATS;
     QS_TRY(set_up(b));
     QS_TRY(qs_bench_describe(b->job, s->device, s->ops, s->threads, qs_comm_name(s->device_comm)));
+    warn_of_idle_ranks(b);
     QS_TRY(measure(b, o->warmup >= 0 ? o->warmup : WARMUP));
     QS_TRY(largest_of_ranks(b));
     QS_TRY(mean_cpu(b));

@@ -131,6 +131,22 @@ class Step(unittest.TestCase):
         self.assertEqual(parts["gather"]["bound"], 0)
         self.assertGreater(parts["compute"]["bound"], 0)
 
+    def test_parts_are_those_of_one_rank(self):
+        """Of the one that computes longest, whoever waits for it: one repeat, so that its parts are its step."""
+        for ranks, batch, idle in ((3, 4, "2 of the 3 ranks have no micro-batch in the last of 2 turns, and wait: a step has 4"),
+                                   (3, 1, "2 of the 3 ranks have no micro-batch, and wait: a step has 1 "), (2, 4, None)):
+            with self.subTest(ranks=ranks, batch=batch):
+                done, document = bench("step", "--base", f"{support.tiny()}/base.h5", *self.OPTIONS, "--repeats", 1, "--set",
+                                       f"train.global_batch={batch}", ranks=ranks)
+                parts = {row["part"]: row for row in rows(document, "parts")}
+                whole = sum(parts[name]["time"] for name in parts if name != "total")
+                self.assertAlmostEqual(whole / parts["total"]["time"], 1, delta=1e-6)
+                for row in parts.values():
+                    self.assertLessEqual(row["least"], row["mean"])
+                self.assertGreaterEqual(parts["compute"]["time"], parts["compute"]["mean"])
+                self.assertEqual(re.findall(r"warning: .* no micro-batch", done.stderr) != [], idle is not None)
+                self.assertIn(idle or "", done.stderr)
+
     def test_any_ranks_the_same_loss(self):
         losses = {ranks: self.step(ranks=ranks)["speed"]["loss"] for ranks in (None, 2, 3)}
         self.assertEqual(len(set(losses.values())), 1, losses)
