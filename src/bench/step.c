@@ -3,12 +3,7 @@
  * which in each repeat is the one that computed longest, so that they add up to its step; others
  * wait for it, in whatever part they are.
  *
- *   gather     what compute stood still for units; the bound moves all of them, hidden or not
- *   compute    the passes without it: embedding, layers, head
- *   reduce     what is left of the reductions behind the passes, norm, loss
- *   optimizer  AdamW on this rank's share
- *   lora       gather of the new weights
- *
+ * train/step_clock.h says what the parts are; the bound of `wait` moves all units, hidden or not.
  * The bounds come from figures of the same run, of the slowest rank: FLOPs over the rate of
  * products, bytes received over the rate of an all-gather of a layer, bytes of the optimizer over
  * the rate of a copy. A second table counts what a rank receives in a step, by what it is for. */
@@ -24,13 +19,13 @@
 #include "base/timer.h"
 #include "bench/bench_impl.h"
 #include "train/plan.h"
-#include "train/trainer.h"
+#include "train/step_clock.h"
 
 enum { REPEATS = 5, WARMUP = 2, GATHER_TRIES = 5 };
 
-enum { GATHER, COMPUTE, REDUCE, OPTIMIZER, LORA, TOTAL, PARTS };
-static const char *const part_names[PARTS] = {"gather",    "compute", "reduce",
-                                              "optimizer", "lora",    "total"};
+static const char *const part_names[QS_STEP_PARTS] = {
+    [QS_STEP_WAIT] = "wait",           [QS_STEP_COMPUTE] = "compute", [QS_STEP_REDUCE] = "reduce",
+    [QS_STEP_OPTIMIZER] = "optimizer", [QS_STEP_LORA] = "lora",       [QS_STEP_TOTAL] = "total"};
 
 /* Who causes traffic; the agreements are what is left of the small calls. */
 enum { FOR_UNITS, FOR_EMBEDDING, FOR_GRADIENTS, FOR_LORA, FOR_AGREEMENT, PURPOSES };
@@ -53,9 +48,10 @@ typedef struct {
     double loss;
     /* measured */
     int64_t repeats;
-    double *times[PARTS];               /* [repeats] each: this rank's; then the busiest one's, */
-    double *mean[PARTS], *least[PARTS]; /* beside the mean and the least of all ranks */
-    double *everyone;                   /* [nranks, PARTS] of one repeat */
+    double *times[QS_STEP_PARTS]; /* [repeats] each: this rank's, then the busiest one's */
+    double *mean[QS_STEP_PARTS];  /* [repeats] each: of all ranks */
+    double *least[QS_STEP_PARTS]; /* ditto */
+    double *everyone;             /* [nranks, QS_STEP_PARTS] of one repeat */
     double flops, gathered_bytes;
     amount traffic[PURPOSES];
     double copy_rate, matmul_rate, link_rate;
@@ -142,7 +138,7 @@ static amount embedding(const qs_session *s)
     return (amount){t.calls, t.messages, t.bytes};
 }
 
-/* One step; parts[PARTS] in seconds. */
+/* One step; parts[QS_STEP_PARTS] in seconds. */
 static qs_status one_step(bench_step *b, double *parts)
 {
     qs_session *s = &b->session;
@@ -150,36 +146,31 @@ static qs_status one_step(bench_step *b, double *parts)
     float *shard = NULL;
     const snapshot before = look(s);
     const amount embedded = embedding(s);
-    const double start = qs_time_s(), waited = qs_fsdp_get_stats(s->fsdp).wait_s;
+    qs_step_clock clock;
     const double flops = qs_model_flops(s->model);
     const qs_model_noise noise = {.dropout = (float)s->config.lora.dropout,
                                   .seed = (uint64_t)s->config.seed,
                                   .step = (uint64_t)b->step};
+    qs_step_clock_begin(&clock, &b->trainer);
     QS_TRY(qs_trainer_passes(&b->trainer, (float)(1.0 / (double)b->targets), &noise, fill_batch, b,
                              true));
-    const double passed = qs_time_s();
+    qs_step_clock_passed(&clock);
     QS_TRY(qs_trainer_sums(&b->trainer, &shard, &norm, &loss_sum));
-    const double reduced = qs_time_s();
+    qs_step_clock_summed(&clock);
     b->trainer.optim->step = b->step;
     QS_TRY(qs_comm_agree(s->comm, qs_optim_step(b->trainer.optim, s->ops, s->queue, &s->config,
                                                 s->config.optim.lr,
                                                 qs_clip_scale(s->config.optim.clip, norm), shard)));
     QS_TRY(qs_queue_wait(s->queue));
-    const double updated = qs_time_s();
+    qs_step_clock_updated(&clock);
     const snapshot without_lora = look(s);
     QS_TRY(qs_trainer_gather(&b->trainer));
-    const double end = qs_time_s();
+    qs_step_clock_end(&clock, parts);
     const snapshot now = look(s);
 
     b->step++;
     b->loss = loss_sum / (double)b->targets;
     b->flops = qs_model_flops(s->model) - flops;
-    parts[GATHER] = qs_fsdp_get_stats(s->fsdp).wait_s - waited;
-    parts[COMPUTE] = passed - start - parts[GATHER];
-    parts[REDUCE] = reduced - passed;
-    parts[OPTIMIZER] = updated - reduced;
-    parts[LORA] = end - updated;
-    parts[TOTAL] = end - start;
     b->traffic[FOR_UNITS] = since(&before, &now, QS_COMM_GATHERS);
     b->traffic[FOR_LORA] = since(&without_lora, &now, QS_COMM_EXCHANGES);
     b->traffic[FOR_EMBEDDING] = minus(embedding(s), embedded);
@@ -258,17 +249,19 @@ static qs_status measure_link(bench_step *b)
 }
 
 /* Seconds that each part takes at least. */
-static void find_bounds(const bench_step *b, double bound[PARTS])
+static void find_bounds(const bench_step *b, double bound[QS_STEP_PARTS])
 {
     const amount *t = b->traffic;
     const double link = isfinite(b->link_rate) ? b->link_rate : INFINITY;
-    bound[COMPUTE] = b->flops / b->matmul_rate;
-    bound[GATHER] = (double)t[FOR_UNITS].bytes / link;
-    bound[REDUCE] = (double)t[FOR_GRADIENTS].bytes / link;
-    bound[LORA] = (double)t[FOR_LORA].bytes / link;
-    bound[OPTIMIZER] = 28.0 * (double)b->trainer.optim->count / b->copy_rate;
-    const double passes = bound[COMPUTE] > bound[GATHER] ? bound[COMPUTE] : bound[GATHER];
-    bound[TOTAL] = passes + bound[REDUCE] + bound[OPTIMIZER] + bound[LORA];
+    bound[QS_STEP_COMPUTE] = b->flops / b->matmul_rate;
+    bound[QS_STEP_WAIT] = (double)t[FOR_UNITS].bytes / link;
+    bound[QS_STEP_REDUCE] = (double)t[FOR_GRADIENTS].bytes / link;
+    bound[QS_STEP_LORA] = (double)t[FOR_LORA].bytes / link;
+    bound[QS_STEP_OPTIMIZER] = 28.0 * (double)b->trainer.optim->count / b->copy_rate;
+    const double passes =
+        bound[QS_STEP_COMPUTE] > bound[QS_STEP_WAIT] ? bound[QS_STEP_COMPUTE] : bound[QS_STEP_WAIT];
+    bound[QS_STEP_TOTAL] =
+        passes + bound[QS_STEP_REDUCE] + bound[QS_STEP_OPTIMIZER] + bound[QS_STEP_LORA];
 }
 
 /* ---- set up ---- */
@@ -293,12 +286,12 @@ static qs_status open_session(bench_step *b)
 
 static qs_status allocate(bench_step *b)
 {
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < QS_STEP_PARTS; i++) {
         QS_TRY(QS_ALLOC(&b->times[i], b->repeats, QS_MEM_WORK));
         QS_TRY(QS_ALLOC(&b->mean[i], b->repeats, QS_MEM_WORK));
         QS_TRY(QS_ALLOC(&b->least[i], b->repeats, QS_MEM_WORK));
     }
-    QS_TRY(QS_ALLOC(&b->everyone, b->session.nranks * PARTS, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&b->everyone, b->session.nranks * QS_STEP_PARTS, QS_MEM_WORK));
     return qs_trainer_create(&b->trainer, &b->session, &b->shape, b->slots);
 }
 
@@ -322,7 +315,7 @@ static qs_status set_up(bench_step *b)
 static void close_all(bench_step *b)
 {
     qs_trainer_destroy(&b->trainer);
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < QS_STEP_PARTS; i++) {
         qs_mem_free(b->times[i]);
         qs_mem_free(b->mean[i]);
         qs_mem_free(b->least[i]);
@@ -339,7 +332,8 @@ static int busiest(const bench_step *b)
 {
     int most = 0;
     for (int r = 1; r < b->session.nranks; r++) {
-        if (b->everyone[r * PARTS + COMPUTE] > b->everyone[most * PARTS + COMPUTE]) {
+        if (b->everyone[r * QS_STEP_PARTS + QS_STEP_COMPUTE] >
+            b->everyone[most * QS_STEP_PARTS + QS_STEP_COMPUTE]) {
             most = r;
         }
     }
@@ -350,17 +344,17 @@ static int busiest(const bench_step *b)
 static qs_status compare_ranks(bench_step *b)
 {
     const int nranks = b->session.nranks;
-    double mine[PARTS];
+    double mine[QS_STEP_PARTS];
     for (int64_t i = 0; i < b->repeats; i++) {
-        for (int p = 0; p < PARTS; p++) {
+        for (int p = 0; p < QS_STEP_PARTS; p++) {
             mine[p] = b->times[p][i];
         }
         QS_TRY(qs_comm_all_gather_now(b->session.comm, mine, b->everyone, sizeof mine));
-        const double *most = b->everyone + (ptrdiff_t)busiest(b) * PARTS;
-        for (int p = 0; p < PARTS; p++) {
+        const double *most = b->everyone + (ptrdiff_t)busiest(b) * QS_STEP_PARTS;
+        for (int p = 0; p < QS_STEP_PARTS; p++) {
             double sum = 0, least = INFINITY;
             for (int r = 0; r < nranks; r++) {
-                const double one = b->everyone[r * PARTS + p];
+                const double one = b->everyone[r * QS_STEP_PARTS + p];
                 sum += one;
                 least = one < least ? one : least;
             }
@@ -447,13 +441,13 @@ static void report_parts(const bench_step *b)
         {"least", "ms", 11, 3},
     };
     qs_bench_report *r = b->job->report;
-    double bound[PARTS], total = 0;
+    double bound[QS_STEP_PARTS], total = 0;
     find_bounds(b, bound);
     qs_bench_report_note(r, "time: median, of the rank that computes longest; mean, least: of all "
                             "ranks; share: bound / time. Gathers hide behind compute: time is "
                             "what was waited for");
     qs_bench_report_table(r, "parts", columns, (int)(sizeof columns / sizeof *columns));
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < QS_STEP_PARTS; i++) {
         const qs_bench_times t = qs_bench_summary(b->times[i], b->repeats);
         const qs_bench_cell cells[] = {
             QS_BENCH_T(part_names[i]),
@@ -461,14 +455,14 @@ static void report_parts(const bench_step *b)
             QS_BENCH_N(t.min * 1e3),
             QS_BENCH_N(t.max * 1e3),
             QS_BENCH_N(bound[i] * 1e3),
-            QS_BENCH_N(i == GATHER ? NAN : 100 * bound[i] / t.median),
+            QS_BENCH_N(i == QS_STEP_WAIT ? NAN : 100 * bound[i] / t.median),
             QS_BENCH_N(qs_bench_summary(b->mean[i], b->repeats).median * 1e3),
             QS_BENCH_N(qs_bench_summary(b->least[i], b->repeats).median * 1e3)};
         qs_bench_report_row(r, cells);
         total = t.median;
     }
     qs_bench_report_number(r, "speed", "tokens/s", (double)b->tokens / total);
-    qs_bench_report_number(r, "speed", "bound tokens/s", (double)b->tokens / bound[TOTAL]);
+    qs_bench_report_number(r, "speed", "bound tokens/s", (double)b->tokens / bound[QS_STEP_TOTAL]);
     qs_bench_report_number(r, "speed", "GFLOP a rank", b->flops * 1e-9);
     qs_bench_report_number(r, "speed", "loss", b->loss);
     qs_bench_report_number(r, "speed", "startup s", b->startup_s);
@@ -501,14 +495,14 @@ static void report_traffic(const bench_step *b)
 
 static qs_status measure(bench_step *b, int64_t warmup)
 {
-    double parts[PARTS];
+    double parts[QS_STEP_PARTS];
     for (int64_t i = 0; i < warmup; i++) {
         QS_TRY(one_step(b, parts));
     }
     const double cpu = cpu_s();
     for (int64_t i = 0; i < b->repeats; i++) {
         QS_TRY(one_step(b, parts));
-        for (int p = 0; p < PARTS; p++) {
+        for (int p = 0; p < QS_STEP_PARTS; p++) {
             b->times[p][i] = parts[p];
         }
     }

@@ -239,15 +239,17 @@ qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
     }
     metrics->last_loss = m->loss;
     const double rate = m->step_time_s > 0 ? (double)m->all_tokens / m->step_time_s : 0;
-    const int n =
-        snprintf(line, sizeof line,
-                 "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"all_tokens\": %" PRId64
-                 ", \"loss\": %s, \"lr\": %s, \"grad_norm\": %s, \"step_time_s\": %.6f, "
-                 "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %s, "
-                 "\"wait_s\": %.6f, \"compute_s\": %.6f, \"reduce_s\": %.6f}\n",
-                 m->step, m->tokens, m->all_tokens, exactly(m->loss).text, exactly(m->lr).text,
-                 exactly(m->grad_norm).text, m->step_time_s, rate, m->peak_bytes,
-                 seconds_or_null(m->gather_s).text, m->wait_s, m->compute_s, m->reduce_s);
+    const int n = snprintf(
+        line, sizeof line,
+        "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"all_tokens\": %" PRId64
+        ", \"loss\": %s, \"lr\": %s, \"grad_norm\": %s, \"step_time_s\": %.6f, "
+        "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %s, "
+        "\"wait_s\": %.6f, \"compute_s\": %.6f, \"reduce_s\": %.6f, "
+        "\"optimizer_s\": %.6f, \"lora_s\": %.6f}\n",
+        m->step, m->tokens, m->all_tokens, exactly(m->loss).text, exactly(m->lr).text,
+        exactly(m->grad_norm).text, m->step_time_s, rate, m->peak_bytes,
+        seconds_or_null(m->gather_s).text, m->parts[QS_STEP_WAIT], m->parts[QS_STEP_COMPUTE],
+        m->parts[QS_STEP_REDUCE], m->parts[QS_STEP_OPTIMIZER], m->parts[QS_STEP_LORA]);
     return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
 }
 
@@ -275,10 +277,14 @@ static qs_status write_rank(qs_metrics *metrics, int64_t step, int rank, const q
         ", \"gathered_bytes\": %" PRIu64 ", \"received_bytes\": %" PRIu64
         ", \"foreign_bytes\": %" PRIu64 ", \"base_bytes\": %" PRIu64 ", \"peak_bytes\": %" PRIu64
         ", \"rss_bytes\": %" PRIu64 ", \"gather_group\": %" PRId64 ", \"shard_group\": %" PRId64
-        ", \"keep_resident\": %" PRId64 ", \"keep_decoded\": %" PRId64 "}\n",
+        ", \"keep_resident\": %" PRId64 ", \"keep_decoded\": %" PRId64
+        ", \"step_s\": %.6f, \"wait_s\": %.6f, \"compute_s\": %.6f, \"reduce_s\": %.6f, "
+        "\"optimizer_s\": %.6f, \"lora_s\": %.6f}\n",
         step, rank, m->tokens, m->targets, m->flops, m->read_bytes, m->data_bytes,
         m->gathered_bytes, m->received_bytes, m->foreign_bytes, m->base_bytes, m->peak_bytes,
-        m->rss_bytes, m->gather_group, m->shard_group, m->keep_resident, m->keep_decoded);
+        m->rss_bytes, m->gather_group, m->shard_group, m->keep_resident, m->keep_decoded,
+        m->parts[QS_STEP_TOTAL], m->parts[QS_STEP_WAIT], m->parts[QS_STEP_COMPUTE],
+        m->parts[QS_STEP_REDUCE], m->parts[QS_STEP_OPTIMIZER], m->parts[QS_STEP_LORA]);
     return qs_io_append(metrics->ranks_fd, line, (size_t)n, metrics->ranks_path);
 }
 

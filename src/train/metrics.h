@@ -8,6 +8,7 @@
 
 #include "ckpt/ckpt.h"
 #include "comm/comm.h"
+#include "train/step_clock.h"
 
 typedef struct {
     int64_t step;   /* 1-based: updates done */
@@ -15,10 +16,8 @@ typedef struct {
     int64_t all_tokens;
     double loss, lr, grad_norm;
     double step_time_s;
-    double gather_s;  /* that gathers were under way; negative: the device does not tell */
-    double wait_s;    /* that compute stood still for them */
-    double compute_s; /* the rest of the step */
-    double reduce_s;  /* that it stood still for sums of gradients and the norm */
+    double gather_s; /* that gathers were under way; negative: the device does not tell */
+    double parts[QS_STEP_PARTS];
     uint64_t peak_bytes;
 } qs_step_metrics;
 
@@ -27,6 +26,7 @@ typedef struct {
     int64_t tokens, targets;
     int64_t gather_group, shard_group;   /* what the settings of these names stood for, */
     int64_t keep_resident, keep_decoded; /* and of these */
+    double parts[QS_STEP_PARTS];         /* of its steps */
     double flops;
     uint64_t read_bytes;     /* of base.h5 */
     uint64_t data_bytes;     /* of the token file */

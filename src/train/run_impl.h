@@ -42,9 +42,10 @@ typedef struct {
     double started_s, saved_s;
     int64_t profiled[2]; /* first and last step of the profile, from 1; 0: none */
     qs_step_metrics last;
-    qs_ckpt_eval best;  /* of steps that have a checkpoint; on rank 0 */
-    int64_t steps_done; /* of this start */
-    double timed_s;     /* of those behind the warm-up */
+    qs_ckpt_eval best;             /* of steps that have a checkpoint; on rank 0 */
+    int64_t steps_done;            /* of this start */
+    double timed_s;                /* of those behind the warm-up */
+    double parts_s[QS_STEP_PARTS]; /* of all of them, on this rank */
 } qs_run;
 
 /** The newest checkpoint that verifies, if there is one and the user wants it; else LoRA weights

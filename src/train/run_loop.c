@@ -153,7 +153,7 @@ static qs_status report_ranks(qs_run *r)
     const qs_fsdp_stats stats = qs_fsdp_get_stats(r->session.fsdp);
     uint64_t received = 0, foreign = 0;
     qs_session_traffic(&r->session, &received, &foreign);
-    const qs_rank_metrics mine = {
+    qs_rank_metrics mine = {
         .tokens = r->trainer.tokens,
         .targets = r->trainer.targets,
         .gather_group = r->shape.group,
@@ -171,6 +171,7 @@ static qs_status report_ranks(qs_run *r)
         .peak_bytes = qs_mem_peak_total_bytes(r->plan.space),
         .rss_bytes = qs_mem_peak_rss_bytes(),
     };
+    memcpy(mine.parts, r->parts_s, sizeof mine.parts);
     return keep_going(r, qs_metrics_ranks(r->metrics, r->step, &mine, r->comm));
 }
 

@@ -3,7 +3,6 @@
 
 #include "base/log.h"
 #include "base/mem.h"
-#include "base/timer.h"
 #include "train/run_impl.h"
 
 enum { NOT_FINITE_MAX = 3 }; /* skipped updates in a row before the run stops */
@@ -34,8 +33,9 @@ static qs_status apply_update(qs_run *r, const float *shard, const qs_step_metri
     }
     r->not_finite = 0;
     r->trainer.optim->step = r->step;
-    return qs_optim_step(r->trainer.optim, r->session.ops, r->session.queue, r->cfg, m->lr,
-                         qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard);
+    QS_TRY(qs_optim_step(r->trainer.optim, r->session.ops, r->session.queue, r->cfg, m->lr,
+                         qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard));
+    return qs_queue_wait(r->session.queue); /* the gather would: so that its time is told apart */
 }
 
 static int64_t step_tokens(const qs_run *r)
@@ -66,11 +66,11 @@ static bool has_work(const qs_run *r)
 
 qs_status qs_run_step(qs_run *r, qs_step_metrics *m)
 {
-    const double start = qs_time_s();
-    const qs_fsdp_stats before = qs_fsdp_get_stats(r->session.fsdp);
-    const double reduced = qs_grads_wait_s(r->trainer.grads);
+    qs_step_clock clock;
+    const double gathered_s = qs_fsdp_get_stats(r->session.fsdp).gather_s;
     double loss_sum = 0;
     float *shard = NULL;
+    qs_step_clock_begin(&clock, &r->trainer);
     qs_watch_section(!has_work(r), "step %" PRId64, r->step + 1);
     *m = (qs_step_metrics){.step = r->step + 1,
                            .tokens = qs_sampler_targets(&r->sampler, r->step),
@@ -85,25 +85,26 @@ qs_status qs_run_step(qs_run *r, qs_step_metrics *m)
     if (r->trainer.given_up_s > 0) {
         return QS_OK;
     }
-    const double reduce_start = qs_time_s();
-    m->reduce_s = qs_grads_wait_s(r->trainer.grads) - reduced; /* between layers */
+    qs_step_clock_passed(&clock);
     qs_span_begin(r->session.queue, "sums");
     QS_TRY(qs_trainer_sums(&r->trainer, &shard, &m->grad_norm, &loss_sum));
     m->loss = m->tokens > 0 ? loss_sum / (double)m->tokens : 0;
-    m->reduce_s += qs_time_s() - reduce_start;
+    qs_step_clock_summed(&clock);
     qs_span_end(r->session.queue);
     if (r->options->dump_grads != NULL) {
         return qs_run_dump_gradient(r, shard);
     }
     qs_span_begin(r->session.queue, "update");
     QS_TRY(qs_comm_agree(r->comm, apply_update(r, shard, m)));
+    qs_step_clock_updated(&clock);
     QS_TRY(qs_trainer_gather(&r->trainer));
     qs_span_end(r->session.queue);
-    m->step_time_s = qs_time_s() - start;
-    const qs_fsdp_stats after = qs_fsdp_get_stats(r->session.fsdp);
-    m->gather_s = r->session.apart ? -1 : after.gather_s - before.gather_s;
-    m->wait_s = after.wait_s - before.wait_s;
-    m->compute_s = m->step_time_s - m->wait_s - m->reduce_s;
+    qs_step_clock_end(&clock, m->parts);
+    m->step_time_s = m->parts[QS_STEP_TOTAL];
+    m->gather_s = r->session.apart ? -1 : qs_fsdp_get_stats(r->session.fsdp).gather_s - gathered_s;
+    for (int p = 0; p < QS_STEP_PARTS; p++) {
+        r->parts_s[p] += m->parts[p];
+    }
     m->peak_bytes = qs_mem_peak_total_bytes(r->plan.space);
     return QS_OK;
 }

@@ -126,9 +126,9 @@ class Step(unittest.TestCase):
 
     def test_parts_add_up(self):
         parts = {row["part"]: row for row in rows(self.step(), "parts")}
-        whole = sum(parts[name]["time"] for name in ("gather", "compute", "reduce", "optimizer", "lora"))
+        whole = sum(parts[name]["time"] for name in ("wait", "compute", "reduce", "optimizer", "lora"))
         self.assertAlmostEqual(whole / parts["total"]["time"], 1, delta=0.3)  # medians of two steps on a busy machine
-        self.assertEqual(parts["gather"]["bound"], 0)
+        self.assertEqual(parts["wait"]["bound"], 0)
         self.assertGreater(parts["compute"]["bound"], 0)
 
     def test_parts_are_those_of_one_rank(self):

@@ -59,10 +59,24 @@ class Trace(unittest.TestCase):
         for ranks in (1, 2):
             _, lines = self.run_traced(ranks, train__steps=5)
             for line in (line for line in lines if "loss" in line):
-                parts = line["wait_s"] + line["compute_s"] + line["reduce_s"]
+                parts = sum(line[part] for part in ("wait_s", "compute_s", "reduce_s", "optimizer_s", "lora_s"))
                 self.assertAlmostEqual(parts, line["step_time_s"], delta=1e-5)
                 self.assertEqual(line["gather_s"] > 0, ranks > 1)
                 self.assertLessEqual(line["gather_s"], line["step_time_s"])
+
+    def test_parts_of_each_rank(self):
+        """Those of all steps of a start, in ranks.jsonl; rank 0's are those in metrics.jsonl."""
+        parts = ("wait_s", "compute_s", "reduce_s", "optimizer_s", "lora_s")
+        output = os.path.join(support.scratch(), "run")
+        support.train(output, ranks=3, train__steps=4, train__eval_every=0)
+        steps = [line for line in support.metrics(output) if "loss" in line]
+        ranks = support.metrics(output, "ranks.jsonl")
+        self.assertEqual(len(ranks), 3)
+        for line in ranks:
+            self.assertAlmostEqual(sum(line[part] for part in parts), line["step_s"], delta=1e-5)
+            self.assertGreater(line["compute_s"], 0)
+        for part in parts:
+            self.assertAlmostEqual(sum(step[part] for step in steps), ranks[0][part], delta=1e-5)
 
     def test_steps_can_be_chosen_and_a_run_may_end_before_them(self):
         spans, _ = self.run_traced(2, ("--profile-steps", "2:9"), train__steps=4)
