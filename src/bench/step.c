@@ -18,6 +18,7 @@
 #include "base/rng.h"
 #include "base/timer.h"
 #include "bench/bench_impl.h"
+#include "train/forecast.h"
 #include "train/plan.h"
 #include "train/step_clock.h"
 
@@ -48,11 +49,12 @@ typedef struct {
     double loss;
     /* measured */
     int64_t repeats;
-    double *times[QS_STEP_PARTS]; /* [repeats] each: this rank's, then the busiest one's */
-    double *mean[QS_STEP_PARTS];  /* [repeats] each: of all ranks */
-    double *least[QS_STEP_PARTS]; /* ditto */
-    double *everyone;             /* [nranks, QS_STEP_PARTS] of one repeat */
-    double flops, gathered_bytes;
+    double *times[QS_STEP_PARTS];        /* [repeats] each: this rank's, then the busiest one's */
+    double *mean[QS_STEP_PARTS];         /* [repeats] each: of all ranks */
+    double *least[QS_STEP_PARTS];        /* ditto */
+    double *everyone;                    /* [nranks, QS_STEP_PARTS] of one repeat */
+    double flops;                        /* this rank's, then the most of all */
+    double mean_flops, mean_model_flops; /* of all ranks; without what is computed again */
     amount traffic[PURPOSES];
     double copy_rate, matmul_rate, link_rate;
     char matmul_name[32];
@@ -382,6 +384,11 @@ static void warn_of_idle_ranks(const bench_step *b)
                 nranks - b->slots % nranks, nranks, last, b->slots);
 }
 
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 static qs_status largest_of_ranks(bench_step *b)
 {
     qs_comm *comm = b->session.comm;
@@ -396,6 +403,37 @@ static qs_status largest_of_ranks(bench_step *b)
     }
     QS_TRY(compare_ranks(b));
     return qs_bench_slowest(comm, &b->startup_s, 1);
+}
+
+/* What this rank computes again of a step, since it does not keep it: by the formula, which is
+ * that of the rank with the most sequences, and is in proportion to them. */
+static qs_status recomputed_flops(const bench_step *b, double *flops)
+{
+    const qs_session *s = &b->session;
+    const int64_t micro_batch = s->config.train.micro_batch;
+    const int64_t most = least(qs_shard_width(b->slots, s->nranks) * micro_batch, b->sequences);
+    const qs_range slots = qs_slots_of(b->slots, qs_comm_rank(s->comm), s->nranks);
+    const int64_t mine = least(slots.end * micro_batch, b->sequences) -
+                         least(slots.begin * micro_batch, b->sequences);
+    qs_model_shape keeps_all = b->shape;
+    qs_step_work with, without;
+    keeps_all.recompute = QS_RECOMPUTE_NONE;
+    QS_TRY(qs_step_work_make(&with, s, b->data, &b->shape, b->slots));
+    QS_TRY(qs_step_work_make(&without, s, b->data, &keeps_all, b->slots));
+    *flops = (qs_step_flops(&with) - qs_step_flops(&without)) * (double)mine / (double)most;
+    return QS_OK;
+}
+
+static qs_status count_work(bench_step *b)
+{
+    qs_comm *comm = b->session.comm;
+    double again = 0;
+    QS_TRY(qs_comm_agree(comm, recomputed_flops(b, &again)));
+    int64_t sums[2] = {llround(b->flops), llround(b->flops - again)};
+    QS_TRY(qs_comm_sum_i64(comm, sums, 2));
+    b->mean_flops = (double)sums[0] / b->session.nranks;
+    b->mean_model_flops = (double)sums[1] / b->session.nranks;
+    return QS_OK;
 }
 
 /* CPU seconds of all ranks, as the mean of a rank: those that wait by polling count, too. */
@@ -470,6 +508,24 @@ static void report_parts(const bench_step *b)
     qs_bench_report_number(r, "speed", "step CPU s a rank", b->step_cpu_s);
 }
 
+/* Of a rank, in the mean; rates by the time of the whole step. */
+static void report_work(const bench_step *b)
+{
+    qs_bench_report *r = b->job->report;
+    const double total = qs_bench_summary(b->times[QS_STEP_TOTAL], b->repeats).median;
+    const double model = b->mean_model_flops, all = b->mean_flops;
+    qs_bench_report_note(r, "work: of a rank, mean; GFLOP are model GFLOP and what is computed "
+                            "again; MFU, HFU: their rates over this run's products");
+    qs_bench_report_number(r, "work", "model GFLOP", model * 1e-9);
+    qs_bench_report_number(r, "work", "recomputed GFLOP", (all - model) * 1e-9);
+    qs_bench_report_number(r, "work", "GFLOP", all * 1e-9);
+    qs_bench_report_number(r, "work", "most GFLOP", b->flops * 1e-9);
+    qs_bench_report_number(r, "work", "model GFLOP/s", model / total * 1e-9);
+    qs_bench_report_number(r, "work", "GFLOP/s", all / total * 1e-9);
+    qs_bench_report_number(r, "work", "MFU %", 100 * model / total / b->matmul_rate);
+    qs_bench_report_number(r, "work", "HFU %", 100 * all / total / b->matmul_rate);
+}
+
 static void report_traffic(const bench_step *b)
 {
     static const qs_bench_column columns[] = {
@@ -520,10 +576,12 @@ static qs_status run_step(bench_step *b)
     QS_TRY(qs_bench_describe(b->job, s->device, s->ops, s->threads, qs_comm_name(s->device_comm)));
     warn_of_idle_ranks(b);
     QS_TRY(measure(b, o->warmup >= 0 ? o->warmup : WARMUP));
+    QS_TRY(count_work(b));
     QS_TRY(largest_of_ranks(b));
     QS_TRY(mean_cpu(b));
     report_facts(b);
     report_parts(b);
+    report_work(b);
     report_traffic(b);
     b->job->wrong += !isfinite(b->loss);
     return QS_OK;

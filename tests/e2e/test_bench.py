@@ -151,6 +151,26 @@ class Step(unittest.TestCase):
         losses = {ranks: self.step(ranks=ranks)["speed"]["loss"] for ranks in (None, 2, 3)}
         self.assertEqual(len(set(losses.values())), 1, losses)
 
+    def test_what_is_computed_again_is_told_apart(self):
+        """A model of other recompute modes has the same model FLOPs, and of all ranks together those of one."""
+        bases = (f"{support.tiny()}/base.h5", support.base_of(*support.GEMMA3))
+        for base, more in ((bases[0], ()), (bases[1], ()), (bases[0], ("--set", "lora.dora=true", "--set", "lora.dropout=0.1"))):
+            work = {}
+            for mode, ranks in (("none", None), ("selective", None), ("full", None), ("full", 3)):
+                _, document = bench("step", "--base", base, *self.OPTIONS, *more, "--set", f"train.recompute={mode}", "--repeats", 1,
+                                    "--warmup", 0, ranks=ranks)
+                work[mode, ranks] = {key: value * (ranks or 1) for key, value in document["work"].items()}
+                self.assertAlmostEqual(work[mode, ranks]["GFLOP"],
+                                       work[mode, ranks]["model GFLOP"] + work[mode, ranks]["recomputed GFLOP"], delta=1e-6)
+                self.assertGreater(document["work"]["HFU %"], 0)
+            model = work["none", None]["model GFLOP"]
+            self.assertEqual(work["none", None]["recomputed GFLOP"], 0)
+            for case in work.values():
+                self.assertAlmostEqual(case["model GFLOP"] / model, 1, delta=1e-6)
+            self.assertLess(work["selective", None]["GFLOP"], work["full", None]["GFLOP"])
+            self.assertAlmostEqual(work["full", 3]["recomputed GFLOP"] / work["full", None]["recomputed GFLOP"], 1, delta=1e-6)
+            self.assertGreater(work["full", 3]["most GFLOP"], work["full", 3]["GFLOP"])  # 8 micro-batches on 3 ranks
+
     def test_a_file_and_its_changes(self):
         _, document = bench("step", support.TINY_YAML, *support.settings(support.tiny(), "unused", train__global_batch=4),
                             "--repeats", 1, "--warmup", 0)
