@@ -169,13 +169,14 @@ Test(metrics, a_step_says_where_its_time_went, .init = make_dir, .fini = remove_
     qs_metrics *m = open_at(0);
     cr_assert_eq(qs_metrics_step(m, &step), QS_OK);
     qs_metrics_close(m);
-    expect_log("metrics.jsonl",
-               "{\"step\": 1, \"tokens\": 2, \"all_tokens\": 3, \"loss\": 0, \"lr\": 0, "
-               "\"grad_norm\": 0, \"step_time_s\": 1.500000, \"tokens_per_s\": 2.0, "
-               "\"peak_bytes\": 0, \"gather_s\": null, \"wait_s\": 0.125000, \"compute_s\": "
-               "0.500000, \"reduce_s\": 0.250000, \"optimizer_s\": 0.375000, \"lora_s\": "
-               "0.250000}\n",
-               0);
+    expect_log(
+        "metrics.jsonl",
+        "{\"step\": 1, \"tokens\": 2, \"targets\": 2, \"all_tokens\": 3, \"loss\": 0, \"lr\": 0, "
+        "\"grad_norm\": 0, \"step_time_s\": 1.500000, \"tokens_per_s\": 2.0, "
+        "\"peak_bytes\": 0, \"gather_s\": null, \"wait_s\": 0.125000, \"compute_s\": "
+        "0.500000, \"reduce_s\": 0.250000, \"optimizer_s\": 0.375000, \"lora_s\": "
+        "0.250000}\n",
+        0);
 }
 
 /* ---- long files ---- */

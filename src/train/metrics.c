@@ -239,17 +239,18 @@ qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
     }
     metrics->last_loss = m->loss;
     const double rate = m->step_time_s > 0 ? (double)m->all_tokens / m->step_time_s : 0;
-    const int n = snprintf(
-        line, sizeof line,
-        "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"all_tokens\": %" PRId64
-        ", \"loss\": %s, \"lr\": %s, \"grad_norm\": %s, \"step_time_s\": %.6f, "
-        "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %s, "
-        "\"wait_s\": %.6f, \"compute_s\": %.6f, \"reduce_s\": %.6f, "
-        "\"optimizer_s\": %.6f, \"lora_s\": %.6f}\n",
-        m->step, m->tokens, m->all_tokens, exactly(m->loss).text, exactly(m->lr).text,
-        exactly(m->grad_norm).text, m->step_time_s, rate, m->peak_bytes,
-        seconds_or_null(m->gather_s).text, m->parts[QS_STEP_WAIT], m->parts[QS_STEP_COMPUTE],
-        m->parts[QS_STEP_REDUCE], m->parts[QS_STEP_OPTIMIZER], m->parts[QS_STEP_LORA]);
+    const int n = snprintf(line, sizeof line,
+                           "{\"step\": %" PRId64 ", \"tokens\": %" PRId64 ", \"targets\": %" PRId64
+                           ", \"all_tokens\": %" PRId64
+                           ", \"loss\": %s, \"lr\": %s, \"grad_norm\": %s, \"step_time_s\": %.6f, "
+                           "\"tokens_per_s\": %.1f, \"peak_bytes\": %" PRIu64 ", \"gather_s\": %s, "
+                           "\"wait_s\": %.6f, \"compute_s\": %.6f, \"reduce_s\": %.6f, "
+                           "\"optimizer_s\": %.6f, \"lora_s\": %.6f}\n",
+                           m->step, m->tokens, m->tokens, m->all_tokens, exactly(m->loss).text,
+                           exactly(m->lr).text, exactly(m->grad_norm).text, m->step_time_s, rate,
+                           m->peak_bytes, seconds_or_null(m->gather_s).text, m->parts[QS_STEP_WAIT],
+                           m->parts[QS_STEP_COMPUTE], m->parts[QS_STEP_REDUCE],
+                           m->parts[QS_STEP_OPTIMIZER], m->parts[QS_STEP_LORA]);
     return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
 }
 

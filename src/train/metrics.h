@@ -12,7 +12,7 @@
 
 typedef struct {
     int64_t step;   /* 1-based: updates done */
-    int64_t tokens; /* positions that carry loss */
+    int64_t tokens; /* positions that carry loss: `tokens` and, as elsewhere, `targets` */
     int64_t all_tokens;
     double loss, lr, grad_norm;
     double step_time_s;

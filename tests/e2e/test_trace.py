@@ -78,6 +78,24 @@ class Trace(unittest.TestCase):
         for part in parts:
             self.assertAlmostEqual(sum(step[part] for step in steps), ranks[0][part], delta=1e-5)
 
+    def test_every_field_is_described(self):
+        """docs/file-formats.md has a row for each, with a unit's column, under the file's heading."""
+        with open(os.path.join(support.ROOT, "docs", "file-formats.md"), encoding="utf-8") as file:
+            parts = dict(part.split("\n", 1) for part in file.read().split("\n### ")[1:])
+        output = os.path.join(support.scratch(), "run")
+        support.train(output, train__steps=2)
+        with open(os.path.join(output, "summary.csv"), encoding="utf-8") as file:
+            fields = {"summary.csv": file.readline().strip().split(",")}
+        for name in ("metrics.jsonl", "ranks.jsonl"):
+            fields[name] = {field for line in support.metrics(output, name) for field in line if not field.startswith("eval_")}
+        for name, names in fields.items():
+            described = {field for row in re.findall(r"(?m)^\| (`.*?) \|.*\|.*\|$", parts[name]) for field in re.findall("`(.*?)`", row)}
+            self.assertEqual(described, set(names), name)
+        step = support.metrics(output)[0]
+        self.assertEqual(step["targets"], step["tokens"])
+        self.assertEqual(support.metrics(output, "ranks.jsonl")[-1]["targets"],
+                         sum(line["targets"] for line in support.metrics(output) if "loss" in line))
+
     def test_steps_can_be_chosen_and_a_run_may_end_before_them(self):
         spans, _ = self.run_traced(2, ("--profile-steps", "2:9"), train__steps=4)
         steps = sorted({name for *_, name, _, _ in spans if name.startswith("step")})
