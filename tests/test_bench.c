@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "base/log.h"
-#include "bench/bench.h"
+#include "bench/bench_impl.h"
 #include "bench/kernels/check.h"
 
 static qs_bench b;
@@ -216,6 +216,22 @@ Test(bench, bounds_are_measured)
     cr_assert_gt(b.copy_rate, 1e6);
     cr_assert_gt(b.matmul_rate, 1e6);
     cr_assert_eq(b.n_taken, 0);
+}
+
+Test(bench, a_median_is_between_the_middle_two)
+{
+    double even[] = {4, 1, 8, 2}, odd[] = {5, 1, 3}, one[] = {7};
+    const qs_bench_times t = qs_bench_summary(even, 4);
+    cr_assert(t.median == 3 && t.min == 1 && t.max == 8);
+    cr_assert_eq(qs_bench_summary(odd, 3).median, 3);
+    cr_assert_eq(qs_bench_summary(one, 1).median, 7);
+}
+
+Test(bench, a_share_above_the_whole_is_none)
+{
+    cr_assert_eq(qs_bench_share(1, 4), 25);
+    cr_assert_eq(qs_bench_share(4, 4), 100);
+    cr_assert(isnan(qs_bench_share(5, 4)));
 }
 
 Test(bench, names_are_found)

@@ -67,7 +67,13 @@ static int compare(const void *a, const void *b)
 qs_bench_times qs_bench_summary(double *values, int64_t count)
 {
     qsort(values, (size_t)count, sizeof *values, compare);
-    return (qs_bench_times){values[count / 2], values[0], values[count - 1]};
+    const double median = (values[(count - 1) / 2] + values[count / 2]) / 2;
+    return (qs_bench_times){median, values[0], values[count - 1]};
+}
+
+double qs_bench_share(double bound, double time)
+{
+    return bound <= time ? 100 * bound / time : NAN;
 }
 
 qs_status qs_bench_slowest(qs_comm *comm, double *values, int64_t count)

@@ -22,8 +22,13 @@ qs_status qs_bench_describe(qs_bench_job *job, const qs_device *device, const qs
 /** Room in the operations for nothing: for collectives and bounds on a GPU. */
 qs_ops_limits qs_bench_least_limits(int threads);
 
-/** Median, least and largest of `values` [count], which are sorted. */
+/** Median (between the middle two where there are two), least and largest of `values` [count],
+ * which are sorted. */
 qs_bench_times qs_bench_summary(double *values, int64_t count);
+
+/** The bound as a share of the time, in percent; NaN above 100, where it is no bound: what it was
+ * measured by was slower than the step, which other programs or caches may make it. */
+double qs_bench_share(double bound, double time);
 
 /** Replace `values` [count] of seconds by the largest of all ranks. Collective. */
 qs_status qs_bench_slowest(qs_comm *comm, double *values, int64_t count);

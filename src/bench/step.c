@@ -28,6 +28,12 @@ static const char *const part_names[QS_STEP_PARTS] = {
     [QS_STEP_WAIT] = "wait",           [QS_STEP_COMPUTE] = "compute", [QS_STEP_REDUCE] = "reduce",
     [QS_STEP_OPTIMIZER] = "optimizer", [QS_STEP_LORA] = "lora",       [QS_STEP_TOTAL] = "total"};
 
+/* What is taken of a rank in a repeat: the parts of its step, in seconds, and those of its CPUs. */
+enum { CPU = QS_STEP_PARTS, FIGURES };
+
+/* Threads that compute for less than this share of the time do not have their cores alone. */
+static const double CONTENDED = 0.9;
+
 /* Who causes traffic; the agreements are what is left of the small calls. */
 enum { FOR_UNITS, FOR_EMBEDDING, FOR_GRADIENTS, FOR_LORA, FOR_AGREEMENT, PURPOSES };
 static const char *const purpose_names[PURPOSES] = {"units", "embedding", "gradients", "lora",
@@ -49,10 +55,10 @@ typedef struct {
     double loss;
     /* measured */
     int64_t repeats;
-    double *times[QS_STEP_PARTS];        /* [repeats] each: this rank's, then the busiest one's */
-    double *mean[QS_STEP_PARTS];         /* [repeats] each: of all ranks */
-    double *least[QS_STEP_PARTS];        /* ditto */
-    double *everyone;                    /* [nranks, QS_STEP_PARTS] of one repeat */
+    double *times[FIGURES];              /* [repeats] each: this rank's, then the busiest one's */
+    double *mean[FIGURES];               /* [repeats] each: of all ranks */
+    double *least[FIGURES];              /* ditto */
+    double *everyone;                    /* [nranks, FIGURES] of one repeat */
     double flops;                        /* this rank's, then the most of all */
     double mean_flops, mean_model_flops; /* of all ranks; without what is computed again */
     amount traffic[PURPOSES];
@@ -140,8 +146,7 @@ static amount embedding(const qs_session *s)
     return (amount){t.calls, t.messages, t.bytes};
 }
 
-/* One step; parts[QS_STEP_PARTS] in seconds. */
-static qs_status one_step(bench_step *b, double *parts)
+static qs_status one_step(bench_step *b, double figures[FIGURES])
 {
     qs_session *s = &b->session;
     double norm = 0, loss_sum = 0;
@@ -153,6 +158,7 @@ static qs_status one_step(bench_step *b, double *parts)
     const qs_model_noise noise = {.dropout = (float)s->config.lora.dropout,
                                   .seed = (uint64_t)s->config.seed,
                                   .step = (uint64_t)b->step};
+    const double cpu = cpu_s();
     qs_step_clock_begin(&clock, &b->trainer);
     QS_TRY(qs_trainer_passes(&b->trainer, (float)(1.0 / (double)b->targets), &noise, fill_batch, b,
                              true));
@@ -167,7 +173,8 @@ static qs_status one_step(bench_step *b, double *parts)
     qs_step_clock_updated(&clock);
     const snapshot without_lora = look(s);
     QS_TRY(qs_trainer_gather(&b->trainer));
-    qs_step_clock_end(&clock, parts);
+    qs_step_clock_end(&clock, figures);
+    figures[CPU] = cpu_s() - cpu;
     const snapshot now = look(s);
 
     b->step++;
@@ -204,13 +211,15 @@ static qs_status measure_processor(bench_step *b)
     st = st == QS_OK ? qs_bench_open_ops(&bench, &limits) : st;
     QS_TRY(qs_comm_agree(s->comm, st));
     st = qs_bench_bounds(&bench);
-    b->copy_rate = bench.copy_rate;
-    b->matmul_rate = bench.matmul_rate;
+    double copy_rate = bench.copy_rate, matmul_rate = bench.matmul_rate;
     memcpy(b->matmul_name, bench.matmul_name, sizeof b->matmul_name);
     qs_bench_close(&bench);
     QS_TRY(qs_comm_agree(s->comm, st));
-    QS_TRY(least_of_ranks(s->comm, &b->copy_rate));
-    return least_of_ranks(s->comm, &b->matmul_rate);
+    QS_TRY(least_of_ranks(s->comm, &copy_rate));
+    QS_TRY(least_of_ranks(s->comm, &matmul_rate));
+    b->copy_rate = fmax(b->copy_rate, copy_rate);
+    b->matmul_rate = fmax(b->matmul_rate, matmul_rate);
+    return QS_OK;
 }
 
 static size_t largest_share_bytes(const qs_session *s)
@@ -246,8 +255,15 @@ static qs_status measure_link(bench_step *b)
     }
     qs_device_free(s->device, send);
     qs_device_free(s->device, recv);
-    b->link_rate = nranks > 1 ? (double)share * (nranks - 1) / best : NAN;
+    b->link_rate = nranks > 1 ? fmax(b->link_rate, (double)share * (nranks - 1) / best) : NAN;
     return st;
+}
+
+/* Before the steps and behind them, and the better counts, since other programs may come or go. */
+static qs_status measure_bounds(bench_step *b)
+{
+    QS_TRY(measure_processor(b));
+    return measure_link(b);
 }
 
 /* Seconds that each part takes at least. */
@@ -288,12 +304,12 @@ static qs_status open_session(bench_step *b)
 
 static qs_status allocate(bench_step *b)
 {
-    for (int i = 0; i < QS_STEP_PARTS; i++) {
+    for (int i = 0; i < FIGURES; i++) {
         QS_TRY(QS_ALLOC(&b->times[i], b->repeats, QS_MEM_WORK));
         QS_TRY(QS_ALLOC(&b->mean[i], b->repeats, QS_MEM_WORK));
         QS_TRY(QS_ALLOC(&b->least[i], b->repeats, QS_MEM_WORK));
     }
-    QS_TRY(QS_ALLOC(&b->everyone, b->session.nranks * QS_STEP_PARTS, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&b->everyone, b->session.nranks * FIGURES, QS_MEM_WORK));
     return qs_trainer_create(&b->trainer, &b->session, &b->shape, b->slots);
 }
 
@@ -317,7 +333,7 @@ static qs_status set_up(bench_step *b)
 static void close_all(bench_step *b)
 {
     qs_trainer_destroy(&b->trainer);
-    for (int i = 0; i < QS_STEP_PARTS; i++) {
+    for (int i = 0; i < FIGURES; i++) {
         qs_mem_free(b->times[i]);
         qs_mem_free(b->mean[i]);
         qs_mem_free(b->least[i]);
@@ -334,8 +350,8 @@ static int busiest(const bench_step *b)
 {
     int most = 0;
     for (int r = 1; r < b->session.nranks; r++) {
-        if (b->everyone[r * QS_STEP_PARTS + QS_STEP_COMPUTE] >
-            b->everyone[most * QS_STEP_PARTS + QS_STEP_COMPUTE]) {
+        if (b->everyone[r * FIGURES + QS_STEP_COMPUTE] >
+            b->everyone[most * FIGURES + QS_STEP_COMPUTE]) {
             most = r;
         }
     }
@@ -346,17 +362,17 @@ static int busiest(const bench_step *b)
 static qs_status compare_ranks(bench_step *b)
 {
     const int nranks = b->session.nranks;
-    double mine[QS_STEP_PARTS];
+    double mine[FIGURES];
     for (int64_t i = 0; i < b->repeats; i++) {
-        for (int p = 0; p < QS_STEP_PARTS; p++) {
+        for (int p = 0; p < FIGURES; p++) {
             mine[p] = b->times[p][i];
         }
         QS_TRY(qs_comm_all_gather_now(b->session.comm, mine, b->everyone, sizeof mine));
-        const double *most = b->everyone + (ptrdiff_t)busiest(b) * QS_STEP_PARTS;
-        for (int p = 0; p < QS_STEP_PARTS; p++) {
+        const double *most = b->everyone + (ptrdiff_t)busiest(b) * FIGURES;
+        for (int p = 0; p < FIGURES; p++) {
             double sum = 0, least = INFINITY;
             for (int r = 0; r < nranks; r++) {
-                const double one = b->everyone[r * QS_STEP_PARTS + p];
+                const double one = b->everyone[r * FIGURES + p];
                 sum += one;
                 least = one < least ? one : least;
             }
@@ -466,6 +482,25 @@ static void report_facts(const bench_step *b)
     qs_bench_report_number(r, "bounds", "all-gather GB/s", b->link_rate * 1e-9);
 }
 
+/* Of the rank that computes longest. */
+static double median(const bench_step *b, int figure)
+{
+    return qs_bench_summary(b->times[figure], b->repeats).median;
+}
+
+/* A rank that waits polls, so that its CPU time is at least what its threads had while they
+ * computed. */
+static void warn_of_contended_cores(const bench_step *b)
+{
+    const qs_session *s = &b->session;
+    const double cores = median(b, CPU) / median(b, QS_STEP_COMPUTE);
+    if (!s->apart && cores < CONTENDED * s->threads) {
+        qs_log_warn("the rank that computed longest was on %.2f cores with its %d threads: others "
+                    "are on them too, or there are too few; times are no measure of this program",
+                    cores, s->threads);
+    }
+}
+
 static void report_parts(const bench_step *b)
 {
     static const qs_bench_column columns[] = {
@@ -481,9 +516,11 @@ static void report_parts(const bench_step *b)
     qs_bench_report *r = b->job->report;
     double bound[QS_STEP_PARTS], total = 0;
     find_bounds(b, bound);
-    qs_bench_report_note(r, "time: median, of the rank that computes longest; mean, least: of all "
-                            "ranks; share: bound / time. Gathers hide behind compute: time is "
-                            "what was waited for");
+    qs_bench_report_note(
+        r, "time: median, of the rank that computes longest; mean, least: of all "
+           "ranks; share: bound / time, by this run's copy rate, products and all-gather "
+           "(-: they were slower). Gathers hide behind compute: time is what was "
+           "waited for");
     qs_bench_report_table(r, "parts", columns, (int)(sizeof columns / sizeof *columns));
     for (int i = 0; i < QS_STEP_PARTS; i++) {
         const qs_bench_times t = qs_bench_summary(b->times[i], b->repeats);
@@ -493,7 +530,7 @@ static void report_parts(const bench_step *b)
             QS_BENCH_N(t.min * 1e3),
             QS_BENCH_N(t.max * 1e3),
             QS_BENCH_N(bound[i] * 1e3),
-            QS_BENCH_N(i == QS_STEP_WAIT ? NAN : 100 * bound[i] / t.median),
+            QS_BENCH_N(i == QS_STEP_WAIT ? NAN : qs_bench_share(bound[i], t.median)),
             QS_BENCH_N(qs_bench_summary(b->mean[i], b->repeats).median * 1e3),
             QS_BENCH_N(qs_bench_summary(b->least[i], b->repeats).median * 1e3)};
         qs_bench_report_row(r, cells);
@@ -506,13 +543,14 @@ static void report_parts(const bench_step *b)
     qs_bench_report_number(r, "speed", "startup s", b->startup_s);
     qs_bench_report_number(r, "speed", "startup CPU s a rank", b->startup_cpu_s);
     qs_bench_report_number(r, "speed", "step CPU s a rank", b->step_cpu_s);
+    qs_bench_report_number(r, "speed", "CPU / wall", median(b, CPU) / total);
 }
 
 /* Of a rank, in the mean; rates by the time of the whole step. */
 static void report_work(const bench_step *b)
 {
     qs_bench_report *r = b->job->report;
-    const double total = qs_bench_summary(b->times[QS_STEP_TOTAL], b->repeats).median;
+    const double total = median(b, QS_STEP_TOTAL);
     const double model = b->mean_model_flops, all = b->mean_flops;
     qs_bench_report_note(r, "work: of a rank, mean; GFLOP are model GFLOP and what is computed "
                             "again; MFU, HFU: their rates over this run's products");
@@ -551,20 +589,20 @@ static void report_traffic(const bench_step *b)
 
 static qs_status measure(bench_step *b, int64_t warmup)
 {
-    double parts[QS_STEP_PARTS];
+    double figures[FIGURES];
     for (int64_t i = 0; i < warmup; i++) {
-        QS_TRY(one_step(b, parts));
+        QS_TRY(one_step(b, figures));
     }
+    QS_TRY(measure_bounds(b));
     const double cpu = cpu_s();
     for (int64_t i = 0; i < b->repeats; i++) {
-        QS_TRY(one_step(b, parts));
-        for (int p = 0; p < QS_STEP_PARTS; p++) {
-            b->times[p][i] = parts[p];
+        QS_TRY(one_step(b, figures));
+        for (int p = 0; p < FIGURES; p++) {
+            b->times[p][i] = figures[p];
         }
     }
     b->step_cpu_s = (cpu_s() - cpu) / (double)b->repeats;
-    QS_TRY(measure_processor(b));
-    return measure_link(b);
+    return measure_bounds(b);
 }
 
 static qs_status run_step(bench_step *b)
@@ -583,6 +621,7 @@ static qs_status run_step(bench_step *b)
     report_parts(b);
     report_work(b);
     report_traffic(b);
+    warn_of_contended_cores(b);
     b->job->wrong += !isfinite(b->loss);
     return QS_OK;
 }

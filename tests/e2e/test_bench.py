@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import unittest
 
 import support
@@ -142,6 +143,7 @@ class Step(unittest.TestCase):
                 whole = sum(parts[name]["time"] for name in parts if name != "total")
                 self.assertAlmostEqual(whole / parts["total"]["time"], 1, delta=1e-6)
                 for row in parts.values():
+                    self.assertLessEqual(row["share"] or 0, 100)
                     self.assertLessEqual(row["least"], row["mean"])
                 self.assertGreaterEqual(parts["compute"]["time"], parts["compute"]["mean"])
                 self.assertEqual(re.findall(r"warning: .* no micro-batch", done.stderr) != [], idle is not None)
@@ -170,6 +172,14 @@ class Step(unittest.TestCase):
             self.assertLess(work["selective", None]["GFLOP"], work["full", None]["GFLOP"])
             self.assertAlmostEqual(work["full", 3]["recomputed GFLOP"] / work["full", None]["recomputed GFLOP"], 1, delta=1e-6)
             self.assertGreater(work["full", 3]["most GFLOP"], work["full", 3]["GFLOP"])  # 8 micro-batches on 3 ranks
+
+    def test_cores_that_are_too_few_are_named(self):
+        core = str(min(os.sched_getaffinity(0)))
+        done = subprocess.run(["taskset", "-c", core, *support.command(("bench", "step", "--base", f"{support.tiny()}/base.h5",
+                              *self.OPTIONS, "--threads", 2, "--json", os.path.join(support.scratch(), "bench.json")))],
+                              env=support.environment(), capture_output=True, text=True, check=True)
+        self.assertRegex(done.stderr, r"warning: the rank that computed longest was on [01]\.\d\d cores with its 2 threads")
+        self.assertRegex(done.stdout, r"CPU / wall [01](\.\d+)?\n")
 
     def test_a_file_and_its_changes(self):
         _, document = bench("step", support.TINY_YAML, *support.settings(support.tiny(), "unused", train__global_batch=4),
