@@ -28,6 +28,11 @@ static const struct {
     [QS_BENCH_HEAD] = {"head", qs_bench_single, true},
 };
 
+const char *qs_bench_name(qs_bench_kind kind)
+{
+    return benchmarks[kind].name;
+}
+
 qs_status qs_bench_find(const char *name, qs_bench_kind *out)
 {
     char known[128] = "";
@@ -143,7 +148,11 @@ qs_status qs_bench_run(const qs_bench_options *options, qs_comm *comm)
                                    : QS_OK));
     QS_GOTO(qs_comm_agree(
         comm, qs_bench_report_open(&job.report, benchmarks[options->kind].name, speaks)));
-    QS_GOTO(benchmarks[options->kind].run(&job));
+    st = benchmarks[options->kind].run(&job);
+    if (st != QS_OK) {
+        qs_bench_report_fail(job.report, st, options->json);
+        goto done;
+    }
     qs_bench_report_number(job.report, "result", "wrong", (double)job.wrong);
     QS_GOTO(qs_comm_agree(comm, qs_bench_report_write(job.report, options->json)));
     st = qs_comm_agree(comm, verdict(&job));

@@ -20,7 +20,7 @@ typedef enum {
 /** 0 in a number stands for its default. */
 typedef struct {
     qs_bench_kind kind;
-    qs_device_kind device;
+    qs_device_kind device; /* of a step the configuration's counts */
     bool allow_shared_device;
     int64_t threads;
     const char *json;        /* file to write the results to, or NULL */
@@ -41,6 +41,8 @@ typedef struct {
 /** Measure and print a table on stdout of rank 0. Collective.
  * \return QS_ERR_NUMERIC if a result is wrong, after everything is printed and written. */
 qs_status qs_bench_run(const qs_bench_options *options, qs_comm *comm);
+
+const char *qs_bench_name(qs_bench_kind kind);
 
 /** The number of the benchmark called `name`. \return QS_ERR_USAGE naming those that there are. */
 qs_status qs_bench_find(const char *name, qs_bench_kind *out);

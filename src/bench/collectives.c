@@ -252,7 +252,15 @@ static qs_status measure_size(place *p, const collective_kind *kind, int64_t byt
     double received = 0;
     p->wrong = 0;
     kind->size(&c, bytes);
-    qs_status st = qs_comm_agree(p->job->world, kind->make(&c));
+    qs_status st = kind->make(&c);
+    if (st == QS_ERR_MEMORY) {
+        qs_error_clear(); /* its advice is for a run */
+        st = QS_FAIL(QS_ERR_MEMORY,
+                     "memory: the buffers for %zu bytes in all cannot be allocated; give a smaller "
+                     "--end-bytes",
+                     c.bytes);
+    }
+    st = qs_comm_agree(p->job->world, st);
     if (st == QS_OK) {
         st = run_rounds(kind, &c, &received);
     }

@@ -185,6 +185,17 @@ qs_status qs_bench_report_write(qs_bench_report *r, const char *path)
     return st;
 }
 
+void qs_bench_report_fail(qs_bench_report *r, qs_status status, const char *path)
+{
+    char text[QS_ERROR_LINE_MAX];
+    if (r->rows != NULL) {
+        snprintf(text, sizeof text, "E%d %s", (int)status, qs_error_text());
+        json_object_set_new(r->root, "error", json_string(text));
+        (void)qs_bench_report_write(r, path);
+    }
+    end_line(r);
+}
+
 void qs_bench_report_close(qs_bench_report *r)
 {
     if (r != NULL) {

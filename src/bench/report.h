@@ -50,6 +50,10 @@ void qs_bench_report_row(qs_bench_report *r, const qs_bench_cell *cells);
 /** The JSON document goes to `path`, unless NULL. */
 qs_status qs_bench_report_write(qs_bench_report *r, const char *path);
 
+/** After an error: if a table was begun, the document goes to `path` as it is, with the recorded
+ * error as its "error". What comes of that does not change the record. */
+void qs_bench_report_fail(qs_bench_report *r, qs_status status, const char *path);
+
 void qs_bench_report_close(qs_bench_report *r);
 
 #endif

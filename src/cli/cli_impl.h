@@ -30,6 +30,7 @@ typedef struct {
     int n_links;
     qs_resume resume;
     qs_device_kind device; /* of quantize and bench; the others' stands in the configuration */
+    bool device_given;
     bool takeover, dry_run, single_quant, fold_scaling, best, shared_device, help, quiet, verbose;
     int64_t profile_steps[2]; /* first and last, from 1; 0: none */
 } qs_cli_args;

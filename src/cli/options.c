@@ -202,7 +202,7 @@ const struct argp_option qs_cli_bench_options[] = {
     {"json", KEY_JSON, "FILE", 0, "Write the results there as well; default: nowhere", 4},
     {"threads", KEY_THREADS, "N", 0, "Threads of a rank; default: the cores it was given", 5},
     {"device", KEY_DEVICE, "auto|cpu|cuda", 0,
-     "Where to compute (default cpu); of a step the key device says it", 5},
+     "Where to compute; default: cpu, of a step what the key device says", 5},
     SHARED_DEVICE,
     COMMON};
 
@@ -332,6 +332,7 @@ static qs_status set_device(qs_cli_args *out, const char *text)
     int number = 0;
     QS_TRY(one_of("device", text, names, &number));
     out->device = (qs_device_kind)number;
+    out->device_given = true;
     return QS_OK;
 }
 

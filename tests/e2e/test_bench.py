@@ -205,6 +205,10 @@ class Refused(unittest.TestCase):
                 (("gathr",), None, "there are gather, reduce"), (("gather", "--factor", "1"), None, "--factor"),
                 (("gather", "--begin-bytes", "1M", "--end-bytes", "1K"), 2, "--begin-bytes"),
                 (("reduce", "--group", "2"), 3, "--group: 2"), (("gather", "--group", "host"), None, "--group"),
+                (("gather", "--set", "shard.group=1"), 2, "--set: bench gather does not read it; that is for step"),
+                (("reduce", "--base", "x.h5"), None, "--base: bench reduce"), (("gather", "--tokens", 8), None, "for gemm, attention, head"),
+                (("gemm", "--heads", 8), None, "--heads: bench gemm does not read it; that is for attention"),
+                (("decode", "--warmup", 1), None, "for gather, reduce, step"), (("step", "--base", "x.h5", "--group", 2), 2, "for gather, reduce"),
                 (("gemm",), 2, "without mpirun"), (("gemm", "run.yaml"), None, "one argument too many"),
                 (("gemm", "--shape", "4096"), None, "--shape"), (("step",), None, "--base"),
                 (("attention", "--heads", 5, "--kv-heads", 2), None, "--kv-heads 2"),
@@ -213,6 +217,30 @@ class Refused(unittest.TestCase):
                 done = support.qshard("bench", *options, ranks=ranks, expect=2)
                 self.assertEqual(done.stderr.count("error["), 1, done.stderr)
                 self.assertIn(text, done.stderr)
+
+    def test_what_there_is_is_kept(self):
+        """A size that there is no memory for ends the table, which is written with the error; its advice is bench's own."""
+        path = os.path.join(support.scratch(), "bench.json")
+        for name in ("gather", "reduce"):
+            done = subprocess.run(["prlimit", f"--as={4 << 30}", *support.command(("bench", name, "--begin-bytes", "64K", "--end-bytes", "64G",
+                                  "--factor", 1 << 20, "--repeats", 1, "--threads", 1, "--json", path))], env=support.environment(),
+                                  capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, 7, done.stderr)
+            self.assertRegex(done.stderr, r"error\[E700\] .*; give a smaller --end-bytes")
+            self.assertNotIn("micro_batch", done.stderr)
+            with open(path, encoding="utf-8") as file:
+                document = json.load(file)
+            self.assertEqual([row["size"] for row in rows(document, "sizes")], [65536])
+            self.assertRegex(document["error"], "^E700 .*--end-bytes$")
+            os.remove(path)
+
+    def test_a_step_takes_the_device_that_is_given(self):
+        base = ("step", "--base", f"{support.tiny()}/base.h5", "--repeats", 1, "--warmup", 0, "--threads", 1)
+        settings = support.settings(support.tiny(), "unused", device="cuda")
+        done = support.qshard("bench", *base, "--device", "cuda", expect=8, QSHARD_PLUGIN="/nowhere/plugin.so")
+        self.assertIn("error[E801] device: cuda", done.stderr)
+        _, document = bench("step", support.TINY_YAML, *settings, *base[3:], "--device", "cpu", QSHARD_PLUGIN="/nowhere/plugin.so")
+        self.assertNotEqual(document["host"]["backend"], "cuda")
 
     def test_what_cannot_be_written_is_said_at_the_beginning(self):
         base = f"{support.tiny()}/base.h5"
