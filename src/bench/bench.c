@@ -11,6 +11,7 @@
 #include "bench/bench_impl.h"
 #include "kernels/cpu/isa.h"
 #include "store/io.h"
+#include "store/provenance.h"
 
 typedef qs_status (*benchmark)(qs_bench_job *job);
 
@@ -137,6 +138,18 @@ static qs_status verdict(const qs_bench_job *job)
                          benchmarks[job->options->kind].name, job->wrong);
 }
 
+/* Before anything is measured, since the load of the hosts is among it. */
+static qs_status say_where(const qs_bench_job *job)
+{
+    const qs_bench_options *o = job->options;
+    const int device = o->kind == QS_BENCH_STEP ? o->config.device : (int)o->device;
+    json_t *provenance = NULL;
+    QS_TRY(qs_provenance_make(
+        &provenance, device != QS_DEVICE_CPU ? qs_backend_cuda_description() : NULL, job->world));
+    qs_bench_report_json(job->report, "provenance", provenance);
+    return QS_OK;
+}
+
 qs_status qs_bench_run(const qs_bench_options *options, qs_comm *comm)
 {
     qs_bench_job job = {.options = options, .world = comm};
@@ -148,6 +161,7 @@ qs_status qs_bench_run(const qs_bench_options *options, qs_comm *comm)
                                    : QS_OK));
     QS_GOTO(qs_comm_agree(
         comm, qs_bench_report_open(&job.report, benchmarks[options->kind].name, speaks)));
+    QS_GOTO(say_where(&job));
     st = benchmarks[options->kind].run(&job);
     if (st != QS_OK) {
         qs_bench_report_fail(job.report, st, options->json);

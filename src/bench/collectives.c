@@ -236,6 +236,7 @@ static qs_status run_rounds(const collective_kind *kind, collective *c, double *
 
 static void report_size(place *p, size_t bytes, double received)
 {
+    qs_bench_report_samples(p->job->report, p->times, p->repeats, 1e6, "us");
     const qs_bench_times t = qs_bench_summary(p->times, p->repeats);
     const double rate = (double)bytes / t.median * 1e-9;
     const double factor = (double)(p->nranks - 1) / p->nranks;

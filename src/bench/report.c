@@ -1,6 +1,5 @@
 #include "bench/report.h"
 
-#include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,8 +11,10 @@
 struct qs_bench_report {
     bool speaks;
     json_t *root;
-    char section[32]; /* whose facts the current line holds; "": there is no line */
-    json_t *rows;     /* borrowed; of the current table */
+    char section[32];     /* whose facts the current line holds; "": there is no line */
+    json_t *rows, *units; /* borrowed; of the current table */
+    json_t *samples;      /* of the next row, or NULL */
+    double quartile[2];   /* ditto */
     const qs_bench_column *columns;
     int n_columns;
 };
@@ -91,6 +92,13 @@ void qs_bench_report_number(qs_bench_report *r, const char *section, const char 
     }
 }
 
+void qs_bench_report_json(qs_bench_report *r, const char *key, json_t *value)
+{
+    if (value != NULL) {
+        json_object_set_new(r->root, key, value);
+    }
+}
+
 void qs_bench_report_note(qs_bench_report *r, const char *text)
 {
     end_line(r);
@@ -123,6 +131,7 @@ void qs_bench_report_table(qs_bench_report *r, const char *name, const qs_bench_
         json_object_set_new(units, columns[i].name, json_string(columns[i].unit));
     }
     r->rows = json_array();
+    r->units = units;
     json_object_set_new(table, "units", units);
     json_object_set_new(table, "rows", r->rows);
     json_object_set_new(json_object_get(r->root, "tables"), name, table);
@@ -146,6 +155,54 @@ static void print_cell(const qs_bench_column *c, const qs_bench_cell *cell)
     }
 }
 
+static int compare(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Between its neighbours in `sorted`, as numpy's quantile. */
+static double quantile(const double *sorted, int64_t count, double q)
+{
+    const double at = q * (double)(count - 1);
+    const int64_t below = (int64_t)floor(at);
+    const int64_t above = below + 1 < count ? below + 1 : below;
+    return sorted[below] + (at - (double)below) * (sorted[above] - sorted[below]);
+}
+
+void qs_bench_report_samples(qs_bench_report *r, const double *values, int64_t count, double scale,
+                             const char *unit)
+{
+    static const char *const names[] = {"samples", "p25", "p75"};
+    double *sorted = calloc((size_t)count, sizeof *sorted);
+    r->samples = sorted != NULL ? json_array() : NULL;
+    if (r->samples == NULL) {
+        free(sorted);
+        return; /* the table has no room for them, and is no less right */
+    }
+    for (int64_t i = 0; i < count; i++) {
+        sorted[i] = values[i] * scale;
+        json_array_append_new(r->samples, number_of(sorted[i]));
+    }
+    qsort(sorted, (size_t)count, sizeof *sorted, compare);
+    r->quartile[0] = quantile(sorted, count, 0.25);
+    r->quartile[1] = quantile(sorted, count, 0.75);
+    free(sorted);
+    for (int i = 0; i < 3; i++) {
+        json_object_set_new(r->units, names[i], json_string(unit));
+    }
+}
+
+static void add_samples(qs_bench_report *r, json_t *row)
+{
+    if (r->samples != NULL) {
+        json_object_set_new(row, "p25", number_of(r->quartile[0]));
+        json_object_set_new(row, "p75", number_of(r->quartile[1]));
+        json_object_set_new(row, "samples", r->samples);
+        r->samples = NULL;
+    }
+}
+
 void qs_bench_report_row(qs_bench_report *r, const qs_bench_cell *cells)
 {
     json_t *row = json_object();
@@ -159,6 +216,7 @@ void qs_bench_report_row(qs_bench_report *r, const qs_bench_cell *cells)
             print_cell(c, &cells[i]);
         }
     }
+    add_samples(r, row);
     json_array_append_new(r->rows, row);
     if (r->speaks) {
         printf("\n");
@@ -199,6 +257,7 @@ void qs_bench_report_fail(qs_bench_report *r, qs_status status, const char *path
 void qs_bench_report_close(qs_bench_report *r)
 {
     if (r != NULL) {
+        json_decref(r->samples);
         json_decref(r->root);
         free(r);
     }

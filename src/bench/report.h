@@ -3,6 +3,7 @@
 #ifndef QS_BENCH_REPORT_H
 #define QS_BENCH_REPORT_H
 
+#include <jansson.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -38,6 +39,15 @@ qs_status qs_bench_report_open(qs_bench_report **out, const char *name, bool spe
 void qs_bench_report_text(qs_bench_report *r, const char *section, const char *key,
                           const char *value);
 void qs_bench_report_number(qs_bench_report *r, const char *section, const char *key, double value);
+
+/** What is in the JSON document alone; `value` (NULL: nothing) is the report's from now on. */
+void qs_bench_report_json(qs_bench_report *r, const char *key, json_t *value);
+
+/** The measurements that the next row's times are made of: `values` [count] times `scale`, in their
+ * order. The row has them as "samples", and their quartiles as "p25" and "p75", in `unit`; in the
+ * JSON document alone. */
+void qs_bench_report_samples(qs_bench_report *r, const double *values, int64_t count, double scale,
+                             const char *unit);
 
 /** Lines of comment, in print alone. */
 void qs_bench_report_note(qs_bench_report *r, const char *text);

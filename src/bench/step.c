@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -476,6 +477,10 @@ static void report_facts(const bench_step *b)
     qs_bench_report_number(r, "settings", "gather_group", (double)b->shape.group);
     qs_bench_report_number(r, "settings", "shard_group", s->shard.nranks);
     qs_bench_report_number(r, "settings", "repeats", (double)b->repeats);
+    char *yaml = qs_config_dump(&s->config);
+    qs_bench_report_json(r, "config", json_string(yaml != NULL ? yaml : ""));
+    free(yaml);
+    qs_bench_report_json(r, "base_sha256", json_string(s->index->hashes_sha256));
     qs_bench_report_number(r, "bounds", "copy GB/s", b->copy_rate * 1e-9);
     qs_bench_report_number(r, "bounds", "products GFLOP/s", b->matmul_rate * 1e-9);
     qs_bench_report_text(r, "bounds", "products by", b->matmul_name);
@@ -523,6 +528,7 @@ static void report_parts(const bench_step *b)
            "waited for");
     qs_bench_report_table(r, "parts", columns, (int)(sizeof columns / sizeof *columns));
     for (int i = 0; i < QS_STEP_PARTS; i++) {
+        qs_bench_report_samples(r, b->times[i], b->repeats, 1e3, "ms");
         const qs_bench_times t = qs_bench_summary(b->times[i], b->repeats);
         const qs_bench_cell cells[] = {
             QS_BENCH_T(part_names[i]),

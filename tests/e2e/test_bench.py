@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import unittest
 
+import numpy as np
+
 import support
 
 BINARIES = os.path.dirname(support.QSHARD)
@@ -197,6 +199,55 @@ class Step(unittest.TestCase):
             self.assertEqual(traffic[name]["calls"], layers)
             self.assertEqual(traffic[name]["messages"], layers)
         self.assertIsNone(traffic["agreement"]["messages"])
+
+
+class Document(unittest.TestCase):
+    """What stands in the JSON document alone."""
+
+    def test_where_figures_come_from(self):
+        _, document = bench("gather", *SIZES, ranks=2, NCCL_DEBUG="WARN", SLURM_JOB_ID="7", SLURM_JWT="hidden", HOME_TOKEN="hidden",
+                            OMPI_MCA_some_secret="hidden")
+        found = document["provenance"]
+        self.assertRegex(found["date"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        self.assertEqual(found["command"][1:3], ["bench", "gather"])
+        self.assertEqual(found["commit"], document["commit"])
+        self.assertEqual(found["kernel"], f"{os.uname().sysname} {os.uname().release}")
+        self.assertTrue(found["compiler"] and found["build"] and found["libraries"]["mpi"] and found["libraries"]["hdf5"])
+        self.assertEqual([rank["host"] for rank in found["ranks"]], [os.uname().nodename] * 2)
+        for rank in found["ranks"]:
+            self.assertGreaterEqual(rank["cores"], 1)
+            self.assertGreaterEqual(rank["load"], 0)
+        self.assertEqual(found["environment"]["NCCL_DEBUG"], "WARN")
+        self.assertEqual(found["environment"]["SLURM_JOB_ID"], "7")
+        self.assertEqual({name.split("_")[0] for name in found["environment"]} - {"OMPI", "OMP", "NCCL", "SLURM"}, set())
+        self.assertNotIn("hidden", json.dumps(found))
+
+    def test_samples(self):
+        """Of every repeat, in order; times and quartiles are made of them."""
+        _, sizes = bench("gather", *SIZES, "--repeats", 6, ranks=2)
+        _, step = bench("step", "--base", f"{support.tiny()}/base.h5", *Step.OPTIONS, "--repeats", 3, ranks=2)
+        for document, table, count in ((sizes, "sizes", 6), (step, "parts", 3)):
+            self.assertEqual(document["tables"][table]["units"]["samples"], document["tables"][table]["units"]["time"])
+            for row in rows(document, table):
+                self.assertEqual(len(row["samples"]), count)
+                for key, value in (("time", np.median(row["samples"])), ("min", min(row["samples"])), ("max", max(row["samples"])),
+                                   ("p25", np.quantile(row["samples"], 0.25)), ("p75", np.quantile(row["samples"], 0.75))):
+                    self.assertAlmostEqual(row[key], value, delta=1e-6 * abs(value) + 1e-9)
+        parts = {row["part"]: row["samples"] for row in rows(step, "parts")}
+        total = parts.pop("total")
+        for i in range(3):
+            self.assertAlmostEqual(sum(samples[i] for samples in parts.values()), total[i], delta=1e-5)
+
+    def test_a_step_can_be_told_again(self):
+        _, document = bench("step", "--base", f"{support.tiny()}/base.h5", *Step.OPTIONS)
+        config = os.path.join(support.scratch(), "run.yaml")
+        with open(config, "w", encoding="utf-8") as file:
+            file.write(document["config"])
+        _, again = bench("step", config, "--repeats", 2, "--warmup", 1)  # the loss is that of the last step
+        self.assertEqual(again["config"], document["config"])
+        self.assertEqual(again["speed"]["loss"], document["speed"]["loss"])
+        self.assertEqual(again["base_sha256"], document["base_sha256"])
+        self.assertRegex(document["base_sha256"], "^[0-9a-f]{64}$")
 
 
 class Refused(unittest.TestCase):
