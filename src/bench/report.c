@@ -87,8 +87,10 @@ static json_t *number_of(double value)
 void qs_bench_report_number(qs_bench_report *r, const char *section, const char *key, double value)
 {
     json_object_set_new(section_of(r, section), key, number_of(value));
-    if (r->speaks) {
+    if (r->speaks && isfinite(value)) {
         printf(" %s %.6g", key, value);
+    } else if (r->speaks) {
+        printf(" %s -", key);
     }
 }
 

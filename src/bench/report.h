@@ -35,7 +35,7 @@ typedef struct qs_bench_report qs_bench_report;
 qs_status qs_bench_report_open(qs_bench_report **out, const char *name, bool speaks);
 
 /** A fact of a section ("host", "settings", "bounds"); in print "# section: key value, ..." once
- * the section changes or a table starts. */
+ * the section changes or a table starts. A number that is not finite is not known: "-", null. */
 void qs_bench_report_text(qs_bench_report *r, const char *section, const char *key,
                           const char *value);
 void qs_bench_report_number(qs_bench_report *r, const char *section, const char *key, double value);

@@ -24,6 +24,7 @@
 #include "train/step_clock.h"
 
 enum { REPEATS = 5, WARMUP = 2, GATHER_TRIES = 5 };
+enum { LONG_S = 30 }; /* a measurement that takes longer says so */
 
 static const char *const part_names[QS_STEP_PARTS] = {
     [QS_STEP_WAIT] = "wait",           [QS_STEP_COMPUTE] = "compute", [QS_STEP_REDUCE] = "reduce",
@@ -593,11 +594,24 @@ static void report_traffic(const bench_step *b)
 
 /* ---- the whole ---- */
 
+/* Behind the first step: who waits for the table would like to know for how long. */
+static void announce(double step_s, int64_t left)
+{
+    if (step_s * (double)left > LONG_S) {
+        qs_log_info("the first step took %.3g s; %" PRId64 " more take about %.3g s (--warmup, "
+                    "--repeats)",
+                    step_s, left, step_s * (double)left);
+    }
+}
+
 static qs_status measure(bench_step *b, int64_t warmup)
 {
     double figures[FIGURES];
     for (int64_t i = 0; i < warmup; i++) {
         QS_TRY(one_step(b, figures));
+        if (i == 0) {
+            announce(figures[QS_STEP_TOTAL], warmup + b->repeats - 1);
+        }
     }
     QS_TRY(measure_bounds(b));
     const double cpu = cpu_s();

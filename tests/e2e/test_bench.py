@@ -157,10 +157,12 @@ class Step(unittest.TestCase):
 
     def test_what_is_computed_again_is_told_apart(self):
         """A model of other recompute modes has the same model FLOPs, and of all ranks together those of one."""
-        bases = (f"{support.tiny()}/base.h5", support.base_of(*support.GEMMA3))
-        for base, more in ((bases[0], ()), (bases[1], ()), (bases[0], ("--set", "lora.dora=true", "--set", "lora.dropout=0.1"))):
+        tiny = f"{support.tiny()}/base.h5"
+        all_modes = (("none", None), ("selective", None), ("full", None), ("full", 3))
+        dora = ("--set", "lora.dora=true", "--set", "lora.dropout=0.1")
+        for base, more, modes in ((tiny, (), all_modes), (support.base_of(*support.GEMMA3), dora, (("none", None), ("full", None)))):
             work = {}
-            for mode, ranks in (("none", None), ("selective", None), ("full", None), ("full", 3)):
+            for mode, ranks in modes:
                 _, document = bench("step", "--base", base, *self.OPTIONS, *more, "--set", f"train.recompute={mode}", "--repeats", 1,
                                     "--warmup", 0, ranks=ranks)
                 work[mode, ranks] = {key: value * (ranks or 1) for key, value in document["work"].items()}
@@ -171,9 +173,31 @@ class Step(unittest.TestCase):
             self.assertEqual(work["none", None]["recomputed GFLOP"], 0)
             for case in work.values():
                 self.assertAlmostEqual(case["model GFLOP"] / model, 1, delta=1e-6)
+            self.assertGreater(work["full", None]["recomputed GFLOP"], 0)
+            if modes is not all_modes:
+                continue
             self.assertLess(work["selective", None]["GFLOP"], work["full", None]["GFLOP"])
             self.assertAlmostEqual(work["full", 3]["recomputed GFLOP"] / work["full", None]["recomputed GFLOP"], 1, delta=1e-6)
             self.assertGreater(work["full", 3]["most GFLOP"], work["full", 3]["GFLOP"])  # 8 micro-batches on 3 ranks
+
+    def test_one_rank_has_no_link(self):
+        done, document = bench("step", "--base", f"{support.tiny()}/base.h5", *self.OPTIONS, "--repeats", 1, "--warmup", 0)
+        self.assertIn("all-gather GB/s -\n", done.stdout)
+        self.assertNotIn("nan", done.stdout)
+        self.assertIsNone(document["bounds"]["all-gather GB/s"])
+        self.assertNotIn("the first step took", done.stderr)
+
+    def test_a_long_measurement_says_how_long(self):
+        """A thousand steps of however many milliseconds; nobody waits for them."""
+        process = subprocess.Popen(support.command(("bench", "step", "--base", f"{support.tiny()}/base.h5", *self.OPTIONS, "--set",
+                                   "train.global_batch=64", "--repeats", 1000, "--warmup", 1000)), env=support.environment(),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            said = next((line for line in process.stderr if "the first step" in line), "")
+            self.assertRegex(said, r"the first step took \S+ s; 1999 more take about \S+ s")
+        finally:
+            process.kill()
+            process.communicate()
 
     def test_cores_that_are_too_few_are_named(self):
         core = str(min(os.sched_getaffinity(0)))
