@@ -142,7 +142,7 @@ static qs_status verdict(const qs_bench_job *job)
 static qs_status say_where(const qs_bench_job *job)
 {
     const qs_bench_options *o = job->options;
-    const int device = o->kind == QS_BENCH_STEP ? o->config.device : (int)o->device;
+    const qs_device_kind device = o->kind == QS_BENCH_STEP ? o->config.device : o->device;
     json_t *provenance = NULL;
     QS_TRY(qs_provenance_make(
         &provenance, device != QS_DEVICE_CPU ? qs_backend_cuda_description() : NULL, job->world));
