@@ -236,8 +236,8 @@ static void make_consistent(qs_config *c)
     c->train.steps = c->train.steps ? c->train.steps : 1 + !c->train.epochs;
     c->train.epochs = 0;
     c->train.global_batch = c->train.micro_batch + c->train.global_batch / 32;
-    c->train.keep_every = c->train.save_every;
-    c->train.patience = c->train.eval_every > 0 ? c->train.patience : 0;
+    c->train.keep_every = c->train.save_every > 0 ? c->train.save_every : 0;
+    c->train.patience = c->train.eval_every != 0 ? c->train.patience : 0;
     c->memory.offload &= c->train.recompute == QS_RECOMPUTE_FULL ? UINT32_MAX : 6;
     if (c->optim.warmup >= 1) {
         c->optim.warmup = c->train.steps > 3 ? floor(fmin(c->optim.warmup, 3)) : 0;
@@ -462,6 +462,10 @@ static const bad_file BAD[] = {
     {B "train: {steps: 1, epochs: 1}\n", QS_ERR_CONFIG_PAIR, "contradict"},
     {B "train: {global_batch: 1}\n", QS_ERR_CONFIG_PAIR, "micro_batch=2 is above"},
     {B "train: {eval_every: 5}\n", QS_ERR_CONFIG_PAIR, "needs data.eval"},
+    {B "train: {eval_every: epoch}\n", QS_ERR_CONFIG_PAIR,
+     "train.eval_every=epoch needs data.eval"},
+    {B "train: {save_every: epoch, keep_every: 5}\n", QS_ERR_CONFIG_PAIR, "train.keep_last"},
+    {B "train: {save_every: step}\n", QS_ERR_CONFIG_VALUE, "epoch"},
     {B "train: {keep_every: 5}\n", QS_ERR_CONFIG_PAIR, "no multiple"},
     {B "train: {keep_every: 5, save_every: 2}\n", QS_ERR_CONFIG_PAIR, "no multiple"},
     {"base: &x b.h5\n", QS_ERR_CONFIG_VALUE, "anchor"},

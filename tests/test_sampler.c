@@ -110,6 +110,31 @@ Test(sampler, steps_go_on_over_the_end_of_the_data)
 
 /* ---- what the data say about the configuration ---- */
 
+/* In the step that takes an epoch's last sequence, be it the step's last or not. */
+Test(sampler, epochs_end_in_the_step_with_their_last_sequence)
+{
+    static const struct {
+        int64_t n, batch;
+        const char *ends; /* of steps 1, 2, ... */
+    } cases[] = {{9, 4, "..x.x.x"},
+                 {4, 2, ".x.x.x"},
+                 {3, 8, "xx"},
+                 {5, 5, "xxx"},
+                 {7, 1, "......x......x......x"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const qs_data data = {.n_sequences = cases[i].n};
+        const qs_config cfg = {
+            .train = {.epochs = 3, .global_batch = cases[i].batch, .micro_batch = 1}};
+        const qs_sampler s = qs_sampler_make(&cfg, &data);
+        cr_assert_eq((size_t)s.steps, strlen(cases[i].ends));
+        cr_assert_not(qs_sampler_ends_epoch(&s, 0));
+        for (int64_t step = 1; step <= s.steps; step++) {
+            cr_assert_eq(qs_sampler_ends_epoch(&s, step), cases[i].ends[step - 1] == 'x',
+                         "case %d, step %d", (int)i, (int)step);
+        }
+    }
+}
+
 Test(sampler, a_warmup_leaves_something_of_the_epochs)
 {
     static const struct {

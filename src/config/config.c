@@ -151,6 +151,12 @@ static qs_status check_schedule(const qs_config *cfg, const char *path)
 static qs_status check_saving(const qs_config *cfg, const char *path)
 {
     int64_t every = cfg->train.keep_every, save = cfg->train.save_every;
+    if (every > 0 && save == QS_EVERY_EPOCH) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.keep_every=%lld counts steps, but train.save_every: epoch saves "
+                       "where the data end; raise train.keep_last to keep more of them",
+                       path, (long long)every);
+    }
     if (every > 0 && (save == 0 || every % save != 0)) {
         return QS_FAIL(
             QS_ERR_CONFIG_PAIR,
@@ -164,10 +170,12 @@ static qs_status check_saving(const qs_config *cfg, const char *path)
                        "both, or neither",
                        path, (long long)cfg->train.patience);
     }
-    if (cfg->train.eval_every > 0 && !cfg->data_eval[0]) {
+    if (cfg->train.eval_every != 0 && !cfg->data_eval[0]) {
+        char given[32];
+        qs_key_format(cfg, &qs_keys[qs_key_find("train.eval_every")], given, sizeof given);
         return QS_FAIL(QS_ERR_CONFIG_PAIR,
-                       "%s: train.eval_every=%lld needs data.eval; give it or set eval_every to 0",
-                       path, (long long)cfg->train.eval_every);
+                       "%s: train.eval_every=%s needs data.eval; give it or set eval_every to 0",
+                       path, given);
     }
     return QS_OK;
 }

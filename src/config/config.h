@@ -30,6 +30,9 @@ typedef enum {
 typedef enum { QS_DEVICE_AUTO, QS_DEVICE_CPU, QS_DEVICE_CUDA } qs_device_kind;
 typedef enum { QS_GEMM_AUTO, QS_GEMM_STRICT, QS_GEMM_BF16, QS_GEMM_FP16, QS_GEMM_AMX } qs_gemm_kind;
 /** Words of shard.group; above 0 it is a number of ranks. */
+/** train.eval_every, train.save_every: where the data end. */
+enum { QS_EVERY_EPOCH = -1 };
+
 enum { QS_SHARD_AUTO = 0, QS_SHARD_WORLD = -1, QS_SHARD_NODE = -2 };
 /** The word of shard.keep_resident and memory.keep_decoded; from 0 on they are numbers of layers.
  */

@@ -87,6 +87,8 @@ static const char accumulation[] =
     "train.global_batch = train.micro_batch x ranks x accumulation, and may stay as ranks change";
 static const char packing[] = "rows are never padded; qshard-prep --pack packs them";
 static const char prepared[] = "the data are prepared before: see qshard-prep --help";
+static const char mixed[] =
+    "qshard-prep takes several files, of any format, and --take FILE=N says how often each";
 static const char profiling[] = "--trace FILE, --profile-steps A:B; --dry-run says the memory";
 static const char launched[] = "the launcher says it: mpirun --bind-to none -np N, or srun";
 static const char logging[] =
@@ -120,6 +122,9 @@ const qs_other_remark qs_other_remarks[] = {
     {"pad_to_sequence_len", packing},
     {"group_by_length", packing},
     {"chat_template", prepared},
+    {"datasets", mixed},
+    {"interleave_probs", mixed},
+    {"mix_strategy", mixed},
     {"dataset_samples", prepared},
     {"dataset_text_field", prepared},
     {"train_on_inputs", prepared},

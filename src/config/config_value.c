@@ -96,14 +96,12 @@ void qs_key_allowed(const qs_key *key, char *out, size_t capacity)
             add(out, capacity, "[a, b], each %s .. %s", low, high);
         } else if (key->above_low) {
             add(out, capacity, "above %s, at most %s", low, high);
-        } else if (key->zero) {
-            add(out, capacity, "%s | ", key->zero);
+        } else {
+            add(out, capacity, "%s%s", key->zero ? key->zero : "", key->zero ? " | " : "");
             for (int i = 0; i < QS_KEY_NAMES_MAX && key->names[i]; i++) {
                 add(out, capacity, "%s | ", key->names[i]);
             }
-            add(out, capacity, "1 .. %s", high);
-        } else {
-            add(out, capacity, "%s .. %s", low, high);
+            add(out, capacity, "%s .. %s", key->zero ? "1" : low, high);
         }
         break;
     case QS_KEY_BOOL:

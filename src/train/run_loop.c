@@ -37,15 +37,16 @@ static qs_status keep_going(qs_run *r, qs_status st)
 
 /* ---- evaluation ---- */
 
-static bool due(int64_t step, int64_t every)
+static bool due(const qs_run *r, int64_t step, int64_t every)
 {
-    return every > 0 && step % every == 0;
+    return every == QS_EVERY_EPOCH ? qs_sampler_ends_epoch(&r->sampler, step)
+                                   : every > 0 && step % every == 0;
 }
 
 bool qs_run_eval_due(const qs_run *r, int64_t step)
 {
     return r->eval_data != NULL && step > 0 &&
-           (due(step, r->cfg->train.eval_every) || step == r->sampler.steps);
+           (due(r, step, r->cfg->train.eval_every) || step == r->sampler.steps);
 }
 
 /* A signal anywhere is everyone's. */
@@ -254,7 +255,7 @@ static void show(const qs_run *r, const qs_step_metrics *m)
     char text[160];
     snprintf(text, sizeof text, "loss %.4f  lr %.3g  norm %.3f  %.0f tokens/s", m->loss, m->lr,
              m->grad_norm, m->step_time_s > 0 ? (double)m->all_tokens / m->step_time_s : 0);
-    if (due(m->step, r->cfg->train.log_every) || m->step == r->sampler.steps) {
+    if (due(r, m->step, r->cfg->train.log_every) || m->step == r->sampler.steps) {
         qs_progress("train", m->step, r->sampler.steps, text);
     }
 }
@@ -313,7 +314,7 @@ static qs_status step_and_after(qs_run *r, qs_status *last_save, int64_t *saved,
     QS_TRY(ask(r, &wish));
     *stop = wish == STOP;
     const bool ends = r->step == r->sampler.steps;
-    if (wish != GO_ON || ends || due(r->step, r->cfg->train.save_every)) {
+    if (wish != GO_ON || ends || due(r, r->step, r->cfg->train.save_every)) {
         QS_TRY(save_here(r, last_save, saved));
     }
     if (qs_run_eval_due(r, r->step) && (!*stop || ends)) {

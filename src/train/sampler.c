@@ -2,6 +2,8 @@
 
 #include <inttypes.h>
 
+#include "base/minmax.h"
+
 qs_sampler qs_sampler_make(const qs_config *cfg, const qs_data *data)
 {
     qs_sampler s = {.data = data,
@@ -55,6 +57,16 @@ int64_t qs_sampler_slot(const qs_sampler *s, int64_t step, int64_t slot, int64_t
         count++;
     }
     return count;
+}
+
+static int64_t epochs_over(const qs_sampler *s, int64_t steps)
+{
+    return qs_min_i64(steps * s->global_batch, s->total) / s->data->n_sequences;
+}
+
+bool qs_sampler_ends_epoch(const qs_sampler *s, int64_t steps)
+{
+    return steps > 0 && epochs_over(s, steps) > epochs_over(s, steps - 1);
 }
 
 int64_t qs_sampler_targets(const qs_sampler *s, int64_t step)

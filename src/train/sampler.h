@@ -4,6 +4,7 @@
 #ifndef QS_TRAIN_SAMPLER_H
 #define QS_TRAIN_SAMPLER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "config/config.h"
@@ -37,6 +38,9 @@ int64_t qs_sampler_sequence(const qs_sampler *s, int64_t step, int64_t i, int64_
  */
 int64_t qs_sampler_slot(const qs_sampler *s, int64_t step, int64_t slot, int64_t *sequence,
                         int64_t *number);
+
+/** Is one of the run's epochs over behind `steps` steps that was not behind one less? */
+bool qs_sampler_ends_epoch(const qs_sampler *s, int64_t steps);
 
 /** Positions of the whole step that carry loss. */
 int64_t qs_sampler_targets(const qs_sampler *s, int64_t step);

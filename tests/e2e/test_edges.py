@@ -78,6 +78,15 @@ class UnevenData(Case):
         self.same_on((1, 3), "cross", 5, data__train=data, data__eval=data, train__steps=0, train__epochs=3,
                      train__micro_batch=4, train__global_batch=5)
 
+    def test_evaluations_and_checkpoints_behind_each_epoch(self):
+        """9 sequences, 4 a step, 3 epochs: they end in steps 3, 5 and 7."""
+        data = prepare(9, self.path("epochs.h5"))
+        self.same_on((1, 2), "epochs", 7, data__train=data, train__steps=0, train__epochs=3, train__global_batch=4, train__micro_batch=2,
+                     train__eval_every="epoch", train__save_every="epoch", train__keep_last=9)
+        output = self.path("epochs-2")
+        self.assertEqual([line["step"] for line in support.metrics(output) if "eval_loss" in line], [3, 5, 7])
+        self.assertEqual(sorted(int(name[5:]) for name in os.listdir(output) if name.startswith("step-")), [3, 5, 7])
+
     def test_short_last_step_and_more_ranks_than_slots(self):
         """9 sequences, 8 a step in 2 slots: 6 of 8 ranks never have work, and in the last step 7 of 8."""
         data = prepare(9, self.path("nine.h5"))
