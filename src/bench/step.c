@@ -501,9 +501,9 @@ static void warn_of_contended_cores(const bench_step *b)
     const qs_session *s = &b->session;
     const double cores = median(b, CPU) / median(b, QS_STEP_COMPUTE);
     if (!s->apart && cores < CONTENDED * s->threads) {
-        qs_log_warn("the rank that computed longest was on %.2f cores with its %d threads: others "
-                    "are on them too, or there are too few; times are no measure of this program",
-                    cores, s->threads);
+        qs_log_warn("the rank that computed longest was on %.2f cores with %d thread%s: others are "
+                    "on them too, or there are too few; times are no measure of this program",
+                    cores, s->threads, s->threads > 1 ? "s" : "");
     }
 }
 
@@ -607,13 +607,13 @@ static void announce(double step_s, int64_t left)
 static qs_status measure(bench_step *b, int64_t warmup)
 {
     double figures[FIGURES];
+    QS_TRY(measure_bounds(b)); /* before the warm-up, which fills the caches again */
     for (int64_t i = 0; i < warmup; i++) {
         QS_TRY(one_step(b, figures));
         if (i == 0) {
             announce(figures[QS_STEP_TOTAL], warmup + b->repeats - 1);
         }
     }
-    QS_TRY(measure_bounds(b));
     const double cpu = cpu_s();
     for (int64_t i = 0; i < b->repeats; i++) {
         QS_TRY(one_step(b, figures));

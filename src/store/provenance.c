@@ -69,11 +69,11 @@ static json_t *command_line(void)
     return words;
 }
 
-/* Names of what a batch system or launcher hides in its own variables. */
+/* Names of what a batch system or launcher hides in its own variables; and addresses of daemons. */
 static bool is_secret(const char *name)
 {
-    static const char *const words[] = {"JWT",      "TOKEN", "SECRET",
-                                        "PASSWORD", "_KEY",  "precondition_transports"};
+    static const char *const words[] = {
+        "JWT", "TOKEN", "SECRET", "PASSWORD", "_KEY", "precondition_transports", "_uri"};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
         if (strcasestr(name, words[i]) != NULL) {
             return true;
