@@ -5,11 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "backend/cards.h"
 #include "backend/plugin.h"
 #include "base/log.h"
+#include "base/proc.h"
 
 /* What was found, once a process: a plugin stays loaded, and cards do not come and go. */
 static struct {
@@ -83,7 +83,7 @@ static qs_status look_at_cards(qs_cards_seen *mine, const qs_comm *host)
 {
     *mine = (qs_cards_seen){.local_rank = qs_comm_local_rank(host),
                             .local_nranks = qs_comm_local_nranks(host)};
-    (void)gethostname(mine->host, sizeof mine->host - 1);
+    qs_host_name(mine->host);
     for (; mine->count < found.devices && mine->count < QS_CARDS_MAX; mine->count++) {
         QS_TRY(found.plugin->card_id(mine->count, mine->ids[mine->count]));
     }
@@ -139,8 +139,8 @@ static bool cannot_serve(const cards *c, bool allow_shared, char *why, size_t ca
  * a host of its own; a value that is set already is the user's. */
 static void stand_apart(int local_rank)
 {
-    char host[256] = "", id[300];
-    (void)gethostname(host, sizeof host - 1);
+    char host[QS_HOST_NAME_BYTES], id[sizeof host + 16];
+    qs_host_name(host);
     snprintf(id, sizeof id, "%s-%d", host, local_rank);
     (void)setenv("NCCL_HOSTID", id, 0);
 }
@@ -191,14 +191,14 @@ qs_status qs_backend_open(qs_backend *out, qs_device_kind kind, qs_comm *host, b
 /* What ranks compare. */
 typedef struct {
     int32_t is_host;
-    char host[64];
+    char host[QS_HOST_NAME_BYTES];
     char text[512]; /* the GPU's traits, or why there is none */
 } place;
 
 static place describe_place(const qs_device *device)
 {
     place p = {.is_host = qs_device_is_host(device)};
-    (void)gethostname(p.host, sizeof p.host - 1);
+    qs_host_name(p.host);
     snprintf(p.text, sizeof p.text, "%.*s", (int)sizeof p.text - 1,
              p.is_host ? found.why : qs_device_traits(device));
     return p;

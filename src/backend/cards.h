@@ -8,13 +8,15 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { QS_CARDS_MAX = 32, QS_CARDS_ID_BYTES = 16, QS_CARDS_HOST_BYTES = 64 };
+#include "base/proc.h"
+
+enum { QS_CARDS_MAX = 32, QS_CARDS_ID_BYTES = 16 };
 
 /** What a rank tells the others; sent as bytes. */
 typedef struct {
     int32_t count; /* of GPUs that it sees, the first QS_CARDS_MAX of them: 0 where it sees none */
     int32_t local_rank, local_nranks; /* on its host */
-    char host[QS_CARDS_HOST_BYTES];
+    char host[QS_HOST_NAME_BYTES];
     uint8_t ids[QS_CARDS_MAX][QS_CARDS_ID_BYTES]; /* no other card in the world has this one */
 } qs_cards_seen;
 

@@ -11,14 +11,15 @@
 #include <unistd.h>
 
 #include "base/cores.h"
+#include "base/proc.h"
 #include "qshard_version.h"
 #include "store/h5.h"
 
-enum { HOST_MAX = 256, COMMAND_MAX = 1 << 16 };
+enum { COMMAND_MAX = 1 << 16 };
 
 /* What a rank says of itself. */
 typedef struct {
-    char host[HOST_MAX];
+    char host[QS_HOST_NAME_BYTES];
     int64_t cores, bound;
     double load; /* mean of the last minute, of the whole host; below 0: not known */
 } place;
@@ -27,7 +28,7 @@ static place place_here(void)
 {
     place p;
     memset(&p, 0, sizeof p);
-    (void)gethostname(p.host, sizeof p.host - 1);
+    qs_host_name(p.host);
     p.cores = qs_cores_available();
     p.bound = qs_cores_bound() != 0;
     if (getloadavg(&p.load, 1) != 1) {
