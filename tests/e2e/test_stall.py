@@ -136,7 +136,7 @@ class Start(unittest.TestCase):
         self.assertEqual(done.returncode, 6, done.stderr)
         hang, cause = sorted(re.findall(r"^error\[.*", done.stderr, re.M))
         self.assertRegex(hang, r"^error\[E601\] start: rank 0 on \S+ has not got on for \d+ s, and waits for no other")
-        self.assertRegex(cause, r"^error\[E801\] GPU 1 was asked for, but there are fewer \(rank 1 on \S+\)$")
+        self.assertRegex(cause, r"^error\[E801\] GPU 0 was asked for, but there are fewer \(rank 1 on \S+\)$")
 
 
 @unittest.skipIf(SKIP is not None, SKIP)
