@@ -28,22 +28,21 @@ SETTINGS = ("shard_group", "gather_group", "keep_resident", "keep_decoded")
 TIMES = ("compute_s", "wait_s", "reduce_s", "optimizer_s", "lora_s")
 
 
-def lines_of(run, name):
+def read(run, name, parse):
     path = os.path.join(run, name)
     try:
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            return parse(file)
     except (OSError, ValueError) as error:
         sys.exit(f"scaling_table.py: {path}: {error}; a run directory of qshard train is wanted")
+
+
+def lines_of(run, name):
+    return read(run, name, lambda file: [json.loads(line) for line in file])
 
 
 def object_of(run, name):
-    path = os.path.join(run, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        sys.exit(f"scaling_table.py: {path}: {error}; a run directory of qshard train is wanted")
+    return read(run, name, json.load)
 
 
 def median(values):
