@@ -163,7 +163,8 @@ const qs_key qs_keys[] = {
      .neutral = true,
      .names = {[WORD(QS_EVERY_EPOCH)] = "epoch"},
      .unit = "steps",
-     .meaning = "a checkpoint every so often, or behind each epoch; 0: by train.save_time, and at the end"},
+     .meaning = "a checkpoint every so often, or behind each epoch; 0: by train.save_time, and at "
+                "the end"},
     {.name = "train.save_time",
      .type = QS_KEY_F64,
      .offset = AT(train.save_time),
