@@ -64,17 +64,10 @@ qs_ops_limits qs_bench_least_limits(int threads)
                            .head_rows = 1};
 }
 
-static int compare(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 qs_bench_times qs_bench_summary(double *values, int64_t count)
 {
-    qsort(values, (size_t)count, sizeof *values, compare);
-    const double median = (values[(count - 1) / 2] + values[count / 2]) / 2;
-    return (qs_bench_times){median, values[0], values[count - 1]};
+    qs_bench_sort(values, count);
+    return (qs_bench_times){qs_bench_quantile(values, count, 0.5), values[0], values[count - 1]};
 }
 
 double qs_bench_share(double bound, double time)

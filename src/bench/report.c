@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bench/kernels/measure.h"
 #include "qshard_version.h"
 #include "store/io.h"
 
@@ -157,21 +158,6 @@ static void print_cell(const qs_bench_column *c, const qs_bench_cell *cell)
     }
 }
 
-static int compare(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Between its neighbours in `sorted`, as numpy's quantile. */
-static double quantile(const double *sorted, int64_t count, double q)
-{
-    const double at = q * (double)(count - 1);
-    const int64_t below = (int64_t)floor(at);
-    const int64_t above = below + 1 < count ? below + 1 : below;
-    return sorted[below] + (at - (double)below) * (sorted[above] - sorted[below]);
-}
-
 void qs_bench_report_samples(qs_bench_report *r, const double *values, int64_t count, double scale,
                              const char *unit)
 {
@@ -186,9 +172,9 @@ void qs_bench_report_samples(qs_bench_report *r, const double *values, int64_t c
         sorted[i] = values[i] * scale;
         json_array_append_new(r->samples, number_of(sorted[i]));
     }
-    qsort(sorted, (size_t)count, sizeof *sorted, compare);
-    r->quartile[0] = quantile(sorted, count, 0.25);
-    r->quartile[1] = quantile(sorted, count, 0.75);
+    qs_bench_sort(sorted, count);
+    r->quartile[0] = qs_bench_quantile(sorted, count, 0.25);
+    r->quartile[1] = qs_bench_quantile(sorted, count, 0.75);
     free(sorted);
     for (int i = 0; i < 3; i++) {
         json_object_set_new(r->units, names[i], json_string(unit));

@@ -16,6 +16,7 @@
 #include <time.h>
 
 #include "base/log.h"
+#include "base/minmax.h"
 #include "base/rng.h"
 #include "base/timer.h"
 #include "bench/bench_impl.h"
@@ -402,11 +403,6 @@ static void warn_of_idle_ranks(const bench_step *b)
                 nranks - b->slots % nranks, nranks, last, b->slots);
 }
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static qs_status largest_of_ranks(bench_step *b)
 {
     qs_comm *comm = b->session.comm;
@@ -429,10 +425,11 @@ static qs_status recomputed_flops(const bench_step *b, double *flops)
 {
     const qs_session *s = &b->session;
     const int64_t micro_batch = s->config.train.micro_batch;
-    const int64_t most = least(qs_shard_width(b->slots, s->nranks) * micro_batch, b->sequences);
+    const int64_t most =
+        qs_min_i64(qs_shard_width(b->slots, s->nranks) * micro_batch, b->sequences);
     const qs_range slots = qs_slots_of(b->slots, qs_comm_rank(s->comm), s->nranks);
-    const int64_t mine = least(slots.end * micro_batch, b->sequences) -
-                         least(slots.begin * micro_batch, b->sequences);
+    const int64_t mine = qs_min_i64(slots.end * micro_batch, b->sequences) -
+                         qs_min_i64(slots.begin * micro_batch, b->sequences);
     qs_model_shape keeps_all = b->shape;
     qs_step_work with, without;
     keeps_all.recompute = QS_RECOMPUTE_NONE;

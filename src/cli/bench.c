@@ -115,7 +115,13 @@ static qs_status step_config(const qs_cli_args *args, qs_config *config, qs_comm
                                           [QS_DEVICE_CPU] = "device=cpu",
                                           [QS_DEVICE_CUDA] = "device=cuda"};
     qs_cli_args changed = *args;
-    if (args->device_given && args->n_sets < QS_CLI_SETS_MAX) {
+    if (args->device_given) {
+        if (args->n_sets == QS_CLI_SETS_MAX) {
+            return qs_comm_agree(comm, QS_FAIL(QS_ERR_USAGE,
+                                               "--device and --set are given more "
+                                               "than %d times",
+                                               QS_CLI_SETS_MAX));
+        }
         changed.sets[changed.n_sets++] = devices[args->device];
     }
     if (args->n_words > 1) {

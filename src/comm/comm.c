@@ -10,6 +10,7 @@
 #include "base/cause.h"
 #include "base/cores.h"
 #include "base/log.h"
+#include "base/minmax.h"
 #include "base/proc.h"
 #include "base/watch.h"
 #include "comm/comm_impl.h"
@@ -253,11 +254,6 @@ qs_status qs_comm_barrier(qs_comm *comm)
     return st;
 }
 
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 static int64_t sum(int64_t a, int64_t b)
 {
     return a + b;
@@ -286,7 +282,7 @@ static qs_status reduce_i64(qs_comm *comm, int64_t *values, int count,
 
 qs_status qs_comm_max_i64(qs_comm *comm, int64_t *values, int count)
 {
-    return reduce_i64(comm, values, count, larger);
+    return reduce_i64(comm, values, count, qs_max_i64);
 }
 
 qs_status qs_comm_sum_i64(qs_comm *comm, int64_t *values, int count)
@@ -404,7 +400,7 @@ qs_status qs_comm_agree_most(qs_comm *comm, qs_status mine, int64_t *most)
     int64_t told[2] = {0, *most};
     QS_TRY(agree(comm, mine, told, 2));
     for (int r = 0; r < comm->nranks; r++) {
-        *most = larger(*most, comm->scratch[2 * r + 1]);
+        *most = qs_max_i64(*most, comm->scratch[2 * r + 1]);
     }
     return QS_OK;
 }

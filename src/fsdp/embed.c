@@ -23,6 +23,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "base/minmax.h"
 #include "base/timer.h"
 #include "base/trace.h"
 #include "fsdp/fsdp_impl.h"
@@ -54,20 +55,15 @@ static const qs_unit_size *table_size(const qs_base_index *index)
 
 /* ---- sizes, create, destroy ---- */
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int64_t room_of(const qs_base_index *index, const qs_fsdp_options *options)
 {
-    return least(options->max_tokens, index->config.vocab);
+    return qs_min_i64(options->max_tokens, index->config.vocab);
 }
 
 /* Twice the even share, so that uneven ids rarely need a second round. */
 static int64_t round_of(int64_t room, int nranks)
 {
-    return least(room, (2 * room + nranks - 1) / nranks);
+    return qs_min_i64(room, (2 * room + nranks - 1) / nranks);
 }
 
 /* Elements of a message of ids to one rank. */
@@ -254,7 +250,7 @@ static void write_messages(const qs_fsdp *f, qs_embed_request *r)
         message[COUNT] = good ? (int32_t)wanted : NO_IDS;
         message[MOST] = (int32_t)most;
         memcpy(message + HEADER, r->want + (good ? r->at[k] : 0),
-               (size_t)least(wanted, f->embed.round) * sizeof *message);
+               (size_t)qs_min_i64(wanted, f->embed.round) * sizeof *message);
     }
 }
 
@@ -357,8 +353,8 @@ static qs_status run_round(qs_fsdp *f, qs_embed_request *r, int64_t number, size
     for (int k = 0; k < n; k++) {
         const int64_t of_mine = r->at[k + 1] - r->at[k] - done;
         const int64_t of_theirs = r->received[(size_t)k * message_of(e->round) + COUNT] - done;
-        wanted[k] = of_mine > 0 ? least(of_mine, e->round) : 0;
-        asked[k] = of_theirs > 0 ? least(of_theirs, e->round) : 0;
+        wanted[k] = of_mine > 0 ? qs_min_i64(of_mine, e->round) : 0;
+        asked[k] = of_theirs > 0 ? qs_min_i64(of_theirs, e->round) : 0;
         at[k] = r->at[k] + done; /* not looked at where nothing is wanted */
     }
     if (number > 0) {

@@ -6,6 +6,8 @@
  * additions of the tree and no others. */
 #include "fsdp/partials.h"
 
+#include "base/minmax.h"
+
 qs_status qs_partials_push(qs_partials *stack, qs_partial partial, const qs_tree *tree,
                            qs_float_pool *pool)
 {
@@ -35,11 +37,6 @@ static int waiting(int64_t slots, qs_range range, int64_t done)
     return qs_slot_nodes(slots, (qs_range){range.begin, range.begin + done}, nodes);
 }
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 int qs_partials_buffers(int n_layers, int64_t slots, int nranks, int rank, int64_t group,
                         int in_flight)
 {
@@ -48,7 +45,7 @@ int qs_partials_buffers(int n_layers, int64_t slots, int nranks, int rank, int64
     int64_t passes = ((slots + nranks - 1) / nranks + group - 1) / group;
     int most = 0;
     for (int64_t pass = 0; pass < passes; pass++) {
-        int64_t from = least(pass * group, n), to = least((pass + 1) * group, n);
+        int64_t from = qs_min_i64(pass * group, n), to = qs_min_i64((pass + 1) * group, n);
         int before = waiting(slots, range, from), after = waiting(slots, range, to);
         int during = after;
         for (int64_t done = from; done < to; done++) {

@@ -11,28 +11,25 @@
  * and (2,1). */
 #include "shard/shard.h"
 
+#include "base/minmax.h"
+
 int64_t qs_shard_width(int64_t total, int nranks)
 {
     return total / nranks + (total % nranks != 0 ? 1 : 0);
-}
-
-static int64_t min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* rank * width, held at total: the product may pass 2^63 only for shares past the end, so compare
  * by division. */
 static int64_t share_begin(int64_t total, int64_t width, int rank)
 {
-    return width > 0 && rank > total / width ? total : min_i64(rank * width, total);
+    return width > 0 && rank > total / width ? total : qs_min_i64(rank * width, total);
 }
 
 qs_range qs_shard_of(int64_t total, int rank, int nranks)
 {
     int64_t width = qs_shard_width(total, nranks);
     int64_t begin = share_begin(total, width, rank);
-    return (qs_range){.begin = begin, .end = begin + min_i64(width, total - begin)};
+    return (qs_range){.begin = begin, .end = begin + qs_min_i64(width, total - begin)};
 }
 
 int qs_shard_owner(int64_t total, int64_t index, int nranks)

@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "base/log.h"
+#include "base/minmax.h"
 #include "fsdp/grads.h"
 
 static const double MIB = 1048576.0, GIB = 1073741824.0;
@@ -28,11 +29,6 @@ static size_t batch_bytes(const qs_model_shape *shape)
 {
     const size_t per_token = 4 * sizeof(int32_t) + 2 * sizeof(int64_t);
     return (size_t)(2 * shape->group * shape->max_tokens) * per_token;
-}
-
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
 }
 
 qs_plan_job qs_plan_training(const qs_data *train, const qs_data *eval, int64_t slots)
@@ -62,8 +58,8 @@ qs_model_shape qs_plan_shape(const qs_session *s, const qs_plan_job *job)
         .offload = s->apart && (cfg->memory.offload & QS_OFFLOAD_ACTIVATIONS) != 0,
     };
     if (job->eval != NULL) {
-        shape.max_tokens = larger(shape.max_tokens, qs_data_longest(job->eval, micro));
-        shape.max_targets = larger(shape.max_targets, qs_data_most_targets(job->eval, micro));
+        shape.max_tokens = qs_max_i64(shape.max_tokens, qs_data_longest(job->eval, micro));
+        shape.max_targets = qs_max_i64(shape.max_targets, qs_data_most_targets(job->eval, micro));
     }
     return shape;
 }

@@ -7,6 +7,7 @@
 #include "base/cores.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "base/minmax.h"
 #include "base/proc.h"
 #include "ckpt/adapter_dir.h"
 #include "ckpt/ckpt.h"
@@ -216,11 +217,6 @@ qs_status qs_session_load_adapter(qs_session *s, const char *path)
 
 /* ---- what is built for a shape ---- */
 
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape)
 {
     const qs_hf_config *model = &s->index->config;
@@ -238,7 +234,7 @@ qs_ops_limits qs_session_limits(const qs_session *s, const qs_model_shape *shape
             const int n = limits.n_linears++;
             qs_linear_shape(model, (qs_linear)i, &limits.out[n], &limits.in[n]);
             limits.joined[n] = qs_model_joins(model, limits.dora, (qs_linear)i);
-            limits.widest = larger(limits.widest, larger(limits.out[n], limits.in[n]));
+            limits.widest = qs_max_i64(limits.widest, qs_max_i64(limits.out[n], limits.in[n]));
         }
     }
     return limits;
@@ -252,14 +248,15 @@ qs_fsdp_options qs_session_fsdp_options(const qs_session *s, const qs_model_shap
                              .offload_layers = (offload & QS_OFFLOAD_WEIGHTS) != 0,
                              .offload_vocabulary = (offload & QS_OFFLOAD_EMBEDDING) != 0,
                              .prefetch = s->config.shard.prefetch,
-                             .keep_resident = larger(shape->keep_resident, shape->keep_decoded)};
+                             .keep_resident =
+                                 qs_max_i64(shape->keep_resident, shape->keep_decoded)};
 }
 
 qs_fsdp_options qs_session_group_options(const qs_session *s)
 {
     const int64_t kept = s->config.shard.keep_resident;
     return qs_session_fsdp_options(
-        s, &(qs_model_shape){.max_tokens = 1, .keep_resident = larger(kept, 0)});
+        s, &(qs_model_shape){.max_tokens = 1, .keep_resident = qs_max_i64(kept, 0)});
 }
 
 static int64_t lora_count(const qs_session *s)

@@ -49,6 +49,19 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+void qs_bench_sort(double *values, int64_t count)
+{
+    qsort(values, (size_t)count, sizeof *values, compare);
+}
+
+double qs_bench_quantile(const double *sorted, int64_t count, double q)
+{
+    const double at = q * (double)(count - 1);
+    const int64_t below = (int64_t)at;
+    const int64_t above = below + 1 < count ? below + 1 : below;
+    return sorted[below] + (at - (double)below) * (sorted[above] - sorted[below]);
+}
+
 static qs_status batch(qs_bench *b, qs_bench_call call, void *ctx, int repeat, double *seconds)
 {
     const double start = qs_time_s();
@@ -74,7 +87,7 @@ qs_status qs_bench_time(qs_bench *b, qs_bench_call call, void *ctx, qs_bench_tim
     for (int i = 0; i < n; i++) {
         QS_TRY(batch(b, call, ctx, repeat, &times[i]));
     }
-    qsort(times, (size_t)n, sizeof *times, compare);
+    qs_bench_sort(times, n);
     *out = (qs_bench_times){.median = times[n / 2], .min = times[0], .max = times[n - 1]};
     return QS_OK;
 }

@@ -41,6 +41,12 @@ typedef struct {
     double median, min, max;
 } qs_bench_times;
 
+/** Ascending, in place. */
+void qs_bench_sort(double *values, int64_t count);
+
+/** The q-th part (0..1) of `sorted`, between its neighbours, as numpy's quantile. */
+double qs_bench_quantile(const double *sorted, int64_t count, double q);
+
 /** A queue of `device` with `threads` (CPU). `plugin` NULL: the CPU. */
 qs_status qs_bench_open(qs_bench *b, const qs_plugin *plugin, qs_device *device, const qs_ops *ops,
                         int threads, bool small);
