@@ -21,7 +21,7 @@
 #include "base/timer.h"
 #include "bench/bench_impl.h"
 #include "train/forecast.h"
-#include "train/plan.h"
+#include "train/session_plan.h"
 #include "train/step_clock.h"
 
 enum { REPEATS = 5, WARMUP = 2, GATHER_TRIES = 5 };
@@ -123,8 +123,8 @@ static qs_status fill_batch(void *ctx, int64_t step, int64_t slot, qs_batch *bat
 {
     (void)step;
     const bench_step *b = ctx;
-    const qs_config *cfg = &b->session.config;
-    const int64_t vocab = b->session.index->config.vocab, length = cfg->train.seq_len;
+    const qs_config *cfg = &b->session.on.config;
+    const int64_t vocab = b->session.on.index->config.vocab, length = cfg->train.seq_len;
     const int64_t first = slot * cfg->train.micro_batch, left = b->sequences - first;
     const int64_t sequences = left < cfg->train.micro_batch ? left : cfg->train.micro_batch;
     const qs_rng rng = qs_rng_make((uint64_t)cfg->seed, 0, (uint64_t)slot, 0, 0);
@@ -158,8 +158,8 @@ static qs_status one_step(bench_step *b, double figures[FIGURES])
     const amount embedded = embedding(s);
     qs_step_clock clock;
     const double flops = qs_model_flops(s->model);
-    const qs_model_noise noise = {.dropout = (float)s->config.lora.dropout,
-                                  .seed = (uint64_t)s->config.seed,
+    const qs_model_noise noise = {.dropout = (float)s->on.config.lora.dropout,
+                                  .seed = (uint64_t)s->on.config.seed,
                                   .step = (uint64_t)b->step};
     const double cpu = cpu_s();
     qs_step_clock_begin(&clock, &b->trainer);
@@ -169,9 +169,10 @@ static qs_status one_step(bench_step *b, double figures[FIGURES])
     QS_TRY(qs_trainer_sums(&b->trainer, &shard, &norm, &loss_sum));
     qs_step_clock_summed(&clock);
     b->trainer.optim->step = b->step;
-    QS_TRY(qs_comm_agree(s->comm, qs_optim_step(b->trainer.optim, s->ops, s->queue, &s->config,
-                                                s->config.optim.lr,
-                                                qs_clip_scale(s->config.optim.clip, norm), shard)));
+    QS_TRY(
+        qs_comm_agree(s->comm, qs_optim_step(b->trainer.optim, s->on.ops, s->queue, &s->on.config,
+                                             s->on.config.optim.lr,
+                                             qs_clip_scale(s->on.config.optim.clip, norm), shard)));
     QS_TRY(qs_queue_wait(s->queue));
     qs_step_clock_updated(&clock);
     const snapshot without_lora = look(s);
@@ -208,8 +209,9 @@ static qs_status measure_processor(bench_step *b)
 {
     qs_session *s = &b->session;
     qs_bench bench = {0};
-    const qs_ops_limits limits = qs_bench_least_limits(s->threads);
-    qs_status st = qs_bench_open(&bench, s->backend.plugin, s->device, s->ops, s->threads, false);
+    const qs_ops_limits limits = qs_bench_least_limits(s->on.threads);
+    qs_status st =
+        qs_bench_open(&bench, s->backend.plugin, s->device, s->on.ops, s->on.threads, false);
     bench.sharers = qs_comm_local_nranks(s->comm);
     st = st == QS_OK ? qs_bench_open_ops(&bench, &limits) : st;
     QS_TRY(qs_comm_agree(s->comm, st));
@@ -228,9 +230,9 @@ static qs_status measure_processor(bench_step *b)
 static size_t largest_share_bytes(const qs_session *s)
 {
     size_t most = 1;
-    for (int u = 0; u < s->index->n_units; u++) {
+    for (int u = 0; u < s->on.index->n_units; u++) {
         const size_t bytes =
-            qs_unit_layout_make(&s->index->units[u].size, s->shard.nranks).message_bytes;
+            qs_unit_layout_make(&s->on.index->units[u].size, s->on.group.nranks).message_bytes;
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -294,15 +296,14 @@ static qs_status open_session(bench_step *b)
     qs_comm *world = b->job->world;
     QS_TRY(qs_session_open(s, &config, world));
     QS_TRY(qs_comm_agree(world, qs_data_assume(&b->data, config.train.seq_len)));
-    QS_TRY(qs_comm_agree(world, qs_lora_layout_make(&s->layout, &s->index->config, &config)));
+    QS_TRY(qs_comm_agree(world, qs_lora_layout_make(&s->on.layout, &s->on.index->config, &config)));
     b->sequences = config.train.global_batch;
     b->slots = (b->sequences + config.train.micro_batch - 1) / config.train.micro_batch;
     b->tokens = b->sequences * config.train.seq_len;
     b->targets = b->sequences * (config.train.seq_len - 1);
     const qs_plan_job plan = qs_plan_training(b->data, NULL, b->slots);
-    b->shape = qs_plan_shape(s, &plan);
-    qs_plan_choice choice;
-    return qs_plan_settle(&choice, s, &plan, &b->shape);
+    b->shape = qs_plan_shape(&s->on, &plan);
+    return qs_session_settle(s, &plan, &b->shape);
 }
 
 static qs_status allocate(bench_step *b)
@@ -312,7 +313,7 @@ static qs_status allocate(bench_step *b)
         QS_TRY(QS_ALLOC(&b->mean[i], b->repeats, QS_MEM_WORK));
         QS_TRY(QS_ALLOC(&b->least[i], b->repeats, QS_MEM_WORK));
     }
-    QS_TRY(QS_ALLOC(&b->everyone, b->session.nranks * FIGURES, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&b->everyone, b->session.on.nranks * FIGURES, QS_MEM_WORK));
     return qs_trainer_create(&b->trainer, &b->session, &b->shape, b->slots);
 }
 
@@ -325,7 +326,7 @@ static qs_status set_up(bench_step *b)
     QS_TRY(qs_comm_agree(s->comm, allocate(b)));
     QS_TRY(qs_session_build(s, &b->shape));
     qs_grads_attach(b->trainer.grads, s->fsdp);
-    QS_TRY(qs_trainer_start_anew(&b->trainer, (uint64_t)s->config.seed));
+    QS_TRY(qs_trainer_start_anew(&b->trainer, (uint64_t)s->on.config.seed));
     QS_TRY(qs_comm_agree(s->comm, qs_optim_push(b->trainer.optim, s->queue)));
     QS_TRY(qs_trainer_gather(&b->trainer));
     b->startup_s = qs_time_s() - start;
@@ -352,7 +353,7 @@ static void close_all(bench_step *b)
 static int busiest(const bench_step *b)
 {
     int most = 0;
-    for (int r = 1; r < b->session.nranks; r++) {
+    for (int r = 1; r < b->session.on.nranks; r++) {
         if (b->everyone[r * FIGURES + QS_STEP_COMPUTE] >
             b->everyone[most * FIGURES + QS_STEP_COMPUTE]) {
             most = r;
@@ -364,7 +365,7 @@ static int busiest(const bench_step *b)
 /* From this rank's parts to those of the busiest rank of each repeat, and of all. */
 static qs_status compare_ranks(bench_step *b)
 {
-    const int nranks = b->session.nranks;
+    const int nranks = b->session.on.nranks;
     double mine[FIGURES];
     for (int64_t i = 0; i < b->repeats; i++) {
         for (int p = 0; p < FIGURES; p++) {
@@ -390,7 +391,7 @@ static qs_status compare_ranks(bench_step *b)
 /* Ranks that have fewer micro-batches of a step than others, for whom they wait. */
 static void warn_of_idle_ranks(const bench_step *b)
 {
-    const int64_t nranks = b->session.nranks, turns = qs_shard_width(b->slots, (int)nranks);
+    const int64_t nranks = b->session.on.nranks, turns = qs_shard_width(b->slots, (int)nranks);
     char last[48] = "";
     if (b->slots % nranks == 0) {
         return;
@@ -424,17 +425,17 @@ static qs_status largest_of_ranks(bench_step *b)
 static qs_status recomputed_flops(const bench_step *b, double *flops)
 {
     const qs_session *s = &b->session;
-    const int64_t micro_batch = s->config.train.micro_batch;
+    const int64_t micro_batch = s->on.config.train.micro_batch;
     const int64_t most =
-        qs_min_i64(qs_shard_width(b->slots, s->nranks) * micro_batch, b->sequences);
-    const qs_range slots = qs_slots_of(b->slots, qs_comm_rank(s->comm), s->nranks);
+        qs_min_i64(qs_shard_width(b->slots, s->on.nranks) * micro_batch, b->sequences);
+    const qs_range slots = qs_slots_of(b->slots, qs_comm_rank(s->comm), s->on.nranks);
     const int64_t mine = qs_min_i64(slots.end * micro_batch, b->sequences) -
                          qs_min_i64(slots.begin * micro_batch, b->sequences);
     qs_model_shape keeps_all = b->shape;
     qs_step_work with, without;
     keeps_all.recompute = QS_RECOMPUTE_NONE;
-    QS_TRY(qs_step_work_make(&with, s, b->data, &b->shape, b->slots));
-    QS_TRY(qs_step_work_make(&without, s, b->data, &keeps_all, b->slots));
+    QS_TRY(qs_step_work_make(&with, &s->on, b->data, &b->shape, b->slots));
+    QS_TRY(qs_step_work_make(&without, &s->on, b->data, &keeps_all, b->slots));
     *flops = (qs_step_flops(&with) - qs_step_flops(&without)) * (double)mine / (double)most;
     return QS_OK;
 }
@@ -446,8 +447,8 @@ static qs_status count_work(bench_step *b)
     QS_TRY(qs_comm_agree(comm, recomputed_flops(b, &again)));
     int64_t sums[2] = {llround(b->flops), llround(b->flops - again)};
     QS_TRY(qs_comm_sum_i64(comm, sums, 2));
-    b->mean_flops = (double)sums[0] / b->session.nranks;
-    b->mean_model_flops = (double)sums[1] / b->session.nranks;
+    b->mean_flops = (double)sums[0] / b->session.on.nranks;
+    b->mean_model_flops = (double)sums[1] / b->session.on.nranks;
     return QS_OK;
 }
 
@@ -466,19 +467,19 @@ static void report_facts(const bench_step *b)
 {
     const qs_session *s = &b->session;
     qs_bench_report *r = b->job->report;
-    qs_bench_report_text(r, "settings", "base", s->config.base);
-    qs_bench_report_number(r, "settings", "global_batch", (double)s->config.train.global_batch);
-    qs_bench_report_number(r, "settings", "micro_batch", (double)s->config.train.micro_batch);
-    qs_bench_report_number(r, "settings", "seq_len", (double)s->config.train.seq_len);
-    qs_bench_report_number(r, "settings", "layers", s->layout.n_layers);
+    qs_bench_report_text(r, "settings", "base", s->on.config.base);
+    qs_bench_report_number(r, "settings", "global_batch", (double)s->on.config.train.global_batch);
+    qs_bench_report_number(r, "settings", "micro_batch", (double)s->on.config.train.micro_batch);
+    qs_bench_report_number(r, "settings", "seq_len", (double)s->on.config.train.seq_len);
+    qs_bench_report_number(r, "settings", "layers", s->on.layout.n_layers);
     qs_bench_report_number(r, "settings", "slots", (double)b->slots);
     qs_bench_report_number(r, "settings", "gather_group", (double)b->shape.group);
-    qs_bench_report_number(r, "settings", "shard_group", s->shard.nranks);
+    qs_bench_report_number(r, "settings", "shard_group", s->on.group.nranks);
     qs_bench_report_number(r, "settings", "repeats", (double)b->repeats);
-    char *yaml = qs_config_dump(&s->config);
+    char *yaml = qs_config_dump(&s->on.config);
     qs_bench_report_json(r, "config", json_string(yaml != NULL ? yaml : ""));
     free(yaml);
-    qs_bench_report_json(r, "base_sha256", json_string(s->index->hashes_sha256));
+    qs_bench_report_json(r, "base_sha256", json_string(s->on.index->hashes_sha256));
     qs_bench_report_number(r, "bounds", "copy GB/s", b->copy_rate * 1e-9);
     qs_bench_report_number(r, "bounds", "products GFLOP/s", b->matmul_rate * 1e-9);
     qs_bench_report_text(r, "bounds", "products by", b->matmul_name);
@@ -497,10 +498,10 @@ static void warn_of_contended_cores(const bench_step *b)
 {
     const qs_session *s = &b->session;
     const double cores = median(b, CPU) / median(b, QS_STEP_COMPUTE);
-    if (!s->apart && cores < CONTENDED * s->threads) {
+    if (!s->on.apart && cores < CONTENDED * s->on.threads) {
         qs_log_warn("the rank that computed longest was on %.2f cores with %d thread%s: others are "
                     "on them too, or there are too few; times are no measure of this program",
-                    cores, s->threads, s->threads > 1 ? "s" : "");
+                    cores, s->on.threads, s->on.threads > 1 ? "s" : "");
     }
 }
 
@@ -628,7 +629,8 @@ static qs_status run_step(bench_step *b)
     qs_session *s = &b->session;
     b->repeats = o->repeats > 0 ? o->repeats : REPEATS;
     QS_TRY(set_up(b));
-    QS_TRY(qs_bench_describe(b->job, s->device, s->ops, s->threads, qs_comm_name(s->device_comm)));
+    QS_TRY(qs_bench_describe(b->job, s->device, s->on.ops, s->on.threads,
+                             qs_comm_name(s->device_comm)));
     warn_of_idle_ranks(b);
     QS_TRY(measure(b, o->warmup >= 0 ? o->warmup : WARMUP));
     QS_TRY(count_work(b));

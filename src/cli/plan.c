@@ -8,6 +8,7 @@
 #include "cli/cli_impl.h"
 #include "hf/hf_text_part.h"
 #include "train/outlook.h"
+#include "train/room.h"
 #include "train/sampler.h"
 
 #define GIB 1073741824.0

@@ -35,6 +35,12 @@ done:
     return st;
 }
 
+size_t qs_batch_bytes(int64_t tokens, int64_t docs)
+{
+    const size_t per_token = 3 * sizeof(int32_t) + 2 * sizeof(int64_t);
+    return (size_t)tokens * per_token + (size_t)(docs + 1) * sizeof(int32_t);
+}
+
 void qs_batch_destroy(qs_batch *b)
 {
     if (b == NULL) {

@@ -238,9 +238,12 @@ done:
     return st;
 }
 
-size_t qs_data_held_bytes(const qs_data *data)
+size_t qs_data_bytes(const qs_data *data)
 {
-    return data->held != NULL ? 2 * (size_t)data->n_tokens * sizeof *data->held : 0;
+    const size_t per_sequence = 2 * sizeof(int64_t) + sizeof(uint32_t);
+    const size_t index = (size_t)(data->n_sequences + 1) * per_sequence +
+                         (size_t)(data->n_docs + 1) * sizeof(int64_t);
+    return index + (data->held != NULL ? 2 * (size_t)data->n_tokens * sizeof *data->held : 0);
 }
 
 /* ---- on paper ---- */

@@ -52,9 +52,9 @@ qs_status qs_data_check_hashes(qs_data *data, qs_comm *comm);
  * that was renamed into its place is none of ours: the old one stays open. Collective. */
 qs_status qs_data_check_unchanged(qs_data *data, qs_comm *comm);
 
-/** Bytes of tokens and labels that this rank holds because it does not see the file: for the plan.
- */
-size_t qs_data_held_bytes(const qs_data *data);
+/** Bytes of the index, and of tokens and labels where this rank holds them because it does not see
+ * the file: for the plan. */
+size_t qs_data_bytes(const qs_data *data);
 
 /** Data on paper, for planning before there is a file: the index of full sequences of `seq_len`
  * tokens, a document each, with loss wherever there can be any. Nothing can be read from it.
@@ -79,6 +79,9 @@ typedef struct {
 
 /** Room for `tokens` tokens and as many documents. */
 qs_status qs_batch_create(qs_batch **out, int64_t tokens, int64_t docs);
+
+/** Bytes that it takes: for the plan. */
+size_t qs_batch_bytes(int64_t tokens, int64_t docs);
 void qs_batch_destroy(qs_batch *batch);
 
 /** Lay out `tokens` tokens as documents of `length` (the last may be shorter), samples from

@@ -9,7 +9,7 @@
 #include "hf/safetensors.h"
 #include "store/input.h"
 #include "store/io.h"
-#include "train/plan.h"
+#include "train/session_plan.h"
 #include "train/tokenizers.h"
 #include "train/train.h"
 
@@ -62,7 +62,7 @@ qs_status qs_evaluate(qs_session *s, qs_data *data, int64_t micro_batch, qs_feed
     double *sums = NULL, *work = NULL, total = 0;
     qs_watch_section(source.mine.begin == source.mine.end, "evaluation");
     st = QS_ALLOC(&sums, source.mine.end - source.mine.begin, QS_MEM_WORK);
-    st = st == QS_OK ? QS_ALLOC(&work, qs_slot_sums_work(slots, s->nranks), QS_MEM_WORK) : st;
+    st = st == QS_OK ? QS_ALLOC(&work, qs_slot_sums_work(slots, s->on.nranks), QS_MEM_WORK) : st;
     QS_GOTO(qs_comm_agree(s->comm, st));
     QS_GOTO(eval_passes(s, feed, &source, stop, ctx, sums));
     *out = (qs_eval_result){.stopped = source.ends};
@@ -86,7 +86,7 @@ done:
 static qs_status dump_logits(qs_session *s, qs_data *data, qs_batch *batch, const char *path)
 {
     qs_status st = QS_OK;
-    const int64_t first = 0, vocab = s->index->config.vocab;
+    const int64_t first = 0, vocab = s->on.index->config.vocab;
     const bool mine = qs_comm_rank(s->comm) == 0;
     float *logits = NULL;
     QS_GOTO(qs_comm_agree(s->comm, qs_data_read(data, &first, &first, mine ? 1 : 0, batch)));
@@ -117,10 +117,10 @@ static qs_model_shape shape_of(const qs_session *s, const qs_eval_options *optio
                             .max_targets =
                                 all ? tokens : qs_data_most_targets(job->eval, micro_batch),
                             .seq_len = options->config.train.seq_len,
-                            .group = qs_session_group(s, job->slots),
+                            .group = qs_setting_gather_group(&s->on, job->slots),
                             .logit_rows = all ? tokens : 0,
                             .residual_f32 = options->config.train.residual_fp32,
-                            .head_chunk_rows = s->index->head_chunk_rows};
+                            .head_chunk_rows = s->on.index->head_chunk_rows};
 }
 
 /* Sums of losses, this rank's and everybody's, and the first sequence's logits. */
@@ -128,7 +128,7 @@ static size_t result_bytes(const qs_session *s, const qs_eval_options *options, 
                            int64_t slots)
 {
     const int64_t logits =
-        options->dump_logits != NULL ? qs_data_longest(data, 1) * s->index->config.vocab : 0;
+        options->dump_logits != NULL ? qs_data_longest(data, 1) * s->on.index->config.vocab : 0;
     return (size_t)(3 * slots) * sizeof(double) + (size_t)logits * sizeof(float);
 }
 
@@ -147,7 +147,7 @@ static qs_status eval_with(qs_session *s, const qs_eval_options *options, qs_dat
     qs_memory_plan plan;
     qs_feed feed = {0};
     qs_eval_result result;
-    QS_GOTO(qs_plan_forward(&plan, s, &job, &shape));
+    QS_GOTO(qs_session_plan(s, &job, &shape, &plan));
     QS_GOTO(qs_session_connect(s, &shape, false));
     QS_GOTO(qs_session_build(s, &shape));
     QS_GOTO(qs_comm_agree(s->comm, qs_feed_create(&feed, shape.group, shape.max_tokens)));
@@ -178,9 +178,9 @@ qs_status qs_eval_run(const qs_eval_options *options, qs_comm *comm)
     QS_GOTO(qs_session_open(&s, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&s, options->adapter));
     QS_GOTO(qs_input_expect("data.eval", options->config.data_eval, QS_INPUT_DATA, comm));
-    QS_GOTO(qs_data_open(&data, options->config.data_eval, s.index->config.vocab, 0, comm));
+    QS_GOTO(qs_data_open(&data, options->config.data_eval, s.on.index->config.vocab, 0, comm));
     QS_GOTO(qs_data_check_hashes(data, comm));
-    qs_tokenizers_compare(s.index, (const qs_data *[]){data}, 1);
+    qs_tokenizers_compare(s.on.index, (const qs_data *[]){data}, 1);
     if (data->n_targets == 0) {
         st = qs_comm_agree(comm, QS_FAIL(QS_ERR_INPUT_VALUE,
                                          "%s: n_targets=0: no position carries loss, there is "

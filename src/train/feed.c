@@ -12,6 +12,11 @@ qs_status qs_feed_create(qs_feed *feed, int64_t group, int64_t tokens)
     return QS_OK;
 }
 
+size_t qs_feed_bytes(int64_t group, int64_t tokens)
+{
+    return (size_t)(2 * group) * (sizeof(qs_batch *) + qs_batch_bytes(tokens, tokens));
+}
+
 void qs_feed_destroy(qs_feed *feed)
 {
     for (int64_t g = 0; feed->batches != NULL && g < 2 * feed->group; g++) {

@@ -35,6 +35,9 @@ typedef struct {
 qs_status qs_feed_create(qs_feed *feed, int64_t group, int64_t tokens);
 void qs_feed_destroy(qs_feed *feed);
 
+/** Bytes that it takes: for the plan. */
+size_t qs_feed_bytes(int64_t group, int64_t tokens);
+
 /** Slots `slots` of every step, shared out among the ranks of `comm`. */
 qs_feed_source qs_feed_source_make(qs_comm *comm, int64_t slots, qs_slot_load load, void *ctx);
 

@@ -25,7 +25,7 @@ static const double NODE_GBPS = 25; /* 200 Gbit/s */
 
 /* Sizes of a layer and of the tokens that a rank takes through it in a step. */
 typedef struct {
-    const qs_session *s;
+    const qs_setting *on;
     double h, q, kv, f, v; /* widths: hidden, heads, kv heads, ffn; vocabulary */
     double layers;
     double tokens, targets; /* of the rank */
@@ -52,15 +52,15 @@ static double pairs_per_token(const qs_hf_config *model, const qs_data *data)
            (double)data->n_tokens;
 }
 
-static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_model_shape *shape,
+static work_sizes sizes_of(const qs_setting *on, const qs_data *train, const qs_model_shape *shape,
                            int64_t slots)
 {
-    const qs_hf_config *model = &s->index->config;
-    const int64_t most = qs_shard_width(slots, s->nranks); /* slots of the busiest rank */
-    const double batch = (double)s->config.train.global_batch;
-    const double held = (double)(most * s->config.train.micro_batch);
+    const qs_hf_config *model = &on->index->config;
+    const int64_t most = qs_shard_width(slots, on->nranks); /* slots of the busiest rank */
+    const double batch = (double)on->config.train.global_batch;
+    const double held = (double)(most * on->config.train.micro_batch);
     const double sequences = held < batch ? held : batch;
-    work_sizes z = {.s = s,
+    work_sizes z = {.on = on,
                     .h = (double)model->hidden,
                     .q = (double)model->n_heads * model->head_dim,
                     .kv = (double)model->n_kv_heads * model->head_dim,
@@ -70,7 +70,7 @@ static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_m
                     .tokens = sequences * (double)train->n_tokens / (double)train->n_sequences,
                     .targets = sequences * (double)train->n_targets / (double)train->n_sequences,
                     .passes = (double)((most + shape->group - 1) / shape->group),
-                    .act_bytes = (double)qs_dtype_bytes(s->ops->act_dtype)};
+                    .act_bytes = (double)qs_dtype_bytes(on->ops->act_dtype)};
     z.decoded_share = 1 - (double)shape->keep_decoded / z.layers;
     z.more_bytes = shape->residual_f32 ? (double)sizeof(float) - z.act_bytes : 0;
     z.pairs = z.tokens * pairs_per_token(model, train);
@@ -79,7 +79,7 @@ static work_sizes sizes_of(const qs_session *s, const qs_data *train, const qs_m
 
 static qs_flops flops_of(const work_sizes *z)
 {
-    return (qs_flops){&z->s->index->config, &z->s->layout, z->s->config.lora.dropout > 0};
+    return (qs_flops){&z->on->index->config, &z->on->layout, z->on->config.lora.dropout > 0};
 }
 
 static double forward_flops(const work_sizes *z, unsigned linears)
@@ -108,12 +108,12 @@ static double backward_flops(const work_sizes *z)
 
 static double attention_flops(const work_sizes *z, bool backward)
 {
-    return qs_flops_attention(&z->s->index->config, z->pairs, backward);
+    return qs_flops_attention(&z->on->index->config, z->pairs, backward);
 }
 
 static bool has_norms_behind(const work_sizes *z)
 {
-    return qs_norms_behind(&z->s->index->config);
+    return qs_norms_behind(&z->on->index->config);
 }
 
 /* Of a norm behind a branch and the addition of what it gives, and as many of its gradient. */
@@ -162,7 +162,7 @@ static double decode_bytes(const work_sizes *z)
 {
     double bytes = 0;
     for (int l = 0; l < (int)z->layers; l++) {
-        const qs_base_unit *unit = &z->s->index->units[qs_base_layer_unit(z->s->index, l)];
+        const qs_base_unit *unit = &z->on->index->units[qs_base_layer_unit(z->on->index, l)];
         bytes += (double)qs_unit_layout_make(&unit->size, 1).message_bytes;
         for (int i = 0; i < unit->n_tensors; i++) {
             if (unit->tensors[i].kind != QS_TENSOR_SMALL) {
@@ -185,16 +185,16 @@ static stretch stretch_of(const qs_base_index *index, int position)
     return position < layers ? UP : position < layers + qs_base_head_chunks(index) ? HEAD : DOWN;
 }
 
-static void count_gather(const qs_session *s, const qs_gather *gather, double *bytes)
+static void count_gather(const qs_setting *on, const qs_gather *gather, double *bytes)
 {
-    const int nranks = s->shard.nranks;
-    const qs_base_unit *unit = &s->index->units[gather->unit];
+    const int nranks = on->group.nranks;
+    const qs_base_unit *unit = &on->index->units[gather->unit];
     const double message = (double)qs_unit_layout_make(&unit->size, nranks).message_bytes;
-    bytes[stretch_of(s->index, gather->position)] += message * (nranks - 1);
+    bytes[stretch_of(on->index, gather->position)] += message * (nranks - 1);
 }
 
 /* One pass through the plan that the run itself follows. */
-static qs_status walk_pass(const qs_session *s, qs_gather_plan *plan, const int *order, int count,
+static qs_status walk_pass(const qs_setting *on, qs_gather_plan *plan, const int *order, int count,
                            double *bytes)
 {
     QS_TRY(qs_gather_plan_begin(plan, order, count));
@@ -203,10 +203,10 @@ static qs_status walk_pass(const qs_session *s, qs_gather_plan *plan, const int 
         bool gather = false;
         QS_TRY(qs_gather_plan_acquire(plan, order[i], &mine, &gather));
         if (gather) {
-            count_gather(s, &mine, bytes);
+            count_gather(on, &mine, bytes);
         }
         while (qs_gather_plan_ahead(plan, &next)) {
-            count_gather(s, &next, bytes);
+            count_gather(on, &next, bytes);
         }
         if (mine.buffer >= 0) {
             qs_gather_plan_release(plan, order[i]);
@@ -217,25 +217,25 @@ static qs_status walk_pass(const qs_session *s, qs_gather_plan *plan, const int 
 
 /* What a rank receives in a pass, by stretches: in the second of two, since the first finds empty
  * buffers. */
-static qs_status gathers_of_pass(const qs_session *s, const qs_model_shape *shape,
+static qs_status gathers_of_pass(const qs_setting *on, const qs_model_shape *shape,
                                  double bytes[STRETCHES])
 {
     qs_status st = QS_OK;
-    const int units = s->index->n_units;
-    const qs_fsdp_options options = qs_session_fsdp_options(s, shape);
+    const int units = on->index->n_units;
+    const qs_fsdp_options options = qs_setting_fsdp_options(on, shape);
     qs_gather_plan plan = {0};
     bool *at_hand = NULL;
     int *order = NULL;
     QS_GOTO(QS_ALLOC(&at_hand, units, QS_MEM_WORK));
     QS_GOTO(QS_ALLOC(&order, 3 * units, QS_MEM_WORK));
     for (int u = 0; u < units; u++) {
-        at_hand[u] = qs_fsdp_at_hand(s->index, u, s->shard.nranks, &options);
+        at_hand[u] = qs_fsdp_at_hand(on->index, u, on->group.nranks, &options);
     }
     QS_GOTO(qs_gather_plan_create(&plan, at_hand, units, options.prefetch));
-    const int count = qs_model_order(s->index, true, order);
+    const int count = qs_model_order(on->index, true, order);
     for (int pass = 0; pass < 2; pass++) {
         memset(bytes, 0, STRETCHES * sizeof *bytes);
-        QS_GOTO(walk_pass(s, &plan, order, count, bytes));
+        QS_GOTO(walk_pass(on, &plan, order, count, bytes));
     }
 done:
     qs_gather_plan_destroy(&plan);
@@ -261,7 +261,7 @@ static qs_step_phase forward_phase(const work_sizes *z)
 static qs_step_phase head_phase(const work_sizes *z)
 {
     return (qs_step_phase){.product_flops =
-                               qs_flops_head(&z->s->index->config, z->targets, z->v, true),
+                               qs_flops_head(&z->on->index->config, z->targets, z->v, true),
                            .memory_bytes = z->targets * z->v * (16 + 8 * z->h / QS_HEAD_SLICE)};
 }
 
@@ -291,23 +291,23 @@ static qs_step_phase backward_phase(const work_sizes *z, qs_recompute recompute)
 /* fp32 pieces of the gradient for the own share, and everybody's new weights. */
 static double reduce_bytes(const work_sizes *z)
 {
-    const double share = z->layers * (double)qs_lora_shard_width(&z->s->layout, z->s->nranks);
-    return (z->s->nranks - 1) * share * ((double)sizeof(float) + z->act_bytes);
+    const double share = z->layers * (double)qs_lora_shard_width(&z->on->layout, z->on->nranks);
+    return (z->on->nranks - 1) * share * ((double)sizeof(float) + z->act_bytes);
 }
 
-qs_status qs_step_work_make(qs_step_work *out, const qs_session *s, const qs_data *train,
+qs_status qs_step_work_make(qs_step_work *out, const qs_setting *on, const qs_data *train,
                             const qs_model_shape *shape, int64_t slots)
 {
-    const work_sizes z = sizes_of(s, train, shape, slots);
+    const work_sizes z = sizes_of(on, train, shape, slots);
     double gathered[STRETCHES];
-    QS_TRY(gathers_of_pass(s, shape, gathered));
+    QS_TRY(gathers_of_pass(on, shape, gathered));
     *out = (qs_step_work){.forward = forward_phase(&z),
                           .head = head_phase(&z),
                           .backward = backward_phase(&z, shape->recompute),
-                          .nranks = s->nranks,
-                          .group = s->shard.nranks,
+                          .nranks = on->nranks,
+                          .group = on->group.nranks,
                           .reduce_bytes = reduce_bytes(&z),
-                          .all_tokens = (double)s->config.train.global_batch *
+                          .all_tokens = (double)on->config.train.global_batch *
                                         (double)train->n_tokens / (double)train->n_sequences};
     out->forward.gather_bytes = z.passes * gathered[UP];
     out->head.gather_bytes = z.passes * gathered[HEAD];

@@ -6,7 +6,7 @@
 
 #include "data/data.h"
 #include "device/gpu_kinds.h"
-#include "train/session.h"
+#include "train/setting.h"
 
 /** A stretch of a step in which gathers run beside compute. */
 typedef struct {
@@ -24,9 +24,9 @@ typedef struct {
     double all_tokens;   /* of the step, on all ranks */
 } qs_step_work;
 
-/** Of `s` the plan's part is looked at alone (session.h). Lengths are the means of the data, and
+/** Lengths are the means of the data, and
  * every sequence counts as one with loss. Fails for lack of memory only. */
-qs_status qs_step_work_make(qs_step_work *out, const qs_session *s, const qs_data *train,
+qs_status qs_step_work_make(qs_step_work *out, const qs_setting *on, const qs_data *train,
                             const qs_model_shape *shape, int64_t slots);
 
 double qs_step_flops(const qs_step_work *work);

@@ -9,6 +9,7 @@
 #include "kernels/cuda/ops_cuda.h"
 #include "store/input.h"
 #include "train/products.h"
+#include "train/room.h"
 #include "train/sampler.h"
 #include "weights/quantize.h"
 
@@ -69,47 +70,47 @@ void qs_outlook_close(qs_outlook_inputs *in)
 
 /* ---- one outlook ---- */
 
-/* The part of a session that plans look at; nothing in it is owned. */
-static qs_status session_on_paper(qs_session *s, const qs_outlook_inputs *in, const qs_config *cfg,
-                                  const qs_outlook_place *place)
+/* What a session there would find; nothing in it is owned. */
+static qs_status setting_of(qs_setting *on, const qs_outlook_inputs *in, const qs_config *cfg,
+                            const qs_outlook_place *place)
 {
     char why[256] = "";
-    *s = (qs_session){.config = *cfg,
-                      .nranks = place->nranks,
-                      .threads = place->threads,
-                      .apart = place->gpu != NULL,
-                      .ops = place->gpu != NULL ? qs_ops_cuda_sizes()
-                                                : qs_products_ops((qs_gemm_kind)cfg->cpu.gemm),
-                      .index = in->index};
-    QS_TRY(qs_lora_layout_make(&s->layout, &in->index->config, cfg));
-    const qs_ops_limits limits = qs_session_limits(s, &(qs_model_shape){0});
-    if (!s->ops->takes(&limits, why, sizeof why)) {
+    *on = (qs_setting){.config = *cfg,
+                       .nranks = place->nranks,
+                       .threads = place->threads,
+                       .apart = place->gpu != NULL,
+                       .room = qs_outlook_allowed(cfg, place),
+                       .ops = place->gpu != NULL ? qs_ops_cuda_sizes()
+                                                 : qs_products_ops((qs_gemm_kind)cfg->cpu.gemm),
+                       .index = in->index};
+    QS_TRY(qs_lora_layout_make(&on->layout, &in->index->config, cfg));
+    const qs_ops_limits limits = qs_setting_limits(on, &(qs_model_shape){0});
+    if (!on->ops->takes(&limits, why, sizeof why)) {
         return QS_FAIL(QS_ERR_CONFIG_PAIR, "%s: %s, so not on a GPU", cfg->base, why);
     }
-    const qs_fsdp_options options = qs_session_group_options(s);
+    const qs_fsdp_options options = qs_setting_group_options(on);
     const int per_node = qs_outlook_local_nranks(place);
     if (per_node > 1 && per_node < place->nranks && place->nranks % per_node == 0) {
-        s->per_host = per_node;
+        on->per_host = per_node;
     }
     const qs_group_links links = place->gpu == NULL
                                      ? (qs_group_links){0}
                                      : qs_group_links_usual(place->gpu, place->nranks, per_node);
-    s->room = qs_outlook_allowed(cfg, place);
-    return qs_shard_group_assume(&s->shard, cfg, in->index, &options, s->room, place->nranks,
+    return qs_shard_group_assume(&on->group, cfg, in->index, &options, on->room, place->nranks,
                                  per_node, &links);
 }
 
 qs_status qs_outlook_make(qs_outlook *out, const qs_outlook_inputs *in, const qs_config *cfg,
                           const qs_outlook_place *place)
 {
-    qs_session s;
-    QS_TRY(session_on_paper(&s, in, cfg, place));
+    qs_setting on;
+    QS_TRY(setting_of(&on, in, cfg, place));
     const int64_t slots = qs_sampler_make(cfg, in->train).slots;
     const qs_plan_job job = qs_plan_training(in->train, in->eval, slots);
-    qs_model_shape shape = qs_plan_shape(&s, &job);
-    QS_TRY(qs_plan_settle(&out->choice, &s, &job, &shape));
-    out->memory = qs_memory_plan_make(&s, &job, &shape);
-    return qs_step_work_make(&out->work, &s, in->train, &shape, slots);
+    qs_model_shape shape = qs_plan_shape(&on, &job);
+    QS_TRY(qs_plan_settle(&out->choice, &on, &job, &shape, NULL));
+    out->memory = qs_memory_plan_make(&on, &job, &shape);
+    return qs_step_work_make(&out->work, &on, in->train, &shape, slots);
 }
 
 size_t qs_outlook_needed(const qs_outlook *outlook)

@@ -4,7 +4,7 @@
 
 #include "base/mem.h"
 #include "data/data.h"
-#include "train/session.h"
+#include "train/setting.h"
 
 /** What is planned for: a training run, or passes that only go forward (eval, sample). */
 typedef struct {
@@ -29,12 +29,12 @@ typedef struct {
 
 /** What the model of a training run is built for: the largest micro-batch of either file decides
  * the room. Its group is the most that `auto` stands for: qs_plan_settle. */
-qs_model_shape qs_plan_shape(const qs_session *s, const qs_plan_job *job);
+qs_model_shape qs_plan_shape(const qs_setting *on, const qs_plan_job *job);
 
 /** Bytes that rank 0, which has the largest share, will hold for `job` with `shape`. Buffers that
  * are the host's alone (tokens, tables) are listed apart where the device has memory of its own.
  * An adapter that is not trained must have been loaded. */
-qs_memory_plan qs_memory_plan_make(const qs_session *s, const qs_plan_job *job,
+qs_memory_plan qs_memory_plan_make(const qs_setting *on, const qs_plan_job *job,
                                    const qs_model_shape *shape);
 
 /** Layers that stay because there is room: so many, of so many that could. */
@@ -55,13 +55,12 @@ typedef struct {
 
 /** Settle what `auto` stands for by the memory that the plan takes, before anything is allocated:
  * as few passes as fit (train.gather_group, into shape->group) beside a node's copy of the base
- * (shard.group, s->shard); where none fits, beside a copy that all ranks share; where that is not
+ * (shard.group, on->group); where none fits, beside a copy that all ranks share; where that is not
  * enough either, what lacks least. What is left then takes as many layers as fit, whole
  * (shard.keep_resident), then decoded (memory.keep_decoded; both into *shape). Settings that say a
- * number or a word stay. The same on all ranks; collective, and said to the log, but on paper
- * (s->comm is NULL). */
-qs_status qs_plan_settle(qs_plan_choice *out, qs_session *s, const qs_plan_job *job,
-                         qs_model_shape *shape);
+ * number or a word stay. The same on all ranks of `comm`, collective over it; NULL on paper. */
+qs_status qs_plan_settle(qs_plan_choice *out, qs_setting *on, const qs_plan_job *job,
+                         qs_model_shape *shape, qs_comm *comm);
 
 enum { QS_PLAN_REASONS_MAX = 4, QS_PLAN_REASON_BYTES = 160 };
 
@@ -82,18 +81,6 @@ size_t qs_memory_plan_needed(const qs_memory_plan *plan);
 
 /** Those of NCCL: 1 GiB for one communicator, 0.75 GiB for each further one (docs/planning.md). */
 size_t qs_memory_plan_nccl_bytes(const qs_memory_plan *plan);
-
-/** QS_ERR_MEMORY if that is above memory.device_limit or above what the device has free, or if the
- * host's part is above what the rank may have there (room.h), naming what to change. */
-qs_status qs_memory_plan_check(const qs_memory_plan *plan, const qs_session *s);
-
-/** The same on all ranks, before anything large is allocated: rank 0 prints the table if somebody
- * lacks memory, or where `print` says so. Collective. */
-qs_status qs_memory_plan_require(const qs_memory_plan *plan, const qs_session *s, bool print);
-
-/** qs_plan_settle, and the plan with what it has settled on, which must fit. Collective. */
-qs_status qs_plan_forward(qs_memory_plan *out, qs_session *s, const qs_plan_job *job,
-                          qs_model_shape *shape);
 
 /** With --verbose: bytes that were planned and reached, by class. */
 void qs_memory_plan_compare(const qs_memory_plan *plan);

@@ -10,10 +10,10 @@
 
 static qs_status open_init(const qs_run *r, qs_peft **peft)
 {
-    const qs_base_index *base = r->session.index;
+    const qs_base_index *base = r->session.on.index;
     const char *dir = r->cfg->lora.init;
     QS_TRY(qs_input_expect_here("lora.init", dir, "name a PEFT directory"));
-    QS_TRY(qs_peft_open(peft, dir, &r->session.layout));
+    QS_TRY(qs_peft_open(peft, dir, &r->session.on.layout));
     return qs_peft_expect_base(dir, base->hashes_sha256, base->path);
 }
 
@@ -21,7 +21,7 @@ static qs_status open_init(const qs_run *r, qs_peft **peft)
 static qs_status init_from_adapter(qs_run *r)
 {
     qs_status st = QS_OK;
-    const qs_lora_layout *layout = &r->session.layout;
+    const qs_lora_layout *layout = &r->session.on.layout;
     const int64_t width = qs_lora_shard_width(layout, r->nranks);
     const qs_range mine = qs_lora_shard(layout, r->rank, r->nranks);
     const size_t bytes = (size_t)layout->per_layer * sizeof(float);
@@ -81,7 +81,7 @@ qs_ckpt_meta qs_run_meta(const qs_run *r, const char *config_yaml)
                          .chat_template = r->train_data->chat_template,
                          .seen = &r->run_dir.seen};
     snprintf(meta.run_id, sizeof meta.run_id, "%s", r->run_dir.run_id);
-    snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.index->hashes_sha256);
+    snprintf(meta.base_sha256, sizeof meta.base_sha256, "%s", r->session.on.index->hashes_sha256);
     snprintf(meta.device, sizeof meta.device, "%s", qs_device_description(r->session.device));
     snprintf(meta.data_content, sizeof meta.data_content, "%s", r->train_data->content);
     snprintf(meta.data_layout, sizeof meta.data_layout, "%s", r->train_data->layout);
@@ -110,7 +110,7 @@ qs_status qs_run_begin(qs_run *r)
     QS_GOTO(qs_run_config_text(r, &yaml));
     const qs_ckpt_meta expect = qs_run_meta(r, yaml);
     qs_ckpt_meta loaded;
-    QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.layout, r->trainer.optim,
+    QS_GOTO(qs_ckpt_load(r->cfg->output, step, &expect, &r->session.on.layout, r->trainer.optim,
                          &loaded, r->comm));
     QS_GOTO(qs_optim_push(r->trainer.optim, r->session.queue));
     r->step = loaded.step;

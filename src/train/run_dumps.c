@@ -26,7 +26,7 @@ qs_status qs_run_dump_gradient(qs_run *r, const float *shard)
 {
     qs_status st = QS_OK;
     const qs_session *s = &r->session;
-    const qs_lora_layout *layout = &s->layout;
+    const qs_lora_layout *layout = &s->on.layout;
     qs_mirror full = {0};
     QS_GOTO(qs_comm_agree(
         r->comm, qs_mirror_create(s->device, &full,

@@ -123,7 +123,7 @@ static qs_status save_state(qs_run *r)
     r->trainer.optim->step = r->step;
     QS_GOTO(qs_comm_agree(r->comm, qs_optim_pull(r->trainer.optim, r->session.queue)));
     const qs_ckpt_meta meta = qs_run_meta(r, yaml);
-    st = qs_ckpt_save(r->cfg->output, &meta, &r->session.layout, r->trainer.optim, r->comm);
+    st = qs_ckpt_save(r->cfg->output, &meta, &r->session.on.layout, r->trainer.optim, r->comm);
 done:
     free(yaml);
     return st;
@@ -158,7 +158,7 @@ static qs_status report_ranks(qs_run *r)
         .tokens = r->trainer.tokens,
         .targets = r->trainer.targets,
         .gather_group = r->shape.group,
-        .shard_group = r->session.shard.nranks,
+        .shard_group = r->session.on.group.nranks,
         .keep_resident = r->shape.keep_resident,
         .keep_decoded = r->shape.keep_decoded,
         .flops = qs_model_flops(r->session.model),

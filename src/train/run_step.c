@@ -33,7 +33,7 @@ static qs_status apply_update(qs_run *r, const float *shard, const qs_step_metri
     }
     r->not_finite = 0;
     r->trainer.optim->step = r->step;
-    QS_TRY(qs_optim_step(r->trainer.optim, r->session.ops, r->session.queue, r->cfg, m->lr,
+    QS_TRY(qs_optim_step(r->trainer.optim, r->session.on.ops, r->session.queue, r->cfg, m->lr,
                          qs_clip_scale(r->cfg->optim.clip, m->grad_norm), shard));
     return qs_queue_wait(r->session.queue); /* the gather would: so that its time is told apart */
 }
@@ -101,7 +101,8 @@ qs_status qs_run_step(qs_run *r, qs_step_metrics *m)
     qs_span_end(r->session.queue);
     qs_step_clock_end(&clock, m->parts);
     m->step_time_s = m->parts[QS_STEP_TOTAL];
-    m->gather_s = r->session.apart ? -1 : qs_fsdp_get_stats(r->session.fsdp).gather_s - gathered_s;
+    m->gather_s =
+        r->session.on.apart ? -1 : qs_fsdp_get_stats(r->session.fsdp).gather_s - gathered_s;
     for (int p = 0; p < QS_STEP_PARTS; p++) {
         r->parts_s[p] += m->parts[p];
     }

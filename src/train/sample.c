@@ -11,7 +11,7 @@
 #include "store/input.h"
 #include "store/json.h"
 #include "train/evaluate.h"
-#include "train/plan.h"
+#include "train/session_plan.h"
 #include "train/tokenizers.h"
 #include "train/train.h"
 
@@ -41,7 +41,7 @@ typedef struct {
 
 static qs_status add_eos(sampler *s, const json_t *id)
 {
-    const qs_base_index *index = s->session->index;
+    const qs_base_index *index = s->session->on.index;
     const json_int_t value = json_integer_value(id);
     if (!json_is_integer(id) || s->eos_count == QS_EOS_MAX) {
         return QS_FAIL(QS_ERR_INPUT_VALUE,
@@ -60,7 +60,7 @@ static qs_status add_eos(sampler *s, const json_t *id)
 static qs_status read_eos(sampler *s)
 {
     qs_status st = QS_OK;
-    const qs_base_index *index = s->session->index;
+    const qs_base_index *index = s->session->on.index;
     json_t *root = NULL;
     QS_TRY(qs_json_parse(&root, index->config_text, strlen(index->config_text), index->path));
     const json_t *eos = json_object_get(root, "eos_token_id");
@@ -146,7 +146,7 @@ static int32_t argmax(const float *logits, int64_t vocab)
 
 static qs_status extend_all(sampler *s)
 {
-    const int64_t vocab = s->session->index->config.vocab;
+    const int64_t vocab = s->session->on.index->config.vocab;
     fill_batch(s);
     QS_TRY(qs_model_logits(s->session->model, s->batch, false, s->logits));
     for (int64_t i = 0; i < s->count; i++) {
@@ -216,8 +216,8 @@ static qs_status print_until(sampler *s, int64_t end)
  * that trains on longer sequences has decided otherwise. */
 static qs_status check_length(const sampler *s)
 {
-    const int64_t own = s->session->index->config.max_position;
-    const int64_t trained = s->session->config.train.seq_len;
+    const int64_t own = s->session->on.index->config.max_position;
+    const int64_t trained = s->session->on.config.train.seq_len;
     const int64_t most = own > trained ? own : trained, longest = qs_data_longest(s->data, 1);
     const char *name = own > trained ? "the model's max_position_embeddings" : "train.seq_len";
     if (longest + s->new_tokens <= most) {
@@ -253,19 +253,19 @@ static void deal_out(sampler *s)
     }
     s->shape = (qs_model_shape){.max_tokens = tokens,
                                 .max_targets = s->most,
-                                .seq_len = session->config.train.seq_len,
+                                .seq_len = session->on.config.train.seq_len,
                                 .group = 1,
                                 .recompute = QS_RECOMPUTE_FULL,
                                 .logit_rows = s->most,
-                                .residual_f32 = session->config.train.residual_fp32,
-                                .head_chunk_rows = session->index->head_chunk_rows};
+                                .residual_f32 = session->on.config.train.residual_fp32,
+                                .head_chunk_rows = session->on.index->head_chunk_rows};
 }
 
 /* Logits, the texts, and the one that is printed. */
 static size_t result_bytes(const sampler *s)
 {
     const int64_t ids = s->shape.max_tokens + s->new_tokens + 1;
-    return (size_t)(s->most * s->session->index->config.vocab) * sizeof(float) +
+    return (size_t)(s->most * s->session->on.index->config.vocab) * sizeof(float) +
            (size_t)ids * sizeof(int32_t);
 }
 
@@ -277,7 +277,7 @@ static qs_status check_memory(sampler *s, qs_memory_plan *plan)
                              .settings =
                                  "take fewer or shorter prompts or fewer --tokens, lower "
                                  "memory.keep_decoded, shard.keep_resident or shard.prefetch"};
-    return qs_plan_forward(plan, s->session, &job, &s->shape);
+    return qs_session_plan(s->session, &job, &s->shape, plan);
 }
 
 static qs_status prepare(sampler *s)
@@ -289,7 +289,7 @@ static qs_status prepare(sampler *s)
     }
     QS_TRY(qs_batch_create(&s->batch, tokens, tokens));
     QS_TRY(QS_ALLOC(&s->shown, s->new_tokens + 1, QS_MEM_WORK));
-    QS_TRY(QS_ALLOC(&s->logits, s->count * session->index->config.vocab, QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&s->logits, s->count * session->on.index->config.vocab, QS_MEM_WORK));
     QS_TRY(read_eos(s));
     return read_prompts(s);
 }
@@ -349,9 +349,9 @@ qs_status qs_sample_run(const qs_sample_options *options, qs_comm *comm)
     QS_GOTO(qs_session_open(&session, &options->config, comm));
     QS_GOTO(qs_session_load_adapter(&session, options->adapter));
     QS_GOTO(qs_input_expect("--prompts", options->prompts, QS_INPUT_PROMPTS, comm));
-    QS_GOTO(qs_data_open(&data, options->prompts, session.index->config.vocab, 0, comm));
+    QS_GOTO(qs_data_open(&data, options->prompts, session.on.index->config.vocab, 0, comm));
     QS_GOTO(qs_data_check_hashes(data, comm));
-    qs_tokenizers_compare(session.index, (const qs_data *[]){data}, 1);
+    qs_tokenizers_compare(session.on.index, (const qs_data *[]){data}, 1);
     s.data = data;
     QS_GOTO(sample_with(&s));
 done:

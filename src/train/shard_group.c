@@ -127,14 +127,15 @@ qs_status qs_shard_group_split(qs_comm **out, int64_t group, qs_comm *world, con
     return qs_comm_split(world, color, out);
 }
 
-qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
+qs_status qs_shard_group_make(qs_shard_group *out, qs_group_size *size, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
                               size_t room, const qs_group_links *links, qs_comm *world)
 {
     const int nranks = qs_comm_nranks(world);
     const int64_t group = config->shard.group;
     int64_t other_host = qs_comm_host(world) != 0;
-    *out = (qs_shard_group){.comm = world, .nranks = nranks, .most = nranks};
+    *out = (qs_shard_group){.comm = world};
+    *size = (qs_group_size){.nranks = nranks, .most = nranks};
     QS_TRY(qs_comm_max_i64(world, &other_host, 1));
     if (other_host == 0 && group <= 0) {
         return QS_OK; /* one node: all words mean the same */
@@ -144,14 +145,14 @@ qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
     if (out->comm == world) {
         return QS_OK;
     }
-    out->nranks = qs_comm_nranks(out->comm);
-    int64_t most = out->nranks;
+    size->nranks = qs_comm_nranks(out->comm);
+    int64_t most = size->nranks;
     QS_TRY(qs_comm_max_i64(world, &most, 1));
-    out->most = (int)most;
+    size->most = (int)most;
     return QS_OK;
 }
 
-qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
+qs_status qs_shard_group_assume(qs_group_size *out, const qs_config *config,
                                 const qs_base_index *index, const qs_fsdp_options *options,
                                 size_t room, int nranks, int per_node, const qs_group_links *links)
 {
@@ -165,18 +166,18 @@ qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
                          : group == QS_SHARD_NODE ? per_node
                                                   : group;
     const int ranks = size < nranks ? (int)size : nranks;
-    *out = (qs_shard_group){.nranks = ranks, .most = ranks};
+    *out = (qs_group_size){.nranks = ranks, .most = ranks};
     return QS_OK;
 }
 
-void qs_shard_group_widen(qs_shard_group *group, qs_comm *world, int nranks)
+void qs_shard_group_widen(qs_shard_group *group, qs_comm *world)
 {
     qs_shard_group_destroy(group, world);
-    *group = (qs_shard_group){.comm = world, .nranks = nranks, .most = nranks};
+    *group = (qs_shard_group){.comm = world};
 }
 
-void qs_shard_group_report(const qs_shard_group *group, const qs_config *config,
-                           const qs_comm *world)
+void qs_shard_group_report(const qs_shard_group *group, const qs_group_size *size,
+                           const qs_config *config, const qs_comm *world)
 {
     const bool is_world = group->comm == world;
     if (group->why[0] != '\0') {
@@ -184,8 +185,8 @@ void qs_shard_group_report(const qs_shard_group *group, const qs_config *config,
     }
     if (!is_world) {
         qs_log_info("shard.group: the base is shared by groups of %s%d rank%s",
-                    config->shard.group <= 0 ? "at most " : "", group->most,
-                    group->most == 1 ? "" : "s");
+                    config->shard.group <= 0 ? "at most " : "", size->most,
+                    size->most == 1 ? "" : "s");
     }
 }
 

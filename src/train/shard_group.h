@@ -8,9 +8,12 @@
 #include "fsdp/fsdp.h"
 
 typedef struct {
+    int nranks; /* of this rank's group */
+    int most;   /* of the largest group, the same on every rank */
+} qs_group_size;
+
+typedef struct {
     qs_comm *comm; /* of this rank's group; the world's own if it is that */
-    int nranks;    /* of it */
-    int most;      /* ranks of the largest group, the same on every rank */
     char why[320]; /* how `auto` was decided by links and the base's share; "": it was not */
 } qs_shard_group;
 
@@ -35,22 +38,22 @@ qs_group_links qs_group_links_usual(const qs_gpu_kind *gpu, int nranks, int per_
  * the host's, which are measured. Whether the rest of the run fits beside it is the plan's question
  * (qs_plan_settle). Collective over `world`, which must outlive the group.
  * \return QS_ERR_CONFIG_PAIR: the ranks are no multiple of the group. */
-qs_status qs_shard_group_make(qs_shard_group *out, const qs_config *config,
+qs_status qs_shard_group_make(qs_shard_group *out, qs_group_size *size, const qs_config *config,
                               const qs_base_index *index, const qs_fsdp_options *options,
                               size_t room, const qs_group_links *links, qs_comm *world);
 
-/** The same on paper, for rank 0 of `nranks` ranks, `per_node` on each node, with `room` for each
- * and assumed `links`: comm is NULL. Not collective. */
-qs_status qs_shard_group_assume(qs_shard_group *out, const qs_config *config,
+/** Its size on paper, for rank 0 of `nranks` ranks, `per_node` on each node, with `room` for each
+ * and assumed `links`. Not collective. */
+qs_status qs_shard_group_assume(qs_group_size *out, const qs_config *config,
                                 const qs_base_index *index, const qs_fsdp_options *options,
                                 size_t room, int nranks, int per_node, const qs_group_links *links);
 
-/** Make it one group of all `nranks` ranks after all. Collective over `world` (NULL on paper). */
-void qs_shard_group_widen(qs_shard_group *group, qs_comm *world, int nranks);
+/** Make it one group of all ranks after all. Collective over `world`. */
+void qs_shard_group_widen(qs_shard_group *group, qs_comm *world);
 
 /** Say to the log which it is, and why; nothing where it could be no other. Once it is final. */
-void qs_shard_group_report(const qs_shard_group *group, const qs_config *config,
-                           const qs_comm *world);
+void qs_shard_group_report(const qs_shard_group *group, const qs_group_size *size,
+                           const qs_config *config, const qs_comm *world);
 
 /** Does nothing to the world's communicator. */
 void qs_shard_group_destroy(qs_shard_group *group, const qs_comm *world);

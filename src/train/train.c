@@ -22,6 +22,7 @@
 #include "train/forecast.h"
 #include "train/gathers.h"
 #include "train/run_impl.h"
+#include "train/session_plan.h"
 #include "train/tokenizers.h"
 #include "train/trace_file.h"
 
@@ -42,9 +43,9 @@ static qs_status open_inputs(qs_run *r)
     const qs_config *cfg = r->cfg;
     QS_TRY(qs_run_dir_settle(&r->config, r->comm));
     QS_TRY(qs_session_open(&r->session, cfg, r->comm));
-    r->config.device = r->session.config.device; /* what auto stands for: recorded */
-    r->config.cpu.gemm = r->session.config.cpu.gemm;
-    const int64_t vocab = r->session.index->config.vocab;
+    r->config.device = r->session.on.config.device; /* what auto stands for: recorded */
+    r->config.cpu.gemm = r->session.on.config.cpu.gemm;
+    const int64_t vocab = r->session.on.index->config.vocab;
     QS_TRY(qs_input_expect("data.train", cfg->data_train, QS_INPUT_DATA, r->comm));
     QS_TRY(qs_data_open(&r->train_data, cfg->data_train, vocab, cfg->train.seq_len, r->comm));
     if (cfg->data_eval[0] != '\0') {
@@ -52,11 +53,11 @@ static qs_status open_inputs(qs_run *r)
         QS_TRY(qs_data_open(&r->eval_data, cfg->data_eval, vocab, 0, r->comm));
         QS_TRY(qs_data_check_hashes(r->eval_data, r->comm));
     }
-    qs_tokenizers_compare(r->session.index, (const qs_data *[]){r->train_data, r->eval_data}, 2);
+    qs_tokenizers_compare(r->session.on.index, (const qs_data *[]){r->train_data, r->eval_data}, 2);
     QS_TRY(qs_data_check_hashes(r->train_data, r->comm));
     QS_TRY(qs_comm_agree(r->comm, check_targets(r->train_data)));
-    return qs_comm_agree(r->comm,
-                         qs_lora_layout_make(&r->session.layout, &r->session.index->config, cfg));
+    return qs_comm_agree(
+        r->comm, qs_lora_layout_make(&r->session.on.layout, &r->session.on.index->config, cfg));
 }
 
 /* A GPU's work is not the host's to time. */
@@ -65,7 +66,7 @@ static qs_status check_trace(const qs_run *r)
     if (r->options->trace == NULL || r->options->dry_run) {
         return QS_OK;
     }
-    if (!r->session.apart) {
+    if (!r->session.on.apart) {
         return qs_trace_file_check(r->options->trace, r->comm);
     }
     return qs_comm_agree(
@@ -77,13 +78,12 @@ static qs_status check_trace(const qs_run *r)
 
 static qs_status shape_run(qs_run *r)
 {
-    qs_plan_choice choice;
     QS_TRY(qs_comm_agree(r->comm, qs_sampler_check(r->cfg, r->train_data)));
     r->sampler = qs_sampler_make(r->cfg, r->train_data);
     const qs_plan_job job = qs_plan_training(r->train_data, r->eval_data, r->sampler.slots);
-    r->shape = qs_plan_shape(&r->session, &job);
-    QS_TRY(qs_plan_settle(&choice, &r->session, &job, &r->shape));
-    r->plan = qs_memory_plan_make(&r->session, &job, &r->shape);
+    r->shape = qs_plan_shape(&r->session.on, &job);
+    QS_TRY(qs_session_settle(&r->session, &job, &r->shape));
+    r->plan = qs_memory_plan_make(&r->session.on, &job, &r->shape);
     return QS_OK;
 }
 
@@ -100,7 +100,7 @@ static void compare_with_forecast(const qs_run *r)
     }
     const qs_links links = qs_links_usual(kind, qs_comm_local_nranks(r->comm));
     qs_step_work work;
-    if (qs_step_work_make(&work, &r->session, r->train_data, &r->shape, r->sampler.slots) !=
+    if (qs_step_work_make(&work, &r->session.on, r->train_data, &r->shape, r->sampler.slots) !=
         QS_OK) {
         qs_error_clear(); /* no memory for a line that says nothing about the run's success */
         return;
@@ -139,7 +139,7 @@ static qs_status finish(qs_run *r)
 static size_t reserve_bytes(const qs_run *r)
 {
     const size_t alignment = 1 << 20;
-    const qs_lora_layout *layout = &r->session.layout;
+    const qs_lora_layout *layout = &r->session.on.layout;
     const size_t gradient = (size_t)(layout->n_layers * layout->per_layer) * sizeof(float);
     return r->plan.total_bytes[QS_MEM_DEVICE] + alignment +
            (r->options->dump_grads != NULL ? gradient : 0);
@@ -188,9 +188,10 @@ static qs_status run_training(qs_run *r)
 /* For one checkpoint at the least: a run that cannot keep what it computes need not begin. */
 static qs_status check_room(const qs_run *r)
 {
-    return qs_comm_agree(
-        r->comm,
-        r->rank == 0 ? qs_ckpt_expect_room(r->cfg->output, &r->session.layout, r->nranks) : QS_OK);
+    return qs_comm_agree(r->comm,
+                         r->rank == 0
+                             ? qs_ckpt_expect_room(r->cfg->output, &r->session.on.layout, r->nranks)
+                             : QS_OK);
 }
 
 /* What the user set out to do, before it takes hours. */
@@ -201,7 +202,7 @@ static void tell_length(const qs_run *r)
     qs_log_info("%" PRId64 " steps of %" PRId64 " sequences, %.3g times the %" PRId64
                 " of %s (%" PRId64 " tokens); %" PRId64 " adapter weights are trained",
                 r->sampler.steps, r->sampler.global_batch, passes, data->n_sequences,
-                r->cfg->data_train, data->n_tokens, qs_lora_count(&r->session.layout));
+                r->cfg->data_train, data->n_tokens, qs_lora_count(&r->session.on.layout));
 }
 
 /* Of checkpoints that cannot be listed, whoever needs them says why. */
@@ -228,7 +229,7 @@ static qs_status run_all(qs_run *r)
     if (r->options->dump_order != NULL) {
         return qs_comm_agree(r->comm, r->rank == 0 ? qs_run_dump_order(r) : QS_OK);
     }
-    QS_TRY(qs_memory_plan_require(&r->plan, &r->session, r->options->dry_run));
+    QS_TRY(qs_session_require(&r->session, &r->plan, r->options->dry_run));
     tell_length(r);
     if (r->options->dry_run) {
         QS_TRY(check_room(r));

@@ -12,13 +12,13 @@ qs_status qs_trainer_create(qs_trainer *t, qs_session *s, const qs_model_shape *
                             int64_t slots)
 {
     const int rank = qs_comm_rank(s->comm);
-    const qs_range mine = qs_slots_of(slots, rank, s->nranks);
+    const qs_range mine = qs_slots_of(slots, rank, s->on.nranks);
     *t = (qs_trainer){.session = s, .slots = slots};
     QS_TRY(QS_ALLOC(&t->slot_sums, mine.end - mine.begin, QS_MEM_WORK));
-    QS_TRY(QS_ALLOC(&t->sums_work, qs_slot_sums_work(slots, s->nranks), QS_MEM_WORK));
-    QS_TRY(QS_ALLOC(&t->exchange, 4 * s->nranks, QS_MEM_WORK));
-    QS_TRY(qs_optim_create(&t->optim, s->device, &s->layout, rank, s->nranks));
-    QS_TRY(qs_grads_create(&t->grads, &s->layout, s->ops, &s->levels.levels, s->queue, slots,
+    QS_TRY(QS_ALLOC(&t->sums_work, qs_slot_sums_work(slots, s->on.nranks), QS_MEM_WORK));
+    QS_TRY(QS_ALLOC(&t->exchange, 4 * s->on.nranks, QS_MEM_WORK));
+    QS_TRY(qs_optim_create(&t->optim, s->device, &s->on.layout, rank, s->on.nranks));
+    QS_TRY(qs_grads_create(&t->grads, &s->on.layout, s->on.ops, &s->levels.levels, s->queue, slots,
                            shape->group));
     return qs_feed_create(&t->feed, shape->group, shape->max_tokens);
 }
@@ -36,10 +36,10 @@ void qs_trainer_destroy(qs_trainer *t)
 qs_status qs_trainer_start_anew(qs_trainer *t, uint64_t seed)
 {
     const qs_session *s = t->session;
-    const int64_t width = qs_lora_shard_width(&s->layout, s->nranks);
-    const qs_range mine = qs_lora_shard(&s->layout, qs_comm_rank(s->comm), s->nranks);
-    for (int l = 0; l < s->layout.n_layers; l++) {
-        qs_lora_init(&s->layout, seed, l, mine, t->optim->master + l * width);
+    const int64_t width = qs_lora_shard_width(&s->on.layout, s->on.nranks);
+    const qs_range mine = qs_lora_shard(&s->on.layout, qs_comm_rank(s->comm), s->on.nranks);
+    for (int l = 0; l < s->on.layout.n_layers; l++) {
+        qs_lora_init(&s->on.layout, seed, l, mine, t->optim->master + l * width);
     }
     return qs_model_magnitudes(s->model, mine, width, t->optim->master);
 }
@@ -71,7 +71,7 @@ qs_status qs_trainer_passes(qs_trainer *t, float loss_scale, const qs_model_nois
     const double since_s = qs_time_s();
     qs_feed_source source = qs_feed_source_make(s->comm, t->slots, load, ctx);
     qs_feed *feed = &t->feed;
-    const int64_t per_rank = qs_shard_width(t->slots, s->nranks);
+    const int64_t per_rank = qs_shard_width(t->slots, s->on.nranks);
     const int64_t passes = (per_rank + feed->group - 1) / feed->group;
     qs_micro_batch *micro;
     int64_t tokens = 0, targets = 0;
@@ -108,10 +108,11 @@ qs_status qs_trainer_gather(qs_trainer *t)
     qs_session *s = t->session;
     const qs_levels *levels = &s->levels.levels;
     qs_model_adapter_changed(s->model);
-    QS_TRY(qs_lora_gather_as(&s->layout, s->ops, levels, s->queue, t->exchange, t->optim->d_master,
-                             s->lora_send, s->lora));
-    return s->magnitudes == NULL
+    QS_TRY(qs_lora_gather_as(&s->on.layout, s->on.ops, levels, s->queue, t->exchange,
+                             t->optim->d_master, s->lora.send, s->lora.weights));
+    return s->lora.magnitudes == NULL
                ? QS_OK
-               : qs_lora_gather_magnitudes(&s->layout, levels, s->queue, t->exchange,
-                                           t->optim->d_master, s->magnitudes_send, s->magnitudes);
+               : qs_lora_gather_magnitudes(&s->on.layout, levels, s->queue, t->exchange,
+                                           t->optim->d_master, s->lora.magnitudes_send,
+                                           s->lora.magnitudes);
 }
