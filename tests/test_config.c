@@ -238,6 +238,7 @@ static void make_consistent(qs_config *c)
     c->train.global_batch = c->train.micro_batch + c->train.global_batch / 32;
     c->train.keep_every = c->train.save_every > 0 ? c->train.save_every : 0;
     c->train.patience = c->train.eval_every != 0 ? c->train.patience : 0;
+    c->train.eval_first = c->train.eval_first && c->data_eval[0] != '\0';
     c->memory.offload &= c->train.recompute == QS_RECOMPUTE_FULL ? UINT32_MAX : 6;
     if (c->optim.warmup >= 1) {
         c->optim.warmup = c->train.steps > 3 ? floor(fmin(c->optim.warmup, 3)) : 0;
@@ -464,6 +465,7 @@ static const bad_file BAD[] = {
     {B "train: {eval_every: 5}\n", QS_ERR_CONFIG_PAIR, "needs data.eval"},
     {B "train: {eval_every: epoch}\n", QS_ERR_CONFIG_PAIR,
      "train.eval_every=epoch needs data.eval"},
+    {B "train: {eval_first: true}\n", QS_ERR_CONFIG_PAIR, "needs data.eval"},
     {B "train: {save_every: epoch, keep_every: 5}\n", QS_ERR_CONFIG_PAIR, "train.keep_last"},
     {B "train: {save_every: step}\n", QS_ERR_CONFIG_VALUE, "epoch"},
     {B "train: {keep_every: 5}\n", QS_ERR_CONFIG_PAIR, "no multiple"},

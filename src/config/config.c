@@ -177,6 +177,10 @@ static qs_status check_saving(const qs_config *cfg, const char *path)
                        "%s: train.eval_every=%s needs data.eval; give it or set eval_every to 0",
                        path, given);
     }
+    if (cfg->train.eval_first && !cfg->data_eval[0]) {
+        return QS_FAIL(QS_ERR_CONFIG_PAIR,
+                       "%s: train.eval_first=true needs data.eval; give both, or neither", path);
+    }
     return QS_OK;
 }
 

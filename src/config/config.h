@@ -54,7 +54,7 @@ typedef struct {
         int64_t steps, epochs; /* one of them > 0 */
         int64_t global_batch, micro_batch, seq_len;
         qs_recompute recompute;
-        bool residual_fp32;
+        bool residual_fp32, eval_first;
         int64_t gather_group; /* 0: auto */
         int64_t eval_every, log_every, save_every, keep_last, keep_every;
         int64_t patience;   /* evaluations, 0: without end */

@@ -39,6 +39,7 @@ const qs_other_name qs_other_names[] = {
     {"gradient_checkpointing", "train.recompute"},
     {"use_gradient_checkpointing", "train.recompute"},
     {"eval_steps", "train.eval_every"},
+    {"eval_on_start", "train.eval_first"},
     {"logging_steps", "train.log_every"},
     {"save_steps", "train.save_every"},
     {"save_total_limit", "train.keep_last"},

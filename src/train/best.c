@@ -52,11 +52,18 @@ void qs_best_say(const qs_best_of *run, const qs_ckpt_eval *best, int64_t last)
     char lower[160] = "";
     const char *output = run->config->output;
     const qs_ckpt_evals evals = qs_metrics_evals(run->metrics);
+    const int64_t untrained = evals.count > 0 && evals.list[0].step == 0; /* train.eval_first */
+    const int64_t count = evals.count - untrained;
     qs_ckpt_eval lowest = *best;
-    for (int64_t i = 0; i < evals.count; i++) {
+    for (int64_t i = untrained; i < evals.count; i++) {
         lowest = evals.list[i].loss < lowest.loss ? evals.list[i] : lowest;
     }
-    if (evals.count < 2 || best->step < 0) {
+    if (untrained && evals.list[0].loss < lowest.loss) {
+        qs_log_warn("%s: eval_loss was lower before the first step, %.6f, than behind any, %.6f at "
+                    "best; lower optim.lr, or look at what data.train teaches",
+                    output, evals.list[0].loss, lowest.loss);
+    }
+    if (count < 2 || best->step < 0) {
         return;
     }
     if (lowest.step != best->step) {
@@ -66,7 +73,7 @@ void qs_best_say(const qs_best_of *run, const qs_ckpt_eval *best, int64_t last)
     }
     if (best->step == last) {
         qs_log_end("%s: the last eval_loss, %.6f, is the best of %" PRId64 "%s", output, best->loss,
-                   evals.count, lower);
+                   count, lower);
     } else {
         qs_log_end("%s: best eval_loss %.6f at step %" PRId64 ", kept in step-%08" PRId64
                    "; the last is %.6f%s",

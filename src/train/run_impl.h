@@ -70,7 +70,7 @@ qs_status qs_run_step(qs_run *r, qs_step_metrics *m);
 /** Steps to the end or to a stop signal. Collective. QS_REQUEUE where something is left to do. */
 qs_status qs_run_loop(qs_run *r);
 
-/** Is there an evaluation behind the update that makes `step` of them? */
+/** Is there an evaluation behind the update that makes `step` of them? 0: before the first. */
 bool qs_run_eval_due(const qs_run *r, int64_t step);
 
 qs_best_of qs_run_best(const qs_run *r);

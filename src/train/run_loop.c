@@ -45,8 +45,10 @@ static bool due(const qs_run *r, int64_t step, int64_t every)
 
 bool qs_run_eval_due(const qs_run *r, int64_t step)
 {
-    return r->eval_data != NULL && step > 0 &&
-           (due(r, step, r->cfg->train.eval_every) || step == r->sampler.steps);
+    const bool wanted = step > 0
+                            ? due(r, step, r->cfg->train.eval_every) || step == r->sampler.steps
+                            : r->cfg->train.eval_first;
+    return r->eval_data != NULL && wanted;
 }
 
 /* A signal anywhere is everyone's. */
@@ -77,8 +79,9 @@ static qs_status evaluate(qs_run *r, bool *stop)
     return keep_going(r, qs_metrics_eval(r->metrics, r->step, result.loss, result.targets));
 }
 
-/* A run that was stopped between a checkpoint and its evaluation makes up for it. */
-static qs_status missed_evaluation(qs_run *r, bool *stop)
+/* Before the first step of this start: train.eval_first, and what a run makes up for that was
+ * stopped between a checkpoint and its evaluation. */
+static qs_status first_evaluation(qs_run *r, bool *stop)
 {
     int64_t last = qs_metrics_last_eval(r->metrics);
     QS_TRY(qs_comm_bcast(r->comm, &last, sizeof last, 0));
@@ -334,7 +337,7 @@ qs_status qs_run_loop(qs_run *r)
     int64_t saved = r->step;
     choose_profile(r);
     r->saved_s = qs_time_s();
-    QS_TRY(missed_evaluation(r, &stop));
+    QS_TRY(first_evaluation(r, &stop));
     QS_TRY(look_for_patience(r));
     qs_watch_section(true, "looking for the best checkpoint");
     const qs_best_of best = qs_run_best(r);

@@ -18,13 +18,13 @@ BEST, SHORT = 3, 5  # its step, and the length of a run to go on from
 CURVE = {1: 5.722, 2: 5.424, 3: 5.123, 4: 5.251, 5: 5.279, 6: 5.244, 7: 5.627, 8: 5.979}
 
 
-def other_answers(folder):
+def other_answers(folder, name="other", answer=lambda i: "no, " + "xyz"[i % 3] * 3):
     """The evaluation data."""
     with open(os.path.join(support.tiny(), "model", "eval.jsonl"), encoding="utf-8") as file:
         records = [json.loads(line) for line in file][:20]
     for i, record in enumerate(records):
-        record["messages"][-1]["content"] = "no, " + "xyz"[i % 3] * 3
-    path = os.path.join(folder, "other.jsonl")
+        record["messages"][-1]["content"] = answer(i)
+    path = os.path.join(folder, f"{name}.jsonl")
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     support.python(os.path.join(support.PREP, "qshard_prep.py"), "--model", os.path.join(support.tiny(), "model"), path, "-o",
@@ -176,6 +176,41 @@ class Best(unittest.TestCase):
     def test_patience_without_evaluations_is_refused(self):
         done = support.train(os.path.join(self.folder, "refused"), ranks=2, expect=2, train__eval_every=0, train__patience=1)
         self.assertEqual(len(re.findall(r"(?m)^error\[E203\] .*train\.patience=1 .*train\.eval_every=0", done.stderr)), 1)
+
+    def test_an_evaluation_before_the_first_step(self):
+        """Of the model as it is without training, on any number of ranks, and once however often the run was interrupted."""
+        output = os.path.join(self.folder, "at-first")
+        how = {**self.steps, "train__steps": SHORT, "train__eval_first": "true", "train__patience": 1}
+        support.train(output, ranks=3, expect=75, **how, train__max_time=0.001)
+        done = support.train(output, ranks=2, **how)
+        untrained = support.qshard("eval", support.TINY_YAML, *support.settings(support.tiny(), "", data__eval=self.steps["data__eval"],
+                                                                                cpu__gemm="strict")).stdout
+        self.assertEqual(list(losses(output)), list(range(BEST + 2)))
+        self.assertEqual(losses(output)[0], float(re.match(r"eval_loss (\S+)", untrained)[1]))
+        self.assertEqual({step: loss for step, loss in losses(output).items() if step > 0},
+                         {step: self.losses[step] for step in range(1, BEST + 2)})
+        self.assertEqual(record(output), {"step": BEST, "eval_loss": self.losses[BEST]})
+        self.assertIn("in 1 evaluations", done.stderr)
+
+    def test_where_the_untrained_model_was_the_best(self):
+        output = os.path.join(self.folder, "untrained")
+        letters = "".join(random.Random(3).choices("abcdefghijklmnopqrstuvwxyz", k=600))  # the model is taught sums
+        how = {**self.steps, "train__eval_first": "true", "train__eval_every": 8, "train__save_every": 8,
+               "data__eval": other_answers(self.folder, "letters", lambda i: letters[30 * i:30 * i + 30])}
+        process = support.start("train", support.TINY_YAML, *support.settings(support.tiny(), output, **how), ranks=2)
+        try:
+            path = os.path.join(output, "metrics.jsonl")
+            while not os.path.exists(path) or not losses(output):
+                self.assertIsNone(process.poll(), "the run ended before it could be killed")
+                time.sleep(0.002)
+        finally:
+            support.kill_all(process)
+        done = support.train(output, ranks=1, options=("--takeover",), **how)
+        self.assertEqual(list(losses(output)), [0, 8])
+        self.assertGreater(losses(output)[8], losses(output)[0])
+        before, behind = (f"{losses(output)[step]:.6f}" for step in (0, 8))
+        self.assertIn(f"eval_loss was lower before the first step, {before}, than behind any, {behind} at best; ", done.stderr)
+        self.assertEqual(record(output), {"step": 8, "eval_loss": losses(output)[8]})
 
     def test_kills_at_random_times(self):
         draw = random.Random(7)
