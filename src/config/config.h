@@ -88,7 +88,7 @@ typedef struct {
         int64_t keep_decoded; /* layers, or QS_KEEP_AUTO */
     } memory;
     struct {
-        int gemm; /* qs_gemm_kind */
+        qs_gemm_kind gemm;
         int64_t threads;
     } cpu;
     bool allow_shared_device; /* --allow-shared-device: not a key, since it proves nothing about

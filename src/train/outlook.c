@@ -81,7 +81,7 @@ static qs_status setting_of(qs_setting *on, const qs_outlook_inputs *in, const q
                        .apart = place->gpu != NULL,
                        .room = qs_outlook_allowed(cfg, place),
                        .ops = place->gpu != NULL ? qs_ops_cuda_sizes()
-                                                 : qs_products_ops((qs_gemm_kind)cfg->cpu.gemm),
+                                                 : qs_products_ops(cfg->cpu.gemm),
                        .index = in->index};
     QS_TRY(qs_lora_layout_make(&on->layout, &in->index->config, cfg));
     const qs_ops_limits limits = qs_setting_limits(on, &(qs_model_shape){0});

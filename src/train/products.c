@@ -61,7 +61,7 @@ const qs_ops *qs_products_ops(qs_gemm_kind kind)
     return kinds[kind == QS_GEMM_AUTO ? qs_products_here() : kind].ops();
 }
 
-qs_status qs_products_choose(qs_comm *comm, int *kind, const qs_ops **ops)
+qs_status qs_products_choose(qs_comm *comm, qs_gemm_kind *kind, const qs_ops **ops)
 {
     int64_t slow[N_KINDS] = {0};
     look_at_cpu(slow);

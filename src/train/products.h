@@ -15,8 +15,8 @@ qs_gemm_kind qs_products_here(void);
 /** The table of `kind`, of `auto` that which this CPU alone would take: for what is planned. */
 const qs_ops *qs_products_ops(qs_gemm_kind kind);
 
-/** The table of `*kind`, a qs_gemm_kind whose `auto` becomes what is fast on every rank's CPU; a
+/** The table of `*kind`, whose `auto` becomes what is fast on every rank's CPU; a
  * warning says where the kind is slower than strict. Collective. */
-qs_status qs_products_choose(qs_comm *comm, int *kind, const qs_ops **ops);
+qs_status qs_products_choose(qs_comm *comm, qs_gemm_kind *kind, const qs_ops **ops);
 
 #endif

@@ -31,7 +31,7 @@ static qs_status check_model_taken(qs_session *s)
 /* What cpu.gemm says, on a CPU. */
 static qs_status choose_products(qs_session *s)
 {
-    int *gemm = &s->on.config.cpu.gemm;
+    qs_gemm_kind *gemm = &s->on.config.cpu.gemm;
     if (qs_device_is_host(s->device)) {
         return qs_products_choose(s->comm, gemm, &s->on.ops);
     }
@@ -46,8 +46,8 @@ static qs_status choose_products(qs_session *s)
 static qs_status open_device(qs_session *s)
 {
     const qs_config *config = &s->on.config;
-    QS_TRY(qs_comm_agree(s->comm, qs_backend_open(&s->backend, (qs_device_kind)config->device,
-                                                  s->comm, config->allow_shared_device)));
+    QS_TRY(qs_comm_agree(s->comm, qs_backend_open(&s->backend, config->device, s->comm,
+                                                  config->allow_shared_device)));
     QS_TRY(qs_comm_agree(s->comm, check_model_taken(s)));
     s->device = s->backend.device;
     s->on.ops = s->backend.ops;
