@@ -504,6 +504,16 @@ static bool is_missing(const char *path)
     return stat(path, &info) != 0 && errno == ENOENT;
 }
 
+/* Have the name of a directory that was just made on the disk: what is synced in it later is not to
+ * be found without. Where its parent may not be read, nobody can. */
+static qs_status sync_name(const char *path)
+{
+    char copy[QS_IO_PATH];
+    (void)snprintf(copy, sizeof copy, "%s", path);
+    const char *parent = dirname(copy);
+    return access(parent, R_OK) == 0 ? qs_io_fsync_dir(parent) : QS_OK;
+}
+
 /* From the top down; last: the lowest level that was made. */
 static qs_status make_levels(const char *path, char last[QS_IO_PATH], int *made)
 {
@@ -519,10 +529,15 @@ static qs_status make_levels(const char *path, char last[QS_IO_PATH], int *made)
         if (is_new) {
             memcpy(last, level, sizeof level);
             ++*made;
+            QS_TRY(sync_name(level));
         }
     }
     QS_TRY(make_level(path, &is_new));
-    *made += is_new;
+    if (is_new) {
+        (void)snprintf(last, QS_IO_PATH, "%s", path);
+        ++*made;
+        QS_TRY(sync_name(path));
+    }
     return QS_OK;
 }
 

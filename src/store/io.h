@@ -81,8 +81,9 @@ qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path)
 qs_status qs_io_fsync_dir(const char *path);
 qs_status qs_io_mkdir(const char *path); /* one level; existing is fine */
 
-/** Make a directory with all that is missing above it. *made: how many levels were not there
- * before, for qs_io_take_back_dirs; 0 after a failure, which leaves nothing. */
+/** Make a directory with all that is missing above it, and have their names on the disk. *made: how
+ * many levels were not there before, for qs_io_take_back_dirs; 0 after a failure, which leaves
+ * nothing. */
 qs_status qs_io_make_dirs(const char *path, int *made);
 
 /** Remove `path` and the levels above it, `made` in all, as far as they are empty. */
