@@ -222,6 +222,15 @@ void qs_metrics_close(qs_metrics *m)
     free(m);
 }
 
+qs_status qs_metrics_sync(const qs_metrics *metrics)
+{
+    if (metrics == NULL) {
+        return QS_OK;
+    }
+    QS_TRY(qs_io_fsync(metrics->fd, metrics->path));
+    return qs_io_fsync(metrics->ranks_fd, metrics->ranks_path);
+}
+
 static number seconds_or_null(double seconds)
 {
     number out = {"null"};
@@ -327,6 +336,7 @@ qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds,
     if (metrics == NULL) {
         return QS_OK;
     }
+    QS_TRY(qs_metrics_sync(metrics));
     if (best->step >= 0) {
         snprintf(best_step, sizeof best_step, "%" PRId64, best->step);
     }

@@ -141,6 +141,7 @@ static qs_status save(qs_run *r, qs_status *last_save)
     QS_TRY(*last_save);
     *last_save = qs_run_dir_still_ours(&r->run_dir, r->comm);
     QS_TRY(*last_save);
+    QS_TRY(keep_going(r, qs_metrics_sync(r->metrics)));
     *last_save = save_state(r);
     if (*last_save == QS_ERR_IO_FULL) {
         qs_log_warn("step %" PRId64 ": not saved: %s", r->step, qs_error_text());
