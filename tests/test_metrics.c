@@ -106,7 +106,7 @@ static int names_in_dir(void)
 static qs_metrics *open_at(int64_t step)
 {
     qs_metrics *m = NULL;
-    cr_assert_eq(qs_metrics_open(&m, dir, step, 0), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_metrics_open(&m, dir, step, false, 0), QS_OK, "%s", qs_error_text());
     return m;
 }
 
@@ -134,6 +134,23 @@ Test(metrics, a_line_goes_on_behind_what_was_kept, .init = make_dir, .fini = rem
     qs_metrics_close(m);
     expect_log("metrics.jsonl",
                STEP(1) STEP(2) "{\"step\": 2, \"eval_loss\": 0.5, \"eval_tokens\": 9}\n", 0);
+}
+
+/* Of a run that was taken over and has not noticed yet. */
+Test(metrics, what_another_process_appends_to_the_old_files_is_in_none, .init = make_dir,
+     .fini = remove_dir)
+{
+    static const char there[] = STEP(1) STEP(2);
+    qs_metrics *old = open_at(0), *m = NULL;
+    write_log("metrics.jsonl", there, strlen(there));
+    cr_assert_eq(qs_metrics_open(&m, dir, 2, true, 0), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(qs_metrics_eval(old, 3, 0.5, 9), QS_OK);
+    cr_assert_eq(qs_metrics_eval(m, 4, 0.25, 9), QS_OK);
+    qs_metrics_close(old);
+    qs_metrics_close(m);
+    expect_log("metrics.jsonl",
+               STEP(1) STEP(2) "{\"step\": 4, \"eval_loss\": 0.25, \"eval_tokens\": 9}\n", 0);
+    cr_assert_eq(names_in_dir(), 2);
 }
 
 Test(metrics, evaluations_are_remembered_once, .init = make_dir, .fini = remove_dir)

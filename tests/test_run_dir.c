@@ -293,6 +293,7 @@ Test(run_dir, lock_of_a_killed_process_is_taken_over)
     cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     cr_assert(fx_exists("run.lock"));
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert(!run.contested);
     qs_run_dir_close(&run);
     cr_assert_eq(fx_entries(), 2, "config.yaml and run.json");
 }
@@ -355,10 +356,12 @@ Test(run_dir, lock_of_another_host_needs_takeover_or_the_same_job)
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_OUTPUT_TAKEN);
     setenv("SLURM_RESTART_COUNT", "1", 1);
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK, "%s", qs_error_text());
+    cr_assert(run.contested, "nobody knows that it is gone");
     qs_run_dir_close(&run);
     unsetenv("SLURM_JOB_ID");
     write_text("run.lock", lock);
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, true), QS_OK, "%s", qs_error_text());
+    cr_assert(run.contested);
     qs_run_dir_close(&run);
     write_text("run.lock", "");
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_OUTPUT_TAKEN);

@@ -139,7 +139,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
         QS_GOTO(look_at_run(run, cfg, resume, &record));
     }
     if (!run->finished) {
-        QS_GOTO(qs_run_lock_take(cfg->output, takeover, &run->lock));
+        QS_GOTO(qs_run_lock_take(cfg->output, takeover, &run->lock, &run->contested));
         run->locked = true;
         QS_GOTO(look_locked(run, cfg, resume, &record));
     }

@@ -30,6 +30,7 @@ typedef struct {
     bool finished;   /* nothing was opened: the run had finished before */
     bool locked;     /* this process holds run.lock (rank 0 only), */
     int lock;        /* its file */
+    bool contested;  /* taken over from a process that may still live and write (rank 0 only) */
     int made;        /* how many levels of the directory were not there before (rank 0 only) */
     qs_seen seen;    /* which ranks see the directory; rank 0 does */
 } qs_run_dir;

@@ -150,8 +150,14 @@ static bool is_gone(const owner *other, const owner *me, const char *path)
     if (same_host(other, me) && other->held && !is_held(path)) {
         return true;
     }
-    return started_again_since(other, me) ||
-           (me->job[0] && strcmp(other->job, me->job) == 0 && other->restart < me->restart);
+    return started_again_since(other, me);
+}
+
+/* Of the same batch job, on another kernel. Its host may be cut off, and it may not know yet. */
+static bool is_earlier_start(const owner *other, const owner *me)
+{
+    return !numbered_together(other, me) && me->job[0] && strcmp(other->job, me->job) == 0 &&
+           other->restart < me->restart;
 }
 
 static void lock_path(char *out, const char *dir)
@@ -309,7 +315,7 @@ static qs_status taken(const char *dir, const char *path, const owner *other, co
 /* Link `temp` to its place, after removing a lock that does not count. The ranks of a launcher that
  * was killed are gone a few seconds later, so an owner on this host gets that time. */
 static qs_status put_in_place(const char *dir, const char *temp, const char *path, owner *me,
-                              bool takeover, int *fd)
+                              bool takeover, int *fd, bool *contested)
 {
     const double deadline = qs_time_s() + OWNER_WAIT_S;
     for (;;) {
@@ -330,7 +336,9 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
         if (!readable && lstat(path, &info) != 0) { /* a link to nothing would never go */
             continue;                               /* released a moment ago */
         }
-        if (takeover || (readable && is_gone(&other, me, path))) {
+        const bool gone = readable && is_gone(&other, me, path);
+        if (takeover || gone || (readable && is_earlier_start(&other, me))) {
+            *contested = *contested || !gone;
             qs_log_info("%s: taken over from process %" PRId64 " on host %s", path, other.pid,
                         readable ? other.host : "(unknown)");
             QS_TRY(remove_stale(path, &other));
@@ -344,16 +352,17 @@ static qs_status put_in_place(const char *dir, const char *temp, const char *pat
     }
 }
 
-qs_status qs_run_lock_take(const char *dir, bool takeover, int *fd)
+qs_status qs_run_lock_take(const char *dir, bool takeover, int *fd, bool *contested)
 {
     char path[PATH_ROOM], temp[PATH_ROOM + 32];
     owner me = this_process();
     lock_path(path, dir);
     snprintf(temp, sizeof temp, "%s.new-%ld", path, (long)getpid());
     *fd = -1;
+    *contested = false;
     qs_status st = write_held_temp(&me, temp, fd);
     if (st == QS_OK) {
-        st = put_in_place(dir, temp, path, &me, takeover, fd);
+        st = put_in_place(dir, temp, path, &me, takeover, fd, contested);
     }
     (void)unlink(temp);
     if (st != QS_OK && *fd >= 0) {

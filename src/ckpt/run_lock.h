@@ -10,8 +10,9 @@
 /** Create DIR/run.lock in the name of this process. A lock whose owner is gone is taken over, any
  * other one only with `takeover`. *fd, for qs_run_lock_release, is its file, locked: other
  * containers of this host see by it that this process lives; -1 where files cannot be locked.
- * \return QS_ERR_OUTPUT_TAKEN naming the owner. */
-qs_status qs_run_lock_take(const char *dir, bool takeover, int *fd);
+ * *contested: it was taken from a process that may still live. \return QS_ERR_OUTPUT_TAKEN naming
+ * the owner. */
+qs_status qs_run_lock_take(const char *dir, bool takeover, int *fd, bool *contested);
 
 /** Remove DIR/run.lock if it is still this process's own, and close its file. */
 void qs_run_lock_release(const char *dir, int fd);

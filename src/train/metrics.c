@@ -140,8 +140,8 @@ done:
 
 /* Keep the whole lines of steps up to `step`. What a run leaves stands in the order of steps, so
  * that what goes is the file's end; one with other lines in between, by whatever hand, is written
- * anew. */
-static qs_status trim(qs_metrics *m, const char *path, int64_t step)
+ * anew, too. */
+static qs_status trim(qs_metrics *m, const char *path, int64_t step, bool anew)
 {
     extent found;
     struct stat info;
@@ -149,16 +149,16 @@ static qs_status trim(qs_metrics *m, const char *path, int64_t step)
         return QS_OK;
     }
     QS_TRY(look_through(m, path, step, &found));
-    if (found.kept == found.bytes) {
+    if (found.kept == found.bytes && !anew) {
         return QS_OK;
     }
-    return found.kept == found.end ? qs_io_cut(path, found.kept)
-                                   : qs_lines_filter(path, stays, &step);
+    return found.kept == found.end && !anew ? qs_io_cut(path, found.kept)
+                                            : qs_lines_filter(path, stays, &step);
 }
 
-static qs_status open_log(qs_metrics *m, const char *path, int64_t step, int *fd)
+static qs_status open_log(qs_metrics *m, const char *path, int64_t step, bool anew, int *fd)
 {
-    QS_TRY(trim(m, path, step));
+    QS_TRY(trim(m, path, step, anew));
     *fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (*fd < 0) {
         return QS_FAIL(QS_ERR_IO, "%s: cannot be opened for appending: %s", path, strerror(errno));
@@ -178,7 +178,7 @@ static qs_status remove_summary(const qs_metrics *m)
                : QS_FAIL(QS_ERR_IO, "%s: removing it failed: %s", m->summary_path, strerror(errno));
 }
 
-qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank)
+qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, bool anew, int rank)
 {
     qs_status st = QS_OK;
     *out = NULL;
@@ -196,8 +196,8 @@ qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, i
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
     snprintf(m->ranks_path, sizeof m->ranks_path, "%s/ranks.jsonl", run_dir);
     snprintf(m->summary_path, sizeof m->summary_path, "%s/summary.csv", run_dir);
-    QS_GOTO(open_log(m, m->path, step, &m->fd));
-    QS_GOTO(open_log(m, m->ranks_path, step, &m->ranks_fd));
+    QS_GOTO(open_log(m, m->path, step, anew, &m->fd));
+    QS_GOTO(open_log(m, m->ranks_path, step, anew, &m->ranks_fd));
     QS_GOTO(remove_summary(m)); /* last: a start that is refused leaves it */
     *out = m;
 done:

@@ -4,6 +4,7 @@
 #ifndef QS_TRAIN_METRICS_H
 #define QS_TRAIN_METRICS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "ckpt/ckpt.h"
@@ -41,9 +42,10 @@ typedef struct {
 typedef struct qs_metrics qs_metrics;
 
 /** Open the run's files for appending; lines of steps after `step` (left by a run that was killed)
- * are dropped, the last values of the others remembered. On ranks other than 0 nothing is opened
+ * are dropped, the last values of the others remembered. `anew`: in new files of these names,
+ * because another process may still append to the old ones. On ranks other than 0 nothing is opened
  * and the other calls do nothing. */
-qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, int rank);
+qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, bool anew, int rank);
 
 /** The newest step that has an eval line, -1 if there is none (or this is not rank 0). */
 int64_t qs_metrics_last_eval(const qs_metrics *metrics);

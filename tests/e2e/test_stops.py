@@ -269,6 +269,8 @@ class Interrupted(unittest.TestCase):
         self.assertIsNone(second.poll())
         second.send_signal(signal.SIGUSR1)
         self.saved(second, output)
+        steps = [line["step"] for line in support.metrics(output)]
+        self.assertEqual(steps, list(range(1, len(steps) + 1)), "the first one's lines are in no file")
         self.assertEqual([name for name in os.listdir(output) if "bad" in name or "tmp" in name], [])
 
     def test_the_output_goes_away(self):
