@@ -427,6 +427,37 @@ Test(rotate, newest_and_milestones_stay)
     cr_assert(fx_exists("step-00000009"));
 }
 
+static int rename_error; /* 0: as it should be */
+int __real_rename(const char *from, const char *to);
+int __wrap_rename(const char *from, const char *to);
+
+int __wrap_rename(const char *from, const char *to)
+{
+    errno = rename_error;
+    return rename_error != 0 ? -1 : __real_rename(from, to);
+}
+
+/* Where a name is copied on write: the run goes on, as it does without room for a checkpoint. */
+Test(rotate, what_there_is_no_room_to_rename_stays_until_there_is)
+{
+    static const struct {
+        int error;
+        qs_status st;
+        int left;
+    } tries[] = {{ENOSPC, QS_OK, 3}, {EDQUOT, QS_OK, 3}, {EIO, QS_ERR_IO, 3}, {0, QS_OK, 1}};
+    for (int64_t step = 1; step <= 3; step++) {
+        fx_save_step(step, 1);
+    }
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        rename_error = tries[i].error;
+        cr_assert_eq(qs_ckpt_rotate(fx_run_dir, 1, 0, NO_EVALS), tries[i].st, "%s",
+                     qs_error_text());
+        cr_assert_eq(fx_entries(), tries[i].left, "%s", strerror(tries[i].error));
+        cr_assert_eq(qs_error_text()[0] != '\0', tries[i].st != QS_OK);
+        qs_error_clear();
+    }
+}
+
 Test(rotate, damaged_newer_ones_do_not_count)
 {
     for (int64_t step = 1; step <= 4; step++) {

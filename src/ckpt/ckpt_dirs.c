@@ -141,13 +141,19 @@ static bool is_good(const char *run_dir, int64_t step, bool fully, char run_id[4
 
 /* Under a name that no reader takes for a checkpoint first: a killed deletion leaves no half one.
  * What cannot be removed, because another process reads it or has put something in, stays until it
- * can (qs_ckpt_sweep). */
+ * can (qs_ckpt_sweep); what a full disk has no room to rename stays until the next rotation. */
 static qs_status delete_step(const char *run_dir, int64_t step)
 {
     char from[QS_CKPT_PATH], to[QS_CKPT_PATH + 32];
     qs_manifest_step_dir(from, sizeof from, run_dir, step);
     unused_name(to, from, ".tmp-old");
-    QS_TRY(qs_io_rename(from, to));
+    const qs_status st = qs_io_rename(from, to);
+    if (st == QS_ERR_IO_FULL) {
+        qs_log_warn("%s; the checkpoint stays for now", qs_error_text());
+        qs_error_clear();
+        return QS_OK;
+    }
+    QS_TRY(st);
     if (qs_manifest_remove_dir(to) != QS_OK) {
         qs_log_warn("%s: no checkpoint any more, and stays until it can be removed: %s", to,
                     qs_error_text());

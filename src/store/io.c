@@ -434,6 +434,12 @@ done:
     return st;
 }
 
+qs_status qs_io_open_append(const char *path, int *fd)
+{
+    *fd = open_retrying(path, O_WRONLY | O_CREAT | O_APPEND, 0666);
+    return *fd >= 0 ? QS_OK : output_failed(path, "opening for appending", errno);
+}
+
 qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path)
 {
     size_t done = 0;

@@ -74,8 +74,11 @@ qs_status qs_io_open_plain(const char *path, int *fd, int64_t *bytes);
 /** Read a whole file of at most `limit` bytes. Caller frees *data; a NUL follows the last byte. */
 qs_status qs_io_read_file(const char *path, size_t limit, void **data, size_t *bytes);
 
-/** Append one line to a log file (metrics) that was opened with O_APPEND, in one write where that
- * is possible. Of a line that a full disk cuts short nothing stays. */
+/** Open a log file (metrics), or make it. */
+qs_status qs_io_open_append(const char *path, int *fd);
+
+/** Append one line to it, in one write where that is possible. Of a line that a full disk cuts
+ * short nothing stays. */
 qs_status qs_io_append(int fd, const char *line, size_t bytes, const char *path);
 
 qs_status qs_io_fsync_dir(const char *path);

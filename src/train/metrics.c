@@ -1,8 +1,6 @@
 #define _GNU_SOURCE /* memmem */
 #include "train/metrics.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -159,23 +157,19 @@ static qs_status trim(qs_metrics *m, const char *path, int64_t step, bool anew)
 static qs_status open_log(qs_metrics *m, const char *path, int64_t step, bool anew, int *fd)
 {
     QS_TRY(trim(m, path, step, anew));
-    *fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (*fd < 0) {
-        return QS_FAIL(QS_ERR_IO, "%s: cannot be opened for appending: %s", path, strerror(errno));
-    }
-    return QS_OK;
+    return qs_io_open_append(path, fd);
 }
 
 /* A run that was finished and goes on has none until it is finished again. Gone before the first
  * new line can be there, whatever happens to the host. */
 static qs_status remove_summary(const qs_metrics *m)
 {
-    if (unlink(m->summary_path) == 0) {
-        return qs_io_fsync_dir(m->dir);
+    struct stat info;
+    if (lstat(m->summary_path, &info) != 0) {
+        return QS_OK;
     }
-    return errno == ENOENT
-               ? QS_OK
-               : QS_FAIL(QS_ERR_IO, "%s: removing it failed: %s", m->summary_path, strerror(errno));
+    QS_TRY(qs_io_remove(m->summary_path));
+    return qs_io_fsync_dir(m->dir);
 }
 
 qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, bool anew, int rank)
