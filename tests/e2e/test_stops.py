@@ -273,6 +273,44 @@ class Interrupted(unittest.TestCase):
         self.assertEqual(steps, list(range(1, len(steps) + 1)), "the first one's lines are in no file")
         self.assertEqual([name for name in os.listdir(output) if "bad" in name or "tmp" in name], [])
 
+    @staticmethod
+    def starts(output):
+        with open(os.path.join(output, "run.json"), encoding="utf-8") as file:
+            return json.load(file)["starts"]
+
+    def test_taken_over_while_it_loads(self):
+        """It does not cut the other's lines off, which are of later steps than its own checkpoint."""
+        output = self.path("loading")
+        how = support.settings(support.tiny(), output, **self.LONG)
+        support.train(output, expect=75, train__max_time=0.001, **self.LONG)
+        starts, held = 1, False
+        while not held:  # until it is met between run.json and its first line
+            first = support.start("train", support.TINY_YAML, *how)
+            self.addCleanup(first.stdout.close)
+            self.addCleanup(first.kill)
+            starts += 1
+            while self.starts(output) < starts:
+                self.assertIsNone(first.poll())
+            first.send_signal(signal.SIGSTOP)
+            files = [os.path.realpath(entry.path) for entry in os.scandir(f"/proc/{first.pid}/fd")]
+            held = os.path.join(os.path.realpath(output), "metrics.jsonl") not in files
+            if not held:
+                support.kill_all(first)
+        second = support.start("train", support.TINY_YAML, *how, "--takeover")
+        self.addCleanup(second.stdout.close)
+        self.addCleanup(second.kill)
+        while len(support.metrics(output)) < 10:
+            self.assertIsNone(second.poll())
+            time.sleep(0.01)
+        first.send_signal(signal.SIGCONT)
+        text, _ = first.communicate(timeout=120)
+        self.assertEqual(first.returncode, 2, text)
+        self.assertRegex(text, rf"(?m)^error\[E204\] {output}: process {second.pid} .*taken over")
+        second.send_signal(signal.SIGUSR1)
+        self.saved(second, output)
+        steps = [line["step"] for line in support.metrics(output)]
+        self.assertEqual(steps, list(range(1, len(steps) + 1)))
+
     def test_the_output_goes_away(self):
         output = self.path("gone")
         process = self.started(output, 2)
