@@ -5,6 +5,7 @@
 #include <criterion/parameterized.h>
 #include <dirent.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -151,6 +152,53 @@ Test(metrics, what_another_process_appends_to_the_old_files_is_in_none, .init = 
     expect_log("metrics.jsonl",
                STEP(1) STEP(2) "{\"step\": 4, \"eval_loss\": 0.25, \"eval_tokens\": 9}\n", 0);
     cr_assert_eq(names_in_dir(), 2);
+}
+
+/* The limit on a file's size is a disk that is full for this one. */
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+    signal(SIGXFSZ, SIG_IGN);
+    cr_assert_eq(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    limit.rlim_cur = bytes < limit.rlim_max ? bytes : limit.rlim_max;
+    cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+}
+
+Test(metrics, lines_wait_for_room_on_a_full_disk, .init = make_dir, .fini = remove_dir)
+{
+    static const char *const lines[] = {"{\"step\": 1, \"eval_loss\": 0.5, \"eval_tokens\": 9}\n",
+                                        "{\"step\": 2, \"eval_loss\": 0.5, \"eval_tokens\": 9}\n",
+                                        "{\"step\": 3, \"eval_loss\": 0.5, \"eval_tokens\": 9}\n"};
+    char all[256] = "";
+    qs_metrics *m = open_at(0);
+    for (int i = 0; i < 3; i++) { /* the second one has room for its half only */
+        limit_files(i == 1 ? 3 * strlen(lines[0]) / 2 : i == 2 ? 0 : RLIM_INFINITY);
+        cr_assert_eq(qs_metrics_eval(m, i + 1, 0.5, 9), i == 0 ? QS_OK : QS_ERR_IO_FULL, "%d: %s",
+                     i, qs_error_text());
+        qs_error_clear();
+        expect_log("metrics.jsonl", lines[0], i);
+        strcat(all, lines[i]);
+    }
+    cr_assert_eq(qs_metrics_sync(m), QS_ERR_IO_FULL);
+    limit_files(RLIM_INFINITY);
+    qs_error_clear();
+    cr_assert_eq(qs_metrics_sync(m), QS_OK, "%s", qs_error_text());
+    qs_metrics_close(m);
+    expect_log("metrics.jsonl", all, 3);
+}
+
+Test(metrics, a_disk_that_is_full_for_too_long_is_told, .init = make_dir, .fini = remove_dir)
+{
+    qs_metrics *m = open_at(0);
+    limit_files(0);
+    for (int i = 0; i < 30000; i++) { /* of at least 50 bytes: above 1 MiB */
+        cr_assert_eq(qs_metrics_eval(m, i, 0.5, 9), QS_ERR_IO_FULL);
+        qs_error_clear();
+    }
+    limit_files(RLIM_INFINITY);
+    cr_assert_eq(qs_metrics_sync(m), QS_ERR_IO_FULL);
+    cr_assert_not_null(strstr(qs_error_text(), "lines are lost"), "%s", qs_error_text());
+    qs_metrics_close(m);
 }
 
 Test(metrics, evaluations_are_remembered_once, .init = make_dir, .fini = remove_dir)

@@ -13,12 +13,21 @@
 #include "store/io.h"
 #include "store/lines.h"
 
-enum { LINE_MAX_BYTES = 1024, PATH_ROOM = QS_PATH_MAX + 32 };
+enum { LINE_MAX_BYTES = 1024, PATH_ROOM = QS_PATH_MAX + 32, WAITING_MAX_BYTES = 1 << 20 };
+
+/* A file of lines, and those that are still to be written. */
+typedef struct {
+    char path[PATH_ROOM];
+    int fd;
+    char *waiting;
+    size_t bytes, room; /* of what waits: so many in so much */
+    bool dropped;       /* what would be more than WAITING_MAX_BYTES */
+} line_log;
 
 struct qs_metrics {
     char dir[QS_PATH_MAX];
-    char path[PATH_ROOM], ranks_path[PATH_ROOM], summary_path[PATH_ROOM];
-    int fd, ranks_fd;
+    char summary_path[PATH_ROOM];
+    line_log steps, ranks;            /* metrics.jsonl, ranks.jsonl */
     double last_loss, last_eval_loss; /* NAN: none */
     int64_t last_eval_step;           /* -1: none */
     qs_ckpt_eval *evals;              /* [n_evals], room for evals_room */
@@ -86,7 +95,7 @@ static qs_status remember_eval(qs_metrics *m, int64_t step, double loss, int64_t
         const int64_t room = m->evals_room > 0 ? 2 * m->evals_room : 64;
         qs_ckpt_eval *grown = realloc(m->evals, (size_t)room * sizeof *grown);
         if (grown == NULL) {
-            return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the evaluations", m->path);
+            return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for the evaluations", m->steps.path);
         }
         m->evals = grown;
         m->evals_room = room;
@@ -154,10 +163,61 @@ static qs_status trim(qs_metrics *m, const char *path, int64_t step, bool anew)
                                             : qs_lines_filter(path, stays, &step);
 }
 
-static qs_status open_log(qs_metrics *m, const char *path, int64_t step, bool anew, int *fd)
+static qs_status log_open(qs_metrics *m, line_log *log, int64_t step, bool anew)
 {
-    QS_TRY(trim(m, path, step, anew));
-    return qs_io_open_append(path, fd);
+    QS_TRY(trim(m, log->path, step, anew));
+    return qs_io_open_append(log->path, &log->fd);
+}
+
+static void log_close(line_log *log)
+{
+    if (log->fd >= 0) {
+        close(log->fd);
+    }
+    free(log->waiting);
+}
+
+static qs_status log_add(line_log *log, const char *line, size_t bytes)
+{
+    if (bytes > WAITING_MAX_BYTES - log->bytes) {
+        log->dropped = true;
+        return QS_OK;
+    }
+    if (bytes > log->room - log->bytes) {
+        const size_t room = 2 * (log->bytes + bytes);
+        char *grown = realloc(log->waiting, room);
+        if (grown == NULL) {
+            return QS_FAIL(QS_ERR_MEMORY, "%s: no memory for a line", log->path);
+        }
+        log->waiting = grown;
+        log->room = room;
+    }
+    memcpy(log->waiting + log->bytes, line, bytes);
+    log->bytes += bytes;
+    return QS_OK;
+}
+
+/* All that wait, as far as there is room: the rest is tried again with the next one. */
+static qs_status log_write(line_log *log)
+{
+    qs_status st = QS_OK;
+    size_t done = 0;
+    while (done < log->bytes && st == QS_OK) {
+        const char *line = log->waiting + done;
+        const size_t bytes =
+            (size_t)((const char *)memchr(line, '\n', log->bytes - done) - line) + 1;
+        st = qs_io_append(log->fd, line, bytes, log->path);
+        done += st == QS_OK ? bytes : 0;
+    }
+    log->bytes -= done;
+    if (done > 0 && log->bytes > 0) {
+        memmove(log->waiting, log->waiting + done, log->bytes);
+    }
+    QS_TRY(st);
+    return !log->dropped
+               ? QS_OK
+               : QS_FAIL(QS_ERR_IO_FULL,
+                         "%s: lines are lost: the disk was full for too many of them", log->path);
 }
 
 /* A run that was finished and goes on has none until it is finished again. Gone before the first
@@ -183,15 +243,15 @@ qs_status qs_metrics_open(qs_metrics **out, const char *run_dir, int64_t step, b
     if (m == NULL) {
         return QS_FAIL(QS_ERR_MEMORY, "no memory for the metrics files");
     }
-    m->fd = m->ranks_fd = -1;
+    m->steps.fd = m->ranks.fd = -1;
     m->last_loss = m->last_eval_loss = NAN;
     m->last_eval_step = -1;
     snprintf(m->dir, sizeof m->dir, "%s", run_dir);
-    snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
-    snprintf(m->ranks_path, sizeof m->ranks_path, "%s/ranks.jsonl", run_dir);
+    snprintf(m->steps.path, sizeof m->steps.path, "%s/metrics.jsonl", run_dir);
+    snprintf(m->ranks.path, sizeof m->ranks.path, "%s/ranks.jsonl", run_dir);
     snprintf(m->summary_path, sizeof m->summary_path, "%s/summary.csv", run_dir);
-    QS_GOTO(open_log(m, m->path, step, anew, &m->fd));
-    QS_GOTO(open_log(m, m->ranks_path, step, anew, &m->ranks_fd));
+    QS_GOTO(log_open(m, &m->steps, step, anew));
+    QS_GOTO(log_open(m, &m->ranks, step, anew));
     QS_GOTO(remove_summary(m)); /* last: a start that is refused leaves it */
     *out = m;
 done:
@@ -206,23 +266,23 @@ void qs_metrics_close(qs_metrics *m)
     if (m == NULL) {
         return;
     }
-    if (m->fd >= 0) {
-        close(m->fd);
-    }
-    if (m->ranks_fd >= 0) {
-        close(m->ranks_fd);
-    }
+    log_close(&m->steps);
+    log_close(&m->ranks);
     free(m->evals);
     free(m);
 }
 
-qs_status qs_metrics_sync(const qs_metrics *metrics)
+qs_status qs_metrics_sync(qs_metrics *metrics)
 {
     if (metrics == NULL) {
         return QS_OK;
     }
-    QS_TRY(qs_io_fsync(metrics->fd, metrics->path));
-    return qs_io_fsync(metrics->ranks_fd, metrics->ranks_path);
+    line_log *const logs[] = {&metrics->steps, &metrics->ranks};
+    for (int i = 0; i < 2; i++) {
+        QS_TRY(log_write(logs[i]));
+        QS_TRY(qs_io_fsync(logs[i]->fd, logs[i]->path));
+    }
+    return QS_OK;
 }
 
 static number seconds_or_null(double seconds)
@@ -254,7 +314,8 @@ qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m)
                            m->peak_bytes, seconds_or_null(m->gather_s).text, m->parts[QS_STEP_WAIT],
                            m->parts[QS_STEP_COMPUTE], m->parts[QS_STEP_REDUCE],
                            m->parts[QS_STEP_OPTIMIZER], m->parts[QS_STEP_LORA]);
-    return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
+    QS_TRY(log_add(&metrics->steps, line, (size_t)n));
+    return log_write(&metrics->steps);
 }
 
 qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_t targets)
@@ -268,10 +329,11 @@ qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_
                  "{\"step\": %" PRId64 ", \"eval_loss\": %s, \"eval_tokens\": %" PRId64 "}\n", step,
                  exactly(loss).text, targets);
     QS_TRY(remember_eval(metrics, step, loss, targets));
-    return qs_io_append(metrics->fd, line, (size_t)n, metrics->path);
+    QS_TRY(log_add(&metrics->steps, line, (size_t)n));
+    return log_write(&metrics->steps);
 }
 
-static qs_status write_rank(qs_metrics *metrics, int64_t step, int rank, const qs_rank_metrics *m)
+static qs_status add_rank(qs_metrics *metrics, int64_t step, int rank, const qs_rank_metrics *m)
 {
     char line[LINE_MAX_BYTES];
     const int n = snprintf(
@@ -289,7 +351,7 @@ static qs_status write_rank(qs_metrics *metrics, int64_t step, int rank, const q
         m->rss_bytes, m->gather_group, m->shard_group, m->keep_resident, m->keep_decoded,
         m->parts[QS_STEP_TOTAL], m->parts[QS_STEP_WAIT], m->parts[QS_STEP_COMPUTE],
         m->parts[QS_STEP_REDUCE], m->parts[QS_STEP_OPTIMIZER], m->parts[QS_STEP_LORA]);
-    return qs_io_append(metrics->ranks_fd, line, (size_t)n, metrics->ranks_path);
+    return log_add(&metrics->ranks, line, (size_t)n);
 }
 
 qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metrics *mine,
@@ -304,8 +366,9 @@ qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metr
     QS_GOTO(qs_comm_agree(comm, st));
     QS_GOTO(qs_comm_all_gather_now(comm, mine, all, sizeof *mine));
     for (int r = 0; metrics != NULL && r < nranks && st == QS_OK; r++) {
-        st = write_rank(metrics, step, r, &all[r]);
+        st = add_rank(metrics, step, r, &all[r]);
     }
+    st = metrics != NULL && st == QS_OK ? log_write(&metrics->ranks) : st;
     st = qs_comm_agree(comm, st);
 done:
     free(all);
@@ -330,7 +393,6 @@ qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds,
     if (metrics == NULL) {
         return QS_OK;
     }
-    QS_TRY(qs_metrics_sync(metrics));
     if (best->step >= 0) {
         snprintf(best_step, sizeof best_step, "%" PRId64, best->step);
     }

@@ -55,19 +55,21 @@ int64_t qs_metrics_last_eval(const qs_metrics *metrics);
 qs_ckpt_evals qs_metrics_evals(const qs_metrics *metrics);
 void qs_metrics_close(qs_metrics *metrics);
 
+/** Each line is written at once; on QS_ERR_IO_FULL it waits, up to 1 MiB of them, and is written
+ * before the next one. */
 qs_status qs_metrics_step(qs_metrics *metrics, const qs_step_metrics *m);
 qs_status qs_metrics_eval(qs_metrics *metrics, int64_t step, double loss, int64_t targets);
 
 /** Have all lines so far on the disk: before a checkpoint makes their steps done, since whoever
- * goes on from it does not write them again. */
-qs_status qs_metrics_sync(const qs_metrics *metrics);
+ * goes on from it does not write them again, and at the end. */
+qs_status qs_metrics_sync(qs_metrics *metrics);
 
 /** One line per rank in ranks.jsonl. Collective; all ranks get the same status. */
 qs_status qs_metrics_ranks(qs_metrics *metrics, int64_t step, const qs_rank_metrics *mine,
                            qs_comm *comm);
 
-/** summary.csv of the finished run, whose lines are on the disk then: the last loss and evaluation,
- * what this start took, and the best evaluation of a step that has a checkpoint (step -1: none). */
+/** summary.csv of the finished run: the last loss and evaluation, what this start took, and the
+ * best evaluation of a step that has a checkpoint (step -1: none). */
 qs_status qs_metrics_summary(qs_metrics *metrics, int64_t steps, double seconds, int nranks,
                              uint64_t peak_bytes, const qs_ckpt_eval *best);
 

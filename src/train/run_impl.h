@@ -36,7 +36,7 @@ typedef struct {
     int64_t step; /* updates done */
     int64_t not_finite;
     int64_t tokens_seen; /* of all ranks, over all starts */
-    int64_t lines_lost;  /* metrics that a full disk swallowed */
+    bool lines_wait;     /* a line of metrics has found the disk full */
     bool unevaluated;    /* a stop signal came during an evaluation */
     bool tired;          /* train.patience is at its end */
     double started_s, saved_s;

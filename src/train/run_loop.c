@@ -21,17 +21,19 @@ static qs_status settle(qs_run *r)
     return qs_comm_agree(r->comm, QS_OK);
 }
 
-/* A full disk does not end a run: the line is lost, and the end of the run says so. */
+/* A full disk does not end a run: the line waits for room, and if there is none until the end, that
+ * says so. */
 static qs_status keep_going(qs_run *r, qs_status st)
 {
     st = qs_comm_agree(r->comm, st);
     if (st != QS_ERR_IO_FULL) {
         return st;
     }
-    if (r->lines_lost++ == 0) {
-        qs_log_warn("step %" PRId64 ": %s; the run goes on without the line", r->step,
+    if (!r->lines_wait) {
+        qs_log_warn("step %" PRId64 ": %s; the run goes on, and the line waits", r->step,
                     qs_error_text());
     }
+    r->lines_wait = true;
     return settle(r);
 }
 
@@ -331,6 +333,19 @@ static qs_status step_and_after(qs_run *r, qs_status *last_save, int64_t *saved,
     return last && *saved < r->step ? save_here(r, last_save, saved) : QS_OK;
 }
 
+static qs_status write_last_lines(const qs_run *r)
+{
+    const qs_status st = qs_comm_agree(r->comm, qs_metrics_sync(r->metrics));
+    if (st != QS_ERR_IO_FULL) {
+        return st;
+    }
+    qs_error_clear();
+    return qs_comm_agree(r->comm, QS_FAIL(st,
+                                          "%s: lines of metrics are lost: disk full; the "
+                                          "checkpoints are complete",
+                                          r->cfg->output));
+}
+
 qs_status qs_run_loop(qs_run *r)
 {
     qs_status last_save = QS_OK;
@@ -353,13 +368,7 @@ qs_status qs_run_loop(qs_run *r)
     if (last_save != QS_OK) {
         return qs_comm_agree(r->comm, not_saved(r, last_save, saved));
     }
-    if (r->lines_lost > 0) {
-        return qs_comm_agree(r->comm,
-                             QS_FAIL(QS_ERR_IO_FULL,
-                                     "%s: %" PRId64 " lines of metrics are lost: disk full; the "
-                                     "checkpoints are complete",
-                                     r->cfg->output, r->lines_lost));
-    }
+    QS_TRY(write_last_lines(r));
     const bool unfinished = r->unevaluated || (r->step < r->sampler.steps && !r->tired);
     if (stop && unfinished) {
         qs_log_end("%s: stopped behind step %" PRId64 " of %" PRId64 "; the same command goes on",

@@ -100,6 +100,21 @@ class Resume(unittest.TestCase):
                 self.assertEqual([line["step"] for line in support.metrics(output)], [1, 2])
                 self.assertEqual([line["step"] for line in support.metrics(output, "ranks.jsonl")], [1, 2])
 
+    def test_lines_wait_for_room(self):
+        """A disk that is full for a moment costs none; one that is full to the end is told, and the next start knows the losses as well."""
+        how = {"train__steps": 4, "train__save_every": 2, "train__eval_every": 2}
+        whole, output = os.path.join(self.folder, "whole"), os.path.join(self.folder, "waits")
+        support.train(whole, **how)
+        for fault, code in (("io:2:ENOSPC", 0), ("io:4:EDQUOT", 0), ("io:4:ENOSPC+", 4)):  # call 1 opens
+            with self.subTest(fault=fault):
+                shutil.rmtree(output, ignore_errors=True)
+                done = support.train(output, ranks=2, expect=code, environment={
+                    "FAULT": fault, "FAULT_RANK": "0", "FAULT_PATH": os.path.join(output, "metrics.jsonl"), **support.preload(IOFAULT)}, **how)
+                self.assertIn("the run goes on, and the line waits", done.stderr)
+                self.assertEqual(len(re.findall(r"(?m)^error\[E401\] \S+: lines of metrics are lost", done.stderr)), int(code == 4), done.stderr)
+                self.assertEqual(support.curve(output), support.curve(whole)[:2] if code else support.curve(whole))
+                self.assertEqual(support.adapter_digest(output), support.adapter_digest(whole))
+
     def test_a_checkpoint_by_time(self):
         """Behind the first step that ends later than train.save_time after the last one, here each; the bits are those of no such."""
         output = os.path.join(self.folder, "by-time")
