@@ -336,6 +336,37 @@ class Prep(FolderTest):
                 finally:
                     subprocess.run(["umount", disk], check=False)
 
+    def test_a_disk_that_changes_a_bit_is_found_before_the_file_has_its_name(self):
+        """Whichever write it is of: what the file holds, and what it says of itself, is as if nothing had been, or there is none."""
+        from qprep.tokenfile import Output
+
+        def held():
+            with h5py.File(self.path("out.h5"), "r") as file:
+                return {**{name: file[name][()].tobytes() for name in file}, **{name: str(value) for name, value in file.attrs.items()}}
+
+        self.prep([talk("a", "b")])
+        whole, write, found, number = held(), Output.write_all, [], 0
+
+        def flip(output, data):
+            count[0] += 1
+            if count[0] == number:
+                data = bytearray(data)
+                data[len(data) // 2] ^= 4
+            write(output, data)
+
+        while not number or count[0] >= number:
+            os.remove(self.path("out.h5"))
+            number, count = number + 1, [0]
+            with mock.patch.object(Output, "write_all", flip):
+                result = self.prep([talk("a", "b")], expect=None)
+            if result.returncode:
+                self.assert_one_error(result, 4, "error[E402]", "out.h5: reads back differently from what was written; check the disk")
+                self.assert_nothing_written()
+                found.append(number)
+                self.prep([talk("a", "b")])
+            self.assertEqual(held(), whole, number)
+        self.assertGreater(len(found), 10)
+
     def test_a_signal_while_hdf5_writes_is_one_line_and_leaves_nothing(self):
         from qprep.tokenfile import Output
 

@@ -21,6 +21,7 @@ INPUT_UNKNOWN = 303  # an architecture, tokenizer or scheme that is not supporte
 INPUT_TENSOR = 305  # a tensor is missing or of the wrong shape
 IO_FAILED = 400  # a write, sync or rename failed
 IO_FULL = 401  # no space or quota
+IO_VERIFY = 402  # what was written reads back differently
 MEMORY = 700
 ENVIRONMENT = 801
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # beside SIGINT, of which Python makes a KeyboardInterrupt
@@ -43,9 +44,17 @@ class BadRecord(ValueError):
     """One record of an input file is not usable; the message says why and what to do. The reader adds FILE:LINE."""
 
 
+class ReadsBackDifferently(OSError):
+    """A disk that said nothing holds something else than what was written."""
+
+
 def write_failed(path, error):
     """The PrepError for what came up while writing `path`: an OSError, or HDF5's complaint about not being able to close
     a file, which has the OSError as its context."""
+    if isinstance(error, ReadsBackDifferently):
+        return PrepError(
+            IO_VERIFY, path, "reads back differently from what was written; check the disk"
+        )
     while error is not None and getattr(error, "errno", None) is None:
         error = error.__context__
     number = error.errno if error is not None else errno.EIO
