@@ -190,11 +190,12 @@ static qs_status choose_group(qs_plan_choice *out, const candidate_run *run,
 
 /* ---- layers that stay ---- */
 
-/* All layers, or none where no layer is gathered or moved for its use. */
+/* All layers, or none where no layer is gathered or moved for its use: on no rank, for all look for
+ * what fits together. */
 static int64_t gatherable(const qs_setting *on)
 {
     const bool moved = on->apart && (on->config.memory.offload & QS_OFFLOAD_WEIGHTS) != 0;
-    return on->group.nranks > 1 || moved ? on->index->config.n_layers : 0;
+    return on->group.most > 1 || moved ? on->index->config.n_layers : 0;
 }
 
 /* All layers, or none where the operations keep none decoded. */

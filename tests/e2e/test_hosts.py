@@ -83,6 +83,24 @@ class TwoHosts(HostsTest):
                 self.assertEqual(support.curve(output), support.curve(alone))
                 self.assertEqual(train("node", shard__group="node", memory__device_limit=limit).returncode, 7)
 
+    def test_a_rank_that_has_its_host_to_itself(self):
+        """Of three ranks the last has a whole copy of the base and gathers nothing: what all settle together, auto among it, they
+        settle together, and what gathers take is told by those who gather."""
+        folder = support.scratch()
+        alone = os.path.join(folder, "alone")
+        support.train(alone, train__steps=3, train__eval_every=0)
+        for keep, told in (("auto", 0), ("none", 1)):  # layers that all stay are not gathered
+            with self.subTest(keep_resident=keep):
+                output = os.path.join(folder, keep)
+                done = self.hosts("run", 3, support.QSHARD, "train", support.TINY_YAML,
+                                  *support.settings(support.tiny(), output, train__steps=3, train__eval_every=0, shard__group="node",
+                                                    shard__keep_resident=keep), QSHARD_HOSTS_MAP="slot")
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+                self.assertEqual(len(re.findall(r"gathers: a layer's takes .* MB from 1 rank: ", done.stderr)), told, done.stderr)
+                self.assertEqual([line["shard_group"] for line in support.metrics(output, "ranks.jsonl")[-3:]], [2, 2, 1])
+                self.assertEqual(support.curve(output), support.curve(alone))
+                self.assertEqual(support.adapter_digest(output), support.adapter_digest(alone))
+
     def test_a_host_sends_its_sum_once(self):
         """Ranks of a host that are neighbours add up first: what crosses the cable is, byte for byte, each host's nodes of the slot
         tree and its new weights, and a few words that keep the ranks together."""
