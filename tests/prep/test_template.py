@@ -6,7 +6,7 @@ import support  # noqa: F401  (puts src/prep on the path)
 from qprep.errors import BadRecord, PrepError
 from qprep.template import ChatTemplate
 
-ENDS = ["<|im_start|>", "<|im_end|>"]
+ENDS = ["<|im_start|>", "<|im_end|>", "<eos>"]
 TALK = [
     {"role": "user", "content": "assistant"},  # words of the frame as content must not confuse the search
     {"role": "assistant", "content": "user\n"},
@@ -29,6 +29,12 @@ LLAMA = (
     "{% elif m.role == 'tool' %}{{ '<|im_start|>ipython\n\n' }}{{ m.content | tojson }}{{ '<|im_end|>' }}"
     "{% else %}{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+
+# What Phi-3's does: no tools, and the end-of-text token behind everything, whatever the last message is.
+PHI = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<eos>' }}{% endif %}"
 )
 
 # What Qwen3's does: an answer behind the last question begins with its reasoning, even an empty one; of earlier answers
@@ -148,6 +154,19 @@ class Template(unittest.TestCase):
         self.assertEqual(shown(QWEN, talk("q", "a", "r", "b"), turns="last"), [second])
         with self.assertRaisesRegex(BadRecord, r"messages\[1\] differently once more follows.*--turns"):
             shown(QWEN, talk("q", "a", "r", "b"), turns="all")
+
+    def test_a_token_behind_the_last_message_alone_leaves_the_conversation_whole(self):
+        q, a, r = "<|im_start|>user\nq<|im_end|>\n", "<|im_start|>assistant\n[a<|im_end|>]\n", "<|im_start|>user\nr<|im_end|>\n"
+        last = "<|im_start|>assistant\n[b<|im_end|>\n<eos>]"
+        self.assertEqual(shown(PHI, talk("q", "a", "r", "b")), [q + a + r + last])
+        self.assertEqual(shown(PHI, talk("q", "a", "r", "b"), turns="all"), [q + a + r + last])
+        self.assertEqual(shown(PHI, talk("q", "a", "r")), [q + a + r + "<eos>"])
+        # Where it is all that closes a turn, the earlier turns would be learned without an end.
+        bare = PHI.replace("m.content + '<|im_end|>\n'", "m.content + '\n'")
+        first = "<|im_start|>user\nq\n<|im_start|>assistant\n"
+        self.assertEqual(shown(bare, talk("q", "a", "r", "b")),
+                         [first + "[a\n<eos>]",
+                          first + "a\n<|im_start|>user\nr\n<|im_start|>assistant\n[b\n<eos>]"])
 
     def test_reasoning_is_learned_where_it_is_shown(self):
         q, r = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"

@@ -315,11 +315,22 @@ class ChatTemplate:
                 "part to learn cannot be told; give --chat-template FILE, a template that marks it with {% generation %}"
             )
         if not text.startswith(after):
+            after = self.without_end(after, text)
+        if after is None:
             raise Inconsistent(
                 f"the chat template writes messages[{i}] differently once more follows, so its part cannot be told; "
                 "give --turns each or last, or a template with {% generation %} by --chat-template"
             )
         return len(before), len(before) + self.closed_length(after[len(before) :])
+
+    def without_end(self, after, text):
+        """`after` without the token that a template puts behind the last message, whatever it is, as Phi-3's does; None where
+        that is not all in which `after` differs from the beginning of `text`, or where nothing else would close the turn."""
+        for token in self.end_tokens:
+            rest = after.removesuffix(token)
+            if rest != after and text.startswith(rest) and text.endswith(token) and rest.rstrip().endswith(self.end_tokens):
+                return rest
+        return None
 
     def closed_length(self, turn):
         """Length of a turn up to its closing token: what a template puts behind that (a line break) is not learned."""
