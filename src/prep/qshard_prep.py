@@ -16,10 +16,10 @@ from qprep import errors, predecessor
 from qprep.chat import RESERVED, ROLES
 from qprep.errors import OneLineParser, PrepError, run
 from qprep.files import finished, refuse_existing
-from qprep.formats import ALL_FORMATS, FORMATS, OPENING
+from qprep.formats import ALL_FORMATS, FORMATS, MEGATRON, OPENING
 from qprep.model_config import check_model_folder, read_model_config
 from qprep.packing import METHODS
-from qprep.parts import split_off, taken
+from qprep.parts import fingerprints, split_off, taken
 from qprep.pipeline import read_documents
 from qprep.preview import show
 from qprep.template import TURNS
@@ -319,8 +319,8 @@ def check_prompts(options):
             )
 
 
-def check_usable(options, outcome):
-    """Training on nothing is refused, with the reason."""
+def check_usable(options, outcome, forms):
+    """Training on nothing is refused, with the reason. `forms`: the formats of the files."""
     if len(outcome.documents):
         return
     counts, done = outcome.counts, outcome.done
@@ -338,9 +338,13 @@ def check_usable(options, outcome):
         reason = "the assistant's messages have nothing before them that they answer"
     elif done["without a turn to learn"] == counts.records:
         roles = " or ".join(options.train_roles or ("assistant",))
-        reason = f"no record has an {roles} message" if roles[0] in "aeiou" else f"no record has a {roles} message"
+        reason = f"no record has {'an' if roles[0] in 'aeiou' else 'a'} {roles} message, or only such with \"weight\": 0 or \"train\": false"
     elif done["truncated"] or done["dropped, too long"]:
         reason = f"what is to be learned lies behind --seq-len={options.seq_len}; raise it"
+    elif forms <= {"tokens", MEGATRON}:
+        reason = "labels and masks allow no token but a document's first, which nothing comes before"
+    elif forms == {"text"}:
+        reason = "the texts are empty"
     else:
         reason = "the answers are empty"
     raise PrepError(
@@ -441,6 +445,27 @@ def warn_of_cut(options, outcome, limit):
     )
 
 
+class Copies:
+    """Documents that the input holds more than once, all tokens and what is learned of them alike."""
+
+    def __init__(self, kept, held):
+        marks = fingerprints(kept)
+        of_held = fingerprints(held) if held is not None else marks[:0]
+        self.held = len(of_held)
+        self.held_too = np.count_nonzero(np.isin(of_held, marks))
+        self.count = len(marks) + len(of_held) - len(np.unique(np.concatenate([marks, of_held])))
+
+    def report(self):
+        if self.count:
+            print(f"{of(self.count, 'document repeats another', 'documents repeat others')} word for word")
+        if self.held_too:
+            print(
+                f"warning: {self.held_too} of {of(self.held, 'held-out document', 'held-out documents')} stand in the training part "
+                "as well, so eval_loss is too good; remove repeated records first, as awk '!seen[$0]++' does",
+                file=sys.stderr,
+            )
+
+
 def named(keys, limit=20):
     """Keys of records, or names of files, for a line of output."""
     shown = [errors.one_line(key) for key in sorted(keys)[:limit]]
@@ -475,8 +500,9 @@ def main(argv):
     by_file = mixed or options.take
     if options.format == "auto" and not by_file:
         print_format(sources)
-    check_usable(options, outcome)
+    check_usable(options, outcome, {source.form for source in sources if source.form})
     kept, held = split_off(outcome.documents, options.eval_fraction, options.seed)
+    copies = Copies(kept, held)
     files = taken(kept, sources, dict(options.take), options.seed) if by_file else [kept]
     if options.take:
         kept = joined(files)
@@ -517,6 +543,7 @@ def main(argv):
             f"{of(outcome.empty, 'answer is', 'answers are')} empty: what is learned there is to stop at once "
             f"(first: {outcome.empty_place})"
         )
+    copies.report()
     if outcome.unused:
         print(f"keys not used: {named(outcome.unused)}")
     warn_of_bad(counts)

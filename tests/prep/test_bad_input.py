@@ -174,9 +174,11 @@ RAW = (  # lines that are no record of any format
 )
 KINDS = (  # whole files
     (b"\x1f\x8b\x08\0", "gunzip"), (b"\x28\xb5\x2f\xfd", "unzstd"), (b"\xfd7zXZ\0", "unxz"), (b"PK\x03\x04", "zip archive"),
-    (b"PAR1abc", "Parquet"), (b"ARROW1", "Arrow"), (b"\x89HDF\r\n", "HDF5"), (b"\xff\xfe{\0", "UTF-16"),
+    (b"PAR1abc", "Parquet"), (b"ARROW1", "Arrow"), (b"\xff\xff\xff\xff\x10\0\0\0", "Arrow"), (b"BZh91AY", "bunzip2"),
+    (b"\x89HDF\r\n", "HDF5"), (b"\xff\xfe{\0", "UTF-16"),
     (b"\xfe\xff\0{", "UTF-16"), (b"MMIDIDX\0\0", "--format megatron"), (b"", "no usable record in 0 lines"),
     (b"\n \n\r\n", "no usable record in 3 lines (3 empty"), (b"\xef\xbb\xbf", "no usable record"),
+    (b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', ":2: ", "byte-order mark"),
     (b"[", ":1: ", "not JSON: Expecting value"), (b"[]", "no usable record in 0 lines"), (b'[{"text": "a"}', ":1: ", "comes its end"),
     (b'[{"text": "a"}\n{"text": "b"}]', ":2: ", 'comes "{'), (b'[{"text": "a"}]\n{"text": "b"}', ":1: ", "and nothing more"),
     (b'[{"text": "a"},\n]', ":2: ", "not JSON"), (b'[{"text": "a"},\n\n{"text": 3}]', ":3: ", '"text" is a JSON number'),

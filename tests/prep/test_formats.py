@@ -86,6 +86,9 @@ class Formats(FolderTest):
             ([{"conversations": [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a", "weight": 1}]}], [],
              "conversations[].lang"),
             ([{"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}], [], "tools"),
+            ([{"messages": [{"role": "user", "content": "q", "name": "Ann", "id": None},
+                            {"role": "assistant", "content": "a", "reasoning_content": "r", "weight": 1, "calls": []}]}], [],
+             "messages[].name, messages[].reasoning_content"),
             ([{"text": "ab", "system": "s"}], [], "system"),
             ([{"input_ids": ids("ab"), "token_type_ids": [0, 0], "labels": None}], [], "token_type_ids"),
             ([{"text": "q### Assistant: a", "x\n": 1}], ["--format", "fsdp_qlora:guanaco"], "x\\n"),
@@ -98,6 +101,8 @@ class Formats(FolderTest):
             ({**talk("q", "a"), "tools": [], "system": "", "system_prompt": None, "chat_template_kwargs": {}},),
             ({"instruction": "q", "input": "", "output": "a", "history": [], "tools": None}, "--chat"),
             ({"prompt": talk("q", "a")["messages"][:1], "completion": talk("q", "a")["messages"][1:], "tools": None},),
+            ({"messages": [*talk("q", "a")["messages"][:1], {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
+             "--chat-template", self.write("t.jinja", QWEN)),
             ({"input_ids": ids("ab"), "labels": None, "attention_mask": [1, 1], "loss_mask": [1, 1], "position_ids": [0, 1]},),
         ):
             self.assertNotIn("not used", self.prep([record], "--overwrite", *options).stdout)

@@ -273,6 +273,12 @@ class Prep(FolderTest):
     def test_data_that_would_train_nothing_is_refused_with_the_reason(self):
         only_user = {"messages": [{"role": "user", "content": "q"}]}
         self.assert_one_error(self.prep([only_user], expect=None), 3, "no record has an assistant message")
+        marked = {"messages": [*only_user["messages"], {"role": "assistant", "content": "a", "weight": 0}]}
+        self.assert_one_error(self.prep([marked], expect=None), 3, '"weight": 0')
+        masked = {"input_ids": [5, 6], "labels": [-100, -100]}
+        self.assert_one_error(self.prep([masked], expect=None), 3, "labels and masks allow no token")
+        self.assert_one_error(self.prep([{"text": ""}], expect=None), 3, "the texts are empty")
+        self.assert_one_error(self.prep([{"prompt": "q", "completion": ""}], "--eos", "never", expect=None), 3, "the answers are empty")
         self.assert_one_error(self.prep([talk("q" * 99, "a")], "--seq-len", "50", expect=None), 3, "--seq-len=50")
         self.assert_one_error(self.prep(self.write("e.jsonl", "\n\n"), expect=None), 3, "no usable record in 2 lines")
         self.assert_one_error(self.prep(self.write("z.jsonl", ""), expect=None), 3, "no usable record in 0 lines")

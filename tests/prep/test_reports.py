@@ -26,7 +26,8 @@ class Reports(FolderTest):
                 "61 records of 66 lines (0 empty, 5 bad skipped)",
                 f'3 records are bad and left out: the field "text" is missing; add it, or choose the format of all '
                 f"records by --format NAME: text was taken from the first one ({path} line 1) (first: {path} line 63)",
-                f'2 records are bad and left out: the field "text" is a JSON number, must be a string (first: {path} line 2)'])
+                f'2 records are bad and left out: the field "text" is a JSON number, must be a string (first: {path} line 2)',
+                "60 documents repeat others word for word"])
 
     def test_the_first_line_counts_over_batches_and_processes(self):
         records = [GOOD] * 1500 + [{"text": 1}] + [GOOD] * 1500 + [{"text": 1}, {"words": "a"}]
@@ -135,6 +136,23 @@ class Reports(FolderTest):
             self.assertEqual(len(self.told_of_empty([good, empty], "--chat")), 1)
             self.assertEqual(self.told_of_empty([good, empty], "--eos", "never"), [])
             self.assertEqual(self.told_of_empty([good]), [])
+
+    # --- documents that are there more than once
+
+    def test_documents_that_repeat_others_are_counted_and_those_on_both_sides_warned_of(self):
+        texts = [{"text": f"{i}"} for i in range(20)]
+        self.assertNotIn("repeat", self.prep(texts, "--overwrite").stdout)
+        for jobs in ("1", "2"):
+            self.assertIn("\n1 document repeats another word for word\n", self.prep(texts + texts[:1], "--overwrite", "--jobs", jobs).stdout)
+        # the same tokens of which another part is learned are another document
+        masks = [{"input_ids": [5, 6, 7], "loss_mask": [1, a, b]} for a, b in ((0, 1), (1, 0), (1, 1))]
+        self.assertNotIn("repeat", self.prep(masks, "--overwrite").stdout)
+
+        apart = ("--eval-out", self.path("eval.h5"), "--eval-fraction", "0.5", "--overwrite")
+        self.assertEqual(self.prep(texts, *apart).stderr, "")
+        result = self.prep(texts[:1] * 20, *apart, "--take", f"{self.path('data.jsonl')}=3")
+        self.assertIn("\n19 documents repeat others word for word\n", result.stdout)
+        self.assertIn("warning: 10 of 10 held-out documents stand in the training part as well", result.stderr)
 
     # --- documents that lose their end
 

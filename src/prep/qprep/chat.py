@@ -16,7 +16,8 @@ RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a temp
 SYSTEM_KEYS = ("system", "system_prompt")
 VARIABLES_KEY = "chat_template_kwargs"
 CONVERSATION_KEYS = frozenset((*SYSTEM_KEYS, "tools", VARIABLES_KEY))
-SILENT_KEYS = frozenset(("role", "content", "name", "weight", "train"))  # of a message, besides which there may be words
+MARKED_KEYS = frozenset(("role", "content", "weight", "train"))  # of a message; the others are the template's alone
+SILENT_KEYS = MARKED_KEYS | {"name"}  # besides which there may be words
 TURN_KEYS = frozenset(("from", "value", "weight", "train"))
 
 # Who speaks in ShareGPT-like data, in the spellings that are about.

@@ -11,6 +11,7 @@ import numpy as np
 from . import errors, predecessor
 from .chat import (
     CONVERSATION_KEYS,
+    MARKED_KEYS,
     SYSTEM_KEYS,
     TURN_KEYS,
     from_sharegpt,
@@ -225,9 +226,19 @@ class Builder:
         messages, tools = with_system(record, messages, name), tools_of(record)
         template, variables = self.template_for(tools), variables_of(record)
         if not variables:
-            return self.written(template, messages, tools, template.documents)
-        with template.given(variables):
-            return self.written(template, messages, tools, template.found)
+            built = self.written(template, messages, tools, template.documents)
+        else:
+            with template.given(variables):
+                built = self.written(template, messages, tools, template.found)
+        for message in messages:
+            if len(message) > 2:
+                self.note_unnamed(template, message, name)
+        return built
+
+    def note_unnamed(self, template, message, name):
+        """Notes what stands in a message that the template does not name: a reasoning, where it knows none."""
+        filled = {key for key, value in message.items() if value}
+        self.unused.update(f"{name}[].{key}" for key in filled - template.names - MARKED_KEYS)
 
     def written(self, template, messages, tools, find):
         """The documents of a conversation; `find` gives their texts and what is learned of them."""

@@ -7,6 +7,7 @@ chooses it, so that the choice depends on no library.
 import hashlib
 
 import numpy as np
+import xxhash
 
 from . import errors
 from .errors import PrepError
@@ -28,6 +29,20 @@ def split_off(documents, fraction, seed):
     held[by_hash(range(len(records)), seed)[:count]] = True
     held = held[record_of]
     return selected(documents, ~held), selected(documents, held)
+
+
+def fingerprints(documents):
+    """A number for each document, by which those of the same tokens and mask are known."""
+    ends = np.cumsum(documents.lengths)
+    marks = np.empty(len(documents), dtype=np.uint64)
+    if not len(marks):  # of nothing there is no memoryview
+        return marks
+    tokens, learned = memoryview(documents.tokens).cast("B"), memoryview(documents.learned).cast("B")
+    size = documents.tokens.itemsize
+    for i, (begin, end) in enumerate(zip((ends - documents.lengths).tolist(), ends.tolist())):
+        seed = xxhash.xxh3_64_intdigest(learned[begin:end])
+        marks[i] = xxhash.xxh3_64_intdigest(tokens[size * begin : size * end], seed)
+    return marks
 
 
 def by_hash(numbers, salt):

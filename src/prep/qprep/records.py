@@ -26,10 +26,12 @@ NUMBERS = re.compile("[0-9]+")
 OTHER_KINDS = (
     (b"\x1f\x8b", "is compressed with gzip; unpack it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it with unzstd"),
+    (b"BZh", "is compressed with bzip2; unpack it with bunzip2"),
     (b"\xfd7zXZ\0", "is compressed with xz; unpack it with unxz"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
     (b"PAR1", "is a Parquet file; convert it to JSON lines, as pandas.read_parquet and to_json do"),
     (b"ARROW1", "is an Arrow file; convert it to JSON lines"),
+    (b"\xff\xff\xff\xff", "is an Arrow file; convert it to JSON lines, as datasets.load_from_disk and to_json do"),
     (b"\x89HDF", "is an HDF5 file; qshard-prep reads JSON lines"),
     (b"MMIDIDX", "is a Megatron index; give --format megatron and the name without .idx"),
     (b"\xff\xfe", "is UTF-16; convert it to UTF-8 with iconv"),
@@ -225,6 +227,7 @@ def parse_object(text):
         raise
     except json.JSONDecodeError as error:
         hint = "write each record on one line, as jq -c . does" if text in ("{", "[") else "correct the line"
+        hint = "remove the byte-order mark, which may begin a file alone" if text[:1] == "\ufeff" else hint
         raise BadRecord(f"not JSON at column {error.colno}: {error.msg}; {hint}") from error
     except ValueError as error:  # a number of more digits than Python converts
         raise BadRecord("holds a number of thousands of digits; write it as text") from error

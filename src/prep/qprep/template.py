@@ -23,6 +23,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 
 import jinja2
 import jinja2.ext
@@ -120,6 +121,7 @@ class ChatTemplate:
         self.end_tokens = tuple(token for token in end_tokens if token)
         self.roles = roles
         self.turns = turns
+        self.names = frozenset(re.findall(r"\w+", source))  # all that it may read of a message, and much else
         self.plans = {}
         environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
