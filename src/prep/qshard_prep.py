@@ -502,6 +502,7 @@ def main(argv):
         print_format(sources)
     check_usable(options, outcome, {source.form for source in sources if source.form})
     kept, held = split_off(outcome.documents, options.eval_fraction, options.seed)
+    outcome.documents = None  # which are another copy, where some are held out
     copies = Copies(kept, held)
     files = taken(kept, sources, dict(options.take), options.seed) if by_file else [kept]
     if options.take:

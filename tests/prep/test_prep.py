@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 import unittest
 from unittest import mock
 
@@ -13,7 +14,9 @@ import numpy as np
 import xxhash
 from support import BYTE, CHATML, END, HE, PREP, SPECIALS, FolderTest, byte_alphabet, ids, make_model, prep, tool
 
-from qprep.tokenfile import IGNORED
+from qprep.parts import split_off
+from qprep.tokenfile import IGNORED, arrange
+from qprep.tokens import Documents
 
 def talk(question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -264,6 +267,16 @@ class Prep(FolderTest):
         self.assertIn("⟦<|im_start|>user\nHi\\x1b[2J<|im_end|>\n<|im_start|>assistant\n⟧Hey<|im_end|>⟦\n⟧", result.stdout)
         self.assertEqual(sorted(os.listdir(self.folder)),
                          ["config.json", "d.jsonl", "tokenizer.json", "tokenizer_config.json"])
+
+    def test_holding_out_and_laying_out_take_few_bytes_a_token(self):
+        count, length = 5000, 100
+        tokens = np.arange(count * length, dtype="<u4")
+        documents = Documents(tokens, np.ones(len(tokens), bool), np.full(count, length), np.arange(count))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        arrange(split_off(documents, 0.02, 42)[0], 512)
+        # 5 of the part that is kept and 5 of its labels and mask; numbers of tokens would be 8 and more
+        self.assertLess(tracemalloc.get_traced_memory()[1] / len(tokens), 16)
 
     # --- refusals
 

@@ -79,8 +79,12 @@ def passes(records, times, seed):
 
 
 def selected(documents, which):
-    ends = np.cumsum(documents.lengths)
-    chosen = ranges((ends - documents.lengths)[which], ends[which])
+    """The documents of a mask, of a slice, or of numbers, which may come again."""
+    if isinstance(which, np.ndarray) and which.dtype == bool:
+        chosen = np.repeat(which, documents.lengths)  # a byte a token, of which there may be billions; numbers are 24
+    else:
+        ends = np.cumsum(documents.lengths)
+        chosen = ranges((ends - documents.lengths)[which], ends[which])
     return Documents(
         documents.tokens[chosen],
         documents.learned[chosen],

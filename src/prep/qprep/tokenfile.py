@@ -35,13 +35,16 @@ def arrange(documents, seq_len, method=None):
     seq_offsets = doc_offsets[np.concatenate([[0], np.cumsum(counts)])]
     learned = learned.copy()
     learned[doc_offsets[:-1]] = False
-    before = np.concatenate([[0], np.cumsum(learned)])  # learned tokens before position i
+    until = np.cumsum(learned, dtype="<u4")[seq_offsets[1:] - 1]  # modulo 2^32, which does not matter to differences
+    tokens = tokens.astype("<u4", copy=False)
+    labels = np.full(len(tokens), IGNORED, dtype="<i4")
+    np.copyto(labels, tokens.view("<i4"), where=learned)
     return {
-        "tokens": tokens.astype("<u4"),
-        "labels": np.where(learned, tokens.astype("<i4"), IGNORED).astype("<i4"),
+        "tokens": tokens,
+        "labels": labels,
         "seq_offsets": seq_offsets.astype("<i8"),
         "doc_offsets": doc_offsets.astype("<i8"),
-        "seq_targets": np.diff(before[seq_offsets]).astype("<u4"),
+        "seq_targets": np.diff(until, prepend=np.uint32(0)),
     }
 
 
@@ -61,7 +64,7 @@ def write_token_file(path, arrays, decode_table, attributes):
         "decode_offsets": decode_table[0].astype("<i8"),
         "decode_bytes": decode_table[1],
     }
-    labels_xxh3 = xxhash.xxh3_128_hexdigest(arrays["labels"].tobytes())
+    labels_xxh3 = xxhash.xxh3_128_hexdigest(arrays["labels"])
     borders = arrays["seq_offsets"].tobytes() + arrays["doc_offsets"].tobytes()
     facts = {
         "format": "qshard-data",
@@ -70,7 +73,7 @@ def write_token_file(path, arrays, decode_table, attributes):
         "n_sequences": len(arrays["seq_targets"]),
         "n_tokens": len(arrays["tokens"]),
         "n_targets": int(arrays["seq_targets"].sum()),
-        "tokens_xxh3": xxhash.xxh3_128_hexdigest(arrays["tokens"].tobytes()),
+        "tokens_xxh3": xxhash.xxh3_128_hexdigest(arrays["tokens"]),
         "labels_xxh3": labels_xxh3,
         "layout_xxh3": xxhash.xxh3_128_hexdigest(labels_xxh3.encode("ascii") + borders),
     }
