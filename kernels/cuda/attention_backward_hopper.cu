@@ -65,28 +65,29 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
     const qs_head_rows k = qs_head_rows_at(args.k, kv_head, l.dim);
     const qs_head_rows v = qs_head_rows_at(args.v, kv_head, l.dim);
 
-    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
-        bounds[i] = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window,
-                                           (int)qs_hd_min(row0 + i, last));
-    }
+    /* Each thread finds the first key of all: through shared memory the first copies would wait. */
     qs_panel_load<D, QS_HOPPER_OWN>(queries, qs_head_rows_at(args.q, block.head, l.dim), row0, l);
     qs_panel_load<D, QS_HOPPER_OWN>(d_out, qs_head_rows_at(args.d_o, block.head, l.dim), row0, l);
-    __syncthreads();
-    const qs_attention_span span = qs_attention_tiles(bounds[0], last, KEYS);
+    const int first = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window, row0);
+    const qs_attention_span span = qs_attention_tiles(first, last, KEYS);
     const int count = span.end - span.begin;
-    /* This warpgroup's part of a tile, if there is one. */
+    /* This warpgroup's part of a tile, if there is one; a group of copies in any case. */
     const auto load = [&](int number) {
         qs_bf16 *stage = BEHIND ? values + number % VALUE_STAGES * KEYS * D
                                 : keys + number % KEY_STAGES * KEYS * D;
         if (number < count) {
             qs_panel_load<D, KEYS, QS_HOPPER_GROUP>(stage, BEHIND ? v : k,
                                                     (span.begin + number) * KEYS, l);
-            qs_cp_async_commit();
         }
+        qs_cp_async_commit();
     };
     load(0);
     if (BEHIND) {
         load(1);
+    }
+    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
+        bounds[i] = qs_attention_first_key(l.cu_seqlens, l.n_docs, l.window,
+                                           (int)qs_hd_min(row0 + i, last));
     }
 
     const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
@@ -140,7 +141,7 @@ static __device__ __forceinline__ void dq_group(const qs_backward_args &args)
     };
 
     if (BEHIND) {
-        qs_wait_for_tiles();
+        qs_wait_for_tiles<1>(); /* values of the second tile are read behind the next one */
     }
     for (int number = 0; number < count; number++) {
         if (!BEHIND) {
@@ -231,16 +232,16 @@ static __device__ __forceinline__ void dkv_group(const qs_backward_args &args)
 
     qs_panel_load<D, QS_HOPPER_OWN>(keys, qs_head_rows_at(args.k, block.head, l.dim), row0, l);
     qs_panel_load<D, QS_HOPPER_OWN>(values, qs_head_rows_at(args.v, block.head, l.dim), row0, l);
-    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
-        bounds[i] = qs_attention_last_query(l.cu_seqlens, l.n_docs, l.window,
-                                            (int)qs_hd_min(row0 + i, last));
-    }
-    __syncthreads();
-    const qs_attention_span span = qs_attention_tiles(row0, bounds[last - row0], QUERIES);
+    const int seen = qs_attention_last_query(l.cu_seqlens, l.n_docs, l.window, last);
+    const qs_attention_span span = qs_attention_tiles(row0, seen, QUERIES);
     const int count = l.heads_per_kv * (span.end - span.begin);
     qs_dkv_step step = {block.head * l.heads_per_kv, span.begin * QUERIES};
     load_queries<D>(stages, args, step);
     float stat = qs_load_stat<QUERIES>(args, step);
+    for (int i = (int)threadIdx.x; i < QS_HOPPER_OWN; i += QS_HOPPER_THREADS) {
+        bounds[i] = qs_attention_last_query(l.cu_seqlens, l.n_docs, l.window,
+                                            (int)qs_hd_min(row0 + i, last));
+    }
 
     const int within = (int)threadIdx.x / QS_WARP * 16, row = row0 + within;
     const int group_row = BEHIND ? QS_WGMMA_ROWS : 0;

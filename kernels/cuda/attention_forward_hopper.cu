@@ -9,8 +9,8 @@
  * Bound: 4 pairs head_dim FLOP a head, in tiles, on the tensor cores. One block a multiprocessor.
  *
  *   head_dim   shared memory   registers on sm_90a, with a cap (none spilled)
- *      64          113 KB       180            193
- *     128          225 KB       211            230
+ *      64          113 KB       176            190
+ *     128          225 KB       212            227
  */
 #include "kernels/cuda/attention_forward.cuh"
 #include "kernels/cuda/attention_hopper.cuh"

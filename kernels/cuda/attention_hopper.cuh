@@ -69,11 +69,12 @@ __device__ __forceinline__ void qs_panel_load(qs_bf16 *tile, qs_head_rows from, 
     }
 }
 
-/** All copies have come, everybody's; and of the tiles before the last one nobody reads any more:
- * products of the second warpgroup with the last one may be under way. */
-__device__ __forceinline__ void qs_wait_for_tiles()
+/** All copies have come, everybody's, but those of a thread's last PENDING groups; and of the tiles
+ * before the last one nobody reads any more: products of the second warpgroup with the last one may
+ * be under way. */
+template <int PENDING = 0> __device__ __forceinline__ void qs_wait_for_tiles()
 {
-    qs_cp_async_wait<0>();
+    qs_cp_async_wait<PENDING>();
     qs_fence_shared_for_wgmma();
     __syncthreads();
 }
