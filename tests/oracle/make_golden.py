@@ -23,7 +23,7 @@ from nf4_reference import dequantize, quantize
 from reference_model import (
     Tokens, add_dropout, base_model, gradients, program_order, remove_dropout, step_loss, train, versions, with_adapter,
 )
-from tensors import is_linear, qshard_tiny, read_hf
+from tensors import is_linear, read_hf
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "golden")
 SAMPLES = 64  # entries kept of each gradient of a large model
@@ -66,7 +66,7 @@ def make_golden(case, model_dir, base, inputs, out):
     eval_before = step_loss(model, held_out.sequences, backward=False)
     place, order = None, [range(len(tokens))] * case.settings.steps
     if case.dropout > 0:  # masks go by the place in the step
-        place = add_dropout(model, case.dropout, RUN_SEED, list(qshard_tiny.linear_shapes(config)))
+        place = add_dropout(model, case.dropout, RUN_SEED)
         order = program_order(RUN_SEED, len(tokens), case.settings.steps, len(tokens))
     first_loss, grads = gradients(model, [tokens.sequences[i] for i in order[0]], place)
     curve = train(model, case.settings, tokens, order, place)

@@ -63,6 +63,11 @@ def with_adapter(model, adapter_dir):
     return PeftModel.from_pretrained(model, adapter_dir, is_trainable=True).eval()
 
 
+# In the order of the program's qs_linear, whose number draws the mask; no layer has all.
+LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+                                                          "self_attn.qkv_proj", "mlp.gate_up_proj"]
+
+
 class CounterDropout(torch.nn.Module):
     """The dropout of one linear's adapter with the masks of the program: `place` says which rows pass."""
 
@@ -87,14 +92,14 @@ class Place:
         self.key, self.row = sample_key(self.seed, step, sample), row
 
 
-def add_dropout(model, p, seed, linears):
+def add_dropout(model, p, seed):
     """Puts CounterDropout into every adapter of `model` and has it trained with it; returns the Place to set."""
     place = Place(seed)
     for name, module in model.named_modules():
         if hasattr(module, "lora_dropout"):
             layer, linear = name.split(".layers.")[1].split(".", maxsplit=1)
             for adapter in module.lora_dropout:
-                module.lora_dropout[adapter] = CounterDropout(p, place, int(layer), linears.index(linear))
+                module.lora_dropout[adapter] = CounterDropout(p, place, int(layer), LINEARS.index(linear))
             module.training = True  # peft's DoRA asks; the modules around it stay as they are
     return place
 
