@@ -32,6 +32,25 @@ static qs_status open_as(qs_run_dir *run, const qs_config *c, qs_resume resume, 
     return st;
 }
 
+static qs_status begin_as(qs_run_dir *run, const qs_config *c)
+{
+    qs_comm *comm = NULL;
+    cr_assert_eq(qs_comm_self_create(&comm), QS_OK);
+    const qs_status st = qs_run_dir_begin(run, c, comm);
+    qs_comm_destroy(comm);
+    return st;
+}
+
+/* What config.yaml says. */
+static qs_config recorded(void)
+{
+    char path[256];
+    qs_config found;
+    snprintf(path, sizeof path, "%s/config.yaml", fx_run_dir);
+    cr_assert_eq(qs_config_load(&found, path, NULL, 0), QS_OK, "%s", qs_error_text());
+    return found;
+}
+
 static void write_text(const char *name, const char *text)
 {
     char path[256];
@@ -255,6 +274,11 @@ Test(run_dir, configuration_may_change_until_there_is_a_checkpoint)
     c.train.log_every = 7;
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
     qs_run_dir_close(&run);
+    cr_assert_neq(recorded().train.log_every, 7, "its checkpoint may be of other data");
+    cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_OK);
+    cr_assert_eq(begin_as(&run, &c), QS_OK, "%s", qs_error_text());
+    qs_run_dir_close(&run);
+    cr_assert_eq(recorded().train.log_every, 7);
     c.optim.lr = 0.25;
     cr_assert_eq(open_as(&run, &c, QS_RESUME_AUTO, false), QS_ERR_RESUME);
     cr_assert_not_null(strstr(qs_error_text(), "optim.lr (then and now: 0.5 and 0.25)"), "%s",

@@ -99,6 +99,7 @@ static qs_status look_at_run(qs_run_dir *run, const qs_config *cfg, qs_resume re
     int count = 0;
     QS_TRY(read_found(cfg, record, &step, &count));
     run->finished = record->finished;
+    run->goes_on = count > 0;
     if (count == 0 && !run->finished && resume == QS_RESUME_MUST) {
         return QS_FAIL(QS_ERR_CHECKPOINT,
                        "%s: no checkpoint that verifies, and --resume must was given; use --resume "
@@ -115,6 +116,7 @@ static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume re
 {
     qs_run_found what;
     qs_run_record_free(record);
+    run->goes_on = false;
     QS_TRY(qs_run_look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
     if (what != QS_RUN_THERE) {
@@ -122,6 +124,13 @@ static qs_status look_locked(qs_run_dir *run, const qs_config *cfg, qs_resume re
     }
     run->made = 0; /* whatever we made, it is the other's by now */
     return look_at_run(run, cfg, resume, record);
+}
+
+/* config.yaml and run.json of this start. */
+static qs_status write_start(const qs_config *cfg, const qs_run_record *record)
+{
+    QS_TRY(write_config(cfg)); /* before run.json: a directory with that is complete */
+    return qs_run_record_write(record, cfg->output);
 }
 
 static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resume, bool takeover,
@@ -148,10 +157,13 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
     } else {
         QS_GOTO(qs_run_sweep(cfg->output));
         QS_GOTO(qs_run_record_start(&record, cfg->output, hosts, nranks));
-        QS_GOTO(write_config(cfg)); /* before run.json: a directory with that is complete */
-        QS_GOTO(qs_run_record_write(&record, cfg->output));
+        st = run->goes_on ? QS_OK : write_start(cfg, &record);
     }
     memcpy(run->run_id, record.run_id, sizeof run->run_id);
+    if (st == QS_OK && run->goes_on && !run->finished) {
+        run->record = record;
+        record = (qs_run_record){.finished = false};
+    }
 done:
     qs_run_record_free(&record);
     if (st != QS_OK) {
@@ -275,6 +287,19 @@ done:
 
 /* ---- during a run and at its end ---- */
 
+static qs_status begin_here(qs_run_dir *run, const qs_config *cfg)
+{
+    QS_TRY(qs_run_lock_check(run->dir));
+    const qs_status st = run->goes_on ? write_start(cfg, &run->record) : QS_OK;
+    qs_run_record_free(&run->record);
+    return st;
+}
+
+qs_status qs_run_dir_begin(qs_run_dir *run, const qs_config *cfg, qs_comm *comm)
+{
+    return qs_comm_agree(comm, run->locked ? begin_here(run, cfg) : QS_OK);
+}
+
 qs_status qs_run_dir_still_ours(const qs_run_dir *run, qs_comm *comm)
 {
     return qs_comm_agree(comm, run->locked ? qs_run_lock_check(run->dir) : QS_OK);
@@ -333,4 +358,5 @@ void qs_run_dir_close(qs_run_dir *run)
         qs_run_lock_release(run->dir, run->lock);
         run->locked = false;
     }
+    qs_run_record_free(&run->record);
 }

@@ -16,6 +16,7 @@
 #include <stdbool.h>
 
 #include "ckpt/ckpt.h"
+#include "ckpt/run_record.h"
 #include "comm/comm.h"
 #include "config/config.h"
 #include "store/seen.h"
@@ -32,7 +33,9 @@ typedef struct {
     int lock;        /* its file */
     bool contested;  /* taken over from a process that may still live and write (rank 0 only) */
     int made;        /* how many levels of the directory were not there before (rank 0 only) */
-    qs_seen seen;    /* which ranks see the directory; rank 0 does */
+    bool goes_on;    /* it has a checkpoint (rank 0 only); then, until qs_run_dir_begin, */
+    qs_run_record record; /* is what run.json will say of this start */
+    qs_seen seen;         /* which ranks see the directory; rank 0 does */
 } qs_run_dir;
 
 /** Where cfg->output holds a run with checkpoints, or a finished one, cpu.gemm: auto becomes what
@@ -40,15 +43,21 @@ typedef struct {
 qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm);
 
 /** Open cfg->output for writing: create it (with all that is missing above it) or recognise it as
- * ours, take the lock, write config.yaml and run.json; find out who else sees it. Collective; only
- * rank 0 writes. `comm` must outlive `out`. \return QS_ERR_OUTPUT_TAKEN when the directory is not
- * ours and not empty, when another process writes to it, or with QS_RESUME_NEVER when it holds a
- * run; QS_ERR_CHECKPOINT with QS_RESUME_MUST when it holds none, or none with a checkpoint;
- * QS_ERR_RESUME when its run has checkpoints of, or has finished with, another configuration;
- * QS_ERR_DISAGREE when another host has another run there.
+ * ours, take the lock, write config.yaml and run.json, unless it has a checkpoint, which may turn
+ * out to be of other data; find out who else sees it. Collective; only rank 0 writes. `comm` must
+ * outlive `out`. \return QS_ERR_OUTPUT_TAKEN when the directory is not ours and not empty, when
+ * another process writes to it, or with QS_RESUME_NEVER when it holds a run; QS_ERR_CHECKPOINT with
+ * QS_RESUME_MUST when it holds none, or none with a checkpoint; QS_ERR_RESUME when its run has
+ * checkpoints of, or has finished with, another configuration; QS_ERR_DISAGREE when another host
+ * has another run there.
  */
 qs_status qs_run_dir_open(qs_run_dir *out, const qs_config *cfg, qs_resume resume, bool takeover,
                           qs_comm *comm);
+
+/** The checkpoint has been loaded: nobody else has taken the directory over meanwhile
+ * (QS_ERR_OUTPUT_TAKEN), and config.yaml and run.json are of this start from now on. Nothing for a
+ * zeroed struct. Collective. */
+qs_status qs_run_dir_begin(qs_run_dir *run, const qs_config *cfg, qs_comm *comm);
 
 /** Before anything is written in the middle of a run: has nobody else taken the directory over, by
  * --takeover or by removing it? Collective. \return QS_ERR_OUTPUT_TAKEN naming who has. */

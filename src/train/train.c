@@ -180,8 +180,8 @@ static qs_status run_training(qs_run *r)
     r->trainer.signals = qs_signals_caught;
     r->trainer.hurry = qs_signals_hurry;
     QS_TRY(qs_gathers_report(&r->session, &r->shape, tokens_of_pass(r)));
-    QS_TRY(qs_run_dir_still_ours(&r->run_dir, r->comm)); /* loading took its time */
-    const int64_t done = r->step > 0 ? r->step : -1;     /* a run that starts anew keeps no line */
+    QS_TRY(qs_run_dir_begin(&r->run_dir, r->cfg, r->comm));
+    const int64_t done = r->step > 0 ? r->step : -1; /* a run that starts anew keeps no line */
     QS_TRY(qs_comm_agree(r->comm, qs_metrics_open(&r->metrics, r->cfg->output, done,
                                                   r->run_dir.contested, r->rank)));
     QS_TRY(qs_run_loop(r));

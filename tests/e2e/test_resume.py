@@ -26,6 +26,16 @@ def summarized_steps(output):
         return int(next(csv.DictReader(file))["steps"])
 
 
+def plain_files(folder):
+    """{name: contents}"""
+    found = {}
+    for name in os.listdir(folder):
+        if os.path.isfile(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "rb") as file:
+                found[name] = file.read()
+    return found
+
+
 class Resume(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -150,6 +160,17 @@ class Resume(unittest.TestCase):
         support.qshard("check", output)
         done = support.train(output, ranks=2, train__steps=8, **constant)
         self.assertIn("finished", done.stderr)
+
+    def test_a_start_on_other_data_is_refused_and_leaves_all_as_it_was(self):
+        """Of a finished run that was to go on, too: it stays finished."""
+        output, constant = os.path.join(self.folder, "other-data"), {"optim__schedule": "constant", "optim__warmup": 2}
+        support.train(output, train__steps=4, **constant)
+
+        before = plain_files(output)
+        done = support.train(output, ranks=2, expect=8, train__steps=8, data__train=os.path.join(support.tiny(), "eval.h5"), **constant)
+        self.assertRegex(done.stderr, r"(?m)^error\[E802\] .*data\.train")
+        self.assertEqual(plain_files(output), before)
+        self.assertIn("finished", support.train(output, train__steps=4, **constant).stderr)
 
     def test_more_steps_that_change_the_steps_done_are_refused_with_the_remedy(self):
         for name, schedule, warmup, remedy in (("cosine", "cosine", 1, "lora.init"), ("linear", "linear", 0.25, "lora.init"),
