@@ -274,22 +274,24 @@ class Interrupted(unittest.TestCase):
         self.assertEqual([name for name in os.listdir(output) if "bad" in name or "tmp" in name], [])
 
     @staticmethod
-    def starts(output):
-        with open(os.path.join(output, "run.json"), encoding="utf-8") as file:
-            return json.load(file)["starts"]
+    def locks(pid, output):
+        try:
+            with open(os.path.join(output, "run.lock"), encoding="utf-8") as file:
+                return json.load(file)["pid"] == pid
+        except FileNotFoundError:
+            return False
 
     def test_taken_over_while_it_loads(self):
         """It does not cut the other's lines off, which are of later steps than its own checkpoint."""
         output = self.path("loading")
         how = support.settings(support.tiny(), output, **self.LONG)
         support.train(output, expect=75, train__max_time=0.001, **self.LONG)
-        starts, held = 1, False
-        while not held:  # until it is met between run.json and its first line
+        held = False
+        while not held:  # until it is met between its lock and its first line
             first = support.start("train", support.TINY_YAML, *how)
             self.addCleanup(first.stdout.close)
             self.addCleanup(first.kill)
-            starts += 1
-            while self.starts(output) < starts:
+            while not self.locks(first.pid, output):
                 self.assertIsNone(first.poll())
             first.send_signal(signal.SIGSTOP)
             files = [os.path.realpath(entry.path) for entry in os.scandir(f"/proc/{first.pid}/fd")]
