@@ -302,6 +302,17 @@ Test(config, set_takes_a_path_with_quotes_around_it)
     }
 }
 
+Test(config, set_takes_quotes_as_the_file_does)
+{
+    qs_config c;
+    cr_assert_eq(parse_set(&c, "base: b\n", "lora.targets=[\"v_proj\", 'q_proj']"), QS_OK, "%s",
+                 qs_error_text());
+    cr_assert_eq(c.lora.targets, 1u << QS_Q | 1u << QS_V);
+    cr_assert_eq(parse_set(&c, "base: b\n", "optim.name=\"sgd\""), QS_OK, "%s", qs_error_text());
+    cr_assert_eq(parse_set(&c, "base: b\n", "seed='3'"), QS_ERR_CONFIG_VALUE);
+    cr_assert_not_null(strstr(qs_error_text(), "write it without quotes"), "%s", qs_error_text());
+}
+
 Test(config, resume_allows_what_changes_no_bit_and_names_the_rest)
 {
     static const struct {
@@ -436,6 +447,7 @@ static const bad_file BAD[] = {
     {B "lora: {targets: [q_proj, q_proj]}\n", QS_ERR_CONFIG_VALUE, "named twice"},
     {B "lora: {targets: q_proj}\n", QS_ERR_CONFIG_VALUE,
      "all-linear | attention | mlp | fsdp_qlora-all | ["},
+    {B "lora: {targets: q_proj}\n", QS_ERR_CONFIG_VALUE, "as in [q_proj, v_proj]"},
     {B "lora: {rank: 0}\n", QS_ERR_CONFIG_VALUE, "1 .. 1024"},
     {B "lora: {dropout: 1}\n", QS_ERR_CONFIG_VALUE, "0 .. 0.95"},
     {B "shard: {group: 0}\n", QS_ERR_CONFIG_VALUE, "auto | world | node | 1 .. 1000000 (ranks)"},
@@ -450,6 +462,8 @@ static const bad_file BAD[] = {
      "recompute"},
     {B "memory: {offload: weights}\n", QS_ERR_CONFIG_VALUE, "is not a list"},
     {B "memory: {device_limit: 8Q}\n", QS_ERR_CONFIG_VALUE, "not an integer"},
+    {B "memory: {device_limit: 8GB}\n", QS_ERR_CONFIG_VALUE, "as in 8G"},
+    {B "train:\nsteps: 3\n", QS_ERR_CONFIG_VALUE, "each indented"},
     {B "memory: {device_limit: 9000000000000T}\n", QS_ERR_CONFIG_VALUE, "out of range"},
     {B "device: tpu\n", QS_ERR_CONFIG_VALUE, "auto | cpu | cuda"},
     {B "cpu: {gemm: fast}\n", QS_ERR_CONFIG_VALUE, "auto | strict | bf16 | fp16 | amx"},

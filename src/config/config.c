@@ -18,7 +18,13 @@ enum { FILE_MAX = 1 << 20, NAME_MAX_SHOWN = 80 };
 
 /* ---- --set ---- */
 
-/* Copy text[0..length) without surrounding spaces as the next item. */
+/* Written in quotes as in a file, which the shell has left. */
+static bool is_quoted(const char *text, size_t length)
+{
+    return length >= 2 && (text[0] == '"' || text[0] == '\'') && text[length - 1] == text[0];
+}
+
+/* Copy text[0..length) without surrounding spaces and quotes as the next item. */
 static qs_status add_item(qs_value *value, const char *text, size_t length, const char *where)
 {
     while (length > 0 && *text == ' ') {
@@ -31,9 +37,11 @@ static qs_status add_item(qs_value *value, const char *text, size_t length, cons
         return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: the value is longer than %d bytes or %d items",
                        where, QS_PATH_MAX - 1, QS_VALUE_ITEMS_MAX);
     }
-    memcpy(value->items[value->count].text, text, length);
+    const bool quoted = is_quoted(text, length);
+    length -= quoted ? 2 : 0;
+    memcpy(value->items[value->count].text, text + quoted, length);
     value->items[value->count].text[length] = '\0';
-    value->items[value->count].plain = true;
+    value->items[value->count].plain = !quoted;
     value->count++;
     return QS_OK;
 }
@@ -59,13 +67,6 @@ static qs_status split_list(qs_value *value, const char *text, const char *where
     }
 }
 
-/* Written in quotes as in a file, which the shell has left. */
-static bool is_quoted(const char *text)
-{
-    const size_t length = strlen(text);
-    return length >= 2 && (text[0] == '"' || text[0] == '\'') && text[length - 1] == text[0];
-}
-
 /* A value from the command line. A path is taken letter by letter, but for quotes around it, and
  * may be empty. */
 static qs_status value_of_text(const qs_key *key, const char *text, qs_value *value,
@@ -80,7 +81,7 @@ static qs_status value_of_text(const qs_key *key, const char *text, qs_value *va
         return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s: a path of at most %d bytes is allowed", where,
                        key->name, QS_PATH_MAX - 1);
     }
-    const size_t around = is_quoted(text) ? 1 : 0, length = strlen(text) - 2 * around;
+    const size_t around = is_quoted(text, strlen(text)) ? 1 : 0, length = strlen(text) - 2 * around;
     memcpy(value->items[0].text, text + around, length);
     value->items[0].text[length] = '\0';
     value->count = 1;

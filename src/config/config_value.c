@@ -134,6 +134,9 @@ static qs_status refuse(const qs_key *key, const char *where, const char *text, 
     char allowed[256];
     qs_key_allowed(key, allowed, sizeof allowed);
     const char *unit = key->unit ? key->unit : "";
+    if (key->type == QS_KEY_BYTES) {
+        unit = "bytes; K, M, G or T behind a number are powers of 1024, as in 8G";
+    }
     return QS_FAIL(QS_ERR_CONFIG_VALUE, "%s: %s: \"%.80s\" %s; allowed: %s%s%s%s", where, key->name,
                    text, why, allowed, unit[0] ? " (" : "", unit, unit[0] ? ")" : "");
 }
@@ -377,7 +380,8 @@ static qs_status set_targets(qs_config *cfg, const qs_key *key, const qs_value *
             }
         }
         if (bits == 0) {
-            return refuse(key, where, value->items[0].text, "is not a known name");
+            return refuse(key, where, value->items[0].text,
+                          "is no set of linears; a list names them, as in [q_proj, v_proj]");
         }
     }
     if (bits == 0) {

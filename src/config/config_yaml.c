@@ -174,10 +174,10 @@ static qs_status read_section(reader *r, const char *section)
     snprintf(r->sections[r->n_sections++], sizeof r->sections[0], "%.31s", section);
     QS_TRY(next(r));
     if (r->event.type != YAML_MAPPING_START_EVENT) {
-        return QS_FAIL(
-            QS_ERR_CONFIG_VALUE,
-            "%s: %s is a section; write %s: {key: value, ...}, with a blank behind each colon",
-            r->where, section, section);
+        return QS_FAIL(QS_ERR_CONFIG_VALUE,
+                       "%s: %s is a section; write %s: {key: value, ...}, with a blank behind each "
+                       "colon, or its keys in the lines below, each indented",
+                       r->where, section, section);
     }
     QS_TRY(next(r));
     while (r->event.type != YAML_MAPPING_END_EVENT) {
