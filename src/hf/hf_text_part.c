@@ -6,9 +6,11 @@
  * the other and then by whether the head is there. */
 #include "hf/hf_text_part.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/log.h"
 #include "hf/hf_config_impl.h"
@@ -210,6 +212,32 @@ qs_status qs_hf_text_part(char **out, char part_of[QS_HF_TYPE_BYTES], const char
     free(where);
     json_decref(root);
     return st;
+}
+
+/* The name of a model on a hub, the file with its weights, or a folder above the model's (a cache
+ * of the Hub) is what is given by mistake. */
+qs_status qs_hf_check_folder(const char *hf_dir)
+{
+    struct stat info;
+    char *path = NULL;
+    if (stat(hf_dir, &info) != 0) {
+        return QS_FAIL(QS_ERR_INPUT_MISSING,
+                       "%s: %s; nothing is downloaded: name a folder with config.json and "
+                       "safetensors, as hf download ORG/MODEL --local-dir FOLDER makes it",
+                       hf_dir, strerror(errno));
+    }
+    if (!S_ISDIR(info.st_mode)) {
+        return QS_FAIL(QS_ERR_INPUT_FORMAT,
+                       "%s: is a file; name the folder with config.json and safetensors", hf_dir);
+    }
+    QS_TRY(qs_io_join(&path, hf_dir, "config.json"));
+    const bool there = lstat(path, &info) == 0 || errno != ENOENT; /* else opening it says why */
+    free(path);
+    return there ? QS_OK
+                 : QS_FAIL(QS_ERR_INPUT_MISSING,
+                           "%s: holds no config.json; name the folder with config.json and "
+                           "safetensors, in a cache of the Hub snapshots/...",
+                           hf_dir);
 }
 
 qs_status qs_hf_config_read(qs_hf_config *out, char **text, const char *path, size_t max_bytes)

@@ -25,6 +25,9 @@ void qs_hf_config_name(const qs_hf_config *config, char out[QS_HF_NAME_BYTES]);
 qs_status qs_hf_text_part(char **out, char part_of[QS_HF_TYPE_BYTES], const char *text,
                           size_t bytes, const char *path);
 
+/** Whether `hf_dir` is a folder with a config.json; if not, what to name instead. */
+qs_status qs_hf_check_folder(const char *hf_dir);
+
 /** Read and parse the config.json at `path`, of a wrapper that of its text part. \param [out] text
  * what was parsed, with a NUL behind it, the caller's to free; NULL is fine. */
 qs_status qs_hf_config_read(qs_hf_config *out, char **text, const char *path, size_t max_bytes);

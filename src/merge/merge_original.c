@@ -80,6 +80,7 @@ static qs_status open_model(qs_merge_job *job)
 {
     char path[PATH_ROOM];
     qs_hf_config config;
+    QS_TRY(qs_hf_check_folder(job->options->original));
     snprintf(path, sizeof path, "%s/config.json", job->options->original);
     QS_TRY(qs_hf_config_read(&config, &job->owned_text, path, MAX_CONFIG_BYTES));
     job->config_text = job->owned_text;

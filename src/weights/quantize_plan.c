@@ -1,10 +1,8 @@
 /* The plan of a quantization: config.json and the headers of the checkpoint decide the table of
  * units, the kind and dtype of every tensor and where its bytes come from. Every tensor of the
  * checkpoint must be accounted for. */
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -52,26 +50,10 @@ static void mark_used(void *user, const qs_st_tensor *tensor)
     *used = true;
 }
 
-/* The name of a model on a hub, or the file with its weights, is what is given by mistake. */
-static qs_status check_folder(const char *hf_dir)
-{
-    struct stat info;
-    if (stat(hf_dir, &info) != 0) {
-        return QS_FAIL(QS_ERR_INPUT_MISSING,
-                       "%s: %s; nothing is downloaded: name a folder with config.json and "
-                       "safetensors, as hf download ORG/MODEL --local-dir FOLDER makes it",
-                       hf_dir, strerror(errno));
-    }
-    return S_ISDIR(info.st_mode)
-               ? QS_OK
-               : QS_FAIL(QS_ERR_INPUT_FORMAT,
-                         "%s: is a file; name the folder with config.json and safetensors", hf_dir);
-}
-
 static qs_status read_config(qs_base_index *index, const char *hf_dir)
 {
     char *path = NULL;
-    QS_TRY(check_folder(hf_dir));
+    QS_TRY(qs_hf_check_folder(hf_dir));
     QS_TRY(qs_io_join(&path, hf_dir, "config.json"));
     const qs_status st =
         qs_hf_config_read(&index->config, &index->config_text, path, MAX_CONFIG_BYTES);

@@ -27,6 +27,12 @@ def check_model_folder(model_dir):
         ) from error
     if not stat.S_ISDIR(mode):
         raise PrepError(errors.INPUT_FORMAT, model_dir, "is a file; name the folder with config.json and tokenizer.json")
+    if not os.path.lexists(os.path.join(model_dir, "config.json")):
+        raise PrepError(
+            errors.INPUT_MISSING,
+            model_dir,
+            "holds no config.json; name the folder with config.json and tokenizer.json, in a cache of the Hub snapshots/...",
+        )
 
 
 def read_model_config(model_dir):
