@@ -186,6 +186,8 @@ KINDS = (  # whole files
     (b'[{"text": "a", "text": "b"}]', ":1: ", "appears twice"), (b"[" * 100000, ":1: ", "nested deeper"),
     (b'[{"text": "a\\u0000"}]', ":1: ", "NUL"), (b'{"words": "a"}', ":1: ", 'no format has the keys "words"'),
     (b'{"prompt": "q", "chosen": "a", "rejected": "b"}', ":1: ", "preference pairs"), (b"{}", ":1: ", "no format has the keys"),
+    (b'{"data": [{"text": "a"}]}', ":1: ", "jq -c '.[\"data\"][]'"),
+    (b'[{"role": "user", "content": "a"}]', ":1: ", 'is a turn, not a conversation; write {"messages":'),
 )
 
 
@@ -295,9 +297,11 @@ class BadInput(FolderTest):
                     self.write(name, content)
                     self.assert_one_error(self.prep([GOOD["messages"]], expect=None), 3, name)
         data = self.write_records("data.jsonl", [GOOD["text"]])
+        os.mkdir(self.path("cache"))
         for name, words in (("ORG/MODEL", "No such file or directory; nothing is downloaded: name a folder with config.json and "
                              "tokenizer.json, as hf download ORG/MODEL --local-dir FOLDER makes it"),
-                            (data, "is a file; name the folder")):
+                            (data, "is a file; name the folder"),
+                            (self.path("cache"), "holds no config.json; name the folder")):
             self.assert_one_error(prep("--model", name, data, "-o", self.path("out.h5")), 3, f"{name}: {words}")
         for name in ("config.json", "tokenizer.json"):
             make_model(self.folder)

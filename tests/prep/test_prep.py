@@ -295,6 +295,11 @@ class Prep(FolderTest):
         self.assert_one_error(self.prep([talk("q" * 99, "a")], "--seq-len", "50", expect=None), 3, "--seq-len=50")
         self.assert_one_error(self.prep(self.write("e.jsonl", "\n\n"), expect=None), 3, "no usable record in 2 lines")
         self.assert_one_error(self.prep(self.write("z.jsonl", ""), expect=None), 3, "no usable record in 0 lines")
+
+    def test_an_unknown_option_names_one_that_is_near(self):
+        for given, meant in (("--max_seq_len", "--seq-len"), ("--packing", "--pack"), ("--train_on_input=1", "--train-on-inputs")):
+            self.assert_one_error(self.prep([talk("a", "b")], given, expect=None), 2, f'did you mean "{meant}"?')
+        self.assert_one_error(self.prep([talk("a", "b")], "--xyz", expect=None), 2, "unrecognized arguments: --xyz; see qshard-prep --help")
         self.assert_nothing_written()
 
     def test_a_bad_record_stops_with_its_line_or_is_skipped_and_counted(self):

@@ -6,8 +6,10 @@ with the code of the error's class, its number / 100. Nothing else is printed af
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 
@@ -80,7 +82,12 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaints are PrepErrors instead of a page of usage."""
 
     def error(self, message):
-        raise PrepError(USAGE, self.prog, f"{message}; see {self.prog} --help")
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        near = unknown and difflib.get_close_matches(
+            unknown[1].replace("_", "-"), self._option_string_actions, n=1
+        )
+        meant = f'did you mean "{near[0]}"? ' if near else ""
+        raise PrepError(USAGE, self.prog, f"{message}; {meant}see {self.prog} --help")
 
 
 class Ended(BaseException):

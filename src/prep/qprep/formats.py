@@ -74,6 +74,13 @@ def recognise(record):
         return "completion", "prompt"
     if "text" in record:
         return "text", "text"
+    if "content" in record and ("role" in record or "from" in record):
+        raise BadRecord('is a turn, not a conversation; write {"messages": [all turns of one]} on each line')
+    key, value = next(iter(record.items()), (None, None))
+    if len(record) == 1 and isinstance(value, list) and value and isinstance(value[0], dict):
+        raise BadRecord(
+            f"holds its records in a list under {quoted(key)}; write each on a line, as jq -c '.[{quoted(key)}][]' does"
+        )
     raise BadRecord(
         f"no format has the keys {quoted(', '.join(map(str, record)))}; known: messages, conversations, "
         "instruction+output, prompt+completion, text, input_ids; --rename gives keys these names, as in "
