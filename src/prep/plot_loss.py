@@ -29,8 +29,12 @@ def read_metrics(path):
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error}") from error
+    except IsADirectoryError as error:
+        raise PrepError(errors.INPUT_FORMAT, path, "is a folder; name the metrics.jsonl of a run") from error
+    except OSError as error:
+        raise PrepError(errors.INPUT_MISSING, path, f"cannot read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PrepError(errors.INPUT_FORMAT, path, "is no text; name the metrics.jsonl of a run") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -232,6 +232,8 @@ def sent_before(path, run_id):
 
 def read_run(folder):
     path = os.path.join(folder, "run.json")
+    if not os.path.lexists(path):
+        raise PrepError(errors.INPUT_MISSING, folder, "holds no run.json; name the folder of a run, its output")
     state = read_json(path)
     if state.get("format") != "qshard-run" or not isinstance(state.get("run_id"), str):
         raise PrepError(errors.INPUT_FORMAT, path, "is not of a run of qshard")

@@ -264,7 +264,7 @@ class Log(FolderTest):
         self.assert_one_error(result, code, *words)
 
     def test_what_is_missing_or_broken_is_one_line(self):
-        self.refused("wandb", 3, "run.json: cannot read")
+        self.refused("wandb", 3, "run: holds no run.json; name the folder of a run")
         self.run_is("")
         os.unlink(self.path("run/metrics.jsonl"))
         self.refused("wandb", 3, "metrics.jsonl: no such file")

@@ -25,6 +25,12 @@ class PlotLoss(FolderTest):
     def test_metrics_without_a_loss_are_refused(self):
         self.assert_one_error(self.plot(""), 3, "no loss")
 
+    def test_what_is_no_file_of_metrics_is_refused(self):
+        self.write("data.h5", b"\x89HDF")
+        for name in ("", "data.h5"):
+            self.assert_one_error(tool("plot_loss.py", self.path(name), "-o", self.path("loss.png")), 3, "name the metrics.jsonl of a run")
+        self.assert_one_error(tool("plot_loss.py", self.path("nowhere"), "-o", self.path("loss.png")), 3, "cannot read: No such file")
+
 
 if __name__ == "__main__":
     unittest.main()
