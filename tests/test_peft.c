@@ -462,7 +462,8 @@ Test(peft, adapter_that_does_not_fit_is_refused_by_name)
     expect_open(dir, &other, QS_ERR_INPUT_VALUE, "self_attn.k_proj");
     other = l;
     other.in[QS_Q]++;
-    expect_open(dir, &other, QS_ERR_INPUT_TENSOR, "expected [8, 97]");
+    expect_open(dir, &other, QS_ERR_INPUT_TENSOR,
+                "expected [8, 97]; the adapter belongs to another");
     other = l;
     other.n_layers = 2;
     expect_open(dir, &other, QS_ERR_INPUT_TENSOR, "holds 6 tensors");

@@ -207,6 +207,23 @@ qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm)
 
 /* Another run in a directory of this name, on a host that does not see rank 0's: it would be taken
  * for this one by whoever looks there. */
+qs_status qs_run_dir_foresee(const qs_config *cfg, qs_resume resume, bool *finished)
+{
+    qs_run_found what;
+    qs_run_dir run = {.finished = false};
+    qs_run_record record = {.finished = false};
+    *finished = false;
+    QS_TRY(qs_run_look(cfg->output, &what));
+    QS_TRY(check_wish(cfg->output, what, resume));
+    if (what != QS_RUN_THERE) {
+        return QS_OK;
+    }
+    const qs_status st = look_at_run(&run, cfg, resume, &record);
+    qs_run_record_free(&record);
+    *finished = st == QS_OK && run.finished;
+    return st;
+}
+
 static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
 {
     char host[QS_HOST_NAME_BYTES];

@@ -42,6 +42,10 @@ typedef struct {
  * it was for that run, so that it goes on in the same bits on whatever CPU. Collective. */
 qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm);
 
+/** Would qs_run_dir_open take cfg->output? Its errors, but for another process at work there and
+ * other hosts' directories; *finished as it would set it. Nothing is written. Not collective. */
+qs_status qs_run_dir_foresee(const qs_config *cfg, qs_resume resume, bool *finished);
+
 /** Open cfg->output for writing: create it (with all that is missing above it) or recognise it as
  * ours, take the lock, write config.yaml and run.json, unless it has a checkpoint, which may turn
  * out to be of other data; find out who else sees it. Collective; only rank 0 writes. `comm` must

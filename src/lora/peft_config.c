@@ -127,7 +127,8 @@ qs_status qs_peft_config_read(qs_peft_config *out, const char *dir)
     size_t bytes = 0;
     struct stat info;
     snprintf(path, sizeof path, "%s/adapter_config.json", dir);
-    if (lstat(path, &info) != 0 && errno == ENOENT) { /* a link to nothing, opening it names */
+    if (lstat(path, &info) != 0 &&
+        (errno == ENOENT || errno == ENOTDIR)) { /* a link to nothing, opening it names */
         return QS_FAIL(QS_ERR_INPUT_MISSING,
                        "%s: a PEFT directory (adapter_config.json) is expected; qshard export "
                        "makes one of a run or a checkpoint",

@@ -169,8 +169,9 @@ static qs_status wrong_shape(const char *path, const qs_st_tensor *t, const qs_l
     snprintf(expected, sizeof expected, part->rank == 2 ? "[%lld, %lld]" : "[%lld]",
              (long long)part->shape[0], (long long)part->shape[1]);
     return QS_FAIL(QS_ERR_INPUT_TENSOR,
-                   "%s: tensor \"%s\" has %d dimensions [%lld, %lld], expected %s", path, t->name,
-                   t->rank, (long long)(t->rank > 0 ? t->shape[0] : 0),
+                   "%s: tensor \"%s\" has %d dimensions [%lld, %lld], expected %s; the adapter "
+                   "belongs to another model than the base",
+                   path, t->name, t->rank, (long long)(t->rank > 0 ? t->shape[0] : 0),
                    (long long)(t->rank > 1 ? t->shape[1] : 0), expected);
 }
 

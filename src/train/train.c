@@ -223,6 +223,18 @@ static void say_finished(const qs_run *r)
                          : ", and it holds no checkpoint any more: another output trains it again");
 }
 
+/* Of the output, for a dry run: what would end the run before its first step. Rank 0 only. */
+static qs_status foresee_output(const qs_run *r)
+{
+    bool finished = false;
+    QS_TRY(qs_run_dir_foresee(r->cfg, r->options->resume, &finished));
+    if (finished) {
+        say_finished(r);
+        return QS_OK;
+    }
+    return qs_ckpt_expect_room(r->cfg->output, &r->session.on.layout, r->nranks);
+}
+
 static qs_status run_all(qs_run *r)
 {
     QS_TRY(open_inputs(r));
@@ -235,7 +247,7 @@ static qs_status run_all(qs_run *r)
     QS_TRY(qs_session_require(&r->session, &r->plan, r->options->dry_run));
     tell_length(r);
     if (r->options->dry_run) {
-        QS_TRY(check_room(r));
+        QS_TRY(qs_comm_agree(r->comm, r->rank == 0 ? foresee_output(r) : QS_OK));
         return qs_comm_agree(r->comm, qs_run_check_init(r));
     }
     if (r->options->dump_grads == NULL) {

@@ -134,6 +134,7 @@ class Refused(Case):
         self.assertFalse(os.path.exists(self.path("run")) or os.path.exists(self.path("merged")))
         self.assertIn("eval_loss", support.qshard(*self.command("eval", "--adapter", adapter)).stdout)
         self.refused(self.command("train", lora__init=self.path("nowhere")), 2, 3, f"lora.init: {self.path('nowhere')}: is not there")
+        self.refused(self.command("train", lora__init=base), None, 3, f"{base}: a PEFT directory (adapter_config.json) is expected")
         self.refused(self.command("sample", "--adapter", output, "--prompts", os.path.join(support.tiny(), "eval.h5"), "--tokens", 2,
                                   base=base), None, 3,
                      base, "was trained on a base with hash")
@@ -221,6 +222,21 @@ class Refused(Case):
 
 
 class Finished(Case):
+    def test_a_dry_run_says_what_the_output_would_say(self):
+        output = self.path("run")
+        support.train(output, train__steps=1, train__eval_every=0)
+        with open(self.path("notes.txt"), "w", encoding="utf-8") as file:
+            file.write("not ours")
+        for ranks in (None, 2):
+            for dry in ((), ("--dry-run",)):
+                with self.subTest(ranks=ranks, options=dry):
+                    done = support.train(output, ranks=ranks, options=dry, train__steps=1, train__eval_every=0)
+                    self.assertIn(f"{output}: this run is finished; nothing to do", done.stderr)
+                    self.refused(self.command("train", "--set", f"output={self.folder}", *dry), ranks, 2, "error[E204]", "no run.json")
+                    self.refused(self.command("train", *dry, optim__lr=0.5, train__steps=1, train__eval_every=0), ranks, 8, "error[E802]", "optim.lr")
+                    self.refused(self.command("train", "--set", f"output={self.path('new')}", "--resume", "must", *dry), ranks, 4, "error[E403]")
+        self.assertFalse(os.path.exists(self.path("new")))
+
     def test_a_finished_run_without_checkpoints_says_so(self):
         output = self.path("run")
         support.train(output, train__steps=1, train__eval_every=0)
