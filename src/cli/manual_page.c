@@ -148,7 +148,9 @@ static const char HEAD[] =
     ".B eval\n"
     "and\n"
     ".B sample\n"
-    "run on any number of ranks, with the same result; the other commands work alone.\n"
+    "run on any number of ranks, with the same result, and\n"
+    ".B bench\n"
+    "measures those it is started on; the other commands work alone.\n"
     ".SH COMMANDS\n";
 
 static const char TAIL[] =
