@@ -420,14 +420,14 @@ class NoMemory(Case):
         save = {"train__steps": 2, "train__save_every": 1}
         for rank in (0, 1):
             output = self.path(f"run-{rank}")
-            fault = {"FAULT_RANK": str(rank), "QSHARD_FAULT_TEXT": "2" if rank == 0 else "1", **support.preload(MEMFAULT)}  # rank 0 writes config.yaml
+            fault = {"FAULT_RANK": str(rank), **support.preload(MEMFAULT)}
             command = ["train", support.TINY_YAML, *support.settings(support.tiny(), output, **save)]
-            with self.subTest(rank=rank, at="save"):
-                self.refused(command, 2, 7, "no memory for the configuration", **fault)
+            with self.subTest(rank=rank, at="save"):  # rank 0 has written config.yaml before
+                self.refused(command, 2, 7, "no memory for the configuration", QSHARD_FAULT_TEXT="2" if rank == 0 else "1", **fault)
                 self.assertEqual([name for name in os.listdir(output) if name.startswith("step-")], [])
             support.train(output, ranks=2, train__max_time=0.001, expect=75, **save)
             with self.subTest(rank=rank, at="resume"):
-                self.refused(command, 2, 7, "no memory for the configuration", **fault)
+                self.refused(command, 2, 7, "no memory for the configuration", QSHARD_FAULT_TEXT="1", **fault)
             support.train(output, ranks=2, **save)
 
 

@@ -15,7 +15,7 @@ def config(key, value, code, says, command="quantize", ranks=None):
          f"{CONFIG}: .*{says}", ranks)
 
 
-not_a_file("quantize", CONFIG, ranks=2)
+not_a_file("quantize", CONFIG, ranks=2, says="model: holds no config.json; name the folder")
 case("quantize", "config.json is HTML", to.put(CONFIG, HTML), 301, f"{CONFIG}: not valid JSON", 2)
 case("quantize", "config.json is cut off", to.cut(CONFIG, 0.5), 301, f"{CONFIG}: not valid JSON: line", 2)
 case("quantize", "config.json has text behind", to.longer(CONFIG, b"x"), 301, f"{CONFIG}: not valid JSON")
