@@ -137,7 +137,7 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
                            const char (*hosts)[QS_HOST_NAME_BYTES], int nranks)
 {
     qs_run_found what;
-    qs_run_record record = {.finished = false};
+    qs_run_record *record = &run->record;
     qs_status st = QS_OK;
     QS_TRY(qs_run_look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
@@ -145,27 +145,23 @@ static qs_status open_here(qs_run_dir *run, const qs_config *cfg, qs_resume resu
         QS_GOTO(qs_io_make_dirs(cfg->output, &run->made));
     }
     if (what == QS_RUN_THERE) {
-        QS_GOTO(look_at_run(run, cfg, resume, &record));
+        QS_GOTO(look_at_run(run, cfg, resume, record));
     }
     if (!run->finished) {
         QS_GOTO(qs_run_lock_take(cfg->output, takeover, &run->lock, &run->contested));
         run->locked = true;
-        QS_GOTO(look_locked(run, cfg, resume, &record));
+        QS_GOTO(look_locked(run, cfg, resume, record));
     }
+    if (!run->finished) {
+        QS_GOTO(qs_run_sweep(cfg->output));
+        QS_GOTO(qs_run_record_start(record, cfg->output, hosts, nranks));
+        QS_GOTO(run->goes_on ? QS_OK : write_start(cfg, record));
+    }
+    memcpy(run->run_id, record->run_id, sizeof run->run_id);
     if (run->finished) {
         qs_run_dir_close(run);
-    } else {
-        QS_GOTO(qs_run_sweep(cfg->output));
-        QS_GOTO(qs_run_record_start(&record, cfg->output, hosts, nranks));
-        st = run->goes_on ? QS_OK : write_start(cfg, &record);
-    }
-    memcpy(run->run_id, record.run_id, sizeof run->run_id);
-    if (st == QS_OK && run->goes_on && !run->finished) {
-        run->record = record;
-        record = (qs_run_record){.finished = false};
     }
 done:
-    qs_run_record_free(&record);
     if (st != QS_OK) {
         qs_run_dir_abandon(run);
     }
@@ -174,11 +170,12 @@ done:
 
 /* ---- before ---- */
 
-static int recorded_gemm(const qs_config *cfg)
+static qs_gemm_kind recorded_gemm(const qs_config *cfg)
 {
     qs_run_found what;
     int64_t step = -1;
-    int count = 0, gemm = QS_GEMM_AUTO;
+    int count = 0;
+    qs_gemm_kind gemm = QS_GEMM_AUTO;
     qs_run_record record = {.finished = false};
     qs_config *old = NULL;
     if (qs_run_look(cfg->output, &what) == QS_OK && what == QS_RUN_THERE &&
@@ -199,31 +196,30 @@ qs_status qs_run_dir_settle(qs_config *cfg, qs_comm *comm)
     }
     int64_t gemm = qs_comm_rank(comm) == 0 ? recorded_gemm(cfg) : QS_GEMM_AUTO;
     QS_TRY(qs_comm_max_i64(comm, &gemm, 1));
-    cfg->cpu.gemm = (int)gemm;
+    cfg->cpu.gemm = (qs_gemm_kind)gemm;
     return QS_OK;
 }
 
-/* ---- who sees it ---- */
-
-/* Another run in a directory of this name, on a host that does not see rank 0's: it would be taken
- * for this one by whoever looks there. */
 qs_status qs_run_dir_foresee(const qs_config *cfg, qs_resume resume, bool *finished)
 {
     qs_run_found what;
     qs_run_dir run = {.finished = false};
-    qs_run_record record = {.finished = false};
     *finished = false;
     QS_TRY(qs_run_look(cfg->output, &what));
     QS_TRY(check_wish(cfg->output, what, resume));
     if (what != QS_RUN_THERE) {
         return QS_OK;
     }
-    const qs_status st = look_at_run(&run, cfg, resume, &record);
-    qs_run_record_free(&record);
+    const qs_status st = look_at_run(&run, cfg, resume, &run.record);
+    qs_run_record_free(&run.record);
     *finished = st == QS_OK && run.finished;
     return st;
 }
 
+/* ---- who sees it ---- */
+
+/* Another run in a directory of this name, on a host that does not see rank 0's: it would be taken
+ * for this one by whoever looks there. */
 static qs_status check_stranger(const qs_run_dir *run, const char *root_host)
 {
     char host[QS_HOST_NAME_BYTES];
@@ -307,9 +303,7 @@ done:
 static qs_status begin_here(qs_run_dir *run, const qs_config *cfg)
 {
     QS_TRY(qs_run_lock_check(run->dir));
-    const qs_status st = run->goes_on ? write_start(cfg, &run->record) : QS_OK;
-    qs_run_record_free(&run->record);
-    return st;
+    return run->goes_on ? write_start(cfg, &run->record) : QS_OK;
 }
 
 qs_status qs_run_dir_begin(qs_run_dir *run, const qs_config *cfg, qs_comm *comm)

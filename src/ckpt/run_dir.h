@@ -33,8 +33,9 @@ typedef struct {
     int lock;        /* its file */
     bool contested;  /* taken over from a process that may still live and write (rank 0 only) */
     int made;        /* how many levels of the directory were not there before (rank 0 only) */
-    bool goes_on;    /* it has a checkpoint (rank 0 only); then, until qs_run_dir_begin, */
-    qs_run_record record; /* is what run.json will say of this start */
+    bool goes_on;    /* it has a checkpoint (rank 0 only) */
+    qs_run_record record; /* what run.json says of this start (rank 0 only), where it goes on from
+                             qs_run_dir_begin on */
     qs_seen seen;         /* which ranks see the directory; rank 0 does */
 } qs_run_dir;
 
